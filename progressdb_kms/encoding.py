@@ -1,0 +1,140 @@
+"""One spelling per value: strict base64, strict hex, ids, times, JSON.
+
+Two families live here. The functions on `str` and `bytes` are for data that is not secret, or that
+the caller owns anyway (plaintext). The functions whose names end in `_into` are for keys: they read
+and write buffers and make no other object that holds key bytes, because a `bytes` can't be wiped.
+"""
+
+from __future__ import annotations
+
+import binascii
+import json
+import re
+import time
+from typing import Any, Union
+
+Buffer = Union[bytes, bytearray, memoryview]
+
+KEY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+"""A key_id: 1 to 128 characters; safe as a file name, in a URL and in a log line."""
+
+KEK_ID = re.compile(r"[0-9a-f]{16}")
+"""A kek_id: the first 8 bytes of an HMAC, as lower-case hex."""
+
+MAX_THREAD_ID = 512
+"""Longest thread_id in characters: far above any seen, and keeps a row within one page."""
+
+
+# ---- base64 (RFC 4648, section 4): standard alphabet, padded, canonical --------------------------
+
+# The last character before the padding carries 2 or 4 bits that must be zero: without this check,
+# "QQ==" and "QR==" would be two spellings of one value.
+_BASE64 = re.compile(rb"[A-Za-z0-9+/]*(?:[AQgw]==|[AEIMQUYcgkosw048]=)?")
+
+
+def b64decode(text: Union[str, Buffer]) -> bytes:
+    """Decode strict base64. Raises ValueError on any other spelling (white space, URL alphabet, …)."""
+    raw = text.encode("ascii", "replace") if isinstance(text, str) else text
+    if len(raw) % 4 or not _BASE64.fullmatch(raw):
+        raise ValueError("not base64 (standard alphabet, with padding)")
+    return binascii.a2b_base64(raw)
+
+
+def b64encode(data: Buffer) -> str:
+    return binascii.b2a_base64(data, newline=False).decode("ascii")
+
+
+_B64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+_B64_VALUE = {c: i for i, c in enumerate(_B64_ALPHABET)}
+
+
+def b64decode_into(text: Buffer, out: memoryview) -> None:
+    """Decode exactly `len(out)` bytes of key. Raises ValueError; the message never quotes the input."""
+    need = (len(out) + 2) // 3 * 4
+    if len(text) != need or not _BASE64.fullmatch(text):
+        raise ValueError(f"must be base64 of exactly {len(out)} bytes")
+    pad = -len(out) % 3
+    if bytes(text[need - pad :]) != b"=" * pad or (pad == 0 and text[need - 1] == 0x3D):
+        raise ValueError(f"must be base64 of exactly {len(out)} bytes")
+    for group in range(need // 4):
+        word = 0
+        for i in range(4):
+            word = word << 6 | _B64_VALUE.get(text[group * 4 + i], 0)
+        for i in range(min(3, len(out) - group * 3)):
+            out[group * 3 + i] = word >> (16 - 8 * i) & 0xFF
+
+
+def b64encode_into(data: memoryview, out: memoryview) -> int:
+    """Encode a key into a buffer. Returns the number of characters written (44 for 32 bytes)."""
+    size = (len(data) + 2) // 3 * 4
+    for group in range(size // 4):
+        chunk = data[group * 3 : group * 3 + 3]
+        word = chunk[0] << 16 | (chunk[1] << 8 if len(chunk) > 1 else 0)
+        word |= chunk[2] if len(chunk) > 2 else 0
+        for i in range(4):
+            out[group * 4 + i] = _B64_ALPHABET[word >> (18 - 6 * i) & 63] if i <= len(chunk) else 0x3D
+    return size
+
+
+# ---- hex -----------------------------------------------------------------------------------------
+
+_HEX_VALUE = {c: int(chr(c), 16) for c in b"0123456789abcdefABCDEF"}
+
+
+def hex_decode_into(text: Buffer, out: memoryview) -> None:
+    """Decode exactly `2 * len(out)` hex digits of key. Raises ValueError, without quoting the input."""
+    if len(text) != 2 * len(out):
+        raise ValueError(f"must be {2 * len(out)} hex digits ({len(out)} bytes), got {len(text)} characters")
+    for i in range(len(out)):
+        high, low = _HEX_VALUE.get(text[2 * i]), _HEX_VALUE.get(text[2 * i + 1])
+        if high is None or low is None:
+            raise ValueError(f"must be {2 * len(out)} hex digits: character {2 * i + 1} or {2 * i + 2} is not one")
+        out[i] = high << 4 | low
+
+
+# ---- ids and times -------------------------------------------------------------------------------
+
+
+def new_key_id(now_ms: int, random: bytes) -> str:
+    """A fresh key_id: `k_`, 12 hex digits of the time in ms, 20 of 10 random bytes.
+
+    Ids sort by creation time; 80 random bits keep them unique under any concurrency.
+    """
+    return f"k_{now_ms & 0xFFFFFFFFFFFF:012x}{random[:10].hex()}"
+
+
+def timestamp(now: float) -> str:
+    """RFC 3339 in UTC with microseconds, e.g. `2026-11-24T02:13:32.123456Z`."""
+    whole = int(now)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{int((now - whole) * 1e6):06d}Z"
+
+
+# ---- JSON ----------------------------------------------------------------------------------------
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return result
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+
+
+def json_loads(data: Union[str, bytes]) -> Any:
+    """Parse JSON (RFC 8259) from UTF-8. Raises ValueError; refuses NaN, duplicate names, deep nesting."""
+    text = data if isinstance(data, str) else data.decode("utf-8")
+    try:
+        return _STRICT.decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def json_dumps(value: Any) -> str:
+    """Compact JSON, ASCII only: one line whatever the strings hold."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)

@@ -1,0 +1,191 @@
+"""The KEKs of the service, in one locked region that all of its processes share.
+
+    header:  generation u64 | active slot u64 (0 = none) | audit key 32
+    slots:   stamp u64 | kek_id 8 | version u64 | unused 8 | key 32      (64 bytes each)
+
+Rules:
+
+- One process writes (the keeper); any may read. No lock is shared between processes, because a process
+  killed while it holds one would stop all others.
+- `generation` grows with every change that readers must see: another active KEK, a rewrap, a disable,
+  a shred. What a reader remembers is good for the generation in which it was read, and no longer.
+- A slot's `stamp` grows before its key is written or wiped, and its kek_id is the first thing to go and
+  the last to come. `borrow` compares both before and after: work that ran while the key changed under
+  it raises KeyringChanged, and the caller does it again. So no result of a half-wiped key ever leaves.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import NamedTuple, Optional
+
+from .aead import KEY_SIZE, mac
+
+_HEADER = 64
+_SLOT = 64
+_KEY = 32  # offset of the key in its slot
+SLOTS = 126
+REGION_SIZE = _HEADER + SLOTS * _SLOT  # 8,128 bytes: two pages
+
+FINGERPRINT_LABEL = b"progressdb-kms kek_id v1"
+
+
+class KeyringChanged(Exception):
+    """The key was replaced while it was in use: do the work again."""
+
+
+class KekNotLoaded(Exception):
+    """The keyring holds no KEK of this id."""
+
+    def __init__(self, kek_id: str) -> None:
+        super().__init__(f"no KEK {kek_id} in the keyring")
+        self.kek_id = kek_id
+
+
+class Active(NamedTuple):
+    """The KEK that wraps new DEKs."""
+
+    kek_id: str
+    version: int
+
+
+def fingerprint(key: memoryview) -> str:
+    """The kek_id of a KEK: 16 hex digits, stable, and it tells nothing of the key (HMAC is a PRF)."""
+    return mac(key, FINGERPRINT_LABEL)[:8].hex()
+
+
+class Keyring:
+    """A view on the shared region. Cheap to make; every process has its own."""
+
+    def __init__(self, region: memoryview) -> None:
+        if len(region) < REGION_SIZE:
+            raise ValueError(f"the keyring's region must have {REGION_SIZE} bytes")
+        self._region = region
+        self._words = region[:REGION_SIZE].cast("Q")
+        self._places: dict[str, int] = {}  # kek_id -> slot: a hint, checked at each use
+
+    # ---- reading -----------------------------------------------------------------------------
+
+    @property
+    def generation(self) -> int:
+        return self._words[0]
+
+    @property
+    def audit_key(self) -> memoryview:
+        return self._region[16 : 16 + KEY_SIZE]
+
+    @property
+    def active(self) -> Active:
+        """Raises KekNotLoaded while the keyring is empty."""
+        while True:
+            slot = self._words[1]
+            if not slot:
+                raise KekNotLoaded("(none)")
+            word = (_HEADER + (slot - 1) * _SLOT) // 8
+            found = Active(self._kek_id(slot), self._words[word + 2])
+            if self._words[1] == slot and self._words[word + 1]:
+                return found
+
+    def kek_ids(self) -> list[str]:
+        return [self._kek_id(slot) for slot in range(1, SLOTS + 1) if self._used(slot)]
+
+    def borrow(self, kek_id: str) -> Borrowed:
+        """`with keyring.borrow(kek_id) as key:` the 32 bytes of the KEK, in place.
+
+        Raises KekNotLoaded; on leaving, KeyringChanged where the slot changed meanwhile.
+        """
+        slot = self._places.get(kek_id, 0)
+        if not slot or not self._used(slot) or self._kek_id(slot) != kek_id:
+            slot = self._find(kek_id)
+        start = _HEADER + (slot - 1) * _SLOT
+        borrowed = Borrowed(self._words, start // 8, self._region[start + _KEY : start + _KEY + KEY_SIZE])
+        if self._kek_id(slot) != kek_id:  # replaced between the look-up and the stamp
+            raise KeyringChanged
+        return borrowed
+
+    # ---- writing: the keeper only -----------------------------------------------------------------
+
+    def install(self, key: memoryview, version: int) -> str:
+        """Copy a KEK into a free slot, or find it there already. Returns its kek_id."""
+        kek_id = fingerprint(key)
+        if kek_id in self.kek_ids():
+            return kek_id
+        free = [slot for slot in range(1, SLOTS + 1) if not self._used(slot)]
+        if not free:
+            raise ValueError(f"the keyring holds {SLOTS} KEKs already")
+        start = _HEADER + (free[0] - 1) * _SLOT
+        self._words[start // 8] += 1
+        self._words[start // 8 + 2] = version
+        self._region[start + _KEY : start + _KEY + KEY_SIZE] = key
+        self._region[start + 8 : start + 16] = bytes.fromhex(kek_id)  # last: from now on it is found
+        return kek_id
+
+    def activate(self, kek_id: str, version: int) -> None:
+        """Let this KEK wrap new DEKs from now on."""
+        slot = self._find(kek_id)
+        self._words[(_HEADER + (slot - 1) * _SLOT) // 8 + 2] = version
+        self._words[1] = slot
+        self.touch()
+
+    def remove(self, kek_id: str) -> None:
+        """Wipe a KEK. Whoever is using it right now gets KeyringChanged."""
+        slot = self._find(kek_id)
+        if self._words[1] == slot:
+            raise ValueError("the active KEK can't be removed")
+        start = _HEADER + (slot - 1) * _SLOT
+        self._words[start // 8] += 1
+        self._words[start // 8 + 1] = 0  # first: see Borrowed.__exit__
+        self._region[start + 16 : start + _SLOT] = bytes(_SLOT - 16)
+        self._places.pop(kek_id, None)
+
+    def touch(self) -> None:
+        """Tell all processes that what they remember of the store or the keyring is old."""
+        self._words[0] += 1
+
+    def release(self) -> None:
+        """Give the region's views back, so that it can be closed."""
+        self._words.release()
+
+    # ---- slots ---------------------------------------------------------------------------------
+
+    def _used(self, slot: int) -> bool:
+        return self._words[(_HEADER + (slot - 1) * _SLOT) // 8 + 1] != 0
+
+    def _kek_id(self, slot: int) -> str:
+        start = _HEADER + (slot - 1) * _SLOT + 8
+        return self._region[start : start + 8].hex()
+
+    def _find(self, kek_id: str) -> int:
+        for slot in range(1, SLOTS + 1):
+            if self._used(slot) and self._kek_id(slot) == kek_id:
+                self._places[kek_id] = slot
+                return slot
+        raise KekNotLoaded(kek_id)
+
+    def __repr__(self) -> str:
+        return f"<Keyring of {len(self.kek_ids())} KEKs>"
+
+
+class Borrowed:
+    """A KEK on loan; see Keyring.borrow."""
+
+    __slots__ = ("_key", "_kek_id", "_stamp", "_word", "_words")
+
+    def __init__(self, words: memoryview, word: int, key: memoryview) -> None:
+        self._words = words
+        self._word = word
+        self._stamp = words[word]
+        self._kek_id = words[word + 1]
+        self._key = key
+
+    def __enter__(self) -> memoryview:
+        return self._key
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        value: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        if self._words[self._word] != self._stamp or self._words[self._word + 1] != self._kek_id:
+            raise KeyringChanged from None
