@@ -1,0 +1,111 @@
+"""Fixtures for all tests.
+
+    daemon          a running daemon with the default configuration, for this test alone
+    make_daemon     make_daemon(config, workers=2, …): as many as the test wants, of any configuration
+    shared_daemon   one running daemon a module: for tests that only add keys of their own
+    workers         runs the test with one process and with two: `make_daemon(workers=workers)`
+    short_tmp       a folder directly under /tmp, for socket paths
+
+A test that waits for something that never comes is ended after LIMIT seconds (marked `long`: LONG_LIMIT).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, Callable, Optional
+
+import pytest
+
+from tests.harness.daemon import Daemon
+
+LIMIT = 180
+LONG_LIMIT = 3600
+
+MakeDaemon = Callable[..., Daemon]
+
+
+@pytest.fixture
+def make_daemon() -> Iterator[MakeDaemon]:
+    """Makes and starts daemons (`start=False`: only makes); all are ended with the test."""
+    made: list[Daemon] = []
+
+    def make(*args: Any, start: bool = True, **options: Any) -> Daemon:
+        made.append(Daemon(*args, **options))
+        return made[-1].start() if start else made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def daemon(make_daemon: MakeDaemon) -> Daemon:
+    return make_daemon()
+
+
+@pytest.fixture(scope="module")
+def shared_daemon() -> Iterator[Daemon]:
+    with Daemon() as one:
+        yield one
+
+
+@pytest.fixture(params=[1, 2], ids=["one process", "two workers"])
+def workers(request: pytest.FixtureRequest) -> int:
+    count: int = request.param
+    return count
+
+
+@pytest.fixture
+def short_tmp() -> Iterator[Path]:
+    folder = tempfile.mkdtemp(prefix="kms-", dir="/tmp")
+    yield Path(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
+    limit = LONG_LIMIT if request.node.get_closest_marker("long") else LIMIT
+
+    def expired(number: int, frame: Optional[FrameType]) -> None:
+        raise TimeoutError(f"the test was still running after {limit} s")
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.alarm(limit)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        from hypothesis import settings
+    except ImportError:
+        return
+    settings.register_profile("kms", deadline=None)  # a slow machine is no failure
+    settings.load_profile("kms")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() == 0:
+        return
+    for item in items:
+        if item.get_closest_marker("root"):
+            item.add_marker(
+                pytest.mark.skip(reason="needs root (mounts, ptrace of a process that is not dumpable)")
+            )
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Show what living daemons said on stderr beside the failure of a test."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    if report.failed:
+        for one in Daemon.running:
+            report.sections.append((f"stderr of daemon {one.pid}", one.stderr[-6000:] or "(nothing)"))

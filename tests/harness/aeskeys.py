@@ -1,0 +1,78 @@
+"""AES-256 key schedules in plain Python (FIPS 197), to know what a cipher may leave in memory.
+
+An AES key leaks as well by its round keys as by itself: from any two of them in a row the key can be
+computed. Libraries keep them as bytes or as 32-bit words of the machine (so with the four bytes of
+each word turned round), and for decryption with InvMixColumns applied to rounds 1 to 13.
+Bit-sliced and vector-permuted software schedules, used on CPUs without AES instructions, are not among these.
+"""
+
+from __future__ import annotations
+
+import struct
+
+ROUNDS = 14
+
+
+def _times(a: int, b: int) -> int:
+    """Multiply in GF(2^8) modulo x^8 + x^4 + x^3 + x + 1 (FIPS 197, 4.2)."""
+    product = 0
+    while b:
+        product ^= a * (b & 1)
+        a = (a << 1) ^ (0x11B * (a >> 7))
+        b >>= 1
+    return product
+
+
+def _sbox() -> bytes:
+    """FIPS 197, 5.1.1: the inverse, then an affine map."""
+    inverse = [next((b for b in range(256) if _times(a, b) == 1), 0) for a in range(256)]
+    rotated = ([((i << n | i >> (8 - n)) & 255) for n in range(5)] for i in inverse)
+    return bytes(a ^ b ^ c ^ d ^ e ^ 0x63 for a, b, c, d, e in rotated)
+
+
+SBOX = _sbox()
+_TIMES = {n: bytes(_times(n, byte) for byte in range(256)) for n in (9, 11, 13, 14)}
+
+
+def expand(key: bytes) -> bytes:
+    """The 15 round keys of a 32-byte key, 240 bytes; the first 32 are the key (FIPS 197, 5.2)."""
+    words = [key[i : i + 4] for i in range(0, 32, 4)]
+    rcon = 1
+    for i in range(8, 4 * (ROUNDS + 1)):
+        word = words[-1]
+        if i % 8 == 0:
+            word = (word[1:] + word[:1]).translate(SBOX)
+            word = bytes((word[0] ^ rcon,)) + word[1:]
+            rcon = _times(rcon, 2)
+        elif i % 8 == 4:
+            word = word.translate(SBOX)
+        words.append(bytes(a ^ b for a, b in zip(word, words[-8])))
+    return b"".join(words)
+
+
+def inverse_mix_columns(block: bytes) -> bytes:
+    """FIPS 197, 5.3.3, on any number of 4-byte columns."""
+    nine, eleven, thirteen, fourteen = (_TIMES[n] for n in (9, 11, 13, 14))
+    out = bytearray()
+    for i in range(0, len(block), 4):
+        a, b, c, d = block[i : i + 4]
+        out += bytes(
+            (
+                fourteen[a] ^ eleven[b] ^ thirteen[c] ^ nine[d],
+                nine[a] ^ fourteen[b] ^ eleven[c] ^ thirteen[d],
+                thirteen[a] ^ nine[b] ^ fourteen[c] ^ eleven[d],
+                eleven[a] ^ thirteen[b] ^ nine[c] ^ fourteen[d],
+            )
+        )
+    return bytes(out)
+
+
+def decrypt_round_keys(schedule: bytes) -> bytes:
+    """Rounds 13 to 1 as the equivalent inverse cipher wants them (FIPS 197, 5.3.5), 208 bytes."""
+    return b"".join(inverse_mix_columns(schedule[16 * n : 16 * n + 16]) for n in range(ROUNDS - 1, 0, -1))
+
+
+def swapped(data: bytes) -> bytes:
+    """Each 32-bit word with its bytes in the other order."""
+    count = len(data) // 4
+    return struct.pack(f"<{count}I", *struct.unpack(f">{count}I", data))
