@@ -1,0 +1,286 @@
+"""What the process does about itself before it touches a key.
+
+First `prepare` starts the same program once more in the same process (execve), with an environment that only
+takes effect at a start:
+
+    PYTHONMALLOC=malloc                     Python's objects come from the C library …
+    GLIBC_TUNABLES  malloc.perturb=165      … which overwrites each block that is freed,
+                    malloc.tcache_count=0   … also those that its cache would take untouched
+    LD_BIND_NOW=1                           no symbol is looked up later: that spills registers, which may
+                                            hold half a DEK, onto the stack
+
+So what the interpreter and OpenSSL copy is gone when it is freed; it costs about a tenth of the speed. A
+master key in the environment leaves it on this occasion, by way of a pipe: the kernel shows the environment
+that a process was started with, in /proc, for as long as it lives.
+
+Then `harden` turns off core files, ptrace by equals and gains of privilege, and looks whether it worked.
+There is no mlockall: it would lock every thread's stack. The pages of keys are locked by `lockedmem`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Optional
+
+HEX_VARIABLE = "PROGRESSDB_KMS_MASTER_KEY_HEX"
+FD_VARIABLE = "PROGRESSDB_KMS_MASTER_KEY_FD"
+MARKER = "PROGRESSDB_KMS_PREPARED"
+"""Holds the pid of the process that `prepare` started anew. execve keeps the pid: there is no second time."""
+
+TUNABLES: Mapping[str, str] = {"glibc.malloc.tcache_count": "0", "glibc.malloc.perturb": "165"}
+
+MAX_HANDED_OVER = 256
+"""Bytes of the variable that go into the pipe. A key has 64; what is longer is refused where it is read."""
+
+
+class Measure(NamedTuple):
+    """One measure and whether it is in force; `detail` is a sentence for `doctor` and `/status`."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+# ---- a second start --------------------------------------------------------------------------------
+
+
+def prepare(argv: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Start this program anew in this process where its environment needs it; returns where it doesn't.
+
+    `argv`: the arguments after the program's name. Call it first of all: before any thread, before the
+    working directory changes, with nothing read from stdin. Returns too where it can't be done; `harden`
+    reports that.
+    """
+    if environ.get(MARKER) == str(os.getpid()):
+        return
+    wanted = new_environment(environ, os.getpid(), wipes=_can_wipe_on_free())
+    command = _command_line()
+    if wanted is None or command is None:
+        return
+    key = environ.get(HEX_VARIABLE)
+    pipe = None if key is None or has_config(argv) else _hand_over(key)
+    if pipe is not None:
+        wanted[FD_VARIABLE] = str(pipe)
+    try:
+        os.execve(sys.executable, command, wanted)  # noqa: S606  # our own interpreter and arguments
+    except OSError:
+        if pipe is not None:
+            os.close(pipe)
+
+
+def new_environment(environ: Mapping[str, str], pid: int, *, wipes: bool) -> Optional[dict[str, str]]:
+    """The environment to start with, without a key in it, or None where this one will do.
+
+    `wipes`: the C library and the interpreter know how to wipe on free.
+    """
+    changes = {}
+    if wipes:
+        tunables = merged_tunables(environ.get("GLIBC_TUNABLES", ""))
+        changes = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": tunables, "LD_BIND_NOW": "1"}
+    dropped = {HEX_VARIABLE, FD_VARIABLE} & set(environ)
+    if not dropped and all(environ.get(name) == value for name, value in changes.items()):
+        return None
+    kept = {name: value for name, value in environ.items() if name not in dropped}
+    return {**kept, **changes, MARKER: str(pid)}
+
+
+def merged_tunables(present: str) -> str:
+    """GLIBC_TUNABLES (`name=value:name=value`) with ours in it, others kept."""
+    pairs = dict(part.partition("=")[::2] for part in present.split(":") if "=" in part)
+    return ":".join(f"{name}={value}" for name, value in {**pairs, **TUNABLES}.items())
+
+
+def has_config(argv: Sequence[str]) -> bool:
+    """With a configuration file the key of the environment is not used, and so is dropped unread."""
+    return any(arg == "--config" or arg.startswith("--config=") for arg in argv)
+
+
+def _can_wipe_on_free() -> bool:
+    """CPython on glibc. The free-threaded build has its own allocator and refuses PYTHONMALLOC=malloc."""
+    if sys.implementation.name != "cpython" or "free-threading" in sys.version:
+        return False
+    try:
+        return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def _command_line() -> Optional[list[str]]:
+    """How this process was started: interpreter, its options, program, arguments. None where nobody knows."""
+    if not sys.executable:
+        return None
+    command: list[str] = list(getattr(sys, "orig_argv", ()))  # Python 3.10
+    if not command:
+        try:
+            with open("/proc/self/cmdline", "rb") as file:
+                command = [os.fsdecode(arg) for arg in file.read().split(b"\0")[:-1]]
+        except OSError:
+            return None
+    return [sys.executable, *command[1:]] if command else None
+
+
+def _hand_over(key: str) -> int:
+    """Put the key into a pipe that the new program inherits; returns the end to read from."""
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, os.fsencode(key)[:MAX_HANDED_OVER])
+    finally:
+        os.close(writer)
+    os.set_inheritable(reader, True)
+    return reader
+
+
+# ---- hardening -------------------------------------------------------------------------------------
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4
+_PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS = 38, 39
+
+UMASK = 0o077
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def harden() -> list[Measure]:
+    """Take all measures and tell which are in force. None of them failing keeps the daemon from serving.
+
+    Linux resets "not dumpable" at execve, so this comes after `prepare`. Children inherit all of it.
+    """
+    return [
+        _no_core_files(),
+        _not_dumpable(),
+        _no_new_privileges(),
+        _private_umask(),
+        _wipe_on_free(),
+        _bound_now(),
+    ]
+
+
+def _no_core_files() -> Measure:
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (OSError, ValueError) as error:
+        return Measure("no_core_files", False, f"RLIMIT_CORE can't be set: {error}")
+    limits = resource.getrlimit(resource.RLIMIT_CORE)
+    return Measure(
+        "no_core_files", limits == (0, 0), f"RLIMIT_CORE is {limits[0]} (soft), {limits[1]} (hard)"
+    )
+
+
+def _not_dumpable() -> Measure:
+    """Against ptrace by the same user, and a core_pattern with a pipe, which RLIMIT_CORE does not stop."""
+    _prctl(_PR_SET_DUMPABLE, 0)
+    value = _prctl(_PR_GET_DUMPABLE)
+    return Measure("not_dumpable", value == 0, _prctl_detail("PR_GET_DUMPABLE", value))
+
+
+def _no_new_privileges() -> Measure:
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    value = _prctl(_PR_GET_NO_NEW_PRIVS)
+    return Measure("no_new_privs", value == 1, _prctl_detail("PR_GET_NO_NEW_PRIVS", value))
+
+
+def _private_umask() -> Measure:
+    os.umask(UMASK)
+    value = os.umask(UMASK)
+    return Measure("umask", value == UMASK, f"umask is {value:04o}")
+
+
+def _wipe_on_free() -> Measure:
+    if wipe_on_free_active():
+        return Measure("wipe_on_free", True, "freed memory is overwritten (tried)")
+    if sys.flags.ignore_environment:
+        return Measure("wipe_on_free", False, "python -I and -E ignore PYTHONMALLOC: use -s, or neither")
+    if not _can_wipe_on_free():
+        return Measure("wipe_on_free", False, "needs CPython on glibc")
+    return Measure("wipe_on_free", False, f"needs PYTHONMALLOC=malloc GLIBC_TUNABLES={merged_tunables('')}")
+
+
+def _bound_now() -> Measure:
+    active = bool(os.environ.get("LD_BIND_NOW"))
+    return Measure("bind_now", active, f"LD_BIND_NOW is {'set' if active else 'not set'}")
+
+
+def _prctl(option: int, value: int = 0) -> int:
+    """-1 where the system refuses or has no prctl."""
+    if not sys.platform.startswith("linux"):
+        return -1
+    words = [ctypes.c_ulong(word) for word in (value, 0, 0, 0)]
+    result: int = _libc.prctl(ctypes.c_int(option), *words)
+    return result
+
+
+def _prctl_detail(name: str, value: int) -> str:
+    if value >= 0:
+        return f"{name} is {value}"
+    if not sys.platform.startswith("linux"):
+        return "only Linux has it"
+    return f"{name} failed: {os.strerror(ctypes.get_errno())}"
+
+
+# ---- does free() wipe? -----------------------------------------------------------------------------
+
+_PROBE = 48
+"""Copies of 8 random bytes in a probe: 384 bytes, few enough for Python's allocator and glibc's cache."""
+
+
+def wipe_on_free_active() -> bool:
+    """Free an object of Python and look at what is left of it. The neighbours keep its pages mapped.
+
+    The kernel does the looking: write(2) from an address that is gone fails, where a load would crash.
+    """
+    word = os.urandom(8)
+    objects = [b"".join([word] * _PROBE) for _ in range(5)]
+    address = id(objects[2]) + bytes.__basicsize__ - 1
+    reader, writer = os.pipe()
+    try:
+        objects[2] = b""
+        size: int = _libc.write(ctypes.c_int(writer), ctypes.c_void_p(address), ctypes.c_size_t(8 * _PROBE))
+        return size == 8 * _PROBE and word not in os.read(reader, size)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+# ---- for workers -----------------------------------------------------------------------------------
+
+
+def die_with_parent(parent: int, number: int = signal.SIGKILL) -> bool:
+    """Have the kernel send a signal when the parent's thread that forked us ends. Call it right after fork.
+
+    `parent`: its pid, taken before the fork: if it is gone already, the signal comes at once. Returns False
+    where the system has no such thing.
+    """
+    if _prctl(_PR_SET_PDEATHSIG, number) != 0:
+        return False
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+    return True
+
+
+# A thread that is interrupted while it ciphers leaves its registers, and round keys in them, on its stack.
+# Faults stay: blocked, they would end the process without a word.
+BLOCKED = frozenset(signal.valid_signals()) - {
+    signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS
+}  # fmt: skip
+
+
+def block_signals() -> None:
+    """For the calling thread, for good; threads that it starts inherit it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Threads started in this block never run a signal's handler; the calling thread does again after it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
