@@ -3,7 +3,8 @@
     python -m tests.harness.standin --socket S --data-dir D --config C
 
 What it does wrong is said by the environment: STANDIN_EXIT (ends at once with that code), STANDIN_CODE (exit
-code after SIGTERM), STANDIN_ORPHAN (its worker outlives it), STANDIN_DEAF (never listens).
+code after SIGTERM), STANDIN_ORPHAN (its worker outlives it), STANDIN_LOST (leaves a process whose parent is
+gone, so that no tree shows it), STANDIN_DEAF (never listens).
 """
 
 from __future__ import annotations
@@ -82,7 +83,18 @@ def main() -> None:
         serve(server)
 
 
+def lose_a_process() -> None:
+    between = os.fork()
+    if between == 0:
+        if os.fork() == 0:
+            time.sleep(600)
+        os._exit(0)
+    os.waitpid(between, 0)
+
+
 def serve(server: Server) -> None:
+    if os.environ.get("STANDIN_LOST"):
+        lose_a_process()
     worker = os.fork()
     if worker == 0:
         if not os.environ.get("STANDIN_ORPHAN"):

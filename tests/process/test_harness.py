@@ -105,6 +105,15 @@ class TestDaemon:
             assert worker is not None
             assert not worker.alive()
 
+    def test_a_process_outside_the_tree_is_noticed_and_ended(self) -> None:
+        with standin(STANDIN_LOST="1") as daemon:
+            daemon.linger = 0.3
+            assert len(daemon.pids()) == 2
+            sid = daemon.pid
+            with pytest.raises(AssertionError, match="other processes to end"):
+                daemon.stop()
+            assert procs.session_members(sid) == []
+
     @pytest.mark.parametrize("source", ["hexfile", "rawfile", "yaml", "credential", "env"])
     def test_the_kek_gets_there_by_each_source(self, source: str) -> None:
         daemon = Daemon({"workers": 3}, source=source)
@@ -501,6 +510,7 @@ class TestPowerLoss:
         os.close(os.open("late", os.O_WRONLY | os.O_CREAT, dir_fd=there))
         os.rename("late", "later", src_dir_fd=there, dst_dir_fd=there)
         os.write(os.open("old", os.O_WRONLY | os.O_TRUNC), b"new")
+        os.write(os.open("more", os.O_WRONLY | os.O_APPEND), b" and more")
         open("a/shm-shm", "w").write("dropped")
         """
 
@@ -509,6 +519,7 @@ class TestPowerLoss:
         folder.mkdir()
         (folder / "kept").write_text("kept")
         (folder / "old").write_text("old text")
+        (folder / "more").write_text("some")
         before = contents(folder)
         recording = run_recorded(self.BUSY, folder)
         last = recording.points() - 1
@@ -520,7 +531,7 @@ class TestPowerLoss:
             found["lines"] = b"\n".join(sorted(lines.split(b"\n")))
             assert lines.count(b"\n") == 60
         assert after == wanted
-        assert (after["old"], len(after["a/c/text"])) == (b"new", 150)
+        assert (after["old"], after["more"], len(after["a/c/text"])) == (b"new", b"some and more", 150)
         for mode in MODES:
             assert contents(recording.rebuild(0, mode, 1, tmp_path / f"0{mode}")) == before
         assert contents(recording.rebuild(last, "dropped", 1, tmp_path / "dropped")) == before
@@ -570,6 +581,57 @@ class TestPowerLoss:
     def test_syncfs_covers_all(self, tmp_path: Path) -> None:
         recording = self.replace(tmp_path, "write", "rename", "syncfs")
         assert self.survivors(tmp_path, recording) == {b"new"}
+
+    @pytest.mark.parametrize(
+        ("mode", "wanted"),
+        [
+            ("dropped", {"f": b"f", "t": b"t"}),
+            ("kept", {"f": b"new"}),
+            ("names", {"f": b"t"}),
+            ("data", {"f": b"f", "t": b"new"}),
+        ],
+    )
+    def test_what_each_mode_keeps(self, tmp_path: Path, mode: str, wanted: dict[str, bytes]) -> None:
+        folder = tmp_path / "f"
+        folder.mkdir()
+        (folder / "f").write_bytes(b"f")
+        (folder / "t").write_bytes(b"t")
+        code = """
+            import os, sys; os.chdir(sys.argv[1])
+            os.write(os.open("t", os.O_WRONLY | os.O_TRUNC), b"new"); os.rename("t", "f")
+            """
+        recording = run_recorded(code, folder)
+        assert contents(recording.rebuild(recording.points() - 1, mode, 1, tmp_path / mode)) == wanted
+
+    def test_prefix_keeps_the_order_over_all_files(self, tmp_path: Path) -> None:
+        (tmp_path / "f").mkdir()
+        code = """
+            import os, sys; os.chdir(sys.argv[1])
+            one, two = (os.open(name, os.O_WRONLY | os.O_CREAT) for name in ("1", "2"))
+            os.fsync(os.open(".", os.O_RDONLY))
+            for i in range(10): os.write(one, b"1"); os.write(two, b"2")
+            """
+        recording = run_recorded(code, tmp_path / "f")
+        seen = set()
+        for seed in range(60):
+            disk = recording.rebuild(recording.points() - 1, "prefix", seed, tmp_path / str(seed))
+            seen.add((len((disk / "1").read_bytes()), len((disk / "2").read_bytes())))
+        assert all(one - two in (0, 1) for one, two in seen)
+        assert len(seen) > 10
+
+    def test_a_rename_across_folders_takes_what_came_before_with_it(self, tmp_path: Path) -> None:
+        folder = tmp_path / "f"
+        for name in ("a", "b"):
+            (folder / name).mkdir(parents=True)
+        for name in "xyz":
+            (folder / "a" / name).write_text(name)
+        code = """
+            import os, sys; os.chdir(sys.argv[1])
+            os.unlink("a/y"); os.rename("a/x", "b/x"); os.unlink("a/z"); os.fsync(os.open("b", os.O_RDONLY))
+            """
+        recording = run_recorded(code, folder)
+        found = contents(recording.rebuild(recording.points() - 1, "dropped", 1, tmp_path / "d"))
+        assert found == {"a": b"/", "b": b"/", "b/x": b"x", "a/z": b"z"}
 
     def test_torn_writes_are_torn_by_sectors(self, tmp_path: Path) -> None:
         folder = tmp_path / "f"
@@ -648,11 +710,16 @@ class TestPowerLoss:
 
 # ---- faults ------------------------------------------------------------------------------------------
 
-# Does one deed a line of its input, and answers with its outcome.
+# Does one deed a line of its input, and answers with its outcome. Another thread writes into its folder, too.
 DOER = """
 import os, sys, time, threading
 os.chdir(sys.argv[1])
-threading.Thread(target=threading.Event().wait, daemon=True).start()
+noise = os.open("noise", os.O_WRONLY | os.O_CREAT)
+os.unlink("noise")
+def make_noise():
+    while True:
+        os.write(noise, b"x"); time.sleep(0.002)
+threading.Thread(target=make_noise, daemon=True).start()
 print(os.getpid(), flush=True)
 for line in sys.stdin:
     try:
@@ -703,12 +770,13 @@ REPLACE = """
 import os, sys
 d = sys.argv[1]
 fd = os.open(d + "/t", os.O_WRONLY | os.O_CREAT)
-os.write(fd, b"new")
+os.write(fd, b"n")
+os.write(fd, b"ew")
 os.fsync(fd)
 os.rename(d + "/t", d + "/f")
 os.unlink(d + "/g")
 """
-REPLACE_STEPS = ["openat", "write", "fsync", "rename", "unlink"]
+REPLACE_STEPS = ["openat", "write", "write", "fsync", "rename", "unlink"]
 
 
 @pytest.mark.usefixtures("strace_here")
@@ -738,10 +806,10 @@ class TestStrace:
         """What stands there once so many of REPLACE_STEPS were taken."""
         found = {"f": b"old", "g": b"other"}
         if taken >= 1:
-            found["t"] = b"new" if taken >= 2 else b""
-        if taken >= 4:
-            found["f"] = found.pop("t")
+            found["t"] = b"new"[: (0, 1, 3)[min(taken - 1, 2)]]
         if taken >= 5:
+            found["f"] = found.pop("t")
+        if taken >= 6:
             del found["g"]
         return found
 
