@@ -1,0 +1,411 @@
+"""Every command as a row of a table: the parser, the man page, the shell completions and the README's check
+are made from it. What a command does stands in `commands`, under the name in `run`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+SERVE, ONLINE, OFFLINE = "serve", "online", "offline"
+
+DEFAULT_SOCKET = "/tmp/progressdb-kms.sock"  # noqa: S108
+DEFAULT_DATA_DIR = "./kms-data"
+
+
+class Arg(NamedTuple):
+    """One argument. `kind`: flag, text, count (1 and more), file, folder, key_id, or a key of CHOICES."""
+
+    names: tuple[str, ...]
+    help: str
+    kind: str = "text"
+    metavar: str = ""
+    nargs: str = ""  # as argparse has it: ? * +
+    required: bool = False
+    default: Any = None
+
+    @property
+    def positional(self) -> bool:
+        return not self.names[0].startswith("-")
+
+
+class Command(NamedTuple):
+    """One command. `run` is its function in `commands`; `keys`: it handles key bytes, so its process is
+    hardened before anything else."""
+
+    name: str  # one or two words
+    group: str
+    help: str
+    about: str
+    args: tuple[Arg, ...]
+    run: str
+    examples: tuple[str, ...] = ()
+    keys: bool = False
+    exits: tuple[tuple[int, str], ...] = ()
+
+
+CHOICES: dict[str, tuple[str, ...]] = {"bench": ("calls", "store", "rotate")}
+
+EXITS = ((0, "it was done"), (1, "it failed; stderr says why"), (2, "the command line is wrong"))
+
+ENVIRONMENT = (
+    ("PROGRESSDB_KMS_SOCKET", "the socket, where --socket and the config file name none"),
+    ("PROGRESSDB_KMS_DATA_DIR", "the data-dir, likewise"),
+    ("PROGRESSDB_KMS_MASTER_KEY_FILE", "the master key file; not read with --config"),
+    ("PROGRESSDB_KMS_MASTER_KEY_HEX", "the master key; not read with --config"),
+    ("PROGRESSDB_KMS_ALLOWED_UIDS", "UIDs that are served, with commas between; not read with --config"),
+)
+
+SOCKET = Arg(("--socket",), f"the daemon's Unix socket (default {DEFAULT_SOCKET})", "file", "PATH")
+DATA_DIR = Arg(
+    ("--data-dir",), f"where the store and the audit log are (default {DEFAULT_DATA_DIR})", "folder", "DIR"
+)
+CONFIG = Arg(("--config",), "the YAML configuration", "file", "FILE")
+JSON = Arg(("--json",), "print JSON, for programs", "flag")
+KEY = Arg(("key_id",), "the DEK", "key_id", "KEY_ID")
+KEY_OPTION = Arg(("--key-id",), "the DEK to use", "key_id", "ID", required=True)
+AAD = Arg(("--aad",), "text that is bound to the data and must be given again to decrypt it", "text", "TEXT")
+INPUT = Arg(("input",), "what to read (default and `-`: stdin)", "file", "IN", "?", default="-")
+OUTPUT = Arg(("output",), "what to write (default and `-`: stdout)", "file", "OUT", "?", default="-")
+NEW_KEY_FILE = Arg(("--new-key-file",), "a key file with the new KEK (see genkey)", "file", "FILE")
+
+_OUT_RULES = (
+    "OUT is written whole or not at all, with mode 0600: a command that fails leaves no file, and one"
+    " that was there before stays. Binary data is not written to a terminal."
+)
+
+COMMANDS: tuple[Command, ...] = (
+    Command(
+        "serve",
+        SERVE,
+        "run the daemon in the foreground",
+        "Serves until SIGTERM or SIGINT; SIGHUP reopens the audit log. This is also what happens "
+        "where no command is given. A flag goes before the config file, that before the environment; "
+        "but with --config the keys and the peer rules come from that file alone.",
+        (SOCKET, DATA_DIR, CONFIG),
+        "serve",
+        (
+            "progressdb-kms --socket /run/progressdb-kms/kms.sock --data-dir /var/lib/progressdb-kms "
+            "--config /etc/progressdb-kms.yaml",
+        ),
+        keys=True,
+    ),
+    # ---- keys and data, through the socket
+    Command(
+        "status",
+        ONLINE,
+        "tell how the daemon is",
+        "Prints version, active KEK, number of DEKs, memory protection, audit log and a rotation under way.",
+        (SOCKET, JSON, Arg(("--ready",), "fail unless it can do all of its work (a health check)", "flag")),
+        "status",
+        ("progressdb-kms status", "progressdb-kms status --ready"),
+        exits=((1, "no answer, or not ready with --ready"),),
+    ),
+    Command(
+        "create-dek",
+        ONLINE,
+        "make a DEK for a thread",
+        "Prints the key_id of a new DEK. Each call makes another one.",
+        (
+            SOCKET,
+            Arg(("--thread-id",), "the chat thread that it is for", "text", "ID", required=True),
+            Arg(("--key-id",), "its key_id (default: a generated one)", "text", "ID"),
+            JSON,
+        ),
+        "create_dek",
+        ("KEY=$(progressdb-kms create-dek --thread-id t1)",),
+    ),
+    Command(
+        "list",
+        ONLINE,
+        "list the DEKs",
+        "Prints a line a DEK, in order of key_id.",
+        (SOCKET, Arg(("--thread-id",), "those of this thread only", "text", "ID"), JSON),
+        "list_deks",
+        ("progressdb-kms list --thread-id t1", "progressdb-kms list --json | jq -r .key_id"),
+    ),
+    Command(
+        "describe",
+        ONLINE,
+        "tell about a DEK",
+        "Prints state, thread, KEK and times of one DEK; never its bytes.",
+        (SOCKET, KEY, JSON),
+        "describe",
+    ),
+    Command(
+        "encrypt",
+        ONLINE,
+        "encrypt a file or stdin under a DEK",
+        "AES-256-GCM inside the daemon; the DEK never leaves it. " + _OUT_RULES,
+        (SOCKET, KEY_OPTION, AAD, INPUT, OUTPUT),
+        "encrypt",
+        (
+            "progressdb-kms encrypt --key-id $KEY --aad backup notes.txt notes.enc",
+            "… | progressdb-kms encrypt --key-id $KEY > f",
+        ),
+    ),
+    Command(
+        "decrypt",
+        ONLINE,
+        "decrypt a file or stdin",
+        "The opposite of encrypt: takes the same key_id and the same AAD. " + _OUT_RULES,
+        (SOCKET, KEY_OPTION, AAD, INPUT, OUTPUT),
+        "decrypt",
+        ("progressdb-kms decrypt --key-id $KEY --aad backup notes.enc notes.txt",),
+    ),
+    Command(
+        "disable",
+        ONLINE,
+        "take a DEK out of use",
+        "What was encrypted under it can't be read until enable.",
+        (SOCKET, KEY, JSON),
+        "disable",
+    ),
+    Command(
+        "enable",
+        ONLINE,
+        "take a DEK into use again",
+        "Undoes disable, and cancels a scheduled shred.",
+        (SOCKET, KEY, JSON),
+        "enable",
+    ),
+    Command(
+        "shred",
+        ONLINE,
+        "schedule the erasure of a DEK, or erase it at once",
+        "Once a DEK is shredded nothing can bring back what was encrypted under it: its wrapped bytes"
+        " are removed from the store, its log and the snapshots. Backups made before hold it still, "
+        "but restore refuses it. Without --now it is due in 7 days, until then `enable` cancels it.",
+        (
+            SOCKET,
+            KEY,
+            Arg(("--now",), "at once; it can't be undone", "flag"),
+            Arg(("--days",), "when it is due: 1 to 365 days (default 7)", "count", "N"),
+            JSON,
+        ),
+        "shred",
+        ("progressdb-kms shred k_0190… --days 30", "progressdb-kms shred k_0190… --now"),
+    ),
+    Command(
+        "rewrap",
+        ONLINE,
+        "move one DEK to another KEK",
+        "The other KEK stays in the daemon's memory, and must be in previous_master_keys at its next start.",
+        (SOCKET, KEY, NEW_KEY_FILE._replace(required=True), JSON),
+        "rewrap",
+        keys=True,
+    ),
+    Command(
+        "rotate-kek",
+        ONLINE,
+        "move all DEKs to a new KEK, while the daemon serves",
+        "The new key is in a file and synced before the daemon hears of it: FILE.next beside the "
+        "master_key_file FILE. After the rotation it takes the place of FILE, and the old key stays "
+        "as FILE.old-<kek_id>: backups and snapshots made before need it. Whatever is interrupted, "
+        "the daemon starts, and --resume finishes. Where the key is not in a master_key_file, the new"
+        " key file stays where it is and the lines to change in the configuration are printed.",
+        (
+            SOCKET,
+            CONFIG,
+            Arg(("--generate",), "make a new random key", "flag"),
+            NEW_KEY_FILE,
+            Arg(("--resume",), "finish a rotation that was interrupted", "flag"),
+            Arg(("--dry-run",), "open every DEK and change nothing", "flag"),
+            Arg(("--forget-old",), "overwrite the old key instead of keeping it", "flag"),
+            JSON,
+        ),
+        "rotate_kek",
+        (
+            "progressdb-kms rotate-kek --config /etc/progressdb-kms.yaml --generate --dry-run",
+            "progressdb-kms rotate-kek --config /etc/progressdb-kms.yaml --generate",
+        ),
+        keys=True,
+    ),
+    # ---- files
+    Command(
+        "genkey",
+        OFFLINE,
+        "make a key file",
+        "Writes 32 random bytes as hex, mode 0600, synced with the folder; never over a file that "
+        "exists. Prints the kek_id, never the key. Keep a copy in a safe place: without it every DEK "
+        "is lost.",
+        (Arg(("file",), "the key file to make", "file", "FILE"), JSON),
+        "genkey",
+        ("progressdb-kms genkey /etc/progressdb-kms.key",),
+        keys=True,
+    ),
+    Command(
+        "kek-id",
+        OFFLINE,
+        "tell the kek_id of key files",
+        "Prints the fingerprint by which the store names a KEK: finds the file that a message asks for.",
+        (Arg(("file",), "a key file", "file", "FILE", "+"), JSON),
+        "kek_id",
+        ("progressdb-kms kek-id /etc/progressdb-kms.key*",),
+        keys=True,
+    ),
+    Command(
+        "audit verify",
+        OFFLINE,
+        "check the audit log",
+        "Checks signatures, chains and heads, and prints the first fault with its file and line. "
+        "Without LOG it takes the log of the data-dir.",
+        (
+            Arg(("log",), "audit logs, the oldest first", "file", "LOG", "*"),
+            DATA_DIR,
+            CONFIG,
+            Arg(
+                ("--receipts",),
+                "a file of X-KMS-Audit receipts, one a line, to hold against the logs",
+                "file",
+                "FILE",
+            ),
+            Arg(("--partial",), "the logs don't reach back to the first record", "flag"),
+            JSON,
+        ),
+        "audit_verify",
+        ("progressdb-kms audit verify --config /etc/progressdb-kms.yaml",),
+        keys=True,
+        exits=((1, "a fault was found, or the log can't be read"),),
+    ),
+    Command(
+        "audit tail",
+        OFFLINE,
+        "show the last audit records",
+        "Shows records without checking their signatures.",
+        (
+            DATA_DIR,
+            CONFIG,
+            Arg(("-n", "--lines"), "how many (default 10)", "count", "N", default=10),
+            Arg(("-f", "--follow"), "go on with new ones, also after the log was rotated", "flag"),
+            Arg(("--json",), "print the lines as they stand in the log", "flag"),
+        ),
+        "audit_tail",
+        ("progressdb-kms audit tail -f --data-dir /var/lib/progressdb-kms",),
+    ),
+    Command(
+        "verify",
+        OFFLINE,
+        "open every DEK and check the store",
+        "Checks SQLite's integrity and opens each DEK under the KEK it names. May run beside the daemon.",
+        (DATA_DIR, CONFIG, JSON),
+        "verify",
+        keys=True,
+    ),
+    Command(
+        "backup",
+        OFFLINE,
+        "copy the store to one file",
+        "A consistent copy, taken while the daemon may run, with a checksum and the kek_ids that it "
+        "needs. It holds wrapped DEKs only: keep the key files elsewhere.",
+        (Arg(("file",), "the backup to make", "file", "FILE"), DATA_DIR, CONFIG, JSON),
+        "backup",
+        ("progressdb-kms backup /backup/kms-$(date +%F) --config /etc/progressdb-kms.yaml",),
+    ),
+    Command(
+        "restore",
+        OFFLINE,
+        "bring back a backup, or DEKs from a snapshot",
+        "The daemon must be stopped. The file is checked before anything is changed; what was "
+        "shredded since stays shredded. With --snapshot DEKs come from a folder under "
+        "kms-deks-backup.",
+        (
+            Arg(("file",), "a file made by backup", "file", "FILE", "?"),
+            DATA_DIR,
+            CONFIG,
+            Arg(("--snapshot",), "a snapshot folder, instead of FILE", "folder", "PATH"),
+            Arg(("--key",), "this DEK only, with --snapshot", "key_id", "ID"),
+            Arg(("--force",), "also over what is newer", "flag"),
+            JSON,
+        ),
+        "restore",
+        (
+            "progressdb-kms restore /backup/kms-2026-11-24 --config /etc/progressdb-kms.yaml",
+            "progressdb-kms restore --snapshot kms-data/kms-deks-backup/20261124T020000Z-… --key k_0190…",
+        ),
+        keys=True,
+    ),
+    Command(
+        "export",
+        OFFLINE,
+        "write all DEKs as JSON lines",
+        "A line a DEK, wrapped: it opens under the same KEK only. OUT is written whole or not at all.",
+        (OUTPUT, DATA_DIR, CONFIG),
+        "export",
+        ("progressdb-kms export deks.jsonl --config /etc/progressdb-kms.yaml",),
+    ),
+    Command(
+        "import",
+        OFFLINE,
+        "take DEKs from JSON lines, or from the Go service's folders",
+        "Takes what export writes, lines of {key_id, thread_id, wrapped} as the Go service had them, "
+        "and its kms-deks and kms-deks-backup folders. The daemon must be stopped. Each DEK is opened"
+        " under the KEK before it is stored.",
+        (
+            Arg(("input",), "a file, a folder, or `-` for stdin", "file", "IN"),
+            DATA_DIR,
+            CONFIG,
+            Arg(("--skip-bad",), "list bad lines and go on with the others", "flag"),
+            JSON,
+        ),
+        "import_deks",
+        ("progressdb-kms import /var/lib/old-kms/kms-deks --config /etc/progressdb-kms.yaml",),
+        keys=True,
+    ),
+    Command(
+        "backups list",
+        OFFLINE,
+        "list the snapshots that rotations left",
+        "Prints a line a snapshot folder: its time, the KEK it needs, its number of DEKs.",
+        (DATA_DIR, CONFIG, JSON),
+        "backups_list",
+    ),
+    Command(
+        "backups prune",
+        OFFLINE,
+        "remove old snapshots",
+        "Give --keep, --older-than, or both: then a snapshot goes only where both say so.",
+        (
+            DATA_DIR,
+            CONFIG,
+            Arg(("--keep",), "keep the newest N", "count", "N"),
+            Arg(("--older-than",), "remove those older than D days", "count", "D"),
+            JSON,
+        ),
+        "backups_prune",
+        ("progressdb-kms backups prune --keep 3 --config /etc/progressdb-kms.yaml",),
+    ),
+    Command(
+        "doctor",
+        OFFLINE,
+        "look for what is wrong, and say what to do",
+        "Checks limits, memory protection, modes and owners, the store, disk space, the clock, "
+        "versions, the daemon, and files that an unfinished rotation left. It changes nothing.",
+        (SOCKET, DATA_DIR, CONFIG, JSON),
+        "doctor",
+        ("progressdb-kms doctor --config /etc/progressdb-kms.yaml",),
+        keys=True,
+        exits=((1, "a check failed"),),
+    ),
+    Command(
+        "bench",
+        OFFLINE,
+        "measure this machine",
+        "calls: each call over 1, 16 and 64 connections, beside what HTTP alone and the cipher alone "
+        "can do. store: durable creates a second. rotate: rate and memory of a rotation. It starts a "
+        "daemon of its own in a temporary folder.",
+        (
+            Arg(("what",), "calls (default), store or rotate", "bench", "WHAT", "?", default="calls"),
+            Arg(("--seconds",), "how long each figure is measured (default 3)", "count", "N", default=3),
+            Arg(("--deks",), "DEKs in the store, for rotate (default 10000)", "count", "N", default=10_000),
+            JSON,
+        ),
+        "bench",
+        ("progressdb-kms bench", "progressdb-kms bench rotate --deks 1000000"),
+    ),
+)
+
+GROUP_TITLES = {
+    SERVE: "the daemon",
+    ONLINE: "through the socket",
+    OFFLINE: "on files",
+}
