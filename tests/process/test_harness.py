@@ -358,12 +358,12 @@ class TestMemscan:
         assert "2 of them memfd_secret" in str(report)
 
     def test_what_a_cipher_object_leaves(self) -> None:
-        """Not a plant: a real AESGCM that is kept leaves key and schedule."""
+        """Not a plant: a real cipher context that is kept leaves key and schedule."""
         code = """
             import sys
-            from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-            cipher = AESGCM(bytes(b ^ 0xA5 for b in sys.stdin.buffer.read(32)))
-            cipher.encrypt(bytes(12), b"text", None)
+            from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+            key = bytes(b ^ 0xA5 for b in sys.stdin.buffer.read(32))
+            cipher = Cipher(algorithms.AES(key), modes.GCM(bytes(12))).encryptor()
             print("kept", flush=True)
             sys.stdin.buffer.read()
             """
@@ -974,4 +974,12 @@ class TestFixtures:
         assert me is not None
         assert me.alive()
         assert not me._replace(started=me.started - 1).alive()
-        assert len(procs.threads(os.getpid())) == threading.active_count()
+
+    def test_threads_are_counted(self) -> None:
+        release = threading.Event()
+        before = len(procs.threads(os.getpid()))
+        thread = threading.Thread(target=release.wait)
+        thread.start()
+        assert len(procs.threads(os.getpid())) == before + 1
+        release.set()
+        thread.join()
