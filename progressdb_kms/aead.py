@@ -34,7 +34,7 @@ class _OneShot:
     __slots__ = ("_aesgcm",)
 
     def __init__(self, key: memoryview) -> None:
-        self._aesgcm: Any = AESGCM(key)  # type: ignore[arg-type]  # any buffer is taken, and no copy made
+        self._aesgcm: Any = AESGCM(key)
 
     def seal_into(self, nonce: bytes, plaintext: Buffer, aad: bytes, out: memoryview) -> int:
         """Write ciphertext and tag to `out`; returns their length, len(plaintext) + 16."""
@@ -64,9 +64,9 @@ class _Contexts:
         self._key = key
 
     def seal_into(self, nonce: bytes, plaintext: Buffer, aad: bytes, out: memoryview) -> int:
-        encryptor = Cipher(algorithms.AES(self._key), modes.GCM(nonce)).encryptor()  # type: ignore[arg-type]
+        encryptor = Cipher(algorithms.AES(self._key), modes.GCM(nonce)).encryptor()
         encryptor.authenticate_additional_data(aad)
-        size = encryptor.update_into(plaintext, out)  # type: ignore[arg-type]
+        size = encryptor.update_into(plaintext, out)
         encryptor.finalize()
         out[size : size + TAG_SIZE] = encryptor.tag
         return size + TAG_SIZE
@@ -77,9 +77,9 @@ class _Contexts:
             raise AuthenticationFailed
         body = memoryview(sealed)
         gcm = modes.GCM(bytes(nonce), bytes(body[size:]))
-        decryptor = Cipher(algorithms.AES(self._key), gcm).decryptor()  # type: ignore[arg-type]
+        decryptor = Cipher(algorithms.AES(self._key), gcm).decryptor()
         decryptor.authenticate_additional_data(aad)
-        decryptor.update_into(body[:size], out)  # type: ignore[arg-type]
+        decryptor.update_into(body[:size], out)
         try:
             decryptor.finalize()
         except InvalidTag:
@@ -98,7 +98,7 @@ else:
 
 def mac(key: memoryview, data: bytes) -> bytes:
     """HMAC-SHA256 (RFC 2104): 32 bytes. One call into OpenSSL: no padded copy of the key is left."""
-    return hmac.digest(key, data, "sha256")  # type: ignore[arg-type]
+    return hmac.digest(key, data, "sha256")
 
 
 def same(a: bytes, b: bytes) -> bool:

@@ -88,7 +88,9 @@ def hex_decode_into(text: Buffer, out: memoryview) -> None:
     for i in range(len(out)):
         high, low = _HEX_VALUE.get(text[2 * i]), _HEX_VALUE.get(text[2 * i + 1])
         if high is None or low is None:
-            raise ValueError(f"must be {2 * len(out)} hex digits: character {2 * i + 1} or {2 * i + 2} is not one")
+            raise ValueError(
+                f"must be {2 * len(out)} hex digits: character {2 * i + 1} or {2 * i + 2} is not one"
+            )
         out[i] = high << 4 | low
 
 

@@ -65,9 +65,10 @@ class LockedBuffer:
         """Bytes that count against RLIMIT_MEMLOCK."""
         return 0 if self._closed or self.kind == "unlocked" else len(self._map)
 
-    def find(self, needle: bytes, start: int, end: int) -> int:
-        """Offset of `needle` in [start, end), or -1; looks in place, copies nothing."""
-        return self._map.find(needle, start, end)
+    @property
+    def map(self) -> mmap.mmap:
+        """The mapping itself, for `find` in place."""
+        return self._map
 
     def wipe(self) -> None:
         if not self._closed:
@@ -117,7 +118,7 @@ def _map_pages(length: int, mode: str) -> tuple[mmap.mmap, str]:
         region.close()
         raise LockRefused(
             f"memory_lock is 'require', but {length} bytes can't be locked ({os.strerror(refused)})",
-            hint="raise the limit: LimitMEMLOCK=infinity in the unit, or `ulimit -l unlimited` before the start",
+            hint="raise the limit: LimitMEMLOCK=infinity in the unit, or `ulimit -l unlimited` before",
         )
     _dont_dump(region)
     return region, "unlocked"

@@ -1,0 +1,127 @@
+"""Counters that all processes share: one block of 64-bit words a process, summed when they are read.
+
+A process writes its own block only, so that no lock is shared and a scrape slows nobody. Within a process a
+lock keeps the threads apart. Nothing secret lives here.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from bisect import bisect_left
+from collections.abc import Sequence
+
+OPS = (
+    "create_dek",
+    "get_wrapped",
+    "encrypt",
+    "decrypt",
+    "encrypt_batch",
+    "decrypt_batch",
+    "reencrypt",
+    "wrap",
+    "unwrap",
+    "rewrap",
+    "rotate_kek",
+    "describe_dek",
+    "list_deks",
+    "disable_dek",
+    "enable_dek",
+    "delete_dek",
+    "service",
+)
+"""Operations as they are counted; `service` is health, status, metrics and whatever has no route."""
+
+BUCKETS = (25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 100e-3, 1.0, 10.0)
+"""Upper bounds of the latency histogram in seconds; one more counts what is slower."""
+
+CLASSES = ("2xx", "4xx", "5xx")
+
+_GAUGES = ("connections", "audit_lines", "items", "starts", "refused_connections", "beats")
+_PER_OP = len(CLASSES) + len(BUCKETS) + 1 + 1  # … and the sum of latencies in ns
+_BLOCK = len(_GAUGES) + len(OPS) * _PER_OP
+
+_OP_INDEX = {op: len(_GAUGES) + i * _PER_OP for i, op in enumerate(OPS)}
+_GAUGE_INDEX = {name: i for i, name in enumerate(_GAUGES)}
+_CLASS_INDEX = {2: 0, 4: 1, 5: 2}
+
+
+class Metrics:
+    """The shared blocks of `processes` processes, made before they fork."""
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+        self._map = mmap.mmap(-1, max(1, processes) * _BLOCK * 8)
+        self._words = memoryview(self._map).cast("Q")
+
+    def block(self, index: int) -> Block:
+        return Block(self._words[index * _BLOCK : (index + 1) * _BLOCK])
+
+    def gauge(self, name: str) -> list[int]:
+        """The value in each process."""
+        return [self._words[i * _BLOCK + _GAUGE_INDEX[name]] for i in range(self.processes)]
+
+    def _sum(self, offset: int) -> int:
+        return sum(self._words[i * _BLOCK + offset] for i in range(self.processes))
+
+    def render(self, extra: Sequence[tuple[str, str, str, Sequence[tuple[str, float]]]]) -> str:
+        """Prometheus text format 0.0.4. `extra`: (name, type, help, [(labels, value)]) of the service."""
+        lines: list[str] = []
+
+        def family(name: str, kind: str, text: str) -> str:
+            full = "progressdb_kms_" + name
+            lines.extend((f"# HELP {full} {text}", f"# TYPE {full} {kind}"))
+            return full
+
+        name = family("requests_total", "counter", "Requests answered, by operation and class of status.")
+        for op, at in _OP_INDEX.items():
+            lines += [f'{name}{{op="{op}",status="{c}"}} {self._sum(at + i)}' for i, c in enumerate(CLASSES)]
+        name = family("request_seconds", "histogram", "Time from the whole request to the answer.")
+        for op, at in _OP_INDEX.items():
+            total, first = 0, at + len(CLASSES)
+            for i, bound in enumerate(BUCKETS):
+                total += self._sum(first + i)
+                lines.append(f'{name}_bucket{{op="{op}",le="{bound:g}"}} {total}')
+            total += self._sum(first + len(BUCKETS))
+            lines.append(f'{name}_bucket{{op="{op}",le="+Inf"}} {total}')
+            lines.append(f'{name}_sum{{op="{op}"}} {self._sum(first + len(BUCKETS) + 1) / 1e9:.9f}')
+            lines.append(f'{name}_count{{op="{op}"}} {total}')
+        for gauge, kind, text in (
+            ("connections", "gauge", "Open connections."),
+            ("audit_lines_total", "counter", "Audit records written by the workers."),
+            ("items_total", "counter", "Messages encrypted or decrypted, those of batches one by one."),
+            ("refused_connections_total", "counter", "Connections refused at max_connections."),
+        ):
+            lines.append(f"{family(gauge, kind, text)} {sum(self.gauge(gauge.removesuffix('_total')))}")
+        for extra_name, kind, text, samples in extra:
+            full = family(extra_name, kind, text)
+            lines += [f"{full}{labels} {value:g}" for labels, value in samples]
+        return "\n".join(lines) + "\n"
+
+
+class Block:
+    """One process's counters."""
+
+    def __init__(self, words: memoryview) -> None:
+        self._words = words
+        self._lock = threading.Lock()
+
+    def request(self, op: str, status: int, seconds: float) -> None:
+        words = self._words
+        at = _OP_INDEX[op]
+        bucket = at + 3 + bisect_left(BUCKETS, seconds)
+        with self._lock:
+            words[at + _CLASS_INDEX.get(status // 100, 2)] += 1
+            words[bucket] += 1
+            words[at + 4 + len(BUCKETS)] += int(seconds * 1e9)
+
+    def add(self, gauge: str, amount: int) -> None:
+        with self._lock:
+            self._words[_GAUGE_INDEX[gauge]] += amount
+
+    def get(self, gauge: str) -> int:
+        value: int = self._words[_GAUGE_INDEX[gauge]]
+        return value
+
+    def clear(self, gauge: str) -> None:
+        self._words[_GAUGE_INDEX[gauge]] = 0

@@ -1,0 +1,53 @@
+"""What is done with keys and data: bytes in, bytes out.
+
+No file, no socket, no clock, no randomness of its own: nonces come in as arguments. A KEK is always a
+borrowed view on locked memory, a DEK always a view on a locked scratch buffer; plaintext and ciphertext
+are ordinary buffers.
+"""
+
+from __future__ import annotations
+
+from . import envelope
+from .aead import KEY_SIZE, NONCE_SIZE, ROOM, TAG_SIZE, Aead
+from .encoding import Buffer
+from .envelope import Wrapped
+from .errors import AuthenticationFailed
+
+SCRATCH_SIZE = 64
+"""Bytes of locked scratch that unwrapping a DEK needs: the DEK, the tag, and room for old ciphers."""
+
+
+def wrap(kek: memoryview, kek_id: str, key_id: str, nonce: bytes, dek: memoryview) -> bytes:
+    """Wrap a 32-byte DEK, bound to its key_id. Returns the blob."""
+    aad = envelope.binding(kek_id, key_id)
+    sealed = bytearray(KEY_SIZE + ROOM)
+    size = Aead(kek).seal_into(nonce, dek, aad, memoryview(sealed))
+    return aad + nonce + bytes(sealed[:size])
+
+
+def unwrap_into(kek: memoryview, wrapped: Wrapped, scratch: memoryview) -> memoryview:
+    """Unwrap into `scratch` (SCRATCH_SIZE bytes of locked memory). Returns the part with the DEK.
+
+    Raises AuthenticationFailed, with `scratch` wiped.
+    """
+    if Aead(kek).open_into(wrapped.nonce, wrapped.sealed, wrapped.aad, scratch) != KEY_SIZE:
+        raise AuthenticationFailed
+    return scratch[:KEY_SIZE]
+
+
+def encrypt(cipher: Aead, nonce: bytes, plaintext: Buffer, aad: bytes) -> memoryview:
+    """Returns nonce | ciphertext | tag: 28 bytes longer than the plaintext."""
+    out = memoryview(bytearray(NONCE_SIZE + len(plaintext) + ROOM))
+    out[:NONCE_SIZE] = nonce
+    size = cipher.seal_into(nonce, plaintext, aad, out[NONCE_SIZE:])
+    return out[: NONCE_SIZE + size]
+
+
+def decrypt(cipher: Aead, message: Buffer, aad: bytes) -> memoryview:
+    """Open nonce | ciphertext | tag. Raises AuthenticationFailed; a message too short is no exception."""
+    size = len(message) - NONCE_SIZE
+    if size < TAG_SIZE:
+        raise AuthenticationFailed
+    body = memoryview(message)
+    out = memoryview(bytearray(size + ROOM))
+    return out[: cipher.open_into(bytes(body[:NONCE_SIZE]), body[NONCE_SIZE:], aad, out)]

@@ -1,0 +1,74 @@
+"""Who may call what, and what a DEK in a given state allows: tables, and two functions that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Optional
+
+from .errors import KeyDisabled, KeyShredded, KMSError, PeerRefused
+
+# ---- states of a DEK -----------------------------------------------------------------------------
+
+ENABLED = "enabled"
+DISABLED = "disabled"
+PENDING_DELETION = "pending_deletion"
+SHREDDED = "shredded"
+
+STATES = (ENABLED, DISABLED, PENDING_DELETION, SHREDDED)
+
+
+class Transition(NamedTuple):
+    """One row of the state machine: from which states an action leads to which."""
+
+    sources: frozenset[str]
+    target: str
+
+
+# `enable` cancels a scheduled deletion. Each action may be repeated: a caller that lost the answer
+# asks again.
+TRANSITIONS: Mapping[str, Transition] = {
+    "disable": Transition(frozenset((ENABLED, DISABLED)), DISABLED),
+    "enable": Transition(frozenset((ENABLED, DISABLED, PENDING_DELETION)), ENABLED),
+    "schedule_deletion": Transition(frozenset((ENABLED, DISABLED, PENDING_DELETION)), PENDING_DELETION),
+    "shred": Transition(frozenset(STATES), SHREDDED),
+}
+
+
+def refusal(key_id: str, state: str) -> Optional[KMSError]:
+    """Why a DEK in this state can't be used, or None where it can."""
+    if state == ENABLED:
+        return None
+    if state == DISABLED:
+        return KeyDisabled(f"the key {key_id} is disabled", hint="enable it first")
+    if state == PENDING_DELETION:
+        return KeyDisabled(f"the key {key_id} is scheduled for deletion", hint="`enable` cancels that")
+    return KeyShredded(f"the key {key_id} was shredded: what was encrypted under it can't be read any more")
+
+
+# ---- peers ---------------------------------------------------------------------------------------
+
+
+class Peer(NamedTuple):
+    """Credentials of a connected process, as the kernel took them down at connect().
+
+    A pid is told for the record only: it may belong to another process by now.
+    """
+
+    uid: int
+    gid: int
+    pid: int
+
+
+class PeerRules(NamedTuple):
+    """`None`: whoever the socket's permissions let in."""
+
+    callers: Optional[frozenset[int]] = None
+    admins: Optional[frozenset[int]] = None
+
+    def check(self, peer: Peer, admin: bool) -> None:
+        """Raises PeerRefused. An admin UID is a caller too."""
+        if admin and self.admins is not None:
+            if peer.uid not in self.admins:
+                raise PeerRefused(f"uid {peer.uid} may not make this call (admin_peer_uids)")
+        elif self.callers is not None and peer.uid not in self.callers | (self.admins or frozenset()):
+            raise PeerRefused(f"uid {peer.uid} is not served (allowed_peer_uids)")

@@ -1,0 +1,499 @@
+"""Where wrapped DEKs live: `<data-dir>/kms.db`, and a twin in memory that keeps the same contract.
+
+The contract, for every store:
+
+- `transaction()`: what is written inside is on disk when the block ends, or nothing of it is. An error is
+  raised by the call that caused it, as StoreUnavailable.
+- `savepoint()`: a part of a transaction that can fail alone.
+- Readers see committed state only, and never wait for a writer.
+- `deks` rows are keyed `meta:<key_id>`; the service's own rows `kek:…` and `audit:…` stand in `kms`.
+- `keks()` tells how many DEKs need each KEK, without counting: it is kept with every write.
+
+How SQLite is held to it. The mapping is sqlitedict's; its connection (`_new_conn`) is ours, because the
+original runs a thread that dies at a failing COMMIT, sets synchronous=OFF and reports errors elsewhere.
+One connection in one process writes and checkpoints, all others are read-only: SQLite before 3.51.3 can
+damage a WAL that two connections reset. After a COMMIT that failed nobody knows what is on disk, so the
+file is closed, opened again and checked before the next write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Protocol
+
+from sqlitedict import SqliteDict
+
+from .encoding import b64decode, b64encode, json_dumps, json_loads
+from .errors import StoreDamaged, StoreUnavailable
+from .policy import ENABLED, SHREDDED
+
+FILE_NAME = "kms.db"
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x4B4D5331  # "KMS1", in the header of our database files
+FORMAT = 1  # of one row
+
+TRACES = (FILE_NAME + "-wal", "kms-audit.log", "kms-deks-backup")
+"""Files that only a data-dir in use has: beside them, a missing database is a lost one."""
+
+DEKS = "deks"
+STAGED = "deks_next"
+RETIRED = "deks_old_"  # and a number: tables that are emptied bit by bit
+
+
+class DekRecord(NamedTuple):
+    """One DEK, as stored. `wrapped` is the blob of `envelope`; empty once shredded."""
+
+    key_id: str
+    thread_id: str
+    wrapped: bytes
+    kek_id: str
+    kek_version: int
+    created_at: str
+    state: str = ENABLED
+    delete_at: str = ""
+    shredded_at: str = ""
+
+    def to_row(self) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "thread_id": self.thread_id,
+            "wrapped": b64encode(self.wrapped),
+            "kek_id": self.kek_id,
+            "kek_version": self.kek_version,
+            "created_at": self.created_at,
+            "state": self.state,
+            "format": FORMAT,
+        }
+        if self.delete_at:
+            row["delete_at"] = self.delete_at
+        if self.shredded_at:
+            row["shredded_at"] = self.shredded_at
+        return row
+
+    @classmethod
+    def from_row(cls, key_id: str, row: dict[str, Any]) -> DekRecord:
+        """Raises StoreDamaged where a row is not one of ours."""
+        try:
+            if row["format"] != FORMAT:
+                raise ValueError("format")
+            return cls(
+                key_id,
+                row["thread_id"],
+                b64decode(row["wrapped"]),
+                row["kek_id"],
+                row["kek_version"],
+                row["created_at"],
+                row["state"],
+                row.get("delete_at", ""),
+                row.get("shredded_at", ""),
+            )
+        except (KeyError, TypeError, ValueError):
+            raise StoreDamaged(
+                f"the row of key {key_id} can't be read",
+                hint="run `progressdb-kms verify`, then restore a backup",
+            ) from None
+
+
+class KekCount(NamedTuple):
+    """How much of the store needs one KEK: its version, DEKs wrapped under it, time of the first."""
+
+    version: int
+    deks: int
+    since: str
+
+
+class Reader(Protocol):
+    """What the workers see of a store."""
+
+    def get(self, key_id: str) -> Optional[DekRecord]: ...
+    def page(self, after: str, limit: int, thread_id: Optional[str] = None) -> list[DekRecord]: ...
+    def read(self, name: str) -> Optional[dict[str, Any]]: ...
+    def names(self, prefix: str) -> list[str]: ...
+    def keks(self) -> dict[str, KekCount]: ...
+    def close(self) -> None: ...
+
+
+class Store(Reader, Protocol):
+    """What the keeper sees: the reader's side, and writes inside transactions."""
+
+    def transaction(self) -> contextlib.AbstractContextManager[None]: ...
+    def savepoint(self) -> contextlib.AbstractContextManager[None]: ...
+    def put(self, record: DekRecord) -> None: ...
+    def write(self, name: str, value: dict[str, Any]) -> None: ...
+    def erase(self, name: str) -> None: ...
+    def stage(self, records: Iterable[DekRecord]) -> None: ...
+    def staging(self, on: bool) -> None: ...
+    def swap(self, keks: dict[str, KekCount]) -> None: ...
+    def retire(self, limit: int) -> bool: ...
+    def forget(self, key_id: str) -> None: ...
+    def due(self, now: str, limit: int) -> list[DekRecord]: ...
+    def compact(self) -> None: ...
+    def checkpoint(self) -> None: ...
+
+
+# ---- counts per KEK ------------------------------------------------------------------------------
+
+
+def _counted(keks: dict[str, KekCount], old: Optional[DekRecord], new: DekRecord) -> dict[str, KekCount]:
+    """The counts after `old` (None: nothing) was replaced by `new`. A shredded DEK needs no KEK."""
+    result = dict(keks)
+    if old is not None and old.state != SHREDDED:
+        row = result[old.kek_id]
+        result[old.kek_id] = row._replace(deks=row.deks - 1)
+    if new.state != SHREDDED:
+        row = result.get(new.kek_id, KekCount(new.kek_version, 0, new.created_at))
+        result[new.kek_id] = row._replace(deks=row.deks + 1, since=min(row.since, new.created_at))
+    return {kek_id: row for kek_id, row in result.items() if row.deks > 0}
+
+
+# ---- SQLite --------------------------------------------------------------------------------------
+
+
+def _unavailable(error: sqlite3.Error) -> StoreUnavailable:
+    text = str(error)
+    if "full" in text:
+        hint = "make room on the file system of the data-dir; nothing that was acknowledged is lost"
+    elif "readonly" in text or "unable to open" in text:
+        hint = "the data-dir must be writable by the daemon's user"
+    else:
+        hint = "look at the disk and the kernel log, then run `progressdb-kms doctor`"
+    return StoreUnavailable(f"the store can't do that now: {text}", hint=hint)
+
+
+class Connection:
+    """One sqlite3 connection with the interface that SqliteDict wants of its own, and nothing hidden.
+
+    Statements run in the calling thread, under a lock; errors leave as StoreUnavailable.
+    """
+
+    autocommit = False
+
+    def __init__(self, path: Path, *, writer: bool) -> None:
+        self.lock = threading.RLock()
+        mode = "rwc" if writer else "ro"
+        uri = f"{path.absolute().as_uri()}?mode={mode}"
+        try:
+            self._db = sqlite3.connect(
+                uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5
+            )
+            self._db.execute("PRAGMA cell_size_check=ON")
+        except sqlite3.Error as error:
+            raise _unavailable(error) from error
+
+    def execute(self, sql: str, args: tuple[Any, ...] = ()) -> None:
+        self.select(sql, args)
+
+    def executemany(self, sql: str, rows: Iterable[tuple[Any, ...]]) -> None:
+        with self.lock:
+            try:
+                self._db.executemany(sql, rows)
+            except sqlite3.Error as error:
+                raise _unavailable(error) from error
+
+    def select(self, sql: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        with self.lock:
+            try:
+                return self._db.execute(sql, args).fetchall()
+            except sqlite3.Error as error:
+                raise _unavailable(error) from error
+
+    def select_one(self, sql: str, args: tuple[Any, ...] = ()) -> Any:
+        rows = self.select(sql, args)
+        return rows[0] if rows else None
+
+    def commit(self, blocking: bool = True) -> None:
+        """SqliteDict calls this after its own CREATE TABLE; transactions are begun and ended by the store."""
+
+    def in_transaction(self) -> bool:
+        return self._db.in_transaction
+
+    def close(self, do_log: bool = True, force: bool = False) -> None:
+        with self.lock:
+            self._db.close()
+
+
+class Table(SqliteDict):  # type: ignore[misc]
+    """A sqlitedict over a connection that several tables share; JSON in, JSON out, never pickle."""
+
+    def __init__(self, path: Path, name: str, conn: Connection) -> None:
+        self._shared = conn
+        super().__init__(str(path), tablename=name, encode=json_dumps, decode=json_loads, outer_stack=False)
+
+    def _new_conn(self) -> Connection:
+        return self._shared
+
+    def close(self, do_log: bool = True, force: bool = False) -> None:
+        self.conn = None  # the store closes the connection, once
+
+
+_PAGE = f'SELECT key, value FROM "{DEKS}" WHERE key > ? ORDER BY key LIMIT ?'  # noqa: S608
+_PAGE_OF_THREAD = (
+    f"SELECT key, value FROM \"{DEKS}\" WHERE json_extract(value, '$.thread_id') = ? AND key > ? "  # noqa: S608
+    "ORDER BY key LIMIT ?"
+)
+
+
+class SqliteReader:
+    """Read-only: for the workers, and for commands beside a running daemon."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.path = data_dir / FILE_NAME
+        self._conn = Connection(self.path, writer=False)
+        self._bind()
+
+    def _bind(self) -> None:
+        self._deks = Table(self.path, DEKS, self._conn)
+        self._kms = Table(self.path, "kms", self._conn)
+
+    def get(self, key_id: str) -> Optional[DekRecord]:
+        try:
+            return DekRecord.from_row(key_id, self._deks["meta:" + key_id])
+        except KeyError:
+            return None
+
+    def page(self, after: str, limit: int, thread_id: Optional[str] = None) -> list[DekRecord]:
+        """Up to `limit` records with a key_id behind `after`, in order of key_id."""
+        if thread_id is None:
+            rows = self._conn.select(_PAGE, ("meta:" + after, limit))
+        else:
+            rows = self._conn.select(_PAGE_OF_THREAD, (thread_id, "meta:" + after, limit))
+        return [DekRecord.from_row(key[5:], json_loads(value)) for key, value in rows]
+
+    def read(self, name: str) -> Optional[dict[str, Any]]:
+        value: Optional[dict[str, Any]] = self._kms.get(name)
+        return value
+
+    def names(self, prefix: str) -> list[str]:
+        rows = self._conn.select(
+            "SELECT key FROM kms WHERE key >= ? AND key < ?", (prefix, prefix + "\uffff")
+        )
+        return [row[0] for row in rows]
+
+    def keks(self) -> dict[str, KekCount]:
+        found = self.read("kek:counts") or {}
+        return {kek_id: KekCount(*row) for kek_id, row in found.items()}
+
+    def close(self) -> None:
+        self._conn.close()
+
+
+class SqliteStore(SqliteReader):
+    """The one writer of a data-dir. Raises StoreDamaged where the file is not a store that we know."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.path = data_dir / FILE_NAME
+        self._open()
+
+    def _open(self) -> None:
+        fresh = not self.path.exists() or self.path.stat().st_size == 0
+        if fresh and (traces := [name for name in TRACES if (self.path.parent / name).exists()]):
+            raise StoreDamaged(
+                f"{self.path} is missing or empty, but {traces[0]} beside it tells that there was a store",
+                hint="put the file back, or restore a backup: `progressdb-kms restore FILE`",
+            )
+        self._suspect = False
+        self._conn = Connection(self.path, writer=True)
+        try:
+            self._prepare(fresh)
+        except StoreUnavailable as error:
+            self._conn.close()
+            cause = error.__cause__
+            if isinstance(cause, sqlite3.DatabaseError) and not isinstance(cause, sqlite3.OperationalError):
+                raise StoreDamaged(
+                    f"{self.path} is damaged or no database: {cause}",
+                    hint="restore a backup: `progressdb-kms restore FILE`",
+                ) from error
+            raise
+
+    def _prepare(self, fresh: bool) -> None:
+        select = self._conn.select_one
+        application, version = select("PRAGMA application_id")[0], select("PRAGMA user_version")[0]
+        if fresh:  # first of all, so that a crash right after leaves a file that is known as ours
+            select(f"PRAGMA application_id={APPLICATION_ID}")
+        elif application != APPLICATION_ID:
+            raise StoreDamaged(
+                f"{self.path} is a database of something else", hint="is data_dir the right folder?"
+            )
+        elif version > SCHEMA_VERSION:
+            raise StoreDamaged(
+                f"{self.path} has schema version {version}; this release knows up to {SCHEMA_VERSION}",
+                hint="run the newer release that wrote it",
+            )
+        for pragma, value, wanted in (
+            ("journal_mode", "WAL", "wal"),
+            ("synchronous", "FULL", 2),
+            ("secure_delete", "ON", 1),
+            ("busy_timeout", "5000", 5000),
+        ):
+            select(f"PRAGMA {pragma}={value}")
+            if (found := select(f"PRAGMA {pragma}")[0]) != wanted:
+                raise StoreUnavailable(
+                    f"SQLite refuses {pragma}={value} for {self.path} (it stays {found})",
+                    hint="the data-dir must be on a local file system with locks and shared memory",
+                )
+        self._bind()
+        if not version:
+            self._index(DEKS)
+            select(f"PRAGMA user_version={SCHEMA_VERSION}")
+        self.checkpoint()
+        pages, size = select("PRAGMA page_count")[0], select("PRAGMA page_size")[0]
+        if self.path.stat().st_size < pages * size:
+            raise StoreDamaged(
+                f"{self.path} was cut: it has {self.path.stat().st_size} of {pages * size} bytes",
+                hint="restore a backup: `progressdb-kms restore FILE`",
+            )
+        self._counts = super().keks()
+
+    def _index(self, table: str) -> None:
+        """Find the DEKs of a thread without a scan; the name is free, as renamed tables keep theirs."""
+        name = self._free_name("deks_thread_")
+        self._conn.execute(f'CREATE INDEX "{name}" ON "{table}" (json_extract(value, \'$.thread_id\'), key)')
+
+    def _free_name(self, prefix: str) -> str:
+        rows = self._conn.select(
+            "SELECT name FROM sqlite_master WHERE substr(name, 1, ?) = ?", (len(prefix), prefix)
+        )
+        return f"{prefix}{max((int(row[0][len(prefix) :]) for row in rows), default=0) + 1}"
+
+    def _reopen(self) -> None:
+        """After a COMMIT of unknown outcome: a new connection, and a look at the whole file."""
+        self._conn.close()
+        self._open()
+        answer = self._conn.select_one("PRAGMA quick_check(1)")[0]
+        if answer != "ok":
+            self._suspect = True
+            raise StoreUnavailable(
+                f"the store is damaged: {answer}", hint="stop the daemon and restore a backup"
+            )
+
+    # ---- transactions ------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        if self._suspect:
+            self._reopen()
+        before = self._counts
+        self._conn.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            if self._counts is not before:
+                self.write("kek:counts", {kek_id: list(row) for kek_id, row in self._counts.items()})
+        except BaseException:
+            self._rollback(before)
+            raise
+        try:
+            self._conn.execute("COMMIT")
+        except BaseException:
+            self._suspect = True
+            self._rollback(before)
+            raise
+
+    def _rollback(self, counts: dict[str, KekCount]) -> None:
+        self._counts = counts
+        if self._conn.in_transaction():
+            try:
+                self._conn.execute("ROLLBACK")
+            except StoreUnavailable:
+                self._suspect = (
+                    True  # the error under way tells the cause; the file is reopened before it is used
+                )
+
+    @contextlib.contextmanager
+    def savepoint(self) -> Iterator[None]:
+        before = self._counts
+        self._conn.execute("SAVEPOINT part")
+        try:
+            yield
+        except BaseException:
+            self._counts = before
+            if self._conn.in_transaction():  # SQLite ends it by itself at some errors
+                self._conn.execute("ROLLBACK TO part")
+                self._conn.execute("RELEASE part")
+            raise
+        self._conn.execute("RELEASE part")
+
+    # ---- writes, inside a transaction ----------------------------------------------------------
+
+    def put(self, record: DekRecord) -> None:
+        self._counts = _counted(self._counts, self.get(record.key_id), record)
+        self._deks["meta:" + record.key_id] = record.to_row()
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        self._kms[name] = value
+
+    def erase(self, name: str) -> None:
+        self._kms.pop(name, None)
+
+    def keks(self) -> dict[str, KekCount]:
+        return self._counts
+
+    def due(self, now: str, limit: int) -> list[DekRecord]:
+        """DEKs whose scheduled deletion is due: rows of the small index `deletion:<time>:<key_id>`."""
+        rows = self._conn.select(
+            "SELECT key FROM kms WHERE key >= 'deletion:' AND key < ? ORDER BY key LIMIT ?",
+            (f"deletion:{now}", limit),
+        )
+        found = (self.get(row[0].split("|", 1)[1]) for row in rows)
+        return [record for record in found if record is not None]
+
+    # ---- a second table for rotation -----------------------------------------------------------
+
+    def staging(self, on: bool) -> None:
+        """Make the empty table that rewrapped rows are built in; drop what an earlier try left of one."""
+        if self._conn.select_one("SELECT 1 FROM sqlite_master WHERE name = ?", (STAGED,)):
+            self._conn.execute(f'ALTER TABLE "{STAGED}" RENAME TO "{self._free_name(RETIRED)}"')
+        if on:
+            Table(self.path, STAGED, self._conn)
+            self._index(STAGED)
+
+    def stage(self, records: Iterable[DekRecord]) -> None:
+        rows = (("meta:" + record.key_id, json_dumps(record.to_row())) for record in records)
+        self._conn.executemany(f'REPLACE INTO "{STAGED}" (key, value) VALUES (?, ?)', rows)  # noqa: S608
+
+    def swap(self, keks: dict[str, KekCount]) -> None:
+        """Let the staged table be the store. The old one is emptied bit by bit by `retire`."""
+        staged, live = (self._conn.select_one(f'SELECT count(*) FROM "{name}"')[0] for name in (STAGED, DEKS))  # noqa: S608
+        if staged != live:
+            raise StoreUnavailable(f"the rewrapped table has {staged} of {live} rows: nothing was changed")
+        self._conn.execute(f'ALTER TABLE "{DEKS}" RENAME TO "{self._free_name(RETIRED)}"')
+        self._conn.execute(f'ALTER TABLE "{STAGED}" RENAME TO "{DEKS}"')
+        self._counts = keks
+
+    def retire(self, limit: int) -> bool:
+        """Delete up to `limit` rows that a swap left behind. True: there are more."""
+        row = self._conn.select_one(
+            "SELECT name FROM sqlite_master WHERE type = 'table' AND substr(name, 1, ?) = ?",
+            (len(RETIRED), RETIRED),
+        )
+        if row is None:
+            return False
+        self._conn.execute(
+            f'DELETE FROM "{row[0]}" WHERE rowid IN (SELECT rowid FROM "{row[0]}" LIMIT ?)',  # noqa: S608
+            (limit,),
+        )
+        if not self._conn.select_one(f'SELECT 1 FROM "{row[0]}" LIMIT 1'):  # noqa: S608
+            self._conn.execute(f'DROP TABLE "{row[0]}"')
+        return True
+
+    def forget(self, key_id: str) -> None:
+        """Delete a key's row from the tables that are being emptied: it was shredded."""
+        for row in self._conn.select(
+            "SELECT name FROM sqlite_master WHERE type = 'table' AND substr(name, 1, ?) = ?",
+            (len(RETIRED), RETIRED),
+        ):
+            self._conn.execute(f'DELETE FROM "{row[0]}" WHERE key = ?', ("meta:" + key_id,))  # noqa: S608
+
+    def compact(self) -> None:
+        """Write the whole database anew: free space and gaps between rows are left behind."""
+        self._conn.execute("VACUUM")
+
+    def checkpoint(self) -> None:
+        """Move the write-ahead log into the file and cut it to nothing: no old page image stays behind."""
+        for _ in range(100):
+            busy = self._conn.select_one("PRAGMA wal_checkpoint(TRUNCATE)")[0]
+            if not busy:
+                return
+        raise StoreUnavailable("the write-ahead log is in use and can't be cut now", hint="it is tried again")
