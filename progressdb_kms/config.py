@@ -386,7 +386,6 @@ class _Keys:
             keysource.read(source, self._environ, self._scratch, out)
 
     def close(self) -> None:
-        self.memory.wipe()
         for view in (self.master, self._next, self._scratch, *self._slots):
             view.release()
         self.memory.close()

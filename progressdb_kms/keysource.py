@@ -178,6 +178,11 @@ def decode_into(text: memoryview, size: int, out: memoryview, *, raw: bool = Tru
             out[:] = key
         return
     start, end = _stripped(text, size)
+    if end - start != 2 * KEY_SIZE:
+        either = ", or exactly 32 raw bytes" if raw else ""
+        raise ValueError(
+            f"must be 64 hex digits, white space around them allowed{either}; it has {size} bytes"
+        )
     with text[start:end] as digits:
         hex_decode_into(digits, out)
 

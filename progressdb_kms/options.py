@@ -81,7 +81,8 @@ class Option(NamedTuple):
             return "(none)"
         if self.parse is _mode:
             return f"{self.default:04o}"
-        return f"{self.default} {self.unit}".strip()
+        number = f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+        return f"{number} {self.unit}".strip()
 
 
 # ---- parsers -------------------------------------------------------------------------------------

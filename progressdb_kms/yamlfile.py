@@ -116,8 +116,6 @@ def _open(path: str) -> tuple[FileIO, int]:
         trouble = f"belongs to uid {about.st_uid}, who could put another key into it"
     elif about.st_mode & 0o022:
         trouble = f"may be written by others (mode {about.st_mode & 0o7777:04o})"
-    elif about.st_size > MAX_FILE:
-        trouble = f"is larger than {MAX_FILE} bytes"
     if trouble:
         os.close(descriptor)
         raise ConfigError(
@@ -256,7 +254,8 @@ def _parse(text: bytes, path: str) -> Value:
         ) from None
     except yaml.YAMLError:
         raise ConfigError(f"{path} is not YAML: it holds bytes that are no text") from None
-    return {} if node is None else _plain(node, path)
+    tree = _plain(node, path) if node else Scalar("", "null")
+    return {} if isinstance(tree, Scalar) and tree.type == "null" else tree  # nothing but comments
 
 
 def _loader(path: str) -> Any:
