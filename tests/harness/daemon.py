@@ -236,6 +236,14 @@ class Daemon:
         return found
 
     @property
+    def writer(self) -> int:
+        """The process that writes the store: the parent where `workers` is 1, else one of its children. For
+        `trace_steps`, `kill_at`, and to kill the keeper alone. Needs root: the daemon is not dumpable."""
+        found = [pid for pid in self.pids() if procs.writes_to(pid, self.data_dir / "kms.db")]
+        assert len(found) == 1, f"{len(found)} processes have the store open for writing: {found}"
+        return found[0]
+
+    @property
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
 

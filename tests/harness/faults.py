@@ -168,7 +168,7 @@ class Steps(list[Step]):
 def trace_steps(pid: int, folder: Path) -> Iterator[Steps]:
     """The steps that the main thread of a process takes in `folder` during the block; filled in at its end.
 
-    with trace_steps(daemon.pid, daemon.home) as steps:
+    with trace_steps(daemon.writer, daemon.home) as steps:
         session.rotate(new_kek)
     """
     steps = Steps()
@@ -182,9 +182,9 @@ def trace_steps(pid: int, folder: Path) -> Iterator[Steps]:
 def kill_at(pid: int, step: Step) -> Iterator[None]:
     """SIGKILL for the process right before its main thread takes the step, counted from here.
 
-    with kill_at(daemon.pid, step), contextlib.suppress(OSError, http.client.HTTPException):
+    with kill_at(daemon.writer, step), contextlib.suppress(OSError, http.client.HTTPException):
         session.rotate(new_kek)
-    daemon.wait(code=-signal.SIGKILL)
+    daemon.wait(code=-signal.SIGKILL)  # with `workers: 1`; else the supervisor starts another writer
     """
     with _log_file() as log, _attached(log, [pid], [step.name], "-e", f"inject={step.rule}", follow=False):
         yield

@@ -280,7 +280,11 @@ class Recording:
 
     def acknowledge(self, pattern: bytes) -> int:
         """Take acknowledgements from what the run itself sent (sockets, pipes, stdout): the first group of
-        each match of this pattern is a label. Exact also with many callers. Returns how many there were."""
+        each match of this pattern is a label. Exact also with many callers. Returns how many there were.
+
+        The processes of a run talk to each other, too: let the pattern fit only what a caller gets to see
+        (beginning with the status line).
+        """
         found = [
             (point, match[1].decode())
             for point, _, data in self.sent

@@ -103,6 +103,28 @@ def _cmdline(pid: int) -> list[bytes]:
         return []
 
 
+def writes_to(pid: int, path: Path) -> bool:
+    """Whether it has the file open for writing."""
+    for fd in _descriptors(pid):
+        try:
+            flags = Path(f"/proc/{pid}/fdinfo/{fd}").read_text().split("flags:")[1].split()[0]
+            if (
+                os.readlink(f"/proc/{pid}/fd/{fd}") == str(path)
+                and int(flags, 8) & os.O_ACCMODE != os.O_RDONLY
+            ):
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def _descriptors(pid: int) -> list[str]:
+    try:
+        return os.listdir(f"/proc/{pid}/fd")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
 def status(pid: int, field: str) -> str:
     """One line of /proc/PID/status, such as `TracerPid` or `VmRSS`; "" where it can't be had."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import http.client
 import os
 import signal
 import sqlite3
@@ -983,3 +984,68 @@ class TestFixtures:
         assert len(procs.threads(os.getpid())) == before + 1
         release.set()
         thread.join()
+
+
+class TestOnTheDaemonItself:
+    """That the tools fit the real thing: one look through each."""
+
+    def test_the_writer_is_one_of_its_processes(self, make_daemon: Any, workers: int) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("needs root: the daemon is not dumpable")
+        daemon = make_daemon(workers=workers)
+        assert (daemon.writer == daemon.pid) == (workers == 1)
+        assert daemon.writer in daemon.pids()
+
+    def test_powerloss(self, make_daemon: Any, tmp_path: Path) -> None:
+        """Every call is seen with its bytes, and the replay ends with what really stands there."""
+        faults.need_strace()
+        daemon = make_daemon(workers=2, start=False)
+
+        def driver(daemon: Daemon, mark: Any) -> None:
+            for key in hammer(
+                daemon.socket, lambda kms, i: kms.create_dek(f"t{i}")["key_id"], count=12, threads=3
+            ):
+                mark(key)
+
+        recording = Recording.of_daemon(daemon, driver, kill=True)
+        last = recording.points() - 1
+        assert len(recording.acknowledged(last)) == 12
+        assert recording.acknowledge(rb'HTTP/1.1 200.*"key_id":"(k_\w+)"') == 12
+        assert not [sent for sent in recording.sent if sent[2] is None]
+        disk = recording.rebuild(last, "kept", 1, tmp_path / "disk")
+        assert contents(disk)["kms.db"] == contents(daemon.data_dir)["kms.db"]
+        assert contents(disk)["kms.db-wal"] == contents(daemon.data_dir)["kms.db-wal"]
+
+    def test_steps(self, make_daemon: Any, workers: int) -> None:
+        faults.need_strace()
+        daemon = make_daemon(workers=workers)
+        with daemon.session() as kms:
+            with faults.trace_steps(daemon.writer, daemon.data_dir) as steps:
+                kms.create_dek("one")
+            assert {"pwrite64", "fdatasync"} <= {step.name for step in steps}
+            writer = procs.proc(daemon.writer)
+            sync = next(step for step in steps if step.name == "fdatasync")
+            assert writer is not None
+            with faults.kill_at(writer.pid, sync):
+                try:
+                    reply = kms.request("POST", "/create_dek_for_thread", {"thread_id": "two"})
+                except (OSError, http.client.HTTPException):
+                    reply = None
+                procs.wait_until(lambda: not writer.alive(), what="the writer to die")
+            assert reply is None or reply.status == 503
+
+    def test_the_shim_reaches_the_store(self, make_daemon: Any, shim: faults.Shim, workers: int) -> None:
+        daemon = make_daemon(workers=workers, env=shim.env)
+        fault = shim.fail("sync", "kms.db-wal", "EIO", times=1)
+        assert daemon.request("POST", "/create_dek_for_thread", {"thread_id": "t"}).status == 503
+        assert fault.hits == 1
+
+    def test_memscan(self, make_daemon: Any) -> None:
+        """A key that never was in it: the time that a scan takes, and that all of it can be read."""
+        if why := memscan.cannot_scan():
+            pytest.skip(why)
+        daemon = make_daemon(workers=2)
+        report = scan(daemon.pids(), [OTHER])
+        report.assert_clean()
+        assert all("secretmem" in row.mapping.name for row in report.unreadable)
+        assert report.scanned > 10 << 20
