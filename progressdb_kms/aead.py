@@ -54,6 +54,19 @@ class _OneShot:
             raise AuthenticationFailed from None
         return size
 
+    def seal(self, nonce: bytes, plaintext: Buffer, aad: bytes) -> bytes:
+        """For data: ciphertext and tag."""
+        result: bytes = self._aesgcm.encrypt(nonce, plaintext, aad)
+        return result
+
+    def open(self, nonce: Buffer, sealed: Buffer, aad: bytes) -> bytes:
+        """For data: the plaintext. Raises AuthenticationFailed."""
+        try:
+            result: bytes = self._aesgcm.decrypt(nonce, sealed, aad)
+        except InvalidTag:
+            raise AuthenticationFailed from None
+        return result
+
 
 class _Contexts:
     """Older releases: a cipher context an operation, which copies the key into OpenSSL's memory only."""
@@ -86,6 +99,15 @@ class _Contexts:
             out[:size] = bytes(size)
             raise AuthenticationFailed from None
         return size
+
+    def seal(self, nonce: bytes, plaintext: Buffer, aad: bytes) -> bytes:
+        out = bytearray(len(plaintext) + ROOM)
+        size = self.seal_into(nonce, plaintext, aad, memoryview(out))
+        return bytes(out[:size])
+
+    def open(self, nonce: Buffer, sealed: Buffer, aad: bytes) -> bytes:
+        out = bytearray(len(sealed) + ROOM)
+        return bytes(out[: self.open_into(nonce, sealed, aad, memoryview(out))])
 
 
 if hasattr(AESGCM, "decrypt_into"):

@@ -29,7 +29,8 @@ MAX_THREAD_ID = 512
 
 # The last character before the padding carries 2 or 4 bits that must be zero: without this check,
 # "QQ==" and "QR==" would be two spellings of one value.
-_BASE64 = re.compile(rb"[A-Za-z0-9+/]*(?:[AQgw]==|[AEIMQUYcgkosw048]=)?")
+BASE64 = rb"[A-Za-z0-9+/]*(?:[AQgw]==|[AEIMQUYcgkosw048]=)?"
+_BASE64 = re.compile(BASE64)
 
 
 def b64decode(text: Union[str, Buffer]) -> bytes:
@@ -38,6 +39,10 @@ def b64decode(text: Union[str, Buffer]) -> bytes:
     if len(raw) % 4 or not _BASE64.fullmatch(raw):
         raise ValueError("not base64 (standard alphabet, with padding)")
     return binascii.a2b_base64(raw)
+
+
+def b64encode_bytes(data: Buffer) -> bytes:
+    return binascii.b2a_base64(data, newline=False)
 
 
 def b64encode(data: Buffer) -> str:

@@ -293,9 +293,9 @@ class Handler(socketserver.BaseRequestHandler):
         if head_only:
             self.request.sendall(head)
         elif reply.secret or len(body) > LARGE:
-            self._send_long(head, memoryview(body))
+            self._send_long(head + reply.lead, memoryview(body))
         else:
-            self.request.sendall(head + body)
+            self.request.sendall(head + reply.lead + body)
 
     def _send_long(self, head: bytes, body: memoryview) -> None:
         """Head and body without joining them; one deadline for the peer to take it all."""
@@ -368,7 +368,8 @@ def render_head(reply: Reply, keep: bool, version: str) -> bytes:
     )
     return (
         f"HTTP/1.1 {reply.status} {_PHRASES[reply.status]}\r\nDate: {_http_date()}\r\n"
-        f"Content-Type: {reply.content_type}\r\nContent-Length: {len(reply.body)}\r\nCache-Control: no-store\r\n"
+        f"Content-Type: {reply.content_type}\r\nContent-Length: {len(reply.lead) + len(reply.body)}\r\n"
+        f"Cache-Control: no-store\r\n"
         f"{receipt}{reply.extra}{connection}\r\n"
     ).encode("ascii")
 

@@ -16,6 +16,7 @@ Rules:
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 from typing import NamedTuple, Optional
 
@@ -62,7 +63,7 @@ class Keyring:
             raise ValueError(f"the keyring's region must have {REGION_SIZE} bytes")
         self._region = region
         self._words = region[:REGION_SIZE].cast("Q")
-        self._places: dict[str, int] = {}  # kek_id -> slot: a hint, checked at each use
+        self._places: dict[str, _Place] = {}  # by kek_id: a hint, checked at each use
 
     # ---- reading -----------------------------------------------------------------------------
 
@@ -94,14 +95,10 @@ class Keyring:
 
         Raises KekNotLoaded; on leaving, KeyringChanged where the slot changed meanwhile.
         """
-        slot = self._places.get(kek_id, 0)
-        if not slot or not self._used(slot) or self._kek_id(slot) != kek_id:
-            slot = self._find(kek_id)
-        start = _HEADER + (slot - 1) * _SLOT
-        borrowed = Borrowed(self._words, start // 8, self._region[start + _KEY : start + _KEY + KEY_SIZE])
-        if self._kek_id(slot) != kek_id:  # replaced between the look-up and the stamp
-            raise KeyringChanged
-        return borrowed
+        place = self._places.get(kek_id)
+        if place is None or self._words[place.word + 1] != place.name:
+            place = self._place(kek_id)
+        return Borrowed(self._words, place)
 
     # ---- writing: the keeper only -----------------------------------------------------------------
 
@@ -158,28 +155,42 @@ class Keyring:
     def _find(self, kek_id: str) -> int:
         for slot in range(1, SLOTS + 1):
             if self._used(slot) and self._kek_id(slot) == kek_id:
-                self._places[kek_id] = slot
                 return slot
         raise KekNotLoaded(kek_id)
+
+    def _place(self, kek_id: str) -> _Place:
+        start = _HEADER + (self._find(kek_id) - 1) * _SLOT
+        name = int.from_bytes(bytes.fromhex(kek_id), sys.byteorder)
+        place = _Place(start // 8, name, self._region[start + _KEY : start + _KEY + KEY_SIZE])
+        self._places[kek_id] = place
+        return place
 
     def __repr__(self) -> str:
         return f"<Keyring of {len(self.kek_ids())} KEKs>"
 
 
+class _Place(NamedTuple):
+    """Where a KEK was last seen."""
+
+    word: int  # index of the slot's stamp
+    name: int  # its kek_id as a word
+    key: memoryview
+
+
 class Borrowed:
     """A KEK on loan; see Keyring.borrow."""
 
-    __slots__ = ("_key", "_kek_id", "_stamp", "_word", "_words")
+    __slots__ = ("_place", "_stamp", "_words")
 
-    def __init__(self, words: memoryview, word: int, key: memoryview) -> None:
+    def __init__(self, words: memoryview, place: _Place) -> None:
         self._words = words
-        self._word = word
-        self._stamp = words[word]
-        self._kek_id = words[word + 1]
-        self._key = key
+        self._place = place
+        self._stamp = words[place.word]
 
     def __enter__(self) -> memoryview:
-        return self._key
+        if self._words[self._place.word + 1] != self._place.name:  # replaced since it was looked up
+            raise KeyringChanged
+        return self._place.key
 
     def __exit__(
         self,
@@ -187,5 +198,6 @@ class Borrowed:
         value: Optional[BaseException],
         trace: Optional[TracebackType],
     ) -> None:
-        if self._words[self._word] != self._stamp or self._words[self._word + 1] != self._kek_id:
+        word, name, _ = self._place
+        if self._words[word] != self._stamp or self._words[word + 1] != name:
             raise KeyringChanged from None

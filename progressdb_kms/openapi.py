@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from . import __version__
@@ -28,7 +29,7 @@ _TEXT: Schema = {"type": "string"}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
 
 
-def _object(required: str, optional: str = "", **properties: Schema) -> Schema:
+def _object(required: str, optional: str = "", /, **properties: Schema) -> Schema:
     """An object with these members and no other. `required` and `optional`: names, space-separated."""
     names = required.split()
     assert {*names, *optional.split()} == set(properties), properties
@@ -168,7 +169,7 @@ def _of(table: dict[str, Any], route: Route) -> Any:
 def _operation(route: Route) -> Schema:
     operation: Schema = {
         "summary": route.summary,
-        "operationId": f"{route.method}{route.path}".replace("/", "_").replace("{", "").replace("}", ""),
+        "operationId": re.sub("[^a-z_]+", "_", f"{route.method}{route.path}".lower()),
         "parameters": _parameters(route),
         "responses": _responses(route),
     }
@@ -180,8 +181,8 @@ def _operation(route: Route) -> Schema:
             operation["requestBody"]["description"] = f"At most {SECRET_BODY} bytes, no escapes in strings."
         if route.raw:
             operation["description"] = (
-                f"Also with Content-Type {BINARY}: the body is the data, `key_id` is in the query, the AAD as base64 "
-                f"in the header X-KMS-AAD, and the answer is {BINARY}."
+                f"Also with Content-Type {BINARY}: the body is the data, `key_id` in the query, the AAD as "
+                f"base64 in the header X-KMS-AAD, and the answer is {BINARY}."
             )
     return operation
 

@@ -35,19 +35,13 @@ def unwrap_into(kek: memoryview, wrapped: Wrapped, scratch: memoryview) -> memor
     return scratch[:KEY_SIZE]
 
 
-def encrypt(cipher: Aead, nonce: bytes, plaintext: Buffer, aad: bytes) -> memoryview:
-    """Returns nonce | ciphertext | tag: 28 bytes longer than the plaintext."""
-    out = memoryview(bytearray(NONCE_SIZE + len(plaintext) + ROOM))
-    out[:NONCE_SIZE] = nonce
-    size = cipher.seal_into(nonce, plaintext, aad, out[NONCE_SIZE:])
-    return out[: NONCE_SIZE + size]
+def encrypt(cipher: Aead, nonce: bytes, plaintext: Buffer, aad: bytes) -> bytes:
+    """ciphertext | tag; the message is the nonce and this, 28 bytes longer than the plaintext."""
+    return cipher.seal(nonce, plaintext, aad)
 
 
-def decrypt(cipher: Aead, message: Buffer, aad: bytes) -> memoryview:
+def decrypt(cipher: Aead, message: Buffer, aad: bytes) -> bytes:
     """Open nonce | ciphertext | tag. Raises AuthenticationFailed; a message too short is no exception."""
-    size = len(message) - NONCE_SIZE
-    if size < TAG_SIZE:
+    if len(message) < NONCE_SIZE + TAG_SIZE:
         raise AuthenticationFailed
-    body = memoryview(message)
-    out = memoryview(bytearray(size + ROOM))
-    return out[: cipher.open_into(bytes(body[:NONCE_SIZE]), body[NONCE_SIZE:], aad, out)]
+    return cipher.open(message[:NONCE_SIZE], message[NONCE_SIZE:], aad)

@@ -107,14 +107,16 @@ class Service:
 
     # ---- working under a DEK -----------------------------------------------------------------------
 
-    def _with_dek(self, source: Union[str, Wrapped], scratch: memoryview, work: Callable[[Aead], T]) -> T:
-        """Run `work` with a cipher under the DEK; the DEK is in `scratch` meanwhile, and wiped after."""
+    def _with_dek(
+        self, source: Union[str, Wrapped], scratch: memoryview, work: Callable[..., T], *args: Any
+    ) -> T:
+        """`work(cipher under the DEK, *args)`; the DEK is in `scratch` meanwhile, and wiped after."""
         for _ in range(ATTEMPTS):
             wrapped = self.entry(source).wrapped if isinstance(source, str) else source
             try:
                 with self.keyring.borrow(wrapped.kek_id or self.keyring.active.kek_id) as kek:
                     dek = operations.unwrap_into(kek, wrapped, scratch)
-                return work(Aead(dek))
+                return work(Aead(dek), *args)
             except KeyringChanged:
                 continue
             except KekNotLoaded as missing:
@@ -131,54 +133,32 @@ class Service:
 
     def encrypt(
         self, source: Union[str, Wrapped], plaintext: Buffer, aad: bytes, scratch: memoryview
-    ) -> memoryview:
-        """nonce | ciphertext | tag under the DEK."""
+    ) -> tuple[bytes, bytes]:
+        """(nonce, ciphertext | tag) under the DEK."""
         nonce = os.urandom(NONCE_SIZE)
-        return self._with_dek(
-            source, scratch, lambda cipher: operations.encrypt(cipher, nonce, plaintext, aad)
-        )
+        return nonce, self._with_dek(source, scratch, operations.encrypt, nonce, plaintext, aad)
 
-    def decrypt(
-        self, source: Union[str, Wrapped], message: Buffer, aad: bytes, scratch: memoryview
-    ) -> memoryview:
+    def decrypt(self, source: Union[str, Wrapped], message: Buffer, aad: bytes, scratch: memoryview) -> bytes:
         """Raises AuthenticationFailed: another DEK, another AAD or a changed bit."""
-        return self._with_dek(source, scratch, lambda cipher: operations.decrypt(cipher, message, aad))
+        return self._with_dek(source, scratch, operations.decrypt, message, aad)
 
-    def encrypt_many(
-        self, items: Sequence[BatchItem], scratch: memoryview
-    ) -> list[Union[memoryview, KMSError]]:
-        def one(cipher: Aead, item: BatchItem) -> memoryview:
-            return operations.encrypt(cipher, os.urandom(NONCE_SIZE), item.data, item.aad)
+    def encrypt_many(self, items: Sequence[BatchItem], scratch: memoryview) -> list[Union[bytes, KMSError]]:
+        return self._many(items, scratch, _encrypt_item)
 
-        return self._many(items, scratch, one)
-
-    def decrypt_many(
-        self, items: Sequence[BatchItem], scratch: memoryview
-    ) -> list[Union[memoryview, KMSError]]:
-        def one(cipher: Aead, item: BatchItem) -> memoryview:
-            return operations.decrypt(cipher, item.data, item.aad)
-
-        return self._many(items, scratch, one)
+    def decrypt_many(self, items: Sequence[BatchItem], scratch: memoryview) -> list[Union[bytes, KMSError]]:
+        return self._many(items, scratch, _decrypt_item)
 
     def _many(
-        self, items: Sequence[BatchItem], scratch: memoryview, one: Callable[[Aead, BatchItem], memoryview]
-    ) -> list[Union[memoryview, KMSError]]:
-        """Each DEK is unwrapped once; an item that fails spoils no other. Results in the order of the items."""
+        self, items: Sequence[BatchItem], scratch: memoryview, one: Callable[[Aead, BatchItem], bytes]
+    ) -> list[Union[bytes, KMSError]]:
+        """Each DEK is unwrapped once; an item that fails spoils no other. Results in order."""
         groups: dict[Union[str, Wrapped], list[int]] = {}
         for index, item in enumerate(items):
             groups.setdefault(item.source, []).append(index)
-        results: list[Union[memoryview, KMSError]] = [_NOT_DONE] * len(items)
-
-        def work(cipher: Aead) -> None:
-            for index in indices:
-                try:
-                    results[index] = one(cipher, items[index])
-                except KMSError as error:
-                    results[index] = error
-
+        results: list[Union[bytes, KMSError]] = [_NOT_DONE] * len(items)
         for source, indices in groups.items():
             try:
-                self._with_dek(source, scratch, work)
+                self._with_dek(source, scratch, _each, items, indices, one, results)
             except KMSError as error:
                 for index in indices:
                     results[index] = error
@@ -270,6 +250,30 @@ class Service:
         if memory["required"] and memory["kind"] == "unlocked":
             reasons.append("memory_lock is 'require', and memory is not locked")
         return list(dict.fromkeys(reasons))
+
+
+def _encrypt_item(cipher: Aead, item: BatchItem) -> bytes:
+    nonce = os.urandom(NONCE_SIZE)
+    return nonce + operations.encrypt(cipher, nonce, item.data, item.aad)
+
+
+def _decrypt_item(cipher: Aead, item: BatchItem) -> bytes:
+    return operations.decrypt(cipher, item.data, item.aad)
+
+
+def _each(
+    cipher: Aead,
+    items: Sequence[BatchItem],
+    indices: list[int],
+    one: Callable[[Aead, BatchItem], bytes],
+    results: list[Union[bytes, KMSError]],
+) -> None:
+    """The items of one DEK, each for itself."""
+    for index in indices:
+        try:
+            results[index] = one(cipher, items[index])
+        except KMSError as error:
+            results[index] = error
 
 
 _ZEROS = bytes(operations.SCRATCH_SIZE)

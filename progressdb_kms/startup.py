@@ -55,7 +55,7 @@ def plan(
             f"using {pending.source}: finish with `progressdb-kms rotate-kek --resume`",
         )
     if active != master.kek_id:
-        notice = f"the active KEK changes from {active} to {master.kek_id} by configuration; rotate to move the DEKs"
+        notice = f"the active KEK changes from {active} to {master.kek_id} by configuration; the DEKs stay"
         return Plan(master.kek_id, version + 1, True, notice)
     notice = f"{pending.source} was left by a rotation that did not happen" if pending else ""
     return Plan(active, version, False, notice)
@@ -73,5 +73,6 @@ def _explain(absent: Mapping[str, KekCount], active: str, master: ConfiguredKey)
 def _remedy(absent: Mapping[str, KekCount], active: str, master: ConfiguredKey) -> str:
     names = ", ".join(sorted(absent))
     if active in absent:
-        return f"let the master key be {active} again, or add {names} to previous_master_keys; nothing was changed"
+        remedy = f"let the master key be {active} again, or add {names} to previous_master_keys"
+        return f"{remedy}; nothing was changed"
     return f"add the keys {names} to previous_master_keys; nothing was changed"
