@@ -141,6 +141,7 @@ class Keyring:
 
     def release(self) -> None:
         """Give the region's views back, so that it can be closed."""
+        self._places.clear()
         self._words.release()
 
     # ---- slots ---------------------------------------------------------------------------------

@@ -57,8 +57,7 @@ class LockedBuffer:
         length = (size + PAGE - 1) // PAGE * PAGE
         self._map, self.kind = _map_pages(length, mode)
         self._closed = False
-        self._anchor = memoryview(self._map)
-        self.view = self._anchor[:size]
+        self.view = memoryview(self._map)[:size]
 
     @property
     def locked_bytes(self) -> int:
@@ -72,14 +71,14 @@ class LockedBuffer:
 
     def wipe(self) -> None:
         if not self._closed:
-            wipe(self._anchor)
+            with memoryview(self._map) as whole:
+                wipe(whole)
 
     def close(self) -> None:
         if self._closed:
             return
         self.wipe()
         self.view.release()
-        self._anchor.release()
         self._map.close()
         self._closed = True
 

@@ -1,0 +1,301 @@
+"""What this machine can do, each figure beside the two limits that it can reach in the same run.
+
+    http     GET /healthz through the same socket and handler: HTTP without keys, cipher or audit
+    cipher   unwrap a DEK and encrypt in a loop: no HTTP, no audit
+
+Figures of one run compare with each other only. The load comes from one Python process, which takes a share
+of the cores itself; a client in C would show more. Nothing here touches a running daemon: it starts its own
+in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import operations
+from .aead import KEY_SIZE, NONCE_SIZE, Aead
+from .client import Client
+from .encoding import b64encode, new_key_id, timestamp
+from .envelope import parse
+from .errors import OperatorError
+from .jobs import channel
+from .keyring import REGION_SIZE, Keyring
+from .lockedmem import LockedBuffer
+from .opening import Configured, claim, open_keeper
+from .rotation import Rotation
+from .startup import ConfiguredKey
+from .store import DekRecord, SqliteStore
+
+MESSAGE = 200  # bytes: a chat message
+PAGE = 100  # messages of a page of chat
+RAW = 1 << 20  # bytes of a large payload
+CONNECTIONS = (1, 16, 64)
+START_SECONDS = 15.0
+
+
+class BenchFailed(OperatorError):
+    """The daemon that is measured did not start or gave a wrong answer."""
+
+    default_code = "bench_failed"
+
+
+class Figure(NamedTuple):
+    name: str
+    value: float
+    unit: str
+    note: str = ""
+
+
+def run(what: str, *, seconds: int, deks: int, as_json: bool) -> int:
+    """`what`: calls, store or rotate. Prints the figures; returns 0."""
+    measure = {"calls": calls, "store": store, "rotate": rotate}[what]
+    for figure in measure(float(seconds), deks):
+        if as_json:
+            print(json.dumps(figure._asdict()), flush=True)
+        else:
+            print(
+                f"{figure.name:<42} {figure.value:>12,.0f} {figure.unit:<12} {figure.note}".rstrip(),
+                flush=True,
+            )
+    return 0
+
+
+# ---- calls -----------------------------------------------------------------------------------------
+
+
+def calls(seconds: float, deks: int) -> Iterator[Figure]:
+    cipher = _cipher_alone(min(seconds, 1.0))
+    yield Figure("cipher alone: unwrap and encrypt 200 B", cipher, "a second", "one core")
+    with _daemon() as path, Client(path) as client:
+        key_id = client.create_dek("bench").key_id
+        text = os.urandom(MESSAGE)
+        sealed = client.encrypt(key_id, text)
+        page = {"items": [{"key_id": key_id, "ciphertext": b64encode(sealed)}] * PAGE}
+        rows = (
+            ("encrypt 200 B", _post("/encrypt", {"key_id": key_id, "plaintext": b64encode(text)}), 1),
+            ("decrypt 200 B", _post("/decrypt", {"key_id": key_id, "ciphertext": b64encode(sealed)}), 1),
+            ("decrypt a page of 100, messages", _post("/decrypt_batch", page), PAGE),
+            ("create a DEK", _post("/create_dek_for_thread", {"thread_id": "bench"}), 1),
+        )
+        for count in CONNECTIONS:
+            http = load(path, b"GET /healthz HTTP/1.1\r\nHost: unix\r\n\r\n", count, seconds)
+            yield Figure(f"http alone, {count} connections", http.rate, "a second", http.latency)
+            for name, request, items in rows:
+                done = load(path, request, count, seconds)
+                share = f"{done.rate / http.rate:.0%} of http alone; {done.latency}"
+                yield Figure(f"{name}, {count} connections", done.rate * items, "a second", share)
+        raw = _request(f"/encrypt?key_id={key_id}", "application/octet-stream", os.urandom(RAW))
+        done = load(path, raw, 2, seconds)
+        yield Figure("encrypt 1 MiB raw, 2 connections", done.rate * RAW / 1e6, "MB a second", done.latency)
+
+
+def _cipher_alone(seconds: float) -> float:
+    with LockedBuffer(KEY_SIZE) as kek, LockedBuffer(operations.SCRATCH_SIZE) as scratch:
+        _fill(kek.view)
+        blob = operations.wrap(kek.view, "0" * 16, "bench", bytes(NONCE_SIZE), kek.view)
+        wrapped, text, count = parse(blob), os.urandom(MESSAGE), 0
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            dek = operations.unwrap_into(kek.view, wrapped, scratch.view)
+            operations.encrypt(Aead(dek), os.urandom(NONCE_SIZE), text, b"")
+            count += 1
+        del dek
+        return count / seconds
+
+
+class Load(NamedTuple):
+    rate: float  # answers a second
+    latency: str
+
+
+def load(path: str, request: bytes, connections: int, seconds: float) -> Load:
+    """A closed loop: each connection sends the next request when it has the answer. Raises BenchFailed at an
+    answer that is not 2xx."""
+    with selectors.DefaultSelector() as selector:
+        socks = [_connect(path) for _ in range(connections)]
+        size = _first_answer(socks[0], request)
+        took: list[float] = []
+        for sock in socks:
+            sock.sendall(request)
+            selector.register(sock, selectors.EVENT_READ, [size, time.perf_counter()])
+        begun = time.perf_counter()
+        until = begun + seconds
+        while (now := time.perf_counter()) < until:
+            for event, _ in selector.select(0.1):
+                _answered(event, request, size, took)
+        for sock in socks:
+            sock.close()
+    took.sort()
+    if not took:
+        raise BenchFailed("no answer came")
+    p50, p99 = (took[int(len(took) * part)] * 1e6 for part in (0.5, 0.99))
+    return Load(len(took) / (now - begun), f"p50 {p50:.0f} us, p99 {p99:.0f} us")
+
+
+def _answered(event: selectors.SelectorKey, request: bytes, size: int, took: list[float]) -> None:
+    """Take in what came; where the answer is whole, send the next request."""
+    sock = event.fileobj
+    assert isinstance(sock, socket.socket)
+    state = event.data
+    state[0] -= len(sock.recv(1 << 21))
+    if state[0] <= 0:
+        now = time.perf_counter()
+        took.append(now - state[1])
+        state[0], state[1] = size, now
+        sock.sendall(request)
+
+
+def _connect(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(30)
+    sock.connect(path)
+    return sock
+
+
+def _first_answer(sock: socket.socket, request: bytes) -> int:
+    """Bytes of an answer: nearly the same each time, as only the number of the audit record grows."""
+    sock.sendall(request)
+    answer = b""
+    while b"\r\n\r\n" not in answer:
+        answer += sock.recv(65536)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    if head.split(b" ")[1][:1] != b"2":
+        raise BenchFailed(f"the daemon answered {head.splitlines()[0].decode()}")
+    length = next(int(line[15:]) for line in head.splitlines() if line.lower().startswith(b"content-length:"))
+    while len(body) < length:
+        body += sock.recv(1 << 21)
+    return len(head) + 4 + length
+
+
+def _post(path: str, body: dict[str, Any]) -> bytes:
+    return _request(path, "application/json", json.dumps(body).encode())
+
+
+def _request(path: str, kind: str, body: bytes) -> bytes:
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: unix\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+@contextmanager
+def _daemon() -> Iterator[str]:
+    """A daemon of its own on a temporary folder; yields the path of its socket."""
+    folder = tempfile.mkdtemp(prefix="kmsbench")
+    try:
+        socket_path = f"{folder}/s"
+        subprocess.run([*_program(), "genkey", f"{folder}/key"], check=True, stdout=subprocess.DEVNULL)
+        config = Path(folder, "c.yaml")
+        config.write_text("master_key_file: key\n")
+        config.chmod(0o600)
+        command = [*_program(), "--socket", socket_path, "--data-dir", f"{folder}/d", "--config", str(config)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            timer = threading.Timer(START_SECONDS, process.kill)
+            timer.start()
+            try:
+                assert process.stdout is not None
+                if not process.stdout.readline():
+                    raise BenchFailed("the daemon that is to be measured did not start")
+                timer.cancel()
+                yield socket_path
+            finally:
+                timer.cancel()
+                process.terminate()
+    finally:
+        shutil.rmtree(folder)
+
+
+def _program() -> list[str]:
+    """This very program, however it was started."""
+    if sys.argv[0].endswith(".pyz"):
+        return [sys.executable, sys.argv[0]]
+    return [sys.executable, "-m", "progressdb_kms"]
+
+
+# ---- the store and rotation ------------------------------------------------------------------------
+
+
+def store(seconds: float, deks: int) -> Iterator[Figure]:
+    """Durable creates: alone, each pays for its disk flush; together they share them."""
+    with _daemon() as path:
+        request = _post("/create_dek_for_thread", {"thread_id": "bench"})
+        for count in (1, 64):
+            done = load(path, request, count, seconds)
+            yield Figure(f"durable creates, {count} callers", done.rate, "a second", done.latency)
+
+
+def rotate(seconds: float, deks: int) -> Iterator[Figure]:
+    """A store of `deks` DEKs: time to open it, rate of a rotation, and how much memory that takes."""
+    folder = Path(tempfile.mkdtemp(prefix="kmsbench"))
+    with LockedBuffer(REGION_SIZE) as region, LockedBuffer(KEY_SIZE) as key, LockedBuffer(KEY_SIZE) as new:
+        _fill(key.view)
+        _fill(new.view)
+        keyring = Keyring(region.view)
+        kek_id = keyring.install(key.view, 1)
+        inbox, outbox = channel()
+        lock = claim(folder)
+        try:
+            keeper, _ = open_keeper(
+                folder, keyring, Configured(ConfiguredKey(kek_id, "bench")), new.view, inbox
+            )
+            keeper.close()
+            _make_deks(folder, keyring, kek_id, deks)
+            begun = time.perf_counter()
+            keeper, _ = open_keeper(
+                folder, keyring, Configured(ConfiguredKey(kek_id, "bench")), new.view, inbox
+            )
+            yield Figure(f"start-up check with {deks} DEKs", (time.perf_counter() - begun) * 1e3, "ms")
+            keeper.close()
+            opened = SqliteStore(folder)
+            before, begun = _resident(), time.perf_counter()
+            for _ in Rotation(opened, keyring, folder, os.urandom).run(new.view):
+                pass
+            yield Figure(f"rotation of {deks} DEKs", deks / (time.perf_counter() - begun), "DEKs a second")
+            yield Figure("memory that it took", max(0, _resident() - before) / 1024, "MiB")
+            opened.close()
+        finally:
+            for end in (inbox, outbox):
+                end.close()
+            os.close(lock)
+            shutil.rmtree(folder)
+            keyring.release()
+
+
+def _make_deks(folder: Path, keyring: Keyring, kek_id: str, count: int) -> None:
+    made = SqliteStore(folder)
+    since = timestamp(time.time())
+    with LockedBuffer(KEY_SIZE) as dek:
+        _fill(dek.view)
+        for start in range(0, count, 1000):
+            with made.transaction(), keyring.borrow(kek_id) as kek:
+                for number in range(start, min(count, start + 1000)):
+                    name = new_key_id(number, os.urandom(10))
+                    blob = operations.wrap(kek, kek_id, name, os.urandom(NONCE_SIZE), dek.view)
+                    made.put(DekRecord(name, f"thread-{number % 1000}", blob, kek_id, 1, since))
+    made.close()
+
+
+def _fill(view: memoryview) -> None:
+    with open("/dev/urandom", "rb", buffering=0) as source:
+        os.readv(source.fileno(), [view])
+
+
+def _resident() -> int:
+    """KiB of this process in memory, at its highest."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1])
+    return 0
