@@ -240,7 +240,8 @@ def store(seconds: float, deks: int) -> Iterator[Figure]:
 def rotate(seconds: float, deks: int) -> Iterator[Figure]:
     """A store of `deks` DEKs: time to open it, rate of a rotation, and how much memory that takes."""
     folder = Path(tempfile.mkdtemp(prefix="kmsbench"))
-    with LockedBuffer(REGION_SIZE) as region, LockedBuffer(KEY_SIZE) as key, LockedBuffer(KEY_SIZE) as new:
+    region = LockedBuffer(REGION_SIZE)  # its pages go with the process: keepers hold views of them
+    with LockedBuffer(KEY_SIZE) as key, LockedBuffer(KEY_SIZE) as new:
         _fill(key.view)
         _fill(new.view)
         keyring = Keyring(region.view)
@@ -271,7 +272,8 @@ def rotate(seconds: float, deks: int) -> Iterator[Figure]:
                 end.close()
             os.close(lock)
             shutil.rmtree(folder)
-            keyring.release()
+            region.wipe()
+            del keeper
 
 
 def _make_deks(folder: Path, keyring: Keyring, kek_id: str, count: int) -> None:

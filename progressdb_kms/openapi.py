@@ -155,8 +155,7 @@ def document() -> Schema:
         "info": {
             "title": "progressdb-kms",
             "version": __version__,
-            "description": "HTTP over a Unix domain socket. Who may call is decided by the socket's permissions "
-            "and the peer's UID.",
+            "description": "HTTP over a Unix socket; its permissions and the peer's UID say who may call.",
         },
         "paths": paths,
     }
