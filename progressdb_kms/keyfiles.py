@@ -129,7 +129,8 @@ def write_key(path: Path, key: memoryview, like: Optional[os.stat_result] = None
 
 
 def remove_key(path: Path) -> None:
-    """Overwrite and unlink a key file. On a journal or flash, old blocks may live on all the same."""
+    """Unlink a key file, and overwrite it unless it has another name. On a journal or flash, old blocks may
+    live on all the same."""
     descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
     try:
         os.unlink(path)
@@ -163,8 +164,11 @@ def _write_part(part: Path, key: memoryview, like: Optional[os.stat_result]) -> 
 
 
 def _overwrite(descriptor: int) -> None:
-    os.pwrite(descriptor, bytes(os.fstat(descriptor).st_size), 0)
-    os.fsync(descriptor)
+    """Only what has no name left: a part that was linked into its place is that file."""
+    about = os.fstat(descriptor)
+    if about.st_nlink == 0:
+        os.pwrite(descriptor, bytes(about.st_size), 0)
+        os.fsync(descriptor)
 
 
 # ---- changing over -----------------------------------------------------------------------------------
@@ -297,6 +301,8 @@ class ChangeOver:
         files = self._files
         if self._forget_old:
             with open(files.current, "r+b", buffering=0) as old:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(files.kept(old_kek_id))  # an interrupted run without --forget-old
                 os.replace(files.following, files.current)
                 sync_folder(files.current.parent)
                 _overwrite(old.fileno())

@@ -299,6 +299,15 @@ class TestRotate:
         rotate(files, service)
         settled(files)
 
+    def test_death_between_the_two_names_of_a_new_file(self, files: KeyFiles) -> None:
+        """kill -9 after link(2): the part and F.next are one file. To clean up must not harm it."""
+        put(files.following, NEW)
+        os.link(files.following, files.following.with_name(f".{files.following.name}.0011aabb.part"))
+        service = Service()
+        service.now = Active(B)
+        ChangeOver(files, service).resume()
+        settled(files)
+
     @pytest.mark.parametrize("committed", [False, True])
     @pytest.mark.parametrize("error", [Unavailable("no room", status=503), ConnectionFailed("it broke")])
     def test_an_unknown_outcome_keeps_the_new_key(
@@ -375,6 +384,25 @@ class TestRotate:
             ChangeOver(files, Service(), forget_old=True).rotate(memoryview(bytearray(NEW)))
             assert old.read() == bytes(65)
         assert names(files) == {"kek"} and kek_id_of(files.current) == B
+
+    def test_forget_old_after_a_run_that_kept_it(self, files: KeyFiles) -> None:
+        service = Service()
+
+        def die(name: str) -> None:
+            if name == "kept":
+                raise Died
+
+        with pytest.raises(Died):
+            rotate(files, service, step=die)
+        with open(files.current, "rb") as old:
+            ChangeOver(files, service, forget_old=True).resume()
+            assert old.read() == bytes(65)
+        assert names(files) == {"kek"} and kek_id_of(files.current) == B
+
+    def test_forget_old_spares_a_file_with_another_name(self, files: KeyFiles) -> None:
+        os.link(files.current, files.current.with_name("safe"))
+        ChangeOver(files, Service(), forget_old=True).rotate(memoryview(bytearray(NEW)))
+        assert kek_id_of(files.current) == B and kek_id_of(files.current.with_name("safe")) == A
 
     def test_a_copy_of_the_key_as_next_is_dropped(self, files: KeyFiles) -> None:
         put(files.following, OLD)
