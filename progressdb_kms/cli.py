@@ -133,7 +133,7 @@ def _examples(command: Command) -> str:
 
 
 def _exit_codes(exits: Sequence[tuple[int, str]]) -> str:
-    return "exit codes: " + "; ".join(f"{code} {text}" for code, text in exits)
+    return "exit codes:\n" + "".join(f"  {code}  {text}\n" for code, text in exits)
 
 
 # ---- running -----------------------------------------------------------------------------------------
@@ -150,6 +150,7 @@ class Interrupted(BaseException):
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command line. Returns the exit code; ends the process by its signal after an interrupt."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _open_standard_streams()
     try:
         return _flushed(_run(_with_command(words)))
     except UsageError as error:
@@ -217,6 +218,17 @@ def _interrupts() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _open_standard_streams() -> None:
+    """Where a caller closed one, a file or socket of ours would get its number, and our output with it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            with contextlib.suppress(OSError):
+                if os.fstat(number):
+                    continue
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 
 
 def _flushed(code: int) -> int:

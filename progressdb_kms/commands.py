@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 from . import owner
 from .console import (
@@ -20,7 +20,6 @@ from .console import (
     CommandFailed,
     Progress,
     UsageError,
-    fields,
     output,
     read_input,
     safe,
@@ -91,11 +90,7 @@ def status(args: argparse.Namespace) -> int:
     with _client(args) as kms:
         if args.ready:
             return _check_ready(kms, args.json)
-        found = kms.status()
-    if args.json:
-        show(found, True)
-    else:
-        sys.stdout.write(fields(_flat(found)))
+        show(kms.status(), args.json)
     return 0
 
 
@@ -108,25 +103,6 @@ def _check_ready(kms: Client, as_json: bool) -> int:
     if not as_json:
         sys.stdout.write("ready\n")
     return 0
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects as names like `memory.kind`; measures as a list of what is in force and what is not."""
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            result.update(_flat(value, f"{prefix}{name}."))
-        elif isinstance(value, list):
-            result[prefix + name] = ", ".join(map(_measure, value))
-        else:
-            result[prefix + name] = value
-    return result
-
-
-def _measure(value: Any) -> str:
-    if isinstance(value, Mapping) and "name" in value:
-        return str(value["name"]) if value.get("ok", True) else f"NOT {value['name']}"
-    return str(value)
 
 
 def create_dek(args: argparse.Namespace) -> None:

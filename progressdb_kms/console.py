@@ -52,9 +52,13 @@ def safe(text: object) -> str:
 
 def fields(values: Mapping[str, Any]) -> str:
     """`name  value` lines; what is empty is left out."""
-    shown = {name: safe(value) for name, value in values.items() if value not in (None, "")}
+    shown = {name: safe(_word(value)) for name, value in values.items() if value not in (None, "")}
     width = max(map(len, shown), default=0)
     return "".join(f"{name:{width}}  {value}\n" for name, value in shown.items())
+
+
+def _word(value: object) -> object:
+    return ("no", "yes")[value] if isinstance(value, bool) else value
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -67,7 +71,26 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def show(values: Mapping[str, Any], as_json: bool) -> None:
     """One object to stdout: for people, or as a line of JSON."""
-    sys.stdout.write(json.dumps(values) + "\n" if as_json else fields(values))
+    sys.stdout.write(json.dumps(values) + "\n" if as_json else fields(flat(values)))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as names like `memory.kind`; measures as a list of what is in force and what is not."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            result.update(flat(value, f"{prefix}{name}."))
+        elif isinstance(value, list):
+            result[prefix + name] = ", ".join(map(_measure, value))
+        else:
+            result[prefix + name] = value
+    return result
+
+
+def _measure(value: Any) -> str:
+    if isinstance(value, Mapping) and "name" in value:
+        return str(value["name"]) if value.get("ok", True) else f"NOT {value['name']}"
+    return str(value)
 
 
 def say(text: str) -> None:

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import keyfiles
 from .aead import KEY_SIZE
@@ -25,6 +25,14 @@ REFRESH = 0.2
 """Seconds between two questions how far a rotation is; asked only where a terminal shows it."""
 
 
+class Done(NamedTuple):
+    """What there is to show: the result, further fields, and a remark for stderr."""
+
+    result: RotationResult
+    files: dict[str, Any]
+    remark: str = ""
+
+
 def run(args: argparse.Namespace, settings: Settings) -> None:
     with Client(settings.socket) as kms, Progress("rotate-kek") as bar, LockedBuffer(KEY_SIZE) as memory:
         service = Daemon(kms, bar)
@@ -33,14 +41,15 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         elif args.new_key_file:
             keyfiles.read_key(Path(args.new_key_file), memory.view)
         if args.dry_run:
-            _show(args, service.rotate(memory.view, dry_run=True), {})
+            done = Done(service.rotate(memory.view, dry_run=True), {})
         elif settings.master_key_file:
-            _in_file(args, Path(settings.master_key_file), service, memory.view)
+            done = _in_file(args, Path(settings.master_key_file), service, memory.view)
         else:
-            _elsewhere(args, settings, service, memory.view)
+            done = _elsewhere(args, settings, service, memory.view)
+    _show(args, done)
 
 
-def _in_file(args: argparse.Namespace, current: Path, service: Daemon, key: memoryview) -> None:
+def _in_file(args: argparse.Namespace, current: Path, service: Daemon, key: memoryview) -> Done:
     kept = KeyFiles(current).kept(keyfiles.kek_id_of(current))
     change = ChangeOver(KeyFiles(current), service, forget_old=args.forget_old)
     try:
@@ -49,25 +58,24 @@ def _in_file(args: argparse.Namespace, current: Path, service: Daemon, key: memo
         if not isinstance(error, Exception):
             say(f"interrupted: {keyfiles.RESUME} to finish")
         raise
-    _show(args, result, {"key_file": current, "old_key_file": kept if kept.exists() else None})
+    return Done(result, {"key_file": current, "old_key_file": kept if kept.exists() else None})
 
 
-def _elsewhere(args: argparse.Namespace, settings: Settings, service: Daemon, key: memoryview) -> None:
+def _elsewhere(args: argparse.Namespace, settings: Settings, service: Daemon, key: memoryview) -> Done:
     if args.resume:
         raise CommandFailed(
             "the configuration names no master_key_file, so there is nothing to resume",
             hint="the new key is in the file that rotate-kek named: `progressdb-kms kek-id FILE` tells which",
         )
     if args.new_key_file is not None:
-        path, owner = Path(args.new_key_file).absolute(), None
+        path, beside = Path(args.new_key_file).absolute(), None
     elif settings.config_file is not None:
-        owner = Path(settings.config_file)
-        path = owner.with_name(f"master-key-{fingerprint(key)}")
+        beside = Path(settings.config_file)
+        path = beside.with_name(f"master-key-{fingerprint(key)}")
     else:
         raise UsageError("--generate needs --config: the new key file is made beside it")
-    result = keyfiles.rotate_elsewhere(path, key, service, owner)
-    _show(args, result, {"key_file": path})
-    sys.stderr.write(_lines_to_change(settings, path))
+    result = keyfiles.rotate_elsewhere(path, key, service, beside)
+    return Done(result, {"key_file": path}, _lines_to_change(settings, path))
 
 
 def _lines_to_change(settings: Settings, path: Path) -> str:
@@ -87,18 +95,19 @@ def _lines_to_change(settings: Settings, path: Path) -> str:
     )
 
 
-def _show(args: argparse.Namespace, result: RotationResult, more: dict[str, Any]) -> None:
+def _show(args: argparse.Namespace, done: Done) -> None:
+    result = done.result
     values: dict[str, Any] = {
         "status": "dry_run" if args.dry_run else "ok",
         "kek_id": result.kek_id,
         "kek_version": result.kek_version or None,
         "rewrapped": result.rewrapped if result.kek_version else None,
         "backup": result.backup or None,
-        **{name: str(value) for name, value in more.items() if value is not None},
+        "by_kek": dict(result.by_kek) if args.dry_run else None,
+        **{name: str(path) for name, path in done.files.items() if path is not None},
     }
-    if args.dry_run:
-        values["by_kek"] = dict(result.by_kek)
     show({name: value for name, value in values.items() if value is not None}, args.json)
+    sys.stderr.write(done.remark)
 
 
 class Daemon:

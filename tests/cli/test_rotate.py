@@ -1,0 +1,197 @@
+"""`rotate-kek` from the outside: what it prints, and which files are there afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.fakekms import FakeKms, kek_id_of
+from tests.cli.test_online import on_terminal, spawn
+from tests.harness.daemon import cli, write_secret
+
+OLD = bytes(range(32))
+NEW = bytes(range(50, 82))
+
+
+@pytest.fixture
+def kms(short_tmp: Path) -> Iterator[FakeKms]:
+    with FakeKms(short_tmp / "s", OLD) as fake:
+        fake.create("t", None)
+        yield fake
+
+
+@pytest.fixture
+def home(short_tmp: Path, kms: FakeKms) -> Path:
+    """A folder with a config and key file F."""
+    write_secret(short_tmp / "F", OLD.hex().encode())
+    write_secret(short_tmp / "new", NEW.hex().encode())
+    write_secret(short_tmp / "c.yaml", b"master_key_file: F\nsocket: s\ndata_dir: d\n")
+    return short_tmp
+
+
+def rotate(home: Path, *args: str, env: Any = None) -> subprocess.CompletedProcess[bytes]:
+    return cli("rotate-kek", "--config", "c.yaml", *args, cwd=home, env=env)
+
+
+def files(home: Path) -> set[str]:
+    return set(os.listdir(home)) - {"s", "c.yaml", "new"}
+
+
+A, B = kek_id_of(OLD), kek_id_of(NEW)
+
+
+def test_new_key_file(home: Path, kms: FakeKms) -> None:
+    done = rotate(home, "--new-key-file", "new")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode() == (
+        "status        ok\n"
+        f"kek_id        {B}\n"
+        "kek_version   2\n"
+        "rewrapped     1\n"
+        "backup        /data/kms-deks-backup/x\n"
+        f"key_file      {home}/F\n"
+        f"old_key_file  {home}/F.old-{A}\n"
+    )
+    assert (home / "F").read_bytes() == NEW.hex().encode() + b"\n"
+    assert (home / f"F.old-{A}").read_bytes() == OLD.hex().encode()
+    assert files(home) == {"F", f"F.old-{A}"} and kms.kek == NEW
+
+
+def test_generate(home: Path, kms: FakeKms) -> None:
+    done = rotate(home, "--generate", "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["kek_id"] == kms.kek_id != A
+    assert bytes.fromhex((home / "F").read_text()) == kms.kek
+    assert kms.kek.hex() not in done.stdout.decode() + done.stderr.decode()
+
+
+def test_forget_old(home: Path, kms: FakeKms) -> None:
+    assert rotate(home, "--generate", "--forget-old").returncode == 0
+    assert files(home) == {"F"}
+
+
+def test_dry_run_changes_nothing(home: Path, kms: FakeKms) -> None:
+    done = rotate(home, "--generate", "--dry-run", "--json")
+    found = json.loads(done.stdout)
+    assert (found["status"], found["rewrapped"], found["by_kek"]) == ("dry_run", 1, {A: 1})
+    assert files(home) == {"F"} and kms.kek == OLD
+    assert f"by_kek.{A}  1\n" in rotate(home, "--new-key-file", "new", "--dry-run").stdout.decode()
+
+
+def test_a_lost_answer_is_resumed(home: Path, kms: FakeKms) -> None:
+    """The daemon rotated, the answer was lost: the only copy of the active KEK is in F.next."""
+    kms.drop.add("/rotate_kek")
+    done = rotate(home, "--new-key-file", "new")
+    assert done.returncode == 1 and done.stdout == b""
+    assert done.stderr.decode() == (
+        f"progressdb-kms: the connection to {home}/s broke: it was closed before the answer; "
+        f"the new key is kept in {home}/F.next (run `progressdb-kms rotate-kek --resume`)\n"
+    )
+    assert files(home) == {"F", "F.next"}
+    assert b"unfinished rotation" in rotate(home, "--generate").stderr
+    done = rotate(home, "--resume")
+    assert done.returncode == 0 and f"kek_id        {B}\n" in done.stdout.decode()
+    assert files(home) == {"F", f"F.old-{A}"}
+    again = rotate(home, "--resume")
+    assert again.returncode == 0 and f"kek_id    {B}\n" in again.stdout.decode()
+
+
+def test_a_refusal_leaves_no_file(home: Path, kms: FakeKms) -> None:
+    kms.refuse["/rotate_kek"] = (403, "peer_refused", "uid 0 may not make this call (admin_peer_uids)")
+    done = rotate(home, "--generate")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr == b"progressdb-kms: uid 0 may not make this call (admin_peer_uids)\n"
+    assert files(home) == {"F"}
+
+
+def test_the_daemon_is_down(home: Path) -> None:
+    write_secret(home / "c.yaml", b"master_key_file: F\nsocket: nowhere\ndata_dir: d\n")
+    done = rotate(home, "--generate")
+    assert done.returncode == 1 and b"systemctl status progressdb-kms" in done.stderr and files(home) == {"F"}
+
+
+def test_a_weak_key(home: Path, kms: FakeKms) -> None:
+    write_secret(home / "new", b"00" * 32)
+    done = rotate(home, "--new-key-file", "new")
+    assert done.returncode == 1 and b"fewer than 8 distinct bytes" in done.stderr and files(home) == {"F"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_while_the_daemon_works(home: Path, kms: FakeKms, number: int) -> None:
+    kms.rotation_seconds = 1.0
+    command = ("rotate-kek", "--config", str(home / "c.yaml"), "--new-key-file", str(home / "new"))
+    process = spawn(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while kms.rotation is None:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == -number and kms.kek == OLD
+    told = b"interrupted: run `progressdb-kms rotate-kek --resume` to finish\n"
+    assert err == (b"" if number == signal.SIGKILL else told)
+    assert files(home) == {"F", "F.next"}
+    done = rotate(home, "--resume")  # waits for the end of the daemon's work
+    assert done.returncode == 0 and kms.kek == NEW and files(home) == {"F", f"F.old-{A}"}
+
+
+def test_a_bar_on_a_terminal(home: Path, kms: FakeKms) -> None:
+    kms.rotation_seconds = 1.0
+    code, shown = on_terminal("rotate-kek", "--config", str(home / "c.yaml"), "--generate")
+    assert code == 0 and "\rrotate-kek [######                  ]  25% 1/4\x1b[K" in shown
+    assert re.search(r"\r\x1b\[Kstatus +ok\r\n", shown), "the bar must be gone before the result"
+
+
+class TestKeyInTheConfiguration:
+    @pytest.fixture(autouse=True)
+    def config(self, home: Path) -> None:
+        write_secret(home / "c.yaml", f"master_key_hex: {OLD.hex()}\nsocket: s\ndata_dir: d\n".encode())
+        (home / "F").unlink()
+
+    def test_generate(self, home: Path, kms: FakeKms) -> None:
+        done = rotate(home, "--generate")
+        path = home / f"master-key-{kms.kek_id}"
+        assert done.returncode == 0 and bytes.fromhex(path.read_text()) == kms.kek != OLD
+        assert done.stderr.decode() == (
+            f"Before the next start, in {home}/c.yaml, replace the line\n    master_key_hex: …\nby\n"
+            f"    master_key_file: {path}\nThe daemon goes on until then, but can't be started anew.\n"
+        )
+        assert files(home) == {path.name}
+        write_secret(home / "c.yaml", f"master_key_file: {path}\nsocket: s\ndata_dir: d\n".encode())
+        assert rotate(home, "--generate").returncode == 0
+
+    def test_new_key_file(self, home: Path, kms: FakeKms) -> None:
+        done = rotate(home, "--new-key-file", "new")
+        assert done.returncode == 0 and f"    master_key_file: {home}/new\n" in done.stderr.decode()
+        assert kms.kek == NEW and (home / "new").exists() and files(home) == set()
+
+    def test_a_refusal_leaves_no_file(self, home: Path, kms: FakeKms) -> None:
+        kms.refuse["/rotate_kek"] = (409, "rotation_in_progress", "a rotation is under way")
+        assert rotate(home, "--generate").returncode == 1 and files(home) == set()
+
+    def test_resume_has_nothing_to_go_by(self, home: Path) -> None:
+        assert b"names no master_key_file" in rotate(home, "--resume").stderr
+
+    def test_a_credential(self, home: Path, kms: FakeKms) -> None:
+        write_secret(home / "c.yaml", b"master_key_credential: kek\nsocket: s\ndata_dir: d\n")
+        done = rotate(home, "--new-key-file", "new")
+        assert done.returncode == 0 and f"    LoadCredential=kek:{home}/new\n" in done.stderr.decode()
+
+    def test_the_environment(self, home: Path, kms: FakeKms) -> None:
+        env = {
+            "PROGRESSDB_KMS_MASTER_KEY_HEX": OLD.hex(),
+            "PROGRESSDB_KMS_SOCKET": str(home / "s"),
+            "PROGRESSDB_KMS_DATA_DIR": str(home / "d"),
+        }
+        done = cli("rotate-kek", "--generate", cwd=home, env=env)
+        assert done.returncode == 2 and b"--generate needs --config" in done.stderr and kms.kek == OLD
+        done = cli("rotate-kek", "--new-key-file", "new", cwd=home, env=env)
+        assert done.returncode == 0 and f"PROGRESSDB_KMS_MASTER_KEY_FILE={home}/new" in done.stderr.decode()

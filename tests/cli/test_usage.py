@@ -1,0 +1,208 @@
+"""The table of commands, the parser made of it, and what a wrong command line gets."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from progressdb_kms import __version__, cli, commands
+from progressdb_kms.cli import COMMANDS, build_parser
+from progressdb_kms.client import KeyNotFound
+from progressdb_kms.commandtable import CHOICES, EXITS, GROUP_TITLES, Arg, Command
+from progressdb_kms.console import CommandFailed, UsageError
+from progressdb_kms.errors import ConfigError
+from tests.harness.daemon import COMMAND, REPO, base_environment
+from tests.harness.daemon import cli as run
+
+BY_NAME = {command.name: command for command in COMMANDS}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: str(command.name))
+class TestTable:
+    def test_it_is_complete(self, command: Command) -> None:
+        assert callable(getattr(commands, command.run)) and command.group in GROUP_TITLES
+        assert command.help[0].islower() and not command.help.endswith(".")
+        assert command.about.endswith(".") and len(command.name.split()) <= 2
+        for example in command.examples:
+            assert "progressdb-kms " in example
+
+    def test_every_argument_says_what_it_is(self, command: Command) -> None:
+        kinds = {"flag", "text", "count", "file", "folder", "key_id", *CHOICES}
+        for arg in command.args:
+            assert arg.help and arg.kind in kinds and (arg.kind == "flag") == (not arg.metavar)
+            assert arg.positional or all(name.startswith("-") for name in arg.names)
+
+    def test_help(self, command: Command, capsys: Any) -> None:
+        with pytest.raises(SystemExit) as caught:
+            build_parser().parse_args([*command.name.split(), "--help"])
+        text = capsys.readouterr().out
+        assert caught.value.code == 0 and f"usage: progressdb-kms {command.name} " in text
+        examples = {f"  {example}" for example in command.examples}
+        assert all(len(line) <= 100 for line in text.splitlines() if line not in examples)
+        for name in (
+            name for arg in command.args for name in (arg.names if not arg.positional else (arg.metavar,))
+        ):
+            assert name in text
+        assert "exit codes:\n  0  it was done\n  1  " in text and all(
+            example in text for example in command.examples
+        )
+
+    def test_examples_are_command_lines(self, command: Command) -> None:
+        """Each names only what the parser knows."""
+        for example in command.examples:
+            text = example.split("progressdb-kms ", 1)[1].replace("$(date +%F)", "today").rstrip(")")
+            words = text.split(" > ")[0].split(" | ")[0].split()
+            args = build_parser().parse_args(cli._with_command(words))
+            assert args.command is command
+
+
+def test_names_are_unique() -> None:
+    assert len(BY_NAME) == len(COMMANDS) >= 25
+    for command in COMMANDS:
+        names = [name for arg in command.args for name in arg.names]
+        assert len(names) == len(set(names)), command.name
+
+
+def test_the_design_s_options() -> None:
+    """Online commands take --socket, offline ones on a store --data-dir and --config, serve all three."""
+
+    def has(name: str) -> set[str]:
+        return {word for arg in BY_NAME[name].args for word in arg.names}
+
+    for command in COMMANDS:
+        if command.group == "serve":
+            assert has(command.name) == {"--socket", "--data-dir", "--config"}
+        elif command.group == "online":
+            assert "--socket" in has(command.name)
+        elif command.name not in ("genkey", "kek-id", "bench"):
+            assert {"--data-dir", "--config"} <= has(command.name)
+
+
+def test_defaults_of_the_table_are_those_of_the_options() -> None:
+    from progressdb_kms import client, commandtable, options
+
+    assert commandtable.DEFAULT_SOCKET == options.BY_NAME["socket"].default == client.DEFAULT_SOCKET
+    assert options.BY_NAME["data_dir"].default == commandtable.DEFAULT_DATA_DIR
+    named = {option.env for option in options.OPTIONS if option.env}
+    assert named == {name for name, _ in commandtable.ENVIRONMENT}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bogus"], "there is no command 'bogus' (see `progressdb-kms --help`)"),
+        (["encrpyt"], "there is no command 'encrpyt' (did you mean encrypt? see `progressdb-kms --help`)"),
+        (["audit"], "the following arguments are required: COMMAND (see `progressdb-kms audit --help`)"),
+        (["encrypt"], "the following arguments are required: --key-id (see `progressdb-kms encrypt --help`)"),
+        (["describe"], "the following arguments are required: KEY_ID (see `progressdb-kms describe --help`)"),
+        (["status", "--jso"], "unrecognized arguments: --jso (see `progressdb-kms --help`)"),
+        (["status", "x\ny"], "unrecognized arguments: x y (see `progressdb-kms --help`)"),
+        (["--socket"], "argument --socket: expected one argument (see `progressdb-kms serve --help`)"),
+        (["shred", "k", "--days", "0"], "argument --days: '0' is no whole number above 0"),
+        (["shred", "k", "--days", "1_0"], "argument --days: '1_0' is no whole number above 0"),
+        (["shred", "k", "--days", "400"], "--days is a number from 1 to 365"),
+        (["shred", "k", "--days", "4", "--now"], "--now and --days exclude each other"),
+        (["restore"], "give either FILE or --snapshot PATH"),
+        (["restore", "f", "--key", "k"], "--key goes with --snapshot"),
+        (["rotate-kek"], "give one of --generate, --new-key-file and --resume"),
+        (["rotate-kek", "--generate", "--resume"], "give one of --generate, --new-key-file and --resume"),
+        (["rotate-kek", "--resume", "--dry-run"], "--resume and --dry-run exclude each other"),
+        (["backups", "prune"], "give --keep, --older-than or both"),
+    ],
+)
+def test_usage_errors(words: list[str], message: str, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(cli, "_harden", lambda words: None)
+    assert cli.main(words) == 2
+    shown = capsys.readouterr()
+    assert (
+        shown.out == "" and shown.err.startswith(f"progressdb-kms: {message}") and shown.err.count("\n") == 1
+    )
+
+
+@pytest.mark.parametrize("word", ["--version", "--help"])
+def test_on_the_whole(word: str) -> None:
+    done = run(word)
+    assert done.returncode == 0 and done.stderr == b""
+    if word == "--version":
+        assert done.stdout == f"progressdb-kms {__version__}\n".encode()
+    else:
+        assert all(f"  {command.name} " in done.stdout.decode() for command in COMMANDS)
+
+
+def test_no_command_serves() -> None:
+    """A refusal that only the daemon utters."""
+    for words in ((), ("--socket", "/tmp/x"), ("serve",)):
+        done = run(*words)
+        assert done.returncode == 1 and b"no master key is given" in done.stderr and done.stdout == b""
+
+
+class TestErrors:
+    @pytest.fixture
+    def failing(self, monkeypatch: Any) -> Any:
+        def make(error: BaseException) -> int:
+            def status(args: argparse.Namespace) -> int:
+                raise error
+
+            monkeypatch.setattr(commands, "status", status)
+            return cli.main(["status"])
+
+        return make
+
+    @pytest.mark.parametrize(
+        ("error", "code", "line"),
+        [
+            (CommandFailed("no", hint="do this"), 1, "no (do this)"),
+            (ConfigError("bad\nline"), 1, "bad line"),
+            (KeyNotFound("there is no key k", status=404), 1, "there is no key k"),
+            (UsageError("wrong"), 2, "wrong"),
+            (OSError(28, "No space left on device", "/x"), 1, "/x: No space left on device"),
+            (OSError(5, "Input/output error"), 1, "Input/output error"),
+        ],
+    )
+    def test_one_line(self, failing: Any, capsys: Any, error: Exception, code: int, line: str) -> None:
+        assert failing(error) == code
+        assert capsys.readouterr().err == f"progressdb-kms: {line}\n"
+
+    def test_a_defect_shows_its_place_and_no_data(self, failing: Any, capsys: Any) -> None:
+        assert failing(ValueError("the key is 00112233")) == 1
+        line = capsys.readouterr().err
+        assert line.startswith("progressdb-kms: internal error: ValueError at test_usage.py:")
+        assert "0011" not in line and line.count("\n") == 1
+
+    def test_no_escape_sequence_gets_through(self, failing: Any, capsys: Any) -> None:
+        failing(CommandFailed("there is no key \x1b[31mk"))
+        assert capsys.readouterr().err == "progressdb-kms: there is no key ?[31mk\n"
+
+    @pytest.mark.parametrize(
+        ("words", "closed", "code", "shown"),
+        [
+            (["genkey", "k"], ">&-", 0, ""),
+            (["bogus"], "2>&-", 2, ""),
+            (["bogus"], ">&- <&-", 2, "progressdb-kms: there is no command"),
+            (["genkey", "k"], ">&- 2>&- <&-", 0, ""),
+        ],
+    )
+    def test_closed_streams(
+        self, words: list[str], closed: str, code: int, shown: str, short_tmp: Path
+    ) -> None:
+        """A file that is opened later must not become the stdout of a command."""
+        command = f"{shlex.join([*COMMAND, *words])} {closed}"
+        done = subprocess.run(
+            ["sh", "-c", command], capture_output=True, env=base_environment(REPO), cwd=short_tmp
+        )
+        assert (done.returncode, done.stdout) == (code, b"")
+        assert done.stderr.decode().startswith(shown) and bool(done.stderr) == bool(shown)
+        if code == 0:
+            assert len((short_tmp / "k").read_bytes()) == 65
+
+
+def test_arguments_are_tuples_of_data() -> None:
+    """So that other programs (man page, completions) can read them."""
+    assert Arg(("--json",), "x", "flag").positional is False
+    assert Arg(("file",), "x", "file", "FILE").positional is True
+    assert [code for code, _ in EXITS] == [0, 1, 2]
