@@ -418,7 +418,7 @@ def _daemon(patient: Patient) -> Findings:
         yield Finding(WARN, "its keys are not in locked memory", "LimitMEMLOCK=infinity in the unit")
 
 
-CHECKS = (
+CHECKS: tuple[Check, ...] = (
     Check("versions", _versions, settings=False),
     Check("config", _config, settings=False),
     Check("key file", _key_file),

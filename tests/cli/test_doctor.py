@@ -1,0 +1,308 @@
+"""`doctor`: each check finds the fault that it is there to find, and is silent about a sound host."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+from progressdb_kms import doctor
+from progressdb_kms.doctor import FAIL, OK, WARN, Finding, Patient
+from progressdb_kms.store import APPLICATION_ID, SCHEMA_VERSION
+from tests.cli.fakekms import FakeKms, kek_id_of
+from tests.harness.daemon import cli, write_secret
+
+KEK = bytes(range(32))
+A = kek_id_of(KEK)
+
+
+@pytest.fixture
+def home(short_tmp: Path) -> Path:
+    """What a sound installation looks like, the daemon stopped."""
+    write_secret(short_tmp / "F", KEK.hex().encode())
+    write_secret(short_tmp / "c.yaml", b"master_key_file: F\nsocket: s\ndata_dir: d\n")
+    (short_tmp / "d").mkdir(mode=0o700)
+    make_store(short_tmp / "d", {A: [1, 5, ""]}, A)
+    write_secret(short_tmp / "d" / "kms-audit.log", b"{}\n")
+    return short_tmp
+
+
+def make_store(folder: Path, counts: dict[str, list[Any]], active: str) -> None:
+    write_secret(folder / "kms.db", b"")
+    with contextlib.closing(sqlite3.connect(folder / "kms.db")) as db:
+        db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        db.execute("CREATE TABLE kms (key TEXT PRIMARY KEY, value BLOB)")
+        rows = [("kek:active", {"kek_id": active}), ("kek:counts", counts)]
+        db.executemany("INSERT INTO kms VALUES (?, ?)", [(name, json.dumps(value)) for name, value in rows])
+        db.commit()
+
+
+def patient(home: Path, **settings: str) -> Patient:
+    if settings:
+        text = (home / "c.yaml").read_text() + "".join(
+            f"{name}: {value}\n" for name, value in settings.items()
+        )
+        write_secret(home / "c.yaml", text.encode())
+    return Patient(argparse.Namespace(socket=None, data_dir=None, config=str(home / "c.yaml")))
+
+
+Look = Callable[[Patient], doctor.Findings]
+
+
+def levels(look: Look, who: Patient) -> list[str]:
+    return [finding.level for finding in look(who)]
+
+
+def only(look: Look, who: Patient) -> Finding:
+    """The one finding that is not `ok`; each says what to do."""
+    (found,) = [finding for finding in look(who) if finding.level != OK]
+    assert found.text
+    return found
+
+
+SOUND = (
+    doctor._versions, doctor._config, doctor._key_file, doctor._rotation, doctor._folder, doctor._store,
+    doctor._audit, doctor._clock,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("look", SOUND, ids=lambda look: str(look.__name__))
+def test_a_sound_installation(home: Path, look: Look) -> None:
+    assert set(levels(look, patient(home))) <= {OK}
+
+
+class TestConfig:
+    def test_wrong(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What it does not tell is not looked at (`hardening` is left out: it would harden us)."""
+        some = tuple(check for check in doctor.CHECKS if check.name != "hardening")
+        monkeypatch.setattr(doctor, "CHECKS", some)
+        who = patient(home, wrokers="2")
+        assert who.settings is None and only(doctor._config, who).level == FAIL
+        assert {name for name, _ in doctor.examine(who)} == {"versions", "config", "memory", "ptrace"}
+
+    def test_a_key_that_can_t_be_read(self, home: Path) -> None:
+        (home / "F").chmod(0o644)
+        who = patient(home)
+        assert who.settings is not None and "open to others" in only(doctor._config, who).text
+        assert "chmod 0600" in only(doctor._key_file, who).todo
+
+    def test_a_credential_outside_of_systemd(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write_secret(home / "c.yaml", b"master_key_credential: kek\ndata_dir: d\n")
+        monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+        assert only(doctor._config, patient(home)).level == WARN
+
+    def test_a_key_file_that_is_gone(self, home: Path) -> None:
+        (home / "F").unlink()
+        assert only(doctor._key_file, patient(home)).level == FAIL
+
+    def test_a_key_file_that_others_may_replace(self, home: Path) -> None:
+        home.chmod(0o777)
+        assert "others may replace" in only(doctor._key_file, patient(home)).text
+        home.chmod(0o1777)
+        assert levels(doctor._key_file, patient(home)) == [OK]
+
+
+class TestRotation:
+    def test_unfinished(self, home: Path) -> None:
+        write_secret(home / "F.next", os.urandom(32))
+        found = only(doctor._rotation, patient(home))
+        assert found.level == WARN and "--resume" in found.todo
+
+    def test_parts_and_old_keys(self, home: Path) -> None:
+        write_secret(home / ".F.next.00112233.part", b"")
+        write_secret(home / f"F.old-{A}", b"")
+        assert levels(doctor._rotation, patient(home)) == [WARN, OK]
+
+
+class TestHost:
+    def test_cryptography_too_old(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("cryptography.__version__", "37.0.4")
+        assert only(doctor._versions, patient(home)).level == FAIL
+
+    @pytest.mark.parametrize(
+        ("kind", "lock", "level"),
+        [
+            ("memfd_secret", "try", OK),
+            ("mlock", "require", OK),
+            ("unlocked", "try", WARN),
+            ("unlocked", "require", FAIL),
+        ],
+    )
+    def test_memory(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch, kind: str, lock: str, level: str
+    ) -> None:
+        class Buffer:
+            def __init__(self, size: int) -> None:
+                self.kind = kind
+
+            def __enter__(self) -> Buffer:
+                return self
+
+            def __exit__(self, *about: object) -> None:
+                pass
+
+        who = patient(home, memory_lock=lock)
+        monkeypatch.setattr(doctor, "LockedBuffer", Buffer)
+        assert levels(doctor._memory, who) == [level]
+
+    def test_open_files(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("resource.getrlimit", lambda what: (1024, 1024))
+        assert only(doctor._descriptors, patient(home, max_connections="1000")).level == WARN
+        monkeypatch.setattr("resource.getrlimit", lambda what: (1024, 1064))
+        assert levels(doctor._descriptors, patient(home)) == [OK]
+
+    def test_the_clock(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now - 3600)
+        assert "set back" in only(doctor._clock, patient(home)).todo
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+        assert only(doctor._clock, patient(home)).level == FAIL
+
+    @pytest.mark.parametrize(("free", "level"), [(1 << 40, OK), (200 << 20, WARN), (1 << 20, FAIL)])
+    def test_the_disk(self, home: Path, monkeypatch: pytest.MonkeyPatch, free: int, level: str) -> None:
+        about = argparse.Namespace(f_bavail=free >> 12, f_frsize=4096, f_files=10, f_favail=5)
+        monkeypatch.setattr(os, "statvfs", lambda path: about)
+        assert levels(doctor._disk, patient(home)) == [level]
+        about.f_favail = 0
+        assert "no inode" in only(doctor._disk, patient(home)).text
+
+
+class TestDataDir:
+    def test_open_to_others(self, home: Path) -> None:
+        (home / "d").chmod(0o750)
+        assert "mode 0750" in only(doctor._folder, patient(home)).text
+
+    def test_a_file_that_is_open_to_others(self, home: Path) -> None:
+        (home / "d" / "kms.db").chmod(0o644)
+        found = only(doctor._folder, patient(home))
+        assert found.level == FAIL and "kms.db" in found.text
+
+    @pytest.mark.root
+    def test_a_file_of_another_user(self, home: Path) -> None:
+        os.chown(home / "d" / "kms.db", 12345, 12345)
+        assert "kms.db" in only(doctor._folder, patient(home)).text
+
+    def test_before_the_first_start(self, home: Path) -> None:
+        for path in (home / "d").iterdir():
+            path.unlink()
+        (home / "d").rmdir()
+        for look in (doctor._folder, doctor._store, doctor._audit, doctor._disk):
+            assert set(levels(look, patient(home))) <= {OK}
+
+
+class TestStore:
+    def test_damaged(self, home: Path) -> None:
+        path = home / "d" / "kms.db"
+        data = bytearray(path.read_bytes())
+        data[4096:] = os.urandom(len(data) - 4096)
+        path.write_bytes(data)
+        assert only(doctor._store, patient(home)).level == FAIL
+        path.write_bytes(b"no database at all, but long enough to be one" * 100)
+        found = only(doctor._store, patient(home))
+        assert found.level == FAIL and "restore" in found.todo
+
+    def test_of_something_else(self, home: Path) -> None:
+        for pragma in ("application_id=1", f"application_id={APPLICATION_ID};PRAGMA user_version=99"):
+            with contextlib.closing(sqlite3.connect(home / "d" / "kms.db")) as db:
+                db.executescript(f"PRAGMA {pragma}")
+            assert "no store" in only(doctor._store, patient(home)).text
+
+    def test_a_key_that_is_not_configured(self, home: Path) -> None:
+        (home / "d" / "kms.db").unlink()
+        make_store(home / "d", {A: [1, 5, ""], "00112233aabbccdd": [1, 2, ""]}, A)
+        found = only(doctor._store, patient(home))
+        assert found.level == FAIL and found.text.endswith(": 00112233aabbccdd")
+
+    def test_the_pending_key_counts(self, home: Path) -> None:
+        new = bytes(range(1, 33))
+        write_secret(home / "F.next", new)
+        (home / "d" / "kms.db").unlink()
+        make_store(home / "d", {}, kek_id_of(new))
+        assert levels(doctor._store, patient(home)) == [OK]
+
+    def test_no_audit_log(self, home: Path) -> None:
+        (home / "d" / "kms-audit.log").unlink()
+        assert only(doctor._audit, patient(home)).level == WARN
+
+
+class TestDaemon:
+    @pytest.fixture
+    def kms(self, home: Path) -> Iterator[FakeKms]:
+        home.chmod(0o755)
+        with FakeKms(home / "s", KEK) as fake:
+            yield fake
+
+    def test_up(self, home: Path, kms: FakeKms) -> None:
+        assert levels(doctor._daemon, patient(home)) == [OK]
+        assert levels(doctor._socket, patient(home)) == [OK]
+
+    def test_down(self, home: Path) -> None:
+        assert only(doctor._socket, patient(home)).level == WARN
+        found = only(doctor._daemon, patient(home))
+        assert found.level == WARN and "systemctl" in found.todo
+
+    def test_not_ready(self, home: Path, kms: FakeKms) -> None:
+        kms.not_ready = ["the audit log was unlinked"]
+        assert only(doctor._daemon, patient(home)) == Finding(
+            FAIL, "it is not ready: the audit log was unlinked"
+        )
+
+    def test_another_release(self, home: Path, kms: FakeKms, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doctor, "__version__", "9.9")
+        assert only(doctor._daemon, patient(home)).level == WARN
+
+    def test_what_speaks_something_else(self, home: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(home / "s"))
+            sock.listen()
+            (home / "s").unlink()
+            (home / "s").write_text("")
+            assert only(doctor._socket, patient(home)).text.endswith("is no socket")
+
+    def test_a_folder_that_is_open_to_all(self, home: Path, kms: FakeKms) -> None:
+        for mode, level in ((0o1777, WARN), (0o777, FAIL)):
+            home.chmod(mode)
+            assert only(doctor._socket, patient(home)).level == level
+
+
+class TestReport:
+    def test_text(self, home: Path) -> None:
+        done = cli("doctor", "--config", "c.yaml", cwd=home)
+        out = done.stdout.decode()
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert f"ok    store       {home}/d/kms.db is whole: 5 DEKs, active KEK {A}\n" in out
+        assert f"warn  daemon      can't connect to {home}/s: there is no such socket\n" in out
+        assert out.splitlines()[-1].startswith("0 failed, ")
+
+    def test_a_failure_is_the_exit_code(self, home: Path) -> None:
+        (home / "d").chmod(0o777)
+        done = cli("doctor", "--config", "c.yaml", "--json", cwd=home)
+        found = json.loads(done.stdout)
+        assert done.returncode == 1 and found["failed"] == 1
+        (bad,) = [check for check in found["checks"] if check["level"] == FAIL]
+        assert bad["check"] == "data-dir" and bad["todo"] == f"chmod 0700 {home}/d"
+
+    def test_it_changes_nothing(self, home: Path) -> None:
+        before = sorted(home.rglob("*"))
+        cli("doctor", "--config", "c.yaml", cwd=home)
+        assert sorted(home.rglob("*")) == before
+
+    def test_a_check_that_breaks_is_a_failure(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(who: Patient) -> doctor.Findings:
+            raise RuntimeError("oh")
+
+        monkeypatch.setattr(
+            doctor, "CHECKS", (doctor.Check("x", broken), doctor.Check("clock", doctor._clock))
+        )
+        found = list(doctor.examine(patient(home)))
+        assert [(name, finding.level) for name, finding in found] == [("x", FAIL), ("clock", OK)]
