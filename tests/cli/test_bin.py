@@ -1,0 +1,251 @@
+"""bin/progressdb-kms and bin/dev.sh, run in a skeleton of the tree: nothing is made in the tree itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+
+from progressdb_kms import __version__
+from tests.cli.fakekms import kek_id_of
+from tests.harness.daemon import REPO, base_environment, write_secret
+from tests.harness.wire import request
+
+
+@pytest.fixture
+def tree(short_tmp: Path) -> Path:
+    """A clone, of which the name would trip a careless script."""
+    root = short_tmp / "a clone's"
+    (root / "bin").mkdir(parents=True)
+    for name in ("progressdb-kms", "dev.sh", "venv"):
+        shutil.copy(REPO / "bin" / name, root / "bin")
+    for name in ("progressdb_kms", "setup.cfg", "pyproject.toml", "README.md"):
+        if (REPO / name).exists():
+            (root / name).symlink_to(REPO / name)
+    return root
+
+
+def environment(root: Path) -> dict[str, str]:
+    found = base_environment(root)
+    del found["PYTHONPATH"]
+    path = f"{Path(sys.executable).parent}:{found['PATH']}"  # the Python of the tests, which has the packages
+    return {**found, "PATH": path}
+
+
+# ---- bin/progressdb-kms ------------------------------------------------------------------------------
+
+
+class TestProgram:
+    def run(self, tree: Path, *words: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *options, str(tree / "bin" / "progressdb-kms"), *words]
+        return subprocess.run(command, capture_output=True, text=True, env=environment(tree))
+
+    def test_from_the_tree(self, tree: Path) -> None:
+        done = self.run(tree, "--version")
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"progressdb-kms {__version__}\n", "")
+
+    def test_by_a_link(self, tree: Path, short_tmp: Path) -> None:
+        (short_tmp / "kms").symlink_to(tree / "bin" / "progressdb-kms")
+        done = subprocess.run([short_tmp / "kms", "--version"], capture_output=True, env=environment(tree))
+        assert done.stdout == f"progressdb-kms {__version__}\n".encode()
+
+    def test_missing_packages_are_named(self, tree: Path) -> None:
+        done = self.run(tree, "status", options=("-S",))
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == (
+            "progressdb-kms: cryptography, pyyaml and sqlitedict: not installed "
+            "(bin/dev.sh puts all into .venv; "
+            "or: apt install python3-cryptography python3-yaml python3-sqlitedict)\n"
+        )
+
+    def test_the_tree_s_environment_is_taken(self, tree: Path) -> None:
+        python = tree / ".venv" / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        python.chmod(0o755)
+        done = self.run(tree, "list", "--thread-id", "a b", options=("-S",))
+        words = [str(tree.resolve() / "bin" / "progressdb-kms"), "list", "--thread-id", "a b"]
+        assert done.returncode == 0 and done.stdout.splitlines() == words
+        assert self.run(tree, "--version").stdout == f"progressdb-kms {__version__}\n"  # not without need
+
+    def test_it_stops_at_an_environment_that_lacks_them_too(self, tree: Path) -> None:
+        """The interpreter of .venv must not start itself again and again."""
+        (tree / ".venv" / "bin").mkdir(parents=True)
+        (tree / ".venv" / "bin" / "python").symlink_to(sys.executable)
+        (tree / ".venv" / "pyvenv.cfg").write_text(f"home = {Path(sys.executable).resolve().parent}\n")
+        done = self.run(tree, "status", options=("-S",))
+        assert done.returncode == 1 and "not installed" in done.stderr
+
+    def test_serving_through_it(self, tree: Path, short_tmp: Path) -> None:
+        done = self.run(tree, "serve", "--data-dir", str(short_tmp / "d"))
+        assert done.returncode == 1 and "no master key is given" in done.stderr
+
+
+# ---- bin/dev.sh ----------------------------------------------------------------------------------------
+
+
+class Served:
+    """What bin/dev.sh printed, and the daemon that it became."""
+
+    def __init__(self, process: subprocess.Popen[str], lines: list[str]) -> None:
+        self.process = process
+        words = dict(line.split(None, 1) for line in lines)
+        self.socket, self.kek_id, self.command = words["socket"], words["kek_id"], words["try"]
+
+
+@contextlib.contextmanager
+def serving(tree: Path, *words: str) -> Iterator[Served]:
+    process = dev(tree, "--no-build", *words)
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        lines = [process.stdout.readline().rstrip("\n") for _ in range(3)]
+        assert all(lines), process.stderr.read()
+        served = Served(process, lines)
+        assert " ready: " in process.stdout.readline()  # the daemon's own line
+        assert request(served.socket, "GET", "/healthz").status == 200
+        yield served
+        process.send_signal(signal.SIGINT)  # Ctrl-C
+        assert process.wait(30) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def dev(tree: Path, *words: str, env: Optional[dict[str, str]] = None) -> subprocess.Popen[str]:
+    command = ["sh", str(tree / "bin" / "dev.sh"), *words]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=env or environment(tree), cwd=tree.parent, **pipes)
+
+
+def failing(tree: Path, *words: str) -> tuple[int, str]:
+    process = dev(tree, *words)
+    out, err = process.communicate(timeout=60)
+    assert out == ""
+    return process.returncode, err
+
+
+class TestDev:
+    def test_the_printed_line_works_when_pasted(self, tree: Path) -> None:
+        with serving(tree) as served:
+            assert served.socket == str(tree / ".kms" / "kms.sock")
+            assert served.command.startswith("curl --unix-socket ")
+            if not shutil.which("curl"):
+                pytest.skip("curl is not installed")
+            done = subprocess.run(["sh", "-c", served.command + " -sS"], capture_output=True)
+            found = json.loads(done.stdout)
+            assert found["kek_id"] == served.kek_id and found["key_id"]
+            assert len(shlex.split(served.command)) == 8
+
+    def test_key_and_data_are_kept(self, tree: Path) -> None:
+        with serving(tree) as served:
+            first = served.kek_id
+        key = tree / ".kms" / "master.key"
+        assert kek_id_of(bytes.fromhex(key.read_text())) == first
+        assert (
+            stat.S_IMODE(key.stat().st_mode) == 0o600
+            and stat.S_IMODE((tree / ".kms").stat().st_mode) == 0o700
+        )
+        assert (tree / ".kms" / "data" / "kms.db").exists()
+        with serving(tree) as served:
+            assert served.kek_id == first
+
+    def test_the_key_is_never_made_anew_over_data(self, tree: Path) -> None:
+        data = tree / ".kms" / "data"
+        data.mkdir(parents=True)
+        (data / "kms.db").write_bytes(b"x")
+        code, err = failing(tree, "--no-build")
+        assert code == 1 and err == (
+            f"dev.sh: {data} has data, but its key {tree}/.kms/master.key is gone: "
+            f"put the key back, or remove {data} to start anew\n"
+        )
+        assert os.listdir(tree / ".kms") == ["data"]
+
+    def test_places_of_one_s_own(self, tree: Path, short_tmp: Path) -> None:
+        write_secret(short_tmp / "key", bytes(range(32)))
+        words = ("--mkfile=key", "--socket", "s", "--data-dir", str(short_tmp / "its data"))
+        with serving(tree, *words) as served:
+            assert served.socket == str(short_tmp / "s") and served.kek_id == kek_id_of(bytes(range(32)))
+        assert (short_tmp / "its data" / "kms.db").exists()
+        assert not (tree / ".kms" / "master.key").exists()
+
+    def test_a_program_of_one_s_own(self, tree: Path, short_tmp: Path) -> None:
+        program = short_tmp / "kms"
+        program.write_text('#!/bin/sh\ncase $1 in kek-id) echo "0011223344556677  f";; *) echo "$@";; esac\n')
+        program.chmod(0o755)
+        process = dev(tree, "--kms-bin", "./kms")
+        out, err = process.communicate(timeout=60)
+        lines = out.splitlines()
+        assert process.returncode == 0 and lines[1] == "kek_id  0011223344556677"
+        kms = tree / ".kms"
+        assert lines[3] == f"serve --socket {kms}/kms.sock --data-dir {kms}/data --config {kms}/config.yaml"
+        assert not (tree / ".venv").exists()
+
+    def test_a_deep_clone(self, tree: Path, short_tmp: Path) -> None:
+        """A socket's path is at most 107 bytes long."""
+        deep = short_tmp / ("d" * 100) / "tree"
+        deep.parent.mkdir()
+        tree.rename(deep)
+        (short_tmp / "run").mkdir()
+        env = {**environment(deep), "XDG_RUNTIME_DIR": str(short_tmp / "run")}
+        program = short_tmp / "kms"
+        program.write_text("#!/bin/sh\necho 0\n")
+        program.chmod(0o755)
+        out, _ = dev(deep, "--kms-bin", str(program), env=env).communicate(timeout=60)
+        assert out.splitlines()[0] == f"socket  {short_tmp}/run/progressdb-kms-dev-{os.getuid()}.sock"
+
+    @pytest.mark.parametrize(
+        ("words", "code", "message"),
+        [
+            (("--bogus",), 2, "dev.sh: unknown option --bogus (see bin/dev.sh --help)\n"),
+            (("--socket",), 2, "dev.sh: --socket needs a path (see bin/dev.sh --help)\n"),
+            (("--data-dir=",), 2, "dev.sh: --data-dir needs a path (see bin/dev.sh --help)\n"),
+            (("--no-build", "--mkfile", "/no/key"), 1, "dev.sh: there is no key file /no/key (make one: "),
+            (("--kms-bin", "/no/kms"), 1, "dev.sh: /no/kms can't be run\n"),
+        ],
+    )
+    def test_wrong_options(self, tree: Path, words: tuple[str, ...], code: int, message: str) -> None:
+        found, err = failing(tree, *words)
+        assert found == code and err.startswith(message) and err.count("\n") == 1
+        assert not (tree / ".kms" / "master.key").exists()
+
+    def test_help_names_every_option(self, tree: Path) -> None:
+        out, err = dev(tree, "--help").communicate(timeout=60)
+        assert err == "" and not (tree / ".kms").exists()
+        for name in (
+            "--no-build",
+            "--kms-bin PATH",
+            "--socket PATH",
+            "--data-dir PATH",
+            "--mkfile PATH",
+            "--help",
+        ):
+            assert f"  {name} " in out
+
+    @pytest.mark.long
+    def test_from_nothing(self, tree: Path) -> None:
+        """With the package index: an environment is made, the package installed, and both taken again."""
+        env = {
+            **environment(tree),
+            **{name: os.environ[name] for name in os.environ if name.startswith("PIP_")},
+        }
+        for told in ("installing the package", ""):
+            process = dev(tree, "--mkfile", "/no/key", env=env)
+            _, err = process.communicate(timeout=600)
+            assert process.returncode == 1 and "there is no key file" in err
+            assert told in err and ("installing" in err) == bool(told)
+        installed = subprocess.run([tree / ".venv/bin/progressdb-kms", "--version"], capture_output=True)
+        assert installed.stdout == f"progressdb-kms {__version__}\n".encode()
