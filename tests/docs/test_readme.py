@@ -1,0 +1,61 @@
+"""The README agrees with the tables that the program runs on: routes, configuration, commands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from progressdb_kms.api import ROUTES, Route
+from progressdb_kms.commandtable import COMMANDS
+from progressdb_kms.options import OPTIONS, Option
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading."""
+    text = README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
+def test_every_route_stands_in_the_api_table(route: Route) -> None:
+    named = {name for row in rows("HTTP API") for name in re.findall(r"`([A-Z]+ /[^`]*)`", row[0])}
+    assert f"{route.method} {route.path}" in named
+
+
+def test_the_api_table_has_no_route_that_is_not_there() -> None:
+    known = {f"{route.method} {route.path}" for route in ROUTES}
+    named = {name for row in rows("HTTP API") for name in re.findall(r"`([A-Z]+ /[^`]*)`", row[0])}
+    assert named == known
+
+
+def test_every_api_row_has_an_example_of_its_path() -> None:
+    for row in rows("HTTP API"):
+        path = re.findall(r"`[A-Z]+ /([a-z_]*)", row[0])[0]
+        assert f"$C/{path}" in row[2], row[0]
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_every_configuration_key_and_its_default_stand_in_the_table(option: Option) -> None:
+    table = {row[0].strip("`"): row[1].strip("`") for row in rows("Configuration")}
+    default = option.default_text.split(" ")[0]
+    assert table[option.name] == ("" if default == "(none)" else default)
+
+
+def test_the_configuration_table_has_no_key_that_is_not_there() -> None:
+    assert {row[0].strip("`") for row in rows("Configuration")} == {option.name for option in OPTIONS}
+
+
+def test_every_environment_variable_is_named() -> None:
+    for option in OPTIONS:
+        if option.env:
+            assert option.env in README
+
+
+def test_the_commands_are_those_of_the_program() -> None:
+    named = {name for row in rows("Commands") for name in re.findall(r"`([a-z][a-z -]*)`", row[0])}
+    assert named == {command.name for command in COMMANDS}
