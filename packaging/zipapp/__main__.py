@@ -1,0 +1,135 @@
+"""Start of the zipapp: checks the host, makes the bundle's native modules importable, runs the command line.
+
+The interpreter can't load a native module from a zip, and the file system may be read-only, /tmp noexec. So
+each goes from the archive into a memfd (anonymous memory with a descriptor) and is loaded by way of
+/proc/self/fd. Nothing is ever unpacked to a path. The descriptors stay open: the loader tells libraries apart
+by name, and a number that is used again would be taken for the library that is loaded already. They close at
+execve, so the daemon's second start finds everything as the first did.
+
+`native/index.json` (bundle only): {"machine": …, "modules": {name: {cache tag, or "*": path}}}.
+"""
+
+import json
+import os
+import platform
+import sys
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import spec_from_file_location
+
+LOWEST_PYTHON = (3, 9)
+LOWEST_CRYPTOGRAPHY = 38
+MFD_NOEXEC_SEAL = 8  # Linux 6.3: a host may demand it. It forbids execve of the memfd, not loading it.
+INDEX = "native/index.json"
+
+
+class Refused(Exception):
+    """The host can't run this archive; the text says what to do."""
+
+
+class NativeLoader(ExtensionFileLoader):
+    def create_module(self, spec):
+        try:
+            return super().create_module(spec)
+        except ImportError as error:  # of the dynamic linker
+            raise SystemExit(
+                "progressdb-kms: %s of this archive can't be loaded: %s (glibc 2.28 or newer, and /proc, are needed)"
+                % (spec.name, error)
+            )
+
+
+class NativeModules:
+    """Finder (sys.meta_path) for native modules of this archive."""
+
+    def __init__(self, archive, modules):
+        self._archive = archive
+        self._modules = modules
+        self._open = []
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in self._modules:
+            return None
+        place = self._modules[name].get(sys.implementation.cache_tag) or self._modules[name].get("*")
+        file = "/proc/self/fd/%d" % self._memfd(name, self._archive.get_data(archive_path(self._archive, place)))
+        return spec_from_file_location(name, file, loader=NativeLoader(name, file))
+
+    def _memfd(self, name, data):
+        try:
+            number = os.memfd_create(name, os.MFD_CLOEXEC | MFD_NOEXEC_SEAL)
+        except OSError:
+            number = os.memfd_create(name, os.MFD_CLOEXEC)
+        self._open.append(number)
+        with memoryview(data) as rest:
+            while rest:
+                rest = rest[os.write(number, rest) :]
+        return number
+
+
+def archive_path(archive, name):
+    return os.path.join(archive.archive, name)
+
+
+def check_python():
+    if sys.version_info < LOWEST_PYTHON:
+        raise Refused("Python 3.9 or newer is needed, this is %d.%d" % sys.version_info[:2])
+
+
+def add_native(archive):
+    """In a bundle: make its native modules importable."""
+    try:
+        index = json.loads(archive.get_data(archive_path(archive, INDEX)))
+    except OSError:
+        return
+    if platform.machine() != index["machine"]:
+        raise Refused("this archive is for %s, the host is %s" % (index["machine"], platform.machine()))
+    for tags in index["modules"].values():
+        if sys.implementation.cache_tag not in tags and "*" not in tags:
+            raise Refused(
+                "this archive has native modules for %s, this is %s: use one of those, or the plain .pyz with the "
+                "host's cryptography" % (", ".join(tags), sys.implementation.cache_tag)
+            )
+    if not os.path.exists("/proc/self/fd"):
+        raise Refused("/proc is not mounted: native modules are loaded by way of /proc/self/fd")
+    sys.meta_path.insert(0, NativeModules(archive, index["modules"]))
+
+
+def check_cryptography():
+    """Only the package's head, which is quick: its native module is loaded when it is needed."""
+    try:
+        from cryptography import __version__
+    except ImportError:
+        raise Refused(
+            "the host has no cryptography for this Python (apt install python3-cryptography, dnf install "
+            "python3-cryptography, or take the bundle)"
+        )
+    if int(__version__.partition(".")[0]) < LOWEST_CRYPTOGRAPHY:
+        raise Refused("cryptography %d or newer is needed, the host has %s" % (LOWEST_CRYPTOGRAPHY, __version__))
+
+
+def prepare(words):
+    """The daemon's second start (hardening), here already: what is loaded before it is loaded twice."""
+    from progressdb_kms.commandtable import COMMANDS
+
+    name = " ".join(words[: 2 if words[:1] == ["audit"] else 1])
+    if name.startswith("-") or any(command.keys and command.name == (name or "serve") for command in COMMANDS):
+        if name not in ("-h", "--help", "--version"):
+            from progressdb_kms.hardening import prepare as start_anew
+
+            start_anew(words, os.environ)
+
+
+def main():
+    try:
+        check_python()
+        prepare(sys.argv[1:])
+        add_native(__loader__)
+        check_cryptography()
+    except Refused as refused:
+        sys.stderr.write("progressdb-kms: %s\n" % refused)
+        return 1
+    from progressdb_kms.cli import main as run
+
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
