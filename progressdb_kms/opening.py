@@ -10,6 +10,7 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Sequence
@@ -32,6 +33,12 @@ from .store import SqliteStore, Store
 log = logging.getLogger("progressdb_kms")
 
 LOCK_FILE = "kms.lock"
+
+RESTORE_FOLDER = ".kms-restore"
+"""Where `restore` builds the store that is to come. What a crash leaves of one is thrown away."""
+
+RESTORED = "audit:restore"
+"""The row of a restored store that owes the audit log its `restore` event."""
 
 
 class Configured(NamedTuple):
@@ -77,6 +84,14 @@ def claim(data_dir: Path) -> int:
     return descriptor
 
 
+class Opened(NamedTuple):
+    """A store that was checked and its audit chain, which has begun."""
+
+    store: SqliteStore
+    audit: AuditLog
+    epoch: int
+
+
 def open_keeper(
     data_dir: Path,
     keyring: Keyring,
@@ -90,6 +105,15 @@ def open_keeper(
     `incarnation` counts the keepers of this daemon: above 0 it replaces one that died, and the keyring may be
     newer than the configuration. Raises an OperatorError that says what to do.
     """
+    store, book, epoch = open_store(data_dir, keyring, keys, incarnation)
+    return Keeper(store, data_dir, keyring, staging, book, inbox, Clock()), epoch
+
+
+def open_store(
+    data_dir: Path, keyring: Keyring, keys: Configured, incarnation: int = 0, command: Optional[str] = None
+) -> Opened:
+    """What `open_keeper` does short of the keeper, for whoever holds the lock: an offline `command` too."""
+    shutil.rmtree(data_dir / RESTORE_FOLDER, ignore_errors=True)
     store = SqliteStore(data_dir)
     with contextlib.ExitStack() as undo:
         undo.callback(store.close)
@@ -100,6 +124,7 @@ def open_keeper(
             log.warning("%s", chosen.notice)
         wrapped = _load_audit_key(store, keyring, chosen)
         keyring.activate(chosen.active, chosen.version)
+        _drop_unneeded(keyring, store, keys)
         row = store.read("audit:epoch") or {"epoch": 0, "since": 0}
         epoch, since = int(row["epoch"]) + 1, int(row["since"])
         log_path = data_dir / AUDIT_LOG
@@ -117,10 +142,20 @@ def open_keeper(
             store.write("audit:epoch", {"epoch": epoch, "since": since if incarnation else epoch})
         book = AuditLog(log_path, keyring.audit_key, f"{epoch}.0")
         auditverify.recover(book)
-        keeper = Keeper(store, data_dir, keyring, staging, book, inbox, Clock())
-        keeper.note("start", previous=previous, kek_id=chosen.active, kek_version=chosen.version)
+        details = {"kek_id": chosen.active, "kek_version": chosen.version, "command": command}
+        book.note("start", "ok", {"previous": previous, **details})
+        _note_restore(store, book)
         undo.pop_all()
-    return keeper, epoch
+    return Opened(store, book, epoch)
+
+
+def _note_restore(store: Store, book: AuditLog) -> None:
+    """The event of a restore follows the swap of the files: here, even if the command was killed between."""
+    due = store.read(RESTORED)
+    if due is not None:
+        book.note("restore", "ok", due)
+        with store.transaction():
+            store.erase(RESTORED)
 
 
 def _plan(store: Store, active: Optional[tuple[str, int]], keys: Configured) -> Plan:
@@ -131,6 +166,15 @@ def _replacement(active: tuple[str, int], keyring: Keyring) -> Plan:
     if active[0] not in keyring.kek_ids():
         raise StoreDamaged(f"the store's active KEK {active[0]} is not in memory", hint="restart the daemon")
     return Plan(active[0], active[1], False)
+
+
+def _drop_unneeded(keyring: Keyring, store: Store, keys: Configured) -> None:
+    """A KEK that wraps nothing and is not configured to unwrap: the key of a rotation that did not happen, or
+    the old key of one that did."""
+    needed = {keyring.active.kek_id, *store.keks(), *(key.kek_id for key in keys.previous)}
+    for kek_id in keyring.kek_ids():
+        if kek_id not in needed:
+            keyring.remove(kek_id)
 
 
 def _load_audit_key(store: Store, keyring: Keyring, chosen: Plan) -> bytes:
