@@ -189,7 +189,7 @@ def _round_trip(conn: _Connection, request: Request, limit: int) -> Reply:
     except (http.client.HTTPException, ValueError) as error:
         raise bad_answer("it is not HTTP") from error
     reply = _receive(response, limit)
-    if not complete or response.will_close:
+    if not complete:
         conn.close()
     return reply
 

@@ -185,6 +185,10 @@ class TestCalls:
         thread.start()
         thread.join()
         assert other == ["", "1.1:2:00112233aabbccdd"] and client.last_receipt == mine
+        kms.drop.add("/deks")
+        with pytest.raises(ConnectionFailed):
+            client.create_dek("t")
+        assert client.last_receipt == ""
 
     def test_a_url_is_a_path_too(self, kms: FakeKms) -> None:
         with Client(f"unix://{kms.path}") as one:
@@ -413,6 +417,37 @@ class TestConnections:
                 client.create_dek("t") if op == "create" else client.rotate_kek(os.urandom(32))
             assert len(accepted) == 1
             assert caught.value.code == "connection_lost" and "not known" in caught.value.hint
+
+    def test_what_can_t_have_been_complete_is_repeated(self, path: Path) -> None:
+        """The connection is closed in the middle of the request: nobody can have carried it out."""
+
+        def hang_up(conn: socket.socket) -> None:
+            once(conn)
+            conn.recv(100)
+
+        with script(path, hang_up, create) as accepted, Client(path, timeout=10) as client:
+            client.status()
+            client.create_dek("t" * 5_000_000)
+        assert len(accepted) == 2
+
+    def test_what_nobody_asked_for_is_no_answer(self, path: Path) -> None:
+        """A goodbye on an idle connection, such as 408, must not be taken for the answer to the next call."""
+        heard, said = threading.Event(), threading.Event()
+
+        def goodbye(conn: socket.socket) -> None:
+            once(conn)
+            heard.wait(10)
+            answer(conn, b"{}", "408 Request Timeout")
+            said.set()
+            with contextlib.suppress(ConnectionResetError):  # the goodbye was never read
+                conn.recv(1)
+
+        with script(path, goodbye, create) as accepted, Client(path, timeout=10) as client:
+            client.status()
+            heard.set()
+            said.wait(10)
+            assert client.create_dek("t").key_id == "k"
+        assert len(accepted) == 2
 
     def test_a_fresh_connection_that_breaks_is_not_repeated(self, path: Path) -> None:
         with script(path, take_and_close, once) as accepted, Client(path, timeout=10) as client:
