@@ -115,6 +115,8 @@ class TestTail:
         assert done.returncode == 1 and b"there is no audit log" in done.stderr
 
     def test_following_over_a_rotation(self, log: Path) -> None:
+        with open(log, "ab") as file:
+            append(file, line(21)[:30])
         process = spawn(
             "audit", "tail", "-n", "1", "-f", "--data-dir", str(log.parent), stdout=subprocess.PIPE
         )
@@ -122,8 +124,8 @@ class TestTail:
         try:
             assert b"1.0:20 " in process.stdout.readline()
             with open(log, "ab") as file:
-                append(file, line(21)[:30])
-                append(file, line(21)[30:])
+                append(file, line(21)[30:60])
+                append(file, line(21)[60:])
             assert b"1.0:21 " in process.stdout.readline()
             with open(log, "ab") as file:
                 log.rename(log.with_name("kms-audit.log.1"))

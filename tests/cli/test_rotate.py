@@ -113,6 +113,13 @@ def test_a_refusal_leaves_no_file(home: Path, kms: FakeKms) -> None:
     assert files(home) == {"F"}
 
 
+def test_a_dry_run_of_somebody_else_is_no_rotation(home: Path, kms: FakeKms) -> None:
+    kms.rotation = {"phase": "checking", "done": 1, "total": 4, "new_kek_id": "0011223344556677"}
+    assert rotate(home, "--new-key-file", "new").returncode == 0 and kms.kek == NEW
+    kms.rotation = {"phase": "rewrapping", "done": 1, "total": 4, "new_kek_id": "0011223344556677"}
+    assert b"a rotation to 0011223344556677 is under way" in rotate(home, "--generate").stderr
+
+
 def test_the_daemon_is_down(home: Path) -> None:
     write_secret(home / "c.yaml", b"master_key_file: F\nsocket: nowhere\ndata_dir: d\n")
     done = rotate(home, "--generate")
