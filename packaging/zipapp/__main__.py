@@ -9,6 +9,7 @@ execve, so the daemon's second start finds everything as the first did.
 `native/index.json` (bundle only): {"machine": …, "modules": {name: {cache tag, or "*": path}}}.
 """
 
+import fcntl
 import json
 import os
 import platform
@@ -18,7 +19,8 @@ from importlib.util import spec_from_file_location
 
 LOWEST_PYTHON = (3, 9)
 LOWEST_CRYPTOGRAPHY = 38
-MFD_NOEXEC_SEAL = 8  # Linux 6.3: a host may demand it. It forbids execve of the memfd, not loading it.
+MFD_ALLOW_SEALING, MFD_NOEXEC_SEAL = 2, 8
+F_ADD_SEALS, EVERY_SEAL = 1033, 15
 INDEX = "native/index.json"
 
 
@@ -53,14 +55,16 @@ class NativeModules:
         return spec_from_file_location(name, file, loader=NativeLoader(name, file))
 
     def _memfd(self, name, data):
+        """A host may demand NOEXEC_SEAL (Linux 6.3): it forbids execve of the memfd, not loading from it."""
         try:
             number = os.memfd_create(name, os.MFD_CLOEXEC | MFD_NOEXEC_SEAL)
         except OSError:
-            number = os.memfd_create(name, os.MFD_CLOEXEC)
+            number = os.memfd_create(name, os.MFD_CLOEXEC | MFD_ALLOW_SEALING)
         self._open.append(number)
         with memoryview(data) as rest:
             while rest:
                 rest = rest[os.write(number, rest) :]
+        fcntl.fcntl(number, F_ADD_SEALS, EVERY_SEAL)  # from here on nothing changes it
         return number
 
 
