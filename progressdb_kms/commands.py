@@ -10,9 +10,9 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 from . import owner
 from .console import (
@@ -28,7 +28,6 @@ from .console import (
     table,
     write_binary,
 )
-from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .client import Client, Dek
@@ -39,26 +38,9 @@ if TYPE_CHECKING:
 
 
 def _load(args: argparse.Namespace, *, need_key: bool) -> Loaded:
-    """The settings, with the keys or without. Root reads a key file of the daemon's user as that user."""
-    from . import config
-
+    """The settings, with the keys or without."""
     flags = {name: getattr(args, name, None) for name in ("socket", "data_dir", "config")}
-    try:
-        return config.load(flags, os.environ, need_key=need_key)
-    except ConfigError:
-        user = _daemon_user(flags) if need_key and os.geteuid() == 0 else 0
-        if user == 0:
-            raise
-        with contextlib.suppress(ConfigError), owner.acting_as(user):
-            return config.load(flags, os.environ)
-        raise
-
-
-def _daemon_user(flags: Mapping[str, Optional[str]]) -> int:
-    from . import config
-
-    with config.load(flags, os.environ, need_key=False) as loaded:
-        return owner.of(loaded.settings.data_dir)
+    return owner.load_config(flags, need_key=need_key)
 
 
 @contextlib.contextmanager

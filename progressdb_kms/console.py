@@ -94,8 +94,8 @@ def _measure(value: Any) -> str:
 
 
 def say(text: str) -> None:
-    """A remark on stderr."""
-    sys.stderr.write(safe(text) + "\n")
+    """A remark on stderr, in the place of a progress bar where there is one."""
+    sys.stderr.write(("\r\x1b[K" if sys.stderr.isatty() else "") + safe(text) + "\n")
 
 
 # ---- files -----------------------------------------------------------------------------------------

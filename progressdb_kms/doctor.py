@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
-from . import __version__, config, hardening, keysource
+from . import __version__, hardening, keysource, owner
 from .audit import FILE_NAME as AUDIT_LOG
 from .client import Client, ClientError
 from .config import Settings
@@ -75,13 +75,13 @@ class Patient:
 
     def _settings(self, flags: dict[str, Optional[str]]) -> Optional[Settings]:
         try:
-            with config.load(flags, os.environ) as loaded:
+            with owner.load_config(flags) as loaded:
                 keys = (loaded.master, *loaded.previous, *([loaded.pending] if loaded.pending else []))
                 self.kek_ids = [fingerprint(key) for key in keys]
                 return loaded.settings
         except KMSError as error:
             self.trouble = error
-        with contextlib.suppress(KMSError), config.load(flags, os.environ, need_key=False) as loaded:
+        with contextlib.suppress(KMSError), owner.load_config(flags, need_key=False) as loaded:
             return loaded.settings
         return None
 

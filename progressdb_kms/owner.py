@@ -1,15 +1,23 @@
 """Commands of root's on files of the daemon's user: nothing that they make may lock the daemon out.
 
-The daemon trusts a key file only where it is root's or its own, and the files of its data-dir belong to its
-user: the owner of the data-dir. So root reads such a key file as that user, and gives away what it made.
+The daemon trusts a configuration and a key file only where they are root's or its own, and the files of its
+data-dir belong to its user: the owner of the data-dir. So root reads such files as that user, and gives away
+what it made.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import pwd
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Optional
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .config import Loaded
 
 
 def of(path: Path) -> int:
@@ -22,15 +30,22 @@ def of(path: Path) -> int:
 
 @contextlib.contextmanager
 def acting_as(uid: int) -> Iterator[None]:
-    """Let root look at files as this user does. No effect for others. Call it before threads are started."""
+    """Let root look at files as this user does, and as the user's own group. No effect for others.
+
+    Call it before threads are started.
+    """
     if os.geteuid() != 0 or uid == 0:
         yield
         return
+    group = os.getegid()
+    with contextlib.suppress(KeyError):
+        os.setegid(pwd.getpwuid(uid).pw_gid)
     os.seteuid(uid)
     try:
         yield
     finally:
         os.seteuid(0)
+        os.setegid(group)
 
 
 @contextlib.contextmanager
@@ -49,3 +64,33 @@ def _give_away(folder: Path, about: os.stat_result) -> None:
         for entry in entries:
             if entry.stat(follow_symlinks=False).st_uid == 0:
                 os.chown(entry.path, about.st_uid, about.st_gid, follow_symlinks=False)
+
+
+# ---- the configuration -------------------------------------------------------------------------------
+
+
+def load_config(flags: Mapping[str, Optional[str]], *, need_key: bool = True) -> Loaded:
+    """`config.load` for commands: what only the daemon's user trusts, root reads as that user."""
+    from . import config
+
+    try:
+        return config.load(flags, os.environ, need_key=need_key)
+    except ConfigError:
+        user = _daemon_user(flags) if os.geteuid() == 0 else 0
+        if user == 0:
+            raise
+        with contextlib.suppress(ConfigError), acting_as(user):
+            return config.load(flags, os.environ, need_key=need_key)
+        raise
+
+
+def _daemon_user(flags: Mapping[str, Optional[str]]) -> int:
+    """Whose the configuration is, or else the data-dir that it names; 0 where that is not to be had."""
+    from . import config
+
+    path = flags.get("config")
+    if path and of(Path(path)) != 0:
+        return of(Path(path))
+    with contextlib.suppress(ConfigError), config.load(flags, os.environ, need_key=False) as loaded:
+        return of(loaded.settings.data_dir)
+    return 0
