@@ -1,7 +1,8 @@
 """One file that holds the store: how it is written beside a running daemon, and read without trust.
 
     SQLite database                          a copy of kms.db: the tables `deks` and `kms`, nothing else
-    0x0A "{" … "}" 0x0A                      one JSON line: what is in the copy, its length and its SHA-256
+    0x0A "{" … "}" 0x0A                      one JSON line: what is in the copy, its length, and the SHA-256
+                                             of the copy and of this line with "" in the place of that
 
 The line is behind the database and not before it, so that any sqlite3 opens the file as it stands: SQLite
 takes the length of a database from its header and doesn't look at what follows. There is no second file that
@@ -66,6 +67,17 @@ class Contents(NamedTuple):
 
     def line(self) -> bytes:
         return b"\n" + json_dumps({MARK: FORMAT, **self._asdict()}).encode() + b"\n"
+
+    def sealed(self, file: Path, progress: Progress) -> Contents:
+        """With the checksum that fits the first `size` bytes of the file and the other fields."""
+        digest, done = hashlib.sha256(), 0
+        with open(file, "rb") as source:
+            while done < self.size and (block := source.read(min(BLOCK, self.size - done))):
+                digest.update(block)
+                done += len(block)
+                progress(done, self.size)
+        digest.update(self._replace(sha256="").line())
+        return self._replace(sha256=digest.hexdigest())
 
 
 # ---- writing -----------------------------------------------------------------------------------------
@@ -163,9 +175,9 @@ def _describe(part: Path) -> Contents:
         keks = {kek_id: int(row[1]) for kek_id, row in counts.items()}
         rows = db.execute(f"SELECT count(*) FROM {DEKS}").fetchone()[0]  # noqa: S608
         deks = sum(keks.values())
-    size, digest = _digest(part, part.stat().st_size, lambda done, total: None)
-    now = timestamp(time.time())
-    return Contents(now, size, digest, SCHEMA_VERSION, deks, rows - deks, active.get("kek_id", ""), keks)
+    now, size = timestamp(time.time()), part.stat().st_size
+    contents = Contents(now, size, "", SCHEMA_VERSION, deks, rows - deks, active.get("kek_id", ""), keks)
+    return contents.sealed(part, lambda done, total: None)
 
 
 def _shown(contents: Contents) -> dict[str, Any]:
@@ -228,8 +240,7 @@ def opened(file: Path, progress: Progress) -> Iterator[Backup]:
     if not stat.S_ISREG(about.st_mode):
         raise CommandFailed(f"{file} is no regular file", hint="name a file made by `backup`")
     contents = _last_line(file)
-    size, digest = _digest(file, contents.size, progress)
-    if (size, digest) != (contents.size, contents.sha256):
+    if contents.sealed(file, progress) != contents:
         raise _damaged(file, "its checksum does not fit")
     if contents.schema > SCHEMA_VERSION:
         raise CommandFailed(
@@ -259,8 +270,9 @@ def _last_line(file: Path) -> Contents:
         if values.pop(MARK) != FORMAT:
             raise ValueError("its format is of another release")
         contents = Contents(**values)
-        fits = contents.size + 1 + len(line) == size and line.endswith(b"}\n")
-        if not fits or not all(isinstance(n, int) for n in (contents.schema, *contents.keks.values())):
+        if not isinstance(contents.schema, int) or not isinstance(contents.keks, dict):
+            raise TypeError
+        if contents.line() != b"\n" + line or contents.size + len(contents.line()) != size:
             raise ValueError("its last line does not fit")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CommandFailed(
@@ -282,17 +294,6 @@ def _check(file: Path, db: sqlite3.Connection) -> None:
     answer = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if answer != "ok":
         raise _damaged(file, answer)
-
-
-def _digest(file: Path, size: int, progress: Progress) -> tuple[int, str]:
-    """Length and SHA-256 of the first `size` bytes."""
-    digest, done = hashlib.sha256(), 0
-    with open(file, "rb") as source:
-        while done < size and (block := source.read(min(BLOCK, size - done))):
-            digest.update(block)
-            done += len(block)
-            progress(done, size)
-    return done, digest.hexdigest()
 
 
 def _value(db: sqlite3.Connection, name: str) -> Any:
