@@ -1,0 +1,448 @@
+"""Backup and restore, with real daemons: nothing acknowledged is lost, nothing shredded comes back."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import stat
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import pytest
+
+from tests.conftest import MakeDaemon
+from tests.harness.daemon import Daemon, write_secret
+from tests.harness.faults import Step, killing, need_strace, steps_of
+from tests.harness.load import Load
+
+ROUNDS = 6
+
+Done = subprocess.CompletedProcess[bytes]
+
+
+class Site(NamedTuple):
+    """A stopped daemon, a backup of it, and what was encrypted before that."""
+
+    daemon: Daemon
+    backup: Path
+    boxes: dict[str, bytes]
+    wrapped: dict[str, bytes]
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self.boxes)
+
+
+def ok(done: Done) -> str:
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+def refused(done: Done) -> str:
+    assert done.returncode == 1, done.stdout.decode()
+    assert b"internal error" not in done.stderr, done.stderr
+    return done.stderr.decode()
+
+
+def told(done: Done) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(ok(done))
+    return result
+
+
+def checked(daemon: Daemon) -> None:
+    """The store and the audit log hold."""
+    ok(daemon.offline("verify"))
+    ok(daemon.offline("audit", "verify"))
+
+
+def opens(daemon: Daemon, boxes: dict[str, bytes]) -> None:
+    with daemon.session() as kms:
+        for key_id, box in boxes.items():
+            assert kms.decrypt(key_id, box) == key_id.encode()
+
+
+def state(daemon: Daemon, key_id: str) -> str:
+    reply = daemon.request("GET", f"/deks/{key_id}")
+    return str(reply.json()["state"]) if reply.status == 200 else str(reply.status)
+
+
+def shred(daemon: Daemon, key_id: str) -> None:
+    daemon.ok("DELETE", f"/deks/{key_id}", {"immediately": True})
+
+
+def events(daemon: Daemon, op: str) -> list[dict[str, Any]]:
+    lines = daemon.audit_log.read_text().splitlines()
+    return [event for line in lines if (event := json.loads(line)["event"])["op"] == op]
+
+
+def traces(folder: Path, wrapped: bytes) -> list[str]:
+    """Files under a folder that hold a wrapped DEK: raw, or any 20 characters of its own part in base64."""
+    text = base64.b64encode(wrapped)[-96:]
+    pieces = [wrapped[-48:], *(text[at : at + 20] for at in range(0, 76, 20))]
+    files = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
+    return [str(path) for path in files if any(piece in path.read_bytes() for piece in pieces)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def site(make_daemon: MakeDaemon, short_tmp: Path) -> Iterator[Site]:
+    daemon = make_daemon(workers=1)
+    boxes, wrapped = {}, {}
+    with daemon.session() as kms:
+        for number in range(4):
+            made = kms.create_dek(f"thread-{number}")
+            key_id = made["key_id"]
+            boxes[key_id] = kms.encrypt(key_id, key_id.encode())
+            wrapped[key_id] = base64.b64decode(made["wrapped"])
+    backup = short_tmp / "backup"
+    ok(daemon.offline("backup", str(backup)))
+    yield Site(daemon, backup, boxes, wrapped)
+
+
+def restore(site: Site, *args: str, **options: Any) -> Done:
+    return site.daemon.offline("restore", str(site.backup), *args, "--json", **options)
+
+
+# ---- backup ----------------------------------------------------------------------------------------
+
+
+class TestBackup:
+    def test_beside_a_daemon_that_writes(self, make_daemon: MakeDaemon, short_tmp: Path) -> None:
+        daemon, file = make_daemon(workers=2), short_tmp / "b"
+
+        def create(kms: Any, number: int) -> tuple[str, bytes]:
+            key_id = kms.create_dek(f"t{number}")["key_id"]
+            return key_id, kms.encrypt(key_id, key_id.encode())
+
+        with Load(daemon.socket, create, threads=4) as load:
+            load.wait_for(100)
+            before = dict(load.results)
+            about = told(daemon.offline("backup", str(file), "--json"))
+            load.wait_for(len(load.results) + 50)
+        assert not load.errors
+        assert about["deks"] >= len(before)
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert os.listdir(short_tmp) == ["b"]
+        twin = daemon.copy(data=False)
+        try:
+            assert told(twin.offline("restore", str(file), "--json"))["deks"] == about["deks"]
+            checked(twin)
+            opens(twin.start(), before)
+            twin.stop()
+            checked(twin)
+        finally:
+            twin.close()
+
+    def test_any_sqlite_opens_it(self, site: Site) -> None:
+        with sqlite3.connect(site.backup) as db:
+            assert db.execute("SELECT count(*) FROM deks").fetchone() == (4,)
+            assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        db.close()
+        assert os.listdir(site.backup.parent) == ["backup"]
+
+    def test_not_into_the_data_dir(self, site: Site) -> None:
+        inside = site.daemon.data_dir / "x" / ".." / "b"
+        assert "inside the data-dir" in refused(site.daemon.offline("backup", str(inside)))
+        link = site.daemon.home / "link"
+        link.symlink_to(site.daemon.data_dir)
+        assert "inside the data-dir" in refused(site.daemon.offline("backup", str(link / "b")))
+        assert not (site.daemon.data_dir / "b").exists()
+
+    def test_a_failure_leaves_the_old_one(self, site: Site) -> None:
+        before = site.backup.read_bytes()
+        (site.daemon.data_dir / "kms.db").rename(site.daemon.home / "kms.db")
+        refused(site.daemon.offline("backup", str(site.backup)))
+        write_secret(site.daemon.data_dir / "kms.db", b"SQLite format 3\0" + bytes(5000))
+        refused(site.daemon.offline("backup", str(site.backup)))
+        assert site.backup.read_bytes() == before
+        assert os.listdir(site.backup.parent) == ["backup"]
+
+    def test_killed(self, site: Site) -> None:
+        need_strace()
+        folder = site.backup.parent
+        target = folder / "second"
+
+        def run(wrapper: Sequence[str]) -> Done:
+            return site.daemon.offline("backup", str(target), wrapper=wrapper)
+
+        steps = steps_of(run, folder)
+        assert len(steps) >= 5, [str(step) for step in steps]
+        for step in steps.spread(ROUNDS):
+            target.unlink(missing_ok=True)
+            done = run(killing(step))
+            assert done.returncode == -signal.SIGKILL, f"not killed at {step}: {done.stderr!r}"
+            if target.exists():
+                assert whole(target)
+            ok(run(()))
+            assert sorted(os.listdir(folder)) == ["backup", "second"], f"killed at {step}"
+
+
+def whole(file: Path) -> bool:
+    from progressdb_kms import backup
+
+    with backup.opened(file, lambda done, total: None):
+        return True
+
+
+# ---- restore ---------------------------------------------------------------------------------------
+
+
+class TestRestore:
+    def test_refuses_while_a_daemon_runs(self, site: Site) -> None:
+        assert "in use" in refused(restore(site, "--force"))
+
+    def test_over_a_lost_store(self, site: Site) -> None:
+        site.daemon.stop()
+        for path in site.daemon.data_dir.glob("kms.db*"):
+            path.unlink()
+        assert "there was a store" in site.daemon.copy().refusal().stderr
+        found = told(restore(site))
+        assert (found["deks"], found["damaged"]) == (4, [])
+        checked(site.daemon)
+        opens(site.daemon.start(), site.boxes)
+        site.daemon.stop()
+        checked(site.daemon)
+
+    def test_on_a_new_host(self, site: Site) -> None:
+        twin = site.daemon.copy(data=False)
+        shutil.rmtree(twin.data_dir)
+        try:
+            told(twin.offline("restore", str(site.backup), "--json"))
+            assert stat.S_IMODE(twin.data_dir.stat().st_mode) == 0o700
+            assert stat.S_IMODE((twin.data_dir / "kms.db").stat().st_mode) == 0o600
+            opens(twin.start(), site.boxes)
+            twin.stop()
+            checked(twin)
+            assert [event["deks"] for event in events(twin, "restore")] == [4]
+        finally:
+            twin.close()
+
+    def test_with_the_log_of_the_old_host(self, site: Site) -> None:
+        """The chains go on, and what the log says was shredded stays so."""
+        shred(site.daemon, site.keys[0])
+        site.daemon.stop()
+        twin = site.daemon.copy(data=False)
+        try:
+            shutil.copy(site.daemon.audit_log, twin.audit_log)
+            found = told(twin.offline("restore", str(site.backup), "--json"))
+            assert (found["deks"], found["shredded"], found["shredded_since"]) == (3, 1, 1)
+            assert traces(twin.data_dir, site.wrapped[site.keys[0]]) == []
+            checked(twin)
+            twin.start()
+            assert state(twin, site.keys[0]) == "shredded"
+            assert twin.request("POST", "/create_dek_for_thread", {"thread_id": "t"}).status == 200
+            twin.stop()
+            checked(twin)
+        finally:
+            twin.close()
+
+    def test_the_shredded_stay_shredded(self, site: Site) -> None:
+        dead, scheduled, *live = site.keys
+        with site.daemon.session() as kms:
+            late = kms.create_dek("late")["key_id"]
+        site.daemon.ok("DELETE", f"/deks/{scheduled}", {"pending_days": 9})
+        shred(site.daemon, dead)
+        shred(site.daemon, late)
+        assert traces(site.backup.parent, site.wrapped[dead]), (
+            "the scan finds nothing where there is something"
+        )
+        site.daemon.stop()
+        assert "newer" in refused(restore(site))
+        found = told(restore(site, "--force"))
+        assert (found["deks"], found["shredded"], found["shredded_since"], found["lost"]) == (3, 2, 1, 1)
+        assert traces(site.daemon.data_dir, site.wrapped[dead]) == []
+        site.daemon.start()
+        assert state(site.daemon, dead) == state(site.daemon, late) == "shredded"
+        assert state(site.daemon, scheduled) == "enabled"  # as it was when the backup was taken
+        assert site.daemon.request("POST", "/deks", {"thread_id": "t", "key_id": dead}).status == 410
+        opens(site.daemon, {key_id: site.boxes[key_id] for key_id in live})
+        site.daemon.stop()
+        checked(site.daemon)
+
+    def test_a_scheduled_deletion_goes_on(self, site: Site) -> None:
+        site.daemon.ok("DELETE", f"/deks/{site.keys[0]}", {"pending_days": 9})
+        ok(site.daemon.offline("backup", str(site.backup)))
+        site.daemon.stop()
+        told(restore(site))
+        checked(site.daemon)  # `verify` misses the row of the janitor's list where there is none
+        assert state(site.daemon.start(), site.keys[0]) == "pending_deletion"
+
+    def test_newer_deks_need_force(self, site: Site) -> None:
+        with site.daemon.session() as kms:
+            late = kms.create_dek("late")["key_id"]
+        site.daemon.stop()
+        before = contents(site.daemon.data_dir)
+        assert late in refused(restore(site))
+        assert contents(site.daemon.data_dir)["kms.db"] == before["kms.db"]
+        assert told(restore(site, "--force"))["lost"] == 1
+        assert state(site.daemon.start(), late) == "404"
+
+    def test_from_before_a_rotation(self, site: Site) -> None:
+        daemon, old = site.daemon, site.daemon.kek
+        new = os.urandom(32)
+        with daemon.session() as kms:
+            kms.rotate(new)
+        daemon.stop()
+        daemon.write_kek(new)
+        assert "needs other keys" in refused(restore(site, "--force"))
+        write_secret(daemon.home / "old", old.hex().encode())
+        daemon.write_config({"previous_master_keys": [{"file": str(daemon.home / "old")}]})
+        told(restore(site, "--force"))
+        checked(daemon)
+        opens(daemon.start(), site.boxes)
+        daemon.stop()
+        checked(daemon)
+
+    def test_after_the_new_kek_was_lost(self, site: Site) -> None:
+        """The present store's audit key is wrapped under a KEK that nobody has; the backup holds it too."""
+        with site.daemon.session() as kms:
+            kms.rotate(os.urandom(32))
+        site.daemon.stop()
+        told(restore(site, "--force"))
+        checked(site.daemon)
+        opens(site.daemon.start(), site.boxes)
+
+    def test_other_keys_than_the_backup_needs(self, site: Site) -> None:
+        twin = site.daemon.copy(data=False)
+        try:
+            twin.write_kek(os.urandom(32))
+            error = refused(twin.offline("restore", str(site.backup)))
+            assert site.daemon.ok("GET", "/status")["kek_id"] in error
+            assert "4 DEKs need it" in error
+            assert os.listdir(twin.data_dir) == []
+        finally:
+            twin.close()
+
+    def test_an_unreadable_store_needs_force(self, site: Site) -> None:
+        shred(site.daemon, site.keys[0])
+        site.daemon.stop()
+        write_secret(site.daemon.data_dir / "kms.db", bytes(24576))
+        assert "can't be read" in refused(restore(site))
+        assert told(restore(site, "--force"))["shredded_since"] == 1
+        checked(site.daemon)
+        assert state(site.daemon.start(), site.keys[0]) == "shredded"
+
+    def test_a_log_without_its_tombstone_needs_force(self, site: Site) -> None:
+        shred(site.daemon, site.keys[0])
+        site.daemon.stop()
+        for path in site.daemon.data_dir.glob("kms.db*"):
+            path.unlink()
+        lines = site.daemon.audit_log.read_text().splitlines(keepends=True)
+        site.daemon.audit_log.write_text("".join(line for line in lines if '"op":"shred"' not in line))
+        error = refused(restore(site))
+        assert "what was shredded is not sure" in error
+        assert not (site.daemon.data_dir / "kms.db").exists()
+        told(restore(site, "--force"))
+
+    def test_it_is_in_the_audit_log(self, site: Site) -> None:
+        site.daemon.stop()
+        about = told(restore(site))
+        (event,) = events(site.daemon, "restore")
+        assert (event["deks"], event["created_at"]) == (4, about["created_at"])
+        site.daemon.start()
+        site.daemon.stop()
+        assert len(events(site.daemon, "restore")) == 1
+
+
+# ---- a file that is no backup of ours ----------------------------------------------------------------
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def with_trailer(data: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
+    body, _, line = data[:-1].rpartition(b"\n")
+    values = json.loads(line)
+    change(values)
+    return body + b"\n" + json.dumps(values, separators=(",", ":")).encode() + b"\n"
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "without its end": lambda data: data[:-1],
+    "longer": lambda data: data + b"\n",
+    "a bit of the header": lambda data: flipped(data, 20),
+    "a bit of a row": lambda data: flipped(data, data.index(b'"thread_id"') + 3),
+    "a bit of the line": lambda data: flipped(data, len(data) - 40),
+    "bytes put in": lambda data: data[:5000] + b"x" + data[5000:],
+    "another schema": lambda data: with_trailer(data, lambda values: values.update(schema=2)),
+    "another format": lambda data: with_trailer(data, lambda values: values.update(progressdb_kms_backup=2)),
+    "no checksum": lambda data: with_trailer(data, lambda values: values.pop("sha256")),
+    "text": lambda data: b"SQLite format 3\0 this is none\n{}\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_changes_nothing(site: Site, damage: str) -> None:
+    site.daemon.stop()
+    site.backup.write_bytes(DAMAGE[damage](site.backup.read_bytes()))
+    before = contents(site.daemon.data_dir)
+    refused(restore(site, "--force"))
+    assert contents(site.daemon.data_dir) == before
+
+
+def test_the_store_itself_is_no_backup(site: Site) -> None:
+    site.daemon.stop()
+    file = site.daemon.home / "copy.db"
+    shutil.copy(site.daemon.data_dir / "kms.db", file)
+    assert "no whole file" in refused(site.daemon.offline("restore", str(file), "--force"))
+
+
+# ---- killed ------------------------------------------------------------------------------------------
+
+
+def killed_restores(site: Site, pick: Callable[[Any], Sequence[Step]]) -> None:
+    """Killed at a step, the data-dir holds the old store or the new one, and neither has the shredded DEK."""
+    need_strace()
+    daemon, dead = site.daemon, site.keys[0]
+    shred(daemon, dead)
+    with daemon.session() as kms:
+        late = kms.create_dek("late")["key_id"]
+        late_box = kms.encrypt(late, late.encode())
+    daemon.stop()
+    shutil.copytree(daemon.data_dir, daemon.home / "before")
+
+    def again() -> None:
+        shutil.rmtree(daemon.data_dir)
+        shutil.copytree(daemon.home / "before", daemon.data_dir)
+
+    steps = steps_of(lambda wrapper: restore(site, "--force", wrapper=wrapper), daemon.data_dir)
+    assert len(steps) >= 10, [str(step) for step in steps]
+    seen = set()
+    for step in pick(steps):
+        again()
+        done = restore(site, "--force", wrapper=killing(step))
+        assert done.returncode == -signal.SIGKILL, f"not killed at {step}: {done.stderr!r}"
+        assert traces(daemon.data_dir, site.wrapped[dead]) == [], f"killed at {step}"
+        daemon.start()
+        assert state(daemon, dead) == "shredded", f"killed at {step}"
+        opens(daemon, {key_id: box for key_id, box in site.boxes.items() if key_id != dead})
+        new = state(daemon, late) == "404"
+        if not new:
+            opens(daemon, {late: late_box})
+        daemon.stop()
+        assert bool(events(daemon, "restore")) == new, f"killed at {step}"
+        assert not (daemon.data_dir / ".kms-restore").exists()
+        checked(daemon)
+        seen.add(new)
+    assert seen == {False, True}
+
+
+def test_killed_at_some_steps(site: Site) -> None:
+    killed_restores(site, lambda steps: steps.spread(ROUNDS))
+
+
+@pytest.mark.long
+def test_killed_at_every_step(site: Site) -> None:
+    killed_restores(site, lambda steps: steps)
