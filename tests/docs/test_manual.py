@@ -1,0 +1,204 @@
+"""The manual pages and completions that packages ship say what the program's tables say, and work."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Callable
+
+import pytest
+
+from progressdb_kms.commandtable import CHOICES, COMMANDS, ENVIRONMENT, Command
+from progressdb_kms.options import OPTIONS, Option
+
+ROOT = Path(__file__).resolve().parents[2]
+GENERATE = ROOT / "packaging" / "generate"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that a package's build makes."""
+    folder = tmp_path_factory.mktemp("made")
+    assert run(sys.executable, str(GENERATE), "--output", str(folder)) == ""
+    return folder
+
+
+PAGES = ("progressdb-kms.8", "progressdb-kms.yaml.5")
+
+each_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+
+
+def needs(program: str) -> str:
+    if not shutil.which(program):
+        pytest.skip(f"there is no {program} here")
+    return program
+
+
+def run(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+    return result.stdout
+
+
+def option_names(command: Command) -> set[str]:
+    return {name for arg in command.args for name in arg.names if name.startswith("--")} | {"--help"}
+
+
+# ---- the manual
+
+
+def plain(page: Path) -> str:
+    """A page without roff's escapes, which is near enough to what a reader sees."""
+    text = re.sub(r"\\f[BIR]|\\&", "", page.read_text())
+    return text.replace("\\-", "-").replace("\\(aq", "'").replace("\\e", "\\")
+
+
+def section(text: str, start: str) -> str:
+    """From a heading to the next one of its rank or a higher one."""
+    at = text.index(f"\n{start}\n") + 1
+    rank = r"\.S[HS] " if start.startswith(".SS") else r"\.SH "
+    end = re.search(rank, text[at + 3 :])
+    return text[at : at + 3 + end.start()] if end else text[at:]
+
+
+@each_command
+def test_the_page_has_each_command(made: Path, command: Command) -> None:
+    part = section(plain(made / "progressdb-kms.8"), f".SS {command.name}")
+    for arg in command.args:
+        for word in (*arg.names, arg.metavar) if not arg.positional else (arg.metavar,):
+            assert word in part
+        assert " ".join(arg.help.split()[:3]).lower() in " ".join(part.split()).lower()
+    for line in command.examples:
+        assert line.encode("ascii", "ignore").decode().split()[0] in part
+    assert command.about.split(". ")[0][:60] in " ".join(part.split())
+
+
+def test_the_page_has_the_environment_and_nothing_else(made: Path) -> None:
+    part = section(plain(made / "progressdb-kms.8"), ".SH ENVIRONMENT")
+    assert set(re.findall(r"PROGRESSDB_KMS_[A-Z_]+", part)) == {name for name, _ in ENVIRONMENT}
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_the_page_has_each_key_of_the_configuration(made: Path, option: Option) -> None:
+    part = section(plain(made / "progressdb-kms.yaml.5"), ".SH KEYS")
+    assert option.name in re.findall(r"^\.TP\n(\S+)", part, re.M)
+    at = part.index(f".TP\n{option.name}")
+    own = " ".join(part[at : part.find(".TP\n", at + 1)].split())
+    assert option.expects.format(low=option.low, high=option.high) in own
+    assert option.default_text == "(none)" or f"Default: {option.default_text}." in own
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_groff_has_nothing_to_complain_about(made: Path, page: str) -> None:
+    needs("groff")
+    assert run("groff", "-man", "-Tutf8", "-ww", "-b", "-z", str(made / page)) == ""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_mandoc_has_nothing_to_complain_about(made: Path, page: str) -> None:
+    """But for the date: pages carry the version, so that a tree makes the same at any time."""
+    command = [needs("mandoc"), "-Tlint", str(made / page)]
+    found = subprocess.run(command, capture_output=True, text=True).stdout
+    assert [line for line in found.splitlines() if "missing date" not in line] == []
+
+
+# ---- bash
+
+
+Shell = Callable[..., set[str]]
+
+BASH = """
+source "$0"
+compopt() { :; }  # works only while the shell completes a line that is typed
+COMP_WORDS=(progressdb-kms "$@") COMP_CWORD=$#
+_progressdb_kms
+printf "%s\\n" "${COMPREPLY[@]}"
+"""
+
+
+@pytest.fixture
+def bash(made: Path) -> Shell:
+    """What TAB offers after the words; the last one is being written. Bash has taken `=` apart already."""
+    file = str(made / "progressdb-kms.bash")
+    return lambda *words: set(run("bash", "-uc", BASH, file, *words).split("\n")) - {""}
+
+
+@each_command
+def test_bash_offers_the_options_of_each_command(bash: Shell, command: Command) -> None:
+    assert bash(*command.name.split(), "--") == option_names(command)
+
+
+def test_bash_offers_commands(bash: Shell) -> None:
+    assert bash("") >= {command.name.partition(" ")[0] for command in COMMANDS}
+    assert bash("au") == {"audit"}
+    assert bash("audit", "") == {"verify", "tail", "--help"}
+    assert bash("--") == {"--socket", "--data-dir", "--config", "--help", "--version"}
+
+
+def test_bash_takes_an_option_first_for_serve(bash: Shell) -> None:
+    assert bash("--socket", "/s", "") == {"--socket", "--data-dir", "--config", "--help"}
+
+
+def test_bash_knows_what_takes_a_value(bash: Shell) -> None:
+    assert bash("list", "--thread-id", "") == set()
+    assert bash("list", "--thread-id", "status", "--j") == {"--json"}
+    assert bash("list", "--thread-id=status", "--j") == {"--json"}
+    assert bash("list", "--thread-id", "=", "status", "--j") == {"--json"}
+    assert bash("bench", "") >= set(CHOICES["bench"])
+
+
+def test_bash_offers_files_and_folders(bash: Shell, short_tmp: Path) -> None:
+    (short_tmp / "a folder").mkdir()
+    (short_tmp / "a file").touch()
+    start = f"{short_tmp}/a"
+    both = {f"{short_tmp}/a folder", f"{short_tmp}/a file"}
+    assert bash("status", "--socket", start) == both
+    assert bash("status", "--socket", "=", start) == both
+    assert bash("genkey", start) == both
+    assert bash("verify", "--data-dir", start) == {f"{short_tmp}/a folder"}
+    assert bash("describe", start) == set()
+
+
+# ---- fish and zsh
+
+
+@pytest.fixture
+def fish(made: Path) -> Shell:
+    needs("fish")
+
+    def offers(line: str) -> set[str]:
+        script = f"source {made}/progressdb-kms.fish; complete -C '{line}'"
+        return {offer.split("\t")[0] for offer in run("fish", "--no-config", "-c", script).splitlines()}
+
+    return offers
+
+
+@each_command
+def test_fish_offers_the_options_of_each_command(fish: Shell, command: Command) -> None:
+    assert fish(f"progressdb-kms {command.name} --") == option_names(command)
+
+
+def test_fish_offers_commands(fish: Shell) -> None:
+    assert fish("progressdb-kms ") == {command.name.partition(" ")[0] for command in COMMANDS}
+    assert fish("progressdb-kms backups ") == {"list", "prune"}
+    assert fish("progressdb-kms bench ") == set(CHOICES["bench"])
+
+
+def test_zsh_can_read_it(made: Path) -> None:
+    assert run(needs("zsh"), "-n", str(made / "_progressdb-kms")) == ""
+
+
+@each_command
+def test_zsh_has_the_options_of_each_command(made: Path, command: Command) -> None:
+    first, _, second = command.name.partition(" ")
+    text = (made / "_progressdb-kms").read_text()
+    at = text.index(f"\n    {first})\n")
+    part = text[at : text.index("\n        ;;\n", at)]
+    if second:
+        at = part.index(f"\n        {second})\n")
+        part = part[at : part.index("\n            ;;\n", at)]
+    specs = set(re.findall(r"'(?:\([^)]*\))?(?:-\w\|)?(--[a-z-]+)", part))
+    assert specs - {"--version"} == option_names(command)
