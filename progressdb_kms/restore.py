@@ -253,7 +253,6 @@ def _begin_anew(rows: dict[str, Any], logs: list[Path]) -> None:
     if not logs:
         for name in [name for name in rows if name.startswith("audit:head:")]:
             del rows[name]
-        epoch["since"] = epoch["epoch"] + 1
     rows["audit:epoch"] = epoch
 
 

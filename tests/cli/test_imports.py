@@ -192,8 +192,8 @@ class TestImport:
         backups.mkdir()
         old_kek, dek = os.urandom(32), os.urandom(32)
         lines(deks / "k_1.json", {"id": "k_1", "created_at": DEAD, "wrapped": go_blob(site.kek)})
-        lines(backups / "k_2.20250101T000000", {"thread_key": "t", "wrapped": go_blob(old_kek, dek)})
-        lines(backups / "k_2.20250301T000000", {"thread_id": "t", "wrapped": go_blob(site.kek, dek)})
+        lines(backups / "k_2.20250101T000000", {"thread_key": "then", "wrapped": go_blob(old_kek, dek)})
+        lines(backups / "k_2.20250301T000000", {"thread_id": "now", "wrapped": go_blob(site.kek, dek)})
         assert json_of(site, "import", str(deks))["imported"] == 1
         error = run(site, "import", str(backups), code=1)[1]
         assert f"{backups}/k_2.20250101T000000: does not open under any configured KEK" in error
@@ -204,6 +204,7 @@ class TestImport:
         assert json_of(site, "import", str(deks)) == {"imported": 0, "unchanged": 1, "skipped": 0}
         assert {row["kek_version"] for row in stored(site).values()} == {1}
         assert stored(site)["k_1"]["created_at"] == "2025-01-02T03:04:05.000000Z"
+        assert stored(site)["k_2"]["thread_id"] == "now"
 
     def test_bad_lines(self, site: Daemon) -> None:
         good = {"key_id": "k_1", "thread_id": "t", "wrapped": go_blob(site.kek)}

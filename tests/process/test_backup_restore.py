@@ -148,6 +148,7 @@ class TestBackup:
             assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         db.close()
         assert os.listdir(site.backup.parent) == ["backup"]
+        assert site.backup.read_bytes()[18:20] == b"\1\1", "a reader would have to make a write-ahead log"
 
     def test_not_into_the_data_dir(self, site: Site) -> None:
         inside = site.daemon.data_dir / "x" / ".." / "b"
@@ -201,9 +202,14 @@ class TestRestore:
         assert "in use" in refused(restore(site, "--force"))
 
     def test_over_a_lost_store(self, site: Site) -> None:
+        """Two starts after the backup; its write-ahead log was left behind, and must not get into the new one."""
         site.daemon.stop()
-        for path in site.daemon.data_dir.glob("kms.db*"):
-            path.unlink()
+        site.daemon.start().ok("POST", "/create_dek_for_thread", {"thread_id": "late"})
+        site.daemon.kill()
+        site.daemon.start().ok("POST", "/create_dek_for_thread", {"thread_id": "later"})
+        site.daemon.kill()
+        assert (site.daemon.data_dir / "kms.db-wal").stat().st_size
+        (site.daemon.data_dir / "kms.db").unlink()
         assert "there was a store" in site.daemon.copy().refusal().stderr
         found = told(restore(site))
         assert (found["deks"], found["damaged"]) == (4, [])
@@ -268,6 +274,17 @@ class TestRestore:
         site.daemon.stop()
         checked(site.daemon)
 
+    def test_the_present_store_knows_its_dead(self, site: Site) -> None:
+        """Also where the audit log was moved away."""
+        shred(site.daemon, site.keys[0])
+        site.daemon.stop()
+        site.daemon.audit_log.rename(site.daemon.home / "moved")
+        assert told(restore(site))["shredded_since"] == 1
+        assert traces(site.daemon.data_dir, site.wrapped[site.keys[0]]) == []
+        assert state(site.daemon.start(), site.keys[0]) == "shredded"
+        site.daemon.stop()
+        checked(site.daemon)
+
     def test_a_scheduled_deletion_goes_on(self, site: Site) -> None:
         site.daemon.ok("DELETE", f"/deks/{site.keys[0]}", {"pending_days": 9})
         ok(site.daemon.offline("backup", str(site.backup)))
@@ -324,7 +341,10 @@ class TestRestore:
 
     def test_an_unreadable_store_needs_force(self, site: Site) -> None:
         shred(site.daemon, site.keys[0])
-        site.daemon.stop()
+        site.daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "late"})
+        site.daemon.kill()
+        assert (site.daemon.data_dir / "kms.db-wal").stat().st_size
+        (site.daemon.data_dir / "kms.db-wal").write_bytes(bytes(40))
         write_secret(site.daemon.data_dir / "kms.db", bytes(24576))
         assert "can't be read" in refused(restore(site))
         assert told(restore(site, "--force"))["shredded_since"] == 1
