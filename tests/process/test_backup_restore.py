@@ -202,11 +202,11 @@ class TestRestore:
         assert "in use" in refused(restore(site, "--force"))
 
     def test_over_a_lost_store(self, site: Site) -> None:
-        """Two starts after the backup; its write-ahead log was left behind, and must not get into the new one."""
+        """Two starts after the backup. Its write-ahead log is left; it must not get into the new store."""
         site.daemon.stop()
         site.daemon.start().ok("POST", "/create_dek_for_thread", {"thread_id": "late"})
         site.daemon.kill()
-        site.daemon.start().ok("POST", "/create_dek_for_thread", {"thread_id": "later"})
+        late = site.daemon.start().ok("POST", "/create_dek_for_thread", {"thread_id": "later"})["key_id"]
         site.daemon.kill()
         assert (site.daemon.data_dir / "kms.db-wal").stat().st_size
         (site.daemon.data_dir / "kms.db").unlink()
@@ -215,6 +215,7 @@ class TestRestore:
         assert (found["deks"], found["damaged"]) == (4, [])
         checked(site.daemon)
         opens(site.daemon.start(), site.boxes)
+        assert state(site.daemon, late) == "404"
         site.daemon.stop()
         checked(site.daemon)
 
