@@ -39,6 +39,13 @@ FORMAT = 1  # of one row
 TRACES = (FILE_NAME + "-wal", "kms-audit.log", "kms-deks-backup")
 """Files that only a data-dir in use has: beside them, a missing database is a lost one."""
 
+BUSY_WAIT = 5000
+"""Milliseconds that a write waits for another writer's lock: there is none but a foreign program's."""
+
+CHECKPOINT_WAIT = 1000
+"""Milliseconds that a checkpoint waits for readers. Ours take one; a program that keeps a read transaction
+open (Litestream does) would otherwise stop all writes for as long as it likes."""
+
 DEKS = "deks"
 STAGED = "deks_next"
 RETIRED = "deks_old_"  # and a number: tables that are emptied bit by bit
@@ -326,7 +333,7 @@ class SqliteStore(SqliteReader):
             ("journal_mode", "WAL", "wal"),
             ("synchronous", "FULL", 2),
             ("secure_delete", "ON", 1),
-            ("busy_timeout", "5000", 5000),
+            ("busy_timeout", str(BUSY_WAIT), BUSY_WAIT),
         ):
             select(f"PRAGMA {pragma}={value}")
             if (found := select(f"PRAGMA {pragma}")[0]) != wanted:
@@ -338,9 +345,9 @@ class SqliteStore(SqliteReader):
         if not version:
             self._index(DEKS)
             select(f"PRAGMA user_version={SCHEMA_VERSION}")
-        self.checkpoint()
+        whole = self._checkpointed()  # if not, pages may stand in the log only
         pages, size = select("PRAGMA page_count")[0], select("PRAGMA page_size")[0]
-        if self.path.stat().st_size < pages * size:
+        if whole and self.path.stat().st_size < pages * size:
             raise StoreDamaged(
                 f"{self.path} was cut: it has {self.path.stat().st_size} of {pages * size} bytes",
                 hint="restore a backup: `progressdb-kms restore FILE`",
@@ -492,8 +499,15 @@ class SqliteStore(SqliteReader):
 
     def checkpoint(self) -> None:
         """Move the write-ahead log into the file and cut it to nothing: no old page image stays behind."""
-        for _ in range(100):
-            busy = self._conn.select_one("PRAGMA wal_checkpoint(TRUNCATE)")[0]
-            if not busy:
-                return
-        raise StoreUnavailable("the write-ahead log is in use and can't be cut now", hint="it is tried again")
+        if not self._checkpointed():
+            raise StoreUnavailable(
+                "the write-ahead log is being read by another program and can't be cut now",
+                hint="it is tried again; a backup or Litestream may be at work",
+            )
+
+    def _checkpointed(self) -> bool:
+        self._conn.select(f"PRAGMA busy_timeout={CHECKPOINT_WAIT}")
+        try:
+            return not self._conn.select_one("PRAGMA wal_checkpoint(TRUNCATE)")[0]
+        finally:
+            self._conn.select(f"PRAGMA busy_timeout={BUSY_WAIT}")
