@@ -1,0 +1,240 @@
+"""What packaging/ says agrees with the tables of the program (manual pages: test_manual)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Callable
+
+import pytest
+import yaml
+
+from progressdb_kms import config
+from progressdb_kms.metrics import CLASSES, OPS, Metrics
+from progressdb_kms.options import BY_NAME, OPTIONS
+
+REPO = Path(__file__).resolve().parents[2]
+PACKAGING = REPO / "packaging"
+UNITS = PACKAGING / "systemd"
+
+
+def needs(*programs: str) -> Callable[[Any], Any]:
+    missing = [program for program in programs if shutil.which(program) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} is not installed")
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_loader(path.name, SourceFileLoader(path.name, str(path)))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- systemd ----------------------------------------------------------------------------------------
+
+
+def unit(name: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for line in (UNITS / name).read_text().splitlines():
+        key, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            found.setdefault(key, []).append(value)
+    return found
+
+
+@needs("systemd-analyze")
+def test_the_unit_is_hardened() -> None:
+    done = run(
+        "systemd-analyze", "security", "--offline=true", "--no-pager", str(UNITS / "progressdb-kms.service")
+    )
+    level = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
+    if level is None:
+        pytest.skip(f"this systemd-analyze can't look at a file: {done.stdout.strip()[:80]}")
+    assert float(level[1]) <= 0.5
+
+
+@needs("systemd-analyze")
+def test_systemd_has_nothing_to_say_about_the_units(tmp_path: Path) -> None:
+    for name in ("progressdb-kms.service", "progressdb-kms.socket"):
+        text = (UNITS / name).read_text()
+        (tmp_path / name).write_text(text.replace("=/usr/bin/progressdb-kms", "=/bin/true"))
+    done = run("systemd-analyze", "verify", "--man=no", *map(str, sorted(tmp_path.iterdir())))
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_units_configuration_and_socket_agree() -> None:
+    service, socket = unit("progressdb-kms.service"), unit("progressdb-kms.socket")
+    settings = yaml.safe_load((PACKAGING / "progressdb-kms.yaml").read_text())
+    assert service["ExecStart"] == [
+        "/usr/bin/progressdb-kms serve --config /etc/progressdb-kms/progressdb-kms.yaml"
+    ]
+    assert socket["ListenStream"] == [settings["socket"]]
+    assert socket["SocketMode"] == [f"0{settings['socket_mode']:o}"]
+    assert socket["SocketGroup"] == [settings["socket_group"]] == service["Group"]
+    assert settings["data_dir"] == "/var/lib/" + service["StateDirectory"][0]
+    assert service["StateDirectoryMode"] == ["0700"]
+    assert settings["data_dir"] in (PACKAGING / "progressdb-kms.logrotate").read_text()
+
+
+def test_the_filter_of_system_calls_lets_the_key_memory_through() -> None:
+    rules = unit("progressdb-kms.service")["SystemCallFilter"]
+    assert "memfd_secret" in rules[0].split()
+    assert unit("progressdb-kms.service")["LimitMEMLOCK"] == ["infinity"]
+
+
+# ---- the sample configuration ------------------------------------------------------------------------
+
+
+def sample() -> dict[str, Any]:
+    """The sample with each `#name: value` taken in."""
+    text = (PACKAGING / "progressdb-kms.yaml").read_text()
+    active = re.sub(r"^#(?=[a-z_]+:|  - )", "", text, flags=re.MULTILINE)
+    values = yaml.safe_load(active)
+    assert isinstance(values, dict)
+    return values
+
+
+def test_the_sample_names_every_key_once() -> None:
+    text = (PACKAGING / "progressdb-kms.yaml").read_text()
+    names = re.findall(r"^#?([a-z_]+):(?: |$)", text, flags=re.MULTILINE)
+    assert sorted(names) == sorted(option.name for option in OPTIONS)
+
+
+def test_what_the_sample_comments_out_is_the_default() -> None:
+    text = (PACKAGING / "progressdb-kms.yaml").read_text()
+    commented = set(re.findall(r"^#([a-z_]+):", text, flags=re.MULTILINE))
+    for name, value in sample().items():
+        if name in commented and BY_NAME[name].default is not None:
+            assert value == BY_NAME[name].default, name
+
+
+def test_the_sample_states_the_limits() -> None:
+    text = (PACKAGING / "progressdb-kms.yaml").read_text()
+    for option in OPTIONS:
+        if option.high and not option.private:
+            about = text[: text.index(f"#{option.name}:")].rpartition("\n\n")[2]
+            assert f"{option.low:g}" in about and f"{option.high:d}" in about, option.name
+
+
+def test_the_daemon_takes_the_sample(short_tmp: Path) -> None:
+    """But for the key file and the group, which a package makes."""
+    text = (PACKAGING / "progressdb-kms.yaml").read_text().replace("socket_group: progressdb-kms\n", "")
+    (short_tmp / "c.yaml").write_text(text)
+    with config.load({"config": str(short_tmp / "c.yaml")}, {}, need_key=False) as loaded:
+        assert loaded.settings.memory_lock == "require"
+        assert loaded.settings.socket_mode == 0o660
+
+
+# ---- monitoring ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def metric_names() -> set[str]:
+    """Names of all metrics: those of a page, and those that the API adds to it."""
+    page = Metrics(1).render(())
+    extra = re.findall(
+        r'\(\s*"([a-z_]+)",\s*"(?:gauge|counter)"', (REPO / "progressdb_kms/api.py").read_text()
+    )
+    assert "deks" in extra and "uptime_seconds" in extra
+    return {*re.findall(r"^(\w+?)(?:\{| )", page, re.M), *(f"progressdb_kms_{name}" for name in extra)}
+
+
+def expressions() -> dict[str, str]:
+    rules = yaml.safe_load((PACKAGING / "prometheus-rules.yml").read_text())
+    found = {f"alert {r['alert']}": r["expr"] for group in rules["groups"] for r in group["rules"]}
+    board = json.loads((PACKAGING / "grafana-dashboard.json").read_text())
+    for panel in board["panels"]:
+        for target in panel["targets"]:
+            found[f"panel {panel['title']} {target['refId']}"] = target["expr"]
+    return found
+
+
+@pytest.mark.parametrize("where", expressions())
+def test_alerts_and_panels_ask_for_metrics_that_exist(where: str, metric_names: set[str]) -> None:
+    expression = expressions()[where]
+    names = re.findall(r"\bprogressdb_kms_\w+", expression)
+    assert names and set(names) <= metric_names
+    for classes in re.findall(r'status=~?"([^"]+)"', expression):
+        assert set(classes.split("|")) <= set(CLASSES)
+    for ops in re.findall(r'op=~?"([^"]+)"', expression):
+        assert set(ops.split("|")) <= set(OPS)
+    assert expression.count("(") == expression.count(")")
+
+
+def test_each_alert_says_what_to_do() -> None:
+    rules = yaml.safe_load((PACKAGING / "prometheus-rules.yml").read_text())
+    for rule in rules["groups"][0]["rules"]:
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert {"summary", "description"} == set(rule["annotations"])
+
+
+def test_the_dashboard_is_in_order() -> None:
+    board = json.loads((PACKAGING / "grafana-dashboard.json").read_text())
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    assert all(p["gridPos"]["x"] + p["gridPos"]["w"] <= 24 for p in board["panels"])
+
+
+# ---- packages and scripts ------------------------------------------------------------------------------
+
+
+def test_the_ranges_of_dependencies_are_the_same_everywhere() -> None:
+    ranges = dict(re.findall(r"^    (\w+)>=([0-9.]+)", (REPO / "setup.cfg").read_text(), re.M))
+    control = (PACKAGING / "debian/control").read_text()
+    spec = (PACKAGING / "rpm/progressdb-kms.spec").read_text()
+    for package, debian, rpm in (
+        ("cryptography", "python3-cryptography", "python3-cryptography"),
+        ("pyyaml", "python3-yaml", "python3-pyyaml"),
+        ("sqlitedict", "python3-sqlitedict", "python3-sqlitedict"),
+    ):
+        assert f"{debian} (>= {ranges[package]})" in control
+        assert f"{rpm} >= {ranges[package]}\n" in spec
+    start = script(PACKAGING / "zipapp/__main__.py")
+    assert str(start.LOWEST_CRYPTOGRAPHY) == ranges["cryptography"]
+    assert (
+        f"python_requires = >={'.'.join(map(str, start.LOWEST_PYTHON))}\n" in (REPO / "setup.cfg").read_text()
+    )
+
+
+def test_the_lock_pins_each_package_for_each_host() -> None:
+    build = script(REPO / "bin/build-zipapp")
+    rows = [line.split() for line in build.LOCK.read_text().splitlines()]
+    assert [(row[0], *row[4:]) for row in rows] == [(name, *host) for name, host in build.all_wanted()]
+    assert all(re.fullmatch(r"[0-9a-f]{64}", row[3]) for row in rows)
+
+
+def test_the_user_of_the_spec_is_that_of_sysusers() -> None:
+    (line,) = (UNITS / "progressdb-kms.sysusers").read_text().splitlines()
+    assert f"%global user_line {line}\n" in (PACKAGING / "rpm/progressdb-kms.spec").read_text()
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["packaging/source-tree", "packaging/build-deb", "packaging/build-rpm", "packaging/test-boot",
+     "packaging/test-container", "bin/release", "packaging/debian/progressdb-kms.postinst",
+     "packaging/debian/progressdb-kms.postrm"],
+)  # fmt: skip
+def test_the_shell_takes_the_scripts(path: str) -> None:
+    done = run("sh", "-n", str(REPO / path))
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_image_is_pinned_and_not_run_by_root() -> None:
+    text = (PACKAGING / "Dockerfile").read_text()
+    bases = re.findall(r"^FROM (\S+)", text, re.M)
+    assert len(bases) == 2 and all(re.fullmatch(r"[a-z]+:\d+\.\d+-slim", base) for base in bases)
+    last = text.rpartition("\nFROM ")[2]
+    assert re.search(r"^USER 10001:10001$", last, re.M)
+    assert re.search(r"^HEALTHCHECK ", last, re.M)
+    for package in re.findall(r"^ +(python3\S*) \\$", last, re.M):
+        assert "=" in package
