@@ -89,7 +89,7 @@ def backup(data_dir: Path, file: Path, progress: Progress) -> dict[str, Any]:
     One read transaction over all of it: what is committed when it begins is in it, and no writer waits.
     """
     store = data_dir / FILE_NAME
-    _refuse_inside(data_dir, file)
+    _check_target(data_dir, file)
     if not store.is_file():
         raise CommandFailed(f"there is no store {store}", hint="--data-dir or --config says where it is")
     with _part_file(file) as (descriptor, part):
@@ -108,13 +108,15 @@ def backup(data_dir: Path, file: Path, progress: Progress) -> dict[str, Any]:
     return {"file": str(file), **_shown(contents)}
 
 
-def _refuse_inside(data_dir: Path, file: Path) -> None:
+def _check_target(data_dir: Path, file: Path) -> None:
     """In the data-dir a backup would keep what a later shred must remove, and be lost together with it."""
     home, target = data_dir.resolve(), file.resolve()
     if home == target or home in target.parents:
         raise CommandFailed(
             f"{file} is inside the data-dir: a shred could not reach it", hint="choose another folder"
         )
+    if not target.parent.is_dir():
+        raise CommandFailed(f"there is no folder {target.parent}", hint="make it first")
     if file.exists() and not file.is_file():
         raise CommandFailed(f"{file} is no regular file", hint="name the file that is to be made")
 

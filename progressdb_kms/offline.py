@@ -167,7 +167,7 @@ def _check_deks(
 
 # ---- snapshots and ledgers --------------------------------------------------------------------------------
 
-_NAME = re.compile(r"(\d{8}T\d{6}Z)-([0-9a-f]{16})(-\d+)?")
+_NAME = re.compile(r"(\d{8}T\d{6}Z)-([0-9a-f]{16})(?:-\d+)?")
 
 _TAIL = 4096
 """Bytes from the end of a ledger in which its last line stands."""
@@ -196,12 +196,20 @@ def _snapshots(data_dir: Path) -> list[SnapshotFolder]:
     root = data_dir / FOLDER
     names = {name[: -len(".ledger")] if name.endswith(".ledger") else name for name in _names(root)}
     found = [(name, match) for name in names if (match := _NAME.fullmatch(name))]
-    found.sort(key=lambda pair: (pair[1][1], int((pair[1][3] or "-1")[1:])))
+    found.sort(key=lambda pair: (pair[1][1], _age(root / pair[0])))
     return [
         SnapshotFolder(name, root / name, _spelled(match[1]), match[2], _last_line(root / f"{name}.ledger"))
         for name, match in found
         if not (root / name).is_symlink()
     ]
+
+
+def _age(folder: Path) -> int:
+    """When a snapshot was finished: for two of the same second."""
+    for path in (folder.with_name(folder.name + ".ledger"), folder):
+        with contextlib.suppress(FileNotFoundError):
+            return path.stat().st_mtime_ns
+    return 0
 
 
 def _names(root: Path) -> list[str]:

@@ -157,6 +157,8 @@ class TestBackup:
         link.symlink_to(site.daemon.data_dir)
         assert "inside the data-dir" in refused(site.daemon.offline("backup", str(link / "b")))
         assert not (site.daemon.data_dir / "b").exists()
+        assert "there is no folder" in refused(site.daemon.offline("backup", str(site.daemon.home / "x/b")))
+        assert "no regular file" in refused(site.daemon.offline("backup", str(site.daemon.home)))
 
     def test_a_failure_leaves_the_old_one(self, site: Site) -> None:
         before = site.backup.read_bytes()
