@@ -95,6 +95,20 @@ def test_both_run_here(plain: Path, bundle: Path) -> None:
         assert (done.returncode, done.stdout) == (0, f"progressdb-kms {__version__}\n"), done.stderr
 
 
+def test_a_package_that_was_changed_is_not_taken(tree: Path, plain: Path, short_tmp: Path) -> None:
+    """What is in the cache is held against the lock, and so is what pip would bring."""
+    cache = short_tmp / "cache"
+    shutil.copytree(REPO / "build/zipapp", cache)
+    (package,) = cache.glob("sqlitedict*")
+    package.write_bytes(package.read_bytes() + b"\0")
+    done = subprocess.run(
+        [sys.executable, str(tree / "bin/build-zipapp"), "--cache", str(cache), "--output", str(short_tmp)],
+        capture_output=True, text=True, env={**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(cache)},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert not list(short_tmp.glob("*.pyz"))
+
+
 # ---- hosts that won't do -----------------------------------------------------------------------------
 
 
@@ -116,6 +130,18 @@ def test_the_range_of_cryptography_is_checked(plain: Path, tmp_path: Path, versi
     assert done.returncode == code
     if code:
         assert "38 or newer is needed" in done.stderr and version in done.stderr
+
+
+def test_an_old_python_is_told(plain: Path) -> None:
+    paths = [path for name in ("python3.8", "python3.7", "python3.6") if (path := shutil.which(name))]
+    old = [
+        path for path in paths if not subprocess.run([path, "-c", ""], stderr=subprocess.DEVNULL).returncode
+    ]
+    if not old:
+        pytest.skip("no Python older than 3.9 is here")
+    done = run(plain, "--version", python=old[0])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Python 3.9 or newer is needed, this is 3." in done.stderr
 
 
 def altered(bundle: Path, target: Path, old: bytes, new: bytes) -> Path:
