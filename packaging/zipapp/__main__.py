@@ -6,6 +6,9 @@ each goes from the archive into a memfd (anonymous memory with a descriptor) and
 by name, and a number that is used again would be taken for the library that is loaded already. They close at
 execve, so the daemon's second start finds everything as the first did.
 
+`bytecode/<cache tag>/` holds all modules compiled, for the Pythons that were at hand when this was built: a
+start takes half the time. For others the source is compiled at each start: a zip has no place to keep it.
+
 `native/index.json` (bundle only): {"machine": …, "modules": {name: {cache tag, or "*": path}}}.
 """
 
@@ -15,7 +18,7 @@ import os
 import platform
 import sys
 from importlib.machinery import ExtensionFileLoader
-from importlib.util import spec_from_file_location
+from importlib.util import MAGIC_NUMBER, spec_from_file_location
 
 LOWEST_PYTHON = (3, 9)
 LOWEST_CRYPTOGRAPHY = 38
@@ -50,7 +53,7 @@ class NativeModules:
     def find_spec(self, name, path=None, target=None):
         if name not in self._modules:
             return None
-        place = self._modules[name].get(sys.implementation.cache_tag) or self._modules[name].get("*")
+        place = self._modules[name].get(cache_tag()) or self._modules[name].get("*")
         file = "/proc/self/fd/%d" % self._memfd(name, self._archive.get_data(archive_path(self._archive, place)))
         return spec_from_file_location(name, file, loader=NativeLoader(name, file))
 
@@ -66,6 +69,21 @@ class NativeModules:
                 rest = rest[os.write(number, rest) :]
         fcntl.fcntl(number, F_ADD_SEALS, EVERY_SEAL)  # from here on nothing changes it
         return number
+
+
+def cache_tag():
+    """Of this Python. The build without a lock takes neither modules nor bytecode of the other."""
+    return sys.implementation.cache_tag + ("t" if "free-threading" in sys.version else "")
+
+
+def add_bytecode(archive):
+    folder = os.path.join("bytecode", cache_tag())
+    try:
+        head = archive.get_data(archive_path(archive, folder + "/progressdb_kms/__init__.pyc"))
+    except OSError:
+        return
+    if head.startswith(MAGIC_NUMBER):
+        sys.path.insert(0, archive_path(archive, folder))
 
 
 def archive_path(archive, name):
@@ -86,10 +104,10 @@ def add_native(archive):
     if platform.machine() != index["machine"]:
         raise Refused("this archive is for %s, the host is %s" % (index["machine"], platform.machine()))
     for tags in index["modules"].values():
-        if sys.implementation.cache_tag not in tags and "*" not in tags:
+        if cache_tag() not in tags and "*" not in tags:
             raise Refused(
                 "this archive has native modules for %s, this is %s: use one of those, or the plain .pyz with the "
-                "host's cryptography" % (", ".join(tags), sys.implementation.cache_tag)
+                "host's cryptography" % (", ".join(tags), cache_tag())
             )
     if not os.path.exists("/proc/self/fd"):
         raise Refused("/proc is not mounted: native modules are loaded by way of /proc/self/fd")
@@ -124,6 +142,7 @@ def prepare(words):
 def main():
     try:
         check_python()
+        add_bytecode(__loader__)
         prepare(sys.argv[1:])
         add_native(__loader__)
         check_cryptography()
