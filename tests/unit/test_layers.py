@@ -15,11 +15,12 @@ LAYERS = {  # from the bottom to the top
     "words": "__init__ errors encoding",
     "bytes": "aead envelope framing secretjson",
     "core": "keyring operations policy options",
-    "effects": "store lockedmem config audit metrics keysource yamlfile auditverify owner transport answers auditchain",
+    "effects": "store lockedmem config audit metrics keysource yamlfile auditverify owner transport"
+    " answers auditchain",
     "service": "api service keeper rotation openapi jobs snapshots erasure startup opening maintenance",
     "edge": "httpd",
-    "process": "cli __main__ daemon systemd client doctor offline bench hardening commands commandtable console"
-    " backup restore imports rotatecmd auditcmd keyfiles",
+    "process": "cli __main__ daemon systemd client doctor offline bench hardening commands commandtable"
+    " console backup restore imports rotatecmd auditcmd keyfiles",
 }
 LEVEL = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
