@@ -238,3 +238,15 @@ def test_the_image_is_pinned_and_not_run_by_root() -> None:
     assert re.search(r"^HEALTHCHECK ", last, re.M)
     for package in re.findall(r"^ +(python3\S*) \\$", last, re.M):
         assert "=" in package
+
+
+@needs("hadolint")
+def test_hadolint_has_nothing_to_say_about_the_image() -> None:
+    done = run("hadolint", str(PACKAGING / "Dockerfile"))
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@needs("promtool")
+def test_prometheus_takes_the_alerts() -> None:
+    done = run("promtool", "check", "rules", str(PACKAGING / "prometheus-rules.yml"))
+    assert done.returncode == 0, done.stdout
