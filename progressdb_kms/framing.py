@@ -124,8 +124,10 @@ def _reject_early(begun: bytes) -> None:
             raise UriTooLong(f"the request line is longer than {MAX_TARGET} bytes")
         if _START.fullmatch(line) is None:
             raise MalformedRequest("this is not the start of an HTTP request")
-    elif re.search(rb"(?<!\r)\n|\r(?!\n|\Z)", begun):
-        raise MalformedRequest("a bare CR or LF stands in the head")
+    else:
+        if re.search(rb"(?<!\r)\n|\r(?!\n|\Z)", begun):
+            raise MalformedRequest("a bare CR or LF stands in the head")
+        _request_line(line[:-1])
     if len(begun) > MAX_HEAD:
         raise HeadTooLarge(f"the head is longer than {MAX_HEAD} bytes")
 
