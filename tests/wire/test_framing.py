@@ -63,7 +63,7 @@ GOOD = [
     ("RFC 9112 6.2: of zero", post(b"", "Content-Length: 0"), b""),
     ("RFC 9110 8.6: leading zeros are digits", post(b"hello", "Content-Length: 0005"), b"hello"),
     ("RFC 9112 7.1: chunked", chunked(b"5\r\nhello\r\n0\r\n\r\n"), b"hello"),
-    ("RFC 9112 7.1: chunks, hex in both cases", chunked(b"a\r\n%b\r\nA\r\n%b\r\n0\r\n\r\n" % (TEN, TEN)), TEN + TEN),
+    ("RFC 9112 7.1: hex in both cases", chunked(b"a\r\n%b\r\nA\r\n%b\r\n0\r\n\r\n" % (TEN, TEN)), TEN * 2),
     ("RFC 9112 7.1: an empty body", chunked(b"0\r\n\r\n"), b""),
     ("RFC 9112 7.1.1: an extension is ignored", chunked(b'5;a=b;c="d e"\r\nhello\r\n0;x\r\n\r\n'), b"hello"),
     ("RFC 9112 7.1.2: trailers are dropped", chunked(b"5\r\nhello\r\n0\r\nX-T: v\r\n\r\n"), b"hello"),
