@@ -192,8 +192,8 @@ class Fields:
         except ValueError as error:
             raise BadRequest.invalid(name, f"is {error}") from None
 
-    def aad(self, name: str = "aad") -> bytes:
-        return self.data(name) if self._values.get(name) is not None else b""
+    def aad(self, name: str = "aad", default: bytes = b"") -> bytes:
+        return self.data(name) if self._values.get(name) is not None else default
 
     def key_id(self, name: str = "key_id") -> str:
         return checked_key_id(self.text(name), name)
@@ -563,7 +563,7 @@ def reencrypt(app: App, call: Call) -> Reply:
 def _move(fields: Fields) -> tuple[str, str, tuple[BatchItem, bytes]]:
     source, target = fields.key_id(), fields.key_id("new_key_id")
     data, aad = fields.data("ciphertext"), fields.aad()
-    new_aad = fields.aad("new_aad") or aad
+    new_aad = fields.aad("new_aad", aad)
     fields.end()
     return source, target, (BatchItem(source, data, aad), new_aad)
 

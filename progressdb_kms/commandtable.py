@@ -85,7 +85,7 @@ COMMANDS: tuple[Command, ...] = (
         "serve",
         (
             "progressdb-kms --socket /run/progressdb-kms/kms.sock --data-dir /var/lib/progressdb-kms "
-            "--config /etc/progressdb-kms.yaml",
+            "--config /etc/progressdb-kms/progressdb-kms.yaml",
         ),
         keys=True,
     ),
@@ -215,8 +215,8 @@ COMMANDS: tuple[Command, ...] = (
         ),
         "rotate_kek",
         (
-            "progressdb-kms rotate-kek --config /etc/progressdb-kms.yaml --generate --dry-run",
-            "progressdb-kms rotate-kek --config /etc/progressdb-kms.yaml --generate",
+            "progressdb-kms rotate-kek --config /etc/progressdb-kms/progressdb-kms.yaml --generate --dry-run",
+            "progressdb-kms rotate-kek --config /etc/progressdb-kms/progressdb-kms.yaml --generate",
         ),
         keys=True,
     ),
@@ -230,7 +230,7 @@ COMMANDS: tuple[Command, ...] = (
         "is lost.",
         (Arg(("file",), "the key file to make", "file", "FILE"), JSON),
         "genkey",
-        ("progressdb-kms genkey /etc/progressdb-kms.key",),
+        ("progressdb-kms genkey /etc/progressdb-kms/kek.key",),
         keys=True,
     ),
     Command(
@@ -240,7 +240,7 @@ COMMANDS: tuple[Command, ...] = (
         "Prints the fingerprint by which the store names a KEK: finds the file that a message asks for.",
         (Arg(("file",), "a key file", "file", "FILE", "+"), JSON),
         "kek_id",
-        ("progressdb-kms kek-id /etc/progressdb-kms.key*",),
+        ("progressdb-kms kek-id /etc/progressdb-kms/kek.key*",),
         keys=True,
     ),
     Command(
@@ -263,7 +263,7 @@ COMMANDS: tuple[Command, ...] = (
             JSON,
         ),
         "audit_verify",
-        ("progressdb-kms audit verify --config /etc/progressdb-kms.yaml",),
+        ("progressdb-kms audit verify --config /etc/progressdb-kms/progressdb-kms.yaml",),
         keys=True,
         exits=((1, "a fault was found, or the log can't be read"),),
     ),
@@ -299,7 +299,7 @@ COMMANDS: tuple[Command, ...] = (
         "needs. It holds wrapped DEKs only: keep the key files elsewhere.",
         (Arg(("file",), "the backup to make", "file", "FILE"), DATA_DIR, CONFIG, JSON),
         "backup",
-        ("progressdb-kms backup /backup/kms-$(date +%F) --config /etc/progressdb-kms.yaml",),
+        ("progressdb-kms backup /backup/kms-$(date +%F) --config /etc/progressdb-kms/progressdb-kms.yaml",),
     ),
     Command(
         "restore",
@@ -319,7 +319,7 @@ COMMANDS: tuple[Command, ...] = (
         ),
         "restore",
         (
-            "progressdb-kms restore /backup/kms-2026-11-24 --config /etc/progressdb-kms.yaml",
+            "progressdb-kms restore /backup/kms-2026-11-24 --config /etc/progressdb-kms/progressdb-kms.yaml",
             "progressdb-kms restore --snapshot kms-data/kms-deks-backup/20261124T020000Z-… --key k_0190…",
         ),
         keys=True,
@@ -331,7 +331,7 @@ COMMANDS: tuple[Command, ...] = (
         "A line a DEK, wrapped: it opens under the same KEK only. OUT is written whole or not at all.",
         (OUTPUT, DATA_DIR, CONFIG),
         "export",
-        ("progressdb-kms export deks.jsonl --config /etc/progressdb-kms.yaml",),
+        ("progressdb-kms export deks.jsonl --config /etc/progressdb-kms/progressdb-kms.yaml",),
     ),
     Command(
         "import",
@@ -348,7 +348,7 @@ COMMANDS: tuple[Command, ...] = (
             JSON,
         ),
         "import_deks",
-        ("progressdb-kms import /var/lib/old-kms/kms-deks --config /etc/progressdb-kms.yaml",),
+        ("progressdb-kms import /var/lib/old-kms/kms-deks --config /etc/progressdb-kms/progressdb-kms.yaml",),
         keys=True,
     ),
     Command(
@@ -372,7 +372,7 @@ COMMANDS: tuple[Command, ...] = (
             JSON,
         ),
         "backups_prune",
-        ("progressdb-kms backups prune --keep 3 --config /etc/progressdb-kms.yaml",),
+        ("progressdb-kms backups prune --keep 3 --config /etc/progressdb-kms/progressdb-kms.yaml",),
     ),
     Command(
         "doctor",
@@ -382,7 +382,7 @@ COMMANDS: tuple[Command, ...] = (
         "versions, the daemon, and files that an unfinished rotation left. It changes nothing.",
         (SOCKET, DATA_DIR, CONFIG, JSON),
         "doctor",
-        ("progressdb-kms doctor --config /etc/progressdb-kms.yaml",),
+        ("progressdb-kms doctor --config /etc/progressdb-kms/progressdb-kms.yaml",),
         keys=True,
         exits=((1, "a check failed"),),
     ),

@@ -86,15 +86,20 @@ class Shared(NamedTuple):
 
 
 class Signals:
-    """SIGTERM, SIGINT, SIGHUP and SIGCHLD as flags and a descriptor that becomes readable."""
+    """SIGTERM, SIGINT, SIGHUP and SIGCHLD as flags and a descriptor that becomes readable.
 
-    def __init__(self) -> None:
+    A child leaves SIGINT alone: Ctrl-C reaches the whole group, and the supervisor ends the others in order.
+    """
+
+    def __init__(self, child: bool = False) -> None:
         self.stop = False
         self.hangup = False
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) if hasattr(os, "pipe2") else _pipe()
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, self._note)
+        if child:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     @property
@@ -508,14 +513,12 @@ class Supervisor:
         sys.stdout.flush()
         sys.stderr.flush()
         supervisor = os.getpid()
-        pid = os.fork()
-        if pid:
-            child.pid = pid
-            self._shared.metrics.block(child.slot - 1 if child.slot else self._shared.settings.workers).add(
-                "starts", 1
-            )
-            return
-        _in_child(supervisor, self._lock, main)
+        with hardening.signals_blocked():  # a SIGTERM waits until the child has handlers of its own
+            child.pid = os.fork()
+            if not child.pid:
+                _in_child(supervisor, self._lock, main)
+        block = child.slot - 1 if child.slot else self._shared.settings.workers
+        self._shared.metrics.block(block).add("starts", 1)
 
     def _start_keeper(self) -> None:
         child = self._children[0]
@@ -630,7 +633,7 @@ def _in_child(supervisor: int, lock: int, main: Callable[[], None]) -> NoReturn:
 
 
 def _keeper_main(shared: Shared, incarnation: int, report: int) -> None:
-    signals = Signals()
+    signals = Signals(child=True)
     try:
         keeper, epoch = _open_keeper(shared, incarnation)
     except KMSError as error:
@@ -650,7 +653,7 @@ def _keeper_main(shared: Shared, incarnation: int, report: int) -> None:
 
 
 def _worker_main(shared: Shared, slot: int, chain: str) -> None:
-    signals = Signals()
+    signals = Signals(child=True)
     _pin(slot)
     worker = Worker(shared, slot, chain)
 
