@@ -618,7 +618,9 @@ def _in_child(supervisor: int, lock: int, main: Callable[[], None]) -> NoReturn:
     code = 1
     try:
         signal.set_wakeup_fd(-1)
-        hardening.die_with_parent(supervisor, signal.SIGTERM)
+        # Not SIGTERM: nobody is left to end them in order, and a worker would wait for a keeper that is gone
+        # while the next daemon starts. What was acknowledged is on disk.
+        hardening.die_with_parent(supervisor, signal.SIGKILL)
         os.close(lock)  # else the data-dir would stay locked after the supervisor's death
         main()
         code = 0

@@ -108,4 +108,5 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = outcome.get_result()
     if report.failed:
         for one in Daemon.running:
-            report.sections.append((f"stderr of daemon {one.pid}", one.stderr[-6000:] or "(nothing)"))
+            pid = one.process.pid if one.process else "(ended)"
+            report.sections.append((f"stderr of daemon {pid}", one.stderr[-6000:] or "(nothing)"))
