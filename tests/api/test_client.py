@@ -392,8 +392,16 @@ class TestConnections:
         assert not errors and kms.connections <= 9
 
     def test_a_stale_connection_is_opened_again(self, path: Path) -> None:
-        with script(path, once, create) as accepted, Client(path, timeout=10) as client:
+        closed = threading.Event()
+
+        def once_and_close(conn: socket.socket) -> None:
+            once(conn)
+            conn.close()
+            closed.set()
+
+        with script(path, once_and_close, create) as accepted, Client(path, timeout=10) as client:
             client.status()
+            assert closed.wait(10)
             assert client.create_dek("t") == Dek("k", "t", "enabled", "0", 1, "")
         assert len(accepted) == 2
 
