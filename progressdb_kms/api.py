@@ -12,14 +12,13 @@ import logging
 import os
 import re
 import time
-from collections.abc import Mapping
-from typing import Any, Callable, NamedTuple, Optional, Union
+from collections.abc import Mapping, Sequence
+from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 
 from . import __version__, secretjson
 from .aead import KEY_SIZE
 from .audit import Fragment, fragment, key_fragment
 from .encoding import (
-    BASE64,
     KEY_ID,
     MAX_THREAD_ID,
     Buffer,
@@ -47,7 +46,7 @@ from .framing import Head
 from .keeper import describe
 from .metrics import Metrics
 from .policy import Peer
-from .service import BatchItem, Service, StagingSlots, wrapped_source
+from .service import Batch, BatchItem, Results, Service, StagingSlots, wrapped_source
 from .store import DekRecord
 
 log = logging.getLogger("progressdb_kms.api")
@@ -144,6 +143,7 @@ class App(NamedTuple):
 
 
 Handler = Callable[[App, Call], Reply]
+T = TypeVar("T")
 
 
 class Route(NamedTuple):
@@ -398,22 +398,33 @@ def delete_dek(app: App, call: Call) -> Reply:
 # ---- data ------------------------------------------------------------------------------------------
 
 
-def _uncaptured(pattern: bytes) -> bytes:
-    return re.sub(rb"(?<!\\)\((?!\?)", b"(?:", pattern)
-
-
 # What clients send most, read without a JSON parser: the key_id, then the data, nothing else. Whatever does
-# not look exactly so goes the long way.
-_KEY = rb'"key_id" ?: ?"([A-Za-z0-9][A-Za-z0-9._:-]{0,127})"'
-_ITEM = {
-    name: rb'\{ ?%b ?, ?"%b" ?: ?"(%b)" ?\}' % (_KEY, name.encode(), BASE64)
-    for name in ("plaintext", "ciphertext")
-}
-_SIMPLE = {name: re.compile(item) for name, item in _ITEM.items()}
-_SIMPLE_BATCH = {
-    name: re.compile(rb'\{ ?"items" ?: ?\[ ?%b(?: ?, ?%b)* ?\] ?\}' % (_uncaptured(item), _uncaptured(item)))
-    for name, item in _ITEM.items()
-}
+# not look exactly so goes the long way, and so does what is not base64 as it stands.
+def _item(field: str, colon: bytes, comma: bytes) -> bytes:
+    key_id = rb"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
+    return rb'\{"key_id"%b"(%b)"%b"%b"%b"([^"]*)"\}' % (colon, key_id, comma, field.encode(), colon)
+
+
+class _Page(NamedTuple):
+    """How a JSON encoder writes a batch: `start`, then items with what ends each."""
+
+    start: bytes
+    item: re.Pattern[bytes]
+    frame: int
+    """bytes of an item without its key_id and data, and of what ends it"""
+    last: int
+    """bytes that the end of the last item is longer"""
+
+
+def _page(field: str, colon: bytes, comma: bytes) -> _Page:
+    item = re.compile(_item(field, colon, comma) + rb"(?:%b|\]\}\Z)" % comma)
+    frame = len(b'{"key_id""""":"}' + field.encode()) + 2 * len(colon + comma)
+    return _Page(b'{"items"%b[' % colon, item, frame, 2 - len(comma))
+
+
+_DATA = ("plaintext", "ciphertext")
+_ONE = {field: re.compile(_item(field, b" ?: ?", b" ?, ?")) for field in _DATA}
+_PAGES = {field: [_page(field, b":", b","), _page(field, b": ", b", ")] for field in _DATA}
 
 
 def encrypt(app: App, call: Call) -> Reply:
@@ -437,19 +448,25 @@ def decrypt(app: App, call: Call) -> Reply:
 
 def _data_request(app: App, call: Call, field: str) -> tuple[Union[str, Wrapped], bytes, bytes]:
     """(DEK, data, AAD) of a JSON body."""
-    simple = _SIMPLE[field].fullmatch(call.body) if call.head.content_type == JSON else None
-    if simple is not None:
-        start, end = simple.span(2)
-        if not (end - start) % 4:
-            key_id = simple[1].decode("ascii")
-            _usable(app, call, key_id)
-            return key_id, binascii.a2b_base64(call.body[start:end]), b""
+    one = _ONE[field].fullmatch(call.body) if call.head.content_type == JSON else None
+    if one is not None and (data := _plain_base64(one[2])) is not None:
+        key_id = one[1].decode("ascii")
+        _usable(app, call, key_id)
+        return key_id, data, b""
     fields = fields_of(call)
     source = _source(app, call, fields)
     data = fields.data(field)
     aad = fields.aad()
     fields.end()
     return source, data, aad
+
+
+def _plain_base64(text: bytes) -> Optional[bytes]:
+    """None: there is an escape in it (`\\/`), or it is no base64."""
+    try:
+        return b64decode(text)
+    except ValueError:
+        return None
 
 
 def _source(app: App, call: Call, fields: Fields) -> Union[str, Wrapped]:
@@ -482,57 +499,79 @@ def decrypt_batch(app: App, call: Call) -> Reply:
     return _batch(app, call, "ciphertext", "plaintext", app.service.decrypt_many)
 
 
-Many = Callable[["list[BatchItem]", memoryview], "list[Union[bytes, KMSError]]"]
+Many = Callable[[Batch, memoryview], Results]
 
 
 def _batch(app: App, call: Call, given: str, wanted: str, work: Many) -> Reply:
-    """An item that is malformed or fails gets an error in its place; the others are done."""
-    parsed = _batch_items(call, given)
-    good = [item for item in parsed if isinstance(item, BatchItem)]
-    results = iter(work(good, call.scratch))
-    done = [next(results) if isinstance(item, BatchItem) else item for item in parsed]
-    failed = sum(isinstance(result, KMSError) for result in done)
-    call.details = fragment(count=len(done), failed=failed, keys=_keys(good))
-    app.service.counters.add("items", len(done))
-    name = wanted.encode("ascii")
-    return Reply(200, b'{"items":[%b]}' % b",".join([_rendered(name, result) for result in done]))
-
-
-def _batch_items(call: Call, given: str) -> list[Union[BatchItem, KMSError]]:
-    if call.head.content_type == JSON and _SIMPLE_BATCH[given].fullmatch(call.body):
-        found = _SIMPLE[given].findall(call.body)
-        if len(found) <= MAX_ITEMS and not any(len(text) % 4 for _, text in found):
-            return [
-                BatchItem(key_id.decode("ascii"), binascii.a2b_base64(text), b"") for key_id, text in found
-            ]
-    fields = fields_of(call)
-    rows = fields.items()
-    fields.end()
-    if rows is None:
-        raise BadRequest.missing("items")
-    return [_item(row, given) for row in rows]
-
-
-def _item(row: Any, given: str) -> Union[BatchItem, KMSError]:
-    try:
-        fields = Fields(row)
-        item = BatchItem(fields.source(), fields.data(given), fields.aad())
+    items: Batch = _page_items(call, given)
+    if not items:
+        fields = fields_of(call)
+        rows = fields.items()
+        if rows is None:
+            raise BadRequest.missing("items")
         fields.end()
-        return item
-    except KMSError as error:
-        return error
+        items = _each(rows, lambda fields: (fields.source(), fields.data(given), fields.aad()))
+    return _batch_reply(app, call, wanted, items, work(items, call.scratch))
 
 
-def _rendered(name: bytes, result: Union[bytes, KMSError]) -> bytes:
-    if isinstance(result, KMSError):
-        return json_dumps({"error": {"code": result.code, "message": result.message}}).encode("ascii")
-    return b'{"%b":"%b"}' % (name, b64encode_bytes(result))
+def _page_items(call: Call, given: str) -> list[BatchItem]:
+    """The items of a body that is written as in `_PAGES`; none: it is not."""
+    body = call.body
+    page = _PAGES[given][body[9:10] == b" "]
+    if call.head.content_type != JSON or body[: len(page.start)] != page.start:
+        return []
+    found = page.item.findall(body, len(page.start))
+    # findall skips what does not fit: where nothing was skipped, the lengths add up.
+    size = sum([len(key_id) + len(text) for key_id, text in found]) + len(found) * page.frame
+    if len(page.start) + size + page.last != len(body) or len(found) > MAX_ITEMS:
+        return []
+    try:
+        return [(key_id.decode("ascii"), b64decode(text), b"") for key_id, text in found]
+    except ValueError:
+        return []
 
 
-def _keys(items: list[BatchItem]) -> list[str]:
-    """The distinct key_ids of a batch, for its one audit record."""
-    names = {item.source if isinstance(item.source, str) else item.source.key_id or "" for item in items}
-    return sorted(names)
+def _each(rows: list[Any], read: Callable[[Fields], T]) -> list[Union[T, KMSError]]:
+    """What `read` makes of each row; of a malformed one the error, which spoils no other."""
+    results: list[Union[T, KMSError]] = []
+    for row in rows:
+        try:
+            fields = Fields(row)
+            item = read(fields)
+            fields.end()
+            results.append(item)
+        except KMSError as error:
+            results.append(error)
+    return results
+
+
+def _batch_reply(app: App, call: Call, wanted: str, items: Batch, results: Results) -> Reply:
+    """An item that is malformed or failed has an error in its place. One audit record for all of them."""
+    failed = sum([isinstance(result, KMSError) for result in results])
+    sources = {item[0] for item in items if not isinstance(item, KMSError)}
+    keys = sorted({source if isinstance(source, str) else source.key_id or "" for source in sources})
+    call.details = fragment(count=len(results), failed=failed, keys=keys)
+    app.service.counters.add("items", len(results))
+    lead, b64 = b'{"%b":"' % wanted.encode("ascii"), binascii.b2a_base64
+    rendered = [
+        _item_error(result) if isinstance(result, KMSError) else lead + b64(result, newline=False) + b'"}'
+        for result in results
+    ]
+    return Reply(200, b'{"items":[%b]}' % b",".join(rendered))
+
+
+def _item_error(error: KMSError) -> bytes:
+    return json_dumps({"error": {"code": error.code, "message": error.message}}).encode("ascii")
+
+
+class _Move(NamedTuple):
+    """A ciphertext under one DEK, and the DEK and AAD that it shall be under."""
+
+    source: str
+    data: bytes
+    aad: bytes
+    target: str
+    new_aad: bytes
 
 
 def reencrypt(app: App, call: Call) -> Reply:
@@ -540,46 +579,39 @@ def reencrypt(app: App, call: Call) -> Reply:
     fields = fields_of(call)
     rows = fields.items()
     if rows is None:
-        source, target, item = _move(fields)
-        call.key = key_fragment(source)
-        call.details = fragment(new_key_id=target)
-        return Reply(200, _rendered(b"ciphertext", _moved(app, call, target, item, fail=True)))
+        move = _move(fields)
+        fields.end()
+        call.key = key_fragment(move.source)
+        call.details = fragment(new_key_id=move.target)
+        (result,) = _moved(app, call, [move])
+        if isinstance(result, KMSError):
+            raise result
+        return Reply(200, b'{"ciphertext":"%b"}' % b64encode_bytes(result))
     fields.end()
-    results: list[Union[bytes, KMSError]] = []
-    moves: list[BatchItem] = []
-    for row in rows:
-        try:
-            _, target, item = _move(Fields(row))
-            moves.append(item[0])
-            results.append(_moved(app, call, target, item, fail=False))
-        except KMSError as error:
-            results.append(error)
-    failed = sum(isinstance(result, KMSError) for result in results)
-    call.details = fragment(count=len(rows), failed=failed, keys=_keys(moves))
-    app.service.counters.add("items", len(rows))
-    return Reply(200, b'{"items":[%b]}' % b",".join([_rendered(b"ciphertext", result) for result in results]))
+    moves = _each(rows, _move)
+    return _batch_reply(app, call, "ciphertext", _sources(moves), _moved(app, call, moves))
 
 
-def _move(fields: Fields) -> tuple[str, str, tuple[BatchItem, bytes]]:
+def _move(fields: Fields) -> _Move:
     source, target = fields.key_id(), fields.key_id("new_key_id")
     data, aad = fields.data("ciphertext"), fields.aad()
-    new_aad = fields.aad("new_aad", aad)
-    fields.end()
-    return source, target, (BatchItem(source, data, aad), new_aad)
+    return _Move(source, data, aad, target, fields.aad("new_aad", aad))
 
 
-def _moved(
-    app: App, call: Call, target: str, item: tuple[BatchItem, bytes], fail: bool
-) -> Union[bytes, KMSError]:
-    old, new_aad = item
-    try:
-        plaintext = app.service.decrypt(old.source, old.data, old.aad, call.scratch)
-        nonce, sealed = app.service.encrypt(target, plaintext, new_aad, call.scratch)
-        return nonce + sealed
-    except KMSError as error:
-        if fail:
-            raise
-        return error
+def _sources(moves: Sequence[Union[_Move, KMSError]]) -> Batch:
+    return [move if isinstance(move, KMSError) else (move.source, move.data, move.aad) for move in moves]
+
+
+def _moved(app: App, call: Call, moves: Sequence[Union[_Move, KMSError]]) -> Results:
+    opened = app.service.decrypt_many(_sources(moves), call.scratch)
+    again = [_again(move, text) for move, text in zip(moves, opened)]
+    return app.service.encrypt_many(again, call.scratch)
+
+
+def _again(move: Union[_Move, KMSError], opened: Union[bytes, KMSError]) -> Union[BatchItem, KMSError]:
+    if isinstance(move, KMSError):
+        return move
+    return opened if isinstance(opened, KMSError) else (move.target, opened, move.new_aad)
 
 
 # ---- bodies that carry a key: read in place, see secretjson ------------------------------------------
