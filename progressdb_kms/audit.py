@@ -315,7 +315,7 @@ class AuditLog:
         ).encode("ascii")  # an error for what never went through `fragment`
         digest = mac(self.key, event)
         sig = b64encode(digest)
-        line = lead + b'{"event":' + event + b',"sig":"' + sig.encode() + b'"}\n'
+        line = b'%b{"event":%b,"sig":"%b"}\n' % (lead, event, sig.encode())
         size = self._put(line)
         self._size += size
         if size >= len(line) - 1:  # whole, perhaps without its line end
