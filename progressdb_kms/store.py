@@ -1,4 +1,4 @@
-"""Where wrapped DEKs live: `<data-dir>/kms.db`, and a twin in memory that keeps the same contract.
+"""Where wrapped DEKs live: `<data-dir>/kms.db`. `memstore` is a twin in memory that keeps the same contract.
 
 The contract, for every store:
 
@@ -144,7 +144,7 @@ class Store(Reader, Protocol):
 # ---- counts per KEK ------------------------------------------------------------------------------
 
 
-def _counted(keks: dict[str, KekCount], old: Optional[DekRecord], new: DekRecord) -> dict[str, KekCount]:
+def counted(keks: dict[str, KekCount], old: Optional[DekRecord], new: DekRecord) -> dict[str, KekCount]:
     """The counts after `old` (None: nothing) was replaced by `new`. A shredded DEK needs no KEK."""
     result = dict(keks)
     if old is not None and old.state != SHREDDED:
@@ -222,12 +222,21 @@ class Connection:
             self._db.close()
 
 
+def _row_of(value: str) -> Any:
+    try:
+        return json_loads(value)
+    except ValueError:
+        raise StoreDamaged(
+            "a row of the store is not JSON", hint="run `progressdb-kms verify`, then restore a backup"
+        ) from None
+
+
 class Table(SqliteDict):  # type: ignore[misc]
     """A sqlitedict over a connection that several tables share; JSON in, JSON out, never pickle."""
 
     def __init__(self, path: Path, name: str, conn: Connection) -> None:
         self._shared = conn
-        super().__init__(str(path), tablename=name, encode=json_dumps, decode=json_loads, outer_stack=False)
+        super().__init__(str(path), tablename=name, encode=json_dumps, decode=_row_of, outer_stack=False)
 
     def _new_conn(self) -> Connection:
         return self._shared
@@ -267,7 +276,7 @@ class SqliteReader:
             rows = self._conn.select(_PAGE, ("meta:" + after, limit))
         else:
             rows = self._conn.select(_PAGE_OF_THREAD, (thread_id, "meta:" + after, limit))
-        return [DekRecord.from_row(key[5:], json_loads(value)) for key, value in rows]
+        return [DekRecord.from_row(key[5:], _row_of(value)) for key, value in rows]
 
     def read(self, name: str) -> Optional[dict[str, Any]]:
         value: Optional[dict[str, Any]] = self._kms.get(name)
@@ -425,7 +434,7 @@ class SqliteStore(SqliteReader):
     # ---- writes, inside a transaction ----------------------------------------------------------
 
     def put(self, record: DekRecord) -> None:
-        self._counts = _counted(self._counts, self.get(record.key_id), record)
+        self._counts = counted(self._counts, self.get(record.key_id), record)
         self._deks["meta:" + record.key_id] = record.to_row()
 
     def write(self, name: str, value: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ LAYERS = {  # from the bottom to the top
     "words": "__init__ errors encoding",
     "bytes": "aead envelope framing secretjson",
     "core": "keyring operations policy options",
-    "effects": "store lockedmem config audit metrics keysource yamlfile auditverify owner transport"
+    "effects": "store memstore lockedmem config audit metrics keysource yamlfile auditverify owner transport"
     " answers auditchain",
     "service": "api service keeper rotation openapi jobs snapshots erasure startup opening maintenance",
     "edge": "httpd",
