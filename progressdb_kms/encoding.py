@@ -67,7 +67,7 @@ def b64decode_into(text: Buffer, out: memoryview) -> None:
     if len(text) != need or not _BASE64.fullmatch(text):
         raise ValueError(f"must be base64 of exactly {len(out)} bytes")
     pad = -len(out) % 3
-    if bytes(text[need - pad :]) != b"=" * pad or (pad == 0 and text[need - 1] == 0x3D):
+    if bytes(text[need - pad :]) != b"=" * pad or text[need - pad - 1] == 0x3D:
         raise ValueError(f"must be base64 of exactly {len(out)} bytes")
     for group in range(need // 4):
         word = 0
