@@ -178,6 +178,10 @@ class Fields:
             raise BadRequest("the body must be a JSON object", code="malformed_json")
         self._values: dict[str, Any] = values
 
+    def _absent(self, name: str) -> bool:
+        """null stands for a field that was left out."""
+        return self._values.get(name) is None and self._values.pop(name, None) is None
+
     def text(self, name: str) -> str:
         value = self._values.pop(name, None)
         if value is None:
@@ -193,18 +197,17 @@ class Fields:
             raise BadRequest.invalid(name, f"is {error}") from None
 
     def aad(self, name: str = "aad", default: bytes = b"") -> bytes:
-        return self.data(name) if self._values.get(name) is not None else default
+        return default if self._absent(name) else self.data(name)
 
     def key_id(self, name: str = "key_id") -> str:
         return checked_key_id(self.text(name), name)
 
     def optional_key_id(self, name: str = "key_id") -> Optional[str]:
-        return self.key_id(name) if self._values.get(name) is not None else None
+        return None if self._absent(name) else self.key_id(name)
 
     def source(self) -> Union[str, Wrapped]:
         """A key_id, or an inline wrapped DEK."""
-        if self._values.get("wrapped") is None:
-            self._values.pop("wrapped", None)
+        if self._absent("wrapped"):
             return self.key_id()
         return wrapped_source(self.data("wrapped"), self.optional_key_id())
 
