@@ -130,10 +130,15 @@ class TestData:
 
     @pytest.mark.parametrize(
         "spelled",
-        ['{"key_id":"%s","plaintext":"%s"}', '{"key_id": "%s", "plaintext": "%s"}', '{ "key_id" : "%s" , "plaintext" : "%s" }',
-         '\n{"key_id":"%s",\t"plaintext":"%s"}\r\n', '{"key_id":"%s","plaintext":"%s","aad":null}',
-         '{"key_id":"%s","plaintext":"%s","aad":""}'],
-    )  # fmt: skip
+        [
+            '{"key_id":"%s","plaintext":"%s"}',
+            '{"key_id": "%s", "plaintext": "%s"}',
+            '{ "key_id" : "%s" , "plaintext" : "%s" }',
+            '\n{"key_id":"%s",\t"plaintext":"%s"}\r\n',
+            '{"key_id":"%s","plaintext":"%s","aad":null}',
+            '{"key_id":"%s","plaintext":"%s","aad":""}',
+        ],
+    )
     def test_json_may_be_spelled_in_any_way(self, kms: Session, key: str, spelled: str) -> None:
         for data in (b"", b"\xff\xef\xff", bytes(300)):  # the second has a / in its base64
             escaped = "".join(f"\\u{ord(c):04x}" for c in b64(data))
@@ -158,11 +163,18 @@ class TestData:
 
     @pytest.mark.parametrize(
         "tear",
-        [lambda body: body[:-1], lambda body: body + b"x", lambda body: body.replace(b"},{", b"}{"),
-         lambda body: body.replace(b"},{", b"},,{"), lambda body: body.replace(b"},{", b"}]}{"),
-         lambda body: body.replace(b"},{", b"};{"), lambda body: body[:-2] + b",]}",
-         lambda body: body.replace(b'{"items"', b'{"Items"'), lambda body: body[:-2] + b"]}]}"],
-    )  # fmt: skip
+        [
+            lambda body: body[:-1],
+            lambda body: body + b"x",
+            lambda body: body.replace(b"},{", b"}{"),
+            lambda body: body.replace(b"},{", b"},,{"),
+            lambda body: body.replace(b"},{", b"}]}{"),
+            lambda body: body.replace(b"},{", b"};{"),
+            lambda body: body[:-2] + b",]}",
+            lambda body: body.replace(b'{"items"', b'{"Items"'),
+            lambda body: body[:-2] + b"]}]}",
+        ],
+    )
     def test_a_page_that_is_no_json(self, kms: Session, key: str, tear: Any) -> None:
         items = [{"key_id": key, "plaintext": ""}] * 3
         body = tear(json.dumps({"items": items}, separators=(",", ":")).encode())
