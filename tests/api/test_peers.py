@@ -1,0 +1,135 @@
+"""Who may call what: the UID at connect() against allowed_peer_uids and admin_peer_uids."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any, Optional
+
+import pytest
+
+from progressdb_kms.api import ROUTES
+from tests.harness import Daemon
+from tests.harness.wire import Reply
+
+CALLER, ADMIN, STRANGER = 12_001, 12_002, 12_003
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can connect as another user")
+
+ADMIN_CALLS = [
+    ("POST", "/unwrap", {"wrapped": "AAAA"}),
+    ("POST", "/rewrap", {"key_id": "k", "new_kek_hex": "x"}),
+    ("POST", "/rotate_kek", {"new_kek_hex": "x"}),
+    ("POST", "/deks/k_1/disable", None),
+    ("DELETE", "/deks/k_1", None),
+]
+CALLS = [
+    ("POST", "/create_dek_for_thread", {"thread_id": "t"}),
+    ("GET", "/get_wrapped?key_id=k_1", None),
+    ("POST", "/encrypt", {"key_id": "k_1", "plaintext": ""}),
+    ("GET", "/deks", None),
+    ("POST", "/wrap", {"dek": "x"}),
+    ("GET", "/status", None),
+    ("GET", "/metrics", None),
+    ("GET", "/healthz", None),
+]
+
+
+@contextlib.contextmanager
+def as_user(uid: int) -> Iterator[None]:
+    os.setegid(uid)
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def ask(daemon: Daemon, uid: int, call: tuple[str, str, Any]) -> Reply:
+    with as_user(uid):
+        return daemon.request(*call)
+
+
+@contextlib.contextmanager
+def serving(**rules: list[int]) -> Iterator[Daemon]:
+    """A daemon whose socket everybody can reach; its data-dir stays closed."""
+    with Daemon(rules, workers=1) as daemon:
+        daemon.home.chmod(0o755)
+        daemon.socket.chmod(0o666)
+        yield daemon
+
+
+def last(daemon: Daemon) -> dict[str, Any]:
+    event: dict[str, Any] = json.loads(daemon.audit_log.read_text().splitlines()[-1])["event"]
+    return event
+
+
+def test_the_calls_here_are_all_that_need_an_admin() -> None:
+    admin = {(route.method, route.path) for route in ROUTES if route.admin}
+    assert admin == {(method, path.replace("k_1", "{key_id}")) for method, path, _ in ADMIN_CALLS}
+
+
+class TestWithoutRules:
+    def test_whom_the_socket_lets_in_is_served_and_named(self) -> None:
+        with serving() as daemon:
+            for call in ADMIN_CALLS + CALLS:
+                assert ask(daemon, STRANGER, call).status != 403
+            ask(daemon, STRANGER, CALLS[0])
+            event = last(daemon)
+            assert (event["uid"], event["gid"], event["pid"]) == (STRANGER, STRANGER, os.getpid())
+            assert event["actor"] == f"peer_uid:{STRANGER}"
+
+
+class TestAllowedPeers:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def daemon(cls) -> Iterator[Daemon]:
+        with serving(allowed_peer_uids=[0, CALLER]) as running:
+            yield running
+
+    @pytest.mark.parametrize("call", ADMIN_CALLS + CALLS, ids=lambda call: call[1])
+    def test_others_are_refused(self, daemon: Daemon, call: tuple[str, str, Any]) -> None:
+        assert ask(daemon, CALLER, call).status != 403
+        reply = ask(daemon, STRANGER, call)
+        assert (reply.status, reply.code) == (403, "peer_refused")
+        assert str(STRANGER) in reply.json()["error"]["message"]
+
+    def test_the_refusal_is_recorded(self, daemon: Daemon) -> None:
+        reply = ask(daemon, STRANGER, CALLS[2])
+        event = last(daemon)
+        assert (event["op"], event["outcome"], event["status"]) == ("encrypt", "refused", 403)
+        assert (event["uid"], event["code"]) == (STRANGER, "peer_refused")
+        chain, seq, _ = reply.headers["X-KMS-Audit"].split(":")
+        assert (event["chain"], event["seq"]) == (chain, int(seq))
+
+    def test_what_counts_is_who_connected(self, daemon: Daemon) -> None:
+        with as_user(STRANGER):
+            session = daemon.session()
+            session.request("GET", "/healthz")
+        assert session.request("GET", "/healthz").status == 403  # we are root again; the connection is not
+        session.close()
+
+
+class TestAdminPeers:
+    @pytest.mark.parametrize("allowed", [None, [CALLER]], ids=["callers: all", "callers: one"])
+    def test_the_rights_of_each(self, allowed: Optional[list[int]]) -> None:
+        rules: dict[str, Any] = {} if allowed is None else {"allowed_peer_uids": [0, *allowed]}
+        with serving(admin_peer_uids=[0, ADMIN], **rules) as daemon:
+            for call in ADMIN_CALLS:
+                assert ask(daemon, ADMIN, call).status != 403
+                assert ask(daemon, CALLER, call).status == 403
+                assert last(daemon)["outcome"] == "refused"
+            for call in CALLS:
+                assert ask(daemon, ADMIN, call).status != 403  # an admin is a caller too
+                assert ask(daemon, CALLER, call).status != 403
+                assert (ask(daemon, STRANGER, call).status == 403) == (allowed is not None)
+
+    def test_a_refused_rotation_changes_nothing(self) -> None:
+        with serving(admin_peer_uids=[ADMIN]) as daemon:
+            new = os.urandom(32).hex()
+            reply = ask(daemon, CALLER, ("POST", "/rotate_kek", {"new_kek_hex": new}))
+            assert reply.status == 403 and new not in reply.body.decode()
+            assert daemon.ok("GET", "/status")["kek_version"] == 1
+            assert new not in daemon.audit_log.read_text() + daemon.stderr
