@@ -224,9 +224,10 @@ class Fields:
         value = self._values.pop(name, None)
         if value is None:
             return default
-        if type(value) is not int or not low <= value <= high:
+        whole = type(value) is int or (type(value) is float and value.is_integer())  # 7.0 is 7 in JSON
+        if not whole or not low <= value <= high:
             raise BadRequest.invalid(name, f"must be a whole number from {low} to {high}")
-        return value
+        return int(value)
 
     def flag(self, name: str) -> bool:
         value = self._values.pop(name, None)

@@ -16,7 +16,7 @@ _THREAD_ID: Schema = {
     "type": "string",
     "minLength": 1,
     "maxLength": MAX_THREAD_ID,
-    "pattern": r"^[^\u0000-\u001f\u007f-\u009f\ud800-\udfff]+$",
+    "pattern": r"^[^\x00-\x1f\x7f-\x9f]+$",
 }
 _BASE64: Schema = {
     "type": "string",
@@ -36,6 +36,12 @@ def _object(required: str, optional: str = "", /, **properties: Schema) -> Schem
     return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
 
 
+def _request(required: str, optional: str = "", /, **properties: Schema) -> Schema:
+    """As `_object`; null stands for an optional member that was left out."""
+    absent = {name: {"anyOf": [properties[name], {"type": "null"}]} for name in optional.split()}
+    return _object(required, optional, **{**properties, **absent})
+
+
 def _either(*choices: Schema) -> Schema:
     return {"oneOf": list(choices)}
 
@@ -46,8 +52,8 @@ def _items(item: Schema) -> Schema:
 
 def _data(field: str) -> Schema:
     """Data under a stored DEK, or under one that comes along."""
-    stored = _object(f"key_id {field}", "aad", key_id=_KEY_ID, aad=_BASE64, **{field: _BASE64})
-    inline = _object(
+    stored = _request(f"key_id {field}", "aad", key_id=_KEY_ID, aad=_BASE64, **{field: _BASE64})
+    inline = _request(
         f"wrapped {field}", "key_id aad", wrapped=_BASE64, key_id=_KEY_ID, aad=_BASE64, **{field: _BASE64}
     )
     return {"anyOf": [stored, inline]}
@@ -55,7 +61,7 @@ def _data(field: str) -> Schema:
 
 _ERROR = _object("error", error=_object("code message", "hint", code=_TEXT, message=_TEXT, hint=_TEXT))
 _WRAPPED = _object("wrapped kek_id kek_version", wrapped=_BASE64, kek_id=_TEXT, kek_version=_TEXT)
-_MOVE = _object(
+_MOVE = _request(
     "key_id new_key_id ciphertext",
     "aad new_aad",
     key_id=_KEY_ID,
@@ -89,11 +95,11 @@ def _all_done(field: str) -> Schema:
 
 _REQUESTS: dict[str, Schema] = {
     "/create_dek_for_thread": _either(
-        _object("thread_id", thread_id=_THREAD_ID), _object("thread_key", thread_key=_THREAD_ID)
+        _request("thread_id", thread_id=_THREAD_ID), _request("thread_key", thread_key=_THREAD_ID)
     ),
     "/deks": _either(
-        _object("thread_id", "key_id", thread_id=_THREAD_ID, key_id=_KEY_ID),
-        _object("thread_key", "key_id", thread_key=_THREAD_ID, key_id=_KEY_ID),
+        _request("thread_id", "key_id", thread_id=_THREAD_ID, key_id=_KEY_ID),
+        _request("thread_key", "key_id", thread_key=_THREAD_ID, key_id=_KEY_ID),
     ),
     "/encrypt": _data("plaintext"),
     "/decrypt": _data("ciphertext"),
@@ -101,17 +107,17 @@ _REQUESTS: dict[str, Schema] = {
     "/decrypt_batch": _items(_data("ciphertext")),
     "/reencrypt": {"anyOf": [_MOVE, _items(_MOVE)]},
     "/wrap": _object("dek", "key_id", dek=_DEK, key_id=_KEY_ID),
-    "/unwrap": _object("wrapped", "key_id", wrapped=_BASE64, key_id=_KEY_ID),
+    "/unwrap": _request("wrapped", "key_id", wrapped=_BASE64, key_id=_KEY_ID),
     "/rewrap": _object("key_id new_kek_hex", key_id=_KEY_ID, new_kek_hex=_HEX_KEY),
     "/rotate_kek": _object("new_kek_hex", "dry_run", new_kek_hex=_HEX_KEY, dry_run={"type": "boolean"}),
-    "DELETE /deks/{key_id}": _object(
+    "DELETE /deks/{key_id}": _request(
         "",
         "immediately pending_days",
         immediately={"type": "boolean"},
         pending_days={"type": "integer", "minimum": 1, "maximum": 365},
     ),
-    "/deks/{key_id}/disable": _object(""),
-    "/deks/{key_id}/enable": _object(""),
+    "/deks/{key_id}/disable": _request(""),
+    "/deks/{key_id}/enable": _request(""),
 }
 
 _OPTIONAL_BODY = frozenset(("DELETE /deks/{key_id}", "/deks/{key_id}/disable", "/deks/{key_id}/enable"))
@@ -139,7 +145,7 @@ _ANSWERS: dict[str, Schema] = {
 _QUERIES: dict[str, list[tuple[str, bool, Schema]]] = {
     "/get_wrapped": [("key_id", True, _KEY_ID)],
     "GET /deks": [
-        ("cursor", False, _KEY_ID),
+        ("cursor", False, _either({"const": ""}, _KEY_ID)),
         ("limit", False, {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}),
         ("thread_id", False, _THREAD_ID),
     ],
