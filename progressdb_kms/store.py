@@ -304,16 +304,12 @@ class SqliteStore(SqliteReader):
         self._open()
 
     def _open(self) -> None:
-        fresh = not self.path.exists() or self.path.stat().st_size == 0
-        if fresh and (traces := [name for name in TRACES if (self.path.parent / name).exists()]):
-            raise StoreDamaged(
-                f"{self.path} is missing or empty, but {traces[0]} beside it tells that there was a store",
-                hint="put the file back, or restore a backup: `progressdb-kms restore FILE`",
-            )
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            self._refuse_lost()
         self._suspect = False
         self._conn = Connection(self.path, writer=True)
         try:
-            self._prepare(fresh)
+            self._prepare()
         except StoreUnavailable as error:
             self._conn.close()
             cause = error.__cause__
@@ -324,10 +320,21 @@ class SqliteStore(SqliteReader):
                 ) from error
             raise
 
-    def _prepare(self, fresh: bool) -> None:
+    def _refuse_lost(self) -> None:
+        """There is no database: was there one?"""
+        if traces := [name for name in TRACES if (self.path.parent / name).exists()]:
+            raise StoreDamaged(
+                f"{self.path} is missing or empty, but {traces[0]} beside it tells that there was a store",
+                hint="put the file back, or restore a backup: `progressdb-kms restore FILE`",
+            )
+
+    def _prepare(self) -> None:
         select = self._conn.select_one
+        # After a crash in its first transaction a database is rolled back to nothing when it is first read.
+        fresh = not select("PRAGMA page_count")[0]
         application, version = select("PRAGMA application_id")[0], select("PRAGMA user_version")[0]
         if fresh:  # first of all, so that a crash right after leaves a file that is known as ours
+            self._refuse_lost()
             select(f"PRAGMA application_id={APPLICATION_ID}")
         elif application != APPLICATION_ID:
             raise StoreDamaged(
