@@ -11,6 +11,7 @@ last line holds the totals, the SHA-256 of all lines before it, and an HMAC of b
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import itertools
@@ -81,7 +82,8 @@ class Snapshot:
         if self._folder >= 0:
             os.close(self._folder)
             self._folder = -1
-            self._ledger.close()
+            with contextlib.suppress(OSError):  # `finish` has flushed it, or the rotation has failed anyway
+                self._ledger.close()
 
 
 def discard(path: Path, limit: int) -> bool:

@@ -306,7 +306,7 @@ class SqliteStore(SqliteReader):
     def _open(self) -> None:
         if not self.path.exists() or self.path.stat().st_size == 0:
             self._refuse_lost()
-        self._suspect = False
+        self._suspect = True  # until all of this has worked
         self._conn = Connection(self.path, writer=True)
         try:
             self._prepare()
@@ -369,6 +369,7 @@ class SqliteStore(SqliteReader):
                 hint="restore a backup: `progressdb-kms restore FILE`",
             )
         self._counts = super().keks()
+        self._suspect = False
 
     def _index(self, table: str) -> None:
         """Find the DEKs of a thread without a scan; the name is free, as renamed tables keep theirs."""

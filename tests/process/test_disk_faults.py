@@ -1,0 +1,279 @@
+"""A full disk, failing writes and syncs, a read-only or damaged data-dir, a clock set back: the caller that
+was hit hears of it, nobody waits for ever, nothing acknowledged is lost, and it goes on when it can."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+from tests.harness import Daemon, request
+from tests.harness.daemon import DaemonFailed, cli
+from tests.harness.faults import Shim, Tmpfs
+from tests.harness.kept import Kept
+from tests.harness.wire import Reply
+
+
+def changes(key: str) -> list[tuple[str, str, Any]]:
+    """A call of each kind that writes to the store."""
+    return [
+        ("POST", "/create_dek_for_thread", {"thread_id": "t"}),
+        ("POST", f"/deks/{key}/disable", None),
+        ("DELETE", f"/deks/{key}", None),
+        ("POST", "/rewrap", {"key_id": key, "new_kek_hex": os.urandom(32).hex()}),
+        ("POST", "/rotate_kek", {"new_kek_hex": os.urandom(32).hex()}),
+    ]
+
+
+def refused(reply: Reply) -> None:
+    assert reply.status == 503 and reply.code in ("store_unavailable", "audit_unavailable"), reply
+    assert reply.json()["error"]["hint"]
+
+
+class TestFullDisk:
+    @pytest.fixture
+    def disk(self) -> Iterator[Tmpfs]:
+        with Tmpfs(8 << 20) as disk:
+            yield disk
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_503_until_there_is_room(self, disk: Tmpfs, workers: int) -> None:
+        kept = Kept()
+        with Daemon(home=disk.path, workers=workers) as daemon, daemon.session() as kms:
+            (key, *_) = kept.create(kms, 5)
+            disk.fill()
+            for call in changes(key):
+                refused(kms.request(*call))
+            for _ in range(64):  # the last page of the log takes a few records yet, and those may be answered
+                reply = kms.request("POST", "/encrypt", {"key_id": key, "plaintext": "aGk="})
+                if reply.status != 200:
+                    break
+            refused(reply)
+            assert kms.request("GET", "/healthz").status == 200
+            ready = kms.request("GET", "/readyz")
+            assert ready.status == 503 and any("free" in reason for reason in ready.json()["reasons"])
+            disk.drain()
+            kept.opens(kms)
+            kept.create(kms, 3)
+            kms.rotate(os.urandom(32))
+            kept.opens(kms)
+            assert kms.request("GET", "/readyz").status == 200
+            assert kms.ok("GET", f"/deks/{key}")["state"] == "enabled"  # no refused change was made
+
+    def test_full_in_the_middle_of_a_rotation(self, disk: Tmpfs) -> None:
+        """Room for a part of the second table and the snapshots."""
+        kept = Kept()
+        with Daemon(home=disk.path, workers=1) as daemon, daemon.session() as kms:
+            kept.create(kms, 300)
+            disk.fill(leave=512 << 10)
+            before = kms.ok("GET", "/status")["kek_id"]
+            refused(kms.request("POST", "/rotate_kek", {"new_kek_hex": os.urandom(32).hex()}))
+            assert kms.ok("GET", "/status")["kek_id"] == before
+            disk.drain()
+            kept.opens(kms)
+            assert kms.rotate(os.urandom(32))["rewrapped"] == 300
+            kept.opens(kms)
+
+
+class TestFailingCalls:
+    """Each call into the disk fails once, then works again."""
+
+    @pytest.fixture
+    def shim(self) -> Iterator[Shim]:
+        with Shim() as shim:
+            yield shim
+
+    @pytest.mark.parametrize("call", ["write", "sync"])
+    @pytest.mark.parametrize("file", ["kms.db-wal", "kms.db", "kms-audit.log", "kms-deks-backup", "/data"])
+    @pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
+    def test_the_caller_that_was_hit_hears_of_it(self, shim: Shim, call: str, file: str, error: str) -> None:
+        kept = Kept()
+        with Daemon(env=shim.env, workers=1) as daemon, daemon.session() as kms:
+            (key, *_) = kept.create(kms, 4)
+            for skip in range(3):
+                for method, path, body in changes(key):
+                    if path == "/rewrap" or method == "DELETE" or path.endswith("disable"):
+                        continue  # the fields of those change what follows; TestFullDisk has them
+                    fault = shim.fail(call, file, error, skip=skip, times=1)
+                    reply = kms.request(method, path, body)
+                    fault.off()
+                    assert reply.status == 200 or fault.hits, (reply, skip)
+                    if reply.status != 200:
+                        refused(reply)
+                    kept.opens(kms)
+                    kept.create(kms)
+                    shim.clear()
+            active = kms.ok("GET", "/status")["kek_id"]
+            assert kms.create_dek("t")["kek_id"] == active
+
+    def test_a_commit_of_unknown_outcome(self, shim: Shim) -> None:
+        """The sync of the log fails again and again: no write is acknowledged, reads go on."""
+        kept = Kept()
+        with Daemon(env=shim.env, workers=1) as daemon, daemon.session() as kms:
+            (key, *_) = kept.create(kms, 3)
+            fault = shim.fail("sync", "kms.db-wal", "EIO")
+            for _ in range(5):
+                refused(kms.request("POST", "/create_dek_for_thread", {"thread_id": "t"}))
+                kept.opens(kms)
+            assert fault.hits
+            shim.clear()
+            kept.create(kms, 3)
+            kept.opens(kms)
+            kept.verifies(daemon)
+
+
+class TestReadOnly:
+    def test_a_data_dir_that_cant_be_written(self, short_tmp: Path) -> None:
+        with Tmpfs(8 << 20) as disk:
+            daemon = Daemon(home=disk.path, workers=1)
+            kept = Kept()
+            with daemon, daemon.session() as kms:
+                kept.create(kms, 2)
+                daemon.stop()
+                disk.readonly(True)
+                folders = ("--data-dir", str(daemon.data_dir), "--config", str(daemon.config_file))
+                done = cli("--socket", str(short_tmp / "s"), *folders, cwd=short_tmp)
+                assert done.returncode == 1 and b"Traceback" not in done.stderr
+                assert str(daemon.data_dir).encode() in done.stderr and b"ead-only" in done.stderr
+                disk.readonly(False)
+                daemon.start()
+                with daemon.session() as again:
+                    kept.opens(again)
+
+
+def zeroed(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 4096)
+
+
+def torn(path: Path) -> None:
+    """Pages of zeros in the middle."""
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.seek(4096)
+        file.write(bytes(size - 8192))
+
+
+class TestDamagedStore:
+    """Refused at start, in one line that says what is wrong and what to do; a backup then brings it back."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def site(cls) -> Iterator[tuple[Daemon, Kept]]:
+        kept = Kept()
+        with Daemon(workers=1) as daemon:
+            with daemon.session() as kms:
+                kept.create(kms, 20)
+            daemon.stop()
+            done = daemon.offline("backup", str(daemon.home / "good.backup"))
+            assert done.returncode == 0, done.stderr
+            yield daemon, kept
+
+    @pytest.mark.parametrize(
+        ("harm", "says"),
+        [
+            (Path.unlink, "missing"),
+            (lambda path: path.write_bytes(b""), "empty"),
+            (zeroed, "database"),
+            (cut, "cut|damaged|malformed"),
+            (lambda path: path.write_bytes(os.urandom(path.stat().st_size)), "database"),
+        ],
+        ids=["missing", "empty", "zeroed", "cut", "garbage"],
+    )
+    def test_refused(self, site: tuple[Daemon, Kept], harm: Callable[[Path], None], says: str) -> None:
+        whole, kept = site
+        daemon = whole.copy()
+        try:
+            harm(daemon.data_dir / "kms.db")
+            with pytest.raises(DaemonFailed) as caught:
+                daemon.start()
+            text = str(caught.value)
+            assert re.search(says, text) and "restore" in text and "Traceback" not in text
+            backup = str(whole.home / "good.backup")
+            done = daemon.offline("restore", backup)
+            if done.returncode:  # what the damaged one has beyond the backup can't be known
+                assert b"--force" in done.stderr
+                done = daemon.offline("restore", backup, "--force")
+            assert done.returncode == 0, done.stderr
+            daemon.start()
+            with daemon.session() as kms:
+                kept.opens(kms)
+            kept.verifies(daemon)
+        finally:
+            daemon.close()
+
+    def test_swapped_with_another_daemons(self, site: tuple[Daemon, Kept]) -> None:
+        whole, _ = site
+        with Daemon(workers=1) as other:
+            other.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})
+            other.stop()
+            daemon = whole.copy()
+            shutil.copyfile(other.data_dir / "kms.db", daemon.data_dir / "kms.db")
+            text = str(daemon.refusal())
+            assert "is not configured" in text and "nothing was changed" in text
+
+    def test_an_older_copy_put_back(self, site: tuple[Daemon, Kept]) -> None:
+        whole, _ = site
+        daemon = whole.copy()
+        with daemon:
+            daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})
+            daemon.stop()
+            shutil.copyfile(whole.data_dir / "kms.db", daemon.data_dir / "kms.db")
+            text = str(daemon.refusal())
+            assert "older than the audit log" in text and "restore" in text
+
+    def test_a_page_that_is_torn_is_found_by_verify(self, site: tuple[Daemon, Kept]) -> None:
+        whole, _ = site
+        daemon = whole.copy()
+        try:
+            torn(daemon.data_dir / "kms.db")
+            done = daemon.offline("verify")
+            assert done.returncode == 1 and b"Traceback" not in done.stderr
+        finally:
+            daemon.close()
+
+
+class TestClock:
+    def test_set_back_an_hour(self) -> None:
+        """Nothing is lost or mixed up: ids stay unique, pages complete, the chain whole, dates as told."""
+        kept = Kept()
+        with Shim() as shim, Daemon(env=shim.env, workers=2) as daemon, daemon.session() as kms:
+            before = kept.create(kms, 20)
+            shim.clock(-3600)
+            after = kept.create(kms, 20)
+            kms.ok("DELETE", f"/deks/{after[0]}")
+            shim.clock(+3600)
+            later = kept.create(kms, 5)
+            assert len({*before, *after, *later}) == 45
+            listed = [row["key_id"] for row in kms.ok("GET", "/deks?limit=100")["deks"]]
+            assert sorted(listed) == listed and set(listed) == {*before, *after, *later}
+            assert kms.ok("GET", f"/deks/{after[0]}")["state"] == "pending_deletion"
+            kms.ok("POST", f"/deks/{after[0]}/enable")
+            daemon.write_kek(os.urandom(32))
+            kms.rotate(daemon.kek)
+            shim.clock(-3600)
+            kept.opens(kms)
+            kept.create(kms, 2)
+            kept.verifies(daemon)
+
+
+def test_a_daemon_whose_socket_was_removed_can_be_found(daemon: Daemon) -> None:
+    """The next start says who holds the data-dir."""
+    daemon.socket.unlink()
+    second = Daemon(kek=daemon.kek)
+    try:
+        second.write_config({"data_dir": str(daemon.data_dir)})
+        second.args = ["--data-dir", str(daemon.data_dir)]
+        assert f"pid {daemon.pid}" in str(second.refusal())
+    finally:
+        second.close()
+    with pytest.raises(OSError):
+        request(daemon.socket, "GET", "/healthz")
