@@ -19,7 +19,6 @@ import errno
 import json
 import logging
 import os
-import select
 import signal
 import socket
 import stat
@@ -85,8 +84,14 @@ class Shared(NamedTuple):
 # ---- signals ---------------------------------------------------------------------------------------
 
 
+NOTICED = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD))
+
+
 class Signals:
-    """SIGTERM, SIGINT, SIGHUP and SIGCHLD as flags and a descriptor that becomes readable.
+    """SIGTERM, SIGINT, SIGHUP and SIGCHLD, as flags.
+
+    They are waited for and never handled: a handler's frame on the stack gets all registers of the thread,
+    and round keys stay in the wide ones long after a cipher is done.
 
     A child leaves SIGINT alone: Ctrl-C reaches the whole group, and the supervisor ends the others in order.
     """
@@ -94,44 +99,56 @@ class Signals:
     def __init__(self, child: bool = False) -> None:
         self.stop = False
         self.hangup = False
-        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) if hasattr(os, "pipe2") else _pipe()
-        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, self._note)
+        self._awaited = NOTICED - {signal.SIGINT} if child else NOTICED
         if child:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-    @property
-    def fd(self) -> int:
-        return self._read
-
-    def _note(self, number: int, frame: object) -> None:
-        if number in (signal.SIGTERM, signal.SIGINT):
-            self.stop = True
-        elif number == signal.SIGHUP:
-            self.hangup = True
-
-    def clear(self) -> None:
-        """Empty the descriptor; the flags stay."""
-        with suppress(BlockingIOError):
-            while os.read(self._read, 512):
-                pass
+        signal.pthread_sigmask(signal.SIG_SETMASK, NOTICED)  # threads that are started from now on inherit it
 
     def wait(self, seconds: float) -> None:
-        select.select([self._read], [], [], seconds)
-        self.clear()
+        """Until a signal comes, but no longer than this."""
+        if hasattr(signal, "sigtimedwait"):
+            found = signal.sigtimedwait(self._awaited, seconds)
+            if found is not None:
+                self._note(found.si_signo)
+            return
+        deadline = time.monotonic() + seconds  # macOS
+        while not (waiting := signal.sigpending() & self._awaited) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if waiting:
+            self._note(signal.sigwait(waiting))
 
     def take_hangup(self) -> bool:
         taken, self.hangup = self.hangup, False
         return taken
 
+    def _note(self, number: int) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            self.stop = True
+        elif number == signal.SIGHUP:
+            self.hangup = True
 
-def _pipe() -> tuple[int, int]:
-    read, write = os.pipe()
-    os.set_blocking(read, False)
-    os.set_blocking(write, False)
-    return read, write
+
+class SignalPipe(Signals):
+    """For a loop that waits for more than signals: a thread waits for them, and `fd` becomes readable."""
+
+    def __init__(self, child: bool = False) -> None:
+        super().__init__(child)
+        self.fd, self._write = os.pipe()
+        for descriptor in (self.fd, self._write):
+            os.set_blocking(descriptor, False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def clear(self) -> None:
+        """Empty the descriptor; the flags stay."""
+        with suppress(BlockingIOError):
+            while os.read(self.fd, 512):
+                pass
+
+    def _listen(self) -> None:
+        while True:
+            self._note(signal.sigwait(self._awaited))
+            with suppress(BlockingIOError):  # it is readable already
+                os.write(self._write, b"\0")
 
 
 # ---- the socket ------------------------------------------------------------------------------------
@@ -365,13 +382,12 @@ class Alone:
 
     def run(self, ours: bool) -> int:
         shared = self._shared
-        signals = Signals()
+        signals = SignalPipe()
         keeper, epoch = _open_keeper(shared, 0)
         shared.metrics.block(0).add("starts", 1)
         up = threading.Event()
-        with hardening.signals_blocked():
-            thread = threading.Thread(target=self._work, args=(f"{epoch}.1", up))
-            thread.start()
+        thread = threading.Thread(target=self._work, args=(f"{epoch}.1", up))
+        thread.start()
         notifier = Notifier(shared)
         while thread.is_alive():
             keeper.round(0.2, signals.fd)
@@ -513,7 +529,7 @@ class Supervisor:
         sys.stdout.flush()
         sys.stderr.flush()
         supervisor = os.getpid()
-        with hardening.signals_blocked():  # a SIGTERM waits until the child has handlers of its own
+        with hardening.signals_blocked():  # as long as the child has no Signals of its own
             child.pid = os.fork()
             if not child.pid:
                 _in_child(supervisor, self._lock, main)
@@ -617,7 +633,6 @@ def _in_child(supervisor: int, lock: int, main: Callable[[], None]) -> NoReturn:
     """Never returns into the supervisor's frames, whatever happens."""
     code = 1
     try:
-        signal.set_wakeup_fd(-1)
         # Not SIGTERM: nobody is left to end them in order, and a worker would wait for a keeper that is gone
         # while the next daemon starts. What was acknowledged is on disk.
         hardening.die_with_parent(supervisor, signal.SIGKILL)
@@ -635,7 +650,7 @@ def _in_child(supervisor: int, lock: int, main: Callable[[], None]) -> NoReturn:
 
 
 def _keeper_main(shared: Shared, incarnation: int, report: int) -> None:
-    signals = Signals(child=True)
+    signals = SignalPipe(child=True)
     try:
         keeper, epoch = _open_keeper(shared, incarnation)
     except KMSError as error:

@@ -2,46 +2,300 @@
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import os
+import platform
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.harness import Daemon, memscan
+from tests.harness import Daemon, Session, memscan, raw
+from tests.harness.daemon import DaemonFailed
+from tests.harness.faults import injecting, need_strace
+from tests.harness.load import hammer
 from tests.harness.memscan import Secret, scan
+from tests.harness.procs import wait_until
+from tests.harness.wire import b64, connect
 
 pytestmark = pytest.mark.skipif(bool(memscan.cannot_scan()), reason=memscan.cannot_scan() or "-")
 
-
-def use(daemon: Daemon, rounds: int) -> list[Secret]:
-    """Work with keys of every kind; returns the secrets that went through."""
-    dek, marker = os.urandom(32), os.urandom(48)
-    text = base64.b64encode(marker).decode()
-    with daemon.session() as kms:
-        wrapped = kms.ok("POST", "/wrap", {"dek": base64.b64encode(dek).decode()})["wrapped"]
-        key = kms.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
-        for _ in range(rounds):
-            sealed = kms.ok("POST", "/encrypt", {"wrapped": wrapped, "plaintext": text})["ciphertext"]
-            kms.ok("POST", "/decrypt", {"wrapped": wrapped, "ciphertext": sealed})
-            kms.ok("POST", "/encrypt_batch", {"items": [{"key_id": key, "plaintext": text}] * 10})
-            assert kms.request("POST", "/decrypt", {"key_id": key, "ciphertext": sealed}).status == 422
-        assert kms.ok("POST", "/unwrap", {"wrapped": wrapped})["dek"] == base64.b64encode(dek).decode()
-    return [Secret("DEK", dek), Secret("plaintext", marker, key=False)]
+CONNECTIONS = 16
 
 
-@pytest.mark.parametrize("source", ["hexfile", "rawfile", "yaml", "credential"])
+class Material:
+    """Keys and texts that a run works with, and that nobody may find afterwards."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.dek, self.marker = os.urandom(32), os.urandom(48)
+        self.text = b64(self.marker)
+        with daemon.session() as kms:
+            self.wrapped = kms.ok("POST", "/wrap", {"dek": b64(self.dek)})["wrapped"]
+            self.keys = [kms.create_dek("t")["key_id"] for _ in range(4)]
+
+    @property
+    def secrets(self) -> list[Secret]:
+        return [Secret("DEK", self.dek), Secret("plaintext", self.marker, key=False)]
+
+    def work(self, kms: Session, number: int) -> None:
+        """One operation; all kinds of them come in turn."""
+        key = self.keys[number % len(self.keys)]
+        _OPERATIONS[number % len(_OPERATIONS)](self, kms, key)
+
+    def inline(self, kms: Session, key: str) -> None:
+        sealed = kms.ok("POST", "/encrypt", {"wrapped": self.wrapped, "plaintext": self.text})["ciphertext"]
+        opened = kms.ok("POST", "/decrypt", {"wrapped": self.wrapped, "ciphertext": sealed})
+        assert opened["plaintext"] == self.text
+        assert kms.request("POST", "/decrypt", {"key_id": key, "ciphertext": sealed}).status == 422
+
+    def stored(self, kms: Session, key: str) -> None:
+        assert kms.decrypt(key, kms.encrypt(key, self.marker, b"aad"), b"aad") == self.marker
+
+    def batch(self, kms: Session, key: str) -> None:
+        items = kms.ok("POST", "/encrypt_batch", {"items": [{"key_id": key, "plaintext": self.text}] * 10})
+        again = {"items": [{"key_id": key, **item} for item in items["items"]]}
+        assert {item["plaintext"] for item in kms.ok("POST", "/decrypt_batch", again)["items"]} == {self.text}
+
+    def long(self, kms: Session, key: str) -> None:
+        sealed = kms.request("POST", f"/encrypt?key_id={key}", self.marker * 300)
+        assert kms.request("POST", f"/decrypt?key_id={key}", sealed.body).body == self.marker * 300
+
+    def unwrap(self, kms: Session, key: str) -> None:
+        assert kms.ok("POST", "/unwrap", {"wrapped": self.wrapped}) == {"dek": b64(self.dek)}
+        kms.ok("POST", "/wrap", {"dek": b64(self.dek)})
+
+    def reencrypt(self, kms: Session, key: str) -> None:
+        fields = {"key_id": key, "new_key_id": self.keys[0], "ciphertext": b64(kms.encrypt(key, self.marker))}
+        kms.ok("POST", "/reencrypt", fields)
+
+
+_OPERATIONS: list[Any] = [
+    Material.inline, Material.stored, Material.batch, Material.long, Material.unwrap, Material.reencrypt,
+]  # fmt: skip
+
+
+def used(daemon: Daemon, count: int = 30) -> list[Secret]:
+    """The daemon did so many operations; what went through it."""
+    material = Material(daemon)
+    hammer(daemon.socket, material.work, count=count, threads=4)
+    return [Secret("KEK", daemon.kek), *material.secrets]
+
+
+# ---- start and work --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["hexfile", "rawfile", "yaml", "credential", "env"])
 def test_start_and_use_leave_no_copy(source: str) -> None:
-    with Daemon(source=source, workers=2) as daemon:
-        secrets = [Secret("KEK", daemon.kek), *use(daemon, 10)]
-        scan(daemon.pids(), secrets).assert_clean()
+    with Daemon(source=source, workers=None if source == "env" else 2) as daemon:
+        scan(daemon.pids(), used(daemon)).assert_clean()
+        for pid in daemon.pids():
+            for name in ("environ", "cmdline"):
+                assert daemon.kek.hex().encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
 
 
-def test_rotation_and_a_refused_rotation_leave_no_copy() -> None:
-    new, rejected = os.urandom(32), os.urandom(32)
+def mixed(count: int) -> None:
     with Daemon(workers=2) as daemon:
-        secrets = [Secret("KEK", daemon.kek), *use(daemon, 2)]
-        refused = daemon.request("POST", "/rotate_kek", {"new_kek_hex": rejected.hex(), "unknown": 1})
-        assert refused.status == 400
-        daemon.ok("POST", "/rotate_kek", {"new_kek_hex": new.hex()})
-        secrets += [*use(daemon, 2), Secret("new KEK", new), Secret("rejected KEK", rejected)]
+        material = Material(daemon)
+        hammer(daemon.socket, material.work, count=count, threads=CONNECTIONS)
+        scan(daemon.pids(), [Secret("KEK", daemon.kek), *material.secrets]).assert_clean()
+
+
+def test_many_connections() -> None:
+    mixed(600)
+
+
+@pytest.mark.long
+def test_ten_thousand_operations() -> None:
+    mixed(10_000)
+
+
+def test_previous_and_rejected_keys() -> None:
+    previous = os.urandom(32)
+    with Daemon({"previous_master_keys": [{"hex": previous.hex()}]}, workers=2) as daemon:
+        secrets = [*used(daemon), Secret("previous KEK", previous)]
         scan(daemon.pids(), secrets).assert_clean()
+
+
+# ---- new KEKs in requests ----------------------------------------------------------------------------
+
+
+def rotation(new: bytes, rest: str = "", length: int = 0) -> bytes:
+    body = b'{"new_kek_hex":"%b"%b}' % (new.hex().encode(), rest.encode())
+    head = f"POST /rotate_kek HTTP/1.1\r\nHost: unix\r\nContent-Length: {length or len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def test_a_rotation_in_small_pieces(daemon: Daemon) -> None:
+    new, moved = os.urandom(32), os.urandom(32)
+    secrets = [*used(daemon), Secret("new KEK", new), Secret("KEK of one", moved)]
+    request = rotation(new)
+    with connect(daemon.socket) as sock:
+        for at in range(0, len(request), 7):
+            sock.sendall(request[at : at + 7])
+            time.sleep(0.001)  # so that it is read in pieces, too
+        assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+    daemon.kek = new
+    key = daemon.ok("GET", "/deks")["deks"][0]["key_id"]
+    daemon.ok("POST", "/rewrap", {"key_id": key, "new_kek_hex": moved.hex()})
+    scan(daemon.pids(), [*secrets, *used(daemon)]).assert_clean()
+
+
+REFUSED: dict[str, Callable[[bytes], bytes]] = {
+    "bad JSON": lambda new: rotation(new)[:-1] + b"]",
+    "not closed": lambda new: rotation(new, ',"dry_run":tru'),
+    "a field too many": lambda new: rotation(new, ',"more":"x"'),
+    "too long": lambda new: rotation(new, " " * 1200),
+    "too many digits": lambda new: rotation(new).replace(b'"}', b'00"}'),
+    "no hex": lambda new: rotation(new).replace(b'"}', b'g"}'),
+    "cut off": lambda new: rotation(new, length=200),
+    "a bad chunk": lambda new: CHUNKED + b"53\r\n" + rotation(new)[-83:] + b"\r\nzz\r\n",
+    "another path": lambda new: rotation(new).replace(b"/rotate_kek", b"/nothing"),
+    "another type": lambda new: rotation(new).replace(b"unix", b"unix\r\nContent-Type: text/plain"),
+}
+CHUNKED = b"POST /rotate_kek HTTP/1.1\r\nHost: u\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def test_refused_requests_leave_no_copy() -> None:
+    secrets = []
+    with Daemon({"request_timeout": 1}, workers=1) as daemon:
+        for name, make in REFUSED.items():
+            new = os.urandom(32)
+            secrets.append(Secret(name, new))
+            request = make(new)
+            answer = raw(daemon.socket, [request[at : at + 50] for at in range(0, len(request), 50)])
+            assert not answer.startswith(b"HTTP/1.1 2"), (name, answer)
+        secrets += used(daemon)
+        scan(daemon.pids(), secrets).assert_clean()
+        assert daemon.ok("GET", "/status")["kek_version"] == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can connect as another user")
+def test_a_refused_peer_leaves_no_copy() -> None:
+    new = os.urandom(32)
+    with Daemon({"admin_peer_uids": [12345]}, workers=1) as daemon:
+        assert daemon.request("POST", "/rotate_kek", {"new_kek_hex": new.hex()}).status == 403
+        scan(daemon.pids(), [Secret("new KEK", new), Secret("KEK", daemon.kek)]).assert_clean()
+
+
+# ---- what else happens to a daemon -------------------------------------------------------------------
+
+
+def test_after_a_new_worker_a_hangup_and_offline_commands() -> None:
+    with Daemon(workers=2) as daemon:
+        secrets = used(daemon)
+        victim = next(pid for pid in daemon.pids() if pid not in (daemon.pid, daemon.writer))
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: victim not in daemon.pids() and len(daemon.pids()) == 4, 20, "a new worker")
+        daemon.signal(signal.SIGHUP)
+        assert daemon.offline("backup", str(daemon.home / "b")).returncode == 0
+        assert daemon.offline("verify").returncode == 0
+        secrets += used(daemon)
+        scan(daemon.pids(), secrets).assert_clean()
+
+
+AT_EXIT = "exit_group:delay_enter=2500000"  # strace holds each process there so many microseconds
+EXIT_GROUP = {"x86_64": "231", "aarch64": "94"}.get(platform.machine(), "")
+
+
+def at_its_end(process: subprocess.Popen[bytes]) -> int:
+    """Wait until the process has done all but exit. Its pid."""
+    if not EXIT_GROUP:
+        pytest.skip("the number of exit_group is not known for this machine")
+    where = Path(f"/proc/{process.pid}/syscall")
+    wait_until(lambda: where.read_text().split()[0] == EXIT_GROUP, 60, "the exit")
+    return process.pid
+
+
+def test_offline_commands_keep_no_copy(daemon: Daemon) -> None:
+    """`verify` opens every DEK: what is left in its process when it has done so."""
+    need_strace()
+    secrets = used(daemon)
+    daemon.stop()
+    folders = ["--data-dir", str(daemon.data_dir), "--config", str(daemon.config_file)]
+    with subprocess.Popen(
+        [*injecting(AT_EXIT), *daemon.command, "verify", *folders],
+        env=daemon.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        scan([at_its_end(process)], secrets).assert_clean()
+        process.kill()
+
+
+# ---- without memfd_secret ------------------------------------------------------------------------------
+
+
+def without_memfd_secret(*more: str) -> list[str]:
+    need_strace()
+    return injecting("memfd_secret:error=ENOSYS", *more)
+
+
+def test_the_fallback_holds_each_key_in_one_place() -> None:
+    """mlock'ed pages can be read by root: the KEK is in that one mapping, and nowhere else."""
+    with Daemon(wrapper=without_memfd_secret(), workers=2) as daemon:
+        kek, *others = used(daemon)
+        assert daemon.ok("GET", "/status")["memory"]["kind"] == "mlock"
+        report = scan(daemon.pids(), [kek])
+        assert {hit.mapping.start for hit in report.hits} == {report.hits[0].mapping.start}
+        assert "hex" not in str(report) and "base64" not in str(report)
+        scan(daemon.pids(), others).assert_clean()
+        done = daemon.cli("doctor", "--data-dir", str(daemon.data_dir), "--config", str(daemon.config_file))
+        assert done.returncode in (0, 1)
+
+
+def test_sigterm_wipes() -> None:
+    """The shared page as it is right before the exit of the last process."""
+    with Daemon(wrapper=without_memfd_secret(AT_EXIT), workers=1) as daemon:
+        secrets = used(daemon)
+        assert scan([daemon.pid], secrets[:1]).hits  # readable, in this kind of memory
+        assert daemon.process is not None
+        daemon.process.terminate()
+        scan([at_its_end(daemon.process)], secrets).assert_clean()
+
+
+def limited(mode: str) -> Daemon:
+    """A daemon that may lock nothing: not even root, since the capability is dropped too."""
+    drop = ["setpriv", "--bounding-set", "-ipc_lock", "--inh-caps", "-ipc_lock", "prlimit", "--memlock=0:0"]
+    return Daemon({"memory_lock": mode}, wrapper=drop, workers=1)
+
+
+class TestNothingCanBeLocked:
+    def test_require_refuses(self) -> None:
+        daemon = limited("require")
+        text = str(daemon.refusal())
+        assert "LimitMEMLOCK" in text and "ulimit -l" in text and "Traceback" not in text
+
+    def test_try_warns_and_tells(self) -> None:
+        with limited("try") as daemon:
+            assert "LimitMEMLOCK" in daemon.stderr and "ulimit -l" in daemon.stderr
+            assert daemon.ok("GET", "/status")["memory"]["kind"] == "unlocked"
+            kek, *others = used(daemon)
+            assert len(scan(daemon.pids(), [kek]).mappings()) == 1
+            scan(daemon.pids(), others).assert_clean()
+
+    def test_off_says_nothing(self) -> None:
+        with limited("off") as daemon:
+            assert "LimitMEMLOCK" not in daemon.stderr
+            assert daemon.ok("GET", "/status")["memory"]["kind"] == "unlocked"
+
+
+# ---- core files --------------------------------------------------------------------------------------------
+
+
+def test_an_abort_leaves_no_core() -> None:
+    """Each process, with a limit that would allow a core file of any size."""
+    with Daemon(wrapper=["prlimit", "--core=unlimited"], workers=2) as daemon:
+        kek, *_ = used(daemon)
+        pids = daemon.pids()
+        for pid in reversed(pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)
+        with contextlib.suppress(DaemonFailed):
+            daemon.wait(code=-signal.SIGABRT)
+        found = [path for folder in (daemon.home, Path("/tmp")) for path in folder.glob("core*")]
+        assert all(kek.value not in path.read_bytes() for path in found if path.is_file())
+        assert not list(daemon.home.rglob("core*"))
