@@ -48,6 +48,9 @@ SLAB_PIECES = 32
 LINGER_SECONDS = 1.0
 """After a refusal the peer may still be sending: so long it is listened to, so that it reads the answer."""
 
+YIELDS = 5
+"""Milliseconds that a worker leaves a new connection to another one that has fewer."""
+
 _Request = Union[socket.socket, tuple[bytes, socket.socket]]
 
 LARGE = 64 * 1024
@@ -407,9 +410,11 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._open_lock = threading.Lock()
 
     def get_request(self) -> tuple[socket.socket, str]:
-        """Accept; where another worker has fewer connections, leave it a moment to be the first."""
-        others = self._metrics.gauge("connections")
-        if len(others) > 1 and self._counters.get("connections") > min(others):
+        """Accept; where another worker has fewer connections, leave it some moments to be the first."""
+        for _ in range(YIELDS):
+            *workers, _ = self._metrics.gauge("connections")  # the last is the keeper's
+            if self._counters.get("connections") <= min(workers):
+                break
             time.sleep(0.001)
         connection, _ = self.socket.accept()
         connection.setblocking(True)

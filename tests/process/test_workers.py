@@ -1,0 +1,150 @@
+"""Several workers as one service: what one of them changed holds in all before its answer leaves."""
+
+from __future__ import annotations
+
+import base64
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from tests.harness import Daemon, Session
+from tests.harness.kept import Kept
+from tests.harness.load import Load
+from tests.harness.procs import wait_until
+
+TEXT = base64.b64encode(b"hello").decode()
+SPREAD = 12
+"""Connections: enough that each of two workers has several."""
+
+
+@pytest.fixture
+def daemon() -> Iterator[Daemon]:
+    with Daemon(workers=2) as running:
+        yield running
+
+
+@pytest.fixture
+def everywhere(daemon: Daemon) -> Iterator[list[Session]]:
+    """Open connections to both workers, each of which has used every DEK before."""
+    with ExitStack() as stack:
+        sessions = [stack.enter_context(daemon.session()) for _ in range(SPREAD)]
+        for session in sessions:
+            session.request("GET", "/healthz")
+        yield sessions
+
+
+def statuses(sessions: list[Session], key: str) -> set[int]:
+    fields = {"key_id": key, "plaintext": TEXT}
+    return {session.request("POST", "/encrypt", fields).status for session in sessions}
+
+
+def test_the_connections_are_shared(daemon: Daemon, everywhere: list[Session]) -> None:
+    chains = [s.request("GET", "/deks").headers["X-KMS-Audit"].split(":")[0] for s in everywhere]
+    assert len(set(chains)) == 2, chains
+
+
+def test_a_change_holds_everywhere_before_its_answer(everywhere: list[Session]) -> None:
+    first = everywhere[0]
+    for turn in range(10):
+        key = first.create_dek("t")["key_id"]
+        assert statuses(everywhere, key) == {200}
+        changer = everywhere[turn % SPREAD]
+        changer.ok("POST", f"/deks/{key}/disable")
+        assert statuses(everywhere, key) == {423}
+        changer.ok("POST", f"/deks/{key}/enable")
+        assert statuses(everywhere, key) == {200}
+        changer.ok("DELETE", f"/deks/{key}", {"immediately": True})
+        assert statuses(everywhere, key) == {410}
+
+
+@pytest.mark.parametrize("how", ["rotate", "rewrap"])
+def test_keys_move_while_all_are_at_work(daemon: Daemon, everywhere: list[Session], how: str) -> None:
+    """No call fails meanwhile, and what any worker says after the answer is the new state."""
+    kept = Kept()
+    keys = kept.create(everywhere[0], 20)
+
+    def work(session: Session, number: int) -> str:
+        key = keys[number % len(keys)]
+        assert session.decrypt(key, kept.sealed[key]).startswith(b"message")
+        session.encrypt(key, b"x")
+        return key
+
+    with Load(daemon.socket, work, threads=8) as load:
+        load.wait_for(50)
+        for turn in range(5):
+            changer = everywhere[turn % SPREAD]
+            new = os.urandom(32)
+            if how == "rotate":
+                kek_id = changer.rotate(new)["kek_id"]
+                moved = keys
+            else:
+                moved = [keys[turn]]
+                kek_id = changer.ok("POST", "/rewrap", {"key_id": moved[0], "new_kek_hex": new.hex()})[
+                    "kek_id"
+                ]
+            for session in everywhere:
+                assert {session.get_wrapped(key)["kek_id"] for key in moved} == {kek_id}
+        load.wait_for(len(load.results) + 50)
+    assert not load.errors
+    for session in everywhere:
+        kept.opens(session)
+
+
+def test_a_shred_while_all_are_at_work(daemon: Daemon, everywhere: list[Session]) -> None:
+    key = everywhere[0].create_dek("t")["key_id"]
+    shredded = threading.Event()
+    late: list[int] = []
+
+    def work(session: Session, number: int) -> None:
+        began_after = shredded.is_set()
+        status = session.request("POST", "/encrypt", {"key_id": key, "plaintext": TEXT}).status
+        assert status in (200, 410)
+        if began_after:
+            late.append(status)
+
+    with Load(daemon.socket, work, threads=8) as load:
+        load.wait_for(50)
+        everywhere[0].ok("DELETE", f"/deks/{key}", {"immediately": True})
+        shredded.set()
+        load.wait_for(len(load.results) + 100)
+    assert not load.errors and set(late) == {410}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone sees which process has the store open")
+def test_a_killed_worker_costs_its_own_connections_only(daemon: Daemon, everywhere: list[Session]) -> None:
+    key = everywhere[0].create_dek("t")["key_id"]
+    chains = [s.request("GET", f"/deks/{key}").headers["X-KMS-Audit"].split(":")[0] for s in everywhere]
+    workers = [pid for pid in daemon.pids() if pid not in (daemon.pid, daemon.writer)]
+    os.kill(workers[0], signal.SIGKILL)
+    lost = []
+    for session, chain in zip(everywhere, chains):
+        try:
+            assert session.request("POST", "/encrypt", {"key_id": key, "plaintext": TEXT}).status == 200
+        except OSError:
+            lost.append(chain)
+    assert lost == [chain for chain in chains if chain in lost[:1]]  # all those of one worker
+    wait_until(lambda: len(daemon.pids()) == 4, 20, "a new worker")
+    for _ in range(4):
+        assert daemon.request("POST", "/encrypt", {"key_id": key, "plaintext": TEXT}).status == 200
+    daemon.stop()
+    assert daemon.offline("audit", "verify").returncode == 0
+    assert len({line.split(b'"')[5] for line in daemon.audit_log.read_bytes().splitlines()}) >= 4  # chains
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone sees which process has the store open")
+def test_a_killed_keeper_is_replaced(daemon: Daemon) -> None:
+    kept = Kept()
+    with daemon.session() as kms:
+        kept.create(kms, 5)
+        keeper = daemon.writer
+        os.kill(keeper, signal.SIGKILL)
+        kept.opens(kms)  # reading needs no keeper
+        wait_until(lambda: kms.request("GET", "/readyz").status == 200, 20, "a new keeper")
+        kept.create(kms, 5)
+        kms.rotate(os.urandom(32))
+        kept.opens(kms)
+        assert daemon.writer != keeper
