@@ -157,13 +157,15 @@ class Rotation:
             done = 0
             self.progress = Progress("rewrapping", 0, total, new_id)
             for page in _pages(self._store):
-                moved = [(record, self._rewrapper.record(record)) for record in page]
-                with self._store.transaction():
-                    self._store.stage(new for _, new in moved)
+                live = [record for record in page if record.state != SHREDDED]
+                with snapshot.saving(live):
+                    moved = [(record, self._rewrapper.record(record)) for record in live]
+                    with self._store.transaction():
+                        self._store.stage(record for record in page if record.state == SHREDDED)
+                        self._store.stage(new for _, new in moved)
                 for record, new in moved:
-                    if record.state != SHREDDED:
-                        snapshot.add(record, new)
-                        done += 1
+                    snapshot.note(record, new)
+                done += len(live)
                 self.progress = Progress("rewrapping", done, total, new_id)
                 yield
             self.progress = Progress("syncing", done, total, new_id)

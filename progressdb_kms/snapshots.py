@@ -17,7 +17,8 @@ import hashlib
 import itertools
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from .aead import mac
@@ -43,8 +44,31 @@ class Snapshot:
             self._ledger = open(self.path.with_name(self.path.name + ".ledger"), "xb", opener=_private)  # noqa: SIM115
         self._digest = hashlib.sha256()
         self._count = 0
+        self._pool = ThreadPoolExecutor(max_workers=1)
 
-    def add(self, old: DekRecord, new: DekRecord) -> None:
+    @contextlib.contextmanager
+    def saving(self, records: Sequence[DekRecord]) -> Iterator[None]:
+        """Write these rows, by a thread of its own, while the block rewraps them. Done when the block ends."""
+        saved = self._pool.submit(self._save, records)
+        try:
+            yield
+        finally:
+            wait((saved,))
+        with _write_errors(self.path):
+            saved.result()
+
+    def _save(self, records: Sequence[DekRecord]) -> None:
+        for record in records:
+            row = json_dumps({"key_id": record.key_id, **record.to_row()}).encode() + b"\n"
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            fd = os.open(record.key_id + ".json", flags, 0o600, dir_fd=self._folder)
+            try:
+                _write_all(fd, row)
+            finally:
+                os.close(fd)
+
+    def note(self, old: DekRecord, new: DekRecord) -> None:
+        """A line of the ledger."""
         line = {
             "key_id": old.key_id,
             "old_kek_id": old.kek_id,
@@ -55,15 +79,7 @@ class Snapshot:
         text = json_dumps(line).encode() + b"\n"
         self._digest.update(text)
         self._count += 1
-        row = json_dumps({"key_id": old.key_id, **old.to_row()}).encode() + b"\n"
         with _write_errors(self.path):
-            fd = os.open(
-                old.key_id + ".json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self._folder
-            )
-            try:
-                _write_all(fd, row)
-            finally:
-                os.close(fd)
             self._ledger.write(text)
 
     def finish(self, audit_key: memoryview, new_kek_id: str) -> None:
@@ -79,6 +95,7 @@ class Snapshot:
         self.close()
 
     def close(self) -> None:
+        self._pool.shutdown()
         if self._folder >= 0:
             os.close(self._folder)
             self._folder = -1
