@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,7 +119,12 @@ def _cipher_alone(seconds: float) -> float:
 
 class Load(NamedTuple):
     rate: float  # answers a second
-    latency: str
+    p50: float  # seconds
+    p99: float
+
+    @property
+    def latency(self) -> str:
+        return f"p50 {self.p50 * 1e6:.0f} us, p99 {self.p99 * 1e6:.0f} us"
 
 
 def load(path: str, request: bytes, connections: int, seconds: float) -> Load:
@@ -141,8 +147,8 @@ def load(path: str, request: bytes, connections: int, seconds: float) -> Load:
     took.sort()
     if not took:
         raise BenchFailed("no answer came")
-    p50, p99 = (took[int(len(took) * part)] * 1e6 for part in (0.5, 0.99))
-    return Load(len(took) / (now - begun), f"p50 {p50:.0f} us, p99 {p99:.0f} us")
+    p50, p99 = (took[int(len(took) * part)] for part in (0.5, 0.99))
+    return Load(len(took) / (now - begun), p50, p99)
 
 
 def _answered(event: selectors.SelectorKey, request: bytes, size: int, took: list[float]) -> None:
@@ -238,6 +244,28 @@ def store(seconds: float, deks: int) -> Iterator[Figure]:
 
 
 def rotate(seconds: float, deks: int) -> Iterator[Figure]:
+    yield from _rotation(deks)
+    yield from _beside_a_rotation(seconds)
+
+
+def _beside_a_rotation(seconds: float) -> Iterator[Figure]:
+    """What callers notice of it: a daemon with as many DEKs as can be made in a while, at work meanwhile."""
+    with _daemon() as path, Client(path) as client:
+        load(path, _post("/create_dek_for_thread", {"thread_id": "bench"}), 64, 2 * seconds)
+        key_id = client.create_dek("bench").key_id
+        encrypt = _post("/encrypt", {"key_id": key_id, "plaintext": b64encode(os.urandom(MESSAGE))})
+        create = _post("/create_dek_for_thread", {"thread_id": "bench"})
+        for name, request in (("encrypt 200 B", encrypt), ("create a DEK", create)):
+            alone = load(path, request, 4, seconds / 2)
+            with ThreadPoolExecutor(1) as pool:
+                rotating = pool.submit(client.rotate_kek, os.urandom(KEY_SIZE))
+                beside = load(path, request, 4, seconds / 2)
+                deks = rotating.result().rewrapped
+            note = f"beside a rotation of {deks} DEKs; alone {alone.p99 * 1e6:.0f}"
+            yield Figure(f"{name}, p99", beside.p99 * 1e6, "us", note)
+
+
+def _rotation(deks: int) -> Iterator[Figure]:
     """A store of `deks` DEKs: time to open it, rate of a rotation, and how much memory that takes."""
     folder = Path(tempfile.mkdtemp(prefix="kmsbench"))
     region = LockedBuffer(REGION_SIZE)  # its pages go with the process: keepers hold views of them

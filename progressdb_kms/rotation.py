@@ -169,7 +169,7 @@ class Rotation:
                 self.progress = Progress("rewrapping", done, total, new_id)
                 yield
             self.progress = Progress("syncing", done, total, new_id)
-            snapshot.finish(self._keyring.audit_key, new_id)
+            yield from snapshot.finish(self._keyring.audit_key, new_id)
             self.progress = Progress("swapping", done, total, new_id)
             try:
                 with self._store.transaction():

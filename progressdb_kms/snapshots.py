@@ -48,7 +48,7 @@ class Snapshot:
 
     @contextlib.contextmanager
     def saving(self, records: Sequence[DekRecord]) -> Iterator[None]:
-        """Write these rows, by a thread of its own, while the block rewraps them. Done when the block ends."""
+        """Write these rows, by a thread, while the block rewraps them. Done when the block ends."""
         saved = self._pool.submit(self._save, records)
         try:
             yield
@@ -82,17 +82,23 @@ class Snapshot:
         with _write_errors(self.path):
             self._ledger.write(text)
 
-    def finish(self, audit_key: memoryview, new_kek_id: str) -> None:
-        """Sign the ledger and bring everything to the disk with one syncfs."""
+    def finish(self, audit_key: memoryview, new_kek_id: str) -> Iterator[None]:
+        """Sign the ledger and bring everything to the disk with one syncfs. Yields while that takes."""
         totals = {"rewrapped": self._count, "new_kek_id": new_kek_id, "sha256": self._digest.hexdigest()}
         sig = b64encode(mac(audit_key, json_dumps(totals).encode()))
         with _write_errors(self.path):
             self._ledger.write(json_dumps({"totals": totals, "sig": sig}).encode() + b"\n")
             self._ledger.flush()
-            os.fsync(self._ledger.fileno())
-            if _libc.syncfs(self._folder):
-                raise OSError(ctypes.get_errno(), "syncfs")
+            synced = self._pool.submit(self._sync)
+            while wait((synced,), timeout=0.002).not_done:
+                yield
+            synced.result()
         self.close()
+
+    def _sync(self) -> None:
+        os.fsync(self._ledger.fileno())
+        if _libc.syncfs(self._folder):
+            raise OSError(ctypes.get_errno(), "syncfs")
 
     def close(self) -> None:
         self._pool.shutdown()
