@@ -10,6 +10,7 @@ in a temporary folder.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import selectors
@@ -20,23 +21,32 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import operations
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from . import api, hardening, operations
 from .aead import KEY_SIZE, NONCE_SIZE, Aead
+from .api import App, Call
+from .audit import Fragment
 from .client import Client
 from .encoding import b64encode, new_key_id, timestamp
 from .envelope import parse
 from .errors import OperatorError
+from .framing import parse_head
 from .jobs import channel
 from .keyring import REGION_SIZE, Keyring
 from .lockedmem import LockedBuffer
+from .memstore import MemoryStore
+from .metrics import Metrics
 from .opening import Configured, claim, open_keeper
+from .policy import Peer, PeerRules
 from .rotation import Rotation
+from .service import Service
 from .startup import ConfiguredKey
 from .store import DekRecord, SqliteStore
 
@@ -61,8 +71,8 @@ class Figure(NamedTuple):
 
 
 def run(what: str, *, seconds: int, deks: int, as_json: bool) -> int:
-    """`what`: calls, store or rotate. Prints the figures; returns 0."""
-    measure = {"calls": calls, "store": store, "rotate": rotate}[what]
+    """`what`: calls, store, rotate or memory. Prints the figures; returns 0."""
+    measure = {"calls": calls, "store": store, "rotate": rotate, "memory": memory}[what]
     for figure in measure(float(seconds), deks):
         if as_json:
             print(json.dumps(figure._asdict()), flush=True)
@@ -302,6 +312,80 @@ def _rotation(deks: int) -> Iterator[Figure]:
             shutil.rmtree(folder)
             region.wipe()
             del keeper
+
+
+# ---- what keeping keys out of memory costs ----------------------------------------------------------
+
+WAY = "PROGRESSDB_KMS_BENCH_WAY"
+"""In the environment of a process that measures one way: `naive` or `careful`."""
+
+
+def memory(seconds: float, deks: int) -> Iterator[Figure]:
+    """One encrypt of 200 B from its JSON to its JSON, without HTTP and audit log: as the daemon does it, and
+    as one would without a thought for memory (keys as bytes, json, no wiping). Each in a process of its own,
+    since wiping on free belongs to the one and not to the other; in turn, so that drift hits both."""
+    if WAY in os.environ:
+        body = json.dumps({"key_id": "bench", "plaintext": b64encode(os.urandom(MESSAGE))}).encode()
+        encrypt = _naive(body) if os.environ[WAY] == "naive" else _careful(body)
+        yield Figure("encrypt", _rate(encrypt, seconds), "a second")
+        return
+    prepared = hardening.new_environment(os.environ, os.getpid(), wipes=True) or os.environ
+    plain, careful = {**os.environ, WAY: "naive"}, {**prepared, WAY: "careful"}
+    rounds = [(_measured(plain, seconds / 3), _measured(careful, seconds / 3)) for _ in range(3)]
+    naive, ours = (sorted(column)[1] for column in zip(*rounds))
+    yield Figure("encrypt 200 B, naive", naive, "a second", "no HTTP, no audit log")
+    yield Figure("encrypt 200 B, as the daemon does it", ours, "a second", f"{naive / ours - 1:+.0%} time")
+
+
+def _measured(environ: dict[str, str], seconds: float) -> float:
+    command = [*_program(), "bench", "memory", "--json", "--seconds", str(max(1, round(seconds)))]
+    done = subprocess.run(command, env=environ, check=True, capture_output=True, text=True)
+    rate: float = json.loads(done.stdout)["value"]
+    return rate
+
+
+def _rate(work: Callable[[], object], seconds: float) -> float:
+    count, until = 0, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        work()
+        count += 1
+    return count / seconds
+
+
+def _naive(body: bytes) -> Callable[[], bytes]:
+    kek, nonce = os.urandom(KEY_SIZE), os.urandom(NONCE_SIZE)
+    wrapped = AESGCM(kek).encrypt(nonce, os.urandom(KEY_SIZE), b"bench")
+
+    def encrypt() -> bytes:
+        plaintext = base64.b64decode(json.loads(body)["plaintext"], validate=True)
+        dek = AESGCM(kek).decrypt(nonce, wrapped, b"bench")
+        own = os.urandom(NONCE_SIZE)
+        sealed = own + AESGCM(dek).encrypt(own, plaintext, b"")
+        return json.dumps({"ciphertext": base64.b64encode(sealed).decode()}).encode()
+
+    return encrypt
+
+
+def _careful(body: bytes) -> Callable[[], bytes]:
+    region, scratch = LockedBuffer(REGION_SIZE), LockedBuffer(2 * operations.SCRATCH_SIZE)
+    keyring, store = Keyring(region.view), MemoryStore()
+    with LockedBuffer(KEY_SIZE) as key:
+        _fill(key.view)
+        kek_id = keyring.install(key.view, 1)
+        keyring.activate(kek_id, 1)
+        blob = operations.wrap(key.view, kek_id, "bench", os.urandom(NONCE_SIZE), key.view)
+    with store.transaction():
+        store.put(DekRecord("bench", "bench", blob, kek_id, 1, ""))
+    unused: Any = None
+    service = Service(store, keyring, unused, unused, PeerRules(), Metrics(1).block(0), dict)
+    app = App(service, unused, unused, 1 << 20)
+    head = parse_head(b"POST /encrypt HTTP/1.1\r\nHost: u\r\nContent-Type: application/json\r\n\r\n")
+    locked = scratch.view[: operations.SCRATCH_SIZE]
+    call = Call(head, body, Peer(0, 0, 0), Fragment(""), locked, locked)
+    return lambda: bytes(api.encrypt(app, call).body)
+
+
+# ---- a store to measure with ------------------------------------------------------------------------
 
 
 def _make_deks(folder: Path, keyring: Keyring, kek_id: str, count: int) -> None:

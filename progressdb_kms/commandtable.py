@@ -43,7 +43,7 @@ class Command(NamedTuple):
     exits: tuple[tuple[int, str], ...] = ()
 
 
-CHOICES: dict[str, tuple[str, ...]] = {"bench": ("calls", "store", "rotate")}
+CHOICES: dict[str, tuple[str, ...]] = {"bench": ("calls", "store", "rotate", "memory")}
 
 EXITS = ((0, "it was done"), (1, "it failed; stderr says why"), (2, "the command line is wrong"))
 
@@ -391,10 +391,10 @@ COMMANDS: tuple[Command, ...] = (
         OFFLINE,
         "measure this machine",
         "calls: each call over 1, 16 and 64 connections, beside what HTTP alone and the cipher alone "
-        "can do. store: durable creates a second. rotate: rate and memory of a rotation. It starts a "
-        "daemon of its own in a temporary folder.",
+        "can do. store: durable creates a second. rotate: rate and memory of a rotation, and p99 beside it. "
+        "memory: what keeping keys out of memory costs. It starts a daemon of its own in a temporary folder.",
         (
-            Arg(("what",), "calls (default), store or rotate", "bench", "WHAT", "?", default="calls"),
+            Arg(("what",), "calls (default), store, rotate or memory", "bench", "WHAT", "?", default="calls"),
             Arg(("--seconds",), "how long each figure is measured (default 3)", "count", "N", default=3),
             Arg(("--deks",), "DEKs in the store, for rotate (default 10000)", "count", "N", default=10_000),
             JSON,
