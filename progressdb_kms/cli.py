@@ -139,6 +139,10 @@ def _exit_codes(exits: Sequence[tuple[int, str]]) -> str:
 # ---- running -----------------------------------------------------------------------------------------
 
 
+DEPENDENCIES = {"cryptography": "cryptography", "yaml": "pyyaml", "sqlitedict": "sqlitedict"}
+"""Packages by the module that is imported; Debian's packages are named after the module."""
+
+
 class Interrupted(BaseException):
     """SIGINT, SIGTERM or SIGHUP came: clean up, then end as the signal would have ended the process."""
 
@@ -258,6 +262,12 @@ def _told(error: Exception) -> str:
         return f"{message} ({hint})" if hint else f"{message}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if (
+        isinstance(error, ModuleNotFoundError)
+        and (module := str(error.name).partition(".")[0]) in DEPENDENCIES
+    ):
+        package = DEPENDENCIES[module]
+        return f"{package} is not installed (pip install {package}, or apt install python3-{module})"
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -119,8 +119,10 @@ class AuthenticationFailed(RequestError):
     status = 422
     default_code = "authentication_failed"
 
-    def __init__(self, message: str = "the data does not open under this key") -> None:
-        super().__init__(message)
+    def __init__(
+        self, message: str = "the data does not open under this key", *, code: str = "", hint: str = ""
+    ) -> None:
+        super().__init__(message, code=code, hint=hint)
 
 
 class KeyDisabled(RequestError):

@@ -16,7 +16,7 @@ _MEMBER = re.compile(
     rb'[ \t\r\n]*"([^"\\\x00-\x1f]{1,32})"[ \t\r\n]*:'
     rb'[ \t\r\n]*(?:"([^"\\\x00-\x1f]*)"|(true|false))[ \t\r\n]*'
 )
-_CLOSE = re.compile(rb"\}[ \t\r\n]*")
+_CLOSE = re.compile(rb"[ \t\r\n]*\}[ \t\r\n]*")
 
 Span = tuple[int, int]
 

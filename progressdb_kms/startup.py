@@ -72,7 +72,10 @@ def _explain(absent: Mapping[str, KekCount], active: str, master: ConfiguredKey)
 
 def _remedy(absent: Mapping[str, KekCount], active: str, master: ConfiguredKey) -> str:
     names = ", ".join(sorted(absent))
+    where = "`progressdb-kms kek-id FILE` tells which file holds it, and rotate-kek names its files after it"
     if active in absent:
-        remedy = f"let the master key be {active} again, or add {names} to previous_master_keys"
-        return f"{remedy}; nothing was changed"
-    return f"add the keys {names} to previous_master_keys; nothing was changed"
+        return (
+            f"let the master key be {active} again, or add {names} to previous_master_keys: {where}; "
+            "nothing was changed"
+        )
+    return f"add the keys {names} to previous_master_keys: {where}; nothing was changed"

@@ -69,6 +69,23 @@ class TestProgram:
             "or: apt install python3-cryptography python3-yaml python3-sqlitedict)\n"
         )
 
+    @pytest.mark.parametrize(
+        ("module", "package"),
+        [("cryptography", "pip install cryptography"), ("yaml", "PyYAML"), ("sqlitedict", "sqlitedict")],
+    )
+    def test_a_missing_package_is_named_by_the_module_too(
+        self, tree: Path, short_tmp: Path, module: str, package: str
+    ) -> None:
+        """`python -m progressdb_kms`, where one of them is not there."""
+        (short_tmp / "sitecustomize.py").write_text(f"import sys\nsys.modules[{module!r}] = None\n")
+        (short_tmp / "c.yaml").write_text("workers: 1\n")
+        words = ["verify", "--data-dir", str(short_tmp), "--config", str(short_tmp / "c.yaml")]
+        env = {**environment(tree), "PYTHONPATH": f"{short_tmp}:{tree}"}
+        command = [sys.executable, "-m", "progressdb_kms", *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 1 and package in done.stderr and f"python3-{module}" in done.stderr
+        assert "internal" not in done.stderr and len(done.stderr.splitlines()) == 1
+
     def test_the_tree_s_environment_is_taken(self, tree: Path) -> None:
         python = tree / ".venv" / "bin" / "python"
         python.parent.mkdir(parents=True)

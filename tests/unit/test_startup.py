@@ -1,0 +1,75 @@
+"""Do the configured keys fit the store? Every case, as a row."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import pytest
+
+from progressdb_kms.errors import KeyMismatch
+from progressdb_kms.startup import ConfiguredKey, plan
+from progressdb_kms.store import KekCount
+
+OLD, NEW, THIRD = "0" * 16, "1" * 16, "2" * 16
+
+
+def key(kek_id: str) -> ConfiguredKey:
+    return ConfiguredKey(kek_id, f"file {kek_id[0]}")
+
+
+def count(deks: int) -> KekCount:
+    return KekCount(1, deks, "2026-01-01")
+
+
+FITS = [
+    # stored, DEKs by KEK, master, previous, pending -> active, version, adopt, a word of the notice
+    (None, {}, OLD, [], None, OLD, 1, True, ""),
+    ((OLD, 3), {OLD: 5}, OLD, [], None, OLD, 3, False, ""),
+    ((OLD, 3), {}, OLD, [], None, OLD, 3, False, ""),
+    ((OLD, 3), {OLD: 5, NEW: 1}, OLD, [NEW], None, OLD, 3, False, ""),
+    ((OLD, 3), {OLD: 5}, NEW, [OLD], None, NEW, 4, True, "changes"),
+    ((OLD, 3), {OLD: 5}, OLD, [], NEW, OLD, 3, False, "did not happen"),
+    ((NEW, 4), {NEW: 5}, OLD, [], NEW, NEW, 4, False, "--resume"),
+    ((NEW, 4), {NEW: 5, OLD: 1}, OLD, [], NEW, NEW, 4, False, "--resume"),
+]
+
+
+@pytest.mark.parametrize(
+    ("stored", "keks", "master", "previous", "pending", "active", "version", "adopt", "notice"), FITS
+)
+def test_fits(
+    stored: Optional[tuple[str, int]], keks: dict[str, int], master: str, previous: list[str],
+    pending: Optional[str], active: str, version: int, adopt: bool, notice: str,
+) -> None:  # fmt: skip
+    found = plan(
+        stored,
+        {kek_id: count(deks) for kek_id, deks in keks.items()},
+        key(master),
+        [key(kek_id) for kek_id in previous],
+        key(pending) if pending else None,
+    )
+    assert (found.active, found.version, found.adopt) == (active, version, adopt)
+    assert notice in found.notice and bool(found.notice) == bool(notice)
+
+
+REFUSED = [
+    # the master key is another one
+    ((OLD, 1), {OLD: 5}, NEW, [], [OLD, "5 DEKs need it since 2026-01-01", f"file 1 holds the KEK {NEW}"]),
+    # no DEK needs the active one, but the audit key does
+    ((OLD, 1), {}, NEW, [], [OLD, "the audit key needs it"]),
+    # one that was rewrapped to a third KEK
+    ((OLD, 1), {OLD: 5, THIRD: 2}, OLD, [NEW], [THIRD, "2 DEKs", "previous_master_keys"]),
+    ((OLD, 1), {OLD: 5, THIRD: 2, NEW: 1}, OLD, [], [THIRD, NEW, "2 DEKs", "1 DEKs"]),
+]
+
+
+@pytest.mark.parametrize(("stored", "keks", "master", "previous", "says"), REFUSED)
+def test_refused_with_what_to_do(
+    stored: tuple[str, int], keks: dict[str, int], master: str, previous: list[str], says: list[str]
+) -> None:
+    with pytest.raises(KeyMismatch) as caught:
+        rows = {kek_id: count(deks) for kek_id, deks in keks.items()}
+        plan(stored, rows, key(master), [key(kek_id) for kek_id in previous], None)
+    text = caught.value.message + " " + caught.value.hint
+    assert all(word in text for word in says), text
+    assert "nothing was changed" in text and "kek-id FILE" in text
