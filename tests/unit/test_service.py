@@ -1,0 +1,193 @@
+"""The service over the twin of the store: DEKs are wiped whatever fails; what changes at work is done again."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Callable
+
+import pytest
+
+from progressdb_kms import api, operations, service
+from progressdb_kms.envelope import parse
+from progressdb_kms.errors import (
+    AuthenticationFailed,
+    KeyDisabled,
+    KeyNotFound,
+    KeyShredded,
+    KMSError,
+    Unavailable,
+)
+from progressdb_kms.framing import parse_head
+from progressdb_kms.keyring import REGION_SIZE, Keyring
+from progressdb_kms.memstore import MemoryStore
+from progressdb_kms.metrics import Metrics
+from progressdb_kms.policy import Peer, PeerRules
+from progressdb_kms.service import Service, StagingSlots
+from progressdb_kms.store import DekRecord
+
+TEXT = b"a message"
+
+
+class Fault(Exception):
+    """Raised in the middle of something."""
+
+
+class Site:
+    """A service with a DEK, nothing of it outside this process."""
+
+    def __init__(self) -> None:
+        self.store = MemoryStore()
+        self.keyring = Keyring(memoryview(bytearray(REGION_SIZE)))
+        self.kek = memoryview(bytearray(os.urandom(32)))
+        self.kek_id = self.keyring.install(self.kek, 1)
+        self.keyring.activate(self.kek_id, 1)
+        self.dek = os.urandom(32)
+        unused: Any = None
+        self.service = Service(
+            self.store, self.keyring, unused, unused, PeerRules(), Metrics(1).block(0), dict
+        )
+        self.scratch = memoryview(bytearray(operations.SCRATCH_SIZE))
+        self.put("k")
+
+    def put(self, key_id: str, **fields: Any) -> None:
+        dek = memoryview(bytearray(self.dek))
+        blob = operations.wrap(self.kek, self.kek_id, key_id, os.urandom(12), dek)
+        with self.store.transaction():
+            self.store.put(DekRecord(key_id, "t", blob, self.kek_id, 1, "")._replace(**fields))
+        self.keyring.touch()
+
+    def encrypt(self) -> bytes:
+        nonce, sealed = self.service.encrypt("k", TEXT, b"", self.scratch)
+        return nonce + sealed
+
+
+@pytest.fixture
+def site() -> Site:
+    return Site()
+
+
+class TestWiped:
+    """An exception at each step leaves no key in the scratch memory."""
+
+    STEPS = [
+        (operations, "unwrap_into"),
+        (operations, "encrypt"),
+        (operations, "decrypt"),
+        (service, "Aead"),
+        (service.os, "urandom"),
+    ]
+
+    def works(self, site: Site) -> list[Callable[[], object]]:
+        sealed = site.encrypt()
+        return [
+            lambda: site.service.encrypt("k", TEXT, b"", site.scratch),
+            lambda: site.service.decrypt("k", sealed, b"", site.scratch),
+            lambda: site.service.encrypt_many([("k", TEXT, b"")], site.scratch),
+            lambda: site.service.decrypt_many([("k", sealed, b"")], site.scratch),
+        ]
+
+    @pytest.mark.parametrize(("where", "name"), STEPS, ids=[name for _, name in STEPS])
+    @pytest.mark.parametrize("after", [False, True], ids=["before it", "after it"])
+    def test_whatever_fails(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, where: Any, name: str, after: bool
+    ) -> None:
+        real, struck = getattr(where, name), []
+
+        def failing(*args: Any) -> Any:
+            struck.append(name)
+            if after:
+                real(*args)
+            raise Fault
+
+        for work in self.works(site):
+            with monkeypatch.context() as patch:
+                patch.setattr(where, name, failing)
+                try:
+                    work()
+                except Fault:
+                    pass
+                assert not any(site.scratch), name
+        assert struck
+
+    def test_a_wrong_tag(self, site: Site) -> None:
+        with pytest.raises(AuthenticationFailed):
+            site.service.decrypt("k", bytes(60), b"", site.scratch)
+        assert not any(site.scratch)
+
+    @pytest.mark.parametrize("path", ["/wrap", "/unwrap", "/rewrap", "/rotate_kek"])
+    def test_a_call_that_carries_a_key(self, site: Site, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+        """Scratch, answer and staging slot, where the service fails in the middle."""
+
+        def failing(*args: Any, **more: Any) -> Any:
+            raise Fault
+
+        for name in ("wrap", "unwrap", "change"):
+            monkeypatch.setattr(site.service, name, failing)
+        staging, answer = memoryview(bytearray(64)), memoryview(bytearray(64))
+        app = api.App(site.service, StagingSlots(staging, 0, 2), Metrics(1), 1 << 20)
+        blob = site.store.get("k").wrapped  # type: ignore[union-attr]
+        body = {
+            "/wrap": b'{"dek":"%b"}' % api.b64encode_bytes(site.dek),
+            "/unwrap": b'{"wrapped":"%b"}' % api.b64encode_bytes(blob),
+            "/rewrap": b'{"key_id":"k","new_kek_hex":"%b"}' % os.urandom(32).hex().encode(),
+            "/rotate_kek": b'{"new_kek_hex":"%b"}' % os.urandom(32).hex().encode(),
+        }[path]
+        head = parse_head(b"POST %b HTTP/1.1\r\nHost: u\r\n\r\n" % path.encode())
+        fragment = api.fragment()
+        call = api.Call(head, bytearray(body), Peer(0, 0, 0), fragment, site.scratch, answer)
+        with pytest.raises(Fault):
+            api.find(head).handler(app, call)
+        assert not any(site.scratch) and not any(staging) and not any(answer)
+
+
+class TestChanges:
+    def test_what_is_remembered_is_good_for_one_generation(self, site: Site) -> None:
+        site.encrypt()
+        with site.store.transaction():
+            site.store.put(site.store.get("k")._replace(state="disabled"))  # type: ignore[union-attr]
+        site.encrypt()  # nobody was told
+        site.keyring.touch()
+        with pytest.raises(KeyDisabled):
+            site.encrypt()
+
+    @pytest.mark.parametrize(
+        ("state", "error"),
+        [("disabled", KeyDisabled), ("pending_deletion", KeyDisabled), ("shredded", KeyShredded)],
+    )
+    def test_a_dek_that_must_not_be_used(self, site: Site, state: str, error: type[KMSError]) -> None:
+        site.put("k", state=state)
+        with pytest.raises(error):
+            site.encrypt()
+        with pytest.raises(error):
+            site.service.unwrap(parse(site.store.get("k").wrapped), site.scratch)  # type: ignore[union-attr]
+
+    def test_no_such_dek(self, site: Site) -> None:
+        with pytest.raises(KeyNotFound, match="k_absent"):
+            site.service.encrypt("k_absent", TEXT, b"", site.scratch)
+
+    def test_a_kek_that_is_not_loaded(self, site: Site) -> None:
+        other = site.keyring.install(memoryview(bytearray(os.urandom(32))), 2)
+        site.keyring.activate(other, 2)
+        site.keyring.remove(site.kek_id)
+        with pytest.raises(Unavailable, match=site.kek_id) as caught:
+            site.encrypt()
+        assert caught.value.code == "kek_not_loaded" and "previous_master_keys" in caught.value.hint
+
+    def test_a_kek_that_is_replaced_at_work(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The keeper rotates between the look at the row and the use of its KEK: done again, with the new."""
+        new = memoryview(bytearray(os.urandom(32)))
+        real, rotated = operations.unwrap_into, []
+
+        def rotating(*args: Any) -> Any:
+            if not rotated:
+                rotated.append(site.kek_id)
+                old, site.kek = site.kek_id, new
+                site.kek_id = site.keyring.install(new, 2)
+                site.put("k")
+                site.keyring.activate(site.kek_id, 2)
+                site.keyring.remove(old)
+            return real(*args)
+
+        monkeypatch.setattr(operations, "unwrap_into", rotating)
+        sealed = site.encrypt()
+        assert rotated and site.service.decrypt("k", sealed, b"", site.scratch) == TEXT
