@@ -1,4 +1,4 @@
-"""The service over the twin of the store: DEKs are wiped whatever fails; what changes at work is done again."""
+"""The service over the twin of the store: DEKs are wiped whatever fails; a change at work is noticed."""
 
 from __future__ import annotations
 
