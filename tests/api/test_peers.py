@@ -82,13 +82,13 @@ class TestWithoutRules:
             assert event["actor"] == f"peer_uid:{STRANGER}"
 
 
-class TestAllowedPeers:
-    @pytest.fixture(scope="class")
-    @classmethod
-    def daemon(cls) -> Iterator[Daemon]:
-        with serving(allowed_peer_uids=[0, CALLER]) as running:
-            yield running
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    with serving(allowed_peer_uids=[0, CALLER]) as running:
+        yield running
 
+
+class TestAllowedPeers:
     @pytest.mark.parametrize("call", ADMIN_CALLS + CALLS, ids=lambda call: call[1])
     def test_others_are_refused(self, daemon: Daemon, call: tuple[str, str, Any]) -> None:
         assert ask(daemon, CALLER, call).status != 403

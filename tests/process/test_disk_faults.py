@@ -162,20 +162,21 @@ def torn(path: Path) -> None:
         file.write(bytes(size - 8192))
 
 
+@pytest.fixture(scope="module")
+def site() -> Iterator[tuple[Daemon, Kept]]:
+    """A stopped daemon with DEKs and a backup."""
+    kept = Kept()
+    with Daemon(workers=1) as daemon:
+        with daemon.session() as kms:
+            kept.create(kms, 20)
+        daemon.stop()
+        done = daemon.offline("backup", str(daemon.home / "good.backup"))
+        assert done.returncode == 0, done.stderr
+        yield daemon, kept
+
+
 class TestDamagedStore:
     """Refused at start, in one line that says what is wrong and what to do; a backup then brings it back."""
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def site(cls) -> Iterator[tuple[Daemon, Kept]]:
-        kept = Kept()
-        with Daemon(workers=1) as daemon:
-            with daemon.session() as kms:
-                kept.create(kms, 20)
-            daemon.stop()
-            done = daemon.offline("backup", str(daemon.home / "good.backup"))
-            assert done.returncode == 0, done.stderr
-            yield daemon, kept
 
     @pytest.mark.parametrize(
         ("harm", "says"),
