@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
 
 import pytest
 
@@ -12,18 +11,6 @@ from tests.harness import Daemon, Session
 
 def b64(data: bytes) -> str:
     return base64.b64encode(data).decode()
-
-
-@pytest.fixture(scope="module")
-def daemon() -> Iterator[Daemon]:
-    with Daemon(workers=1) as running:
-        yield running
-
-
-@pytest.fixture
-def kms(daemon: Daemon) -> Iterator[Session]:
-    with daemon.session() as session:
-        yield session
 
 
 def dek(kms: Session, thread: str = "t") -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -12,18 +11,6 @@ from tests.harness import Daemon, Session
 from tests.harness.wire import b64
 
 DESCRIPTION = {"key_id", "thread_id", "kek_id", "kek_version", "created_at", "state"}
-
-
-@pytest.fixture(scope="module")
-def daemon() -> Iterator[Daemon]:
-    with Daemon(workers=1) as running:
-        yield running
-
-
-@pytest.fixture
-def kms(daemon: Daemon) -> Iterator[Session]:
-    with daemon.session() as session:
-        yield session
 
 
 def use(kms: Session, key: str) -> int:

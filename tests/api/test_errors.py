@@ -29,12 +29,6 @@ def daemon() -> Iterator[Daemon]:
         yield running
 
 
-@pytest.fixture
-def kms(daemon: Daemon) -> Iterator[Session]:
-    with daemon.session() as session:
-        yield session
-
-
 class TestEveryRoute:
     @pytest.mark.parametrize("path", POSTS)
     @pytest.mark.parametrize(

@@ -20,18 +20,6 @@ def kek_id(kek: bytes) -> str:
     return fingerprint(memoryview(bytearray(kek)))
 
 
-@pytest.fixture(scope="module")
-def daemon() -> Iterator[Daemon]:
-    with Daemon(workers=1) as running:
-        yield running
-
-
-@pytest.fixture
-def kms(daemon: Daemon) -> Iterator[Session]:
-    with daemon.session() as session:
-        yield session
-
-
 class TestWrap:
     def test_round_trip(self, kms: Session, daemon: Daemon) -> None:
         dek = os.urandom(32)

@@ -23,12 +23,6 @@ def daemon() -> Iterator[Daemon]:
         yield running
 
 
-@pytest.fixture
-def kms(daemon: Daemon) -> Iterator[Session]:
-    with daemon.session() as session:
-        yield session
-
-
 def events(daemon: Daemon) -> list[dict[str, Any]]:
     return [json.loads(line)["event"] for line in daemon.audit_log.read_text().splitlines()]
 
