@@ -247,3 +247,32 @@ def test_an_internal_error_names_a_request_of_the_log(caplog: pytest.LogCaptureF
     (record,) = caplog.records
     assert error["message"].split()[-1] in record.getMessage()
     assert "ZeroDivisionError" in caplog.text and "Zero" not in str(error)
+
+
+class TestFraming:
+    """What is refused before it has a route: answered, and the connection closed. Each clause of the RFC is in
+    tests/wire; these are the statuses."""
+
+    @pytest.mark.parametrize(
+        ("request_bytes", "status", "code"),
+        [
+            (b"GET /healthz HTTP/1.1\r\n\r\n", 400, "malformed_request"),
+            (b"GET /healthz HTTP/1.1\r\nHost : u\r\n\r\n", 400, "malformed_request"),
+            (b"GET /%b HTTP/1.1\r\nHost: u\r\n\r\n" % (b"x" * 2100), 414, "uri_too_long"),
+            (b"GET / HTTP/1.1\r\nHost: u\r\nExpect: the-worst\r\n\r\n", 417, "expectation_failed"),
+            (b"GET / HTTP/1.1\r\nHost: u\r\nX: %b\r\n\r\n" % (b"x" * 9000), 431, "head_too_large"),
+            (b"CONNECT a:1 HTTP/1.1\r\nHost: u\r\n\r\n", 501, "not_implemented"),
+            (b"GET / HTTP/2.0\r\nHost: u\r\n\r\n", 505, "http_version_not_supported"),
+            (b"\x16\x03\x01\x02\x00\x01", 400, "malformed_request"),
+        ],
+        ids=lambda value: str(value)[:24],
+    )
+    def test_refused_and_closed(self, daemon: Daemon, request_bytes: bytes, status: int, code: str) -> None:
+        answer = raw(daemon.socket, request_bytes, end=False)  # returns: the daemon hung up
+        assert answer.startswith(b"HTTP/1.1 %d " % status) and b'"%b"' % code.encode() in answer
+        assert b"Connection: close\r\n" in answer
+
+    def test_a_head_that_does_not_come(self) -> None:
+        with Daemon({"request_timeout": 1}, workers=1) as daemon:
+            answer = raw(daemon.socket, b"GET / HTTP/1.1\r\nHo", end=False)
+            assert answer.startswith(b"HTTP/1.1 408 ")

@@ -13,7 +13,7 @@ import pytest
 
 from tests.harness import Daemon, Session
 from tests.harness.kept import Kept
-from tests.harness.load import Load
+from tests.harness.load import Load, hammer
 from tests.harness.procs import wait_until
 
 TEXT = base64.b64encode(b"hello").decode()
@@ -92,6 +92,26 @@ def test_keys_move_while_all_are_at_work(daemon: Daemon, everywhere: list[Sessio
     assert not load.errors
     for session in everywhere:
         kept.opens(session)
+
+
+def test_two_rotations_at_once(daemon: Daemon) -> None:
+    """One is carried out, the other hears that it is under way."""
+    hammer(daemon.socket, lambda kms, number: kms.create_dek("t"), count=1500, threads=16)
+    together = threading.Barrier(2)
+    replies: list[tuple[int, str]] = []
+
+    def rotate() -> None:
+        together.wait(10)
+        reply = daemon.request("POST", "/rotate_kek", {"new_kek_hex": os.urandom(32).hex()})
+        replies.append((reply.status, reply.code))
+
+    threads = [threading.Thread(target=rotate) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(replies) == [(200, ""), (409, "rotation_in_progress")]
+    assert daemon.ok("GET", "/status")["kek_version"] == 2
 
 
 def test_a_shred_while_all_are_at_work(daemon: Daemon, everywhere: list[Session]) -> None:
