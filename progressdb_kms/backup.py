@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
+from urllib.parse import quote
 
 from .console import CommandFailed, sync_folder
 from .encoding import json_dumps, json_loads, timestamp
@@ -304,7 +305,7 @@ def _value(db: sqlite3.Connection, name: str) -> Any:
 
 
 def _connect(path: Path, options: str) -> sqlite3.Connection:
-    uri = f"{path.absolute().as_uri()}?{options}"
+    uri = f"file://{quote(os.fsencode(path.absolute()))}?{options}"
     return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=5)
 
 

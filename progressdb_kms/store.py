@@ -19,11 +19,13 @@ file is closed, opened again and checked before the next write.
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Protocol
+from urllib.parse import quote
 
 from sqlitedict import SqliteDict
 
@@ -181,7 +183,7 @@ class Connection:
     def __init__(self, path: Path, *, writer: bool) -> None:
         self.lock = threading.RLock()
         mode = "rwc" if writer else "ro"
-        uri = f"{path.absolute().as_uri()}?mode={mode}"
+        uri = f"file://{quote(os.fsencode(path.absolute()))}?mode={mode}"
         try:
             self._db = sqlite3.connect(
                 uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5
@@ -308,17 +310,21 @@ class SqliteStore(SqliteReader):
             self._refuse_lost()
         self._suspect = True  # until all of this has worked
         self._conn = Connection(self.path, writer=True)
-        try:
-            self._prepare()
-        except StoreUnavailable as error:
-            self._conn.close()
-            cause = error.__cause__
-            if isinstance(cause, sqlite3.DatabaseError) and not isinstance(cause, sqlite3.OperationalError):
-                raise StoreDamaged(
-                    f"{self.path} is damaged or no database: {cause}",
-                    hint="restore a backup: `progressdb-kms restore FILE`",
-                ) from error
-            raise
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._conn.close)
+            try:
+                self._prepare()
+            except StoreUnavailable as error:
+                cause = error.__cause__
+                if isinstance(cause, sqlite3.DatabaseError) and not isinstance(
+                    cause, sqlite3.OperationalError
+                ):
+                    raise StoreDamaged(
+                        f"{self.path} is damaged or no database: {cause}",
+                        hint="restore a backup: `progressdb-kms restore FILE`",
+                    ) from error
+                raise
+            undo.pop_all()
 
     def _refuse_lost(self) -> None:
         """There is no database: was there one?"""

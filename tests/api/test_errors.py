@@ -250,8 +250,8 @@ def test_an_internal_error_names_a_request_of_the_log(caplog: pytest.LogCaptureF
 
 
 class TestFraming:
-    """What is refused before it has a route: answered, and the connection closed. Each clause of the RFC is in
-    tests/wire; these are the statuses."""
+    """What is refused before it has a route is answered, and the connection closed. Each clause of the RFC is
+    in tests/wire; these are the statuses."""
 
     @pytest.mark.parametrize(
         ("request_bytes", "status", "code"),

@@ -34,15 +34,21 @@ def threads(daemon: Daemon) -> int:
     return sum(len(os.listdir(f"/proc/{pid}/task")) for pid in daemon.pids())
 
 
+def held(daemon: Daemon) -> tuple[int, int]:
+    return threads(daemon), descriptors(daemon)
+
+
 @contextmanager
 def nothing_left(daemon: Daemon) -> Iterator[None]:
     """After the block as many threads and descriptors as before it, when all had been used once."""
     for _ in range(4):
         daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})
-    before = threads(daemon), descriptors(daemon)
+    before = (0, 0)
+    while before != (before := held(daemon)):  # all workers are up when nothing more comes
+        time.sleep(0.5)
     yield
     wait_until(
-        lambda: threads(daemon) <= before[0] and descriptors(daemon) <= before[1],
+        lambda: all(now <= then for now, then in zip(held(daemon), before)),
         30,
         f"threads and descriptors to be {before} again",
     )
