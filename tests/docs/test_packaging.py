@@ -227,8 +227,8 @@ def test_the_user_of_the_spec_is_that_of_sysusers() -> None:
 @pytest.mark.parametrize(
     "path",
     ["packaging/source-tree", "packaging/build-deb", "packaging/build-rpm", "packaging/test-boot",
-     "packaging/test-container", "bin/release", "packaging/debian/progressdb-kms.postinst",
-     "packaging/debian/progressdb-kms.postrm"],
+     "packaging/test-container", "bin/release", "bin/memory-matrix",
+     "packaging/debian/progressdb-kms.postinst", "packaging/debian/progressdb-kms.postrm"],
 )  # fmt: skip
 def test_the_shell_takes_the_scripts(path: str) -> None:
     done = run("sh", "-n", str(REPO / path))
