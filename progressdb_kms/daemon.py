@@ -84,24 +84,29 @@ class Shared(NamedTuple):
 # ---- signals ---------------------------------------------------------------------------------------
 
 
-NOTICED = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD))
+END = signal.SIGUSR1
+"""The supervisor's word to a child. Not SIGTERM, which `timeout` or a container's manager may send to the
+whole group: then the keeper would be gone before the workers have answered."""
+
+NOTICED = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, END))
 
 
 class Signals:
-    """SIGTERM, SIGINT, SIGHUP and SIGCHLD, as flags.
+    """SIGTERM, SIGINT and SIGHUP, as flags; SIGCHLD ends a wait.
 
     They are waited for and never handled: a handler's frame on the stack gets all registers of the thread,
     and round keys stay in the wide ones long after a cipher is done.
 
-    A child leaves SIGINT alone: Ctrl-C reaches the whole group, and the supervisor ends the others in order.
+    A child leaves SIGTERM and SIGINT alone: the supervisor ends all in order, by END.
     """
 
     def __init__(self, child: bool = False) -> None:
         self.stop = False
         self.hangup = False
-        self._awaited = NOTICED - {signal.SIGINT} if child else NOTICED
-        if child:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        left_alone = (signal.SIGTERM, signal.SIGINT) if child else (END,)
+        self._awaited = NOTICED - frozenset(left_alone)
+        for number in left_alone:
+            signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, NOTICED)  # threads that are started from now on inherit it
 
     def wait(self, seconds: float) -> None:
@@ -122,7 +127,7 @@ class Signals:
         return taken
 
     def _note(self, number: int) -> None:
-        if number in (signal.SIGTERM, signal.SIGINT):
+        if number in (signal.SIGTERM, signal.SIGINT, END):
             self.stop = True
         elif number == signal.SIGHUP:
             self.hangup = True
@@ -605,8 +610,8 @@ class Supervisor:
                     os.kill(child.pid, number)
 
     def _end(self, children: list[Child]) -> None:
-        """SIGTERM, wait, and SIGKILL for what does not end in time."""
-        self._tell(signal.SIGTERM, children)
+        """END, wait, and SIGKILL for what does not end in time."""
+        self._tell(END, children)
         deadline = time.monotonic() + DRAIN_SECONDS + 5
         while any(child.pid for child in children):
             for child in children:
