@@ -22,7 +22,7 @@ from .aead import KEY_SIZE, NONCE_SIZE, Aead
 from .audit import AuditLog, Fragment, key_fragment
 from .encoding import Buffer, new_key_id
 from .envelope import Wrapped
-from .errors import BadRequest, Conflict, KeyNotFound, KMSError, Unavailable
+from .errors import AuthenticationFailed, BadRequest, Conflict, KeyNotFound, KMSError, Unavailable
 from .jobs import KeeperClient
 from .keyring import KekNotLoaded, Keyring, KeyringChanged
 from .lockedmem import wipe
@@ -80,7 +80,8 @@ class Service:
     # ---- finding a DEK -----------------------------------------------------------------------------
 
     def entry(self, key_id: str) -> Entry:
-        """The DEK of this id, usable. Raises KeyNotFound, KeyDisabled, KeyShredded."""
+        """The DEK of this id, usable. Raises KeyNotFound, KeyDisabled, KeyShredded, and AuthenticationFailed
+        where the row holds a DEK that is bound to another id."""
         generation = self.keyring.generation
         found = self._entries.get(key_id)
         if found is not None and found.generation == generation:
@@ -89,9 +90,10 @@ class Service:
         error = refusal(key_id, record.state)
         if error is not None:
             raise error
-        entry = Entry(
-            generation, record, envelope.parse(record.wrapped), key_fragment(key_id, record.thread_id)
-        )
+        wrapped = envelope.parse(record.wrapped)
+        if wrapped.key_id not in (None, key_id):  # two rows were swapped: it would open, as another key's
+            raise AuthenticationFailed
+        entry = Entry(generation, record, wrapped, key_fragment(key_id, record.thread_id))
         if len(self._entries) >= MAX_REMEMBERED:
             self._entries.clear()
         self._entries[key_id] = entry

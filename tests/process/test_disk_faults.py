@@ -3,9 +3,11 @@ was hit hears of it, nobody waits for ever, nothing acknowledged is lost, and it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
@@ -16,7 +18,7 @@ from tests.harness import Daemon, request
 from tests.harness.daemon import DaemonFailed, cli
 from tests.harness.faults import Shim, Tmpfs
 from tests.harness.kept import Kept
-from tests.harness.wire import Reply
+from tests.harness.wire import Reply, b64
 
 
 def changes(key: str) -> list[tuple[str, str, Any]]:
@@ -220,6 +222,27 @@ class TestDamagedStore:
             shutil.copyfile(other.data_dir / "kms.db", daemon.data_dir / "kms.db")
             text = str(daemon.refusal())
             assert "is not configured" in text and "nothing was changed" in text
+
+    def test_two_rows_that_were_swapped(self, site: tuple[Daemon, Kept]) -> None:
+        """A thread's messages never open, and nothing is sealed, under the DEK of another thread."""
+        whole, kept = site
+        one, two, *_ = kept.keys
+        daemon = whole.copy()
+        with contextlib.closing(sqlite3.connect(daemon.data_dir / "kms.db")) as db, db:
+            blob = "SELECT json_extract(value, '$.wrapped') FROM deks WHERE key = ?"
+            blobs = [db.execute(blob, ("meta:" + key,)).fetchone()[0] for key in (one, two)]
+            for key, swapped in zip((one, two), reversed(blobs)):
+                change = "UPDATE deks SET value = json_set(value, '$.wrapped', ?) WHERE key = ?"
+                assert db.execute(change, (swapped, "meta:" + key)).rowcount == 1
+        with daemon, daemon.session() as kms:
+            for key, sealed in ((one, two), (two, one)):
+                fields = {"key_id": key, "ciphertext": b64(kept.sealed[sealed])}
+                assert kms.request("POST", "/decrypt", fields).status == 422
+                assert kms.request("POST", "/encrypt", {"key_id": key, "plaintext": "aGk="}).status == 422
+                assert kms.request("GET", f"/get_wrapped?key_id={key}").status == 422
+            daemon.stop()
+            done = daemon.offline("verify")
+            assert done.returncode == 1 and f"holds the DEK of {two}".encode() in done.stderr + done.stdout
 
     def test_an_older_copy_put_back(self, site: tuple[Daemon, Kept]) -> None:
         whole, _ = site

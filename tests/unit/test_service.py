@@ -161,6 +161,19 @@ class TestChanges:
         with pytest.raises(error):
             site.service.unwrap(parse(site.store.get("k").wrapped), site.scratch)  # type: ignore[union-attr]
 
+    def test_swapped_rows(self, site: Site) -> None:
+        """Each blob opens by itself, but as the DEK of the other key: neither is used."""
+        site.put("other")
+        rows = [site.store.get(key_id) for key_id in ("k", "other")]
+        with site.store.transaction():
+            for row, swapped in zip(rows, reversed(rows)):
+                site.store.put(row._replace(wrapped=swapped.wrapped))  # type: ignore[union-attr]
+        site.keyring.touch()
+        for key_id in ("k", "other"):
+            with pytest.raises(AuthenticationFailed):
+                site.service.encrypt(key_id, TEXT, b"", site.scratch)
+            assert isinstance(site.service.decrypt_many([(key_id, b"", b"")], site.scratch)[0], KMSError)
+
     def test_no_such_dek(self, site: Site) -> None:
         with pytest.raises(KeyNotFound, match="k_absent"):
             site.service.encrypt("k_absent", TEXT, b"", site.scratch)
