@@ -90,9 +90,7 @@ class Service:
         error = refusal(key_id, record.state)
         if error is not None:
             raise error
-        wrapped = envelope.parse(record.wrapped)
-        if wrapped.key_id not in (None, key_id):  # two rows were swapped: it would open, as another key's
-            raise AuthenticationFailed
+        wrapped = _stored(record)
         entry = Entry(generation, record, wrapped, key_fragment(key_id, record.thread_id))
         if len(self._entries) >= MAX_REMEMBERED:
             self._entries.clear()
@@ -302,6 +300,18 @@ class StagingSlots:
             wipe(view)
             with self._lock:
                 self._free.append(slot)
+
+
+def _stored(record: DekRecord) -> Wrapped:
+    """Raises AuthenticationFailed where the row's blob is none, or bound to another key: two rows that were
+    swapped would open, each as the other."""
+    try:
+        wrapped = envelope.parse(record.wrapped)
+    except ValueError:
+        raise AuthenticationFailed from None
+    if wrapped.key_id not in (None, record.key_id):
+        raise AuthenticationFailed
+    return wrapped
 
 
 def wrapped_source(blob: bytes, key_id: Optional[str]) -> Wrapped:

@@ -174,6 +174,17 @@ class TestChanges:
                 site.service.encrypt(key_id, TEXT, b"", site.scratch)
             assert isinstance(site.service.decrypt_many([(key_id, b"", b"")], site.scratch)[0], KMSError)
 
+    @pytest.mark.parametrize("at", [*range(10), 11, 15, 30, -1])
+    def test_a_flipped_bit_in_a_row(self, site: Site, at: int) -> None:
+        row: Any = site.store.get("k")
+        blob = bytearray(row.wrapped)
+        blob[at] ^= 1
+        site.put("k", wrapped=bytes(blob))
+        with pytest.raises(
+            (AuthenticationFailed, Unavailable)
+        ):  # a flip in the kek_id names a KEK not loaded
+            site.encrypt()
+
     def test_no_such_dek(self, site: Site) -> None:
         with pytest.raises(KeyNotFound, match="k_absent"):
             site.service.encrypt("k_absent", TEXT, b"", site.scratch)
