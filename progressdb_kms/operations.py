@@ -17,6 +17,18 @@ SCRATCH_SIZE = 64
 """Bytes of locked scratch that unwrapping a DEK needs: the DEK, the tag, and room for old ciphers."""
 
 
+def stored(key_id: str, blob: bytes) -> Wrapped:
+    """The blob of this key's row. Raises AuthenticationFailed where it is none, or bound to another key: two
+    rows that were swapped would open, each as the other."""
+    try:
+        wrapped = envelope.parse(blob)
+    except ValueError:
+        raise AuthenticationFailed from None
+    if wrapped.key_id not in (None, key_id):
+        raise AuthenticationFailed
+    return wrapped
+
+
 def wrap(kek: memoryview, kek_id: str, key_id: str, nonce: bytes, dek: memoryview) -> bytes:
     """Wrap a 32-byte DEK, bound to its key_id. Returns the blob."""
     aad = envelope.binding(kek_id, key_id)

@@ -55,12 +55,10 @@ class Rewrapper:
 
     def blob(self, key_id: str, blob: bytes) -> bytes:
         """The same DEK wrapped under the target. Raises AuthenticationFailed or KekNotLoaded."""
-        wrapped = envelope.parse(blob)
+        wrapped = operations.stored(key_id, blob)
         first = self._memory.view[: operations.SCRATCH_SIZE]
         second = self._memory.view[operations.SCRATCH_SIZE :]
         source = wrapped.kek_id or self._keyring.active.kek_id
-        if wrapped.key_id not in (None, key_id):
-            raise AuthenticationFailed
         try:
             with self._keyring.borrow(source) as kek:
                 dek = operations.unwrap_into(kek, wrapped, first)
@@ -246,13 +244,11 @@ def _pages(store: Store) -> Iterator[list[DekRecord]]:
 
 
 def _open_stored(keyring: Keyring, record: DekRecord, scratch: memoryview) -> None:
-    wrapped = envelope.parse(record.wrapped)
-    if wrapped.key_id not in (None, record.key_id):
-        raise StoreDamaged(f"the row of key {record.key_id} holds the DEK of {wrapped.key_id}")
     try:
+        wrapped = operations.stored(record.key_id, record.wrapped)
         with keyring.borrow(wrapped.kek_id or record.kek_id) as kek:
             operations.unwrap_into(kek, wrapped, scratch)
     except AuthenticationFailed:
         raise StoreDamaged(
-            f"the DEK of key {record.key_id} does not open under the KEK {record.kek_id}"
+            f"the DEK of key {record.key_id} does not open under the KEK {record.kek_id} as its own"
         ) from None

@@ -22,7 +22,7 @@ from .aead import KEY_SIZE, NONCE_SIZE, Aead
 from .audit import AuditLog, Fragment, key_fragment
 from .encoding import Buffer, new_key_id
 from .envelope import Wrapped
-from .errors import AuthenticationFailed, BadRequest, Conflict, KeyNotFound, KMSError, Unavailable
+from .errors import BadRequest, Conflict, KeyNotFound, KMSError, Unavailable
 from .jobs import KeeperClient
 from .keyring import KekNotLoaded, Keyring, KeyringChanged
 from .lockedmem import wipe
@@ -90,7 +90,7 @@ class Service:
         error = refusal(key_id, record.state)
         if error is not None:
             raise error
-        wrapped = _stored(record)
+        wrapped = operations.stored(key_id, record.wrapped)
         entry = Entry(generation, record, wrapped, key_fragment(key_id, record.thread_id))
         if len(self._entries) >= MAX_REMEMBERED:
             self._entries.clear()
@@ -300,18 +300,6 @@ class StagingSlots:
             wipe(view)
             with self._lock:
                 self._free.append(slot)
-
-
-def _stored(record: DekRecord) -> Wrapped:
-    """Raises AuthenticationFailed where the row's blob is none, or bound to another key: two rows that were
-    swapped would open, each as the other."""
-    try:
-        wrapped = envelope.parse(record.wrapped)
-    except ValueError:
-        raise AuthenticationFailed from None
-    if wrapped.key_id not in (None, record.key_id):
-        raise AuthenticationFailed
-    return wrapped
 
 
 def wrapped_source(blob: bytes, key_id: Optional[str]) -> Wrapped:

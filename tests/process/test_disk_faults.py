@@ -240,6 +240,11 @@ class TestDamagedStore:
                 assert kms.request("POST", "/decrypt", fields).status == 422
                 assert kms.request("POST", "/encrypt", {"key_id": key, "plaintext": "aGk="}).status == 422
                 assert kms.request("GET", f"/get_wrapped?key_id={key}").status == 422
+            for dry_run in (True, False):
+                fields = {"new_kek_hex": os.urandom(32).hex(), "dry_run": dry_run}
+                reply = kms.request("POST", "/rotate_kek", fields)
+                assert (reply.status, reply.code) == (500, "store_damaged")
+            assert kms.ok("GET", "/status")["kek_version"] == 1
             daemon.stop()
             done = daemon.offline("verify")
             assert done.returncode == 1 and f"holds the DEK of {two}".encode() in done.stderr + done.stdout
