@@ -217,7 +217,7 @@ def _clear_stale(path: Path) -> None:
         except FileNotFoundError:
             return
         except OSError as error:
-            if error.errno != errno.EAGAIN and not isinstance(error, TimeoutError):
+            if error.errno != errno.EAGAIN and not isinstance(error, socket.timeout):
                 raise ConfigError(f"the socket {path} can't be tried: {error.strerror}") from error
             raise AlreadyRunning(f"the socket {path} is in use, and its server is busy") from None
         from .httpd import peer_of

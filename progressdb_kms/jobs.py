@@ -75,7 +75,7 @@ def _read(sock: socket.socket) -> bytes:
     try:
         while part := sock.recv(65536):
             parts.append(part)
-    except TimeoutError:
+    except socket.timeout:  # TimeoutError since Python 3.10
         raise StoreUnavailable("the keeper process does not answer", hint="`progressdb-kms doctor`") from None
     return b"".join(parts)
 
