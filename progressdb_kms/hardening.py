@@ -264,16 +264,11 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> bool:
     return True
 
 
-# A thread that is interrupted while it ciphers leaves its registers, and round keys in them, on its stack.
+# A thread that handles a signal while it ciphers leaves its registers, and round keys in them, on its stack.
 # Faults stay: blocked, they would end the process without a word.
 BLOCKED = frozenset(signal.valid_signals()) - {
     signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS
 }  # fmt: skip
-
-
-def block_signals() -> None:
-    """For the calling thread, for good; threads that it starts inherit it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
 
 
 @contextlib.contextmanager
