@@ -32,7 +32,7 @@ from progressdb_kms.audit import (
     request_fragment,
     torn,
 )
-from progressdb_kms.auditverify import Fault, in_order, recover, shredded, verify
+from progressdb_kms.auditverify import Fault, Report, in_order, recover, shredded, verify
 from progressdb_kms.encoding import b64encode
 from progressdb_kms.errors import AuditUnavailable
 from tests.harness.auditlogs import (
@@ -49,6 +49,7 @@ from tests.harness.auditlogs import (
     made,
     tearing,
 )
+from tests.harness.vectors import load, secret
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -1026,3 +1027,34 @@ def test_the_largest_line_is_looked_into(path: Path) -> None:
     log = made(path, ["1.0"])[0]
     log.note("start", "ok", {"previous": {}, "more": "x" * (auditchain.LONGEST - 400)})
     assert check(path, closed([log])).ok
+
+
+class TestVectors:
+    """A chain that release 1 wrote verifies for ever, and with its receipts; changed anywhere it does not."""
+
+    VECTOR = load("audit")
+
+    def verify(self, tmp_path: Path, lines: list[str]) -> Report:
+        (tmp_path / "log").write_text("".join(line + "\n" for line in lines))
+        chain, seq, _ = self.VECTOR["receipts"][-1].split(":")
+        anchors = {chain: (int(seq), json.loads(self.VECTOR["lines"][-1])["sig"])}
+        receipts = self.VECTOR["receipts"]
+        return verify([tmp_path / "log"], secret(self.VECTOR["key"]), anchors, receipts=receipts)
+
+    def test_verifies_for_ever(self, tmp_path: Path) -> None:
+        report = self.verify(tmp_path, self.VECTOR["lines"])
+        assert report.fault is None and report.receipts == len(self.VECTOR["lines"]) == 3
+
+    @pytest.mark.parametrize("line", range(3))
+    @pytest.mark.parametrize(
+        ("old", "new"), [('"status":', '"status":1'), ('"uid":', '"uid":1'), ("3.1", "3.2")]
+    )
+    def test_changed(self, tmp_path: Path, line: int, old: str, new: str) -> None:
+        lines = list(self.VECTOR["lines"])
+        lines[line] = lines[line].replace(old, new, 1)
+        assert lines != self.VECTOR["lines"] and self.verify(tmp_path, lines).fault is not None
+
+    @pytest.mark.parametrize("line", range(3))
+    def test_left_out(self, tmp_path: Path, line: int) -> None:
+        lines = self.VECTOR["lines"][:line] + self.VECTOR["lines"][line + 1 :]
+        assert self.verify(tmp_path, lines).fault is not None
