@@ -137,9 +137,11 @@ class Load(NamedTuple):
         return f"p50 {self.p50 * 1e6:.0f} us, p99 {self.p99 * 1e6:.0f} us"
 
 
-def load(path: str, request: bytes, connections: int, seconds: float) -> Load:
-    """A closed loop: each connection sends the next request when it has the answer. Raises BenchFailed at an
-    answer that is not 2xx."""
+def load(
+    path: str, request: bytes, connections: int, seconds: float, ended: Callable[[], bool] = lambda: False
+) -> Load:
+    """A closed loop: each connection sends the next request when it has the answer. It ends after `seconds`,
+    or earlier, as soon as `ended` says so. Raises BenchFailed at an answer that is not 2xx."""
     with selectors.DefaultSelector() as selector:
         socks = [_connect(path) for _ in range(connections)]
         size = _first_answer(socks[0], request)
@@ -149,7 +151,7 @@ def load(path: str, request: bytes, connections: int, seconds: float) -> Load:
             selector.register(sock, selectors.EVENT_READ, [size, time.perf_counter()])
         begun = time.perf_counter()
         until = begun + seconds
-        while (now := time.perf_counter()) < until:
+        while (now := time.perf_counter()) < until and not ended():
             for event, _ in selector.select(0.1):
                 _answered(event, request, size, took)
         for sock in socks:
@@ -269,7 +271,7 @@ def _beside_a_rotation(seconds: float) -> Iterator[Figure]:
             alone = load(path, request, 4, seconds / 2)
             with ThreadPoolExecutor(1) as pool:
                 rotating = pool.submit(client.rotate_kek, os.urandom(KEY_SIZE))
-                beside = load(path, request, 4, seconds / 2)
+                beside = load(path, request, 4, 60 * seconds, ended=rotating.done)
                 deks = rotating.result().rewrapped
             note = f"beside a rotation of {deks} DEKs; alone {alone.p99 * 1e6:.0f}"
             yield Figure(f"{name}, p99", beside.p99 * 1e6, "us", note)
@@ -299,7 +301,7 @@ def _rotation(deks: int) -> Iterator[Figure]:
             yield Figure(f"start-up check with {deks} DEKs", (time.perf_counter() - begun) * 1e3, "ms")
             keeper.close()
             opened = SqliteStore(folder)
-            before, begun = _resident(), time.perf_counter()
+            before, begun = _resident(anew=True), time.perf_counter()
             for _ in Rotation(opened, keyring, folder, os.urandom).run(new.view):
                 pass
             yield Figure(f"rotation of {deks} DEKs", deks / (time.perf_counter() - begun), "DEKs a second")
@@ -407,8 +409,10 @@ def _fill(view: memoryview) -> None:
         os.readv(source.fileno(), [view])
 
 
-def _resident() -> int:
-    """KiB of this process in memory, at its highest."""
+def _resident(anew: bool = False) -> int:
+    """KiB of this process in memory, at its highest; `anew`: from now on (proc(5), clear_refs)."""
+    if anew:
+        Path("/proc/self/clear_refs").write_text("5")
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1])
