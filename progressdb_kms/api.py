@@ -180,7 +180,10 @@ class Fields:
 
     def _absent(self, name: str) -> bool:
         """null stands for a field that was left out."""
-        return self._values.get(name) is None and self._values.pop(name, None) is None
+        if self._values.get(name) is not None:
+            return False
+        self._values.pop(name, None)
+        return True
 
     def text(self, name: str) -> str:
         value = self._values.pop(name, None)
