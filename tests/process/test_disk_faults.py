@@ -130,7 +130,7 @@ class TestFailingCalls:
             assert kms.create_dek("t")["kek_id"] == active
 
     def test_an_audit_log_that_cant_be_synced(self, shim: Shim) -> None:
-        """The record is written, so the call is answered; the operator is told, and the store's anchor waits."""
+        """The record stands, so the call is answered; the operator is told, and the store's anchor waits."""
         kept = Kept()
         with Daemon(env=shim.env, workers=1) as daemon, daemon.session() as kms:
             kept.create(kms)
