@@ -5,7 +5,8 @@ A single loop, no locks:
 - All jobs that wait are done in one transaction, each in its own savepoint, with one COMMIT: concurrent
   creates share a disk flush. Answers are sent after the COMMIT, and after what the readers must notice
   (keyring, generation) was changed.
-- Long jobs (rotation, emptying old tables) are generators: a step between two rounds of the loop.
+- Long jobs (rotation, emptying old tables) are generators: a step between two rounds of the loop, and a
+  rest after it while others want the core.
 - A new KEK waits in a staging slot of the shared locked region, and the job names the slot.
 - A job of which the answer can't be delivered was still done: every job may be repeated.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import select
 import socket
 import time
@@ -58,6 +60,10 @@ JANITOR_SECONDS = 30.0
 
 SYNC_SECONDS = 1.0
 """How much of the audit log a power cut may take, at most, without being noticed."""
+
+REST = 3
+"""After a step of long work during which others wanted this core: the pause, in lengths of the step. It keeps
+the p99 of an encrypt beside a rotation within three times of its p99 alone; an idle machine never waits."""
 
 RETIRE_ROWS = 500
 """Old rows deleted a step after a rotation."""
@@ -114,6 +120,7 @@ class Keeper:
         self._retiring = True  # an earlier run may have left rows
         self._erasures: deque[tuple[str, bytes]] = deque()
         self._next_janitor = 0.0
+        self._rest = 0.0
         self._heads: dict[str, Head] = {}
         self._anchored: dict[str, int] = {}
         self._durable: list[Head] = []
@@ -128,11 +135,12 @@ class Keeper:
         """
         busy = self._task is not None or self._retiring or bool(self._erasures)
         watched = [self._inbox.fileno()] + ([wakeup] if wakeup >= 0 else [])
-        select.select(watched, [], [], 0 if busy else timeout)
+        select.select(watched, [], [], self._rest if busy else timeout)
         jobs = list(self._waiting())
         if jobs:
             self._perform(jobs)
-        self._advance()
+        if busy:
+            self._advance_politely()
         if self._clock.now() >= self._next_janitor:
             self._janitor()
 
@@ -201,6 +209,12 @@ class Keeper:
                 outcome = error
         return outcome
 
+    def _advance_politely(self) -> None:
+        """A step, and after it a rest where others wanted the core."""
+        begun, pushed = time.perf_counter(), _pushed_aside()
+        self._advance()
+        self._rest = REST * (time.perf_counter() - begun) if _pushed_aside() != pushed else 0.0
+
     def _advance(self) -> None:
         """A step of the rotation; where there is none, of the tidying up."""
         if self._task is not None:
@@ -228,7 +242,7 @@ class Keeper:
 
     def _tidy(self) -> None:
         try:
-            with self._store.transaction():
+            with self._store.transaction(durable=False):
                 self._store.staging(False)
                 self._retiring = self._store.retire(RETIRE_ROWS)
         except StoreUnavailable as error:
@@ -366,7 +380,7 @@ class Keeper:
             self._keyring.install(new_kek, version)
             mover = Rewrapper(self._keyring, target, version, os.urandom)
         try:
-            record = mover.record(old)
+            record = mover.records([old])[0]
         finally:
             mover.close()
         self._put(record)
@@ -545,6 +559,11 @@ def describe(record: DekRecord) -> dict[str, Any]:
     if record.shredded_at:
         result["shredded_at"] = record.shredded_at
     return result
+
+
+def _pushed_aside() -> int:
+    """How often this process lost its core to another one that wanted it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def random_into(view: memoryview) -> None:

@@ -76,7 +76,7 @@ class MemoryStore(MemoryReader):
         return self._working
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, durable: bool = True) -> Iterator[None]:
         if self._working is not None:
             raise StoreUnavailable("a transaction is under way")
         self._working = self.committed.copy()
@@ -125,14 +125,18 @@ class MemoryStore(MemoryReader):
             raise StoreUnavailable("no table for rewrapped rows was made")
         staged.update((record.key_id, record) for record in records)
 
+    def check_staged(self, after: str, limit: int) -> str:
+        state = self._state
+        rows = sorted(key_id for key_id in state.deks if key_id > after)[:limit]
+        if missing := [key_id for key_id in rows if key_id not in (state.staged or {})]:
+            raise StoreUnavailable(f"{len(missing)} rewrapped rows are missing: nothing was changed")
+        return rows[-1] if rows else ""
+
     def swap(self, keks: dict[str, KekCount]) -> None:
         state = self._writable()
-        staged = state.staged or {}
-        if len(staged) != len(state.deks):
-            raise StoreUnavailable(
-                f"the rewrapped table has {len(staged)} of {len(state.deks)} rows: nothing was changed"
-            )
-        self._working = State(staged, state.kms, keks, None, (*state.retired, state.deks))
+        if state.staged is None:
+            raise StoreUnavailable("no table for rewrapped rows was made")
+        self._working = State(state.staged, state.kms, keks, None, (*state.retired, state.deks))
 
     def retire(self, limit: int) -> bool:
         state = self._writable()

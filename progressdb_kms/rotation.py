@@ -6,10 +6,11 @@ between two batches. The steps, and what a crash leaves at each:
 1. The new KEK enters the keyring, unused. A fresh table and a fresh snapshot folder are made.
 2. Batch by batch: a page of live rows is unwrapped and wrapped under the new KEK, each new blob is opened
    again and compared, the rows go into the second table, the old rows into the snapshot. Whatever is
-   written to the store meanwhile is mirrored into the second table in the same transaction.
+   written to the store meanwhile is mirrored into the second table in the same transaction. These batches
+   wait for no disk: a crash undoes the rotation anyway, and the COMMIT of step 4 brings all to the disk.
    A crash here: the old state is whole; the next start throws the second table away.
    A failure: likewise; the keeper tidies up what is left, a bit at a time.
-3. The snapshot and its signed ledger are synced.
+3. Each live row is looked for in the second table. The snapshot and its signed ledger are synced.
 4. One short transaction swaps the tables, the active kek_id and the wrapped audit key.
    A crash before its COMMIT: the old state whole. After it: the new one.
 5. The new KEK becomes active in memory, the old one is wiped, the old rows are deleted bit by bit.
@@ -18,7 +19,7 @@ between two batches. The steps, and what a crash leaves at each:
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -32,8 +33,14 @@ from .policy import SHREDDED
 from .snapshots import Snapshot
 from .store import DekRecord, KekCount, Store
 
-BATCH = 100
-"""DEKs a step: about 5 ms of work, which is the longest that a create waits for a rotation."""
+STEP_SECONDS = 0.005
+"""Work of one step, as near as can be foreseen: so long a create waits for it."""
+
+LEAST, MOST = 10, 1000
+"""DEKs of one step."""
+
+CHECK = 1000
+"""Staged rows that are looked for in one step; each takes about a microsecond."""
 
 AUDIT_KEY_ID = "audit"
 """The key_id that the wrapped audit key is bound to. Too short to be taken for a generated one."""
@@ -41,6 +48,27 @@ AUDIT_KEY_ID = "audit"
 
 Steps = Generator[None, None, dict[str, Any]]
 """A long job: each step does a bounded piece of work, and the last one returns the answer."""
+
+
+class Pages:
+    """All rows of a store, in pages of such a size that the work on one takes STEP_SECONDS."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._size = LEAST
+
+    def __iter__(self) -> Iterator[list[DekRecord]]:
+        after = ""
+        self._begun = time.perf_counter()
+        while page := self._store.page(after, self._size):
+            yield page
+            after = page[-1].key_id
+            self._begun = time.perf_counter()
+
+    def done(self) -> None:
+        """The work on a page is done: let the next one be larger or smaller."""
+        took = max(time.perf_counter() - self._begun, 1e-6)
+        self._size = min(max(LEAST, round(self._size * min(2.0, STEP_SECONDS / took))), MOST)
 
 
 class Rewrapper:
@@ -52,43 +80,57 @@ class Rewrapper:
         self.version = version
         self._random = random
         self._memory = LockedBuffer(2 * operations.SCRATCH_SIZE)
+        self._first = self._memory.view[: operations.SCRATCH_SIZE]
+        self._second = self._memory.view[operations.SCRATCH_SIZE :]
 
-    def blob(self, key_id: str, blob: bytes) -> bytes:
-        """The same DEK wrapped under the target. Raises AuthenticationFailed or KekNotLoaded."""
-        wrapped = operations.stored(key_id, blob)
-        first = self._memory.view[: operations.SCRATCH_SIZE]
-        second = self._memory.view[operations.SCRATCH_SIZE :]
-        source = wrapped.kek_id or self._keyring.active.kek_id
+    def records(self, olds: Sequence[DekRecord]) -> list[DekRecord]:
+        """The rows with their DEKs under the target; a shredded one stays as it is. Raises StoreDamaged or
+        KekNotLoaded."""
+        nonces = self._random(NONCE_SIZE * len(olds))
+        news = []
         try:
-            with self._keyring.borrow(source) as kek:
-                dek = operations.unwrap_into(kek, wrapped, first)
-            with self._keyring.borrow(self.target) as kek:
-                moved = operations.wrap(kek, self.target, key_id, self._random(NONCE_SIZE), dek)
-                again = operations.unwrap_into(kek, envelope.parse(moved), second)
-            if not same(dek, again):  # type: ignore[arg-type]
-                raise StoreDamaged(f"the rewrapped DEK of {key_id} is not the same")
-        finally:
-            self._memory.wipe()
-        return moved
-
-    def record(self, old: DekRecord) -> DekRecord:
-        if old.state == SHREDDED:
-            return old
-        try:
-            moved = self.blob(old.key_id, old.wrapped)
+            for place, old in enumerate(olds):
+                if old.state != SHREDDED:
+                    nonce = nonces[place * NONCE_SIZE : (place + 1) * NONCE_SIZE]
+                    moved = self._moved(old.key_id, old.wrapped, nonce)
+                    old = old._replace(wrapped=moved, kek_id=self.target, kek_version=self.version)
+                news.append(old)
         except AuthenticationFailed:
             raise StoreDamaged(
                 f"the stored DEK of key {old.key_id} does not open under the KEK {old.kek_id} that it names",
                 hint="run `progressdb-kms verify`; bring the key back with `restore --snapshot DIR --key ID`",
             ) from None
-        return old._replace(wrapped=moved, kek_id=self.target, kek_version=self.version)
+        finally:
+            self._memory.wipe()
+        return news
+
+    def blob(self, key_id: str, blob: bytes) -> bytes:
+        """The same DEK wrapped under the target. Raises AuthenticationFailed or KekNotLoaded."""
+        try:
+            return self._moved(key_id, blob, self._random(NONCE_SIZE))
+        finally:
+            self._memory.wipe()
+
+    def _moved(self, key_id: str, blob: bytes, nonce: bytes) -> bytes:
+        wrapped = operations.stored(key_id, blob)
+        source = wrapped.kek_id or self._keyring.active.kek_id
+        with self._keyring.borrow(source) as kek:
+            dek = operations.unwrap_into(kek, wrapped, self._first)
+        with self._keyring.borrow(self.target) as kek:
+            moved = operations.wrap(kek, self.target, key_id, nonce, dek)
+            again = operations.unwrap_into(kek, envelope.parse(moved), self._second)
+        if not same(dek, again):  # type: ignore[arg-type]
+            raise StoreDamaged(f"the rewrapped DEK of {key_id} is not the same")
+        return moved
 
     def close(self) -> None:
+        self._first.release()
+        self._second.release()
         self._memory.close()
 
 
 class Progress(NamedTuple):
-    phase: str  # checking | rewrapping | syncing | swapping
+    phase: str  # rewrapping | comparing | syncing | swapping; checking: a dry run
     done: int
     total: int
     new_kek_id: str
@@ -110,7 +152,7 @@ class Rotation:
     def mirror(self, record: DekRecord) -> None:
         """Called by the keeper inside each transaction that changes a row while a rotation is under way."""
         if self._rewrapper is not None:
-            self._store.stage([self._rewrapper.record(record)])
+            self._store.stage(self._rewrapper.records([record]))
 
     def dry_run(self, new_kek: memoryview) -> Steps:
         """Open every DEK under the KEK that it names, change nothing, and tell what would be done."""
@@ -119,12 +161,14 @@ class Rotation:
         memory = LockedBuffer(operations.SCRATCH_SIZE)
         done = 0
         try:
-            for page in _pages(self._store):
+            pages = Pages(self._store)
+            for page in pages:
                 for record in page:
                     if record.state != SHREDDED:
                         _open_stored(self._keyring, record, memory.view)
                         done += 1
                 self.progress = Progress("checking", done, total, new_id)
+                pages.done()
                 yield
         finally:
             memory.close()
@@ -154,17 +198,21 @@ class Rotation:
             self._rewrapper = Rewrapper(self._keyring, new_id, version, self._random)
             done = 0
             self.progress = Progress("rewrapping", 0, total, new_id)
-            for page in _pages(self._store):
-                live = [record for record in page if record.state != SHREDDED]
-                with snapshot.saving(live):
-                    moved = [(record, self._rewrapper.record(record)) for record in live]
-                    with self._store.transaction():
-                        self._store.stage(record for record in page if record.state == SHREDDED)
-                        self._store.stage(new for _, new in moved)
-                for record, new in moved:
-                    snapshot.note(record, new)
-                done += len(live)
+            pages = Pages(self._store)
+            for page in pages:
+                moved = self._rewrapper.records(page)
+                for before, after in zip(page, moved):
+                    if before.state != SHREDDED:
+                        snapshot.save(before, after)
+                        done += 1
+                with self._store.transaction(durable=False):
+                    self._store.stage(moved)
                 self.progress = Progress("rewrapping", done, total, new_id)
+                pages.done()
+                yield
+            self.progress = Progress("comparing", done, total, new_id)
+            seen = ""
+            while seen := self._store.check_staged(seen, CHECK):
                 yield
             self.progress = Progress("syncing", done, total, new_id)
             yield from snapshot.finish(self._keyring.audit_key, new_id)
@@ -234,13 +282,6 @@ def _check_new(keyring: Keyring, new_kek: memoryview) -> str:
             hint="rotate to a fresh key: `progressdb-kms rotate-kek --generate`",
         )
     return new_id
-
-
-def _pages(store: Store) -> Iterator[list[DekRecord]]:
-    after = ""
-    while page := store.page(after, BATCH):
-        yield page
-        after = page[-1].key_id
 
 
 def _open_stored(keyring: Keyring, record: DekRecord, scratch: memoryview) -> None:

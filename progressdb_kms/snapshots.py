@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -46,29 +46,9 @@ class Snapshot:
         self._count = 0
         self._pool = ThreadPoolExecutor(max_workers=1)
 
-    @contextlib.contextmanager
-    def saving(self, records: Sequence[DekRecord]) -> Iterator[None]:
-        """Write these rows, by a thread, while the block rewraps them. Done when the block ends."""
-        saved = self._pool.submit(self._save, records)
-        try:
-            yield
-        finally:
-            wait((saved,))
-        with _write_errors(self.path):
-            saved.result()
-
-    def _save(self, records: Sequence[DekRecord]) -> None:
-        for record in records:
-            row = json_dumps({"key_id": record.key_id, **record.to_row()}).encode() + b"\n"
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            fd = os.open(record.key_id + ".json", flags, 0o600, dir_fd=self._folder)
-            try:
-                _write_all(fd, row)
-            finally:
-                os.close(fd)
-
-    def note(self, old: DekRecord, new: DekRecord) -> None:
-        """A line of the ledger."""
+    def save(self, old: DekRecord, new: DekRecord) -> None:
+        """Write the row as it was, and a line of the ledger on how it was rewrapped."""
+        row = json_dumps({"key_id": old.key_id, **old.to_row()}).encode() + b"\n"
         line = {
             "key_id": old.key_id,
             "old_kek_id": old.kek_id,
@@ -80,6 +60,12 @@ class Snapshot:
         self._digest.update(text)
         self._count += 1
         with _write_errors(self.path):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            fd = os.open(old.key_id + ".json", flags, 0o600, dir_fd=self._folder)
+            try:
+                _write_all(fd, row)
+            finally:
+                os.close(fd)
             self._ledger.write(text)
 
     def finish(self, audit_key: memoryview, new_kek_id: str) -> Iterator[None]:

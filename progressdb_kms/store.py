@@ -3,7 +3,8 @@
 The contract, for every store:
 
 - `transaction()`: what is written inside is on disk when the block ends, or nothing of it is. An error is
-  raised by the call that caused it, as StoreUnavailable.
+  raised by the call that caused it, as StoreUnavailable. `durable=False`, for work that a crash may undo:
+  it is on disk, whole or not at all, when the next durable transaction ends.
 - `savepoint()`: a part of a transaction that can fail alone.
 - Readers see committed state only, and never wait for a writer.
 - `deks` rows are keyed `meta:<key_id>`; the service's own rows `kek:…` and `audit:…` stand in `kms`.
@@ -47,6 +48,9 @@ BUSY_WAIT = 5000
 CHECKPOINT_WAIT = 1000
 """Milliseconds that a checkpoint waits for readers. Ours take one; a program that keeps a read transaction
 open (Litestream does) would otherwise stop all writes for as long as it likes."""
+
+FULL = "FULL"  # each COMMIT waits for the disk
+NORMAL = "NORMAL"  # in WAL mode: a COMMIT is ordered before the next one, and waits for nothing
 
 DEKS = "deks"
 STAGED = "deks_next"
@@ -128,13 +132,14 @@ class Reader(Protocol):
 class Store(Reader, Protocol):
     """What the keeper sees: the reader's side, and writes inside transactions."""
 
-    def transaction(self) -> contextlib.AbstractContextManager[None]: ...
+    def transaction(self, durable: bool = True) -> contextlib.AbstractContextManager[None]: ...
     def savepoint(self) -> contextlib.AbstractContextManager[None]: ...
     def put(self, record: DekRecord) -> None: ...
     def write(self, name: str, value: dict[str, Any]) -> None: ...
     def erase(self, name: str) -> None: ...
     def stage(self, records: Iterable[DekRecord]) -> None: ...
     def staging(self, on: bool) -> None: ...
+    def check_staged(self, after: str, limit: int) -> str: ...
     def swap(self, keks: dict[str, KekCount]) -> None: ...
     def retire(self, limit: int) -> bool: ...
     def forget(self, key_id: str) -> None: ...
@@ -252,6 +257,10 @@ _PAGE_OF_THREAD = (
     f"SELECT key, value FROM \"{DEKS}\" WHERE json_extract(value, '$.thread_id') = ? AND key > ? "  # noqa: S608
     "ORDER BY key LIMIT ?"
 )
+_CHECK_STAGED = (
+    f'SELECT max(live.key), count(*), count(staged.key) FROM (SELECT key FROM "{DEKS}" WHERE key > ? '  # noqa: S608
+    f'ORDER BY key LIMIT ?) AS live LEFT JOIN "{STAGED}" AS staged ON staged.key = live.key'
+)
 
 
 class SqliteReader:
@@ -353,7 +362,7 @@ class SqliteStore(SqliteReader):
             )
         for pragma, value, wanted in (
             ("journal_mode", "WAL", "wal"),
-            ("synchronous", "FULL", 2),
+            ("synchronous", FULL, 2),
             ("secure_delete", "ON", 1),
             ("busy_timeout", str(BUSY_WAIT), BUSY_WAIT),
         ):
@@ -363,6 +372,7 @@ class SqliteStore(SqliteReader):
                     f"SQLite refuses {pragma}={value} for {self.path} (it stays {found})",
                     hint="the data-dir must be on a local file system with locks and shared memory",
                 )
+        self._synchronous = FULL
         self._bind()
         if not version:
             self._index(DEKS)
@@ -402,9 +412,12 @@ class SqliteStore(SqliteReader):
     # ---- transactions ------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, durable: bool = True) -> Iterator[None]:
         if self._suspect:
             self._reopen()
+        if self._synchronous != (wanted := FULL if durable else NORMAL):
+            self._conn.execute(f"PRAGMA synchronous={wanted}")
+            self._synchronous = wanted
         before = self._counts
         self._conn.execute("BEGIN IMMEDIATE")
         try:
@@ -483,11 +496,16 @@ class SqliteStore(SqliteReader):
         rows = (("meta:" + record.key_id, json_dumps(record.to_row())) for record in records)
         self._conn.executemany(f'REPLACE INTO "{STAGED}" (key, value) VALUES (?, ?)', rows)  # noqa: S608
 
+    def check_staged(self, after: str, limit: int) -> str:
+        """See that each of up to `limit` rows behind the key_id `after` is staged. Returns the last key_id,
+        or "" at the end. Raises StoreUnavailable where one is missing."""
+        last, live, staged = self._conn.select_one(_CHECK_STAGED, ("meta:" + after, limit))
+        if staged != live:
+            raise StoreUnavailable(f"{live - staged} rewrapped rows are missing: nothing was changed")
+        return last[5:] if last else ""
+
     def swap(self, keks: dict[str, KekCount]) -> None:
         """Let the staged table be the store. The old one is emptied bit by bit by `retire`."""
-        staged, live = (self._conn.select_one(f'SELECT count(*) FROM "{name}"')[0] for name in (STAGED, DEKS))  # noqa: S608
-        if staged != live:
-            raise StoreUnavailable(f"the rewrapped table has {staged} of {live} rows: nothing was changed")
         self._conn.execute(f'ALTER TABLE "{DEKS}" RENAME TO "{self._free_name(RETIRED)}"')
         self._conn.execute(f'ALTER TABLE "{STAGED}" RENAME TO "{DEKS}"')
         self._counts = keks

@@ -231,14 +231,37 @@ class TestRotation:
         assert keys(reader.page("", 9, "u")) == ["b"]
         assert reader.keks() == store.keks() == {NEW: KekCount(2, 2, "s")}
 
-    def test_not_while_a_row_is_missing(self, store: AnyStore, reader: AnyReader) -> None:
-        put(store, dek("a"), dek("b"))
+    def test_a_missing_row_is_noticed(self, store: AnyStore) -> None:
+        put(store, *(dek(name) for name in "abcd"))
         with store.transaction():
             store.staging(True)
-            store.stage(self.rewrapped("a"))
-        with pytest.raises(StoreUnavailable, match="1 of 2 rows"), store.transaction():
+            store.stage(self.rewrapped("a", "b", "d"))
+        assert store.check_staged("", 2) == "b"
+        with pytest.raises(StoreUnavailable, match="1 rewrapped rows are missing"):
+            store.check_staged("b", 2)
+
+    def test_none_is_missing(self, store: AnyStore) -> None:
+        put(store, *(dek(name) for name in "abc"))
+        with store.transaction():
+            store.staging(True)
+            store.stage(self.rewrapped("a", "b", "c"))
+        assert store.check_staged("", 2) == "b" and store.check_staged("b", 2) == "c"
+        assert store.check_staged("c", 2) == ""
+
+    def test_nothing_is_swapped_in_where_nothing_was_staged(self, store: AnyStore, reader: AnyReader) -> None:
+        put(store, dek("a"))
+        with pytest.raises(StoreUnavailable), store.transaction():
             store.swap({NEW: KekCount(2, 1, "s")})
-        assert reader.page("", 9) == [dek("a"), dek("b")] and reader.keks()[OLD].deks == 2
+        assert reader.page("", 9) == [dek("a")] and reader.keks()[OLD].deks == 1
+
+    def test_what_need_not_be_durable_is_seen_at_once(self, store: AnyStore, reader: AnyReader) -> None:
+        with store.transaction(durable=False):
+            store.put(dek("a"))
+        assert reader.get("a") == dek("a")
+        with pytest.raises(RuntimeError), store.transaction(durable=False):
+            store.put(dek("b"))
+            raise RuntimeError
+        assert keys(reader.page("", 9)) == ["a"]
 
     def test_an_earlier_try_leaves_nothing(self, store: AnyStore) -> None:
         put(store, dek("a"))
