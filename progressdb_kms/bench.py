@@ -11,6 +11,7 @@ in a temporary folder.
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import selectors
@@ -23,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,13 +49,15 @@ from .policy import Peer, PeerRules
 from .rotation import Rotation
 from .service import Service
 from .startup import ConfiguredKey
-from .store import DekRecord, SqliteStore
+from .store import DekRecord, KekCount, SqliteStore
 
 MESSAGE = 200  # bytes: a chat message
 PAGE = 100  # messages of a page of chat
 RAW = 1 << 20  # bytes of a large payload
 CONNECTIONS = (1, 16, 64)
 START_SECONDS = 15.0
+STORES = (1_000, 100_000, 1_000_000)  # DEKs: rotation is measured on each of these
+DISK = 10 << 10  # bytes that a DEK takes while its store is rotated: two rows, and a snapshot file of 4 KiB
 
 
 class BenchFailed(OperatorError):
@@ -142,8 +145,8 @@ def load(
 ) -> Load:
     """A closed loop: each connection sends the next request when it has the answer. It ends after `seconds`,
     or earlier, as soon as `ended` says so. Raises BenchFailed at an answer that is not 2xx."""
-    with selectors.DefaultSelector() as selector:
-        socks = [_connect(path) for _ in range(connections)]
+    with selectors.DefaultSelector() as selector, ExitStack() as opened, _lost():
+        socks = [opened.enter_context(_connect(path)) for _ in range(connections)]
         size = _first_answer(socks[0], request)
         took: list[float] = []
         for sock in socks:
@@ -154,8 +157,6 @@ def load(
         while (now := time.perf_counter()) < until and not ended():
             for event, _ in selector.select(0.1):
                 _answered(event, request, size, took)
-        for sock in socks:
-            sock.close()
     took.sort()
     if not took:
         raise BenchFailed("no answer came")
@@ -163,12 +164,22 @@ def load(
     return Load(len(took) / (now - begun), p50, p99)
 
 
+@contextmanager
+def _lost() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BenchFailed(f"the daemon that is measured is gone: {error.strerror}") from error
+
+
 def _answered(event: selectors.SelectorKey, request: bytes, size: int, took: list[float]) -> None:
     """Take in what came; where the answer is whole, send the next request."""
     sock = event.fileobj
     assert isinstance(sock, socket.socket)
     state = event.data
-    state[0] -= len(sock.recv(1 << 21))
+    if not (some := sock.recv(1 << 21)):
+        raise ConnectionResetError(errno.ECONNRESET, "it closed the connection")
+    state[0] -= len(some)
     if state[0] <= 0:
         now = time.perf_counter()
         took.append(now - state[1])
@@ -256,7 +267,21 @@ def store(seconds: float, deks: int) -> Iterator[Figure]:
 
 
 def rotate(seconds: float, deks: int) -> Iterator[Figure]:
-    yield from _rotation(deks)
+    """Stores of STORES DEKs each, as far as `deks`. They are removed at the end: a file system that has just
+    deleted many files makes new ones slowly, which would show in the next figure."""
+    sizes = [size for size in STORES if size < deks] + [deks]
+    folder = Path(tempfile.mkdtemp(prefix="kmsbench"))
+    try:
+        if (free := shutil.disk_usage(folder).free) < (needed := sum(sizes) * DISK):
+            raise BenchFailed(
+                f"{folder.parent} has {free >> 20} MiB free, the stores to rotate take {needed >> 20}",
+                hint="fewer --deks, or another TMPDIR",
+            )
+        resident = _resident()
+        for size in sizes:
+            yield from _rotation(folder / str(size), size, resident)
+    finally:
+        shutil.rmtree(folder)
     yield from _beside_a_rotation(seconds)
 
 
@@ -277,43 +302,39 @@ def _beside_a_rotation(seconds: float) -> Iterator[Figure]:
             yield Figure(f"{name}, p99", beside.p99 * 1e6, "us", note)
 
 
-def _rotation(deks: int) -> Iterator[Figure]:
-    """A store of `deks` DEKs: time to open it, rate of a rotation, and how much memory that takes."""
-    folder = Path(tempfile.mkdtemp(prefix="kmsbench"))
+def _rotation(folder: Path, deks: int, resident: int) -> Iterator[Figure]:
+    """A store of `deks` DEKs: time to open it, rate of a rotation, and how far that takes the memory of this
+    process above `resident` KiB."""
+    folder.mkdir()
     region = LockedBuffer(REGION_SIZE)  # its pages go with the process: keepers hold views of them
-    with LockedBuffer(KEY_SIZE) as key, LockedBuffer(KEY_SIZE) as new:
-        _fill(key.view)
-        _fill(new.view)
-        keyring = Keyring(region.view)
-        kek_id = keyring.install(key.view, 1)
-        inbox, outbox = channel()
-        lock = claim(folder)
-        try:
-            keeper, _ = open_keeper(
-                folder, keyring, Configured(ConfiguredKey(kek_id, "bench")), new.view, inbox
-            )
-            keeper.close()
+    inbox, outbox = channel()
+    lock = claim(folder)
+    try:
+        with LockedBuffer(KEY_SIZE) as key, LockedBuffer(KEY_SIZE) as new:
+            _fill(key.view)
+            _fill(new.view)
+            keyring = Keyring(region.view)
+            kek_id = keyring.install(key.view, 1)
+            active = Configured(ConfiguredKey(kek_id, "bench"))
+            open_keeper(folder, keyring, active, new.view, inbox)[0].close()
             _make_deks(folder, keyring, kek_id, deks)
             begun = time.perf_counter()
-            keeper, _ = open_keeper(
-                folder, keyring, Configured(ConfiguredKey(kek_id, "bench")), new.view, inbox
-            )
-            yield Figure(f"start-up check with {deks} DEKs", (time.perf_counter() - begun) * 1e3, "ms")
+            keeper, _ = open_keeper(folder, keyring, active, new.view, inbox)
+            yield Figure(f"start-up checks, {deks} DEKs", (time.perf_counter() - begun) * 1e3, "ms")
             keeper.close()
             opened = SqliteStore(folder)
-            before, begun = _resident(anew=True), time.perf_counter()
+            _resident(anew=True)
+            begun = time.perf_counter()
             for _ in Rotation(opened, keyring, folder, os.urandom).run(new.view):
                 pass
-            yield Figure(f"rotation of {deks} DEKs", deks / (time.perf_counter() - begun), "DEKs a second")
-            yield Figure("memory that it took", max(0, _resident() - before) / 1024, "MiB")
+            yield Figure(f"rotation, {deks} DEKs", deks / (time.perf_counter() - begun), "DEKs a second")
+            yield Figure(f"its memory, {deks} DEKs", max(0, _resident() - resident) / 1024, "MiB")
             opened.close()
-        finally:
-            for end in (inbox, outbox):
-                end.close()
-            os.close(lock)
-            shutil.rmtree(folder)
-            region.wipe()
-            del keeper
+    finally:
+        region.wipe()
+        os.close(lock)
+        for end in (inbox, outbox):
+            end.close()
 
 
 # ---- what keeping keys out of memory costs ----------------------------------------------------------
@@ -392,16 +413,25 @@ def _careful(body: bytes) -> Callable[[], bytes]:
 
 def _make_deks(folder: Path, keyring: Keyring, kek_id: str, count: int) -> None:
     made = SqliteStore(folder)
-    since = timestamp(time.time())
-    with LockedBuffer(KEY_SIZE) as dek:
+    with LockedBuffer(KEY_SIZE) as dek, keyring.borrow(kek_id) as kek:
         _fill(dek.view)
+        with made.transaction():
+            made.staging(True)
         for start in range(0, count, 1000):
-            with made.transaction(), keyring.borrow(kek_id) as kek:
-                for number in range(start, min(count, start + 1000)):
-                    name = new_key_id(number, os.urandom(10))
-                    blob = operations.wrap(kek, kek_id, name, os.urandom(NONCE_SIZE), dek.view)
-                    made.put(DekRecord(name, f"thread-{number % 1000}", blob, kek_id, 1, since))
+            numbers = range(start, min(count, start + 1000))
+            with made.transaction(durable=False):
+                made.stage(_dek(kek, kek_id, number, dek.view) for number in numbers)
+        with made.transaction():
+            made.swap({kek_id: KekCount(1, count, timestamp(time.time()))})
+        while made.retire(1):
+            pass
     made.close()
+
+
+def _dek(kek: memoryview, kek_id: str, number: int, dek: memoryview) -> DekRecord:
+    key_id = new_key_id(number, os.urandom(10))
+    wrapped = operations.wrap(kek, kek_id, key_id, os.urandom(NONCE_SIZE), dek)
+    return DekRecord(key_id, f"thread-{number % 1000}", wrapped, kek_id, 1, timestamp(number))
 
 
 def _fill(view: memoryview) -> None:

@@ -396,11 +396,17 @@ COMMANDS: tuple[Command, ...] = (
         (
             Arg(("what",), "calls (default), store, rotate or memory", "bench", "WHAT", "?", default="calls"),
             Arg(("--seconds",), "how long each figure is measured (default 3)", "count", "N", default=3),
-            Arg(("--deks",), "DEKs in the store, for rotate (default 10000)", "count", "N", default=10_000),
+            Arg(
+                ("--deks",),
+                "DEKs of the largest store, for rotate (default 1000000, which takes minutes and 10 GB)",
+                "count",
+                "N",
+                default=1_000_000,
+            ),
             JSON,
         ),
         "bench",
-        ("progressdb-kms bench", "progressdb-kms bench rotate --deks 1000000"),
+        ("progressdb-kms bench", "progressdb-kms bench rotate --deks 100000"),
     ),
 )
 

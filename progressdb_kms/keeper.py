@@ -62,8 +62,9 @@ SYNC_SECONDS = 1.0
 """How much of the audit log a power cut may take, at most, without being noticed."""
 
 REST = 3
-"""After a step of long work during which others wanted this core: the pause, in lengths of the step. It keeps
-the p99 of an encrypt beside a rotation within three times of its p99 alone; an idle machine never waits."""
+"""After a step of long work during which others wanted this core: the pause, in times of what the step took
+of it. It keeps the p99 of an encrypt beside a rotation within three times of its p99 alone; an idle machine
+never waits."""
 
 RETIRE_ROWS = 500
 """Old rows deleted a step after a rotation."""
@@ -211,9 +212,9 @@ class Keeper:
 
     def _advance_politely(self) -> None:
         """A step, and after it a rest where others wanted the core."""
-        begun, pushed = time.perf_counter(), _pushed_aside()
+        begun, pushed = time.thread_time(), _pushed_aside()
         self._advance()
-        self._rest = REST * (time.perf_counter() - begun) if _pushed_aside() != pushed else 0.0
+        self._rest = REST * (time.thread_time() - begun) if _pushed_aside() != pushed else 0.0
 
     def _advance(self) -> None:
         """A step of the rotation; where there is none, of the tidying up."""

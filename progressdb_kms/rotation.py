@@ -34,7 +34,8 @@ from .snapshots import Snapshot
 from .store import DekRecord, KekCount, Store
 
 STEP_SECONDS = 0.005
-"""Work of one step, as near as can be foreseen: so long a create waits for it."""
+"""Work of one step, as near as can be foreseen: so long a create waits for it. It is time of the processor:
+by the wall clock, a busy machine would see smaller and smaller steps, and a rotation that never ends."""
 
 LEAST, MOST = 10, 1000
 """DEKs of one step."""
@@ -59,15 +60,15 @@ class Pages:
 
     def __iter__(self) -> Iterator[list[DekRecord]]:
         after = ""
-        self._begun = time.perf_counter()
+        self._begun = time.thread_time()
         while page := self._store.page(after, self._size):
             yield page
             after = page[-1].key_id
-            self._begun = time.perf_counter()
+            self._begun = time.thread_time()
 
     def done(self) -> None:
         """The work on a page is done: let the next one be larger or smaller."""
-        took = max(time.perf_counter() - self._begun, 1e-6)
+        took = max(time.thread_time() - self._begun, 1e-6)
         self._size = min(max(LEAST, round(self._size * min(2.0, STEP_SECONDS / took))), MOST)
 
 

@@ -391,11 +391,18 @@ class TestFile:
 
     def test_the_file_is_written_so_that_nothing_is_lost(self, tmp_path: Path) -> None:
         store = SqliteStore(tmp_path)
-        pragma = {
-            name: store._conn.select_one(f"PRAGMA {name}")[0] for name in ("journal_mode", "synchronous")
-        }
-        assert pragma == {"journal_mode": "wal", "synchronous": 2}
-        assert store._conn.select_one("PRAGMA secure_delete")[0] == 1
+        pragmas = ("journal_mode", "synchronous", "secure_delete")
+        pragma = {name: store._conn.select_one(f"PRAGMA {name}")[0] for name in pragmas}
+        assert pragma == {"journal_mode": "wal", "synchronous": 2, "secure_delete": 1}
+        store.close()
+
+    def test_what_follows_a_write_that_need_not_be_durable_is(self, tmp_path: Path) -> None:
+        store = SqliteStore(tmp_path)
+        found = []
+        for durable in (True, False, False, True):
+            with store.transaction(durable=durable):
+                found.append(store._conn.select_one("PRAGMA synchronous")[0])
+        assert found == [2, 1, 1, 2]
         store.close()
 
     def test_a_failed_commit_is_an_error_of_that_call(self, tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
 
+from progressdb_kms.keyring import fingerprint
 from tests.harness import Daemon, Session
 from tests.harness.kept import Kept
 from tests.harness.load import Load, hammer
@@ -112,6 +114,27 @@ def test_two_rotations_at_once(daemon: Daemon) -> None:
         thread.join()
     assert sorted(replies) == [(200, ""), (409, "rotation_in_progress")]
     assert daemon.ok("GET", "/status")["kek_version"] == 2
+
+
+def test_the_progress_of_a_rotation(daemon: Daemon) -> None:
+    """`/status` of any worker tells how far it is, and nothing of it afterwards."""
+    hammer(daemon.socket, lambda kms, number: kms.create_dek("t"), count=1500, threads=16)
+    new = os.urandom(32)
+    with daemon.session() as asking, ThreadPoolExecutor(1) as pool, daemon.session() as changer:
+        assert asking.ok("GET", "/status")["rotation"] is None
+        rotated = pool.submit(changer.rotate, new)
+        seen = []
+        while not rotated.done():
+            if (rotation := asking.ok("GET", "/status")["rotation"]) is not None:
+                seen.append(rotation)
+        assert rotated.result()["rewrapped"] == 1500
+        assert asking.ok("GET", "/status")["rotation"] is None
+    assert {(row["total"], row["new_kek_id"]) for row in seen} == {(1500, fingerprint(memoryview(new)))}
+    done = [row["done"] for row in seen]
+    assert done == sorted(done) and len(set(done)) > 5 and done[-1] <= 1500
+    phases = list(dict.fromkeys(row["phase"] for row in seen))
+    order = ["rewrapping", "comparing", "syncing", "swapping"]
+    assert phases[0] == "rewrapping" and phases == [phase for phase in order if phase in phases]
 
 
 def test_a_shred_while_all_are_at_work(daemon: Daemon, everywhere: list[Session]) -> None:

@@ -1,0 +1,113 @@
+"""`bench`: every figure that it promises is there and is a number, and a wrong answer is no figure."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from progressdb_kms import bench
+from tests.harness.daemon import cli
+
+
+def figures(*args: str) -> dict[str, dict[str, Any]]:
+    done = cli("bench", *args, "--json", "--seconds", "1")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    return {row["name"]: row for row in rows}
+
+
+def test_store() -> None:
+    found = figures("store")
+    assert list(found) == ["durable creates, 1 callers", "durable creates, 64 callers"]
+    assert all(row["value"] > 0 and row["unit"] == "a second" for row in found.values())
+
+
+def test_rotate_measures_each_store_and_what_callers_notice(
+    short_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(short_tmp))
+    found = {figure.name: figure._asdict() for figure in bench.rotate(0.1, 1500)}
+    assert {name: row["unit"] for name, row in found.items()} == {
+        "start-up checks, 1000 DEKs": "ms",
+        "rotation, 1000 DEKs": "DEKs a second",
+        "its memory, 1000 DEKs": "MiB",
+        "start-up checks, 1500 DEKs": "ms",
+        "rotation, 1500 DEKs": "DEKs a second",
+        "its memory, 1500 DEKs": "MiB",
+        "encrypt 200 B, p99": "us",
+        "create a DEK, p99": "us",
+    }
+    assert all(row["value"] > 0 for name, row in found.items() if "memory" not in name)
+    assert os.listdir(short_tmp) == []
+
+
+def test_rotate_asks_for_room_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "b"))
+    (tmp_path / "b").mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 0, 99 << 20))
+    with pytest.raises(bench.BenchFailed, match=f"{tmp_path} has 99 MiB free, the stores to rotate take 986"):
+        next(bench.rotate(1, 100_000))
+    assert os.listdir(tmp_path) == []
+
+
+def test_memory() -> None:
+    naive, careful = figures("memory").values()
+    assert naive["value"] > careful["value"] > 0
+    assert careful["note"] == f"{naive['value'] / careful['value'] - 1:+.0%} time"
+
+
+def test_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "CONNECTIONS", (1, 2))
+    found = {figure.name: figure for figure in bench.calls(0.1, 0)}
+    each = ("http alone", "encrypt 200 B", "decrypt 200 B", "decrypt a page of 100, messages", "create a DEK")
+    ends = ("cipher alone: unwrap and encrypt 200 B", "encrypt 1 MiB raw, 2 connections")
+    assert set(found) == {*ends, *(f"{name}, {count} connections" for name in each for count in (1, 2))}
+    assert all(figure.value > 0 for figure in found.values())
+
+
+@contextmanager
+def answering(path: Path, *answers: bytes) -> Iterator[str]:
+    """A server that gives these answers to its first connection, and no more."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def serve() -> None:
+            with listener.accept()[0] as sock:
+                for answer in answers:
+                    sock.recv(1024)
+                    sock.sendall(answer)
+                sock.recv(1024)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield str(path)
+        thread.join()
+
+
+ASK = b"GET / HTTP/1.1\r\n\r\n"
+FINE = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "answers, seconds, message",
+    [
+        ((b"HTTP/1.1 503 Full\r\nContent-Length: 0\r\n\r\n",), 1.0, "the daemon answered HTTP/1.1 503 Full"),
+        ((FINE,), 0.0, "no answer came"),
+        ((FINE, FINE), 1.0, "the daemon that is measured is gone: it closed the connection"),
+    ],
+    ids=["refused", "silent", "gone"],
+)
+def test_what_is_no_figure(short_tmp: Path, answers: tuple[bytes, ...], seconds: float, message: str) -> None:
+    with answering(short_tmp / "s", *answers) as path, pytest.raises(bench.BenchFailed, match=message):
+        bench.load(path, ASK, 1, seconds)
