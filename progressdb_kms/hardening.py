@@ -6,6 +6,9 @@ takes effect at a start:
     PYTHONMALLOC=malloc                     Python's objects come from the C library …
     GLIBC_TUNABLES  malloc.perturb=165      … which overwrites each block that is freed,
                     malloc.tcache_count=0   … also those that its cache would take untouched
+                    malloc.arena_max=1      and three for speed: one heap for all threads (the interpreter
+                    malloc.mmap_threshold   lets one of them run at a time) stays in the processor's cache,
+                    malloc.trim_threshold   and the memory of long bodies is not fetched from the kernel anew
     LD_BIND_NOW=1                           no symbol is looked up later: that spills registers, which may
                                             hold half a DEK, onto the stack
 
@@ -33,7 +36,13 @@ FD_VARIABLE = "PROGRESSDB_KMS_MASTER_KEY_FD"
 MARKER = "PROGRESSDB_KMS_PREPARED"
 """Holds the pid of the process that `prepare` started anew. execve keeps the pid: there is no second time."""
 
-TUNABLES: Mapping[str, str] = {"glibc.malloc.tcache_count": "0", "glibc.malloc.perturb": "165"}
+TUNABLES: Mapping[str, str] = {
+    "glibc.malloc.tcache_count": "0",
+    "glibc.malloc.perturb": "165",
+    "glibc.malloc.arena_max": "1",
+    "glibc.malloc.mmap_threshold": str(4 << 20),
+    "glibc.malloc.trim_threshold": str(16 << 20),
+}
 
 MAX_HANDED_OVER = 256
 """Bytes of the variable that go into the pipe. A key has 64; what is longer is refused where it is read."""

@@ -33,7 +33,9 @@ from tests.harness import procs
 
 REPO = Path(__file__).resolve().parents[2]
 KEY = bytes(range(7, 39)).hex()
-OURS = "glibc.malloc.tcache_count=0:glibc.malloc.perturb=165"
+FAST = "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=4194304:glibc.malloc.trim_threshold=16777216"
+UNCACHED = "glibc.malloc.tcache_count=0"
+OURS = f"{UNCACHED}:glibc.malloc.perturb=165:{FAST}"
 READY = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": OURS, "LD_BIND_NOW": "1"}
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
@@ -73,8 +75,8 @@ def test_new_environment(environ: dict[str, str], wipes: bool, expected: Optiona
     [
         ("", OURS),
         (OURS, OURS),
-        ("glibc.malloc.perturb=165", "glibc.malloc.perturb=165:glibc.malloc.tcache_count=0"),
-        ("glibc.malloc.perturb=0:a.b=4", "glibc.malloc.perturb=165:a.b=4:glibc.malloc.tcache_count=0"),
+        ("glibc.malloc.perturb=165", f"glibc.malloc.perturb=165:{UNCACHED}:{FAST}"),
+        ("glibc.malloc.perturb=0:a.b=4", f"glibc.malloc.perturb=165:a.b=4:{UNCACHED}:{FAST}"),
         ("nonsense::x=a=b", f"x=a=b:{OURS}"),
     ],
 )  # fmt: skip
