@@ -43,7 +43,6 @@ from .keyring import REGION_SIZE, Keyring
 from .lockedmem import LockedBuffer
 from .metrics import Metrics
 from .opening import Configured
-from .rotation import TOGETHER
 from .service import Service, StagingSlots
 from .startup import ConfiguredKey
 from .store import SqliteReader
@@ -390,7 +389,6 @@ class Alone:
         shared = self._shared
         signals = SignalPipe()
         keeper, epoch = _open_keeper(shared, 0)
-        keeper.pace = TOGETHER
         shared.metrics.block(0).add("starts", 1)
         up = threading.Event()
         thread = threading.Thread(target=self._work, args=(f"{epoch}.1", up))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import select
 import socket
 import time
@@ -43,7 +44,7 @@ from .jobs import Head, Job, answer, receive
 from .keyring import Keyring, fingerprint
 from .lockedmem import LockedBuffer, wipe
 from .policy import PENDING_DELETION, SHREDDED, TRANSITIONS
-from .rotation import APART, Rewrapper, Rotation, Steps, Stopwatch
+from .rotation import Rewrapper, Rotation, Steps
 from .store import DekRecord, Store
 
 log = logging.getLogger("progressdb_kms.keeper")
@@ -59,6 +60,11 @@ JANITOR_SECONDS = 30.0
 
 SYNC_SECONDS = 1.0
 """How much of the audit log a power cut may take, at most, without being noticed."""
+
+REST = 3
+"""After a step of long work during which others wanted this core: the pause, in times of what the step took
+of it. It keeps the p99 of an encrypt beside a rotation within three times of its p99 alone; an idle machine
+never waits."""
 
 RETIRE_ROWS = 500
 """Old rows deleted a step after a rotation."""
@@ -108,7 +114,6 @@ class Keeper:
         self._audit = audit
         self._inbox = inbox
         self._clock = clock
-        self.pace = APART
         self._memory = LockedBuffer(operations.SCRATCH_SIZE)
         self._effects: list[Callable[[], None]] = []
         self._rotation: Optional[Rotation] = None
@@ -207,10 +212,9 @@ class Keeper:
 
     def _advance_politely(self) -> None:
         """A step, and after it a rest where others wanted the core."""
-        watch = Stopwatch()
+        begun, pushed = time.thread_time(), _pushed_aside()
         self._advance()
-        took, wanted = watch.read()
-        self._rest = self.pace.rest * took if wanted else 0.0
+        self._rest = REST * (time.thread_time() - begun) if _pushed_aside() != pushed else 0.0
 
     def _advance(self) -> None:
         """A step of the rotation; where there is none, of the tidying up."""
@@ -413,7 +417,7 @@ class Keeper:
             raise Conflict(
                 "a rotation is under way", code="rotation_in_progress", hint="GET /status tells how far"
             )
-        self._rotation = Rotation(self._store, self._keyring, self._data_dir, os.urandom, self.pace)
+        self._rotation = Rotation(self._store, self._keyring, self._data_dir, os.urandom)
         return Long(self._rotate(self._rotation, slot, dry_run))
 
     def _rotate(self, rotation: Rotation, slot: int, dry_run: bool) -> Steps:
@@ -556,6 +560,11 @@ def describe(record: DekRecord) -> dict[str, Any]:
     if record.shredded_at:
         result["shredded_at"] = record.shredded_at
     return result
+
+
+def _pushed_aside() -> int:
+    """How often this process lost its core to another one that wanted it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def random_into(view: memoryview) -> None:

@@ -18,7 +18,6 @@ between two batches. The steps, and what a crash leaves at each:
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -34,26 +33,9 @@ from .policy import SHREDDED
 from .snapshots import Snapshot
 from .store import DekRecord, KekCount, Store
 
-
-class Pace(NamedTuple):
-    """How long work goes on while others want the processor."""
-
-    step: float
-    """Seconds of a step, as near as can be foreseen: so long a create waits for it. They are seconds of
-    processor time: by the wall clock, a busy machine would see smaller and smaller steps."""
-    rest: float
-    """The pause after a step, in times of what it took."""
-
-
-APART = Pace(0.002, 1)
-"""For a keeper in a process of its own."""
-
-TOGETHER = Pace(0.005, 3)
-"""For one that shares its process with a worker. There a step costs one call a time slice of the kernel,
-however short the step is: with few long ones it is fewer than one call in a hundred."""
-
-IDLE_STEP = 0.005
-"""Seconds of a step that nobody was in the way of."""
+STEP_SECONDS = 0.005
+"""Work of one step, as near as can be foreseen: so long a create waits for it. It is time of the processor:
+by the wall clock, a busy machine would see smaller and smaller steps, and a rotation that never ends."""
 
 LEAST, MOST = 10, 1000
 """DEKs of one step."""
@@ -69,43 +51,25 @@ Steps = Generator[None, None, dict[str, Any]]
 """A long job: each step does a bounded piece of work, and the last one returns the answer."""
 
 
-class Stopwatch:
-    """What a step took of the processor, and whether others wanted it meanwhile."""
-
-    def __init__(self) -> None:
-        self._used, self._lost = time.thread_time(), _pushed_aside()
-
-    def read(self) -> tuple[float, bool]:
-        return time.thread_time() - self._used, _pushed_aside() != self._lost
-
-
-def _pushed_aside() -> int:
-    """How often this process lost its core to another one that wanted it."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-
-
 class Pages:
-    """All rows of a store, in pages of such a size that the work on one is a step of `seconds`, or of
-    IDLE_STEP where nobody else wants the processor."""
+    """All rows of a store, in pages of such a size that the work on one takes STEP_SECONDS."""
 
-    def __init__(self, store: Store, seconds: float) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
-        self._seconds = seconds
         self._size = LEAST
 
     def __iter__(self) -> Iterator[list[DekRecord]]:
         after = ""
-        self._watch = Stopwatch()
+        self._begun = time.thread_time()
         while page := self._store.page(after, self._size):
             yield page
             after = page[-1].key_id
-            self._watch = Stopwatch()
+            self._begun = time.thread_time()
 
     def done(self) -> None:
         """The work on a page is done: let the next one be larger or smaller."""
-        took, wanted = self._watch.read()
-        step = self._seconds if wanted else max(self._seconds, IDLE_STEP)
-        self._size = min(max(LEAST, round(self._size * min(2.0, step / max(took, 1e-6)))), MOST)
+        took = max(time.thread_time() - self._begun, 1e-6)
+        self._size = min(max(LEAST, round(self._size * min(2.0, STEP_SECONDS / took))), MOST)
 
 
 class Rewrapper:
@@ -177,15 +141,9 @@ class Rotation:
     """One run. `run()` is the generator; its return value is the answer to the caller."""
 
     def __init__(
-        self,
-        store: Store,
-        keyring: Keyring,
-        data_dir: Path,
-        random: Callable[[int], bytes],
-        pace: Pace = APART,
+        self, store: Store, keyring: Keyring, data_dir: Path, random: Callable[[int], bytes]
     ) -> None:
         self._store = store
-        self._pace = pace
         self._keyring = keyring
         self._data_dir = data_dir
         self._random = random
@@ -204,7 +162,7 @@ class Rotation:
         memory = LockedBuffer(operations.SCRATCH_SIZE)
         done = 0
         try:
-            pages = Pages(self._store, self._pace.step)
+            pages = Pages(self._store)
             for page in pages:
                 for record in page:
                     if record.state != SHREDDED:
@@ -241,7 +199,7 @@ class Rotation:
             self._rewrapper = Rewrapper(self._keyring, new_id, version, self._random)
             done = 0
             self.progress = Progress("rewrapping", 0, total, new_id)
-            pages = Pages(self._store, self._pace.step)
+            pages = Pages(self._store)
             for page in pages:
                 moved = self._rewrapper.records(page)
                 for before, after in zip(page, moved):

@@ -13,102 +13,87 @@ import pytest
 from progressdb_kms import keeper as keeper_module
 from progressdb_kms import rotation
 from progressdb_kms.jobs import channel
-from progressdb_kms.keeper import RETIRE_ROWS, Keeper
+from progressdb_kms.keeper import REST, RETIRE_ROWS, Keeper
 from progressdb_kms.keyring import REGION_SIZE, Keyring
 from progressdb_kms.lockedmem import LockedBuffer
 from progressdb_kms.memstore import MemoryStore
 from progressdb_kms.opening import Configured, claim, open_keeper
-from progressdb_kms.rotation import APART, IDLE_STEP, LEAST, MOST, TOGETHER, Pace, Pages
+from progressdb_kms.rotation import LEAST, MOST, STEP_SECONDS, Pages
 from progressdb_kms.startup import ConfiguredKey
 from progressdb_kms.store import DekRecord, SqliteStore
 
 
-class Processor:
-    """The clock of the processor, and how often it was taken away: a test moves both on."""
+class Worked:
+    """A processor clock that a test moves on."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.lost = 0
-        self.each = 0.0
-        """Seconds that pass with each look."""
 
     def thread_time(self) -> float:
-        self.seconds += self.each
         return self.seconds
 
 
 @pytest.fixture
-def processor(monkeypatch: pytest.MonkeyPatch) -> Processor:
-    made = Processor()
-    stand_in = types.SimpleNamespace(**vars(rotation.time))
-    stand_in.thread_time = made.thread_time
-    monkeypatch.setattr(rotation, "time", stand_in)
-    monkeypatch.setattr(rotation, "_pushed_aside", lambda: made.lost)
-    return made
+def worked(monkeypatch: pytest.MonkeyPatch) -> Worked:
+    clock = Worked()
+    for module in (rotation, keeper_module):
+        stand_in = types.SimpleNamespace(**vars(module.time))
+        stand_in.thread_time = clock.thread_time
+        monkeypatch.setattr(module, "time", stand_in)
+    return clock
 
 
 def dek(number: int) -> DekRecord:
     return DekRecord(f"key-{number:06}", "t", b"blob", "00" * 8, 1, "2026-01-02T00:00:00.000000Z")
 
 
-def filled(count: int) -> MemoryStore:
-    store = MemoryStore()
-    with store.transaction():
-        for number in range(count):
-            store.put(dek(number))
-    return store
-
-
 @pytest.mark.parametrize(
     "each, sizes",
     [
-        (IDLE_STEP / 160, [10, 20, 40, 80, 160, 160, 160, 160, 160, 50]),
-        (IDLE_STEP, [LEAST] * 100),
+        (STEP_SECONDS / 160, [10, 20, 40, 80, 160, 160, 160, 160, 160, 50]),
+        (STEP_SECONDS, [LEAST] * 100),
         (1e-9, [10, 20, 40, 80, 160, 320, 370]),
     ],
     ids=["as many as fit", "slow", "fast"],
 )
-def test_a_page_is_as_large_as_its_time(processor: Processor, each: float, sizes: list[int]) -> None:
+def test_a_page_is_as_large_as_its_time(worked: Worked, each: float, sizes: list[int]) -> None:
+    store = MemoryStore()
+    with store.transaction():
+        for number in range(1000):
+            store.put(dek(number))
     seen: list[DekRecord] = []
     found = []
-    for page in (pages := Pages(filled(1000), APART.step)):
-        processor.seconds += each * len(page)
+    for page in (pages := Pages(store)):
+        worked.seconds += each * len(page)
         pages.done()
-        processor.seconds += 1.0  # what comes between two steps is not theirs
+        worked.seconds += 1.0  # what comes between two steps is not theirs
         found.append(len(page))
         seen += page
     assert found == sizes
     assert [record.key_id for record in seen] == [dek(number).key_id for number in range(1000)]
 
 
-def test_a_page_has_an_end_and_follows_what_it_costs(processor: Processor) -> None:
+def test_a_page_has_an_end_and_follows_what_it_costs(worked: Worked) -> None:
+    store = MemoryStore()
+    with store.transaction():
+        for number in range(MOST * 4):
+            store.put(dek(number))
     found = []
-    for page in (pages := Pages(filled(MOST * 4), APART.step)):
+    for page in (pages := Pages(store)):
         found.append(len(page))
-        processor.seconds += 1e-9 if len(found) < 9 else IDLE_STEP * 4
+        worked.seconds += 1e-9 if len(found) < 9 else STEP_SECONDS * 4
         pages.done()
     assert found[6:12] == [640, MOST, MOST, MOST // 4, MOST // 16, MOST // 64]
-
-
-@pytest.mark.parametrize("pace, size", [(APART, 40), (TOGETHER, 100)])
-def test_pages_are_smaller_while_others_want_the_core(processor: Processor, pace: Pace, size: int) -> None:
-    found = []
-    for page in (pages := Pages(filled(1000), pace.step)):
-        found.append(len(page))
-        processor.seconds += IDLE_STEP / 100 * len(page)
-        processor.lost += 5 <= len(found) < 8
-        pages.done()
-    assert found[:10] == [10, 20, 40, 80, 100, size, size, size, min(2 * size, 100), 100]
 
 
 class Paced(NamedTuple):
     keeper: Keeper
     waits: list[float]  # the timeouts with which it waited for jobs
-    losses: list[int]  # times that it loses the core, a figure each round
+    others: list[int]  # how often it lost the core, a figure each look
 
 
 @pytest.fixture
-def paced(tmp_path: Path, processor: Processor, monkeypatch: pytest.MonkeyPatch) -> Iterator[Paced]:
+def paced(tmp_path: Path, worked: Worked, monkeypatch: pytest.MonkeyPatch) -> Iterator[Paced]:
     """A keeper that has rows to tidy up, for four rounds and more; each step takes it 7 ms."""
     store = SqliteStore(tmp_path)
     with store.transaction():
@@ -118,21 +103,18 @@ def paced(tmp_path: Path, processor: Processor, monkeypatch: pytest.MonkeyPatch)
         store.swap({})
     store.close()
     waits: list[float] = []
-    losses: list[int] = []
-    processor.each = 0.007
+    others: list[int] = []
 
     def wait(reading: list[int], writing: list[int], failing: list[int], timeout: float) -> Any:
         waits.append(timeout)
         return [], [], []
 
-    tidied = SqliteStore.retire
+    def looked() -> int:
+        worked.seconds += 0.0035
+        return others.pop(0)
 
-    def retire(store: SqliteStore, limit: int) -> bool:
-        processor.lost += losses.pop(0)
-        return tidied(store, limit)
-
-    monkeypatch.setattr(SqliteStore, "retire", retire)
     monkeypatch.setattr(keeper_module, "select", types.SimpleNamespace(select=wait))
+    monkeypatch.setattr(keeper_module, "_pushed_aside", looked)
     region = LockedBuffer(REGION_SIZE)
     staging = LockedBuffer(32)
     inbox, outbox = channel()
@@ -144,7 +126,7 @@ def paced(tmp_path: Path, processor: Processor, monkeypatch: pytest.MonkeyPatch)
         keeper, _ = open_keeper(
             tmp_path, keyring, Configured(ConfiguredKey(kek_id, "test")), staging.view, inbox
         )
-        yield Paced(keeper, waits, losses)
+        yield Paced(keeper, waits, others)
     finally:
         if keeper is not None:
             keeper.close()
@@ -153,17 +135,15 @@ def paced(tmp_path: Path, processor: Processor, monkeypatch: pytest.MonkeyPatch)
         outbox.close()
 
 
-@pytest.mark.parametrize("pace", [APART, TOGETHER])
-def test_the_keeper_rests_while_others_want_its_core(paced: Paced, pace: Pace) -> None:
-    paced.keeper.pace = pace
-    for losses in (0, 2, 0, 1):
-        paced.losses[:] = [losses]
+def test_the_keeper_rests_while_others_want_its_core(paced: Paced) -> None:
+    for before, after in ((0, 0), (0, 2), (2, 2), (2, 3)):
+        paced.others[:] = before, after
         paced.keeper.round(60.0)
-    assert paced.waits == [0.0, 0.0, pytest.approx(pace.rest * 0.007), 0.0]
+    assert paced.waits == [0.0, 0.0, pytest.approx(REST * 0.007), 0.0]
 
 
 def test_a_keeper_with_nothing_to_do_waits(paced: Paced) -> None:
     while len(paced.waits) < 2 or paced.waits[-1] != 60.0:
-        paced.losses[:] = [1]
+        paced.others[:] = 0, 1
         paced.keeper.round(60.0)
         assert len(paced.waits) < 10
