@@ -177,14 +177,18 @@ def _answered(event: selectors.SelectorKey, request: bytes, size: int, took: lis
     sock = event.fileobj
     assert isinstance(sock, socket.socket)
     state = event.data
-    if not (some := sock.recv(1 << 21)):
-        raise ConnectionResetError(errno.ECONNRESET, "it closed the connection")
-    state[0] -= len(some)
+    state[0] -= len(_received(sock))
     if state[0] <= 0:
         now = time.perf_counter()
         took.append(now - state[1])
         state[0], state[1] = size, now
         sock.sendall(request)
+
+
+def _received(sock: socket.socket) -> bytes:
+    if not (some := sock.recv(1 << 21)):
+        raise ConnectionResetError(errno.ECONNRESET, "it closed the connection")
+    return some
 
 
 def _connect(path: str) -> socket.socket:
@@ -199,13 +203,13 @@ def _first_answer(sock: socket.socket, request: bytes) -> int:
     sock.sendall(request)
     answer = b""
     while b"\r\n\r\n" not in answer:
-        answer += sock.recv(65536)
+        answer += _received(sock)
     head, _, body = answer.partition(b"\r\n\r\n")
     if head.split(b" ")[1][:1] != b"2":
         raise BenchFailed(f"the daemon answered {head.splitlines()[0].decode()}")
     length = next(int(line[15:]) for line in head.splitlines() if line.lower().startswith(b"content-length:"))
     while len(body) < length:
-        body += sock.recv(1 << 21)
+        body += _received(sock)
     return len(head) + 4 + length
 
 
@@ -423,8 +427,6 @@ def _make_deks(folder: Path, keyring: Keyring, kek_id: str, count: int) -> None:
                 made.stage(_dek(kek, kek_id, number, dek.view) for number in numbers)
         with made.transaction():
             made.swap({kek_id: KekCount(1, count, timestamp(time.time()))})
-        while made.retire(1):
-            pass
     made.close()
 
 

@@ -19,7 +19,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("go") is None:
         pytest.skip("there is no Go here")
     folder = tmp_path_factory.mktemp("go")
-    env = {**os.environ, "GOCACHE": str(folder / "cache"), "GOFLAGS": "-mod=mod", "GO111MODULE": "off"}
+    env = {**os.environ, "GOCACHE": str(folder / "cache"), "GO111MODULE": "off"}
     done = subprocess.run(
         ["go", "build", "-o", "client", str(SOURCE)], cwd=folder, env=env, capture_output=True, text=True
     )

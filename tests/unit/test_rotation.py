@@ -6,7 +6,7 @@ import os
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import pytest
 
@@ -47,6 +47,12 @@ def dek(number: int) -> DekRecord:
     return DekRecord(f"key-{number:06}", "t", b"blob", "00" * 8, 1, "2026-01-02T00:00:00.000000Z")
 
 
+def fill(store: Union[MemoryStore, SqliteStore], count: int) -> None:
+    with store.transaction():
+        for number in range(count):
+            store.put(dek(number))
+
+
 @pytest.mark.parametrize(
     "each, sizes",
     [
@@ -58,9 +64,7 @@ def dek(number: int) -> DekRecord:
 )
 def test_a_page_is_as_large_as_its_time(worked: Worked, each: float, sizes: list[int]) -> None:
     store = MemoryStore()
-    with store.transaction():
-        for number in range(1000):
-            store.put(dek(number))
+    fill(store, 1000)
     seen: list[DekRecord] = []
     found = []
     for page in (pages := Pages(store)):
@@ -75,9 +79,7 @@ def test_a_page_is_as_large_as_its_time(worked: Worked, each: float, sizes: list
 
 def test_a_page_has_an_end_and_follows_what_it_costs(worked: Worked) -> None:
     store = MemoryStore()
-    with store.transaction():
-        for number in range(MOST * 4):
-            store.put(dek(number))
+    fill(store, MOST * 4)
     found = []
     for page in (pages := Pages(store)):
         found.append(len(page))
@@ -96,9 +98,8 @@ class Paced(NamedTuple):
 def paced(tmp_path: Path, worked: Worked, monkeypatch: pytest.MonkeyPatch) -> Iterator[Paced]:
     """A keeper that has rows to tidy up, for four rounds and more; each step takes it 7 ms."""
     store = SqliteStore(tmp_path)
+    fill(store, RETIRE_ROWS * 4)
     with store.transaction():
-        for number in range(RETIRE_ROWS * 4):
-            store.put(dek(number))
         store.staging(True)
         store.swap({})
     store.close()
