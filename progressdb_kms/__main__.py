@@ -1,10 +1,64 @@
-"""`python -m progressdb_kms` and the zipapp."""
+"""`progressdb-kms`, `python -m progressdb_kms` and the zipapp.
+
+A plain `serve` is read and run here, so that the daemon holds nothing of the command line; every other word,
+and a flag of serve that is not plain, is the command line's.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from collections.abc import Sequence
+from typing import Optional
 
-from .cli import main
+SERVE_FLAGS = {"--socket": "socket", "--data-dir": "data_dir", "--config": "config"}
+
+
+def serve_flags(words: Sequence[str]) -> Optional[dict[str, Optional[str]]]:
+    """The flags of a plain `serve`, by the names of the configuration; None where it is something else."""
+    if words and not words[0].startswith("-") and words[0] != "serve":
+        return None
+    found: dict[str, Optional[str]] = dict.fromkeys(SERVE_FLAGS.values())
+    rest = list(words[words[:1] == ["serve"] :])
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if flag not in SERVE_FLAGS or (not equals and (not rest or rest[0].startswith("-"))):
+            return None
+        found[SERVE_FLAGS[flag]] = value if equals else rest.pop(0)
+    return found
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run one command line. Returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    flags = serve_flags(words)
+    if flags is None:
+        from .tools.cli import main as commands
+
+        return commands(words)
+    from .process.streams import die, fail, open_standard_streams, told
+
+    open_standard_streams()
+    try:
+        return _serve(words, flags)
+    except KeyboardInterrupt:
+        return die(signal.SIGINT)
+    except Exception as error:
+        return fail(told(error))
+
+
+def _serve(words: Sequence[str], flags: dict[str, Optional[str]]) -> int:
+    from .process import hardening
+
+    hardening.prepare(words, os.environ)  # first of all: it starts the program anew
+    hardening.harden()
+    from .config.load import load
+    from .process.serve import serve
+
+    with load(flags, os.environ) as loaded:
+        return serve(loaded)
+
 
 if __name__ == "__main__":
     sys.exit(main())

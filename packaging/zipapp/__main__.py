@@ -129,14 +129,17 @@ def check_cryptography():
 
 def prepare(words):
     """The daemon's second start (hardening), here already: what is loaded before it is loaded twice."""
-    from progressdb_kms.commandtable import COMMANDS
+    from progressdb_kms.__main__ import serve_flags
 
-    name = " ".join(words[: 2 if words[:1] == ["audit"] else 1])
-    if name.startswith("-") or any(command.keys and command.name == (name or "serve") for command in COMMANDS):
-        if name not in ("-h", "--help", "--version"):
-            from progressdb_kms.hardening import prepare as start_anew
+    if serve_flags(words) is None:
+        from progressdb_kms.tools.commandtable import COMMANDS
 
-            start_anew(words, os.environ)
+        name = " ".join(words[: 2 if words[:1] == ["audit"] else 1])
+        if not any(command.keys and command.name == name for command in COMMANDS):
+            return
+    from progressdb_kms.process.hardening import prepare as start_anew
+
+    start_anew(words, os.environ)
 
 
 def main():
@@ -149,7 +152,7 @@ def main():
     except Refused as refused:
         sys.stderr.write("progressdb-kms: %s\n" % refused)
         return 1
-    from progressdb_kms.cli import main as run
+    from progressdb_kms.__main__ import main as run
 
     return run()
 

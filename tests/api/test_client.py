@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from progressdb_kms import client as module
-from progressdb_kms import transport
 from progressdb_kms.client import (
     AuthenticationFailed,
     BadAnswer,
@@ -29,6 +28,7 @@ from progressdb_kms.client import (
     RequestRefused,
     ServiceFailed,
     Unavailable,
+    transport,
 )
 from tests.cli.fakekms import FakeKms, answer, kek_id_of, request, script
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from progressdb_kms.keyring import fingerprint
+from progressdb_kms.crypto.keyring import fingerprint
 from tests.harness import Daemon, Session
 from tests.harness.wire import b64
 

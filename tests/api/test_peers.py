@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 import pytest
 
-from progressdb_kms.api import ROUTES
+from progressdb_kms.wire.routes import ROUTES
 from tests.harness import Daemon
 from tests.harness.wire import Reply
 

@@ -230,7 +230,7 @@ class TestAudit:
 
 class TestOpenapi:
     def test_each_route_is_described(self, kms: Session) -> None:
-        from progressdb_kms.api import ROUTES
+        from progressdb_kms.wire.routes import ROUTES
 
         document = kms.ok("GET", "/openapi.json")
         assert document["openapi"].startswith("3.1") and document["info"]["version"] == __version__

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from progressdb_kms import bench
+from progressdb_kms.tools import bench
 from tests.harness.daemon import cli
 
 

@@ -15,9 +15,9 @@ from typing import Any, Callable
 
 import pytest
 
-from progressdb_kms import doctor
-from progressdb_kms.doctor import FAIL, OK, WARN, Finding, Patient
-from progressdb_kms.store import APPLICATION_ID, SCHEMA_VERSION
+from progressdb_kms.store.sqlite import APPLICATION_ID, SCHEMA_VERSION
+from progressdb_kms.tools import doctor
+from progressdb_kms.tools.doctor import FAIL, OK, WARN, Finding, Patient
 from tests.cli.fakekms import FakeKms, kek_id_of
 from tests.harness.daemon import cli, write_secret
 

@@ -11,7 +11,7 @@ from typing import IO
 
 import pytest
 
-from progressdb_kms import auditcmd
+from progressdb_kms.tools import auditcmd
 from tests.cli.fakekms import kek_id_of
 from tests.cli.test_online import spawn
 from tests.harness.daemon import cli, write_secret

@@ -16,7 +16,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from progressdb_kms.encoding import b64encode, timestamp
-from progressdb_kms.imports import MAX_LINE, read_entry
+from progressdb_kms.tools.imports import MAX_LINE, read_entry
 from tests.conftest import MakeDaemon
 from tests.harness.daemon import Daemon, write_secret
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from progressdb_kms import __version__, cli, commands
-from progressdb_kms.cli import COMMANDS, build_parser
+from progressdb_kms import __version__
 from progressdb_kms.client import KeyNotFound
-from progressdb_kms.commandtable import CHOICES, EXITS, GROUP_TITLES, Arg, Command
-from progressdb_kms.console import CommandFailed, UsageError
 from progressdb_kms.errors import ConfigError
+from progressdb_kms.tools import cli, commands
+from progressdb_kms.tools.cli import COMMANDS, build_parser
+from progressdb_kms.tools.commandtable import CHOICES, EXITS, GROUP_TITLES, Arg, Command
+from progressdb_kms.tools.console import CommandFailed, UsageError
 from tests.harness.daemon import COMMAND, REPO, base_environment
 from tests.harness.daemon import cli as run
 
@@ -84,7 +85,9 @@ def test_the_design_s_options() -> None:
 
 
 def test_defaults_of_the_table_are_those_of_the_options() -> None:
-    from progressdb_kms import client, commandtable, options
+    from progressdb_kms import client
+    from progressdb_kms.config import options
+    from progressdb_kms.tools import commandtable
 
     assert commandtable.DEFAULT_SOCKET == options.BY_NAME["socket"].default == client.DEFAULT_SOCKET
     assert options.BY_NAME["data_dir"].default == commandtable.DEFAULT_DATA_DIR

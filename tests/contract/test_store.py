@@ -11,9 +11,10 @@ from typing import Any, Callable, Union
 import pytest
 
 from progressdb_kms.errors import StoreDamaged, StoreUnavailable
-from progressdb_kms.memstore import MemoryReader, MemoryStore
-from progressdb_kms.policy import SHREDDED
-from progressdb_kms.store import DekRecord, KekCount, SqliteReader, SqliteStore
+from progressdb_kms.store.contract import DekRecord, KekCount
+from progressdb_kms.store.memstore import MemoryReader, MemoryStore
+from progressdb_kms.store.policy import SHREDDED
+from progressdb_kms.store.sqlite import SqliteReader, SqliteStore
 
 AnyStore = Union[SqliteStore, MemoryStore]
 AnyReader = Union[SqliteReader, MemoryReader]

@@ -11,8 +11,8 @@ from typing import Callable
 
 import pytest
 
-from progressdb_kms.commandtable import CHOICES, COMMANDS, ENVIRONMENT, Command
-from progressdb_kms.options import OPTIONS, Option
+from progressdb_kms.config.options import OPTIONS, Option
+from progressdb_kms.tools.commandtable import CHOICES, COMMANDS, ENVIRONMENT, Command
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATE = ROOT / "packaging" / "generate"

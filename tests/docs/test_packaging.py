@@ -17,9 +17,9 @@ from typing import Any, Callable
 import pytest
 import yaml
 
-from progressdb_kms import config
-from progressdb_kms.metrics import CLASSES, OPS, Metrics
-from progressdb_kms.options import BY_NAME, OPTIONS
+from progressdb_kms.config import load
+from progressdb_kms.config.options import BY_NAME, OPTIONS
+from progressdb_kms.service.metrics import CLASSES, OPS, Metrics
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGING = REPO / "packaging"
@@ -137,7 +137,7 @@ def test_the_daemon_takes_the_sample(short_tmp: Path) -> None:
     """But for the key file and the group, which a package makes."""
     text = (PACKAGING / "progressdb-kms.yaml").read_text().replace("socket_group: progressdb-kms\n", "")
     (short_tmp / "c.yaml").write_text(text)
-    with config.load({"config": str(short_tmp / "c.yaml")}, {}, need_key=False) as loaded:
+    with load.load({"config": str(short_tmp / "c.yaml")}, {}, need_key=False) as loaded:
         assert loaded.settings.memory_lock == "require"
         assert loaded.settings.socket_mode == 0o660
 
@@ -150,7 +150,7 @@ def metric_names() -> set[str]:
     """Names of all metrics: those of a page, and those that the API adds to it."""
     page = Metrics(1).render(())
     extra = re.findall(
-        r'\(\s*"([a-z_]+)",\s*"(?:gauge|counter)"', (REPO / "progressdb_kms/api.py").read_text()
+        r'\(\s*"([a-z_]+)",\s*"(?:gauge|counter)"', (REPO / "progressdb_kms/wire/routes.py").read_text()
     )
     assert "deks" in extra and "uptime_seconds" in extra
     return {*re.findall(r"^(\w+?)(?:\{| )", page, re.M), *(f"progressdb_kms_{name}" for name in extra)}

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from progressdb_kms.api import ROUTES, Route
-from progressdb_kms.commandtable import COMMANDS
-from progressdb_kms.options import OPTIONS, Option
+from progressdb_kms.config.options import OPTIONS, Option
+from progressdb_kms.tools.commandtable import COMMANDS
+from progressdb_kms.wire.call import Route
+from progressdb_kms.wire.routes import ROUTES
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 

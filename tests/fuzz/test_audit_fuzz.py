@@ -14,9 +14,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from progressdb_kms import auditverify
-from progressdb_kms.audit import AuditLog, last_epoch, parse
-from progressdb_kms.auditverify import recover, shredded, verify
+from progressdb_kms.audit import verify as auditverify
+from progressdb_kms.audit.log import AuditLog, last_epoch, parse
+from progressdb_kms.audit.verify import recover, shredded, verify
 from progressdb_kms.errors import AuditUnavailable, StoreDamaged
 from tests.harness.auditlogs import KEY, Anchors, Clock, check, closed, encrypt, fill, made, tearing
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from progressdb_kms import framing
 from progressdb_kms.errors import KMSError
+from progressdb_kms.wire import http1
 
 PIECES = st.sampled_from(
     [
@@ -47,7 +47,7 @@ MUTATED = st.tuples(
 
 def outcome(data: bytes) -> Union[None, tuple[object, ...], str]:
     try:
-        return framing.next_request(data, 100)
+        return http1.next_request(data, 100)
     except KMSError as error:
         assert error.status in (400, 413, 414, 417, 431, 501, 505)
         return "refused"

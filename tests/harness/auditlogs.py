@@ -22,9 +22,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from progressdb_kms import audit
-from progressdb_kms.audit import AuditLog, key_fragment, peer_fragment, request_fragment
-from progressdb_kms.auditverify import Report, verify
+from progressdb_kms.audit import log as audit
+from progressdb_kms.audit.log import AuditLog, key_fragment, peer_fragment, request_fragment
+from progressdb_kms.audit.verify import Report, verify
 from progressdb_kms.errors import AuditUnavailable
 
 KEY = memoryview(bytearray(range(32)))

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from progressdb_kms.audit import ROOM, AuditLog, parse
-from progressdb_kms.auditverify import Report, recover
+from progressdb_kms.audit.log import ROOM, AuditLog, parse
+from progressdb_kms.audit.verify import Report, recover
 from progressdb_kms.errors import AuditUnavailable
 from tests.harness import REPO
 from tests.harness.auditlogs import KEY, Anchors, check, encrypt

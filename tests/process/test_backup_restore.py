@@ -190,7 +190,7 @@ class TestBackup:
 
 
 def whole(file: Path) -> bool:
-    from progressdb_kms import backup
+    from progressdb_kms.tools import backup
 
     with backup.opened(file, lambda done, total: None):
         return True

@@ -15,7 +15,7 @@ from typing import Any, Callable
 
 import pytest
 
-from progressdb_kms.keeper import SYNC_SECONDS
+from progressdb_kms.service.keeper import SYNC_SECONDS
 from tests.harness import Daemon, request
 from tests.harness.daemon import DaemonFailed, cli
 from tests.harness.faults import Shim, Tmpfs

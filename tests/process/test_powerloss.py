@@ -16,14 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from progressdb_kms import audit, auditverify, opening, operations
-from progressdb_kms.aead import Aead
-from progressdb_kms.envelope import parse
+from progressdb_kms.audit import verify
+from progressdb_kms.audit.log import FILE_NAME as AUDIT_LOG
+from progressdb_kms.crypto import operations
+from progressdb_kms.crypto.aead import Aead
+from progressdb_kms.crypto.envelope import parse
+from progressdb_kms.crypto.keyring import REGION_SIZE, Keyring
+from progressdb_kms.crypto.memory import LockedBuffer
 from progressdb_kms.errors import KMSError
-from progressdb_kms.keyring import REGION_SIZE, Keyring
-from progressdb_kms.lockedmem import LockedBuffer
-from progressdb_kms.startup import ConfiguredKey
-from progressdb_kms.store import SqliteStore
+from progressdb_kms.service import start
+from progressdb_kms.service.plan import ConfiguredKey
+from progressdb_kms.store.sqlite import SqliteStore
 from tests.harness import Daemon
 from tests.harness.faults import need_strace
 from tests.harness.powerloss import Mark, Recording, Sync
@@ -109,11 +112,11 @@ def recover(run: Run, folder: Path, acknowledged: list[str], mode: str) -> None:
     names = ("second", "third") if "rotated" in acknowledged else ("second", "third", "first")
     keks = [keyring.install(memoryview(bytearray(run.keks[name])), 0) for name in names]
     second, *others = (ConfiguredKey(kek_id, name) for kek_id, name in zip(keks, names))
-    store, book, _ = opening.open_store(folder, keyring, opening.Configured(second, others))
+    store, book, _ = start.open_store(folder, keyring, start.Configured(second, others))
     with contextlib.closing(store), contextlib.closing(book):
         heads = {name[len("audit:head:") :]: store.read(name) for name in store.names("audit:head:")}
         anchors = {chain: (int(row["seq"]), str(row["sig"])) for chain, row in heads.items() if row}
-        report = auditverify.verify([folder / audit.FILE_NAME], keyring.audit_key, anchors)
+        report = verify.verify([folder / AUDIT_LOG], keyring.audit_key, anchors)
         assert report.fault is None or mode not in IN_ORDER, report.fault
         if "rotated" in acknowledged:
             begun = {label.split(" ")[1] for label in acknowledged if label.startswith("begun")}

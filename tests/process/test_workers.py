@@ -12,7 +12,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from progressdb_kms.keyring import fingerprint
+from progressdb_kms.crypto.keyring import fingerprint
 from tests.harness import Daemon, Session
 from tests.harness.kept import Kept
 from tests.harness.load import Load, hammer

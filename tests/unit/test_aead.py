@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_kms import aead
+from progressdb_kms.crypto import aead
 from progressdb_kms.errors import AuthenticationFailed
 from tests.harness.vectors import load, secret
 

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_kms import audit, auditchain, auditverify
-from progressdb_kms.aead import mac
-from progressdb_kms.audit import (
+from progressdb_kms.audit import chain
+from progressdb_kms.audit import log as audit
+from progressdb_kms.audit.log import (
     AuditLog,
     Fragment,
     fragment,
@@ -32,7 +32,8 @@ from progressdb_kms.audit import (
     request_fragment,
     torn,
 )
-from progressdb_kms.auditverify import Fault, Report, in_order, recover, shredded, verify
+from progressdb_kms.audit.verify import Fault, Report, in_order, recover, shredded, verify
+from progressdb_kms.crypto.aead import mac
 from progressdb_kms.encoding import b64encode
 from progressdb_kms.errors import AuditUnavailable
 from tests.harness.auditlogs import (
@@ -544,7 +545,7 @@ def test_no_repair_is_begun_without_room(log: AuditLog, path: Path, monkeypatch:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The end of the log has settled."""
-    monkeypatch.setattr(auditverify, "SETTLE", 0)
+    monkeypatch.setattr(verify, "SETTLE", 0)
 
 
 @pytest.mark.parametrize("less", [1, 2, 3, 30, 90, 200, SIZE - 1, SIZE])
@@ -608,7 +609,7 @@ def test_zeros_at_the_end_are_named_like_a_torn_record(path: Path) -> None:
 
 
 def test_only_the_end_of_a_long_log_is_searched(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auditverify, "SCAN", 2000)
+    monkeypatch.setattr(verify, "SCAN", 2000)
     anchors = fill(path, 20)
     with open(path, "ab") as file:
         file.write(b'{"event":{"cha')
@@ -876,7 +877,7 @@ def test_a_line_that_is_just_being_written_is_waited_for(path: Path, monkeypatch
 
 
 def test_progress_goes_up_to_the_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auditverify, "BLOCK", 1000)
+    monkeypatch.setattr(verify, "BLOCK", 1000)
     anchors = fill(path, 20)
     old = path.with_name("old.gz")
     old.write_bytes(gzip.compress(path.read_bytes()))
@@ -1025,7 +1026,7 @@ def test_an_edited_tombstone_is_none(path: Path) -> None:
 
 def test_the_largest_line_is_looked_into(path: Path) -> None:
     log = made(path, ["1.0"])[0]
-    log.note("start", "ok", {"previous": {}, "more": "x" * (auditchain.LONGEST - 400)})
+    log.note("start", "ok", {"previous": {}, "more": "x" * (chain.LONGEST - 400)})
     assert check(path, closed([log])).ok
 
 

@@ -20,10 +20,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_kms import config, keysource, yamlfile
-from progressdb_kms.config import Loaded, check_master_key, load
+from progressdb_kms.config import keysource, yamlfile
+from progressdb_kms.config import load as config
+from progressdb_kms.config.load import Loaded, check_master_key, load
+from progressdb_kms.config.options import MAX_PREVIOUS
 from progressdb_kms.errors import ConfigError, KMSError, WeakKey
-from progressdb_kms.options import MAX_PREVIOUS
 from tests.harness.memscan import Secret, cannot_scan, scan
 
 REPO = Path(__file__).resolve().parents[2]
@@ -781,14 +782,14 @@ def test_errors_are_of_the_operator() -> None:
 PROGRAM = """
 import os, sys
 sys.path.insert(0, {repo!r})
-from progressdb_kms import hardening
+from progressdb_kms.process import hardening
 hardening.prepare(sys.argv[1:], os.environ)
 hardening.harden()
-from progressdb_kms import config
+from progressdb_kms.config.load import ConfigError, load
 try:
-    loaded = config.load({{"config": sys.argv[2] if sys.argv[1:] else None}}, os.environ)
+    loaded = load({{"config": sys.argv[2] if sys.argv[1:] else None}}, os.environ)
     print("loaded", len(loaded.previous), loaded.pending is not None, "yaml" in sys.modules, flush=True)
-except config.ConfigError as error:
+except ConfigError as error:
     print("refused", flush=True)
 sys.stdin.read()
 """

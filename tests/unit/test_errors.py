@@ -8,8 +8,9 @@ import socket
 
 import pytest
 
-from progressdb_kms import errors, jobs
+from progressdb_kms import errors
 from progressdb_kms.errors import KMSError
+from progressdb_kms.service import channel
 
 ALL = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, KMSError)]
 GROUPS = [cls for cls in ALL if not cls.status]
@@ -32,9 +33,11 @@ def test_a_leaf_has_a_status_and_a_code(cls: type[KMSError]) -> None:
 def test_an_error_of_the_keeper_is_the_same_for_the_worker(cls: type[KMSError]) -> None:
     ours, theirs = socket.socketpair()
     with ours:
-        jobs.answer(jobs.Job("x", {}, None, theirs), cls("what happened", code="own_code", hint="what to do"))
+        channel.answer(
+            channel.Job("x", {}, None, theirs), cls("what happened", code="own_code", hint="what to do")
+        )
         with pytest.raises(cls) as caught:
-            jobs._unpack(jobs._read(ours))
+            channel._unpack(channel._read(ours))
     assert type(caught.value) is cls
     assert (caught.value.message, caught.value.code, caught.value.hint) == (
         "what happened", "own_code", "what to do"
@@ -43,28 +46,28 @@ def test_an_error_of_the_keeper_is_the_same_for_the_worker(cls: type[KMSError]) 
 
 def test_a_keeper_that_ended_before_it_answered() -> None:
     with pytest.raises(errors.StoreUnavailable, match="may or may not"):
-        jobs._unpack(b"")
+        channel._unpack(b"")
 
 
 def test_a_keeper_that_is_gone() -> None:
-    inbox, outbox = jobs.channel()
+    inbox, outbox = channel.channel()
     inbox.close()
     with outbox, pytest.raises(errors.StoreUnavailable, match="can't be reached"):
-        jobs.KeeperClient(outbox).call("x", {})
+        channel.KeeperClient(outbox).call("x", {})
 
 
 def test_a_keeper_that_is_silent() -> None:
-    inbox, outbox = jobs.channel()
+    inbox, outbox = channel.channel()
     with inbox, outbox, pytest.raises(errors.StoreUnavailable, match="does not answer"):
-        jobs.KeeperClient(outbox).call("x", {}, timeout=0.05)
+        channel.KeeperClient(outbox).call("x", {}, timeout=0.05)
 
 
 def test_a_job_comes_over_whole() -> None:
-    inbox, outbox = jobs.channel()
+    inbox, outbox = channel.channel()
     with inbox, outbox:
-        assert jobs.receive(inbox) is None
+        assert channel.receive(inbox) is None
         with pytest.raises(errors.StoreUnavailable):
-            jobs.KeeperClient(outbox).call("create", {"thread_id": "ü"}, ("1.1", 7, "sig"), timeout=0.01)
-        job = jobs.receive(inbox)
+            channel.KeeperClient(outbox).call("create", {"thread_id": "ü"}, ("1.1", 7, "sig"), timeout=0.01)
+        job = channel.receive(inbox)
         assert job is not None and job[:3] == ("create", {"thread_id": "ü"}, ("1.1", 7, "sig"))
-        jobs.answer(job, {})  # the caller is gone: no error
+        channel.answer(job, {})  # the caller is gone: no error

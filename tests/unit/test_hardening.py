@@ -17,8 +17,9 @@ from typing import Any, Optional
 
 import pytest
 
-from progressdb_kms import hardening, keysource
-from progressdb_kms.hardening import (
+from progressdb_kms.config import keysource
+from progressdb_kms.process import hardening
+from progressdb_kms.process.hardening import (
     BLOCKED,
     FD_VARIABLE,
     HEX_VARIABLE,
@@ -168,7 +169,7 @@ PROGRAM = f"""
 import json, os, sys
 sys.path.insert(0, {str(REPO)!r})
 print("start", os.getpid(), flush=True)
-from progressdb_kms import hardening
+from progressdb_kms.process import hardening
 hardening.prepare(sys.argv[1:], os.environ)
 initial = open("/proc/self/environ", "rb").read().decode("latin-1").split(chr(0))
 key = None
@@ -349,7 +350,7 @@ def test_wipe_on_free_is_tried_and_not_believed(environ: dict[str, str], expecte
     program = f"""if True:
         import os, sys
         sys.path.insert(0, {str(REPO)!r})
-        from progressdb_kms import hardening
+        from progressdb_kms.process import hardening
         before = len(os.listdir("/proc/self/fd"))
         print(sum(hardening.wipe_on_free_active() for _ in range(50)))
         assert len(os.listdir("/proc/self/fd")) == before
@@ -365,7 +366,7 @@ def test_wipe_on_free_is_tried_and_not_believed(environ: dict[str, str], expecte
 HARDEN = f"""
 import json, os, resource, sys
 sys.path.insert(0, {str(REPO)!r})
-from progressdb_kms import hardening
+from progressdb_kms.process import hardening
 if "prepare" in sys.argv:
     hardening.prepare(sys.argv[1:], os.environ)
 resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
@@ -515,7 +516,7 @@ def test_a_child_dies_with_its_parent() -> None:
     program = f"""if True:
         import os, sys, time
         sys.path.insert(0, {str(REPO)!r})
-        from progressdb_kms import hardening
+        from progressdb_kms.process import hardening
         parent = os.getpid()
         if not os.fork():
             assert hardening.die_with_parent(parent)

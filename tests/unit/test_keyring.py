@@ -6,7 +6,14 @@ import os
 
 import pytest
 
-from progressdb_kms.keyring import REGION_SIZE, SLOTS, KekNotLoaded, Keyring, KeyringChanged, fingerprint
+from progressdb_kms.crypto.keyring import (
+    REGION_SIZE,
+    SLOTS,
+    KekNotLoaded,
+    Keyring,
+    KeyringChanged,
+    fingerprint,
+)
 
 
 def secret() -> memoryview:

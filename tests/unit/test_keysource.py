@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from progressdb_kms.config.keysource import READERS, SCRATCH_SIZE, Source, decode_into, distrust, read
+from progressdb_kms.crypto.memory import LockedBuffer
 from progressdb_kms.errors import ConfigError
-from progressdb_kms.keysource import READERS, SCRATCH_SIZE, Source, decode_into, distrust, read
-from progressdb_kms.lockedmem import LockedBuffer
 
 KEY = bytes(range(100, 132))
 RAW = bytes([0xF0, *range(31)])

@@ -1,8 +1,14 @@
-"""Imports point downward only: a module may use its own layer and those below it."""
+"""The order of the rooms: a folder imports only from those above it, and what serves is small."""
 
 from __future__ import annotations
 
 import ast
+import io
+import json
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,49 +17,190 @@ from tests.harness import REPO
 
 PACKAGE = REPO / "progressdb_kms"
 
-LAYERS = {  # from the bottom to the top
-    "words": "__init__ errors encoding",
-    "bytes": "aead envelope framing secretjson",
-    "core": "keyring operations policy options",
-    "effects": "store memstore lockedmem config audit metrics keysource yamlfile auditverify owner transport"
-    " answers auditchain",
-    "service": "api service keeper rotation openapi jobs snapshots erasure startup opening maintenance",
-    "edge": "httpd",
-    "process": "cli __main__ daemon systemd client doctor offline bench hardening commands commandtable"
-    " console backup restore imports rotatecmd auditcmd keyfiles",
+ORDER = (
+    "errors encoding rules",
+    "crypto",
+    "store",
+    "audit",
+    "config",
+    "service",
+    "wire",
+    "process",
+    "client",
+    "tools",
+)
+"""Each may import from itself and from what stands before it. `__main__` starts either of two: see there."""
+
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}
+
+OWNED = {
+    "cryptography": "crypto",
+    "yaml": "config",
+    "_yaml": "config",
+    "sqlitedict": "store",
+    "argparse": "tools",
 }
-LEVEL = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+"""Modules of others that one room alone may import."""
+
+NEVER_SERVED = ("client", "tools")
+
+MAX_SERVED = 7_300
+"""Lines of code (no blanks, comments, docstrings) that are loaded to serve."""
 
 
-def imported(source: str) -> set[str]:
-    """The package's own modules that are imported anywhere in it, also inside functions."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+def name_of(path: Path) -> str:
+    parts = list(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = {name: path.read_text() for name, path in SOURCES.items()}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(module: str, source: str) -> Iterator[tuple[str, bool]]:
+    """(absolute name, whether it is at the top of the module) of everything imported anywhere in it."""
+    tree = ast.parse(source)
+    top = set(map(id, tree.body))
+    package = module if SOURCES.get(module, Path("x")).stem == "__init__" else module.rpartition(".")[0]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            for alias in node.names:
+                yield alias.name, id(node) in top
         elif isinstance(node, ast.ImportFrom):
-            base = "progressdb_kms." * bool(node.level) + (node.module or "")
-            names = [base] + [f"{base.rstrip('.')}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        parts = (name.split(".") for name in names)
-        found |= {p[1] for p in parts if p[0] == "progressdb_kms" and len(p) > 1}
-    return found & set(MODULES)
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *filter(None, [node.module])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield full if full in SOURCES else base, id(node) in top
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_every_module_has_a_layer(module: str) -> None:
-    assert module in LEVEL
+def ours(module: str, source: str) -> set[str]:
+    return {name for name, _ in imports(module, source) if name.split(".")[0] == "progressdb_kms"} - {module}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_downward(module: str) -> None:
-    names = imported(Path(PACKAGE / f"{module}.py").read_text())
-    assert {name for name in names if LEVEL[name] > LEVEL[module]} == set()
+@pytest.mark.parametrize("module", [name for name in MODULES if name.count(".")])
+def test_a_module_imports_from_rooms_above_only(module: str) -> None:
+    if module == "progressdb_kms.__main__":
+        return
+    rooms = {room(name) for name in ours(module, MODULES[module]) if room(name)}
+    assert {name for name in rooms if LEVEL[name] > LEVEL[room(module)]} == set()
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {name: ours(name, source) for name, source in MODULES.items()}
+    left = dict(graph)
+    while free := [name for name, needs in left.items() if not needs & set(left)]:
+        for name in free:
+            del left[name]
+    assert left == {}
+
+
+@pytest.mark.parametrize("owned", OWNED)
+def test_a_module_of_others_has_one_importer(owned: str) -> None:
+    users = {
+        room(module)
+        for module, source in MODULES.items()
+        if owned in {name.split(".")[0] for name, _ in imports(module, source)}
+    }
+    assert users <= {OWNED[owned]}
+
+
+LOADED = """
+import json, sys
+from progressdb_kms.__main__ import main
+from progressdb_kms.process import hardening, serve
+hardening.prepare = lambda *args: None
+serve.serve = lambda loaded: print(json.dumps(sorted(sys.modules))) or 0
+sys.exit(main(json.loads(sys.argv[1])))
+"""
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The modules that the daemon holds once it is about to serve, with what its routes load later."""
+    folder = tmp_path_factory.mktemp("serve")
+    key = folder / "kek"
+    key.touch(0o600)
+    key.write_bytes(bytes(range(100, 132)))
+    config = folder / "kms.yaml"
+    config.touch(0o600)
+    config.write_text(f"master_key_file: {key}\ndata_dir: {folder}/data\n")
+    words = json.dumps(["--config", str(config)])
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, words], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    found = {name for name in json.loads(done.stdout) if name.split(".")[0] == "progressdb_kms"}
+    while (
+        later := {name for module in found for name in ours(module, MODULES[module])}
+        - found
+        - {name for name in SOURCES if room(name) in NEVER_SERVED}
+    ):
+        found |= later
+    return sorted(found)
+
+
+def test_what_serves_loads_no_command_and_no_client(served: list[str]) -> None:
+    assert [name for name in served if room(name) in NEVER_SERVED] == []
+    for module in served:
+        if module != "progressdb_kms.__main__":
+            assert {room(name) for name in ours(module, MODULES[module])}.isdisjoint(NEVER_SERVED)
+
+
+def code_lines(source: str) -> int:
+    """Lines that hold code: no blanks, no comments, no docstrings."""
+    lines: set[int] = set()
+    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (*skipped, tokenize.ENDMARKER):
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
+            lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(lines)
+
+
+COUNTED = '''"""Doc
+string."""
+
+# comment
+x = (1,
+     2)
+
+def f():
+    "doc"
+    return """a
+b"""
+'''
+
+
+def test_lines_are_counted_without_what_is_not_code() -> None:
+    assert code_lines(COUNTED) == 5
+
+
+def test_what_serves_is_as_small_as_told(served: list[str], record_property: pytest.RecordProperty) -> None:
+    sizes = {module: code_lines(MODULES[module]) for module in served}
+    total = sum(sizes.values())
+    record_property("lines of code loaded to serve", total)
+    print(f"\n{total} lines of code are loaded to serve, in {len(sizes)} modules")
+    for name in dict.fromkeys(room(module) for module in sizes):
+        print(f"{sum(n for module, n in sizes.items() if room(module) == name):6} {name or '(top)'}")
+    assert total <= MAX_SERVED
 
 
 def test_all_spellings_of_an_import_are_seen() -> None:
-    source = "from . import store\nfrom .aead import x\nimport progressdb_kms.audit\n"
-    source += "def f():\n from progressdb_kms import httpd"
-    assert imported(source) == {"store", "aead", "audit", "httpd"}
+    source = "from . import log\nfrom ..crypto.aead import x\nimport progressdb_kms.store\n"
+    source += "def f():\n from progressdb_kms.wire import server"
+    expected = "audit.log crypto.aead store wire.server"
+    assert ours("progressdb_kms.audit.chain", source) == {
+        f"progressdb_kms.{name}" for name in expected.split()
+    }

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from progressdb_kms import lockedmem
+from progressdb_kms.crypto import memory
+from progressdb_kms.crypto.memory import PAGE, LockedBuffer, wipe
 from progressdb_kms.errors import LockRefused
-from progressdb_kms.lockedmem import PAGE, LockedBuffer, wipe
 
 SECRET = bytes(range(1, 33))
 
@@ -23,7 +23,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 
 @pytest.fixture
 def no_memfd_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lockedmem, "_memfd_secret", lambda length: None)
+    monkeypatch.setattr(memory, "_memfd_secret", lambda length: None)
 
 
 class NoLocks:
@@ -36,7 +36,7 @@ class NoLocks:
 
 @pytest.fixture
 def no_locks(no_memfd_secret: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lockedmem, "_libc", NoLocks())
+    monkeypatch.setattr(memory, "_libc", NoLocks())
 
 
 def held() -> tuple[str, int, int]:
@@ -121,8 +121,8 @@ def test_off_does_not_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any) -> Any:
         raise AssertionError("asked for locked memory")
 
-    monkeypatch.setattr(lockedmem, "_memfd_secret", never)
-    monkeypatch.setattr(lockedmem, "_libc", None)
+    monkeypatch.setattr(memory, "_memfd_secret", never)
+    monkeypatch.setattr(memory, "_libc", None)
     with LockedBuffer(32, "off") as buffer:
         assert buffer.kind == "unlocked"
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_kms import envelope, keyring, operations
-from progressdb_kms.aead import Aead
+from progressdb_kms.crypto import envelope, keyring, operations
+from progressdb_kms.crypto.aead import Aead
 from progressdb_kms.errors import AuthenticationFailed
 from tests.harness.vectors import load, secret
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from progressdb_kms.errors import ConfigError
-from progressdb_kms.options import (
+from progressdb_kms.config.options import (
     ALIASES,
     ANY,
     BY_NAME,
@@ -20,6 +19,7 @@ from progressdb_kms.options import (
     shown,
     unknown,
 )
+from progressdb_kms.errors import ConfigError
 
 CANARY = "deadbeefcafe"
 

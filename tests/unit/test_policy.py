@@ -7,7 +7,8 @@ from typing import Optional
 import pytest
 
 from progressdb_kms.errors import PeerRefused
-from progressdb_kms.policy import STATES, TRANSITIONS, Peer, PeerRules, refusal
+from progressdb_kms.rules import Peer, PeerRules
+from progressdb_kms.store.policy import STATES, TRANSITIONS, refusal
 
 ALLOWED = {
     "disable": {"enabled": "disabled", "disabled": "disabled"},

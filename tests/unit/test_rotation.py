@@ -10,17 +10,18 @@ from typing import Any, NamedTuple, Optional, Union
 
 import pytest
 
-from progressdb_kms import keeper as keeper_module
-from progressdb_kms import rotation
-from progressdb_kms.jobs import channel
-from progressdb_kms.keeper import REST, RETIRE_ROWS, Keeper
-from progressdb_kms.keyring import REGION_SIZE, Keyring
-from progressdb_kms.lockedmem import LockedBuffer
-from progressdb_kms.memstore import MemoryStore
-from progressdb_kms.opening import Configured, claim, open_keeper
-from progressdb_kms.rotation import LEAST, MOST, STEP_SECONDS, Pages
-from progressdb_kms.startup import ConfiguredKey
-from progressdb_kms.store import DekRecord, SqliteStore
+from progressdb_kms.crypto.keyring import REGION_SIZE, Keyring
+from progressdb_kms.crypto.memory import LockedBuffer
+from progressdb_kms.service import keeper as keeper_module
+from progressdb_kms.service import rotation
+from progressdb_kms.service.channel import channel
+from progressdb_kms.service.keeper import REST, RETIRE_ROWS, Keeper
+from progressdb_kms.service.plan import ConfiguredKey
+from progressdb_kms.service.rotation import LEAST, MOST, STEP_SECONDS, Pages
+from progressdb_kms.service.start import Configured, claim, open_keeper
+from progressdb_kms.store.contract import DekRecord
+from progressdb_kms.store.memstore import MemoryStore
+from progressdb_kms.store.sqlite import SqliteStore
 
 
 class Worked:

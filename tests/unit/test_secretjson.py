@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_kms.secretjson import scan
+from progressdb_kms.wire.secretjson import scan
 
 TEXT = st.text(alphabet=st.characters(blacklist_characters='"\\', min_codepoint=32, max_codepoint=0x2FFF))
 

@@ -7,8 +7,9 @@ from typing import Any, Callable
 
 import pytest
 
-from progressdb_kms import api, operations, service
-from progressdb_kms.envelope import parse
+from progressdb_kms.crypto import operations
+from progressdb_kms.crypto.envelope import parse
+from progressdb_kms.crypto.keyring import REGION_SIZE, Keyring
 from progressdb_kms.errors import (
     AuthenticationFailed,
     KeyDisabled,
@@ -17,13 +18,15 @@ from progressdb_kms.errors import (
     KMSError,
     Unavailable,
 )
-from progressdb_kms.framing import parse_head
-from progressdb_kms.keyring import REGION_SIZE, Keyring
-from progressdb_kms.memstore import MemoryStore
-from progressdb_kms.metrics import Metrics
-from progressdb_kms.policy import Peer, PeerRules
-from progressdb_kms.service import Service, StagingSlots
-from progressdb_kms.store import DekRecord
+from progressdb_kms.rules import Peer, PeerRules
+from progressdb_kms.service import worker
+from progressdb_kms.service.channel import StagingSlots
+from progressdb_kms.service.metrics import Metrics
+from progressdb_kms.service.worker import Service
+from progressdb_kms.store.contract import DekRecord
+from progressdb_kms.store.memstore import MemoryStore
+from progressdb_kms.wire import routes
+from progressdb_kms.wire.http1 import parse_head
 
 TEXT = b"a message"
 
@@ -73,8 +76,8 @@ class TestWiped:
         (operations, "unwrap_into"),
         (operations, "encrypt"),
         (operations, "decrypt"),
-        (service, "Aead"),
-        (service.os, "urandom"),
+        (worker, "Aead"),
+        (worker.os, "urandom"),
     ]
 
     def works(self, site: Site) -> list[Callable[[], object]]:
@@ -124,19 +127,19 @@ class TestWiped:
         for name in ("wrap", "unwrap", "change"):
             monkeypatch.setattr(site.service, name, failing)
         staging, answer = memoryview(bytearray(64)), memoryview(bytearray(64))
-        app = api.App(site.service, StagingSlots(staging, 0, 2), Metrics(1), 1 << 20)
+        app = routes.App(site.service, StagingSlots(staging, 0, 2), Metrics(1), 1 << 20)
         blob = site.store.get("k").wrapped  # type: ignore[union-attr]
         body = {
-            "/wrap": b'{"dek":"%b"}' % api.b64encode_bytes(site.dek),
-            "/unwrap": b'{"wrapped":"%b"}' % api.b64encode_bytes(blob),
+            "/wrap": b'{"dek":"%b"}' % routes.b64encode_bytes(site.dek),
+            "/unwrap": b'{"wrapped":"%b"}' % routes.b64encode_bytes(blob),
             "/rewrap": b'{"key_id":"k","new_kek_hex":"%b"}' % os.urandom(32).hex().encode(),
             "/rotate_kek": b'{"new_kek_hex":"%b"}' % os.urandom(32).hex().encode(),
         }[path]
         head = parse_head(b"POST %b HTTP/1.1\r\nHost: u\r\n\r\n" % path.encode())
-        fragment = api.fragment()
-        call = api.Call(head, bytearray(body), Peer(0, 0, 0), fragment, site.scratch, answer)
+        fragment = routes.fragment()
+        call = routes.Call(head, bytearray(body), Peer(0, 0, 0), fragment, site.scratch, answer)
         with pytest.raises(Fault):
-            api.find(head).handler(app, call)
+            routes.find(head).handler(app, call)
         assert not any(site.scratch) and not any(staging) and not any(answer)
 
 

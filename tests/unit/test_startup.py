@@ -7,8 +7,8 @@ from typing import Optional
 import pytest
 
 from progressdb_kms.errors import KeyMismatch
-from progressdb_kms.startup import ConfiguredKey, plan
-from progressdb_kms.store import KekCount
+from progressdb_kms.service.plan import ConfiguredKey, plan
+from progressdb_kms.store.contract import KekCount
 
 OLD, NEW, THIRD = "0" * 16, "1" * 16, "2" * 16
 

@@ -12,7 +12,7 @@ from typing import Optional
 
 import pytest
 
-from progressdb_kms import systemd
+from progressdb_kms.process import systemd
 
 NAMES = ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "WATCHDOG_USEC", "WATCHDOG_PID")
 
@@ -68,7 +68,7 @@ def test_notify_outside_of_systemd() -> None:
 
 TAKE = """
 import os, sys
-from progressdb_kms import systemd
+from progressdb_kms.process import systemd
 from progressdb_kms.errors import ConfigError
 os.dup2(int(sys.argv[3]), 3)
 if sys.argv[3] == "0":

@@ -6,9 +6,9 @@ from typing import Optional
 
 import pytest
 
-from progressdb_kms import framing
 from progressdb_kms.errors import BodyTooLarge, HttpError, KMSError
-from progressdb_kms.framing import Head
+from progressdb_kms.wire import http1
+from progressdb_kms.wire.http1 import Head
 
 MAX_BODY = 1000
 NEXT = b"GET /healthz HTTP/1.1\r\nHost: unix\r\n\r\n"
@@ -17,7 +17,7 @@ Outcome = Optional[tuple[Head, bytes, int]]
 
 
 def read(data: bytes) -> Outcome:
-    return framing.next_request(data, MAX_BODY)
+    return http1.next_request(data, MAX_BODY)
 
 
 def in_pieces(data: bytes) -> Outcome:
@@ -338,13 +338,13 @@ def test_an_expectation_in_http_1_0_is_ignored() -> None:
 
 
 def test_a_remembered_head_can_not_be_changed() -> None:
-    head = framing.cached_parse_head(get("X-A: v"))
+    head = http1.cached_parse_head(get("X-A: v"))
     with pytest.raises(TypeError):
         head.headers["x-a"] = "w"  # type: ignore[index]
 
 
 def test_the_bodys_buffer_can_be_wiped() -> None:
-    decoder = framing.Chunked(100)
+    decoder = http1.Chunked(100)
     decoder.feed(b"5\r\nhello\r\n0\r\n\r\n")
     assert decoder.done and bytes(decoder.body) == b"hello"
     decoder.wipe()

@@ -1,0 +1,1 @@
+"""The signed log: writing it, its chains, checking it."""

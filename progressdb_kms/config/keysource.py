@@ -1,0 +1,196 @@
+"""A key on its way from where it lies into locked memory: from a file, a credential, a pipe, a variable.
+
+A file is opened first and looked at afterwards, through its descriptor: what was checked is what is read.
+The bytes go by `readv` into a locked scratch buffer, are decoded there, and the scratch is wiped. A key has
+one of two shapes, told apart by length alone; nothing of another length is stretched, cut or hashed into one.
+
+    32 bytes, not all of them printable            the key itself
+    64 hex digits, white space around them         the key in hex
+
+Each slice of a buffer is made in a `with`, so that after an error the buffer can be unmapped although the
+traceback still holds the frames.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping, MutableMapping
+from typing import Callable, NamedTuple, Optional
+
+from ..crypto.memory import wipe
+from ..encoding import hex_decode_into
+from ..errors import ConfigError
+
+KEY_SIZE = 32
+SCRATCH_SIZE = 256
+"""Bytes of locked scratch for one key file: 64 digits and white space. A longer file is refused."""
+
+HEX_VARIABLE = "PROGRESSDB_KMS_MASTER_KEY_HEX"
+FD_VARIABLE = "PROGRESSDB_KMS_MASTER_KEY_FD"
+"""Number of the pipe by which `hardening.prepare` hands on the key that stood in HEX_VARIABLE."""
+
+HEX = "hex"
+"""The form of a key that stands in the configuration file: `yamlfile` hands it over."""
+
+_SPACE = b" \t\r\n"
+_MAKE_ONE = "`progressdb-kms genkey FILE` makes a key file"
+
+
+class Source(NamedTuple):
+    """Where one key lies. `form`: a name of READERS, or HEX. `label` is for messages."""
+
+    form: str
+    place: str
+    label: str
+
+
+def read(source: Source, environ: Mapping[str, str], scratch: memoryview, out: memoryview) -> None:
+    """Read a key into `out` (32 bytes) by way of `scratch` (SCRATCH_SIZE bytes, locked, wiped at the end).
+
+    Raises ConfigError, which names the source and never quotes it.
+    """
+    try:
+        READERS[source.form](source, environ, scratch, out)
+    except ValueError as error:
+        raise ConfigError(f"{source.label} {error}", hint=_MAKE_ONE) from None
+    except OSError as error:
+        raise ConfigError(f"{source.label} can't be read: {error.strerror}", hint=_MAKE_ONE) from None
+    finally:
+        wipe(scratch)
+
+
+# ---- the four places -------------------------------------------------------------------------------
+
+
+def _from_file(source: Source, environ: Mapping[str, str], scratch: memoryview, out: memoryview) -> None:
+    _read_file(source.place, source.label, scratch, out, credential=False)
+
+
+def _from_credential(
+    source: Source, environ: Mapping[str, str], scratch: memoryview, out: memoryview
+) -> None:
+    folder = environ.get("CREDENTIALS_DIRECTORY")
+    if not folder:
+        raise ConfigError(
+            f"{source.label} can't be read: $CREDENTIALS_DIRECTORY is not set",
+            hint=f"the unit needs LoadCredential={source.place}:FILE; outside systemd use master_key_file",
+        )
+    _read_file(os.path.join(folder, source.place), source.label, scratch, out, credential=True)
+
+
+def _from_pipe(source: Source, environ: Mapping[str, str], scratch: memoryview, out: memoryview) -> None:
+    """What `hardening.prepare` handed on. It can be read once, so its number is forgotten."""
+    number = source.place
+    if not (number.isascii() and number.isdigit() and len(number) < 6 and _is_pipe(int(number))):
+        raise ConfigError(
+            f"{FD_VARIABLE} names no pipe", hint=f"leave it unset; it is made from {HEX_VARIABLE}"
+        )
+    if isinstance(environ, MutableMapping):
+        del environ[FD_VARIABLE]
+    try:
+        decode_into(scratch, _fill(int(number), scratch), out, raw=False)
+    finally:
+        os.close(int(number))
+
+
+def _from_variable(source: Source, environ: Mapping[str, str], scratch: memoryview, out: memoryview) -> None:
+    """The variable itself, where no re-exec took the key out of it: a character at a time makes no copy."""
+    text = environ[source.place]
+    if len(text) > len(scratch):
+        raise ValueError(f"is longer than {len(scratch)} characters: a key is 64 hex digits")
+    for at, char in enumerate(text):
+        scratch[at] = ord(char) if char.isascii() else 0
+    decode_into(scratch, len(text), out, raw=False)
+
+
+READERS: Mapping[str, Callable[[Source, Mapping[str, str], memoryview, memoryview], None]] = {
+    "file": _from_file,
+    "credential": _from_credential,
+    "pipe": _from_pipe,
+    "variable": _from_variable,
+}
+
+
+# ---- files -------------------------------------------------------------------------------------------
+
+
+def _read_file(path: str, label: str, scratch: memoryview, out: memoryview, *, credential: bool) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    try:
+        trouble = distrust(os.fstat(descriptor), os.geteuid(), credential)
+        if trouble:
+            raise ConfigError(
+                f"{label} {trouble}",
+                hint=f"chown and chmod 0600 {path}; change the key if others may have read it",
+            )
+        decode_into(scratch, _fill(descriptor, scratch), out)
+    finally:
+        os.close(descriptor)
+
+
+def distrust(about: os.stat_result, uid: int, credential: bool) -> Optional[str]:
+    """Why a key file can't be trusted or is no secret, or None.
+
+    systemd lets the user of a service in by an ACL, which shows as mode 0440 on a file of root.
+    """
+    if not stat.S_ISREG(about.st_mode):
+        return "is no regular file"
+    if about.st_uid not in (0, uid):
+        return f"belongs to uid {about.st_uid}: it must be root's or the daemon's own"
+    allowed = 0o740 if credential and about.st_uid == 0 else 0o700
+    if about.st_mode & 0o777 & ~allowed:
+        return f"is open to others (mode {about.st_mode & 0o7777:04o})"
+    return None
+
+
+def _is_pipe(descriptor: int) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+    except OSError:
+        return False
+
+
+def _fill(descriptor: int, scratch: memoryview) -> int:
+    """Read to the end; returns the length. Raises ValueError for what is longer than a key can be."""
+    size = 0
+    while size < len(scratch):
+        with scratch[size:] as rest:
+            count = os.readv(descriptor, [rest])
+        if not count:
+            return size
+        size += count
+    raise ValueError(f"is longer than {len(scratch) - 1} bytes: a key is 64 hex digits or 32 raw bytes")
+
+
+# ---- the two shapes ------------------------------------------------------------------------------------
+
+
+def decode_into(text: memoryview, size: int, out: memoryview, *, raw: bool = True) -> None:
+    """Decode the first `size` bytes of `text`. `raw=False`: hex only.
+
+    Raises ValueError; the message completes "NAME …" and quotes nothing.
+    """
+    if size == KEY_SIZE and raw:
+        if all(0x20 <= text[i] < 0x7F or text[i] in _SPACE for i in range(size)):
+            raise ValueError("holds 32 characters of text: a key is 64 hex digits or 32 random bytes")
+        with text[:size] as key:
+            out[:] = key
+        return
+    start, end = _stripped(text, size)
+    if end - start != 2 * KEY_SIZE:
+        either = ", or exactly 32 raw bytes" if raw else ""
+        raise ValueError(
+            f"must be 64 hex digits, white space around them allowed{either}; it has {size} bytes"
+        )
+    with text[start:end] as digits:
+        hex_decode_into(digits, out)
+
+
+def _stripped(text: memoryview, size: int) -> tuple[int, int]:
+    start, end = 0, size
+    while start < end and text[start] in _SPACE:
+        start += 1
+    while end > start and text[end - 1] in _SPACE:
+        end -= 1
+    return start, end

@@ -1,0 +1,336 @@
+"""Every key of the configuration, once: what it takes, its limits, its default and the reason for it.
+
+The README's table, the manual page and the sample file are held against OPTIONS. A value comes from YAML, a
+flag or the environment as a `Scalar` (text, and the type that YAML sees in it), a list or a mapping of such;
+`Option.read` gives plain data that fits into JSON, or raises ConfigError. The message names the place and
+what was expected, and never quotes the value: it may be a key that went into the wrong line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Callable, NamedTuple, Optional, Union
+
+from ..encoding import hex_decode_into
+from ..errors import ConfigError
+
+KEY_SIZE = 32
+
+MAX_PREVIOUS = 100
+"""Most previous_master_keys: they and the master key fit into one page of locked memory."""
+
+MAX_UIDS = 1000
+MAX_UID = 2**32 - 2  # (uid_t)-1 means "no user"
+
+MAX_SOCKET_PATH = 107
+"""Bytes of a socket's path: `sun_path` has 108 with the closing NUL (unix(7))."""
+
+
+class Scalar(NamedTuple):
+    """One value as it was written. `type` is YAML's (str, int, float, bool, null, …), or ANY."""
+
+    text: str
+    type: str
+
+    def __repr__(self) -> str:
+        return "<Scalar>"  # it may be a key
+
+
+ANY = "any"
+"""The type of what comes from a flag or the environment, which know only text."""
+
+Value = Union[Scalar, list[Any], dict[str, Any]]
+
+
+class Wrong(Exception):
+    """A value is not what the option expects. The text completes "NAME …"; it never quotes the value."""
+
+
+class Option(NamedTuple):
+    """One row. `expects` completes "must be …", with {low} and {high} filled in; both are inclusive."""
+
+    name: str
+    parse: Callable[[Value, Option], Any]
+    expects: str
+    doc: str
+    default: Any = None
+    unit: str = ""
+    low: float = 0
+    high: float = 0
+    flag: str = ""
+    env: str = ""
+    private: bool = False  # a secret or a rule about peers: with --config it comes from that file only
+    path: bool = False
+
+    def read(self, value: Value, label: str) -> Any:
+        """Raises ConfigError; `label` says where the value stands, such as `workers in /etc/kms.yaml`."""
+        try:
+            return self.parse(value, self)
+        except Wrong as wrong:
+            raise ConfigError(f"{label} {wrong}") from None
+
+    def wrong(self) -> Wrong:
+        return Wrong(f"must be {self.expects.format(low=self.low, high=self.high)}")
+
+    @property
+    def default_text(self) -> str:
+        """For tables: `8388608 bytes`, `0600`, `(none)`."""
+        if self.default is None:
+            return "(none)"
+        if self.parse is _mode:
+            return f"{self.default:04o}"
+        number = f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+        return f"{number} {self.unit}".strip()
+
+
+# ---- parsers -------------------------------------------------------------------------------------
+
+_WHOLE = re.compile(r"0|[1-9][0-9]{0,18}")
+_DECIMAL = re.compile(r"(?:0|[1-9][0-9]{0,9})(?:\.[0-9]{1,6})?")
+_MODE = re.compile(r"(?:0o?)?[0-7]{3}")
+_CREDENTIAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:-]{0,254}")
+_NUMERIC = ("int", "float", ANY)
+
+
+def _text(value: Value, option: Option) -> str:
+    if not isinstance(value, Scalar) or value.type not in ("str", ANY) or not value.text:
+        raise option.wrong()
+    if not value.text.isprintable():
+        raise Wrong("holds a character that can't be shown")
+    return value.text
+
+
+def _whole(value: Value, option: Option) -> int:
+    if not isinstance(value, Scalar) or value.type not in _NUMERIC or not _WHOLE.fullmatch(value.text):
+        raise option.wrong()
+    if not option.low <= int(value.text) <= option.high:
+        raise option.wrong()
+    return int(value.text)
+
+
+def _seconds(value: Value, option: Option) -> float:
+    if not isinstance(value, Scalar) or value.type not in _NUMERIC or not _DECIMAL.fullmatch(value.text):
+        raise option.wrong()
+    if not option.low <= float(value.text) <= option.high:
+        raise option.wrong()
+    return float(value.text)
+
+
+def _workers(value: Value, option: Option) -> Union[int, str]:
+    return "auto" if isinstance(value, Scalar) and value.text == "auto" else _whole(value, option)
+
+
+def _lock(value: Value, option: Option) -> str:
+    """Any type of scalar: YAML 1.1 takes a bare `off` for a truth value."""
+    if not isinstance(value, Scalar) or value.text not in ("require", "try", "off"):
+        raise option.wrong()
+    return value.text
+
+
+def _mode(value: Value, option: Option) -> int:
+    """0600, "0600", 600 and 0o600 are all meant as octal: nobody means decimal 600, which is 01130."""
+    if (
+        not isinstance(value, Scalar)
+        or value.type not in ("int", "str", ANY)
+        or not _MODE.fullmatch(value.text)
+    ):
+        raise option.wrong()
+    mode = int(value.text[-3:], 8)
+    if mode & ~0o666:
+        raise option.wrong()
+    return mode
+
+
+def _group(value: Value, option: Option) -> str:
+    if isinstance(value, Scalar) and value.type == "int":
+        return str(_whole(value, option._replace(high=MAX_UID)))
+    return _text(value, option)
+
+
+def _socket(value: Value, option: Option) -> str:
+    """A path, or the same as a URL: `unix:///run/kms.sock`."""
+    text = _text(value, option)
+    if text.startswith("unix://"):
+        text = text[len("unix://") :]
+    if not text or "://" in text:
+        raise option.wrong()
+    return text
+
+
+def _uids(value: Value, option: Option) -> list[int]:
+    if not isinstance(value, list) or len(value) > MAX_UIDS:
+        raise option.wrong()
+    return sorted({_whole(item, option) for item in value})
+
+
+def _hex(value: Value, option: Option) -> bytearray:
+    """Only the parser of the file calls this, in a process that ends right after it."""
+    if not isinstance(value, Scalar) or value.type not in ("str", *_NUMERIC):
+        raise option.wrong()
+    key = bytearray(KEY_SIZE)
+    try:
+        with memoryview(key) as out:
+            hex_decode_into(value.text.encode("ascii", "replace"), out)
+    except ValueError as error:
+        raise Wrong(str(error)) from None
+    return key
+
+
+def _credential(value: Value, option: Option) -> str:
+    if not _CREDENTIAL.fullmatch(_text(value, option)):
+        raise option.wrong()
+    return _text(value, option)
+
+
+_KEY_FORMS: Mapping[str, Callable[[Value, Option], Any]] = {
+    "hex": _hex,
+    "file": _text,
+    "credential": _credential,
+}
+
+
+def _keys(value: Value, option: Option) -> list[tuple[str, Any]]:
+    if not isinstance(value, list) or len(value) > MAX_PREVIOUS:
+        raise option.wrong()
+    return [_key(item, f"entry {number}", option) for number, item in enumerate(value, 1)]
+
+
+def _key(item: Value, entry: str, option: Option) -> tuple[str, Any]:
+    if not isinstance(item, dict):
+        raise Wrong(f"{entry} must be a mapping such as `file: PATH`")
+    for name in item:
+        if name not in _KEY_FORMS:
+            raise Wrong(f"{entry}: {unknown(name, _KEY_FORMS)}")
+    if len(item) != 1:
+        raise Wrong(f"{entry} must have exactly one of hex, file and credential")
+    ((form, value),) = item.items()
+    try:
+        return form, _KEY_FORMS[form](value, _FORMS[form])
+    except Wrong as wrong:
+        raise Wrong(f"{entry}: {form} {wrong}") from None
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+MIB = 1 << 20
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        "master_key_hex", _hex, "64 hex digits (32 bytes)",
+        "The master key itself. The file that holds it must have mode 0600 or 0400.",
+        env="PROGRESSDB_KMS_MASTER_KEY_HEX", private=True,
+    ),
+    Option(
+        "master_key_file", _text, "a path",
+        "A file with the master key: 64 hex digits, white space around them allowed, or exactly 32 raw "
+        "bytes; mode 0600 or 0400.",
+        env="PROGRESSDB_KMS_MASTER_KEY_FILE", private=True, path=True,
+    ),
+    Option(
+        "master_key_credential", _credential, "the name of a systemd credential (no slash in it)",
+        "Name of a systemd credential (`LoadCredential=`, `LoadCredentialEncrypted=`) with the master key, "
+        "read from `$CREDENTIALS_DIRECTORY`.",
+        private=True,
+    ),
+    Option(
+        "previous_master_keys", _keys,
+        f"a list of at most {MAX_PREVIOUS} mappings with hex, file or credential",
+        "Keys that may unwrap and never wrap: a list of `hex: …`, `file: …` or `credential: …`.",
+        private=True,
+    ),
+    Option(
+        "socket", _socket, "a path or unix://PATH",
+        f"Where the daemon listens: a path of at most {MAX_SOCKET_PATH} bytes. `unix://PATH` is the same.",
+        default="/tmp/progressdb-kms.sock",  # noqa: S108
+        flag="--socket", env="PROGRESSDB_KMS_SOCKET", path=True,
+    ),
+    Option(
+        "socket_mode", _mode, "an octal mode of at most 0666, such as 0660",
+        "Mode of the socket. Write access lets a peer connect; to let everybody in needs allowed_peer_uids.",
+        default=0o600,
+    ),
+    Option(
+        "socket_group", _group, "the name or number of a group",
+        "Group of the socket: with socket_mode 0660 its members may connect.",
+    ),
+    Option(
+        "data_dir", _text, "a path",
+        "Where the store, the audit log and the snapshots are. Mode 0700; made where missing.",
+        default="./kms-data", flag="--data-dir", env="PROGRESSDB_KMS_DATA_DIR", path=True,
+    ),
+    Option(
+        "allowed_peer_uids", _uids, f"a list of at most {MAX_UIDS} user ids (numbers)",
+        "Absent: every peer that the socket's permissions let in is served, and its UID is only logged. "
+        "A list: others get 403.",
+        high=MAX_UID, env="PROGRESSDB_KMS_ALLOWED_UIDS", private=True,
+    ),
+    Option(
+        "admin_peer_uids", _uids, f"a list of at most {MAX_UIDS} user ids (numbers)",
+        "Absent: the same as callers. A list: rotate, rewrap, unwrap, disable, shred and import need one of "
+        "these UIDs.",
+        high=MAX_UID, private=True,
+    ),
+    Option(
+        "workers", _workers, "auto or a whole number from {low} to {high}",
+        "Processes that answer. `auto`: one for each core that this process may use, at most 4; "
+        "more share the one writer and gain little.",
+        default="auto", unit="", low=1, high=64,
+    ),
+    Option(
+        "memory_lock", _lock, "require, try or off",
+        "`require`: refuse to start where the pages of keys can't be locked. `try`: warn. `off`: don't lock.",
+        default="try",
+    ),
+    Option(
+        "max_body_bytes", _whole, "a whole number of bytes from {low} to {high}",
+        "Longest request body; a longer one gets 413. A batch of some thousand chat messages fits.",
+        default=8 * MIB, unit="bytes", low=4096, high=256 * MIB,
+    ),
+    Option(
+        "max_connections", _whole, "a whole number from {low} to {high}",
+        "Connections served at one time, in all workers; one more gets 503. Each costs a thread and a "
+        "descriptor.",
+        default=2048, unit="connections", low=1, high=65536,
+    ),
+    Option(
+        "idle_timeout", _seconds, "a number of seconds from {low} to {high}",
+        "How long a connection may wait for its next request. Longer than a client's pool keeps one: Go's "
+        "keeps it for 90.",
+        default=120.0, unit="seconds", low=0.1, high=86400,
+    ),
+    Option(
+        "request_timeout", _seconds, "a number of seconds from {low} to {high}",
+        "Deadline for the whole head of a request, and again for its whole body: a slow peer gets 408.",
+        default=30.0, unit="seconds", low=0.1, high=3600,
+    ),
+)  # fmt: skip
+
+BY_NAME: Mapping[str, Option] = {option.name: option for option in OPTIONS}
+
+ALIASES: Mapping[str, str] = {"master_key": "master_key_hex"}
+"""Other spellings, from the Go service's sample files."""
+
+MASTER_KEYS = ("master_key_hex", "master_key_file", "master_key_credential")
+"""Exactly one of them is given."""
+
+_FORMS = {form: BY_NAME[f"master_key_{form}"] for form in _KEY_FORMS}
+
+
+# ---- words for messages ----------------------------------------------------------------------------
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,30}")
+
+
+def shown(name: str) -> Optional[str]:
+    """The name of a key as a message may repeat it, or None: what stands in its place may be a secret."""
+    return name if _NAME.fullmatch(name) else None
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """`unknown key 'worker', did you mean 'workers'?`"""
+    if shown(name) is None:
+        return "a key has a name that can't be one (it is not shown here: it may be a secret)"
+    near = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f"unknown key {name!r}" + (f", did you mean {near[0]!r}?" if near else "")

@@ -1,0 +1,301 @@
+"""The configuration file, read by a child process that lives for the time of it.
+
+PyYAML copies what it reads (a key in hex stood in its heap three times), and nothing of that can be wiped. So
+this process never sees the text: it opens the file, looks at its mode and forks. The child parses, checks and
+ends; by one pipe it hands over what is no secret, as JSON, by another the 32 bytes of each key, which go from
+the pipe straight into locked memory.
+
+    parent   open, fstat, fork ──────────────── JSON <─┬─ values, or the message of an error
+    child    read, parse, check every value, exit      └─ keys: 32 bytes each, in the order of the JSON
+
+Only the tree of YAML is used, never its objects: no tag can make anything but text, a bare `off` or `0600` is
+seen as it was written, a key that stands twice is noticed. A fault of syntax is told by line and column: the
+text around it may be a key.
+
+Call it before any thread is started (fork).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+from collections.abc import Iterable
+from io import FileIO
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, Optional
+
+from ..encoding import json_dumps
+from ..errors import ConfigError, KMSError
+from .keysource import HEX
+from .options import ALIASES, BY_NAME, KEY_SIZE, Scalar, Value, shown, unknown
+
+if TYPE_CHECKING:
+    import yaml
+
+MAX_FILE = 1 << 20
+"""Bytes of a configuration file."""
+
+MAX_NODES = 10_000
+"""Values in one file; the largest sensible one has some two thousand (lists of UIDs)."""
+
+MAX_DEPTH = 5
+"""Nesting: a file, a list of keys, a key, its value, and one more to be told about."""
+
+
+class ConfigFile:
+    """What a file says. `values` holds plain data by the names of OPTIONS; `read_key` gives the keys.
+
+    A key in hex is not in `values`: `master_key_hex` is None there, and an entry of `previous_master_keys` is
+    ["hex", None].
+    """
+
+    def __init__(self, path: str, values: dict[str, Any], keys: FileIO) -> None:
+        self.path = path
+        self.values = values
+        self._keys = keys
+
+    def read_key(self, out: memoryview) -> None:
+        """The next key, in the order of OPTIONS: 32 bytes. Raises ConfigError where the pipe has none."""
+        if os.readv(self._keys.fileno(), [out]) != KEY_SIZE:
+            raise ConfigError(f"{self.path}: a key was lost on its way from the parser")
+
+    def close(self) -> None:
+        self._keys.close()
+
+    def __enter__(self) -> ConfigFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        value: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+
+def read(path: str) -> ConfigFile:
+    """Parse and check a configuration file. Raises ConfigError, which names the key and the file."""
+    with contextlib.ExitStack() as stack:
+        source, mode = _open(path)
+        stack.enter_context(source)
+        reply, reply_end = (stack.enter_context(end) for end in _pipe())
+        keys, keys_end = (stack.enter_context(end) for end in _pipe())
+        child = os.fork()
+        if not child:
+            _child(path, source.fileno(), reply_end.fileno(), keys_end.fileno())
+        reply_end.close()
+        keys_end.close()
+        answer = _collect(path, child, reply.fileno())
+        _check_mode(path, mode, answer["secret"])
+        return ConfigFile(path, answer["values"], FileIO(os.dup(keys.fileno())))
+
+
+def _pipe() -> tuple[FileIO, FileIO]:
+    """(read end, write end) as objects that can be closed twice."""
+    ends = os.pipe()
+    return FileIO(ends[0]), FileIO(ends[1], "w")
+
+
+def _open(path: str) -> tuple[FileIO, int]:
+    """Returns the open file and its mode."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "not a path"
+        raise ConfigError(
+            f"the configuration file {path} can't be read: {why}", hint="--config names it"
+        ) from None
+    about = os.fstat(descriptor)
+    trouble = ""
+    if not stat.S_ISREG(about.st_mode):
+        trouble = "is no regular file"
+    elif about.st_uid not in (0, os.geteuid()):
+        trouble = f"belongs to uid {about.st_uid}, who could put another key into it"
+    elif about.st_mode & 0o022:
+        trouble = f"may be written by others (mode {about.st_mode & 0o7777:04o})"
+    if trouble:
+        os.close(descriptor)
+        raise ConfigError(
+            f"the configuration file {path} {trouble}", hint=f"chown it to its user, chmod 0600 {path}"
+        )
+    return FileIO(descriptor), about.st_mode
+
+
+def _check_mode(path: str, mode: int, secret: Optional[str]) -> None:
+    if secret is not None and mode & 0o077:
+        raise ConfigError(
+            f"{secret} in {path}: a file with a key in it is open to others (mode {mode & 0o7777:04o})",
+            hint=f"chmod 0600 {path}, and change the key if others may have read it",
+        )
+
+
+def _collect(path: str, child: int, reply: int) -> dict[str, Any]:
+    parts = []
+    while part := os.read(reply, 65536):
+        parts.append(part)
+    status = 0
+    with contextlib.suppress(ChildProcessError):  # whoever ignores SIGCHLD has no children to wait for
+        status = os.waitpid(child, 0)[1]
+    if status or not parts:
+        raise ConfigError(
+            f"the parser of {path} ended before it was done (status {status})", hint="out of memory?"
+        )
+    answer: dict[str, Any] = json.loads(b"".join(parts))
+    if "error" in answer:
+        raise ConfigError(answer["error"], hint=answer["hint"])
+    return answer
+
+
+# ---- the child -----------------------------------------------------------------------------------
+
+
+def _child(path: str, descriptor: int, reply: int, keys: int) -> NoReturn:
+    """Never returns and never raises: the caller's frames belong to the parent. Prints nothing."""
+    status = 1
+    try:
+        answer, material = _answer(path, descriptor)
+        _write(keys, material)
+        _write(reply, json_dumps(answer).encode())
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _answer(path: str, descriptor: int) -> tuple[dict[str, Any], bytes]:
+    """The JSON for the parent, and the bytes of the keys (at most 101 of them, so that a pipe holds all)."""
+    try:
+        values = _check(_parse(_slurp(path, descriptor), path), path)
+    except KMSError as error:
+        return {"error": error.message, "hint": error.hint}, b""
+    except ImportError:
+        hint = "apt install python3-yaml, or pip install pyyaml"
+        return {"error": f"{path} can't be read without PyYAML", "hint": hint}, b""
+    except Exception as error:  # what it says may quote the file
+        return {"error": f"{path} can't be parsed ({type(error).__name__})", "hint": ""}, b""
+    material: list[bytes] = []
+    secret = _secret(values)
+    return {"values": _take_keys(values, material), "secret": secret}, b"".join(material)
+
+
+def _slurp(path: str, descriptor: int) -> bytes:
+    data = b""
+    while part := os.read(descriptor, 65536):
+        data += part
+        if len(data) > MAX_FILE:
+            raise ConfigError(f"the configuration file {path} is larger than {MAX_FILE} bytes")
+    return data
+
+
+def _secret(values: dict[str, Any]) -> Optional[str]:
+    """The name of a key of the file that holds a secret."""
+    if "master_key_hex" in values:
+        return "master_key_hex"
+    previous = values.get("previous_master_keys", ())
+    return "previous_master_keys" if any(form == HEX for form, _ in previous) else None
+
+
+def _take_keys(values: dict[str, Any], material: list[bytes]) -> dict[str, Any]:
+    """The values without the keys, which go to `material`, in the order of OPTIONS."""
+    kept = dict(values)
+    if "master_key_hex" in kept:
+        material.append(bytes(kept["master_key_hex"]))
+        kept["master_key_hex"] = None
+    if "previous_master_keys" in kept:
+        entries = kept["previous_master_keys"]
+        material += [bytes(value) for form, value in entries if form == HEX]
+        kept["previous_master_keys"] = [(form, None if form == HEX else value) for form, value in entries]
+    return kept
+
+
+def _check(tree: Value, path: str) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines")
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        option = BY_NAME.get(ALIASES.get(name, name))
+        if option is None:
+            hint = "the README lists all keys"
+            raise ConfigError(f"{path}: {unknown(name, (*BY_NAME, *ALIASES))}", hint=hint)
+        if option.name in values:
+            raise ConfigError(
+                f"{path} has both {option.name} and its other spelling {_alias(option.name)}: keep one"
+            )
+        if isinstance(value, Scalar) and value.type == "null":
+            raise ConfigError(f"{name} in {path} has no value", hint="leave the line out for the default")
+        values[option.name] = option.read(value, f"{name} in {path}")
+    return values
+
+
+def _alias(name: str) -> str:
+    return next(alias for alias, target in ALIASES.items() if target == name)
+
+
+# ---- the tree of YAML ------------------------------------------------------------------------------
+
+
+def _parse(text: bytes, path: str) -> Value:
+    import yaml  # here only: the parent never loads it
+
+    try:
+        node = _loader(path)(text).get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(
+            f"{path} is not YAML{place}", hint="what stands there is not shown: it may be a key"
+        ) from None
+    except yaml.YAMLError:
+        raise ConfigError(f"{path} is not YAML: it holds bytes that are no text") from None
+    tree = _plain(node, path) if node else Scalar("", "null")
+    return {} if isinstance(tree, Scalar) and tree.type == "null" else tree  # nothing but comments
+
+
+def _loader(path: str) -> Any:
+    """A loader that only builds the tree of nodes, and refuses what grows out of proportion."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        depth = nodes = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ConfigError(f"{path}: aliases (*name) are not taken")
+            self.depth += 1
+            self.nodes += 1
+            if self.depth > MAX_DEPTH or self.nodes > MAX_NODES:
+                raise ConfigError(f"{path} is nested too deeply or holds too many values")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+    return Loader
+
+
+def _plain(node: yaml.Node, path: str) -> Value:
+    """Lists, mappings and scalars; a scalar's type is the last part of its tag."""
+    kind = node.tag.rpartition(":")[2] if node.tag.startswith("tag:yaml.org,2002:") else "foreign"
+    if kind == "map":
+        return _mapping(node.value, path)
+    if kind == "seq":
+        return [_plain(item, path) for item in node.value]
+    return Scalar(node.value if isinstance(node.value, str) else "", kind)
+
+
+def _mapping(pairs: Iterable[tuple[yaml.Node, yaml.Node]], path: str) -> dict[str, Value]:
+    found: dict[str, Value] = {}
+    for key, value in pairs:
+        name = key.value if isinstance(key.value, str) else ""
+        if name in found:
+            raise ConfigError(
+                f"{path}: {shown(name) or 'a key'} stands twice, again in line {key.start_mark.line + 1}"
+            )
+        found[name] = _plain(value, path)
+    return found

@@ -1,0 +1,128 @@
+"""All of the cipher: AES-256-GCM (NIST SP 800-38D) and HMAC-SHA256, through `cryptography` and OpenSSL.
+
+Every key comes as a buffer and is read in place. An `Aead` lives for one call or one batch and never
+longer than the buffer of its key: cryptography 38 to 41 reads that buffer at each use.
+
+- 12-byte nonces from the OS, drawn anew for each seal. At 2**32 seals under one key the odds of a
+  repeated nonce pass 2**-32 (SP 800-38D, 8.3): one DEK a thread keeps far below it.
+- 16-byte tags, never shorter: a short tag is easier to guess.
+- The AAD is always authenticated; what it holds is the caller's matter (`envelope` binds key_ids).
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import Any
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from ..encoding import Buffer
+from ..errors import AuthenticationFailed
+
+KEY_SIZE = 32
+NONCE_SIZE = 12
+TAG_SIZE = 16
+ROOM = TAG_SIZE + 15
+"""Bytes that `out` must have beyond the plaintext's length: the tag, and the block that
+cryptography 38's `update_into` asks for."""
+
+
+class _OneShot:
+    """cryptography 47 and newer: AESGCM that writes into the caller's buffer."""
+
+    __slots__ = ("_aesgcm",)
+
+    def __init__(self, key: memoryview) -> None:
+        self._aesgcm: Any = AESGCM(key)
+
+    def seal_into(self, nonce: bytes, plaintext: Buffer, aad: bytes, out: memoryview) -> int:
+        """Write ciphertext and tag to `out`; returns their length, len(plaintext) + 16."""
+        size = len(plaintext) + TAG_SIZE
+        self._aesgcm.encrypt_into(nonce, plaintext, aad, out[:size])
+        return size
+
+    def open_into(self, nonce: Buffer, sealed: Buffer, aad: bytes, out: memoryview) -> int:
+        """Write the plaintext to `out`; returns its length. Raises AuthenticationFailed, `out` wiped."""
+        size = len(sealed) - TAG_SIZE
+        if size < 0:
+            raise AuthenticationFailed
+        try:
+            self._aesgcm.decrypt_into(nonce, sealed, aad, out[:size])
+        except InvalidTag:
+            out[:size] = bytes(size)  # the unauthenticated plaintext is already there
+            raise AuthenticationFailed from None
+        return size
+
+    def seal(self, nonce: bytes, plaintext: Buffer, aad: bytes) -> bytes:
+        """For data: ciphertext and tag."""
+        result: bytes = self._aesgcm.encrypt(nonce, plaintext, aad)
+        return result
+
+    def open(self, nonce: Buffer, sealed: Buffer, aad: bytes) -> bytes:
+        """For data: the plaintext. Raises AuthenticationFailed."""
+        try:
+            result: bytes = self._aesgcm.decrypt(nonce, sealed, aad)
+        except InvalidTag:
+            raise AuthenticationFailed from None
+        return result
+
+
+class _Contexts:
+    """Older releases: a cipher context an operation, which copies the key into OpenSSL's memory only."""
+
+    __slots__ = ("_key",)
+
+    def __init__(self, key: memoryview) -> None:
+        self._key = key
+
+    def seal_into(self, nonce: bytes, plaintext: Buffer, aad: bytes, out: memoryview) -> int:
+        encryptor = Cipher(algorithms.AES(self._key), modes.GCM(nonce)).encryptor()
+        encryptor.authenticate_additional_data(aad)
+        size = encryptor.update_into(plaintext, out)
+        encryptor.finalize()
+        out[size : size + TAG_SIZE] = encryptor.tag
+        return size + TAG_SIZE
+
+    def open_into(self, nonce: Buffer, sealed: Buffer, aad: bytes, out: memoryview) -> int:
+        size = len(sealed) - TAG_SIZE
+        if size < 0:
+            raise AuthenticationFailed
+        body = memoryview(sealed)
+        gcm = modes.GCM(bytes(nonce), bytes(body[size:]))
+        decryptor = Cipher(algorithms.AES(self._key), gcm).decryptor()
+        decryptor.authenticate_additional_data(aad)
+        decryptor.update_into(body[:size], out)
+        try:
+            decryptor.finalize()
+        except InvalidTag:
+            out[:size] = bytes(size)
+            raise AuthenticationFailed from None
+        return size
+
+    def seal(self, nonce: bytes, plaintext: Buffer, aad: bytes) -> bytes:
+        out = bytearray(len(plaintext) + ROOM)
+        size = self.seal_into(nonce, plaintext, aad, memoryview(out))
+        return bytes(out[:size])
+
+    def open(self, nonce: Buffer, sealed: Buffer, aad: bytes) -> bytes:
+        out = bytearray(len(sealed) + ROOM)
+        return bytes(out[: self.open_into(nonce, sealed, aad, memoryview(out))])
+
+
+if hasattr(AESGCM, "decrypt_into"):
+    Aead = _OneShot
+else:
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    Aead = _Contexts  # type: ignore[assignment,misc]
+
+
+def mac(key: memoryview, data: bytes) -> bytes:
+    """HMAC-SHA256 (RFC 2104): 32 bytes. One call into OpenSSL: no padded copy of the key is left."""
+    return hmac.digest(key, data, "sha256")
+
+
+def same(a: bytes, b: bytes) -> bool:
+    """Compare two MACs or fingerprints in constant time."""
+    return hmac.compare_digest(a, b)

@@ -1,0 +1,150 @@
+"""Memory that may hold keys: locked, never in a core file, wiped when done.
+
+What may live here: KEKs, the audit key, a DEK while it is in use. What must hold:
+
+- A key exists in a locked buffer or nowhere. No `bytes` or `str` is ever made of it, because neither
+  can be wiped and both are copied freely.
+- Each page is locked (never swapped), left out of core files, and, where the kernel has
+  memfd_secret (Linux 5.14), taken out of the kernel's own mapping: then not even root reads it
+  through /proc/PID/mem or ptrace.
+- Only these pages are locked. `mlockall` would lock every thread's stack.
+
+The three kinds, best first: `memfd_secret`, `mlock` (mmap + mlock + MADV_DONTDUMP), `unlocked`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import mmap
+import os
+import sys
+from types import TracebackType
+from typing import Optional
+
+from ..errors import LockRefused
+
+PAGE = mmap.PAGESIZE
+
+# One number on every architecture (asm-generic numbering, where all new calls are added).
+_SYS_MEMFD_SECRET = 447
+_MADV_DONTDUMP = 16  # <asm-generic/mman-common.h>
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.munlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.syscall.restype = ctypes.c_long
+
+
+def wipe(view: memoryview) -> None:
+    """Overwrite with zeros. A foreign call through a pointer: no compiler sees it, none drops it."""
+    if len(view):
+        ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(view)), 0, len(view))
+
+
+class LockedBuffer:
+    """A zero-filled region of whole pages for secrets, shared with processes forked later.
+
+    Life cycle: made, used through `view` (and slices of it), wiped and unmapped by `close()`.
+    `close()` is idempotent and refuses (BufferError) while slices of `view` are still alive, so that
+    no cipher object can outlive its key.
+    """
+
+    def __init__(self, size: int, mode: str = "try") -> None:
+        """Map at least `size` bytes. `mode`: `require` (LockRefused where no page can be locked),
+        `try`, or `off`."""
+        self.size = size
+        length = (size + PAGE - 1) // PAGE * PAGE
+        self._map, self.kind = _map_pages(length, mode)
+        self._closed = False
+        self.view = memoryview(self._map)[:size]
+
+    @property
+    def locked_bytes(self) -> int:
+        """Bytes that count against RLIMIT_MEMLOCK."""
+        return 0 if self._closed or self.kind == "unlocked" else len(self._map)
+
+    @property
+    def map(self) -> mmap.mmap:
+        """The mapping itself, for `find` in place."""
+        return self._map
+
+    def wipe(self) -> None:
+        if not self._closed:
+            with memoryview(self._map) as whole:
+                wipe(whole)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self.wipe()
+        self.view.release()
+        self._map.close()
+        self._closed = True
+
+    def __enter__(self) -> LockedBuffer:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        value: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        # While an exception travels, its frames may still hold slices: wiping is what counts.
+        self.wipe()
+        if kind is None:
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<LockedBuffer {self.kind} {self.size} bytes>"
+
+
+def _map_pages(length: int, mode: str) -> tuple[mmap.mmap, str]:
+    if mode != "off":
+        secret = _memfd_secret(length)
+        if secret is not None:
+            return secret, "memfd_secret"
+    region = mmap.mmap(-1, length)  # MAP_SHARED | MAP_ANONYMOUS
+    refused = 0
+    if mode != "off":
+        address = ctypes.addressof(ctypes.c_char.from_buffer(region))
+        if _libc.mlock(address, length) == 0:
+            _dont_dump(region)
+            return region, "mlock"
+        refused = ctypes.get_errno()
+    if mode == "require":
+        region.close()
+        raise LockRefused(
+            f"memory_lock is 'require', but {length} bytes can't be locked ({os.strerror(refused)})",
+            hint="raise the limit: LimitMEMLOCK=infinity in the unit, or `ulimit -l unlimited` before",
+        )
+    _dont_dump(region)
+    return region, "unlocked"
+
+
+def _memfd_secret(length: int) -> Optional[mmap.mmap]:
+    """Pages that the kernel itself can't read any more; None where it has none or the limit forbids."""
+    if not sys.platform.startswith("linux"):
+        return None
+    fd = _libc.syscall(_SYS_MEMFD_SECRET, os.O_CLOEXEC)
+    if fd < 0:
+        return None
+    try:
+        os.ftruncate(fd, length)
+        region = mmap.mmap(fd, length, mmap.MAP_SHARED)
+    except OSError:  # RLIMIT_MEMLOCK: such pages are always locked
+        return None
+    finally:
+        os.close(fd)
+    try:
+        region[0:1] = b"\0"  # touch it: a page that can't be had must fail here and not with SIGBUS later
+    except (OSError, ValueError):
+        region.close()
+        return None
+    return region
+
+
+def _dont_dump(region: mmap.mmap) -> None:
+    if sys.platform.startswith("linux"):
+        region.madvise(_MADV_DONTDUMP)

@@ -1,0 +1,1 @@
+"""The processes, and the order in which they come and go."""

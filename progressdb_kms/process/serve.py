@@ -1,0 +1,152 @@
+"""The processes, and the order in which they come and go.
+
+    supervisor   binds, holds the lock of the data-dir, loads the keys; then waits for signals and deaths
+      keeper     the only writer of the store (keeper)
+      worker 1…n serve connections on the shared listening socket (httpd), each pinned to a core
+
+The supervisor has one thread and no SQLite connection, so that it may fork at any time: a worker or keeper
+that dies is replaced. All share two regions made before any fork: the locked one with the keyring, and the
+counters. With `workers: 1` nothing is forked: the keeper runs in the main thread, the server in another.
+
+Coming: harden, lock the data-dir, bind (so that a client's connect waits rather than fails), load the keys,
+open and check the store, start workers, say that we are ready. Going (SIGTERM): the socket's name goes first,
+what was received is answered, workers end, the keeper writes the last audit heads, keys are wiped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Callable, Optional
+
+from ..config.load import Loaded, Settings
+from ..crypto.aead import KEY_SIZE
+from ..crypto.keyring import REGION_SIZE, Keyring
+from ..crypto.memory import LockedBuffer
+from ..service import channel, start
+from ..service.keeper import STAGING_SLOTS
+from ..service.metrics import Metrics
+from ..service.plan import ConfiguredKey
+from ..service.start import Configured
+from . import hardening
+from .serving import Notifier, Shared, Worker, open_keeper, reopen_keeper
+from .signals import SignalPipe
+from .socket import listen, remove_name
+from .supervisor import Supervisor
+
+log = logging.getLogger("progressdb_kms")
+
+# ---- starting --------------------------------------------------------------------------------------
+
+
+def serve(loaded: Loaded, ready: Optional[Callable[[str], None]] = None) -> int:
+    """Run the daemon until SIGTERM. Returns the exit code. Raises OperatorError where it can't start."""
+    settings = loaded.settings
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="progressdb-kms: %(levelname)s: %(message)s"
+    )
+    measures = [measure._asdict() for measure in hardening.harden()]
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    lock = start.claim(settings.data_dir)
+    listener, ours = listen(settings)
+    region = LockedBuffer(REGION_SIZE + STAGING_SLOTS * KEY_SIZE, settings.memory_lock)
+    try:
+        if region.kind != "memfd_secret":
+            _warn_of_memory(settings, region.kind)
+        keyring = Keyring(region.view)
+        keys = _install(loaded, keyring)
+        inbox, outbox = channel.channel()
+        staging = region.view[REGION_SIZE:]
+        metrics = Metrics(settings.workers + 1)
+        shared = Shared(
+            settings, keys, region, keyring, staging, metrics, inbox, outbox, listener, measures, time.time()
+        )
+        run = Alone if settings.workers == 1 else Supervisor
+        return run(shared, lock, ready or _announce).run(ours)
+    finally:
+        region.wipe()
+        listener.close()
+        os.close(lock)
+
+
+def _warn_of_memory(settings: Settings, kind: str) -> None:
+    if kind == "mlock":
+        log.info("no memfd_secret on this kernel: keys are in mlock'ed memory, which root can read")
+    elif settings.memory_lock != "off":
+        log.warning("memory can't be locked: keys may be swapped out (raise LimitMEMLOCK or `ulimit -l`)")
+
+
+def _install(loaded: Loaded, keyring: Keyring) -> Configured:
+    """Move the configured keys into the shared keyring, and wipe where they came from."""
+    with loaded:
+        settings = loaded.settings
+        master = ConfiguredKey(keyring.install(loaded.master, 0), settings.master_source)
+        sources = loaded.previous_sources
+        previous = [ConfiguredKey(keyring.install(k, 0), s) for k, s in zip(loaded.previous, sources)]
+        pending = None
+        if loaded.pending is not None:
+            pending = ConfiguredKey(keyring.install(loaded.pending, 0), loaded.pending_source)
+    return Configured(master, previous, pending)
+
+
+def _announce(line: str) -> None:
+    print(line, flush=True)
+
+
+# ---- everything in one process ---------------------------------------------------------------------
+
+
+class Alone:
+    """`workers: 1`: the keeper in the main thread, the worker in another."""
+
+    def __init__(self, shared: Shared, lock: int, announce: Callable[[str], None]) -> None:
+        self._shared = shared
+        self._announce = announce
+        self._stop = threading.Event()
+        self._hangup = threading.Event()
+        self._failure: Optional[BaseException] = None
+
+    def run(self, ours: bool) -> int:
+        shared = self._shared
+        signals = SignalPipe()
+        keeper, epoch = open_keeper(shared, 0)
+        shared.metrics.block(0).add("starts", 1)
+        up = threading.Event()
+        thread = threading.Thread(target=self._work, args=(f"{epoch}.1", up))
+        thread.start()
+        notifier = Notifier(shared)
+        while thread.is_alive():
+            keeper.round(0.2, signals.fd)
+            signals.clear()
+            if up.is_set():
+                notifier.ready(self._announce)
+                notifier.beat()
+            if signals.take_hangup():
+                notifier.reloading()
+                reopen_keeper(keeper)
+                self._hangup.set()
+            if signals.stop and not self._stop.is_set():
+                notifier.stopping()
+                remove_name(shared.settings, ours)
+                self._stop.set()
+        keeper.close()
+        if self._failure is not None:
+            raise self._failure
+        return 0
+
+    def _work(self, chain: str, up: threading.Event) -> None:
+        try:
+            worker = Worker(self._shared, 1, chain)
+            up.set()
+            worker.run(self._stop.wait, self._take_hangup)
+        except BaseException as error:
+            self._failure = error
+
+    def _take_hangup(self) -> bool:
+        taken = self._hangup.is_set()
+        self._hangup.clear()
+        return taken

@@ -1,0 +1,190 @@
+"""What all processes of the daemon share, and the serving side of one of them."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from typing import Any, Callable, NamedTuple
+
+from .. import __version__
+from ..audit.log import FILE_NAME as AUDIT_LOG
+from ..audit.log import AuditLog
+from ..config.load import Settings
+from ..crypto.keyring import Keyring
+from ..crypto.memory import LockedBuffer
+from ..errors import KMSError
+from ..service import channel, start
+from ..service.channel import StagingSlots
+from ..service.keeper import STAGING_SLOTS, Keeper
+from ..service.metrics import Metrics
+from ..service.start import Configured
+from ..service.worker import Service
+from ..store.sqlite import SqliteReader
+from ..wire.call import App
+from ..wire.server import Limits, Server
+from . import hardening, systemd
+
+log = logging.getLogger("progressdb_kms")
+
+
+DRAIN_SECONDS = 20.0
+"""How long answers in flight may take at SIGTERM; below systemd's 90 s until SIGKILL."""
+
+ANCHOR_SECONDS = 5.0
+"""How often a worker has the head of its audit chain kept in the store while it only reads."""
+
+BEAT_SECONDS = 1.0
+"""How often each process shows that its main loop runs."""
+
+
+class Shared(NamedTuple):
+    """What was made before the first fork, and belongs to all."""
+
+    settings: Settings
+    keys: Configured
+    region: LockedBuffer
+    keyring: Keyring
+    staging: memoryview
+    metrics: Metrics
+    inbox: socket.socket
+    outbox: socket.socket
+    listener: socket.socket
+    measures: list[dict[str, Any]]
+    started: float
+
+
+# ---- a worker --------------------------------------------------------------------------------------
+
+
+class Worker:
+    """The serving side of one process."""
+
+    def __init__(self, shared: Shared, slot: int, chain: str) -> None:
+        settings = shared.settings
+        self._shared = shared
+        self._counters = shared.metrics.block(slot - 1)
+        for gauge in ("connections", "beats"):
+            self._counters.clear(gauge)
+        path = settings.data_dir
+        self._audit = AuditLog(path / AUDIT_LOG, shared.keyring.audit_key, chain)
+        keeper = channel.KeeperClient(shared.outbox)
+        keeper.call("hello", {"chain": chain})
+        self._reader = SqliteReader(path)
+        self._service = Service(
+            self._reader,
+            shared.keyring,
+            self._audit,
+            keeper,
+            settings.peer_rules,
+            self._counters,
+            self._about,
+        )
+        share = STAGING_SLOTS // settings.workers
+        slots = StagingSlots(shared.staging, (slot - 1) * share, share)
+        app = App(self._service, slots, shared.metrics, settings.max_body_bytes)
+        limits = Limits(settings.max_connections, settings.idle_timeout, settings.request_timeout)
+        listener = shared.listener.dup()
+        self.server = Server(listener, app, limits, self._counters, shared.metrics, settings.memory_lock)
+
+    def _about(self) -> dict[str, Any]:
+        shared = self._shared
+        slab = self.server.slab
+        return {
+            "workers": shared.settings.workers,
+            "restarts": sum(max(0, n - 1) for n in shared.metrics.gauge("starts")),
+            "uptime_seconds": round(time.time() - shared.started, 3),
+            "memory": {
+                "kind": shared.region.kind,
+                "locked_bytes": shared.region.locked_bytes + slab.locked_bytes,
+                "required": shared.settings.memory_lock == "require",
+                "wipe_on_free": hardening.wipe_on_free_active(),
+            },
+            "hardening": shared.measures,
+        }
+
+    def run(self, stop: Callable[[float], bool], hangup: Callable[[], bool]) -> None:
+        """Serve until `stop(seconds)`, which waits so long at most, says so."""
+        with hardening.signals_blocked():
+            acceptor = threading.Thread(target=self.server.serve_forever, args=(0.1,), daemon=True)
+            acceptor.start()
+        next_anchor = time.monotonic() + ANCHOR_SECONDS
+        while not stop(BEAT_SECONDS):
+            self._counters.add("beats", 1)
+            if hangup():
+                self._reopen()
+            if time.monotonic() >= next_anchor:
+                self._anchor()
+                next_anchor = time.monotonic() + ANCHOR_SECONDS
+        self.server.shutdown()
+        acceptor.join()
+        with hardening.signals_blocked():
+            self.server.take_waiting()
+        if not self.server.drain(DRAIN_SECONDS):
+            log.warning("connections were cut: they did not end within %g s", DRAIN_SECONDS)
+        self._anchor()
+        self._audit.close()
+        self._reader.close()
+        self.server.slab.wipe()
+
+    def _reopen(self) -> None:
+        try:
+            self._audit.reopen()
+        except KMSError as error:
+            log.error("%s (%s)", error.message, error.hint)
+
+    def _anchor(self) -> None:
+        try:
+            self._service.anchor()
+        except KMSError as error:
+            log.warning("the head of the audit log is not kept in the store now: %s", error.message)
+
+
+def open_keeper(shared: Shared, incarnation: int) -> tuple[Keeper, int]:
+    return start.open_keeper(
+        shared.settings.data_dir, shared.keyring, shared.keys, shared.staging, shared.inbox, incarnation
+    )
+
+
+def reopen_keeper(keeper: Keeper) -> None:
+    try:
+        keeper.reopen()
+    except KMSError as error:
+        log.error("%s (%s)", error.message, error.hint)
+
+
+class Notifier:
+    """What systemd and the person at the terminal hear."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._said = False
+        interval = systemd.watchdog_seconds()
+        self._interval = interval / 2 if interval else None
+        self._next = 0.0
+
+    def ready(self, announce: Callable[[str], None]) -> None:
+        if self._said:
+            return
+        self._said = True
+        active = self._shared.keyring.active
+        settings = self._shared.settings
+        announce(
+            f"progressdb-kms {__version__} ready: socket={settings.socket} kek_id={active.kek_id} "
+            f"kek_version={active.version} workers={settings.workers} memory={self._shared.region.kind}"
+        )
+        systemd.notify(f"READY=1\nSTATUS=KEK {active.kek_id}, {settings.workers} workers")
+
+    def reloading(self) -> None:
+        systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        systemd.notify("READY=1")
+
+    def stopping(self) -> None:
+        systemd.notify("STOPPING=1")
+
+    def beat(self) -> None:
+        now = time.monotonic()
+        if self._interval is not None and now >= self._next:
+            systemd.notify("WATCHDOG=1")
+            self._next = now + self._interval

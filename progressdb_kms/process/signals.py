@@ -1,0 +1,83 @@
+"""Signals, which are waited for and never handled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+
+# ---- signals ---------------------------------------------------------------------------------------
+
+
+END = signal.SIGUSR1
+"""The supervisor's word to a child. Not SIGTERM, which `timeout` or a container's manager may send to the
+whole group: then the keeper would be gone before the workers have answered."""
+
+NOTICED = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, END))
+
+
+class Signals:
+    """SIGTERM, SIGINT and SIGHUP, as flags; SIGCHLD ends a wait.
+
+    They are waited for and never handled: a handler's frame on the stack gets all registers of the thread,
+    and round keys stay in the wide ones long after a cipher is done.
+
+    A child leaves SIGTERM and SIGINT alone: the supervisor ends all in order, by END.
+    """
+
+    def __init__(self, child: bool = False) -> None:
+        self.stop = False
+        self.hangup = False
+        left_alone = (signal.SIGTERM, signal.SIGINT) if child else (END,)
+        self._awaited = NOTICED - frozenset(left_alone)
+        for number in left_alone:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, NOTICED)  # threads that are started from now on inherit it
+
+    def wait(self, seconds: float) -> None:
+        """Until a signal comes, but no longer than this."""
+        if hasattr(signal, "sigtimedwait"):
+            found = signal.sigtimedwait(self._awaited, seconds)
+            if found is not None:
+                self._note(found.si_signo)
+            return
+        deadline = time.monotonic() + seconds  # macOS
+        while not (waiting := signal.sigpending() & self._awaited) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if waiting:
+            self._note(signal.sigwait(waiting))
+
+    def take_hangup(self) -> bool:
+        taken, self.hangup = self.hangup, False
+        return taken
+
+    def _note(self, number: int) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT, END):
+            self.stop = True
+        elif number == signal.SIGHUP:
+            self.hangup = True
+
+
+class SignalPipe(Signals):
+    """For a loop that waits for more than signals: a thread waits for them, and `fd` becomes readable."""
+
+    def __init__(self, child: bool = False) -> None:
+        super().__init__(child)
+        self.fd, self._write = os.pipe()
+        for descriptor in (self.fd, self._write):
+            os.set_blocking(descriptor, False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def clear(self) -> None:
+        """Empty the descriptor; the flags stay."""
+        with suppress(BlockingIOError):
+            while os.read(self.fd, 512):
+                pass
+
+    def _listen(self) -> None:
+        while True:
+            self._note(signal.sigwait(self._awaited))
+            with suppress(BlockingIOError):  # it is readable already
+                os.write(self._write, b"\0")

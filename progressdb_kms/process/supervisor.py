@@ -1,0 +1,242 @@
+"""Several processes: children are started, watched, replaced and ended in order."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from typing import Any, Callable, NoReturn
+
+from ..crypto.aead import KEY_SIZE
+from ..encoding import json_dumps
+from ..errors import KMSError, OperatorError
+from ..service.keeper import STAGING_SLOTS
+from . import hardening
+from .serving import BEAT_SECONDS, DRAIN_SECONDS, Notifier, Shared, Worker, open_keeper, reopen_keeper
+from .signals import END, SignalPipe, Signals
+from .socket import remove_name
+
+log = logging.getLogger("progressdb_kms")
+
+STALE_SECONDS = 20.0
+"""A process whose main loop has not run for so long keeps the watchdog from being fed."""
+
+RESPAWN_SECONDS = 0.5
+"""Least time between two starts of the same process, so that one that can't live does not eat the machine."""
+
+
+# ---- several processes -----------------------------------------------------------------------------
+
+
+class Child:
+    """A keeper or worker process in its place; replaced when it dies."""
+
+    def __init__(self, slot: int) -> None:
+        self.slot = slot  # 0: the keeper
+        self.pid = 0
+        self.incarnation = -1
+        self.started = 0.0
+        self.beats = 0
+        self.fresh = 0.0
+
+
+class Supervisor:
+    def __init__(self, shared: Shared, lock: int, announce: Callable[[str], None]) -> None:
+        self._shared = shared
+        self._lock = lock
+        self._announce = announce
+        self._children = [Child(slot) for slot in range(shared.settings.workers + 1)]
+        self._epoch = 0
+        self._signals = Signals()
+
+    def run(self, ours: bool) -> int:
+        notifier = Notifier(self._shared)
+        self._start_keeper()
+        for child in self._children[1:]:
+            self._start_worker(child)
+        notifier.ready(self._announce)
+        while not self._signals.stop:
+            self._signals.wait(BEAT_SECONDS / 4)
+            if self._signals.take_hangup():
+                notifier.reloading()
+                self._tell(signal.SIGHUP, self._children)
+            self._replace_dead()
+            if self._all_alive():
+                notifier.beat()
+        notifier.stopping()
+        remove_name(self._shared.settings, ours)
+        self._end(self._children[1:])
+        self._end(self._children[:1])
+        return 0
+
+    # ---- children --------------------------------------------------------------------------------
+
+    def _fork(self, child: Child, main: Callable[[], None]) -> None:
+        child.incarnation += 1
+        child.started = child.fresh = time.monotonic()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        supervisor = os.getpid()
+        with hardening.signals_blocked():  # as long as the child has no Signals of its own
+            child.pid = os.fork()
+            if not child.pid:
+                _in_child(supervisor, self._lock, main)
+        block = child.slot - 1 if child.slot else self._shared.settings.workers
+        self._shared.metrics.block(block).add("starts", 1)
+
+    def _start_keeper(self) -> None:
+        child = self._children[0]
+        read, write = os.pipe()
+        incarnation = child.incarnation + 1
+
+        def main() -> None:
+            os.close(read)
+            _keeper_main(self._shared, incarnation, write)
+
+        self._fork(child, main)
+        os.close(write)
+        with open(read, "rb") as answers:
+            line = answers.readline()
+        told: dict[str, Any] = (
+            json.loads(line) if line else {"error": ["the keeper process ended at its start", ""]}
+        )
+        if "error" in told:
+            os.waitpid(child.pid, 0)
+            child.pid = 0
+            self._end(self._children[1:])
+            raise StartFailed(told["error"][0], hint=told["error"][1])
+        if not incarnation:
+            self._epoch = told["epoch"]
+
+    def _start_worker(self, child: Child) -> None:
+        suffix = f".{child.incarnation + 1}" if child.incarnation >= 0 else ""
+        chain = f"{self._epoch}.{child.slot}{suffix}"
+        self._fork(child, lambda: _worker_main(self._shared, child.slot, chain))
+
+    def _replace_dead(self) -> None:
+        now = time.monotonic()
+        for child in self._children:
+            if child.pid:
+                pid, status = os.waitpid(child.pid, os.WNOHANG)
+                if not pid:
+                    continue
+                name = f"worker {child.slot}" if child.slot else "the keeper"
+                log.error("%s (pid %d) ended (%s): it is replaced", name, pid, _how(status))
+                child.pid = 0
+                self._wipe_staging(child.slot)
+            if now - child.started >= RESPAWN_SECONDS:
+                if child.slot:
+                    self._start_worker(child)
+                else:
+                    self._start_keeper()
+
+    def _wipe_staging(self, slot: int) -> None:
+        """New KEKs that a dead worker had brought."""
+        if slot:
+            share = STAGING_SLOTS // self._shared.settings.workers * KEY_SIZE
+            self._shared.staging[(slot - 1) * share : slot * share] = bytes(share)
+
+    def _all_alive(self) -> bool:
+        """Has every main loop run lately?"""
+        beats = self._shared.metrics.gauge("beats")
+        now = time.monotonic()
+        for child in self._children:
+            seen = beats[child.slot - 1 if child.slot else -1]
+            if seen != child.beats:
+                child.beats, child.fresh = seen, now
+        return all(now - child.fresh < STALE_SECONDS for child in self._children)
+
+    def _tell(self, number: int, children: list[Child]) -> None:
+        for child in children:
+            if child.pid:
+                with suppress(ProcessLookupError):
+                    os.kill(child.pid, number)
+
+    def _end(self, children: list[Child]) -> None:
+        """END, wait, and SIGKILL for what does not end in time."""
+        self._tell(END, children)
+        deadline = time.monotonic() + DRAIN_SECONDS + 5
+        while any(child.pid for child in children):
+            for child in children:
+                if child.pid and os.waitpid(child.pid, os.WNOHANG)[0]:
+                    child.pid = 0
+            if time.monotonic() > deadline:
+                self._tell(signal.SIGKILL, children)
+            self._signals.wait(0.05)
+
+
+class StartFailed(OperatorError):
+    """What the keeper process told of its failure to start."""
+
+    default_code = "start_failed"
+
+
+def _how(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return signal.Signals(os.WTERMSIG(status)).name
+    return f"exit code {os.WEXITSTATUS(status)}"
+
+
+def _in_child(supervisor: int, lock: int, main: Callable[[], None]) -> NoReturn:
+    """Never returns into the supervisor's frames, whatever happens."""
+    code = 1
+    try:
+        # Not SIGTERM: nobody is left to end them in order, and a worker would wait for a keeper that is gone
+        # while the next daemon starts. What was acknowledged is on disk.
+        hardening.die_with_parent(supervisor, signal.SIGKILL)
+        os.close(lock)  # else the data-dir would stay locked after the supervisor's death
+        main()
+        code = 0
+    except KMSError as error:
+        log.error("%s%s", error.message, f" ({error.hint})" if error.hint else "")
+    except BaseException:
+        log.exception("a process of the daemon ended with an error")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _keeper_main(shared: Shared, incarnation: int, report: int) -> None:
+    signals = SignalPipe(child=True)
+    try:
+        keeper, epoch = open_keeper(shared, incarnation)
+    except KMSError as error:
+        os.write(report, json_dumps({"error": [error.message, error.hint]}).encode() + b"\n")
+        return
+    os.write(report, json_dumps({"epoch": epoch}).encode() + b"\n")
+    os.close(report)
+    counters = shared.metrics.block(shared.settings.workers)
+    counters.clear("beats")
+    while not signals.stop:
+        keeper.round(BEAT_SECONDS, signals.fd)
+        counters.add("beats", 1)
+        signals.clear()
+        if signals.take_hangup():
+            reopen_keeper(keeper)
+    keeper.close()
+
+
+def _worker_main(shared: Shared, slot: int, chain: str) -> None:
+    signals = Signals(child=True)
+    _pin(slot)
+    worker = Worker(shared, slot, chain)
+
+    def stop(seconds: float) -> bool:
+        if not signals.stop and not signals.hangup:
+            signals.wait(seconds)
+        return signals.stop
+
+    worker.run(stop, signals.take_hangup)
+
+
+def _pin(slot: int) -> None:
+    """One core a worker: two threads on two cores would only fight for the interpreter's lock."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        with suppress(OSError):
+            os.sched_setaffinity(0, {cores[(slot - 1) % len(cores)]})

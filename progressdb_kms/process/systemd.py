@@ -1,0 +1,64 @@
+"""What systemd wants of a service: sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3). Stdlib only.
+
+Everything is a no-op outside of systemd. The variables come with the environment, which a second start of
+the program (`hardening.prepare`) inherits: so each that names a pid counts for that process alone, and a
+descriptor is taken only where it is what we asked the .socket unit for.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from typing import Optional
+
+from ..errors import ConfigError
+
+_FIRST_FD = 3  # SD_LISTEN_FDS_START
+
+
+def notify(state: str) -> bool:
+    """Send lines of NAME=VALUE, such as `READY=1`. False: nobody listens, which is never an error of ours."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address[:1] not in ("/", "@"):
+        return False
+    if address.startswith("@"):  # the abstract name space
+        address = "\0" + address[1:]
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        return sock.sendto(state.encode("utf-8"), address) > 0
+    return False
+
+
+def listen_socket() -> Optional[socket.socket]:
+    """The socket that systemd listens on for us, or None where we bind ourselves.
+
+    Raises ConfigError where it hands over anything but one listening Unix stream socket.
+    """
+    count = os.environ.get("LISTEN_FDS", "")
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or count in ("", "0"):
+        return None
+    if count != "1":
+        raise ConfigError("systemd hands over more than one socket", hint=_REMEDY)
+    try:
+        sock = socket.socket(fileno=_FIRST_FD)  # asks the kernel for family and type
+    except OSError:
+        raise ConfigError(f"systemd hands over no socket (descriptor {_FIRST_FD})", hint=_REMEDY) from None
+    listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM or not listening:
+        sock.detach()  # it is not ours to close
+        raise ConfigError("what systemd hands over is not a listening Unix stream socket", hint=_REMEDY)
+    sock.set_inheritable(False)
+    return sock
+
+
+_REMEDY = "the .socket unit needs one ListenStream=/PATH, and Accept=no"
+
+
+def watchdog_seconds() -> Optional[float]:
+    """Within how many seconds systemd wants to hear `WATCHDOG=1`; None where it does not watch."""
+    micros = os.environ.get("WATCHDOG_USEC", "")
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    if not (micros.isascii() and micros.isdigit()) or not 0 < len(micros) < 19 or int(micros) == 0:
+        return None
+    return int(micros) / 1e6

@@ -1,0 +1,1 @@
+"""What is done: a worker answers, the keeper writes, a channel between them."""

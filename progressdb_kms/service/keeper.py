@@ -1,0 +1,575 @@
+"""The keeper: the one process (or, with one worker, the one thread) that writes.
+
+A single loop, no locks:
+
+- All jobs that wait are done in one transaction, each in its own savepoint, with one COMMIT: concurrent
+  creates share a disk flush. Answers are sent after the COMMIT, and after what the readers must notice
+  (keyring, generation) was changed.
+- Long jobs (rotation, emptying old tables) are generators: a step between two rounds of the loop, and a
+  rest after it while others want the core.
+- A new KEK waits in a staging slot of the shared locked region, and the job names the slot.
+- A job of which the answer can't be delivered was still done: every job may be repeated.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Optional, Union
+
+from ..audit.log import AuditLog
+from ..config.load import check_master_key
+from ..crypto import operations
+from ..crypto.aead import KEY_SIZE, NONCE_SIZE
+from ..crypto.keyring import Keyring, fingerprint
+from ..crypto.memory import LockedBuffer, wipe
+from ..encoding import b64encode, new_key_id, timestamp
+from ..errors import (
+    AuditUnavailable,
+    BadRequest,
+    Conflict,
+    InternalError,
+    KeyNotFound,
+    KeyShredded,
+    KMSError,
+    StoreUnavailable,
+    WeakKey,
+)
+from ..store import erasure, snapshots
+from ..store.contract import DekRecord, Store
+from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS
+from .channel import Head, Job, answer, receive
+from .rotation import Rewrapper, Rotation, Steps
+
+log = logging.getLogger("progressdb_kms.keeper")
+
+MAX_BATCH = 256
+"""Jobs of one transaction: bounds how long the first of them waits."""
+
+STAGING_SLOTS = 64
+"""New KEKs under way at once, over all workers."""
+
+JANITOR_SECONDS = 30.0
+"""How often scheduled deletions are looked at; they are due to the day."""
+
+SYNC_SECONDS = 1.0
+"""How much of the audit log a power cut may take, at most, without being noticed."""
+
+REST = 3
+"""After a step of long work during which others wanted this core: the pause, in times of what the step took
+of it. It keeps the p99 of an encrypt beside a rotation within three times of its p99 alone; an idle machine
+never waits."""
+
+RETIRE_ROWS = 500
+"""Old rows deleted a step after a rotation."""
+
+
+class Long(NamedTuple):
+    """A job that goes on in steps; its caller is answered at the end."""
+
+    steps: Steps
+
+
+Outcome = Union[dict[str, Any], KMSError, Long]
+
+
+class Done(NamedTuple):
+    """A job that was carried out, and what is due between its COMMIT and its answer."""
+
+    job: Job
+    outcome: Outcome
+    effects: list[Callable[[], None]]
+
+
+class Clock:
+    """Wall time. One object, so that a test can set it."""
+
+    def now(self) -> float:
+        return time.time()
+
+
+class Keeper:
+    """Owns the store; see the module. `open_keeper` in `opening` makes one."""
+
+    def __init__(
+        self,
+        store: Store,
+        data_dir: Path,
+        keyring: Keyring,
+        staging: memoryview,
+        audit: AuditLog,
+        inbox: socket.socket,
+        clock: Clock,
+    ) -> None:
+        self._store = store
+        self._data_dir = data_dir
+        self._keyring = keyring
+        self._staging = staging
+        self._audit = audit
+        self._inbox = inbox
+        self._clock = clock
+        self._memory = LockedBuffer(operations.SCRATCH_SIZE)
+        self._effects: list[Callable[[], None]] = []
+        self._rotation: Optional[Rotation] = None
+        self._task: Optional[tuple[Steps, Job]] = None
+        self._retiring = True  # an earlier run may have left rows
+        self._erasures: deque[tuple[str, bytes]] = deque()
+        self._next_janitor = 0.0
+        self._rest = 0.0
+        self._heads: dict[str, Head] = {}
+        self._anchored: dict[str, int] = {}
+        self._durable: list[Head] = []
+        self._synced = 0.0
+
+    # ---- the loop ------------------------------------------------------------------------------
+
+    def round(self, timeout: float, wakeup: int = -1) -> None:
+        """One round: wait up to `timeout` seconds for jobs, do all that wait, and a step of the long work.
+
+        `wakeup`: a descriptor that ends the wait (signals).
+        """
+        busy = self._task is not None or self._retiring or bool(self._erasures)
+        watched = [self._inbox.fileno()] + ([wakeup] if wakeup >= 0 else [])
+        select.select(watched, [], [], self._rest if busy else timeout)
+        jobs = list(self._waiting())
+        if jobs:
+            self._perform(jobs)
+        if busy:
+            self._advance_politely()
+        if self._clock.now() >= self._next_janitor:
+            self._janitor()
+
+    def _waiting(self) -> Iterator[Job]:
+        for _ in range(MAX_BATCH):
+            job = receive(self._inbox)
+            if job is None:
+                return
+            yield job
+
+    def _perform(self, jobs: list[Job]) -> None:
+        writes = [job for job in jobs if job.op in _WRITES]
+        done: list[Done] = []
+        if writes:
+            try:
+                done = self._commit(writes)
+            except KMSError as error:
+                done = [Done(job, error, []) for job in writes]
+        done += [Done(job, self._attempt(job), []) for job in jobs if job.op not in _WRITES]
+        for job, outcome, effects in done:
+            if isinstance(outcome, Long):
+                self._task = (outcome.steps, job)
+            else:
+                answer(job, self._follow_up(outcome, effects))
+
+    def _commit(self, jobs: list[Job]) -> list[Done]:
+        done: list[Done] = []
+        with self._store.transaction():
+            for job in jobs:
+                if job.head:
+                    self._heads[job.head[0]] = job.head
+                self._effects = []
+                try:
+                    with self._store.savepoint():
+                        outcome = self._do(job)
+                    done.append(Done(job, outcome, self._effects))
+                except StoreUnavailable:
+                    raise
+                except KMSError as error:
+                    done.append(Done(job, error, []))
+            self._write_anchors()
+        return done
+
+    def _attempt(self, job: Job) -> Outcome:
+        try:
+            return self._do(job)
+        except KMSError as error:
+            return error
+
+    def _do(self, job: Job) -> Outcome:
+        try:
+            handler = _WRITES.get(job.op) or _READS[job.op]
+            return handler(self, **job.args)
+        except KMSError:
+            raise
+        except Exception:
+            log.exception("the job %s failed", job.op)
+            raise InternalError("the keeper failed; its log tells more") from None
+
+    def _follow_up(self, outcome: Outcome, effects: list[Callable[[], None]]) -> Outcome:
+        """What must hold before the answer leaves. It is committed: an error here is told, not undone."""
+        for effect in effects:
+            try:
+                effect()
+            except KMSError as error:
+                outcome = error
+        return outcome
+
+    def _advance_politely(self) -> None:
+        """A step, and after it a rest where others wanted the core."""
+        begun, pushed = time.thread_time(), _pushed_aside()
+        self._advance()
+        self._rest = REST * (time.thread_time() - begun) if _pushed_aside() != pushed else 0.0
+
+    def _advance(self) -> None:
+        """A step of the rotation; where there is none, of the tidying up."""
+        if self._task is not None:
+            self._advance_task(*self._task)
+        elif self._erasures:
+            self._erase_later()
+        elif self._retiring:
+            self._tidy()
+
+    def _advance_task(self, steps: Steps, job: Job) -> None:
+        outcome: Outcome
+        try:
+            next(steps)
+            return
+        except StopIteration as stop:
+            outcome = stop.value
+        except KMSError as error:
+            outcome = error
+        except Exception:
+            log.exception("the job %s failed", job.op)
+            outcome = InternalError("the keeper failed; its log tells more")
+        self._task = self._rotation = None
+        self._retiring = True
+        answer(job, outcome)
+
+    def _tidy(self) -> None:
+        try:
+            with self._store.transaction(durable=False):
+                self._store.staging(False)
+                self._retiring = self._store.retire(RETIRE_ROWS)
+        except StoreUnavailable as error:
+            log.warning("old rows can't be deleted now: %s", error.message)
+            self._retiring = False
+        if not self._retiring:
+            self._discard_unfinished_snapshot()
+
+    def _discard_unfinished_snapshot(self) -> None:
+        row = self._store.read("kek:rotation")
+        if row is None:
+            return
+        if snapshots.discard(Path(row["snapshot"]), RETIRE_ROWS):
+            self._retiring = True
+            return
+        with self._store.transaction():
+            self._store.erase("kek:rotation")
+
+    # ---- audit heads -----------------------------------------------------------------------------
+
+    def _write_anchors(self) -> None:
+        """The heads of the audit chains ride along in every transaction, so that a cut tail is noticed.
+
+        Only heads that the disk has: else a power cut would leave the store ahead of the log. The log is
+        brought to the disk at most once a second, for all chains at once.
+        """
+        now = self._clock.now()
+        if abs(now - self._synced) >= SYNC_SECONDS:
+            own = self._audit.head
+            self._heads[own[0]] = own
+            due = list(self._heads.values())
+            try:
+                self._audit.sync()
+            except AuditUnavailable as error:
+                log.error("%s", error.message)
+                return
+            self._synced = now
+            self._durable = due
+        for chain, seq, sig in self._durable:
+            if seq and self._anchored.get(chain) != seq:
+                self._store.write(f"audit:head:{chain}", {"seq": seq, "sig": sig})
+                self._anchored[chain] = seq
+
+    def note(self, op: str, outcome: str = "ok", **details: Any) -> None:
+        """An audit record of the keeper's own: no peer asked for it."""
+        self._audit.note(op, outcome, details)
+
+    def reopen(self) -> None:
+        """SIGHUP. Raises AuditUnavailable."""
+        self._audit.reopen()
+
+    def hello(self, chain: str) -> dict[str, Any]:
+        """A worker introduces its audit chain, and gets to know that the keeper is up."""
+        self.note("chain_opened", opened=chain)
+        return {}
+
+    def anchor(self) -> dict[str, Any]:
+        """Nothing but the head that came with the job."""
+        return {}
+
+    # ---- DEKs ------------------------------------------------------------------------------------
+
+    def create(self, thread_id: str, key_id: Optional[str] = None) -> dict[str, Any]:
+        now = self._clock.now()
+        if key_id is not None and (old := self._store.get(key_id)) is not None:
+            if old.state == SHREDDED:
+                raise KeyShredded(f"the key_id {key_id} was shredded: it is never used again")
+            raise Conflict(f"the key_id {key_id} is taken", code="key_exists")
+        key_id = key_id or new_key_id(int(now * 1000), os.urandom(10))
+        active = self._keyring.active
+        dek = self._memory.view[:KEY_SIZE]
+        try:
+            random_into(dek)
+            with self._keyring.borrow(active.kek_id) as kek:
+                blob = operations.wrap(kek, active.kek_id, key_id, os.urandom(NONCE_SIZE), dek)
+        finally:
+            wipe(dek)
+        record = DekRecord(key_id, thread_id, blob, active.kek_id, active.version, timestamp(now))
+        self._put(record)
+        return {**describe(record), "wrapped": b64encode(blob)}
+
+    def transition(self, key_id: str, action: str, days: int = 7) -> dict[str, Any]:
+        """Disable, enable, schedule a deletion or shred; see policy.TRANSITIONS."""
+        old = self._existing(key_id)
+        if old.state == SHREDDED and action != "shred":
+            raise KeyShredded(f"the key {key_id} was shredded: nothing brings it back")
+        rule = TRANSITIONS[action]
+        if old.state not in rule.sources:
+            raise Conflict(f"the key {key_id} is {old.state}", code="wrong_state", hint="`enable` it first")
+        now = self._clock.now()
+        if action == "shred":
+            return self._shred(old, now)
+        delete_at = timestamp(now + days * 86400) if rule.target == PENDING_DELETION else ""
+        record = old._replace(state=rule.target, delete_at=delete_at)
+        if record != old:
+            self._put(record)
+            self._index_deletion(old, record)
+            self._effects.append(self._keyring.touch)
+        return describe(record)
+
+    def _shred(self, old: DekRecord, now: float) -> dict[str, Any]:
+        """Repeating it makes sure again: the caller may have been told that copies remained."""
+        record = self._mark_shredded(old, now) if old.state != SHREDDED else old
+        if record is not old or self._store.read(f"erasure:{old.key_id}") is not None:
+            self._effects.append(self._keyring.touch)
+            self._effects.append(lambda: self._erase(old.key_id, old.wrapped))
+        return describe(record)
+
+    def _mark_shredded(self, old: DekRecord, now: float) -> DekRecord:
+        record = old._replace(wrapped=b"", state=SHREDDED, delete_at="", shredded_at=timestamp(now))
+        self._put(record)
+        self._index_deletion(old, record)
+        self._store.write(f"erasure:{old.key_id}", {"since": record.shredded_at})
+        return record
+
+    def _index_deletion(self, old: DekRecord, new: DekRecord) -> None:
+        if old.delete_at:
+            self._store.erase(f"deletion:{old.delete_at}|{old.key_id}")
+        if new.delete_at:
+            self._store.write(f"deletion:{new.delete_at}|{new.key_id}", {})
+
+    def rewrap(self, key_id: str, slot: int) -> dict[str, Any]:
+        """Move one DEK to another KEK, which joins the keyring."""
+        with self._staged(slot) as new_kek:
+            old = self._existing(key_id)
+            if old.state == SHREDDED:
+                raise KeyShredded(f"the key {key_id} was shredded: nothing brings it back")
+            if self._rotation is not None:
+                raise Conflict(
+                    "a rotation is under way", code="rotation_in_progress", hint="try again after it"
+                )
+            active = self._keyring.active
+            target = fingerprint(new_kek)
+            version = active.version if target == active.kek_id else self._version(target)
+            self._keyring.install(new_kek, version)
+            mover = Rewrapper(self._keyring, target, version, os.urandom)
+        try:
+            record = mover.records([old])[0]
+        finally:
+            mover.close()
+        self._put(record)
+        self._effects.append(self._keyring.touch)
+        return {
+            "key_id": key_id,
+            "kek_id": target,
+            "kek_version": version,
+            "wrapped": b64encode(record.wrapped),
+        }
+
+    def _version(self, kek_id: str) -> int:
+        """The version of a KEK that isn't the active one: 0 where the store never counted it."""
+        row = self._store.keks().get(kek_id)
+        return row.version if row else 0
+
+    def _existing(self, key_id: str) -> DekRecord:
+        record = self._store.get(key_id)
+        if record is None:
+            raise KeyNotFound(f"there is no key {key_id}")
+        return record
+
+    def _put(self, record: DekRecord) -> None:
+        self._store.put(record)
+        if self._rotation is not None:
+            self._rotation.mirror(record)
+
+    # ---- rotation ----------------------------------------------------------------------------------
+
+    def rotate(self, slot: int, dry_run: bool = False) -> Long:
+        if self._rotation is not None:
+            self._wipe_slot(slot)
+            raise Conflict(
+                "a rotation is under way", code="rotation_in_progress", hint="GET /status tells how far"
+            )
+        self._rotation = Rotation(self._store, self._keyring, self._data_dir, os.urandom)
+        return Long(self._rotate(self._rotation, slot, dry_run))
+
+    def _rotate(self, rotation: Rotation, slot: int, dry_run: bool) -> Steps:
+        with self._staged(slot) as new_kek:
+            if dry_run:
+                return (yield from rotation.dry_run(new_kek))
+            target = fingerprint(new_kek)
+            self.note("rotation_started", new_kek_id=target)
+            try:
+                result = yield from rotation.run(new_kek)
+            except KMSError as error:
+                self.note("rotation_failed", "failed", new_kek_id=target, code=error.code)
+                raise
+            self.note("rotation_finished", new_kek_id=target, rewrapped=result["rewrapped"])
+            return result
+
+    def _staged(self, slot: int) -> _Staged:
+        return _Staged(self._staging[slot * KEY_SIZE : (slot + 1) * KEY_SIZE])
+
+    def _wipe_slot(self, slot: int) -> None:
+        wipe(self._staging[slot * KEY_SIZE : (slot + 1) * KEY_SIZE])
+
+    # ---- erasure and the janitor ---------------------------------------------------------------------
+
+    def _erase(self, key_id: str, blob: bytes) -> None:
+        """Finish a shred: remove every copy, write the audit record, forget that it was due."""
+        erasure.erase(self._store, self._data_dir, key_id, blob)
+        self.note("shred", key_id=key_id)
+        with self._store.transaction():
+            self._store.erase(f"erasure:{key_id}")
+            self._write_anchors()
+
+    def _erase_later(self) -> None:
+        key_id, blob = self._erasures.popleft()
+        try:
+            self._erase(key_id, blob)
+        except (StoreUnavailable, AuditUnavailable) as error:
+            log.error(
+                "the key %s is shredded, but old copies of its wrapped bytes remain: %s",
+                key_id,
+                error.message,
+            )
+
+    def _janitor(self) -> None:
+        """Shred what is due, and finish what an earlier shred could not."""
+        now = self._clock.now()
+        self._next_janitor = now + JANITOR_SECONDS
+        known = {key_id for key_id, _ in self._erasures}
+        left = [name.partition(":")[2] for name in self._store.names("erasure:")]
+        self._erasures.extend((key_id, b"") for key_id in left if key_id not in known)
+        records = self._store.due(timestamp(now), MAX_BATCH)
+        if not records:
+            return
+        try:
+            with self._store.transaction():
+                for record in records:
+                    self._mark_shredded(record, now)
+        except StoreUnavailable as error:
+            log.error("scheduled deletions can't be carried out now: %s", error.message)
+            return
+        self._keyring.touch()
+        self._erasures.extend((record.key_id, record.wrapped) for record in records)
+
+    # ---- what others ask -------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        progress = self._rotation.progress if self._rotation else None
+        return {
+            "rotation": progress._asdict() if progress else None,
+            "erasures_due": len(self._store.names("erasure:")),
+        }
+
+    def ready(self) -> dict[str, Any]:
+        """What keeps the service from doing all of its work, in words."""
+        reasons = list(self._audit.reasons())
+        absent = [kek_id for kek_id in self._store.keks() if kek_id not in self._keyring.kek_ids()]
+        reasons += [f"the KEK {kek_id} is not loaded, and stored DEKs need it" for kek_id in absent]
+        try:
+            with self._store.transaction():
+                self._write_anchors()
+        except StoreUnavailable as error:
+            reasons.append(error.message)
+        return {"reasons": reasons}
+
+    def close(self) -> None:
+        """The last transaction holds the last heads."""
+        self.note("stop")
+        self._synced = 0.0
+        with self._store.transaction():
+            self._write_anchors()
+        self._store.close()
+        self._audit.close()
+        self._memory.close()
+
+
+class _Staged:
+    """A new KEK in its staging slot; checked when it is taken, wiped when the job is done."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view = view
+
+    def __enter__(self) -> memoryview:
+        try:
+            check_master_key(self._view)
+        except WeakKey as error:
+            wipe(self._view)
+            raise BadRequest.invalid("new_kek_hex", f"can't be a KEK: {error.message}") from None
+        return self._view
+
+    def __exit__(self, kind: object, value: object, trace: object) -> None:
+        wipe(self._view)
+
+
+_WRITES: dict[str, Callable[..., Outcome]] = {
+    "hello": Keeper.hello,
+    "anchor": Keeper.anchor,
+    "create": Keeper.create,
+    "transition": Keeper.transition,
+    "rewrap": Keeper.rewrap,
+}
+_READS: dict[str, Callable[..., Outcome]] = {
+    "rotate": Keeper.rotate,
+    "status": Keeper.status,
+    "ready": Keeper.ready,
+}
+
+
+def describe(record: DekRecord) -> dict[str, Any]:
+    """A DEK as the API tells of it: everything but the wrapped bytes."""
+    result: dict[str, Any] = {
+        "key_id": record.key_id,
+        "thread_id": record.thread_id,
+        "state": record.state,
+        "kek_id": record.kek_id,
+        "kek_version": record.kek_version,
+        "created_at": record.created_at,
+    }
+    if record.delete_at:
+        result["delete_at"] = record.delete_at
+    if record.shredded_at:
+        result["shredded_at"] = record.shredded_at
+    return result
+
+
+def _pushed_aside() -> int:
+    """How often this process lost its core to another one that wanted it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def random_into(view: memoryview) -> None:
+    """Fill with random bytes of the OS, which pass through no other object."""
+    with open("/dev/urandom", "rb", buffering=0) as source:
+        if os.readv(source.fileno(), [view]) != len(view):
+            raise StoreUnavailable("the OS gave too few random bytes")

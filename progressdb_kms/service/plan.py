@@ -1,0 +1,81 @@
+"""At start: do the configured keys fit the store? A pure decision, so that every case is a row of a test.
+
+The store is right, the configuration is to be held against it: a daemon that would serve a part of the
+DEKs, or wrap new ones under a key that the operator did not mean, does not start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Optional
+
+from ..errors import KeyMismatch
+from ..store.contract import KekCount
+
+
+class ConfiguredKey(NamedTuple):
+    kek_id: str
+    source: str  # words for messages: "master_key_file /etc/kms.key"
+
+
+class Plan(NamedTuple):
+    """What to do before serving."""
+
+    active: str
+    version: int
+    adopt: bool  # write `active` and `version` to the store: a first start, or another master key
+    notice: str = ""  # for the operator, in the log
+
+
+def plan(
+    stored: Optional[tuple[str, int]],
+    keks: Mapping[str, KekCount],
+    master: ConfiguredKey,
+    previous: Sequence[ConfiguredKey],
+    pending: Optional[ConfiguredKey],
+) -> Plan:
+    """Choose the active KEK. `stored`: the store's active kek_id and version, None in a fresh one.
+
+    `pending` is the key file that an unfinished `rotate-kek` left. Raises KeyMismatch.
+    """
+    configured = {key.kek_id for key in (master, *previous)} | ({pending.kek_id} if pending else set())
+    if stored is None:
+        return Plan(master.kek_id, 1, True)
+    active, version = stored
+    absent = {kek_id: row for kek_id, row in keks.items() if kek_id not in configured}
+    if active not in configured and active not in absent:
+        absent[active] = KekCount(version, 0, "")
+    if absent:
+        raise KeyMismatch(_explain(absent, active, master), hint=_remedy(absent, active, master))
+    if pending is not None and active == pending.kek_id:
+        return Plan(
+            active,
+            version,
+            False,
+            f"using {pending.source}: finish with `progressdb-kms rotate-kek --resume`",
+        )
+    if active != master.kek_id:
+        notice = f"the active KEK changes from {active} to {master.kek_id} by configuration; the DEKs stay"
+        return Plan(master.kek_id, version + 1, True, notice)
+    notice = f"{pending.source} was left by a rotation that did not happen" if pending else ""
+    return Plan(active, version, False, notice)
+
+
+def _explain(absent: Mapping[str, KekCount], active: str, master: ConfiguredKey) -> str:
+    parts = []
+    for kek_id, row in sorted(absent.items(), key=lambda item: -item[1].deks):
+        role = "the store's active KEK" if kek_id == active else "the KEK"
+        need = f"{row.deks} DEKs need it since {row.since}" if row.deks else "the audit key needs it"
+        parts.append(f"{role} {kek_id} is not configured ({need})")
+    return f"{'; '.join(parts)}; {master.source} holds the KEK {master.kek_id}"
+
+
+def _remedy(absent: Mapping[str, KekCount], active: str, master: ConfiguredKey) -> str:
+    names = ", ".join(sorted(absent))
+    where = "`progressdb-kms kek-id FILE` tells which file holds it, and rotate-kek names its files after it"
+    if active in absent:
+        return (
+            f"let the master key be {active} again, or add {names} to previous_master_keys: {where}; "
+            "nothing was changed"
+        )
+    return f"add the keys {names} to previous_master_keys: {where}; nothing was changed"

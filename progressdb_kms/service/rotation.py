@@ -1,0 +1,296 @@
+"""Rotation: every DEK is rewrapped under a new KEK while the service goes on.
+
+A rotation is a generator: each `next` does one paced batch and returns, so that the keeper serves others
+between two batches. The steps, and what a crash leaves at each:
+
+1. The new KEK enters the keyring, unused. A fresh table and a fresh snapshot folder are made.
+2. Batch by batch: a page of live rows is unwrapped and wrapped under the new KEK, each new blob is opened
+   again and compared, the rows go into the second table, the old rows into the snapshot. Whatever is
+   written to the store meanwhile is mirrored into the second table in the same transaction. These batches
+   wait for no disk: a crash undoes the rotation anyway, and the COMMIT of step 4 brings all to the disk.
+   A crash here: the old state is whole; the next start throws the second table away.
+   A failure: likewise; the keeper tidies up what is left, a bit at a time.
+3. Each live row is looked for in the second table. The snapshot and its signed ledger are synced.
+4. One short transaction swaps the tables, the active kek_id and the wrapped audit key.
+   A crash before its COMMIT: the old state whole. After it: the new one.
+5. The new KEK becomes active in memory, the old one is wiped, the old rows are deleted bit by bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Optional
+
+from ..crypto import envelope, operations
+from ..crypto.aead import NONCE_SIZE, same
+from ..crypto.keyring import Keyring, fingerprint
+from ..crypto.memory import LockedBuffer
+from ..encoding import b64decode, b64encode, timestamp
+from ..errors import AuthenticationFailed, Conflict, StoreDamaged, StoreUnavailable
+from ..store.contract import DekRecord, KekCount, Store
+from ..store.policy import SHREDDED
+from ..store.snapshots import Snapshot
+
+STEP_SECONDS = 0.005
+"""Work of one step, as near as can be foreseen: so long a create waits for it. It is time of the processor:
+by the wall clock, a busy machine would see smaller and smaller steps, and a rotation that never ends."""
+
+LEAST, MOST = 10, 1000
+"""DEKs of one step."""
+
+CHECK = 1000
+"""Staged rows that are looked for in one step; each takes about a microsecond."""
+
+AUDIT_KEY_ID = "audit"
+"""The key_id that the wrapped audit key is bound to. Too short to be taken for a generated one."""
+
+
+Steps = Generator[None, None, dict[str, Any]]
+"""A long job: each step does a bounded piece of work, and the last one returns the answer."""
+
+
+class Pages:
+    """All rows of a store, in pages of such a size that the work on one takes STEP_SECONDS."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._size = LEAST
+
+    def __iter__(self) -> Iterator[list[DekRecord]]:
+        after = ""
+        self._begun = time.thread_time()
+        while page := self._store.page(after, self._size):
+            yield page
+            after = page[-1].key_id
+            self._begun = time.thread_time()
+
+    def done(self) -> None:
+        """The work on a page is done: let the next one be larger or smaller."""
+        took = max(time.thread_time() - self._begun, 1e-6)
+        self._size = min(max(LEAST, round(self._size * min(2.0, STEP_SECONDS / took))), MOST)
+
+
+class Rewrapper:
+    """Moves DEKs from whichever KEK wraps them to one target, and proves each move."""
+
+    def __init__(self, keyring: Keyring, target: str, version: int, random: Callable[[int], bytes]) -> None:
+        self._keyring = keyring
+        self.target = target
+        self.version = version
+        self._random = random
+        self._memory = LockedBuffer(2 * operations.SCRATCH_SIZE)
+        self._first = self._memory.view[: operations.SCRATCH_SIZE]
+        self._second = self._memory.view[operations.SCRATCH_SIZE :]
+
+    def records(self, olds: Sequence[DekRecord]) -> list[DekRecord]:
+        """The rows with their DEKs under the target; a shredded one stays as it is. Raises StoreDamaged or
+        KekNotLoaded."""
+        nonces = self._random(NONCE_SIZE * len(olds))
+        news = []
+        try:
+            for place, old in enumerate(olds):
+                if old.state != SHREDDED:
+                    nonce = nonces[place * NONCE_SIZE : (place + 1) * NONCE_SIZE]
+                    moved = self._moved(old.key_id, old.wrapped, nonce)
+                    old = old._replace(wrapped=moved, kek_id=self.target, kek_version=self.version)
+                news.append(old)
+        except AuthenticationFailed:
+            raise StoreDamaged(
+                f"the stored DEK of key {old.key_id} does not open under the KEK {old.kek_id} that it names",
+                hint="run `progressdb-kms verify`; bring the key back with `restore --snapshot DIR --key ID`",
+            ) from None
+        finally:
+            self._memory.wipe()
+        return news
+
+    def blob(self, key_id: str, blob: bytes) -> bytes:
+        """The same DEK wrapped under the target. Raises AuthenticationFailed or KekNotLoaded."""
+        try:
+            return self._moved(key_id, blob, self._random(NONCE_SIZE))
+        finally:
+            self._memory.wipe()
+
+    def _moved(self, key_id: str, blob: bytes, nonce: bytes) -> bytes:
+        wrapped = operations.stored(key_id, blob)
+        source = wrapped.kek_id or self._keyring.active.kek_id
+        with self._keyring.borrow(source) as kek:
+            dek = operations.unwrap_into(kek, wrapped, self._first)
+        with self._keyring.borrow(self.target) as kek:
+            moved = operations.wrap(kek, self.target, key_id, nonce, dek)
+            again = operations.unwrap_into(kek, envelope.parse(moved), self._second)
+        if not same(dek, again):  # type: ignore[arg-type]
+            raise StoreDamaged(f"the rewrapped DEK of {key_id} is not the same")
+        return moved
+
+    def close(self) -> None:
+        self._first.release()
+        self._second.release()
+        self._memory.close()
+
+
+class Progress(NamedTuple):
+    phase: str  # rewrapping | comparing | syncing | swapping; checking: a dry run
+    done: int
+    total: int
+    new_kek_id: str
+
+
+class Rotation:
+    """One run. `run()` is the generator; its return value is the answer to the caller."""
+
+    def __init__(
+        self, store: Store, keyring: Keyring, data_dir: Path, random: Callable[[int], bytes]
+    ) -> None:
+        self._store = store
+        self._keyring = keyring
+        self._data_dir = data_dir
+        self._random = random
+        self.progress: Optional[Progress] = None
+        self._rewrapper: Optional[Rewrapper] = None
+
+    def mirror(self, record: DekRecord) -> None:
+        """Called by the keeper inside each transaction that changes a row while a rotation is under way."""
+        if self._rewrapper is not None:
+            self._store.stage(self._rewrapper.records([record]))
+
+    def dry_run(self, new_kek: memoryview) -> Steps:
+        """Open every DEK under the KEK that it names, change nothing, and tell what would be done."""
+        new_id = _check_new(self._keyring, new_kek)
+        total = sum(row.deks for row in self._store.keks().values())
+        memory = LockedBuffer(operations.SCRATCH_SIZE)
+        done = 0
+        try:
+            pages = Pages(self._store)
+            for page in pages:
+                for record in page:
+                    if record.state != SHREDDED:
+                        _open_stored(self._keyring, record, memory.view)
+                        done += 1
+                self.progress = Progress("checking", done, total, new_id)
+                pages.done()
+                yield
+        finally:
+            memory.close()
+        keks = self._store.keks().items()
+        return {
+            "status": "dry_run",
+            "kek_id": new_id,
+            "kek_version": self._keyring.active.version + 1,
+            "rewrapped": done,
+            "by_kek": {kek_id: row.deks for kek_id, row in keks},
+        }
+
+    def run(self, new_kek: memoryview) -> Steps:
+        new_id = _check_new(self._keyring, new_kek)
+        old = self._keyring.active
+        version = old.version + 1
+        total = sum(row.deks for row in self._store.keks().values())
+        now = time.time()
+        self._keyring.install(new_kek, version)
+        snapshot = None
+        committed = False
+        try:
+            snapshot = Snapshot(self._data_dir, now, old.kek_id)
+            with self._store.transaction():
+                self._store.staging(True)
+                self._store.write("kek:rotation", {"snapshot": str(snapshot.path), "new_kek_id": new_id})
+            self._rewrapper = Rewrapper(self._keyring, new_id, version, self._random)
+            done = 0
+            self.progress = Progress("rewrapping", 0, total, new_id)
+            pages = Pages(self._store)
+            for page in pages:
+                moved = self._rewrapper.records(page)
+                for before, after in zip(page, moved):
+                    if before.state != SHREDDED:
+                        snapshot.save(before, after)
+                        done += 1
+                with self._store.transaction(durable=False):
+                    self._store.stage(moved)
+                self.progress = Progress("rewrapping", done, total, new_id)
+                pages.done()
+                yield
+            self.progress = Progress("comparing", done, total, new_id)
+            seen = ""
+            while seen := self._store.check_staged(seen, CHECK):
+                yield
+            self.progress = Progress("syncing", done, total, new_id)
+            yield from snapshot.finish(self._keyring.audit_key, new_id)
+            self.progress = Progress("swapping", done, total, new_id)
+            try:
+                with self._store.transaction():
+                    self._swap(new_id, version, now)
+                committed = True
+            except StoreUnavailable:
+                # Whether the COMMIT took place is only known once the file could be opened again.
+                while (active := self._active_on_disk()) is None:
+                    yield
+                if active != new_id:
+                    raise
+                committed = True
+        finally:
+            self._end(new_id, committed, snapshot)
+        self._keyring.activate(new_id, version)
+        self._keyring.remove(old.kek_id)
+        return {
+            "status": "ok",
+            "kek_id": new_id,
+            "kek_version": version,
+            "rewrapped": done,
+            "backup": str(snapshot.path),
+        }
+
+    def _swap(self, new_id: str, version: int, now: float) -> None:
+        assert self._rewrapper is not None
+        row = self._store.read("audit:key")
+        if row is None:
+            raise StoreDamaged("the store has no audit key")
+        moved = self._rewrapper.blob(AUDIT_KEY_ID, b64decode(row["wrapped"]))
+        count = sum(row.deks for row in self._store.keks().values())
+        self._store.write("audit:key", {"wrapped": b64encode(moved), "kek_id": new_id})
+        self._store.erase("kek:rotation")
+        self._store.write("kek:active", {"kek_id": new_id, "version": version, "since": timestamp(now)})
+        self._store.swap({new_id: KekCount(version, count, timestamp(now))} if count else {})
+
+    def _active_on_disk(self) -> Optional[str]:
+        try:
+            with self._store.transaction():
+                row = self._store.read("kek:active")
+        except StoreUnavailable:
+            return None
+        return str(row["kek_id"]) if row else ""
+
+    def _end(self, new_id: str, committed: bool, snapshot: Optional[Snapshot]) -> None:
+        if self._rewrapper is not None:
+            self._rewrapper.close()
+            self._rewrapper = None
+        self.progress = None
+        if not committed:
+            self._keyring.remove(new_id)
+        if snapshot is not None:
+            snapshot.close()
+
+
+def _check_new(keyring: Keyring, new_kek: memoryview) -> str:
+    new_id = fingerprint(new_kek)
+    if new_id == keyring.active.kek_id:
+        raise Conflict(f"the KEK {new_id} is the active one already", code="kek_in_use")
+    if new_id in keyring.kek_ids():
+        raise Conflict(
+            f"the KEK {new_id} is in the keyring already: it must not become the active one again",
+            code="kek_in_use",
+            hint="rotate to a fresh key: `progressdb-kms rotate-kek --generate`",
+        )
+    return new_id
+
+
+def _open_stored(keyring: Keyring, record: DekRecord, scratch: memoryview) -> None:
+    try:
+        wrapped = operations.stored(record.key_id, record.wrapped)
+        with keyring.borrow(wrapped.kek_id or record.kek_id) as kek:
+            operations.unwrap_into(kek, wrapped, scratch)
+    except AuthenticationFailed:
+        raise StoreDamaged(
+            f"the DEK of key {record.key_id} does not open under the KEK {record.kek_id} as its own"
+        ) from None

@@ -1,0 +1,227 @@
+"""From a data-dir and a loaded keyring to a keeper that may serve. Nothing is served before all of it holds.
+
+Everything here is O(1) in the number of DEKs: what each KEK is needed for is kept in the store as a count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+from ..audit import verify
+from ..audit.log import FILE_NAME as AUDIT_LOG
+from ..audit.log import AuditLog, last_epoch
+from ..crypto import envelope, operations
+from ..crypto.aead import KEY_SIZE, NONCE_SIZE
+from ..crypto.keyring import Keyring
+from ..crypto.memory import LockedBuffer
+from ..encoding import b64decode, b64encode, timestamp
+from ..errors import AlreadyRunning, AuthenticationFailed, ConfigError, StoreDamaged
+from ..store.contract import Store
+from ..store.sqlite import SqliteStore
+from .keeper import Clock, Keeper, random_into
+from .plan import ConfiguredKey, Plan, plan
+from .rotation import AUDIT_KEY_ID
+
+log = logging.getLogger("progressdb_kms")
+
+LOCK_FILE = "kms.lock"
+
+RESTORE_FOLDER = ".kms-restore"
+"""Where `restore` builds the store that is to come. What a crash leaves of one is thrown away."""
+
+RESTORED = "audit:restore"
+"""The row of a restored store that owes the audit log its `restore` event."""
+
+
+class Configured(NamedTuple):
+    """The keys that the configuration names; the keys themselves are in the keyring by now."""
+
+    master: ConfiguredKey
+    previous: Sequence[ConfiguredKey] = ()
+    pending: Optional[ConfiguredKey] = None
+
+
+def claim(data_dir: Path) -> int:
+    """Make the data-dir if need be and lock it. Returns the descriptor that holds the lock.
+
+    Raises ConfigError for a folder that others can look into, AlreadyRunning where it is taken.
+    """
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = data_dir.stat()
+        if about.st_mode & 0o077 and about.st_uid == os.geteuid() and not os.listdir(data_dir):
+            data_dir.chmod(0o700)  # just made by somebody with a wide umask, and still empty
+            about = data_dir.stat()
+        if about.st_mode & 0o077:
+            raise ConfigError(
+                f"{data_dir} is open to others (mode {about.st_mode & 0o777:04o})", hint="chmod 0700 it"
+            )
+        descriptor = os.open(
+            data_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
+    except OSError as error:
+        raise ConfigError(f"data_dir {data_dir} can't be used: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(descriptor, 100, 0).decode("ascii", "replace").strip()
+        os.close(descriptor)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+            raise ConfigError(f"{data_dir / LOCK_FILE} can't be locked: {error.strerror}") from error
+        raise AlreadyRunning(
+            f"the data-dir {data_dir} is in use ({holder or 'by another process'})"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"pid {os.getpid()} since {timestamp(time.time())}\n".encode(), 0)
+    return descriptor
+
+
+class Opened(NamedTuple):
+    """A store that was checked and its audit chain, which has begun."""
+
+    store: SqliteStore
+    audit: AuditLog
+    epoch: int
+
+
+def open_keeper(
+    data_dir: Path,
+    keyring: Keyring,
+    keys: Configured,
+    staging: memoryview,
+    inbox: socket.socket,
+    incarnation: int = 0,
+) -> tuple[Keeper, int]:
+    """Open and check the store. Returns the keeper and the epoch of its audit chain.
+
+    `incarnation` counts the keepers of this daemon: above 0 it replaces one that died, and the keyring may be
+    newer than the configuration. Raises an OperatorError that says what to do.
+    """
+    store, book, epoch = open_store(data_dir, keyring, keys, incarnation)
+    return Keeper(store, data_dir, keyring, staging, book, inbox, Clock()), epoch
+
+
+def open_store(
+    data_dir: Path, keyring: Keyring, keys: Configured, incarnation: int = 0, command: Optional[str] = None
+) -> Opened:
+    """What `open_keeper` does short of the keeper, for whoever holds the lock: an offline `command` too."""
+    shutil.rmtree(data_dir / RESTORE_FOLDER, ignore_errors=True)
+    store = SqliteStore(data_dir)
+    with contextlib.ExitStack() as undo:
+        undo.callback(store.close)
+        stored = store.read("kek:active")
+        active = (str(stored["kek_id"]), int(stored["version"])) if stored else None
+        chosen = _replacement(active, keyring) if incarnation and active else _plan(store, active, keys)
+        if chosen.notice:
+            log.warning("%s", chosen.notice)
+        wrapped = _load_audit_key(store, keyring, chosen)
+        keyring.activate(chosen.active, chosen.version)
+        _drop_unneeded(keyring, store, keys)
+        row = store.read("audit:epoch") or {"epoch": 0, "since": 0}
+        epoch, since = int(row["epoch"]) + 1, int(row["since"])
+        log_path = data_dir / AUDIT_LOG
+        _refuse_older_store(log_path, epoch)
+        previous = _heads(store, range(since, epoch))
+        with store.transaction():
+            if chosen.adopt:
+                adopted = {
+                    "kek_id": chosen.active,
+                    "version": chosen.version,
+                    "since": timestamp(time.time()),
+                }
+                store.write("kek:active", adopted)
+            store.write("audit:key", {"wrapped": b64encode(wrapped), "kek_id": chosen.active})
+            store.write("audit:epoch", {"epoch": epoch, "since": since if incarnation else epoch})
+        book = AuditLog(log_path, keyring.audit_key, f"{epoch}.0")
+        verify.recover(book)
+        details = {"kek_id": chosen.active, "kek_version": chosen.version, "command": command}
+        book.note("start", "ok", {"previous": previous, **details})
+        _note_restore(store, book)
+        undo.pop_all()
+    return Opened(store, book, epoch)
+
+
+def _note_restore(store: Store, book: AuditLog) -> None:
+    """The event of a restore follows the swap of the files: here, even if the command was killed between."""
+    due = store.read(RESTORED)
+    if due is not None:
+        book.note("restore", "ok", due)
+        with store.transaction():
+            store.erase(RESTORED)
+
+
+def _plan(store: Store, active: Optional[tuple[str, int]], keys: Configured) -> Plan:
+    return plan(active, store.keks(), keys.master, keys.previous, keys.pending)
+
+
+def _replacement(active: tuple[str, int], keyring: Keyring) -> Plan:
+    if active[0] not in keyring.kek_ids():
+        raise StoreDamaged(f"the store's active KEK {active[0]} is not in memory", hint="restart the daemon")
+    return Plan(active[0], active[1], False)
+
+
+def _drop_unneeded(keyring: Keyring, store: Store, keys: Configured) -> None:
+    """A KEK that wraps nothing and is not configured to unwrap: the key of a rotation that did not happen, or
+    the old key of one that did."""
+    needed = {keyring.active.kek_id, *store.keks(), *(key.kek_id for key in keys.previous)}
+    for kek_id in keyring.kek_ids():
+        if kek_id not in needed:
+            keyring.remove(kek_id)
+
+
+def _load_audit_key(store: Store, keyring: Keyring, chosen: Plan) -> bytes:
+    """Unwrap the audit key into the keyring, or make one. Returns it wrapped under the KEK that is chosen."""
+    row = store.read("audit:key")
+    with LockedBuffer(operations.SCRATCH_SIZE) as memory:
+        if row is None:
+            random_into(memory.view[:KEY_SIZE])
+        else:
+            blob = b64decode(row["wrapped"])
+            wrapped = envelope.parse(blob)
+            try:
+                with keyring.borrow(str(wrapped.kek_id)) as kek:
+                    operations.unwrap_into(kek, wrapped, memory.view)
+            except AuthenticationFailed:
+                raise StoreDamaged(
+                    "the audit key in the store does not open under the KEK that it names",
+                    hint="restore a backup: `progressdb-kms restore FILE`",
+                ) from None
+            if wrapped.kek_id == chosen.active:
+                keyring.audit_key[:] = memory.view[:KEY_SIZE]
+                return blob
+        keyring.audit_key[:] = memory.view[:KEY_SIZE]
+        with keyring.borrow(chosen.active) as kek:
+            return operations.wrap(
+                kek, chosen.active, AUDIT_KEY_ID, os.urandom(NONCE_SIZE), keyring.audit_key
+            )
+
+
+def _heads(store: Store, epochs: range) -> dict[str, list[object]]:
+    """The heads that the chains of the last run had when it ended."""
+    result: dict[str, list[object]] = {}
+    for epoch in epochs:
+        for name in store.names(f"audit:head:{epoch}."):
+            row = store.read(name)
+            if row is not None:
+                result[name[len("audit:head:") :]] = [row["seq"], row["sig"]]
+    return result
+
+
+def _refuse_older_store(log_path: Path, epoch: int) -> None:
+    """A log that knows a later start than the store means that an old copy of kms.db was put back."""
+    last = last_epoch(log_path)
+    if last is not None and last >= epoch:
+        raise StoreDamaged(
+            f"kms.db is older than the audit log beside it (start {epoch - 1} against {last}): an old copy",
+            hint="use `progressdb-kms restore FILE`, which keeps shredded keys shredded",
+        )

@@ -1,0 +1,287 @@
+"""The service as a worker sees it: the one object with state, of which each worker process has its own.
+
+It reads the store, borrows KEKs, runs `operations` on locked scratch memory, and hands every change to the
+keeper. What it remembers of the store are wrapped DEKs only, and only for the generation of the keyring in
+which they were read: the keeper counts that up before it answers a change, so no worker acts on old state
+after that answer.
+
+Nothing here knows HTTP: arguments are checked values, errors are KMSErrors.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
+
+from ..audit.log import AuditLog, Fragment, key_fragment
+from ..crypto import envelope, operations
+from ..crypto.aead import NONCE_SIZE, Aead
+from ..crypto.envelope import Wrapped
+from ..crypto.keyring import KekNotLoaded, Keyring, KeyringChanged
+from ..encoding import Buffer, new_key_id
+from ..errors import BadRequest, Conflict, KeyNotFound, KMSError, Unavailable
+from ..rules import PeerRules
+from ..store.contract import DekRecord, Reader
+from ..store.policy import refusal
+from .channel import KeeperClient
+from .metrics import Block
+
+MAX_REMEMBERED = 20_000
+"""Wrapped DEKs that a worker remembers: about 20 MB."""
+
+ATTEMPTS = 5
+"""How often an operation is tried while KEKs change under it. Twice is rare, three times unheard of."""
+
+T = TypeVar("T")
+
+
+class Entry(NamedTuple):
+    """What is remembered of a DEK."""
+
+    generation: int
+    record: DekRecord
+    wrapped: Wrapped
+    fragment: Fragment
+
+
+BatchItem = tuple[Union[str, Wrapped], bytes, bytes]
+"""One item of a batch: which DEK, what data, which AAD. No named tuple: making it took as long as a seal."""
+
+Batch = Sequence[Union[BatchItem, KMSError]]
+Results = list[Union[bytes, KMSError]]
+
+
+class Service:
+    def __init__(
+        self,
+        reader: Reader,
+        keyring: Keyring,
+        audit: AuditLog,
+        keeper: KeeperClient,
+        rules: PeerRules,
+        counters: Block,
+        about: Callable[[], dict[str, Any]],
+    ) -> None:
+        """`about` tells what only the daemon knows, for `status`: workers, memory, uptime."""
+        self._reader = reader
+        self.keyring = keyring
+        self.audit = audit
+        self._keeper = keeper
+        self.rules = rules
+        self.counters = counters
+        self.about = about
+        self._entries: dict[str, Entry] = {}
+        self._anchored = 0
+
+    # ---- finding a DEK -----------------------------------------------------------------------------
+
+    def entry(self, key_id: str) -> Entry:
+        """The DEK of this id, usable. Raises KeyNotFound, KeyDisabled, KeyShredded, and AuthenticationFailed
+        where the row holds a DEK that is bound to another id."""
+        generation = self.keyring.generation
+        found = self._entries.get(key_id)
+        if found is not None and found.generation == generation:
+            return found
+        record = self.record(key_id)
+        error = refusal(key_id, record.state)
+        if error is not None:
+            raise error
+        wrapped = operations.stored(key_id, record.wrapped)
+        entry = Entry(generation, record, wrapped, key_fragment(key_id, record.thread_id))
+        if len(self._entries) >= MAX_REMEMBERED:
+            self._entries.clear()
+        self._entries[key_id] = entry
+        return entry
+
+    def record(self, key_id: str) -> DekRecord:
+        """The row of this id, in whatever state. Raises KeyNotFound."""
+        record = self._reader.get(key_id)
+        if record is None:
+            raise KeyNotFound(f"there is no key {key_id}")
+        return record
+
+    # ---- working under a DEK -----------------------------------------------------------------------
+
+    def _with_dek(
+        self, source: Union[str, Wrapped], scratch: memoryview, work: Callable[..., T], *args: Any
+    ) -> T:
+        """`work(cipher under the DEK, *args)`; the DEK is in `scratch` meanwhile, and wiped after."""
+        for _ in range(ATTEMPTS):
+            wrapped = self.entry(source).wrapped if isinstance(source, str) else source
+            try:
+                with self.keyring.borrow(wrapped.kek_id or self.keyring.active.kek_id) as kek:
+                    dek = operations.unwrap_into(kek, wrapped, scratch)
+                return work(Aead(dek), *args)
+            except KeyringChanged:
+                continue
+            except KekNotLoaded as missing:
+                if isinstance(source, str) and self.entry(source).wrapped.kek_id != missing.kek_id:
+                    continue
+                raise Unavailable(
+                    f"the KEK {missing.kek_id} that wraps this DEK is not loaded",
+                    code="kek_not_loaded",
+                    hint="add it to previous_master_keys",
+                ) from None
+            finally:
+                scratch[:] = _ZEROS
+        raise Unavailable("the keyring changes too fast", hint="try again")
+
+    def encrypt(
+        self, source: Union[str, Wrapped], plaintext: Buffer, aad: bytes, scratch: memoryview
+    ) -> tuple[bytes, bytes]:
+        """(nonce, ciphertext | tag) under the DEK."""
+        nonce = os.urandom(NONCE_SIZE)
+        return nonce, self._with_dek(source, scratch, operations.encrypt, nonce, plaintext, aad)
+
+    def decrypt(self, source: Union[str, Wrapped], message: Buffer, aad: bytes, scratch: memoryview) -> bytes:
+        """Raises AuthenticationFailed: another DEK, another AAD or a changed bit."""
+        return self._with_dek(source, scratch, operations.decrypt, message, aad)
+
+    def encrypt_many(self, items: Batch, scratch: memoryview) -> Results:
+        return self._many(items, scratch, _encrypt_item)
+
+    def decrypt_many(self, items: Batch, scratch: memoryview) -> Results:
+        return self._many(items, scratch, operations.decrypt)
+
+    def _many(self, items: Batch, scratch: memoryview, one: Callable[[Aead, bytes, bytes], bytes]) -> Results:
+        """Each DEK is unwrapped once; an item that fails spoils no other. Results in order: of an item
+        that is an error already, that error."""
+        groups: dict[Union[str, Wrapped], list[int]] = {}
+        results: Results = [_NOT_DONE] * len(items)
+        for index, item in enumerate(items):
+            if isinstance(item, KMSError):
+                results[index] = item
+            else:
+                groups.setdefault(item[0], []).append(index)
+        for source, indices in groups.items():
+            try:
+                self._with_dek(source, scratch, _each, items, indices, one, results)
+            except KMSError as error:
+                for index in indices:
+                    results[index] = error
+        return results
+
+    # ---- wrapping DEKs that the caller holds --------------------------------------------------------
+
+    def wrap(self, dek: memoryview, key_id: Optional[str]) -> tuple[bytes, str, int, str]:
+        """(blob, kek_id, kek_version, key_id). Without a key_id, a generated one is bound."""
+        name = key_id or new_key_id(int(time.time() * 1000), os.urandom(10))
+        for _ in range(ATTEMPTS):
+            active = self.keyring.active
+            try:
+                with self.keyring.borrow(active.kek_id) as kek:
+                    blob = operations.wrap(kek, active.kek_id, name, os.urandom(NONCE_SIZE), dek)
+                return blob, active.kek_id, active.version, name
+            except (KeyringChanged, KekNotLoaded):
+                continue
+        raise Unavailable("the keyring changes too fast", hint="try again")
+
+    def unwrap(self, wrapped: Wrapped, scratch: memoryview) -> memoryview:
+        """The DEK, in `scratch`, which the caller wipes. A DEK that the store knows as disabled or
+        shredded stays closed here too."""
+        if wrapped.key_id is not None and (record := self._reader.get(wrapped.key_id)) is not None:
+            error = refusal(wrapped.key_id, record.state)
+            if error is not None:
+                raise error
+        for _ in range(ATTEMPTS):
+            try:
+                with self.keyring.borrow(wrapped.kek_id or self.keyring.active.kek_id) as kek:
+                    return operations.unwrap_into(kek, wrapped, scratch)
+            except KeyringChanged:
+                continue
+            except KekNotLoaded as missing:
+                raise Unavailable(
+                    f"the KEK {missing.kek_id} that wraps this DEK is not loaded", code="kek_not_loaded"
+                ) from None
+        raise Unavailable("the keyring changes too fast", hint="try again")
+
+    # ---- changes: the keeper makes them ---------------------------------------------------------------
+
+    def change(self, op: str, timeout: Optional[float] = 30.0, **args: Any) -> dict[str, Any]:
+        """A job for the keeper. Refused before it is begun where it could not be recorded."""
+        self.audit.check()
+        return self._keeper.call(op, args, self.audit.head, timeout)
+
+    def ask(self, op: str) -> dict[str, Any]:
+        """A question to the keeper."""
+        return self._keeper.call(op, {}, None, 5.0)
+
+    def anchor(self) -> None:
+        """Have the head of this worker's audit chain kept in the store, where it moved since last time."""
+        head = self.audit.head
+        if head[1] != self._anchored:
+            self._keeper.call("anchor", {}, head, 5.0)
+            self._anchored = head[1]
+
+    # ---- listings ---------------------------------------------------------------------------------------
+
+    def page(self, after: str, limit: int, thread_id: Optional[str]) -> list[DekRecord]:
+        return self._reader.page(after, limit, thread_id)
+
+    def keks(self) -> dict[str, dict[str, Any]]:
+        return {
+            kek_id: {"version": row.version, "count": row.deks, "since": row.since}
+            for kek_id, row in self._reader.keks().items()
+        }
+
+    def status(self) -> dict[str, Any]:
+        active = self.keyring.active
+        keks = self.keks()
+        return {
+            "kek_id": active.kek_id,
+            "kek_version": active.version,
+            "deks": {"total": sum(int(row["count"]) for row in keks.values()), "by_kek": keks},
+            "audit": {"chain": self.audit.chain, "seq": self.audit.head[1]},
+            **self.about(),
+            **self.ask("status"),
+        }
+
+    def not_ready(self) -> list[str]:
+        """Reasons why the service can't do all of its work; empty where it can."""
+        reasons = self.audit.reasons()
+        try:
+            reasons += self.ask("ready")["reasons"]
+        except KMSError as error:
+            reasons.append(error.message)
+        memory = self.about()["memory"]
+        if memory["required"] and memory["kind"] == "unlocked":
+            reasons.append("memory_lock is 'require', and memory is not locked")
+        return list(dict.fromkeys(reasons))
+
+
+def _encrypt_item(cipher: Aead, data: bytes, aad: bytes) -> bytes:
+    nonce = os.urandom(NONCE_SIZE)
+    return nonce + operations.encrypt(cipher, nonce, data, aad)
+
+
+def _each(
+    cipher: Aead,
+    items: Batch,
+    indices: list[int],
+    one: Callable[[Aead, bytes, bytes], bytes],
+    results: Results,
+) -> None:
+    """The items of one DEK, each for itself."""
+    for index in indices:
+        _, data, aad = items[index]  # type: ignore[misc]  # errors are in no group
+        try:
+            results[index] = one(cipher, data, aad)
+        except KMSError as error:
+            results[index] = error
+
+
+_ZEROS = bytes(operations.SCRATCH_SIZE)
+_NOT_DONE = Conflict("not done")
+
+
+def wrapped_source(blob: bytes, key_id: Optional[str]) -> Wrapped:
+    """A blob that came inline. Raises BadRequest; a key_id given beside it must be the one in it."""
+    try:
+        wrapped = envelope.parse(blob)
+    except ValueError as error:
+        raise BadRequest.invalid("wrapped", str(error)) from None
+    if key_id is not None and wrapped.key_id not in (None, key_id):
+        raise BadRequest.invalid("key_id", "is not the one that the wrapped DEK is bound to")
+    return wrapped

@@ -1,0 +1,119 @@
+"""What every store must do, and what a row of it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Optional, Protocol
+
+from ..encoding import b64decode, b64encode
+from ..errors import StoreDamaged
+from .policy import ENABLED, SHREDDED
+
+FORMAT = 1  # of one row
+
+
+class DekRecord(NamedTuple):
+    """One DEK, as stored. `wrapped` is the blob of `envelope`; empty once shredded."""
+
+    key_id: str
+    thread_id: str
+    wrapped: bytes
+    kek_id: str
+    kek_version: int
+    created_at: str
+    state: str = ENABLED
+    delete_at: str = ""
+    shredded_at: str = ""
+
+    def to_row(self) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "thread_id": self.thread_id,
+            "wrapped": b64encode(self.wrapped),
+            "kek_id": self.kek_id,
+            "kek_version": self.kek_version,
+            "created_at": self.created_at,
+            "state": self.state,
+            "format": FORMAT,
+        }
+        if self.delete_at:
+            row["delete_at"] = self.delete_at
+        if self.shredded_at:
+            row["shredded_at"] = self.shredded_at
+        return row
+
+    @classmethod
+    def from_row(cls, key_id: str, row: dict[str, Any]) -> DekRecord:
+        """Raises StoreDamaged where a row is not one of ours."""
+        try:
+            if row["format"] != FORMAT:
+                raise ValueError("format")
+            return cls(
+                key_id,
+                row["thread_id"],
+                b64decode(row["wrapped"]),
+                row["kek_id"],
+                row["kek_version"],
+                row["created_at"],
+                row["state"],
+                row.get("delete_at", ""),
+                row.get("shredded_at", ""),
+            )
+        except (KeyError, TypeError, ValueError):
+            raise StoreDamaged(
+                f"the row of key {key_id} can't be read",
+                hint="run `progressdb-kms verify`, then restore a backup",
+            ) from None
+
+
+class KekCount(NamedTuple):
+    """How much of the store needs one KEK: its version, DEKs wrapped under it, time of the first."""
+
+    version: int
+    deks: int
+    since: str
+
+
+class Reader(Protocol):
+    """What the workers see of a store."""
+
+    def get(self, key_id: str) -> Optional[DekRecord]: ...
+    def page(self, after: str, limit: int, thread_id: Optional[str] = None) -> list[DekRecord]: ...
+    def read(self, name: str) -> Optional[dict[str, Any]]: ...
+    def names(self, prefix: str) -> list[str]: ...
+    def keks(self) -> dict[str, KekCount]: ...
+    def close(self) -> None: ...
+
+
+class Store(Reader, Protocol):
+    """What the keeper sees: the reader's side, and writes inside transactions."""
+
+    def transaction(self, durable: bool = True) -> contextlib.AbstractContextManager[None]: ...
+    def savepoint(self) -> contextlib.AbstractContextManager[None]: ...
+    def put(self, record: DekRecord) -> None: ...
+    def write(self, name: str, value: dict[str, Any]) -> None: ...
+    def erase(self, name: str) -> None: ...
+    def stage(self, records: Iterable[DekRecord]) -> None: ...
+    def staging(self, on: bool) -> None: ...
+    def check_staged(self, after: str, limit: int) -> str: ...
+    def swap(self, keks: dict[str, KekCount]) -> None: ...
+    def retire(self, limit: int) -> bool: ...
+    def forget(self, key_id: str) -> None: ...
+    def due(self, now: str, limit: int) -> list[DekRecord]: ...
+    def compact(self) -> None: ...
+    def checkpoint(self) -> None: ...
+
+
+# ---- counts per KEK ------------------------------------------------------------------------------
+
+
+def counted(keks: dict[str, KekCount], old: Optional[DekRecord], new: DekRecord) -> dict[str, KekCount]:
+    """The counts after `old` (None: nothing) was replaced by `new`. A shredded DEK needs no KEK."""
+    result = dict(keks)
+    if old is not None and old.state != SHREDDED:
+        row = result[old.kek_id]
+        result[old.kek_id] = row._replace(deks=row.deks - 1)
+    if new.state != SHREDDED:
+        row = result.get(new.kek_id, KekCount(new.kek_version, 0, new.created_at))
+        result[new.kek_id] = row._replace(deks=row.deks + 1, since=min(row.since, new.created_at))
+    return {kek_id: row for kek_id, row in result.items() if row.deks > 0}

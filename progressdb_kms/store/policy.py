@@ -1,0 +1,45 @@
+"""Who may call what, and what a DEK in a given state allows: tables, and two functions that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Optional
+
+from ..errors import KeyDisabled, KeyShredded, KMSError
+
+# ---- states of a DEK -----------------------------------------------------------------------------
+
+ENABLED = "enabled"
+DISABLED = "disabled"
+PENDING_DELETION = "pending_deletion"
+SHREDDED = "shredded"
+
+STATES = (ENABLED, DISABLED, PENDING_DELETION, SHREDDED)
+
+
+class Transition(NamedTuple):
+    """One row of the state machine: from which states an action leads to which."""
+
+    sources: frozenset[str]
+    target: str
+
+
+# `enable` cancels a scheduled deletion. Each action may be repeated: a caller that lost the answer
+# asks again.
+TRANSITIONS: Mapping[str, Transition] = {
+    "disable": Transition(frozenset((ENABLED, DISABLED)), DISABLED),
+    "enable": Transition(frozenset((ENABLED, DISABLED, PENDING_DELETION)), ENABLED),
+    "schedule_deletion": Transition(frozenset((ENABLED, DISABLED, PENDING_DELETION)), PENDING_DELETION),
+    "shred": Transition(frozenset(STATES), SHREDDED),
+}
+
+
+def refusal(key_id: str, state: str) -> Optional[KMSError]:
+    """Why a DEK in this state can't be used, or None where it can."""
+    if state == ENABLED:
+        return None
+    if state == DISABLED:
+        return KeyDisabled(f"the key {key_id} is disabled", hint="enable it first")
+    if state == PENDING_DELETION:
+        return KeyDisabled(f"the key {key_id} is scheduled for deletion", hint="`enable` cancels that")
+    return KeyShredded(f"the key {key_id} was shredded: what was encrypted under it can't be read any more")

@@ -1,0 +1,447 @@
+"""Where wrapped DEKs live: `<data-dir>/kms.db`. `memstore` is a twin in memory that keeps the same contract.
+
+The contract, for every store:
+
+- `transaction()`: what is written inside is on disk when the block ends, or nothing of it is. An error is
+  raised by the call that caused it, as StoreUnavailable. `durable=False`, for work that a crash may undo:
+  it is on disk, whole or not at all, when the next durable transaction ends.
+- `savepoint()`: a part of a transaction that can fail alone.
+- Readers see committed state only, and never wait for a writer.
+- `deks` rows are keyed `meta:<key_id>`; the service's own rows `kek:…` and `audit:…` stand in `kms`.
+- `keks()` tells how many DEKs need each KEK, without counting: it is kept with every write.
+
+How SQLite is held to it. The mapping is sqlitedict's; its connection (`_new_conn`) is ours, because the
+original runs a thread that dies at a failing COMMIT, sets synchronous=OFF and reports errors elsewhere.
+One connection in one process writes and checkpoints, all others are read-only: SQLite before 3.51.3 can
+damage a WAL that two connections reset. After a COMMIT that failed nobody knows what is on disk, so the
+file is closed, opened again and checked before the next write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Optional
+from urllib.parse import quote
+
+from sqlitedict import SqliteDict
+
+from ..encoding import json_dumps, json_loads
+from ..errors import StoreDamaged, StoreUnavailable
+from .contract import DekRecord, KekCount, counted
+
+FILE_NAME = "kms.db"
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x4B4D5331  # "KMS1", in the header of our database files
+
+TRACES = (FILE_NAME + "-wal", "kms-audit.log", "kms-deks-backup")
+"""Files that only a data-dir in use has: beside them, a missing database is a lost one."""
+
+BUSY_WAIT = 5000
+"""Milliseconds that a write waits for another writer's lock: there is none but a foreign program's."""
+
+CHECKPOINT_WAIT = 1000
+"""Milliseconds that a checkpoint waits for readers. Ours take one; a program that keeps a read transaction
+open (Litestream does) would otherwise stop all writes for as long as it likes."""
+
+FULL = "FULL"  # each COMMIT waits for the disk
+NORMAL = "NORMAL"  # in WAL mode: a COMMIT is ordered before the next one, and waits for nothing
+
+DEKS = "deks"
+STAGED = "deks_next"
+RETIRED = "deks_old_"  # and a number: tables that are emptied bit by bit
+
+
+# ---- SQLite --------------------------------------------------------------------------------------
+
+
+def _unavailable(error: sqlite3.Error) -> StoreUnavailable:
+    text = str(error)
+    if "full" in text:
+        hint = "make room on the file system of the data-dir; nothing that was acknowledged is lost"
+    elif "readonly" in text or "unable to open" in text:
+        hint = "the data-dir must be writable by the daemon's user"
+    else:
+        hint = "look at the disk and the kernel log, then run `progressdb-kms doctor`"
+    return StoreUnavailable(f"the store can't do that now: {text}", hint=hint)
+
+
+class Connection:
+    """One sqlite3 connection with the interface that SqliteDict wants of its own, and nothing hidden.
+
+    Statements run in the calling thread, under a lock; errors leave as StoreUnavailable.
+    """
+
+    autocommit = False
+
+    def __init__(self, path: Path, *, writer: bool) -> None:
+        self.lock = threading.RLock()
+        mode = "rwc" if writer else "ro"
+        uri = f"file://{quote(os.fsencode(path.absolute()))}?mode={mode}"
+        try:
+            self._db = sqlite3.connect(
+                uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5
+            )
+            self._db.execute("PRAGMA cell_size_check=ON")
+        except sqlite3.Error as error:
+            raise _unavailable(error) from error
+
+    def execute(self, sql: str, args: tuple[Any, ...] = ()) -> None:
+        self.select(sql, args)
+
+    def executemany(self, sql: str, rows: Iterable[tuple[Any, ...]]) -> None:
+        with self.lock:
+            try:
+                self._db.executemany(sql, rows)
+            except sqlite3.Error as error:
+                raise _unavailable(error) from error
+
+    def select(self, sql: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        with self.lock:
+            try:
+                return self._db.execute(sql, args).fetchall()
+            except sqlite3.Error as error:
+                raise _unavailable(error) from error
+
+    def select_one(self, sql: str, args: tuple[Any, ...] = ()) -> Any:
+        rows = self.select(sql, args)
+        return rows[0] if rows else None
+
+    def commit(self, blocking: bool = True) -> None:
+        """SqliteDict calls this after its own CREATE TABLE; transactions are begun and ended by the store."""
+
+    def in_transaction(self) -> bool:
+        return self._db.in_transaction
+
+    def close(self, do_log: bool = True, force: bool = False) -> None:
+        with self.lock:
+            self._db.close()
+
+
+def _row_of(value: str) -> Any:
+    try:
+        return json_loads(value)
+    except ValueError:
+        raise StoreDamaged(
+            "a row of the store is not JSON", hint="run `progressdb-kms verify`, then restore a backup"
+        ) from None
+
+
+class Table(SqliteDict):  # type: ignore[misc]
+    """A sqlitedict over a connection that several tables share; JSON in, JSON out, never pickle."""
+
+    def __init__(self, path: Path, name: str, conn: Connection) -> None:
+        self._shared = conn
+        super().__init__(str(path), tablename=name, encode=json_dumps, decode=_row_of, outer_stack=False)
+
+    def _new_conn(self) -> Connection:
+        return self._shared
+
+    def close(self, do_log: bool = True, force: bool = False) -> None:
+        self.conn = None  # the store closes the connection, once
+
+
+_PAGE = f'SELECT key, value FROM "{DEKS}" WHERE key > ? ORDER BY key LIMIT ?'  # noqa: S608
+_PAGE_OF_THREAD = (
+    f"SELECT key, value FROM \"{DEKS}\" WHERE json_extract(value, '$.thread_id') = ? AND key > ? "  # noqa: S608
+    "ORDER BY key LIMIT ?"
+)
+_CHECK_STAGED = (
+    f'SELECT max(live.key), count(*), count(staged.key) FROM (SELECT key FROM "{DEKS}" WHERE key > ? '  # noqa: S608
+    f'ORDER BY key LIMIT ?) AS live LEFT JOIN "{STAGED}" AS staged ON staged.key = live.key'
+)
+
+
+class SqliteReader:
+    """Read-only: for the workers, and for commands beside a running daemon."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.path = data_dir / FILE_NAME
+        self._conn = Connection(self.path, writer=False)
+        self._bind()
+
+    def _bind(self) -> None:
+        self._deks = Table(self.path, DEKS, self._conn)
+        self._kms = Table(self.path, "kms", self._conn)
+
+    def get(self, key_id: str) -> Optional[DekRecord]:
+        try:
+            return DekRecord.from_row(key_id, self._deks["meta:" + key_id])
+        except KeyError:
+            return None
+
+    def page(self, after: str, limit: int, thread_id: Optional[str] = None) -> list[DekRecord]:
+        """Up to `limit` records with a key_id behind `after`, in order of key_id."""
+        if thread_id is None:
+            rows = self._conn.select(_PAGE, ("meta:" + after, limit))
+        else:
+            rows = self._conn.select(_PAGE_OF_THREAD, (thread_id, "meta:" + after, limit))
+        return [DekRecord.from_row(key[5:], _row_of(value)) for key, value in rows]
+
+    def read(self, name: str) -> Optional[dict[str, Any]]:
+        value: Optional[dict[str, Any]] = self._kms.get(name)
+        return value
+
+    def names(self, prefix: str) -> list[str]:
+        rows = self._conn.select(
+            "SELECT key FROM kms WHERE key >= ? AND key < ?", (prefix, prefix + "\uffff")
+        )
+        return [row[0] for row in rows]
+
+    def keks(self) -> dict[str, KekCount]:
+        found = self.read("kek:counts") or {}
+        return {kek_id: KekCount(*row) for kek_id, row in found.items()}
+
+    def close(self) -> None:
+        self._conn.close()
+
+
+class SqliteStore(SqliteReader):
+    """The one writer of a data-dir. Raises StoreDamaged where the file is not a store that we know."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.path = data_dir / FILE_NAME
+        self._open()
+
+    def _open(self) -> None:
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            self._refuse_lost()
+        self._suspect = True  # until all of this has worked
+        self._conn = Connection(self.path, writer=True)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._conn.close)
+            try:
+                self._prepare()
+            except StoreUnavailable as error:
+                cause = error.__cause__
+                if isinstance(cause, sqlite3.DatabaseError) and not isinstance(
+                    cause, sqlite3.OperationalError
+                ):
+                    raise StoreDamaged(
+                        f"{self.path} is damaged or no database: {cause}",
+                        hint="restore a backup: `progressdb-kms restore FILE`",
+                    ) from error
+                raise
+            undo.pop_all()
+
+    def _refuse_lost(self) -> None:
+        """There is no database: was there one?"""
+        if traces := [name for name in TRACES if (self.path.parent / name).exists()]:
+            raise StoreDamaged(
+                f"{self.path} is missing or empty, but {traces[0]} beside it tells that there was a store",
+                hint="put the file back, or restore a backup: `progressdb-kms restore FILE`",
+            )
+
+    def _prepare(self) -> None:
+        select = self._conn.select_one
+        # After a crash in its first transaction a database is rolled back to nothing when it is first read.
+        fresh = not select("PRAGMA page_count")[0]
+        application, version = select("PRAGMA application_id")[0], select("PRAGMA user_version")[0]
+        if fresh:  # first of all, so that a crash right after leaves a file that is known as ours
+            self._refuse_lost()
+            select(f"PRAGMA application_id={APPLICATION_ID}")
+        elif application != APPLICATION_ID:
+            raise StoreDamaged(
+                f"{self.path} is a database of something else", hint="is data_dir the right folder?"
+            )
+        elif version > SCHEMA_VERSION:
+            raise StoreDamaged(
+                f"{self.path} has schema version {version}; this release knows up to {SCHEMA_VERSION}",
+                hint="run the newer release that wrote it",
+            )
+        for pragma, value, wanted in (
+            ("journal_mode", "WAL", "wal"),
+            ("synchronous", FULL, 2),
+            ("secure_delete", "ON", 1),
+            ("busy_timeout", str(BUSY_WAIT), BUSY_WAIT),
+        ):
+            select(f"PRAGMA {pragma}={value}")
+            if (found := select(f"PRAGMA {pragma}")[0]) != wanted:
+                raise StoreUnavailable(
+                    f"SQLite refuses {pragma}={value} for {self.path} (it stays {found})",
+                    hint="the data-dir must be on a local file system with locks and shared memory",
+                )
+        self._synchronous = FULL
+        self._bind()
+        if not version:
+            self._index(DEKS)
+            select(f"PRAGMA user_version={SCHEMA_VERSION}")
+        whole = self._checkpointed()  # if not, pages may stand in the log only
+        pages, size = select("PRAGMA page_count")[0], select("PRAGMA page_size")[0]
+        if whole and self.path.stat().st_size < pages * size:
+            raise StoreDamaged(
+                f"{self.path} was cut: it has {self.path.stat().st_size} of {pages * size} bytes",
+                hint="restore a backup: `progressdb-kms restore FILE`",
+            )
+        self._counts = super().keks()
+        self._suspect = False
+
+    def _index(self, table: str) -> None:
+        """Find the DEKs of a thread without a scan; the name is free, as renamed tables keep theirs."""
+        name = self._free_name("deks_thread_")
+        self._conn.execute(f'CREATE INDEX "{name}" ON "{table}" (json_extract(value, \'$.thread_id\'), key)')
+
+    def _free_name(self, prefix: str) -> str:
+        rows = self._conn.select(
+            "SELECT name FROM sqlite_master WHERE substr(name, 1, ?) = ?", (len(prefix), prefix)
+        )
+        return f"{prefix}{max((int(row[0][len(prefix) :]) for row in rows), default=0) + 1}"
+
+    def _reopen(self) -> None:
+        """After a COMMIT of unknown outcome: a new connection, and a look at the whole file."""
+        self._conn.close()
+        self._open()
+        answer = self._conn.select_one("PRAGMA quick_check(1)")[0]
+        if answer != "ok":
+            self._suspect = True
+            raise StoreUnavailable(
+                f"the store is damaged: {answer}", hint="stop the daemon and restore a backup"
+            )
+
+    # ---- transactions ------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def transaction(self, durable: bool = True) -> Iterator[None]:
+        if self._suspect:
+            self._reopen()
+        if self._synchronous != (wanted := FULL if durable else NORMAL):
+            self._conn.execute(f"PRAGMA synchronous={wanted}")
+            self._synchronous = wanted
+        before = self._counts
+        self._conn.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            if self._counts is not before:
+                self.write("kek:counts", {kek_id: list(row) for kek_id, row in self._counts.items()})
+        except BaseException:
+            self._rollback(before)
+            raise
+        try:
+            self._conn.execute("COMMIT")
+        except BaseException:
+            self._suspect = True
+            self._rollback(before)
+            raise
+
+    def _rollback(self, counts: dict[str, KekCount]) -> None:
+        self._counts = counts
+        if self._conn.in_transaction():
+            try:
+                self._conn.execute("ROLLBACK")
+            except StoreUnavailable:
+                self._suspect = (
+                    True  # the error under way tells the cause; the file is reopened before it is used
+                )
+
+    @contextlib.contextmanager
+    def savepoint(self) -> Iterator[None]:
+        before = self._counts
+        self._conn.execute("SAVEPOINT part")
+        try:
+            yield
+        except BaseException:
+            self._counts = before
+            if self._conn.in_transaction():  # SQLite ends it by itself at some errors
+                self._conn.execute("ROLLBACK TO part")
+                self._conn.execute("RELEASE part")
+            raise
+        self._conn.execute("RELEASE part")
+
+    # ---- writes, inside a transaction ----------------------------------------------------------
+
+    def put(self, record: DekRecord) -> None:
+        self._counts = counted(self._counts, self.get(record.key_id), record)
+        self._deks["meta:" + record.key_id] = record.to_row()
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        self._kms[name] = value
+
+    def erase(self, name: str) -> None:
+        self._kms.pop(name, None)
+
+    def keks(self) -> dict[str, KekCount]:
+        return self._counts
+
+    def due(self, now: str, limit: int) -> list[DekRecord]:
+        """DEKs whose scheduled deletion is due: rows of the small index `deletion:<time>:<key_id>`."""
+        rows = self._conn.select(
+            "SELECT key FROM kms WHERE key >= 'deletion:' AND key < ? ORDER BY key LIMIT ?",
+            (f"deletion:{now}", limit),
+        )
+        found = (self.get(row[0].split("|", 1)[1]) for row in rows)
+        return [record for record in found if record is not None]
+
+    # ---- a second table for rotation -----------------------------------------------------------
+
+    def staging(self, on: bool) -> None:
+        """Make the empty table that rewrapped rows are built in; drop what an earlier try left of one."""
+        if self._conn.select_one("SELECT 1 FROM sqlite_master WHERE name = ?", (STAGED,)):
+            self._conn.execute(f'ALTER TABLE "{STAGED}" RENAME TO "{self._free_name(RETIRED)}"')
+        if on:
+            Table(self.path, STAGED, self._conn)
+            self._index(STAGED)
+
+    def stage(self, records: Iterable[DekRecord]) -> None:
+        rows = (("meta:" + record.key_id, json_dumps(record.to_row())) for record in records)
+        self._conn.executemany(f'REPLACE INTO "{STAGED}" (key, value) VALUES (?, ?)', rows)  # noqa: S608
+
+    def check_staged(self, after: str, limit: int) -> str:
+        """See that each of up to `limit` rows behind the key_id `after` is staged. Returns the last key_id,
+        or "" at the end. Raises StoreUnavailable where one is missing."""
+        last, live, staged = self._conn.select_one(_CHECK_STAGED, ("meta:" + after, limit))
+        if staged != live:
+            raise StoreUnavailable(f"{live - staged} rewrapped rows are missing: nothing was changed")
+        return last[5:] if last else ""
+
+    def swap(self, keks: dict[str, KekCount]) -> None:
+        """Let the staged table be the store. The old one is emptied bit by bit by `retire`."""
+        self._conn.execute(f'ALTER TABLE "{DEKS}" RENAME TO "{self._free_name(RETIRED)}"')
+        self._conn.execute(f'ALTER TABLE "{STAGED}" RENAME TO "{DEKS}"')
+        self._counts = keks
+
+    def retire(self, limit: int) -> bool:
+        """Delete up to `limit` rows that a swap left behind. True: there are more."""
+        row = self._conn.select_one(
+            "SELECT name FROM sqlite_master WHERE type = 'table' AND substr(name, 1, ?) = ?",
+            (len(RETIRED), RETIRED),
+        )
+        if row is None:
+            return False
+        self._conn.execute(
+            f'DELETE FROM "{row[0]}" WHERE rowid IN (SELECT rowid FROM "{row[0]}" LIMIT ?)',  # noqa: S608
+            (limit,),
+        )
+        if not self._conn.select_one(f'SELECT 1 FROM "{row[0]}" LIMIT 1'):  # noqa: S608
+            self._conn.execute(f'DROP TABLE "{row[0]}"')
+        return True
+
+    def forget(self, key_id: str) -> None:
+        """Delete a key's row from the tables that are being emptied: it was shredded."""
+        for row in self._conn.select(
+            "SELECT name FROM sqlite_master WHERE type = 'table' AND substr(name, 1, ?) = ?",
+            (len(RETIRED), RETIRED),
+        ):
+            self._conn.execute(f'DELETE FROM "{row[0]}" WHERE key = ?', ("meta:" + key_id,))  # noqa: S608
+
+    def compact(self) -> None:
+        """Write the whole database anew: free space and gaps between rows are left behind."""
+        self._conn.execute("VACUUM")
+
+    def checkpoint(self) -> None:
+        """Move the write-ahead log into the file and cut it to nothing: no old page image stays behind."""
+        if not self._checkpointed():
+            raise StoreUnavailable(
+                "the write-ahead log is being read by another program and can't be cut now",
+                hint="it is tried again; a backup or Litestream may be at work",
+            )
+
+    def _checkpointed(self) -> bool:
+        self._conn.select(f"PRAGMA busy_timeout={CHECKPOINT_WAIT}")
+        try:
+            return not self._conn.select_one("PRAGMA wal_checkpoint(TRUNCATE)")[0]
+        finally:
+            self._conn.select(f"PRAGMA busy_timeout={BUSY_WAIT}")

@@ -1,0 +1,1 @@
+"""The command line. Nothing that serves imports it."""

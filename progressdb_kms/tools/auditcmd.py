@@ -1,0 +1,213 @@
+"""`audit verify` and `audit tail`: the audit log on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Optional
+
+from ..audit import verify as auditverify
+from ..audit.log import FILE_NAME
+from ..audit.verify import Report
+from ..crypto import envelope, operations
+from ..crypto.keyring import fingerprint
+from ..crypto.memory import LockedBuffer
+from ..encoding import b64decode, json_loads
+from ..errors import AuthenticationFailed, KeyMismatch, StoreDamaged
+from ..store.sqlite import SqliteReader
+from .console import CommandFailed, Progress, safe, show
+
+if TYPE_CHECKING:
+    from ..config.load import Loaded
+
+Anchors = Mapping[str, tuple[int, str]]
+
+BLOCK = 64 * 1024
+"""Bytes a read, from the end of the log backwards."""
+
+POLL = 0.25
+"""Seconds between two looks for new records."""
+
+SHOWN = ("ts", "chain", "seq", "op", "outcome", "status")
+"""Fields with a place of their own; the others follow as name=value. `prev` is of no use to a reader."""
+
+
+# ---- verify ------------------------------------------------------------------------------------------
+
+
+def verify(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
+    """Returns 1 where a fault was found, which is told on stdout: it is what was asked for."""
+    data_dir = loaded.settings.data_dir
+    receipts = Path(args.receipts).read_text("utf-8", "replace").splitlines() if args.receipts else []
+    with _audit_key(loaded) as (key, anchors):
+        report = auditverify.verify(
+            args.log or _logs(data_dir),
+            key,
+            anchors,
+            receipts=receipts,
+            partial=args.partial,
+            progress=progress,
+        )
+    _tell(report, args.json)
+    return 0 if report.ok else 1
+
+
+def _logs(data_dir: Path) -> Sequence[Path]:
+    """The log and those that logrotate made of it, where they lie beside it."""
+    found = sorted(data_dir.glob(FILE_NAME + "*"))
+    if not found:
+        raise CommandFailed(
+            f"there is no audit log in {data_dir}", hint="--data-dir or --config says where it is"
+        )
+    return found
+
+
+def _tell(report: Report, as_json: bool) -> None:
+    values: dict[str, Any] = {
+        "result": "ok" if report.ok else "fault",
+        "fault": str(report.fault) if report.fault else None,
+        "lines": report.lines,
+        "chains": len(report.chains),
+        "recoveries": report.recoveries,
+        "receipts": report.receipts,
+        "unchecked": report.unchecked,
+        "shredded": len(report.shredded),
+        "files": list(report.files) if as_json else len(report.files),
+    }
+    show(values, as_json)
+
+
+@contextlib.contextmanager
+def _audit_key(loaded: Loaded) -> Iterator[tuple[memoryview, Anchors]]:
+    """The audit key in locked memory, and the heads of the chains, both from the store."""
+    reader = SqliteReader(loaded.settings.data_dir)
+    try:
+        row = reader.read("audit:key")
+        anchors = {name[len("audit:head:") :]: reader.read(name) for name in reader.names("audit:head:")}
+    finally:
+        reader.close()
+    if row is None:
+        raise StoreDamaged("the store has no audit key", hint="is data_dir the right folder?")
+    with LockedBuffer(operations.SCRATCH_SIZE) as memory:
+        key = _unwrap(loaded, b64decode(row["wrapped"]), memory.view)
+        yield key, {chain: (head["seq"], head["sig"]) for chain, head in anchors.items() if head}
+        key.release()
+
+
+def _unwrap(loaded: Loaded, blob: bytes, scratch: memoryview) -> memoryview:
+    wrapped = envelope.parse(blob)
+    for kek in (loaded.master, *loaded.previous, *([loaded.pending] if loaded.pending else [])):
+        if fingerprint(kek) == wrapped.kek_id:
+            try:
+                return operations.unwrap_into(kek, wrapped, scratch)
+            except AuthenticationFailed:
+                raise StoreDamaged("the audit key does not open under the KEK that it names") from None
+    raise KeyMismatch(
+        f"the audit key is wrapped under the KEK {wrapped.kek_id}, which is not configured",
+        hint="`progressdb-kms kek-id FILE…` finds the key file",
+    )
+
+
+# ---- tail --------------------------------------------------------------------------------------------
+
+
+def tail(data_dir: Path, lines: int, *, follow: bool, as_json: bool) -> None:
+    """Write to stdout; signatures are `verify`'s matter. With `follow` it ends by a signal only."""
+    path = data_dir / FILE_NAME
+    try:
+        log: IO[bytes] = open(path, "rb")  # noqa: SIM115  # followed over rotations, closed below
+    except FileNotFoundError:
+        raise CommandFailed(
+            f"there is no audit log {path}", hint="--data-dir or --config says where it is"
+        ) from None
+    try:
+        for line in _last(log, lines):
+            _write(line, as_json)
+        while follow:
+            log = _new(path, log, as_json)
+            time.sleep(POLL)
+    finally:
+        log.close()
+
+
+def _last(log: IO[bytes], lines: int) -> list[bytes]:
+    """The last lines, and the position behind them. Reads no more of the log than it needs."""
+    end = start = log.seek(0, os.SEEK_END)
+    data = b""
+    while start > 0 and data.count(b"\n") <= lines:
+        size = min(BLOCK, start)
+        start -= size
+        log.seek(start)
+        data = log.read(size) + data
+    log.seek(end)
+    whole = data[: data.rfind(b"\n") + 1]
+    log.seek(end - (len(data) - len(whole)))  # a line that is being written is read again, when it is whole
+    return whole.splitlines()[-lines:]
+
+
+def _new(path: Path, log: IO[bytes], as_json: bool) -> IO[bytes]:
+    """Write what was appended. Returns the log to go on with: another one after a rotation."""
+    for line in _whole_lines(log):
+        _write(line, as_json)
+    sys.stdout.flush()
+    try:
+        other = os.stat(path)
+    except FileNotFoundError:
+        return log
+    if os.path.samestat(other, os.fstat(log.fileno())):
+        return log
+    log.close()
+    return open(path, "rb")
+
+
+def _whole_lines(log: IO[bytes]) -> Iterator[bytes]:
+    while True:
+        place = log.tell()
+        line = log.readline()
+        if not line.endswith(b"\n"):
+            log.seek(place)
+            return
+        yield line[:-1]
+
+
+def _write(line: bytes, as_json: bool) -> None:
+    text = line.decode("utf-8", "replace")
+    sys.stdout.write((safe(text) if as_json else picture(text)) + "\n")
+
+
+def picture(line: str) -> str:
+    """One record for people; a line that is none is shown as it is."""
+    event = _event(line)
+    if event is None:
+        return safe(line)
+    place = f"{event.get('chain', '?')}:{event.get('seq', '?')}"
+    parts = [
+        event.get("ts", "?"),
+        place,
+        event.get("op", "?"),
+        event.get("outcome", "?"),
+        event.get("status", ""),
+    ]
+    more = [f"{name}={value}" for name, value in _flat(event) if name not in (*SHOWN, "prev")]
+    return safe(" ".join(str(part) for part in (*parts, *more) if part != ""))
+
+
+def _event(line: str) -> Optional[dict[str, Any]]:
+    try:
+        event = json_loads(line)["event"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def _flat(event: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in event.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", item) for inner, item in value.items())
+        else:
+            yield name, value

@@ -1,0 +1,315 @@
+"""One file that holds the store: how it is written beside a running daemon, and read without trust.
+
+    SQLite database                          a copy of kms.db: the tables `deks` and `kms`, nothing else
+    0x0A "{" … "}" 0x0A                      one JSON line: what is in the copy, its length, and the SHA-256
+                                             of the copy and of this line with "" in the place of that
+
+The line is behind the database and not before it, so that any sqlite3 opens the file as it stands: SQLite
+takes the length of a database from its header and doesn't look at what follows. There is no second file that
+could get lost.
+
+The checksum finds damage. It is no signature: who may write to the backup may also make it match. What such
+a person can't make is a wrapped DEK, because each is bound to its key_id under the KEK.
+
+Reading happens in place, without locks and without a copy (`immutable`): nothing of a backup, not even the
+bytes of a DEK that was shredded since, comes to the data-dir but by a row that `restore` puts there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+from urllib.parse import quote
+
+from ..encoding import json_dumps, json_loads, timestamp
+from ..errors import StoreDamaged
+from ..store.contract import DekRecord
+from ..store.sqlite import APPLICATION_ID, DEKS, FILE_NAME, SCHEMA_VERSION
+from .console import CommandFailed, sync_folder
+
+Progress = Callable[[int, int], None]
+
+MARK = "progressdb_kms_backup"
+FORMAT = 1
+
+MAX_LINE = 64 * 1024
+"""Bytes of the last line: some 1,000 KEKs."""
+
+PAGES = 2048
+"""Database pages (8 MiB) copied between two pictures of the progress bar."""
+
+BLOCK = 1 << 20
+
+_TABLES = (DEKS, "kms")
+
+
+class Contents(NamedTuple):
+    """The last line of a backup. `keks`: DEKs by the KEK that they need."""
+
+    created_at: str
+    size: int
+    sha256: str
+    schema: int
+    deks: int
+    shredded: int
+    active_kek_id: str
+    keks: dict[str, int]
+
+    @property
+    def kek_ids(self) -> list[str]:
+        return sorted({self.active_kek_id, *self.keks} - {""})
+
+    def line(self) -> bytes:
+        return b"\n" + json_dumps({MARK: FORMAT, **self._asdict()}).encode() + b"\n"
+
+    def sealed(self, file: Path, progress: Progress) -> Contents:
+        """With the checksum that fits the first `size` bytes of the file and the other fields."""
+        digest, done = hashlib.sha256(), 0
+        with open(file, "rb") as source:
+            while done < self.size and (block := source.read(min(BLOCK, self.size - done))):
+                digest.update(block)
+                done += len(block)
+                progress(done, self.size)
+        digest.update(self._replace(sha256="").line())
+        return self._replace(sha256=digest.hexdigest())
+
+
+# ---- writing -----------------------------------------------------------------------------------------
+
+
+def backup(data_dir: Path, file: Path, progress: Progress) -> dict[str, Any]:
+    """Copy the store, which may be in use, to `file` (0600, whole or not at all). Returns what it holds.
+
+    One read transaction over all of it: what is committed when it begins is in it, and no writer waits.
+    """
+    store = data_dir / FILE_NAME
+    _check_target(data_dir, file)
+    if not store.is_file():
+        raise CommandFailed(f"there is no store {store}", hint="--data-dir or --config says where it is")
+    with _part_file(file) as (descriptor, part):
+        try:
+            _copy(store, part, progress)
+            contents = _describe(part)
+        except sqlite3.Error as error:
+            raise CommandFailed(
+                f"the backup can't be made: {error}", hint="nothing was left behind"
+            ) from None
+        os.lseek(descriptor, 0, os.SEEK_END)
+        _write_all(descriptor, contents.line())
+        os.fsync(descriptor)
+        os.replace(part, file)
+    sync_folder(file.absolute().parent)
+    return {"file": str(file), **_shown(contents)}
+
+
+def _check_target(data_dir: Path, file: Path) -> None:
+    """In the data-dir a backup would keep what a later shred must remove, and be lost together with it."""
+    home, target = data_dir.resolve(), file.resolve()
+    if home == target or home in target.parents:
+        raise CommandFailed(
+            f"{file} is inside the data-dir: a shred could not reach it", hint="choose another folder"
+        )
+    if not target.parent.is_dir():
+        raise CommandFailed(f"there is no folder {target.parent}", hint="make it first")
+    if file.exists() and not file.is_file():
+        raise CommandFailed(f"{file} is no regular file", hint="name the file that is to be made")
+
+
+@contextlib.contextmanager
+def _part_file(file: Path) -> Iterator[tuple[int, Path]]:
+    """A private file beside the target, which takes its name at the end. What a killed backup to the same
+    name left of one is used again."""
+    part = file.with_name(f".{file.name}.part")
+    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CommandFailed(f"another backup to {file} is under way", hint="wait for it") from None
+        try:
+            os.fchmod(descriptor, 0o600)
+            os.ftruncate(descriptor, 0)
+            yield descriptor, part
+        finally:
+            for name in (part.name, f"{part.name}-journal", f"{part.name}-wal", f"{part.name}-shm"):
+                part.with_name(name).unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _copy(store: Path, part: Path, progress: Progress) -> None:
+    with (
+        contextlib.closing(_connect(store, "mode=ro")) as source,
+        contextlib.closing(_connect(part, "mode=rw")) as target,
+    ):
+        found = source.execute("PRAGMA application_id").fetchone()[0]
+        if found != APPLICATION_ID:
+            raise CommandFailed(f"{store} is no store of ours", hint="is data_dir the right folder?")
+        source.execute("BEGIN")
+        source.execute("SELECT count(*) FROM sqlite_master").fetchone()  # pins what the copy sees
+        source.backup(target, pages=PAGES, progress=lambda status, left, total: progress(total - left, total))
+        source.execute("COMMIT")
+        target.execute("PRAGMA journal_mode=DELETE")
+        target.execute("PRAGMA secure_delete=ON")
+        _keep_tables(target)
+
+
+def _keep_tables(db: sqlite3.Connection) -> None:
+    """A rotation under way has more tables, with rows of DEKs that may be shredded by now: leave them out."""
+    names = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    others = [name for name in names if name not in _TABLES and not name.startswith("sqlite_")]
+    for name in others:
+        db.execute(f'DROP TABLE "{name}"')
+    if others:
+        db.execute("VACUUM")
+
+
+def _describe(part: Path) -> Contents:
+    with contextlib.closing(_connect(part, "mode=ro")) as db:
+        counts = json_loads(_value(db, "kek:counts") or "{}")
+        active = json_loads(_value(db, "kek:active") or "{}")
+        keks = {kek_id: int(row[1]) for kek_id, row in counts.items()}
+        rows = db.execute(f"SELECT count(*) FROM {DEKS}").fetchone()[0]  # noqa: S608
+        deks = sum(keks.values())
+    now, size = timestamp(time.time()), part.stat().st_size
+    contents = Contents(now, size, "", SCHEMA_VERSION, deks, rows - deks, active.get("kek_id", ""), keks)
+    return contents.sealed(part, lambda done, total: None)
+
+
+def _shown(contents: Contents) -> dict[str, Any]:
+    return {
+        "created_at": contents.created_at,
+        "deks": contents.deks,
+        "shredded": contents.shredded,
+        "kek_ids": contents.kek_ids,
+        "bytes": contents.size,
+        "sha256": contents.sha256,
+    }
+
+
+# ---- reading -----------------------------------------------------------------------------------------
+
+
+class Backup:
+    """A backup that was checked: its contents, and its rows."""
+
+    def __init__(self, file: Path, contents: Contents, db: sqlite3.Connection) -> None:
+        self.file = file
+        self.contents = contents
+        self._db = db
+
+    def read(self, name: str) -> Any:
+        """A row of the service's own, or None."""
+        text = _value(self._db, name)
+        return None if text is None else self._json(name, text)
+
+    def rows(self, prefix: str) -> dict[str, Any]:
+        found = self._db.execute(
+            "SELECT key, value FROM kms WHERE key >= ? AND key < ?", (prefix, prefix + "\uffff")
+        )
+        return {key: self._json(key, value) for key, value in found}
+
+    def get(self, key_id: str) -> Any:
+        """A DEK's row, or None."""
+        row = self._db.execute(f"SELECT value FROM {DEKS} WHERE key = ?", ("meta:" + key_id,)).fetchone()  # noqa: S608
+        return None if row is None else self._json(key_id, row[0])
+
+    def records(self) -> Iterator[DekRecord]:
+        """All DEKs, in order of key_id."""
+        for key, value in self._db.execute(f"SELECT key, value FROM {DEKS} ORDER BY key"):  # noqa: S608
+            try:
+                yield DekRecord.from_row(key[len("meta:") :], self._json(key, value))
+            except StoreDamaged as error:
+                raise _damaged(self.file, error.message) from None
+
+    def _json(self, name: str, text: Any) -> Any:
+        try:
+            return json_loads(text)
+        except (ValueError, TypeError, AttributeError):
+            raise _damaged(self.file, f"the row {name} is no JSON") from None
+
+
+@contextlib.contextmanager
+def opened(file: Path, progress: Progress) -> Iterator[Backup]:
+    """Check a backup and open it. Raises CommandFailed, which says what is wrong, and OSError."""
+    about = os.stat(file)
+    if not stat.S_ISREG(about.st_mode):
+        raise CommandFailed(f"{file} is no regular file", hint="name a file made by `backup`")
+    contents = _last_line(file)
+    if contents.sealed(file, progress) != contents:
+        raise _damaged(file, "its checksum does not fit")
+    if contents.schema > SCHEMA_VERSION:
+        raise CommandFailed(
+            f"{file} has schema version {contents.schema}; this release knows up to {SCHEMA_VERSION}",
+            hint="run the newer release that wrote it",
+        )
+    with contextlib.closing(_connect(file, "mode=ro&immutable=1")) as db:
+        try:
+            _check(file, db)
+            yield Backup(file, contents, db)
+        except sqlite3.Error as error:
+            raise _damaged(file, str(error)) from None
+
+
+def _damaged(file: Path, why: str) -> CommandFailed:
+    return CommandFailed(f"{file} is damaged: {why}; nothing was changed", hint="take another backup")
+
+
+def _last_line(file: Path) -> Contents:
+    with open(file, "rb") as source:
+        size = source.seek(0, os.SEEK_END)
+        source.seek(max(0, size - MAX_LINE))
+        tail = source.read()
+    line = tail[tail.rfind(b"\n{") + 1 :]
+    try:
+        values = json_loads(line)
+        if values.pop(MARK) != FORMAT:
+            raise ValueError("its format is of another release")
+        contents = Contents(**values)
+        if not isinstance(contents.schema, int) or not isinstance(contents.keks, dict):
+            raise TypeError
+        if contents.line() != b"\n" + line or contents.size + len(contents.line()) != size:
+            raise ValueError("its last line does not fit")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CommandFailed(
+            f"{file} is no whole file made by `progressdb-kms backup`; nothing was changed",
+            hint="a copy of kms.db itself is made a backup by `backup`: put it into an empty --data-dir",
+        ) from None
+    return contents
+
+
+def _check(file: Path, db: sqlite3.Connection) -> None:
+    db.execute("PRAGMA cell_size_check=ON")
+    for pragma, wanted in (("application_id", APPLICATION_ID), ("user_version", SCHEMA_VERSION)):
+        found = db.execute(f"PRAGMA {pragma}").fetchone()[0]
+        if found != wanted:
+            raise _damaged(file, f"its {pragma} is {found}")
+    kinds = dict(db.execute("SELECT name, type FROM sqlite_master WHERE type <> 'index'"))
+    if any(kinds.get(name) != "table" for name in _TABLES):
+        raise _damaged(file, "a table is missing")
+    answer = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    if answer != "ok":
+        raise _damaged(file, answer)
+
+
+def _value(db: sqlite3.Connection, name: str) -> Any:
+    row = db.execute("SELECT value FROM kms WHERE key = ?", (name,)).fetchone()
+    return None if row is None else row[0]
+
+
+def _connect(path: Path, options: str) -> sqlite3.Connection:
+    uri = f"file://{quote(os.fsencode(path.absolute()))}?{options}"
+    return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=5)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]

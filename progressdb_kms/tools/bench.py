@@ -1,0 +1,452 @@
+"""What this machine can do, each figure beside the two limits that it can reach in the same run.
+
+    http     GET /healthz through the same socket and handler: HTTP without keys, cipher or audit
+    cipher   unwrap a DEK and encrypt in a loop: no HTTP, no audit
+
+Figures of one run compare with each other only. The load comes from one Python process, which takes a share
+of the cores itself; a client in C would show more. Nothing here touches a running daemon: it starts its own
+in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import json
+import os
+import selectors
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..audit.log import Fragment
+from ..client import Client
+from ..crypto import operations
+from ..crypto.aead import KEY_SIZE, NONCE_SIZE, Aead
+from ..crypto.envelope import parse
+from ..crypto.keyring import REGION_SIZE, Keyring
+from ..crypto.memory import LockedBuffer
+from ..encoding import b64encode, new_key_id, timestamp
+from ..errors import OperatorError
+from ..process import hardening
+from ..rules import Peer, PeerRules
+from ..service.channel import channel
+from ..service.metrics import Metrics
+from ..service.plan import ConfiguredKey
+from ..service.rotation import Rotation
+from ..service.start import Configured, claim, open_keeper
+from ..service.worker import Service
+from ..store.contract import DekRecord, KekCount
+from ..store.memstore import MemoryStore
+from ..store.sqlite import SqliteStore
+from ..wire import routes
+from ..wire.call import App, Call
+from ..wire.http1 import parse_head
+
+MESSAGE = 200  # bytes: a chat message
+PAGE = 100  # messages of a page of chat
+RAW = 1 << 20  # bytes of a large payload
+CONNECTIONS = (1, 16, 64)
+START_SECONDS = 15.0
+STORES = (1_000, 100_000, 1_000_000)  # DEKs: rotation is measured on each of these
+DISK = 10 << 10  # bytes that a DEK takes while its store is rotated: two rows, and a snapshot file of 4 KiB
+
+
+class BenchFailed(OperatorError):
+    """The daemon that is measured did not start or gave a wrong answer."""
+
+    default_code = "bench_failed"
+
+
+class Figure(NamedTuple):
+    name: str
+    value: float
+    unit: str
+    note: str = ""
+
+
+def run(what: str, *, seconds: int, deks: int, as_json: bool) -> int:
+    """`what`: calls, store, rotate or memory. Prints the figures; returns 0."""
+    measure = {"calls": calls, "store": store, "rotate": rotate, "memory": memory}[what]
+    for figure in measure(float(seconds), deks):
+        if as_json:
+            print(json.dumps(figure._asdict()), flush=True)
+        else:
+            print(
+                f"{figure.name:<42} {figure.value:>12,.0f} {figure.unit:<12} {figure.note}".rstrip(),
+                flush=True,
+            )
+    return 0
+
+
+# ---- calls -----------------------------------------------------------------------------------------
+
+
+def calls(seconds: float, deks: int) -> Iterator[Figure]:
+    cipher = _cipher_alone(min(seconds, 1.0))
+    yield Figure("cipher alone: unwrap and encrypt 200 B", cipher, "a second", "one core")
+    with _daemon() as path, Client(path) as client:
+        key_id = client.create_dek("bench").key_id
+        text = os.urandom(MESSAGE)
+        sealed = client.encrypt(key_id, text)
+        page = {"items": [{"key_id": key_id, "ciphertext": b64encode(sealed)}] * PAGE}
+        rows = (
+            ("encrypt 200 B", _post("/encrypt", {"key_id": key_id, "plaintext": b64encode(text)}), 1),
+            ("decrypt 200 B", _post("/decrypt", {"key_id": key_id, "ciphertext": b64encode(sealed)}), 1),
+            ("decrypt a page of 100, messages", _post("/decrypt_batch", page), PAGE),
+            ("create a DEK", _post("/create_dek_for_thread", {"thread_id": "bench"}), 1),
+        )
+        for count in CONNECTIONS:
+            http = load(path, b"GET /healthz HTTP/1.1\r\nHost: unix\r\n\r\n", count, seconds)
+            yield Figure(f"http alone, {count} connections", http.rate, "a second", http.latency)
+            for name, request, items in rows:
+                done = load(path, request, count, seconds)
+                share = f"{done.rate / http.rate:.0%} of http alone; {done.latency}"
+                yield Figure(f"{name}, {count} connections", done.rate * items, "a second", share)
+        raw = _request(f"/encrypt?key_id={key_id}", "application/octet-stream", os.urandom(RAW))
+        done = load(path, raw, 2, seconds)
+        yield Figure("encrypt 1 MiB raw, 2 connections", done.rate * RAW / 1e6, "MB a second", done.latency)
+
+
+def _cipher_alone(seconds: float) -> float:
+    with LockedBuffer(KEY_SIZE) as kek, LockedBuffer(operations.SCRATCH_SIZE) as scratch:
+        _fill(kek.view)
+        blob = operations.wrap(kek.view, "0" * 16, "bench", bytes(NONCE_SIZE), kek.view)
+        wrapped, text, count = parse(blob), os.urandom(MESSAGE), 0
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            dek = operations.unwrap_into(kek.view, wrapped, scratch.view)
+            operations.encrypt(Aead(dek), os.urandom(NONCE_SIZE), text, b"")
+            count += 1
+        del dek
+        return count / seconds
+
+
+class Load(NamedTuple):
+    rate: float  # answers a second
+    p50: float  # seconds
+    p99: float
+
+    @property
+    def latency(self) -> str:
+        return f"p50 {self.p50 * 1e6:.0f} us, p99 {self.p99 * 1e6:.0f} us"
+
+
+def load(
+    path: str, request: bytes, connections: int, seconds: float, ended: Callable[[], bool] = lambda: False
+) -> Load:
+    """A closed loop: each connection sends the next request when it has the answer. It ends after `seconds`,
+    or earlier, as soon as `ended` says so. Raises BenchFailed at an answer that is not 2xx."""
+    with selectors.DefaultSelector() as selector, ExitStack() as opened, _lost():
+        socks = [opened.enter_context(_connect(path)) for _ in range(connections)]
+        size = _first_answer(socks[0], request)
+        took: list[float] = []
+        for sock in socks:
+            sock.sendall(request)
+            selector.register(sock, selectors.EVENT_READ, [size, time.perf_counter()])
+        begun = time.perf_counter()
+        until = begun + seconds
+        while (now := time.perf_counter()) < until and not ended():
+            for event, _ in selector.select(0.1):
+                _answered(event, request, size, took)
+    took.sort()
+    if not took:
+        raise BenchFailed("no answer came")
+    p50, p99 = (took[int(len(took) * part)] for part in (0.5, 0.99))
+    return Load(len(took) / (now - begun), p50, p99)
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BenchFailed(f"the daemon that is measured is gone: {error.strerror}") from error
+
+
+def _answered(event: selectors.SelectorKey, request: bytes, size: int, took: list[float]) -> None:
+    """Take in what came; where the answer is whole, send the next request."""
+    sock = event.fileobj
+    assert isinstance(sock, socket.socket)
+    state = event.data
+    state[0] -= len(_received(sock))
+    if state[0] <= 0:
+        now = time.perf_counter()
+        took.append(now - state[1])
+        state[0], state[1] = size, now
+        sock.sendall(request)
+
+
+def _received(sock: socket.socket) -> bytes:
+    if not (some := sock.recv(1 << 21)):
+        raise ConnectionResetError(errno.ECONNRESET, "it closed the connection")
+    return some
+
+
+def _connect(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(30)
+    sock.connect(path)
+    return sock
+
+
+def _first_answer(sock: socket.socket, request: bytes) -> int:
+    """Bytes of an answer: nearly the same each time, as only the number of the audit record grows."""
+    sock.sendall(request)
+    answer = b""
+    while b"\r\n\r\n" not in answer:
+        answer += _received(sock)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    if head.split(b" ")[1][:1] != b"2":
+        raise BenchFailed(f"the daemon answered {head.splitlines()[0].decode()}")
+    length = next(int(line[15:]) for line in head.splitlines() if line.lower().startswith(b"content-length:"))
+    while len(body) < length:
+        body += _received(sock)
+    return len(head) + 4 + length
+
+
+def _post(path: str, body: dict[str, Any]) -> bytes:
+    return _request(path, "application/json", json.dumps(body).encode())
+
+
+def _request(path: str, kind: str, body: bytes) -> bytes:
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: unix\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+@contextmanager
+def _daemon() -> Iterator[str]:
+    """A daemon of its own on a temporary folder; yields the path of its socket."""
+    folder = tempfile.mkdtemp(prefix="kmsbench")
+    try:
+        socket_path = f"{folder}/s"
+        subprocess.run([*_program(), "genkey", f"{folder}/key"], check=True, stdout=subprocess.DEVNULL)
+        config = Path(folder, "c.yaml")
+        config.write_text("master_key_file: key\n")
+        config.chmod(0o600)
+        command = [*_program(), "--socket", socket_path, "--data-dir", f"{folder}/d", "--config", str(config)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            timer = threading.Timer(START_SECONDS, process.kill)
+            timer.start()
+            try:
+                assert process.stdout is not None
+                if not process.stdout.readline():
+                    raise BenchFailed("the daemon that is to be measured did not start")
+                timer.cancel()
+                yield socket_path
+            finally:
+                timer.cancel()
+                process.terminate()
+    finally:
+        shutil.rmtree(folder)
+
+
+def _program() -> list[str]:
+    """This very program, however it was started."""
+    if sys.argv[0].endswith(".pyz"):
+        return [sys.executable, sys.argv[0]]
+    return [sys.executable, "-m", "progressdb_kms"]
+
+
+# ---- the store and rotation ------------------------------------------------------------------------
+
+
+def store(seconds: float, deks: int) -> Iterator[Figure]:
+    """Durable creates: alone, each pays for its disk flush; together they share them."""
+    with _daemon() as path:
+        request = _post("/create_dek_for_thread", {"thread_id": "bench"})
+        for count in (1, 64):
+            done = load(path, request, count, seconds)
+            yield Figure(f"durable creates, {count} callers", done.rate, "a second", done.latency)
+
+
+def rotate(seconds: float, deks: int) -> Iterator[Figure]:
+    """Stores of STORES DEKs each, as far as `deks`. They are removed at the end: a file system that has just
+    deleted many files makes new ones slowly, which would show in the next figure."""
+    sizes = [size for size in STORES if size < deks] + [deks]
+    folder = Path(tempfile.mkdtemp(prefix="kmsbench"))
+    try:
+        if (free := shutil.disk_usage(folder).free) < (needed := sum(sizes) * DISK):
+            raise BenchFailed(
+                f"{folder.parent} has {free >> 20} MiB free, the stores to rotate take {needed >> 20}",
+                hint="fewer --deks, or another TMPDIR",
+            )
+        resident = _resident()
+        for size in sizes:
+            yield from _rotation(folder / str(size), size, resident)
+    finally:
+        shutil.rmtree(folder)
+    yield from _beside_a_rotation(seconds)
+
+
+def _beside_a_rotation(seconds: float) -> Iterator[Figure]:
+    """What callers notice of it: a daemon with as many DEKs as can be made in a while, at work meanwhile."""
+    with _daemon() as path, Client(path) as client:
+        load(path, _post("/create_dek_for_thread", {"thread_id": "bench"}), 64, 2 * seconds)
+        key_id = client.create_dek("bench").key_id
+        encrypt = _post("/encrypt", {"key_id": key_id, "plaintext": b64encode(os.urandom(MESSAGE))})
+        create = _post("/create_dek_for_thread", {"thread_id": "bench"})
+        for name, request in (("encrypt 200 B", encrypt), ("create a DEK", create)):
+            alone = load(path, request, 4, seconds / 2)
+            with ThreadPoolExecutor(1) as pool:
+                rotating = pool.submit(client.rotate_kek, os.urandom(KEY_SIZE))
+                beside = load(path, request, 4, 60 * seconds, ended=rotating.done)
+                deks = rotating.result().rewrapped
+            note = f"beside a rotation of {deks} DEKs; alone {alone.p99 * 1e6:.0f}"
+            yield Figure(f"{name}, p99", beside.p99 * 1e6, "us", note)
+
+
+def _rotation(folder: Path, deks: int, resident: int) -> Iterator[Figure]:
+    """A store of `deks` DEKs: time to open it, rate of a rotation, and how far that takes the memory of this
+    process above `resident` KiB."""
+    folder.mkdir()
+    region = LockedBuffer(REGION_SIZE)  # its pages go with the process: keepers hold views of them
+    inbox, outbox = channel()
+    lock = claim(folder)
+    try:
+        with LockedBuffer(KEY_SIZE) as key, LockedBuffer(KEY_SIZE) as new:
+            _fill(key.view)
+            _fill(new.view)
+            keyring = Keyring(region.view)
+            kek_id = keyring.install(key.view, 1)
+            active = Configured(ConfiguredKey(kek_id, "bench"))
+            open_keeper(folder, keyring, active, new.view, inbox)[0].close()
+            _make_deks(folder, keyring, kek_id, deks)
+            begun = time.perf_counter()
+            keeper, _ = open_keeper(folder, keyring, active, new.view, inbox)
+            yield Figure(f"start-up checks, {deks} DEKs", (time.perf_counter() - begun) * 1e3, "ms")
+            keeper.close()
+            opened = SqliteStore(folder)
+            _resident(anew=True)
+            begun = time.perf_counter()
+            for _ in Rotation(opened, keyring, folder, os.urandom).run(new.view):
+                pass
+            yield Figure(f"rotation, {deks} DEKs", deks / (time.perf_counter() - begun), "DEKs a second")
+            yield Figure(f"its memory, {deks} DEKs", max(0, _resident() - resident) / 1024, "MiB")
+            opened.close()
+    finally:
+        region.wipe()
+        os.close(lock)
+        for end in (inbox, outbox):
+            end.close()
+
+
+# ---- what keeping keys out of memory costs ----------------------------------------------------------
+
+WAY = "PROGRESSDB_KMS_BENCH_WAY"
+"""In the environment of a process that measures one way: `naive` or `careful`."""
+
+
+def memory(seconds: float, deks: int) -> Iterator[Figure]:
+    """One encrypt of 200 B from its JSON to its JSON, without HTTP and audit log: as the daemon does it, and
+    as one would without a thought for memory (keys as bytes, json, no wiping). Each in a process of its own,
+    since wiping on free belongs to the one and not to the other; in turn, so that drift hits both."""
+    if WAY in os.environ:
+        body = json.dumps({"key_id": "bench", "plaintext": b64encode(os.urandom(MESSAGE))}).encode()
+        encrypt = _naive(body) if os.environ[WAY] == "naive" else _careful(body)
+        yield Figure("encrypt", _rate(encrypt, seconds), "a second")
+        return
+    prepared = hardening.new_environment(os.environ, os.getpid(), wipes=True) or os.environ
+    plain, careful = {**os.environ, WAY: "naive"}, {**prepared, WAY: "careful"}
+    rounds = [(_measured(plain, seconds / 3), _measured(careful, seconds / 3)) for _ in range(3)]
+    naive, ours = (sorted(column)[1] for column in zip(*rounds))
+    yield Figure("encrypt 200 B, naive", naive, "a second", "no HTTP, no audit log")
+    yield Figure("encrypt 200 B, as the daemon does it", ours, "a second", f"{naive / ours - 1:+.0%} time")
+
+
+def _measured(environ: dict[str, str], seconds: float) -> float:
+    command = [*_program(), "bench", "memory", "--json", "--seconds", str(max(1, round(seconds)))]
+    done = subprocess.run(command, env=environ, check=True, capture_output=True, text=True)
+    rate: float = json.loads(done.stdout)["value"]
+    return rate
+
+
+def _rate(work: Callable[[], object], seconds: float) -> float:
+    count, until = 0, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        work()
+        count += 1
+    return count / seconds
+
+
+def _naive(body: bytes) -> Callable[[], bytes]:
+    kek, nonce = os.urandom(KEY_SIZE), os.urandom(NONCE_SIZE)
+    wrapped = Aead(memoryview(kek)).seal(nonce, os.urandom(KEY_SIZE), b"bench")
+
+    def encrypt() -> bytes:
+        plaintext = base64.b64decode(json.loads(body)["plaintext"], validate=True)
+        dek = Aead(memoryview(kek)).open(nonce, wrapped, b"bench")
+        own = os.urandom(NONCE_SIZE)
+        sealed = own + Aead(memoryview(dek)).seal(own, plaintext, b"")
+        return json.dumps({"ciphertext": base64.b64encode(sealed).decode()}).encode()
+
+    return encrypt
+
+
+def _careful(body: bytes) -> Callable[[], bytes]:
+    region, scratch = LockedBuffer(REGION_SIZE), LockedBuffer(2 * operations.SCRATCH_SIZE)
+    keyring, store = Keyring(region.view), MemoryStore()
+    with LockedBuffer(KEY_SIZE) as key:
+        _fill(key.view)
+        kek_id = keyring.install(key.view, 1)
+        keyring.activate(kek_id, 1)
+        blob = operations.wrap(key.view, kek_id, "bench", os.urandom(NONCE_SIZE), key.view)
+    with store.transaction():
+        store.put(DekRecord("bench", "bench", blob, kek_id, 1, ""))
+    unused: Any = None
+    service = Service(store, keyring, unused, unused, PeerRules(), Metrics(1).block(0), dict)
+    app = App(service, unused, unused, 1 << 20)
+    head = parse_head(b"POST /encrypt HTTP/1.1\r\nHost: u\r\nContent-Type: application/json\r\n\r\n")
+    locked = scratch.view[: operations.SCRATCH_SIZE]
+    call = Call(head, body, Peer(0, 0, 0), Fragment(""), locked, locked)
+    return lambda: bytes(routes.encrypt(app, call).body)
+
+
+# ---- a store to measure with ------------------------------------------------------------------------
+
+
+def _make_deks(folder: Path, keyring: Keyring, kek_id: str, count: int) -> None:
+    made = SqliteStore(folder)
+    with LockedBuffer(KEY_SIZE) as dek, keyring.borrow(kek_id) as kek:
+        _fill(dek.view)
+        with made.transaction():
+            made.staging(True)
+        for start in range(0, count, 1000):
+            numbers = range(start, min(count, start + 1000))
+            with made.transaction(durable=False):
+                made.stage(_dek(kek, kek_id, number, dek.view) for number in numbers)
+        with made.transaction():
+            made.swap({kek_id: KekCount(1, count, timestamp(time.time()))})
+    made.close()
+
+
+def _dek(kek: memoryview, kek_id: str, number: int, dek: memoryview) -> DekRecord:
+    key_id = new_key_id(number, os.urandom(10))
+    wrapped = operations.wrap(kek, kek_id, key_id, os.urandom(NONCE_SIZE), dek)
+    return DekRecord(key_id, f"thread-{number % 1000}", wrapped, kek_id, 1, timestamp(number))
+
+
+def _fill(view: memoryview) -> None:
+    with open("/dev/urandom", "rb", buffering=0) as source:
+        os.readv(source.fileno(), [view])
+
+
+def _resident(anew: bool = False) -> int:
+    """KiB of this process in memory, at its highest; `anew`: from now on (proc(5), clear_refs)."""
+    if anew:
+        Path("/proc/self/clear_refs").write_text("5")
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1])
+    return 0

@@ -1,0 +1,222 @@
+"""The command line: makes a parser of the table of commands, and runs one.
+
+- Exit codes: 0 it was done, 1 it failed, 2 the command line is wrong. An interrupt ends the process by its
+  signal, as shells expect.
+- An error is one line on stderr: `progressdb-kms: what is wrong (what to do)`. There is never a traceback.
+- What a command does stands in `commands`, and is imported after the arguments are known to be right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any, NoReturn, Optional
+
+from .. import __version__
+from ..process.streams import PROG, die, fail, open_standard_streams, told
+from .commandtable import CHOICES, COMMANDS, EXITS, GROUP_TITLES, SERVE, Arg, Command
+from .console import UsageError
+
+__all__ = ["COMMANDS", "PROG", "build_parser", "main"]
+
+# ---- the parser --------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with one line for an error."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", _Help)
+        super().__init__(allow_abbrev=False, **options)
+        self.color = False  # Python 3.14 colours help; the documentation is made from it
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, max_help_position=28, width=100, **options)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser for all of COMMANDS. `parse_args` gives a namespace with `command` (a Command)."""
+    parser = _Parser(
+        prog=PROG, description=_overview(), epilog=_exit_codes(EXITS), usage=f"{PROG} [COMMAND] [OPTION…]"
+    )
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    places: dict[str, Any] = {
+        "": parser.add_subparsers(dest="word", metavar="COMMAND", help=argparse.SUPPRESS)
+    }
+    for command in COMMANDS:
+        first, _, second = command.name.partition(" ")
+        if second and first not in places:
+            outer = places[""].add_parser(first, prog=f"{PROG} {first}", description=_overview(first))
+            places[first] = outer.add_subparsers(
+                dest="word2", metavar="COMMAND", required=True, help=argparse.SUPPRESS
+            )
+        _add(places[first if second else ""], second or first, command)
+    return parser
+
+
+def _add(place: Any, word: str, command: Command) -> None:
+    parser = place.add_parser(
+        word,
+        prog=f"{PROG} {command.name}",
+        description=f"{_sentence(command.help)}\n\n{textwrap.fill(command.about, 96)}",
+        epilog=_examples(command) + _exit_codes(exits_of(command)),
+    )
+    for arg in command.args:
+        parser.add_argument(*arg.names, **_options(arg))
+    parser.set_defaults(command=command)
+
+
+def _options(arg: Arg) -> dict[str, Any]:
+    options: dict[str, Any] = {"help": arg.help.replace("%", "%%")}
+    if arg.kind == "flag":
+        return {**options, "action": "store_true"}
+    options.update(metavar=arg.metavar, default=arg.default)
+    if arg.kind in _TYPES:
+        options["type"] = _TYPES[arg.kind]
+    if arg.kind in CHOICES:
+        options["choices"] = CHOICES[arg.kind]
+    if arg.nargs:
+        options["nargs"] = arg.nargs
+    if arg.required:
+        options["required"] = True
+    return options
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+_TYPES = {"count": _count}
+
+
+def exits_of(command: Command) -> tuple[tuple[int, str], ...]:
+    """Every exit code of a command and what it means there."""
+    return tuple((code, dict(command.exits).get(code, text)) for code, text in EXITS)
+
+
+def _overview(first: str = "") -> str:
+    lines = ["A local key-management daemon: envelope encryption over a Unix socket." if not first else ""]
+    for group, title in GROUP_TITLES.items():
+        rows = [c for c in COMMANDS if c.group == group and (not first or c.name.startswith(first + " "))]
+        if rows:
+            lines += ["", f"{title}:", *(f"  {c.name:14}  {c.help}" for c in rows)]
+    return "\n".join(lines).strip()
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def _examples(command: Command) -> str:
+    return (
+        "".join(["examples:\n", *(f"  {line}\n" for line in command.examples), "\n"])
+        if command.examples
+        else ""
+    )
+
+
+def _exit_codes(exits: Sequence[tuple[int, str]]) -> str:
+    return "exit codes:\n" + "".join(f"  {code}  {text}\n" for code, text in exits)
+
+
+# ---- running -----------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """SIGINT, SIGTERM or SIGHUP came: clean up, then end as the signal would have ended the process."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run one command line. Returns the exit code; ends the process by its signal after an interrupt."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    open_standard_streams()
+    try:
+        return _flushed(_run(_with_command(words)))
+    except UsageError as error:
+        return fail(str(error), code=2)
+    except KeyboardInterrupt:
+        return die(signal.SIGINT)
+    except Interrupted as interrupt:
+        return die(interrupt.number)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. stdout goes nowhere, or the interpreter would try again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except Exception as error:
+        return fail(told(error))
+
+
+def _with_command(words: list[str]) -> list[str]:
+    """No command means serve; --help and --version are for the program."""
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
+        return ["serve", *words]
+    known = {command.name.partition(" ")[0] for command in COMMANDS}
+    if not words[0].startswith("-") and words[0] not in known:
+        near = difflib.get_close_matches(words[0], known, 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"there is no command {words[0]!r} ({meant}see `{PROG} --help`)")
+    return words
+
+
+def _run(words: list[str]) -> int:
+    args = build_parser().parse_args(words)
+    if not hasattr(args, "command"):
+        raise UsageError(f"no command is given (see `{PROG} --help`)")
+    command: Command = args.command
+    if command.keys:
+        _harden(words)
+    from . import commands
+
+    function = getattr(commands, command.run)
+    if command.group == SERVE:
+        return int(function(args))
+    with _interrupts():
+        return int(function(args) or 0)
+
+
+def _harden(words: Sequence[str]) -> None:
+    """First of all, because it may start the process anew."""
+    from ..process import hardening
+
+    hardening.prepare(words, os.environ)
+    hardening.harden()
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """Let signals that end the process unwind the stack first: temporary files are removed, keys wiped."""
+
+    def interrupt(number: int, frame: Optional[FrameType]) -> None:
+        raise Interrupted(number)
+
+    before = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _flushed(code: int) -> int:
+    sys.stdout.flush()
+    return code

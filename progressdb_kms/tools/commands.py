@@ -1,0 +1,318 @@
+"""What the commands do: one function for each row of the table, from parsed arguments to output.
+
+A function returns the exit code (None is 0) or raises an error with a message for the operator. Only what a
+command needs is imported, in the function, so that `status` is quick and `serve` holds nothing of the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import asowner
+from .console import (
+    STDIO,
+    CommandFailed,
+    Progress,
+    UsageError,
+    output,
+    read_input,
+    safe,
+    say,
+    show,
+    table,
+    write_binary,
+)
+
+if TYPE_CHECKING:
+    from ..client import Client, Dek
+    from ..config.load import Loaded
+
+
+# ---- configuration -----------------------------------------------------------------------------------
+
+
+def _load(args: argparse.Namespace, *, need_key: bool) -> Loaded:
+    """The settings, with the keys or without."""
+    flags = {name: getattr(args, name, None) for name in ("socket", "data_dir", "config")}
+    return asowner.load_config(flags, need_key=need_key)
+
+
+@contextlib.contextmanager
+def _store(args: argparse.Namespace, *, need_key: bool = True) -> Iterator[Loaded]:
+    """For commands that open the store: what they make there belongs to the daemon's user."""
+    with _load(args, need_key=need_key) as loaded, asowner.kept(loaded.settings.data_dir):
+        yield loaded
+
+
+def serve(args: argparse.Namespace) -> int:
+    from ..config.load import load
+    from ..process import serve
+
+    flags = {"socket": args.socket, "data_dir": args.data_dir, "config": args.config}
+    with load(flags, os.environ) as loaded:
+        return serve.serve(loaded)
+
+
+# ---- through the socket ------------------------------------------------------------------------------
+
+
+def _client(args: argparse.Namespace) -> Client:
+    from ..client import Client
+    from .commandtable import DEFAULT_SOCKET
+
+    return Client(args.socket or os.environ.get("PROGRESSDB_KMS_SOCKET") or DEFAULT_SOCKET)
+
+
+def status(args: argparse.Namespace) -> int:
+    with _client(args) as kms:
+        if args.ready:
+            return _check_ready(kms, args.json)
+        show(kms.status(), args.json)
+    return 0
+
+
+def _check_ready(kms: Client, as_json: bool) -> int:
+    found = kms.ready()
+    if as_json:
+        show({"ready": found.ready, "reasons": list(found.reasons)}, True)
+    if not found:
+        raise CommandFailed("not ready: " + ("; ".join(found.reasons) or "the daemon doesn't say why"))
+    if not as_json:
+        sys.stdout.write("ready\n")
+    return 0
+
+
+def create_dek(args: argparse.Namespace) -> None:
+    with _client(args) as kms:
+        dek = kms.create_dek(args.thread_id, args.key_id)
+    if args.json:
+        _show_dek(dek, True)
+    else:
+        sys.stdout.write(dek.key_id + "\n")
+
+
+def list_deks(args: argparse.Namespace) -> None:
+    with _client(args) as kms:
+        deks = kms.list(args.thread_id)
+        if args.json:
+            for dek in deks:
+                _show_dek(dek, True)
+        else:
+            rows = [(dek.key_id, dek.state, dek.kek_id, dek.created_at, dek.thread_id) for dek in deks]
+            sys.stdout.write(table(("KEY_ID", "STATE", "KEK_ID", "CREATED_AT", "THREAD_ID"), rows))
+
+
+def describe(args: argparse.Namespace) -> None:
+    with _client(args) as kms:
+        _show_dek(kms.describe(args.key_id), args.json)
+
+
+def disable(args: argparse.Namespace) -> None:
+    with _client(args) as kms:
+        _show_dek(kms.disable(args.key_id), args.json)
+
+
+def enable(args: argparse.Namespace) -> None:
+    with _client(args) as kms:
+        _show_dek(kms.enable(args.key_id), args.json)
+
+
+def shred(args: argparse.Namespace) -> None:
+    if args.now and args.days is not None:
+        raise UsageError("--now and --days exclude each other")
+    if args.days is not None and args.days > 365:
+        raise UsageError("--days is a number from 1 to 365")
+    with _client(args) as kms:
+        _show_dek(kms.shred(args.key_id, args.now, args.days), args.json)
+
+
+def _show_dek(dek: Dek, as_json: bool) -> None:
+    values = {name: value for name, value in dek._asdict().items() if value not in ("", b"")}
+    if "wrapped" in values:
+        import base64
+
+        values["wrapped"] = base64.b64encode(dek.wrapped).decode("ascii")
+    show(values, as_json)
+
+
+def encrypt(args: argparse.Namespace) -> None:
+    data = read_input(args.input)
+    with _client(args) as kms:
+        result = kms.encrypt(args.key_id, data, _aad(args))
+    write_binary(args.output, result)
+
+
+def decrypt(args: argparse.Namespace) -> None:
+    data = read_input(args.input)
+    with _client(args) as kms:
+        result = kms.decrypt(args.key_id, data, _aad(args))
+    write_binary(args.output, result)
+
+
+def _aad(args: argparse.Namespace) -> bytes:
+    return os.fsencode(args.aad or "")
+
+
+def rewrap(args: argparse.Namespace) -> None:
+    from ..crypto.aead import KEY_SIZE
+    from ..crypto.memory import LockedBuffer
+    from .keyfiles import read_key
+
+    with LockedBuffer(KEY_SIZE) as memory, _client(args) as kms:
+        read_key(Path(args.new_key_file), memory.view)
+        result = kms.rewrap(args.key_id, memory.view)
+    show({"key_id": args.key_id, "kek_id": result.kek_id, "kek_version": result.kek_version}, args.json)
+    say(f"keep {args.new_key_file} in previous_master_keys: the next start asks for the KEK {result.kek_id}")
+
+
+def rotate_kek(args: argparse.Namespace) -> None:
+    if [args.generate, args.new_key_file is not None, args.resume].count(True) != 1:
+        raise UsageError("give one of --generate, --new-key-file and --resume")
+    if args.resume and args.dry_run:
+        raise UsageError("--resume and --dry-run exclude each other")
+    from . import rotatecmd
+
+    with _load(args, need_key=False) as loaded:
+        rotatecmd.run(args, loaded.settings)
+
+
+# ---- key files ---------------------------------------------------------------------------------------
+
+
+def genkey(args: argparse.Namespace) -> None:
+    from ..crypto.aead import KEY_SIZE
+    from ..crypto.memory import LockedBuffer
+    from . import keyfiles
+
+    with LockedBuffer(KEY_SIZE) as memory:
+        kek_id = keyfiles.random_key(memory.view)
+        keyfiles.write_key(Path(args.file), memory.view)
+    show({"file": args.file, "kek_id": kek_id}, args.json)
+
+
+def kek_id(args: argparse.Namespace) -> None:
+    from . import keyfiles
+
+    for name in args.file:
+        found = keyfiles.kek_id_of(Path(name))
+        if args.json:
+            show({"file": name, "kek_id": found}, True)
+        else:
+            sys.stdout.write(f"{found}  {safe(name)}\n")
+
+
+# ---- the store and its backups ----------------------------------------------------------------------
+
+
+def verify(args: argparse.Namespace) -> None:
+    from . import storecmd
+
+    with _store(args) as loaded, Progress("verify") as bar:
+        result = storecmd.verify(loaded, progress=bar)
+    show(result, args.json)
+
+
+def backup(args: argparse.Namespace) -> None:
+    from . import storecmd
+
+    with _store(args, need_key=False) as loaded, Progress("backup") as bar:
+        result = storecmd.backup(loaded.settings.data_dir, Path(args.file), progress=bar)
+    show(result, args.json)
+
+
+def restore(args: argparse.Namespace) -> None:
+    if (args.file is None) == (args.snapshot is None):
+        raise UsageError("give either FILE or --snapshot PATH")
+    if args.key is not None and args.snapshot is None:
+        raise UsageError("--key goes with --snapshot")
+    from . import storecmd
+
+    with _store(args) as loaded, Progress("restore") as bar:
+        if args.snapshot is None:
+            result = storecmd.restore(loaded, Path(args.file), force=args.force, progress=bar)
+        else:
+            folder = Path(args.snapshot)
+            result = storecmd.restore_snapshot(loaded, folder, args.key, force=args.force, progress=bar)
+    show(result, args.json)
+
+
+def export(args: argparse.Namespace) -> None:
+    from . import storecmd
+
+    with _store(args, need_key=False) as loaded, Progress("export") as bar, output(args.output) as file:
+        count = storecmd.export(loaded.settings.data_dir, file, progress=bar)
+    say(f"{count} DEKs exported")
+
+
+def import_deks(args: argparse.Namespace) -> int:
+    from . import storecmd
+
+    source = None if args.input == STDIO else Path(args.input)
+    with _store(args) as loaded, Progress("import") as bar:
+        result = storecmd.import_deks(loaded, source, skip_bad=args.skip_bad, progress=bar)
+    for bad in result.pop("bad"):
+        say(f"{bad}")
+    show(result, args.json)
+    return 0
+
+
+def backups_list(args: argparse.Namespace) -> None:
+    from . import storecmd
+
+    with _load(args, need_key=False) as loaded:
+        rows = storecmd.backups_list(loaded.settings.data_dir)
+    if args.json:
+        for row in rows:
+            show(row, True)
+    else:
+        cells = [(row["time"], row["kek_id"], row["deks"], row["path"]) for row in rows]
+        sys.stdout.write(table(("TIME", "KEK_ID", "DEKS", "PATH"), cells))
+
+
+def backups_prune(args: argparse.Namespace) -> None:
+    if args.keep is None and args.older_than is None:
+        raise UsageError("give --keep, --older-than or both")
+    from . import storecmd
+
+    with _load(args, need_key=False) as loaded:
+        data_dir = loaded.settings.data_dir
+        removed = storecmd.backups_prune(data_dir, keep=args.keep, older_than_days=args.older_than)
+    show({"removed": len(removed), "paths": removed} if args.json else {"removed": len(removed)}, args.json)
+
+
+# ---- the audit log -----------------------------------------------------------------------------------
+
+
+def audit_verify(args: argparse.Namespace) -> int:
+    from . import auditcmd
+
+    with _store(args) as loaded, Progress("audit verify") as bar:
+        return auditcmd.verify(args, loaded, bar)
+
+
+def audit_tail(args: argparse.Namespace) -> None:
+    from . import auditcmd
+
+    with _load(args, need_key=False) as loaded:
+        auditcmd.tail(loaded.settings.data_dir, args.lines, follow=args.follow, as_json=args.json)
+
+
+# ---- the rest ----------------------------------------------------------------------------------------
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from . import doctor as clinic
+
+    return clinic.run(args)
+
+
+def bench(args: argparse.Namespace) -> int:
+    from . import bench as measure
+
+    return measure.run(args.what, seconds=args.seconds, deks=args.deks, as_json=args.json)

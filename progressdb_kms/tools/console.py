@@ -1,0 +1,212 @@
+"""Input, output and progress of the commands.
+
+- Data goes to stdout, everything else to stderr.
+- A file is written whole or not at all: a private temporary file beside it takes its place by rename, and a
+  command that fails leaves none behind.
+- Text from the store is shown with its control characters escaped: a thread_id can't steer the terminal.
+- Binary data never goes to a terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Optional
+
+from ..errors import OperatorError
+
+STDIO = "-"
+
+REDRAW = 0.1
+"""Seconds between two pictures of a progress bar."""
+
+BAR = 24
+"""Characters of a progress bar."""
+
+
+class CommandFailed(OperatorError):
+    """What a command could not do, for a reason that no other error names."""
+
+    default_code = "command_failed"
+
+
+class UsageError(Exception):
+    """The command line is wrong: exit code 2."""
+
+
+# ---- text ------------------------------------------------------------------------------------------
+
+
+def safe(text: object) -> str:
+    """One line without control characters."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
+
+
+def fields(values: Mapping[str, Any]) -> str:
+    """`name  value` lines; what is empty is left out."""
+    shown = {name: safe(_word(value)) for name, value in values.items() if value not in (None, "")}
+    width = max(map(len, shown), default=0)
+    return "".join(f"{name:{width}}  {value}\n" for name, value in shown.items())
+
+
+def _word(value: object) -> object:
+    return ("no", "yes")[value] if isinstance(value, bool) else value
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Columns as wide as their widest cell; the last one is not padded."""
+    cells = [list(head), *([safe(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)) for row in cells)
+    return "".join(line.rstrip() + "\n" for line in lines)
+
+
+def show(values: Mapping[str, Any], as_json: bool) -> None:
+    """One object to stdout: for people, or as a line of JSON."""
+    sys.stdout.write(json.dumps(values) + "\n" if as_json else fields(flat(values)))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as names like `memory.kind`; measures as a list of what is in force and what is not."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            result.update(flat(value, f"{prefix}{name}."))
+        elif isinstance(value, list):
+            result[prefix + name] = ", ".join(map(_measure, value))
+        else:
+            result[prefix + name] = value
+    return result
+
+
+def _measure(value: Any) -> str:
+    if isinstance(value, Mapping) and "name" in value:
+        return str(value["name"]) if value.get("ok", True) else f"NOT {value['name']}"
+    return str(value)
+
+
+def say(text: str) -> None:
+    """A remark on stderr, in the place of a progress bar where there is one."""
+    sys.stderr.write(("\r\x1b[K" if sys.stderr.isatty() else "") + safe(text) + "\n")
+
+
+# ---- files -----------------------------------------------------------------------------------------
+
+
+def read_input(name: str) -> bytes:
+    """All bytes of a file, or of stdin."""
+    if name == STDIO:
+        return sys.stdin.buffer.read()
+    return Path(name).read_bytes()
+
+
+@contextlib.contextmanager
+def output(name: str) -> Iterator[IO[bytes]]:
+    """A file to write to. It gets its name, mode 0600 and its bytes on the disk when the block ends well."""
+    if name == STDIO:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+    elif _is_special(name):
+        with open(name, "wb") as file:
+            yield file
+    else:
+        with _replacement(Path(name)) as file:
+            yield file
+
+
+def write_binary(name: str, data: bytes) -> None:
+    if name == STDIO and sys.stdout.isatty() and not _is_text(data):
+        raise CommandFailed("binary data is not written to a terminal", hint="name a file or pipe it on")
+    with output(name) as file:
+        file.write(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _replacement(path: Path) -> Iterator[IO[bytes]]:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    sync_folder(path.parent)
+
+
+def _is_special(name: str) -> bool:
+    """A pipe or a device: it can't be replaced, only written to."""
+    try:
+        return not stat.S_ISREG(os.stat(name).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return all(char.isprintable() or char in "\n\t" for char in text)
+
+
+# ---- progress --------------------------------------------------------------------------------------
+
+
+class Progress:
+    """`with Progress("verify") as bar: bar(done, total)`: a bar on stderr, where that is a terminal."""
+
+    def __init__(self, title: str, stream: Optional[IO[str]] = None) -> None:
+        self._title = title
+        self._stream = sys.stderr if stream is None else stream
+        self.on = self._stream.isatty()
+        self._next = time.monotonic() + REDRAW
+        self._drawn = False
+
+    def __call__(self, done: int, total: int) -> None:
+        """`total` 0: not known."""
+        if self.on and time.monotonic() >= self._next:
+            self._next = time.monotonic() + REDRAW
+            self._drawn = True
+            self._stream.write(f"\r{self._title} {picture(done, total)}\x1b[K")
+            self._stream.flush()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        value: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        if self._drawn:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
+
+def picture(done: int, total: int) -> str:
+    """`[######      ]  25 % 250/1,000`."""
+    if total <= 0:
+        return f"{done:,}"
+    part = min(done / total, 1.0)
+    return f"[{'#' * int(part * BAR):{BAR}}] {part:4.0%} {done:,}/{total:,}"

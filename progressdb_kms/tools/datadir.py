@@ -1,0 +1,187 @@
+"""What the offline commands share: the configured keys in a keyring, the data-dir held, DEKs opened.
+
+A command that writes is the daemon for a moment: it holds the lock of the data-dir, so none can run beside
+it; it opens the store in the same way and with the same checks; and it writes an audit chain of its own, that
+begins with a `start` event naming the command and ends with `stop`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Optional
+
+from ..audit.log import AuditLog
+from ..config.load import Loaded
+from ..crypto import envelope, operations
+from ..crypto.aead import NONCE_SIZE, same
+from ..crypto.keyring import REGION_SIZE, KekNotLoaded, Keyring
+from ..crypto.memory import LockedBuffer
+from ..encoding import b64decode
+from ..errors import AlreadyRunning, AuthenticationFailed, KMSError
+from ..service import start
+from ..service.plan import ConfiguredKey
+from ..service.start import Configured
+from ..store.sqlite import SqliteStore
+from . import asowner
+
+
+class Keys(NamedTuple):
+    """The configured KEKs in locked memory, and what the configuration calls them."""
+
+    keyring: Keyring
+    configured: Configured
+
+
+@contextlib.contextmanager
+def keys(loaded: Loaded) -> Iterator[Keys]:
+    region = LockedBuffer(REGION_SIZE, loaded.settings.memory_lock)
+    try:
+        keyring = Keyring(region.view)
+        master = ConfiguredKey(keyring.install(loaded.master, 0), loaded.settings.master_source)
+        sources = zip(loaded.previous, loaded.previous_sources)
+        previous = [ConfiguredKey(keyring.install(key, 0), source) for key, source in sources]
+        pending = None
+        if loaded.pending is not None:
+            pending = ConfiguredKey(keyring.install(loaded.pending, 0), loaded.pending_source)
+        yield Keys(keyring, Configured(master, previous, pending))
+    finally:
+        region.wipe()  # unmapped with the process: views of it may be alive
+
+
+@contextlib.contextmanager
+def held(loaded: Loaded) -> Iterator[None]:
+    """Hold the lock of the data-dir. Raises AlreadyRunning while a daemon or another command does."""
+    data_dir = loaded.settings.data_dir
+    try:
+        with asowner.acting_as(asowner.of(data_dir)):
+            lock = start.claim(data_dir)
+    except AlreadyRunning as error:
+        raise AlreadyRunning(
+            error.message, hint="stop the daemon first: this command works offline"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+class Work:
+    """A store that is open for writing, and its audit chain."""
+
+    def __init__(self, keyring: Keyring, store: SqliteStore, audit: AuditLog) -> None:
+        self.keyring = keyring
+        self.store = store
+        self.audit = audit
+
+    def anchor(self) -> None:
+        """Inside a transaction: what was recorded is on the disk, and the store knows its end."""
+        self.audit.sync()
+        chain, seq, sig = self.audit.head
+        self.store.write(f"audit:head:{chain}", {"seq": seq, "sig": sig})
+
+    def close(self) -> None:
+        self.audit.note("stop", "ok", {})
+        with self.store.transaction():
+            self.anchor()
+
+
+@contextlib.contextmanager
+def working(loaded: Loaded, the_keys: Keys, command: str) -> Iterator[Work]:
+    """Open the store as the daemon would, and note the end. The caller holds the lock."""
+    data_dir = loaded.settings.data_dir
+    with asowner.acting_as(asowner.of(data_dir)):
+        store, audit, _ = start.open_store(data_dir, *the_keys, command=command)
+    with contextlib.closing(store), contextlib.closing(audit):
+        work = Work(the_keys.keyring, store, audit)
+        try:
+            yield work
+        except BaseException:
+            with contextlib.suppress(KMSError):  # what went wrong first is what counts
+                work.close()
+            raise
+        work.close()
+
+
+@contextlib.contextmanager
+def audit_key(keyring: Keyring, row: Optional[Mapping[str, Any]]) -> Iterator[Optional[memoryview]]:
+    """The audit key that a row `audit:key` holds, in locked memory; None where it does not open."""
+    wrapped = envelope.parse(b64decode(row["wrapped"])) if row else None
+    with LockedBuffer(operations.SCRATCH_SIZE) as memory:
+        key = None
+        with contextlib.suppress(AuthenticationFailed, KekNotLoaded):
+            if wrapped is not None:
+                with keyring.borrow(str(wrapped.kek_id)) as kek:
+                    key = operations.unwrap_into(kek, wrapped, memory.view)
+        try:
+            yield key
+        finally:
+            if key is not None:
+                key.release()
+
+
+# ---- DEKs --------------------------------------------------------------------------------------------
+
+
+class Opener:
+    """Opens wrapped DEKs under any of the configured KEKs, and binds them anew."""
+
+    def __init__(self, keyring: Keyring) -> None:
+        self._keyring = keyring
+        self._kek_ids = sorted(keyring.kek_ids(), key=lambda kek_id: kek_id != _active(keyring))
+        self._memory = LockedBuffer(2 * operations.SCRATCH_SIZE)
+        self._first = self._memory.view[: operations.SCRATCH_SIZE]
+        self._second = self._memory.view[operations.SCRATCH_SIZE :]
+
+    def check(self, key_id: str, blob: bytes) -> None:
+        """Does it open as the DEK of this key? ValueError, with words that follow on a name, where not."""
+        self._open(key_id, blob, self._first)
+
+    def same(self, key_id: str, blob: bytes, other: bytes) -> bool:
+        """Do two blobs wrap the same DEK? ValueError where one of them doesn't open."""
+        return same(self._open(key_id, blob, self._first), self._open(key_id, other, self._second))  # type: ignore[arg-type]
+
+    def rebind(self, key_id: str, blob: bytes) -> bytes:
+        """The same DEK under the active KEK, bound to the key_id; opened again and compared. ValueError."""
+        dek = self._open(key_id, blob, self._first)
+        active = self._keyring.active.kek_id
+        with self._keyring.borrow(active) as kek:
+            bound = operations.wrap(kek, active, key_id, os.urandom(NONCE_SIZE), dek)
+        if not same(dek, self._open(key_id, bound, self._second)):  # type: ignore[arg-type]
+            raise ValueError("does not open any more after it was wrapped anew")
+        return bound
+
+    def _open(self, key_id: str, blob: bytes, place: memoryview) -> memoryview:
+        wrapped = envelope.parse(blob)
+        if wrapped.key_id not in (None, key_id):
+            raise ValueError(f"holds the DEK of {wrapped.key_id}")
+        candidates = [wrapped.kek_id] if wrapped.kek_id else self._kek_ids
+        for kek_id in candidates:
+            try:
+                with self._keyring.borrow(kek_id) as kek:
+                    return operations.unwrap_into(kek, wrapped, place)
+            except KekNotLoaded:
+                raise ValueError(f"needs the KEK {kek_id}, which is not configured") from None
+            except AuthenticationFailed:
+                continue
+        if wrapped.kek_id:
+            raise ValueError(f"does not open under the KEK {wrapped.kek_id} that it names")
+        raise ValueError("does not open under any configured KEK (previous_master_keys may name more)")
+
+    def __enter__(self) -> Opener:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._memory.wipe()
+        with contextlib.suppress(BufferError):  # a traceback may hold slices; the wipe is what counts
+            self._first.release()
+            self._second.release()
+            self._memory.close()
+
+
+def _active(keyring: Keyring) -> Optional[str]:
+    try:
+        return keyring.active.kek_id
+    except KekNotLoaded:
+        return None

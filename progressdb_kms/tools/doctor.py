@@ -1,0 +1,467 @@
+"""`doctor`: what may keep the daemon from working or from keeping its promises, and what to do about it.
+
+CHECKS is the table. A check looks and changes nothing; it returns findings: `ok`, `warn` (it works, but less
+well or less safely) or `fail`. What a check can't see (no rights, no daemon) is a warning, never silence.
+
+The process is hardened as the daemon would be, so what is found here is what a daemon started from here gets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import resource
+import sqlite3
+import stat
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Optional
+
+from .. import __version__
+from ..audit.log import FILE_NAME as AUDIT_LOG
+from ..client import Client, ClientError
+from ..config import keysource
+from ..config.load import Settings
+from ..crypto.keyring import fingerprint
+from ..crypto.memory import PAGE, LockedBuffer
+from ..errors import KMSError
+from ..process import hardening
+from ..process.streams import DEPENDENCIES
+from ..store.sqlite import APPLICATION_ID, SCHEMA_VERSION
+from ..store.sqlite import FILE_NAME as STORE
+from . import asowner
+from .console import safe
+from .keyfiles import RESUME, KeyFiles
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+
+MIN_FREE = 16 << 20
+"""Bytes: below this the store's log can't grow through a rotation of a few thousand DEKs."""
+
+LOW_FREE = 256 << 20
+"""Bytes from which there is nothing to say about the disk."""
+
+LARGE_LOG = 2 << 30
+"""Bytes of audit log from which logrotate seems to be missing."""
+
+SPARE_FILES = 64
+"""Descriptors that the daemon needs beside one a connection."""
+
+RELEASED = 1764000000
+"""Seconds since 1970, about when this release was made: no right clock shows an earlier time."""
+
+TOLERANCE = 120
+"""Seconds by which files may seem to come from the future."""
+
+MIN_CRYPTOGRAPHY = 38
+
+
+class Finding(NamedTuple):
+    level: str
+    text: str
+    todo: str = ""
+
+
+class Patient:
+    """What all checks look at. `settings` is None where the configuration is wrong."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.trouble: Optional[KMSError] = None
+        self.kek_ids: list[str] = []
+        flags = {"socket": args.socket, "data_dir": args.data_dir, "config": args.config}
+        self.settings = self._settings(flags)
+        self.status: Optional[dict[str, Any]] = None
+        self.unreachable = ""
+
+    def _settings(self, flags: dict[str, Optional[str]]) -> Optional[Settings]:
+        try:
+            with asowner.load_config(flags) as loaded:
+                keys = (loaded.master, *loaded.previous, *([loaded.pending] if loaded.pending else []))
+                self.kek_ids = [fingerprint(key) for key in keys]
+                return loaded.settings
+        except KMSError as error:
+            self.trouble = error
+        with contextlib.suppress(KMSError), asowner.load_config(flags, need_key=False) as loaded:
+            return loaded.settings
+        return None
+
+    @property
+    def data_dir(self) -> Path:
+        assert self.settings is not None
+        return self.settings.data_dir
+
+    @property
+    def owner(self) -> int:
+        """Whose the data-dir is: the daemon runs as this user."""
+        with contextlib.suppress(OSError):
+            return self.data_dir.stat().st_uid
+        return os.geteuid()
+
+
+Findings = Iterable[Finding]
+
+
+class Check(NamedTuple):
+    """`settings`: it looks at what the configuration names, and is left out where that is wrong."""
+
+    name: str
+    look: Callable[[Patient], Findings]
+    settings: bool = True
+
+
+# ---- the process and the host ------------------------------------------------------------------------
+
+
+def _versions(patient: Patient) -> Findings:
+    found = {package: importlib.import_module(module).__version__ for module, package in DEPENDENCIES.items()}
+    major = int(found["cryptography"].partition(".")[0])
+    text = f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, "
+    text += ", ".join(f"{package} {version}" for package, version in found.items())
+    if major < MIN_CRYPTOGRAPHY:
+        yield Finding(FAIL, text, f"cryptography {MIN_CRYPTOGRAPHY} or newer is needed")
+    else:
+        yield Finding(OK, text)
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        try:
+            db.execute("SELECT json_extract('{}', '$.a')")
+        except sqlite3.Error:
+            yield Finding(
+                FAIL, "SQLite has no JSON functions", "use SQLite 3.38 or newer, or one built with JSON1"
+            )
+
+
+def _hardening(patient: Patient) -> Findings:
+    for measure in hardening.harden():
+        yield Finding(OK if measure.ok else WARN, f"{measure.name}: {measure.detail}")
+
+
+def _memory(patient: Patient) -> Findings:
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    shown = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit >> 10} KiB"
+    with LockedBuffer(PAGE) as memory:
+        kind = memory.kind
+    required = patient.settings is not None and patient.settings.memory_lock == "require"
+    raise_it = "LimitMEMLOCK=infinity in the unit, or `ulimit -l unlimited` before the start"
+    if kind == "memfd_secret":
+        yield Finding(OK, f"keys live in memfd_secret pages, which not even root reads (limit {shown})")
+    elif kind == "mlock":
+        todo = "Linux 5.14 or newer offers memfd_secret; in a container the system call must be allowed"
+        yield Finding(OK, f"keys live in locked pages; root could read them by ptrace (limit {shown})", todo)
+    else:
+        yield Finding(FAIL if required else WARN, f"no page can be locked (limit {shown})", raise_it)
+
+
+def _ptrace(patient: Patient) -> Findings:
+    try:
+        scope = int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text())
+    except (OSError, ValueError):
+        yield Finding(
+            OK, "no Yama: processes of one user may trace each other, but not one that is not dumpable"
+        )
+        return
+    if scope:
+        yield Finding(OK, f"kernel.yama.ptrace_scope is {scope}")
+    else:
+        yield Finding(WARN, "kernel.yama.ptrace_scope is 0", "sysctl kernel.yama.ptrace_scope=1")
+
+
+def _descriptors(patient: Patient) -> Findings:
+    assert patient.settings is not None
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    need = patient.settings.max_connections + SPARE_FILES
+    if hard != resource.RLIM_INFINITY and hard < need:
+        yield Finding(
+            WARN, f"{hard} open files are allowed, max_connections needs {need}", "raise LimitNOFILE"
+        )
+    else:
+        yield Finding(OK, f"enough open files are allowed for max_connections ({need})")
+
+
+def _clock(patient: Patient) -> Findings:
+    now = time.time()
+    if now < RELEASED:
+        yield Finding(FAIL, f"the clock shows {_day(now)}", "set it: records and deletion times come from it")
+        return
+    files = [patient.data_dir / name for name in (STORE, STORE + "-wal", AUDIT_LOG)]
+    newest = max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
+    if newest > now + TOLERANCE:
+        yield Finding(
+            WARN, f"the store was written on {_day(newest)}, which is yet to come", "was the clock set back?"
+        )
+    else:
+        yield Finding(OK, f"the clock shows {_day(now)}")
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+# ---- configuration and keys ----------------------------------------------------------------------------
+
+
+def _config(patient: Patient) -> Findings:
+    trouble = patient.trouble
+    if trouble is None:
+        assert patient.settings is not None
+        yield Finding(OK, f"{patient.settings.master_source} holds the KEK {patient.kek_ids[0]}")
+    elif patient.settings and _only_systemd_knows(patient.settings):
+        yield Finding(WARN, "the master key is a systemd credential, which is not to be had here")
+    else:
+        yield Finding(FAIL, trouble.message, trouble.hint)
+
+
+def _only_systemd_knows(settings: Settings) -> bool:
+    return "credential" in settings.master_source and not os.environ.get("CREDENTIALS_DIRECTORY")
+
+
+def _key_file(patient: Patient) -> Findings:
+    assert patient.settings is not None
+    if patient.settings.master_key_file is None:
+        yield Finding(OK, "the master key is not in a file of its own")
+        return
+    path = Path(patient.settings.master_key_file)
+    try:
+        about, folder = path.stat(), path.parent.stat()
+    except OSError as error:
+        yield Finding(
+            FAIL, f"{path} can't be looked at: {error.strerror}", "name the key file in master_key_file"
+        )
+        return
+    trouble = keysource.distrust(about, patient.owner, credential=False)
+    if trouble:
+        yield Finding(FAIL, f"{path} {trouble}", f"chown and chmod 0600 {path}")
+    elif folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX:
+        yield Finding(
+            FAIL, f"others may replace {path}: its folder is open to them", f"chmod go-w {path.parent}"
+        )
+    else:
+        yield Finding(OK, f"{path} has mode {about.st_mode & 0o777:04o}")
+
+
+def _rotation(patient: Patient) -> Findings:
+    assert patient.settings is not None
+    if patient.settings.master_key_file is None:
+        return
+    files = KeyFiles(Path(patient.settings.master_key_file))
+    if files.following.exists():
+        yield Finding(WARN, f"{files.following} is left of a rotation", f"start the daemon and {RESUME}")
+    for part in files.parts():
+        yield Finding(WARN, f"{part} is a part of a key file", "the next rotate-kek removes it")
+    old = sorted(files.current.parent.glob(files.current.name + ".old-*"))
+    if old:
+        yield Finding(
+            OK, f"{len(old)} old key files are kept for old backups: {', '.join(p.name for p in old)}"
+        )
+
+
+# ---- the data-dir --------------------------------------------------------------------------------------
+
+
+def _folder(patient: Patient) -> Findings:
+    path = patient.data_dir
+    try:
+        about = path.stat()
+        names = sorted(os.listdir(path))
+    except FileNotFoundError:
+        yield Finding(OK, f"{path} is not there yet: the first start makes it")
+        return
+    except OSError as error:
+        yield Finding(
+            WARN, f"{path} can't be looked into: {error.strerror}", "run doctor as root or the daemon's user"
+        )
+        return
+    if about.st_mode & 0o077:
+        yield Finding(
+            FAIL, f"{path} is open to others (mode {about.st_mode & 0o777:04o})", f"chmod 0700 {path}"
+        )
+    wrong = [name for name in names if _is_open(path / name, about.st_uid)]
+    if wrong:
+        yield Finding(
+            FAIL,
+            f"open to others, or not the owner's: {', '.join(wrong)}",
+            f"chown and chmod 0600 them in {path}",
+        )
+    elif not about.st_mode & 0o077:
+        yield Finding(OK, f"{path} belongs to uid {about.st_uid} alone")
+
+
+def _is_open(path: Path, owner: int) -> bool:
+    about = path.lstat()
+    return bool(about.st_mode & 0o077) or about.st_uid != owner
+
+
+def _disk(patient: Patient) -> Findings:
+    place = next(folder for folder in (patient.data_dir, *patient.data_dir.parents) if folder.exists())
+    about = os.statvfs(place)
+    free = about.f_bavail * about.f_frsize
+    text = f"{free >> 20:,} MiB are free at {place}"
+    todo = "make room: a rotation needs about three times the size of kms.db"
+    if free < MIN_FREE or (about.f_files and not about.f_favail):
+        yield Finding(
+            FAIL, text if about.f_favail or not about.f_files else f"no inode is free at {place}", todo
+        )
+    else:
+        yield Finding(OK, text) if free >= LOW_FREE else Finding(WARN, text, todo)
+
+
+def _store(patient: Patient) -> Findings:
+    path = patient.data_dir / STORE
+    if not path.exists():
+        yield Finding(OK, "there is no store yet: the first start makes it")
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=5)) as db:
+            yield from _store_findings(patient, path, db)
+    except sqlite3.OperationalError as error:
+        yield Finding(WARN, f"{path} can't be read: {error}", "run doctor as root or the daemon's user")
+    except sqlite3.DatabaseError as error:
+        yield Finding(FAIL, f"{path} is damaged: {error}", "restore a backup: `progressdb-kms restore FILE`")
+
+
+def _store_findings(patient: Patient, path: Path, db: sqlite3.Connection) -> Iterator[Finding]:
+    application, version = (
+        db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+    )
+    if application != APPLICATION_ID or version > SCHEMA_VERSION:
+        yield Finding(
+            FAIL, f"{path} is no store, or one of a newer release (schema {version})", "is data_dir right?"
+        )
+        return
+    answer = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if answer != "ok":
+        yield Finding(FAIL, f"{path} is damaged: {answer}", "restore a backup: `progressdb-kms restore FILE`")
+        return
+    active = _row(db, "kek:active").get("kek_id", "none")
+    counts = _row(db, "kek:counts")
+    yield Finding(
+        OK, f"{path} is whole: {sum(row[1] for row in counts.values()):,} DEKs, active KEK {active}"
+    )
+    absent = sorted({active, *counts} - set(patient.kek_ids) - {"none"})
+    if absent and patient.trouble is None:
+        names = ", ".join(absent)
+        todo = "`progressdb-kms kek-id FILE…` finds the key files; name them in previous_master_keys"
+        yield Finding(FAIL, f"the store needs KEKs that are not configured: {names}", todo)
+
+
+def _row(db: sqlite3.Connection, name: str) -> dict[str, Any]:
+    row = db.execute("SELECT value FROM kms WHERE key = ?", (name,)).fetchone()
+    found: dict[str, Any] = json.loads(row[0]) if row else {}
+    return found
+
+
+def _audit(patient: Patient) -> Findings:
+    path = patient.data_dir / AUDIT_LOG
+    if not path.exists():
+        if (patient.data_dir / STORE).exists():
+            yield Finding(
+                WARN, f"{path} is gone", "where is it? `progressdb-kms audit verify` tells what is missing"
+            )
+        return
+    size = path.stat().st_size
+    if size > LARGE_LOG:
+        yield Finding(
+            WARN,
+            f"{path} has {size >> 20:,} MiB",
+            "set up logrotate (see packaging), with SIGHUP to the daemon",
+        )
+    else:
+        yield Finding(OK, f"{path} has {size >> 10:,} KiB")
+
+
+# ---- the daemon ----------------------------------------------------------------------------------------
+
+
+def _socket(patient: Patient) -> Findings:
+    assert patient.settings is not None
+    path = patient.settings.socket
+    folder = path.parent
+    try:
+        about, above = path.lstat(), folder.stat()
+    except OSError as error:
+        yield Finding(WARN, f"{path} can't be looked at: {error.strerror}", "is the daemon running?")
+        return
+    if not stat.S_ISSOCK(about.st_mode):
+        yield Finding(FAIL, f"{path} is no socket", "remove it, or choose another path")
+        return
+    if about.st_uid not in (0, patient.owner):
+        yield Finding(
+            FAIL, f"{path} belongs to uid {about.st_uid}, not to the daemon", "somebody else listens there"
+        )
+    elif above.st_mode & 0o002:
+        todo = "use a folder of its own, such as /run/progressdb-kms"
+        level = WARN if above.st_mode & stat.S_ISVTX else FAIL
+        yield Finding(level, f"{folder} is open to all: whoever is first may listen at {path}", todo)
+    else:
+        yield Finding(OK, f"{path} has mode {about.st_mode & 0o777:04o}")
+
+
+def _daemon(patient: Patient) -> Findings:
+    assert patient.settings is not None
+    with Client(patient.settings.socket, timeout=10.0) as kms:
+        try:
+            ready, status = kms.ready(), kms.status()
+        except ClientError as error:
+            yield Finding(WARN if error.code == "connection_failed" else FAIL, error.message, error.hint)
+            return
+    if ready:
+        yield Finding(OK, f"it answers and is ready, with the KEK {status.get('kek_id')}")
+    for reason in ready.reasons:
+        yield Finding(FAIL, f"it is not ready: {reason}")
+    if status.get("version") != __version__:
+        yield Finding(WARN, f"it runs release {status.get('version')}, this is {__version__}", "restart it")
+    if dict(status.get("memory") or {}).get("kind") == "unlocked":
+        yield Finding(WARN, "its keys are not in locked memory", "LimitMEMLOCK=infinity in the unit")
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("versions", _versions, settings=False),
+    Check("config", _config, settings=False),
+    Check("key file", _key_file),
+    Check("rotation", _rotation),
+    Check("memory", _memory, settings=False),
+    Check("hardening", _hardening, settings=False),
+    Check("ptrace", _ptrace, settings=False),
+    Check("open files", _descriptors),
+    Check("data-dir", _folder),
+    Check("disk", _disk),
+    Check("store", _store),
+    Check("audit log", _audit),
+    Check("clock", _clock),
+    Check("socket", _socket),
+    Check("daemon", _daemon),
+)
+
+
+# ---- the report ----------------------------------------------------------------------------------------
+
+
+def examine(patient: Patient) -> Iterator[tuple[str, Finding]]:
+    """Run all checks. One that breaks is a failure of its own, and keeps no other from being run."""
+    for check in CHECKS:
+        if check.settings and patient.settings is None:
+            continue
+        try:
+            yield from ((check.name, finding) for finding in check.look(patient))
+        except Exception as error:
+            yield check.name, Finding(FAIL, f"the check itself failed: {type(error).__name__}: {error}")
+
+
+def run(args: argparse.Namespace) -> int:
+    found = list(examine(Patient(args)))
+    failed = sum(finding.level == FAIL for _, finding in found)
+    warned = sum(finding.level == WARN for _, finding in found)
+    if args.json:
+        checks = [{"check": name, **finding._asdict()} for name, finding in found]
+        sys.stdout.write(json.dumps({"failed": failed, "warned": warned, "checks": checks}) + "\n")
+    else:
+        for name, finding in found:
+            sys.stdout.write(f"{finding.level:4}  {name:10}  {safe(finding.text)}\n")
+            if finding.todo and finding.level != OK:
+                sys.stdout.write(f"{'':18}{safe(finding.todo)}\n")
+        sys.stdout.write(f"{failed} failed, {warned} warned, {len(found) - failed - warned} ok\n")
+    return 1 if failed else 0

@@ -1,0 +1,339 @@
+"""DEKs that come from elsewhere: JSON lines, the Go service's folders, our own snapshots.
+
+    {"key_id", "thread_id", "wrapped", …}    a line of `export`, or of the Go service ("thread_key" will do)
+    kms-deks/<key_id>.json                   {"id", "created_at", "wrapped", "thread_id"}: the Go service
+    kms-deks-backup/<key_id>.<YYYYMMDDTHHMMSS>            {"wrapped", "thread_id"}: its snapshots
+    kms-deks-backup/<UTC time>-<kek_id>/<key_id>.json     a snapshot of a rotation of ours
+
+Each DEK is opened under a configured KEK, and stored in the present form: wrapped under the active KEK and
+bound to its key_id. What is there already stays: the same DEK once more is no fault, another one under a
+key_id that is taken is, and so is a key_id that was shredded. All of it is one transaction, with an audit
+record a DEK: the whole of a source comes in, or, where something is wrong with it, nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, Callable, NamedTuple, Optional
+
+from ..config.load import Loaded
+from ..encoding import KEK_ID, KEY_ID, MAX_THREAD_ID, b64decode, json_loads, timestamp
+from ..errors import KMSError, StoreDamaged
+from ..store.contract import DekRecord
+from ..store.policy import ENABLED, PENDING_DELETION, SHREDDED, STATES
+from . import datadir
+from .console import CommandFailed, say
+from .datadir import Opener, Work
+
+Progress = Callable[[int, int], None]
+
+MAX_LINE = 64 * 1024
+"""Bytes of one line or file: a row has some 500."""
+
+TOLD = 1000
+"""Bad lines that are listed; beyond that they are counted."""
+
+_FIELDS = frozenset(
+    (
+        "key_id", "id", "thread_id", "thread_key", "wrapped", "kek_id", "kek_version", "created_at", "state",
+        "delete_at", "shredded_at", "format",
+    )
+)  # fmt: skip
+
+_GO_SNAPSHOT = re.compile(r"(.+)\.(\d{8}T\d{6})")
+_NANOSECONDS = re.compile(r"(?:k_|dek_|t:)(1\d{18})")
+_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)")
+
+
+class Entry(NamedTuple):
+    """One piece of a source. `key_id` is what a file's name says; `done` of `total` is for the bar."""
+
+    where: str
+    key_id: Optional[str]
+    data: bytes
+    done: int
+    total: int
+
+
+class Result(NamedTuple):
+    imported: int
+    unchanged: int
+    bad: list[str]
+
+
+# ---- reading one entry: pure -----------------------------------------------------------------------------
+
+
+def read_entry(data: bytes, key_id: Optional[str], now: float) -> DekRecord:
+    """A line or file as a record; its `kek_id` counts for nothing yet. ValueError, with words that follow on
+    a place, for everything that is not exactly one of the known forms."""
+    if len(data) > MAX_LINE:
+        raise ValueError(f"has more than {MAX_LINE} bytes")
+    try:
+        row = json_loads(data)
+    except ValueError:
+        raise ValueError("is not JSON") from None
+    if not isinstance(row, dict):
+        raise ValueError("is not a JSON object")
+    for name in row:
+        if name not in _FIELDS:
+            raise ValueError(f"has the unknown field {name[:40]!r}")
+    found = _either(row, "key_id", "id") or key_id
+    if found is None:
+        raise ValueError("has no key_id")
+    if not KEY_ID.fullmatch(found):
+        raise ValueError("has a malformed key_id")
+    if key_id not in (None, found):
+        raise ValueError(f"holds the key {found}")
+    thread_id = _either(row, "thread_id", "thread_key") or ""
+    if len(thread_id) > MAX_THREAD_ID:
+        raise ValueError(f"has a thread_id of more than {MAX_THREAD_ID} characters")
+    return _record(row, found, thread_id, now)
+
+
+def _record(row: dict[str, Any], key_id: str, thread_id: str, now: float) -> DekRecord:
+    state = row.get("state", ENABLED)
+    if state not in STATES:
+        raise ValueError("has an unknown state")
+    try:
+        blob = b64decode(_text(row, "wrapped"))
+    except ValueError:
+        raise ValueError("has no strict base64 in `wrapped`") from None
+    if bool(blob) == (state == SHREDDED):
+        raise ValueError("is shredded, but has a wrapped DEK" if blob else "has an empty `wrapped`")
+    kek_id = _text(row, "kek_id")
+    if kek_id and not KEK_ID.fullmatch(kek_id):
+        raise ValueError("has a malformed kek_id")
+    times = {name: _time(row[name]) for name in ("delete_at", "shredded_at") if row.get(name)}
+    if (state == PENDING_DELETION) != ("delete_at" in times) or (state == SHREDDED) != (
+        "shredded_at" in times
+    ):
+        raise ValueError(f"is {state}, and its times don't fit that")
+    created = _time(row["created_at"]) if row.get("created_at") else _born(key_id, now)
+    return DekRecord(key_id, thread_id, blob, kek_id, 0, created, state, **times)
+
+
+def _either(row: dict[str, Any], name: str, other: str) -> Optional[str]:
+    """The value that stands under one of two names; both may stand there if they say the same."""
+    values = {_text(row, field) for field in (name, other) if row.get(field) is not None}
+    if len(values) > 1:
+        raise ValueError(f"has {name} and {other}, and they differ")
+    return values.pop() if values else None
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    value = row.get(name, "")
+    if not isinstance(value, str):
+        raise ValueError(f"has no text in {name}")
+    return value
+
+
+def _time(value: object) -> str:
+    """RFC 3339, or seconds since 1970: as we write it."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1 << 33:
+        return timestamp(value)
+    match = _TIME.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("has a malformed time")
+    zone = "+00:00" if match[3] == "Z" else match[3]
+    try:
+        moment = datetime.datetime.fromisoformat(match[1] + zone)
+        return f"{timestamp(moment.timestamp())[:20]}{(match[2] or '')[:6]:0<6}Z"
+    except (ValueError, OverflowError):
+        raise ValueError("has a malformed time") from None
+
+
+def _born(key_id: str, now: float) -> str:
+    """The Go service's ids hold the time in nanoseconds."""
+    match = _NANOSECONDS.fullmatch(key_id)
+    return timestamp(int(match[1]) / 1e9 if match else now)
+
+
+# ---- sources -----------------------------------------------------------------------------------------------
+
+
+def entries(source: Optional[Path]) -> Iterator[Entry]:
+    """What a file, a folder, or stdin (None) holds. Raises OSError, CommandFailed."""
+    if source is None:
+        return _lines(sys.stdin.buffer, "stdin", 0)
+    if source.is_dir():
+        return _files(source)
+    return _lines_of(source)
+
+
+def _lines_of(path: Path) -> Iterator[Entry]:
+    with open(path, "rb") as file:
+        yield from _lines(file, str(path), os.fstat(file.fileno()).st_size)
+
+
+def _lines(file: IO[bytes], name: str, total: int) -> Iterator[Entry]:
+    number = done = 0
+    while line := file.readline(MAX_LINE + 1):
+        number += 1
+        done += len(line)
+        whole = line
+        while not whole.endswith(b"\n") and (whole := file.readline(MAX_LINE)):
+            done += len(whole)
+        if line.strip():
+            yield Entry(f"{name}:{number}", None, line, done, total)
+
+
+def _files(folder: Path) -> Iterator[Entry]:
+    """The files of a folder, the newest of several snapshots of a key first. A ledger is none of them."""
+    names = sorted((name for name in os.listdir(folder) if not name.endswith(".ledger")), reverse=True)
+    if not any(_key_of(name) for name in names):
+        raise CommandFailed(
+            f"there is no DEK in {folder}",
+            hint="name the folder kms-deks or kms-deks-backup itself, or a snapshot folder in it",
+        )
+    for number, name in enumerate(names, 1):
+        path = folder / name
+        if path.is_dir():
+            continue
+        with open(path, "rb") as file:
+            data = file.read(MAX_LINE + 1)
+        yield Entry(str(path), _key_of(name) or "", data, number, len(names))
+
+
+def _key_of(name: str) -> Optional[str]:
+    stem = name[: -len(".json")] if name.endswith(".json") else ""
+    match = _GO_SNAPSHOT.fullmatch(name)
+    found = stem or (match[1] if match else "")
+    return found if KEY_ID.fullmatch(found) else None
+
+
+# ---- storing ---------------------------------------------------------------------------------------------
+
+
+class Importer:
+    """Takes records into the store, inside its transaction."""
+
+    def __init__(self, work: Work, opener: Opener, force: bool = False) -> None:
+        self._store = work.store
+        self._active = work.keyring.active
+        self._opener = opener
+        self._force = force
+        self.taken: list[tuple[str, str]] = []
+        self.unchanged = 0
+        self.bad: list[str] = []
+
+    def add(self, where: str, record: Callable[[], DekRecord]) -> None:
+        try:
+            self._add(record())
+        except (ValueError, StoreDamaged) as error:
+            self.bad.append(f"{where}: {error}")
+
+    def _add(self, new: DekRecord) -> None:
+        old = self._store.get(new.key_id)
+        if old is not None and old.state == SHREDDED:
+            if new.state != SHREDDED:
+                raise ValueError(f"the key {new.key_id} was shredded: nothing brings it back")
+            self.unchanged += 1
+        elif new.state == SHREDDED:
+            if old is not None:
+                raise ValueError(f"the key {new.key_id} is shredded there, but in use here")
+            self._put(new._replace(kek_id=self._active.kek_id))
+        elif old is None:
+            self._put(self._bound(new))
+        elif self._present(old, new):
+            self.unchanged += 1
+        else:  # what belongs to the key stays as it is here: its thread, its state
+            bound = self._bound(new)
+            self._put(old._replace(wrapped=bound.wrapped, kek_id=bound.kek_id, kek_version=bound.kek_version))
+
+    def _present(self, old: DekRecord, new: DekRecord) -> bool:
+        """Is it the same DEK? False where it may be replaced. ValueError where there is another one."""
+        try:
+            self._opener.check(old.key_id, old.wrapped)
+        except ValueError:
+            return False  # what is stored is damaged
+        if self._opener.same(old.key_id, old.wrapped, new.wrapped):
+            return True
+        if not self._force:
+            raise ValueError(f"the key_id {old.key_id} is taken by another DEK")
+        return False
+
+    def _bound(self, new: DekRecord) -> DekRecord:
+        blob = self._opener.rebind(new.key_id, new.wrapped)
+        return new._replace(wrapped=blob, kek_id=self._active.kek_id, kek_version=self._active.version)
+
+    def _put(self, record: DekRecord) -> None:
+        self._store.put(record)
+        if record.delete_at:
+            self._store.write(f"deletion:{record.delete_at}|{record.key_id}", {})
+        self.taken.append((record.key_id, record.thread_id))
+
+
+def take(
+    work: Work, op: str, found: Iterable[Entry], progress: Progress, *, skip_bad: bool, force: bool = False
+) -> Result:
+    """Store what the entries hold, in one transaction with its audit records. Raises CommandFailed where
+    something is bad and `skip_bad` is False: then nothing is stored."""
+    now = time.time()
+    with Opener(work.keyring) as opener:
+        importer = Importer(work, opener, force)
+        try:
+            with work.store.transaction():
+                for entry in found:
+                    importer.add(entry.where, lambda entry=entry: read_entry(entry.data, entry.key_id, now))  # type: ignore[misc]
+                    progress(entry.done, entry.total)
+                if importer.bad and not skip_bad:
+                    raise _refused(importer.bad)
+                for key_id, thread_id in importer.taken:
+                    work.audit.note(op, "ok", {"key_id": key_id, "thread_id": thread_id or None})
+                work.anchor()
+        except BaseException as error:
+            _note_failure(work, op, error)
+            raise
+    return Result(len(importer.taken), importer.unchanged, importer.bad[:TOLD])
+
+
+def _note_failure(work: Work, op: str, error: BaseException) -> None:
+    code = error.code if isinstance(error, KMSError) else type(error).__name__
+    with contextlib.suppress(KMSError):
+        work.audit.note(op, "failed", {"code": code})
+
+
+def _refused(bad: list[str]) -> CommandFailed:
+    for line in bad[:TOLD]:
+        say(line)
+    return CommandFailed(
+        f"{len(bad)} of the entries can't be taken; nothing was stored",
+        hint="mend them, or leave them out with --skip-bad",
+    )
+
+
+def import_deks(loaded: Loaded, source: Optional[Path], skip_bad: bool, progress: Progress) -> dict[str, Any]:
+    """Take the DEKs of a file, a folder or stdin. Raises CommandFailed, AlreadyRunning, OSError."""
+    with datadir.keys(loaded) as keys, datadir.held(loaded):
+        found = entries(source)
+        with datadir.working(loaded, keys, "import") as work:
+            result = take(work, "import", found, progress, skip_bad=skip_bad)
+    return {**result._asdict(), "skipped": len(result.bad)}
+
+
+def restore_snapshot(
+    loaded: Loaded, folder: Path, key: Optional[str], force: bool, progress: Progress
+) -> dict[str, Any]:
+    """Bring one DEK, or all, back from a snapshot folder; over another DEK that opens only with `force`."""
+    if not folder.is_dir():
+        raise CommandFailed(f"there is no folder {folder}", hint="`backups list` tells which there are")
+    with datadir.keys(loaded) as keys, datadir.held(loaded):
+        found: Iterable[Entry] = _files(folder) if key is None else _one(folder, key)
+        with datadir.working(loaded, keys, "restore") as work:
+            result = take(work, "restore_key", found, progress, skip_bad=False, force=force)
+    return {"path": str(folder), "restored": result.imported, "unchanged": result.unchanged}
+
+
+def _one(folder: Path, key_id: str) -> list[Entry]:
+    path = folder / f"{key_id}.json"
+    if not KEY_ID.fullmatch(key_id) or not path.is_file():
+        raise CommandFailed(f"there is no snapshot of {key_id} in {folder}", hint="it may have been shredded")
+    return [Entry(str(path), key_id, path.read_bytes()[: MAX_LINE + 1], 1, 1)]

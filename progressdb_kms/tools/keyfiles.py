@@ -1,0 +1,343 @@
+"""Key files: making one, and changing one over while the KEK rotates.
+
+The rule: an active KEK is in a file, synced to the disk, before the daemon hears of it, and until the daemon
+has another. So the new key goes to `F.next` first (F is the master_key_file), then the daemon rotates, then
+`F.next` takes the place of F. The store knows which of the two is right: its active kek_id. A is the old key,
+B the new one; a crash or a lost connection leaves one of these states, and `decide` names the step that leads
+on. The daemon starts in each of them, because it reads F and F.next and takes the one the store names.
+
+    F  F.next  store's active  rotation to   left by a crash …           step
+    A  -       A               -             before F.next was in place  nothing (a part of F.next is removed)
+    A  B       A               -             before the daemon began     rotate
+    A  B       A               B             while the daemon works      wait, then look again
+    A  B       B               -             before the files changed    replace: F -> F.old-<A>, F.next -> F
+    B  -       B               -             after that                  nothing
+    A  A       A               -             (a copy made by hand)       drop F.next
+    A  B       A               C             another rotation runs       refuse
+    any other                                another key was configured  refuse, naming the kek_ids
+
+`F.next` is removed only where the store's active KEK and the rotation under way are both known to be others:
+after a 4xx answer. A request of unknown outcome leaves it for `rotate-kek --resume`.
+
+Where the configuration holds the key itself (master_key_hex, a credential) there is no F: the new key stays
+in a file of its own, and the operator is told which lines to change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Callable, NamedTuple, Optional, Protocol
+
+from ..client import ClientError, RequestRefused, RotationResult, hex_into
+from ..config import keysource
+from ..config.load import PENDING_SUFFIX, check_master_key
+from ..crypto.aead import KEY_SIZE
+from ..crypto.keyring import fingerprint
+from ..crypto.memory import LockedBuffer
+from . import asowner
+from .console import CommandFailed, sync_folder
+
+POLL = 0.5
+"""Seconds between two looks at a rotation that somebody else began."""
+
+RESUME = "run `progressdb-kms rotate-kek --resume`"
+
+
+class KeyFiles(NamedTuple):
+    """The files around a master_key_file F."""
+
+    current: Path
+
+    @property
+    def following(self) -> Path:
+        return self.current.with_name(self.current.name + PENDING_SUFFIX)
+
+    def kept(self, kek_id: str) -> Path:
+        return self.current.with_name(f"{self.current.name}.old-{kek_id}")
+
+    def parts(self) -> list[Path]:
+        """What a crash left of files that were never complete."""
+        return sorted(self.current.parent.glob(f".{self.following.name}.*.part"))
+
+
+class Active(NamedTuple):
+    """The store's active kek_id, and that which a rotation under way leads to (None: no rotation)."""
+
+    kek_id: str
+    rotating_to: Optional[str] = None
+
+
+class Service(Protocol):
+    """What the daemon is asked. `rotate` raises RequestRefused only where nothing was begun."""
+
+    def active(self) -> Active: ...
+    def rotate(self, key: memoryview) -> RotationResult: ...
+
+
+Step = Callable[[str], None]
+"""Called after each step with its name: tests stop there."""
+
+
+# ---- one key file ------------------------------------------------------------------------------------
+
+
+def read_key(path: Path, key: memoryview) -> str:
+    """Read a key file into 32 bytes of locked memory. Returns the kek_id. Raises ConfigError."""
+    with LockedBuffer(keysource.SCRATCH_SIZE) as scratch, asowner.acting_as(asowner.of(path)):
+        keysource.read(keysource.Source("file", str(path), str(path)), {}, scratch.view, key)
+    return fingerprint(key)
+
+
+def kek_id_of(path: Path) -> str:
+    with LockedBuffer(KEY_SIZE) as memory:
+        return read_key(path, memory.view)
+
+
+def random_key(key: memoryview) -> str:
+    """Fill with random bytes of the OS, which pass through no other object. Returns the kek_id."""
+    with open("/dev/urandom", "rb", buffering=0) as source:
+        if os.readv(source.fileno(), [key]) != len(key):
+            raise CommandFailed("the OS gave too few random bytes")
+    return fingerprint(key)
+
+
+def write_key(path: Path, key: memoryview, like: Optional[os.stat_result] = None) -> None:
+    """Make a key file (0600, hex, synced with its folder), whole or not at all; never over another file.
+
+    `like`: a file whose owner and group it gets.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        _write_part(part, key, like)
+        os.link(part, path)
+    except FileExistsError:
+        raise CommandFailed(
+            f"{path} exists, and a key is never overwritten", hint="name another file"
+        ) from None
+    except OSError as error:
+        raise CommandFailed(f"{path} can't be made: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+    sync_folder(path.parent)
+
+
+def remove_key(path: Path) -> None:
+    """Unlink a key file, and overwrite it unless it has another name. On a journal or flash, old blocks may
+    live on all the same."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    try:
+        os.unlink(path)
+        _overwrite(descriptor)
+    finally:
+        os.close(descriptor)
+    sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Bring a file and its name to the disk."""
+    with open(path, "rb", buffering=0) as file:
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+
+
+def _write_part(part: Path, key: memoryview, like: Optional[os.stat_result]) -> None:
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        if like is not None and (like.st_uid, like.st_gid) != (os.geteuid(), os.getegid()):
+            os.fchown(descriptor, like.st_uid, like.st_gid)
+        os.fchmod(descriptor, 0o600)
+        with LockedBuffer(2 * KEY_SIZE + 1) as memory:
+            hex_into(key, memory.view)
+            memory.view[2 * KEY_SIZE] = 0x0A
+            if os.write(descriptor, memory.view) != 2 * KEY_SIZE + 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _overwrite(descriptor: int) -> None:
+    """Only what has no name left: a part that was linked into its place is that file."""
+    about = os.fstat(descriptor)
+    if about.st_nlink == 0:
+        os.pwrite(descriptor, bytes(about.st_size), 0)
+        os.fsync(descriptor)
+
+
+# ---- changing over -----------------------------------------------------------------------------------
+
+
+def decide(current: str, following: Optional[str], active: Active) -> str:
+    """The step that leads on: nothing, rotate, wait, replace or drop. See the table above.
+
+    Takes kek_ids: of F, of F.next (None: there is none), of the store. Raises CommandFailed.
+    """
+    if active.rotating_to is not None and active.rotating_to != following:
+        raise CommandFailed(
+            f"a rotation to {active.rotating_to} is under way", hint="`progressdb-kms status` tells how far"
+        )
+    if following is None and active.kek_id == current:
+        return "nothing"
+    if following is not None and active.rotating_to == following:
+        return "wait"
+    if following is not None and active.kek_id == current:
+        return "drop" if following == current else "rotate"
+    if following is not None and active.kek_id == following:
+        return "replace"
+    files = f"master_key_file holds {current}" + (f", its .next {following}" if following else "")
+    raise CommandFailed(
+        f"the daemon's active KEK is {active.kek_id}, but {files}",
+        hint="is this the daemon's config? put the key file of that kek_id in place; nothing was changed",
+    )
+
+
+def _take_back(path: Path, new_kek_id: str, service: Service) -> None:
+    """The daemon refused: the new file goes, unless something else made its key the right one meanwhile."""
+    active = service.active()
+    if new_kek_id not in (active.kek_id, active.rotating_to):
+        remove_key(path)
+
+
+def rotate_elsewhere(path: Path, key: memoryview, service: Service, beside: Optional[Path]) -> RotationResult:
+    """Rotate where the configuration holds the key itself: the new one is, and stays, in the file `path`.
+
+    With `beside` the file is made first, and belongs to whom that file belongs; without, it is there already.
+    """
+    check_master_key(key)
+    if beside is not None:
+        write_key(path, key, os.stat(beside))
+    else:
+        sync_file(path)
+    try:
+        return service.rotate(key)
+    except RequestRefused:
+        if beside is not None:
+            _take_back(path, fingerprint(key), service)
+        raise
+    except ClientError as error:
+        raise CommandFailed(
+            f"{error.message}; the new key is in {path}",
+            hint=f"if `progressdb-kms status` tells kek_id {fingerprint(key)}, the rotation was done with it",
+        ) from error
+
+
+class ChangeOver:
+    """One run of `rotate-kek` over a master_key_file."""
+
+    def __init__(
+        self,
+        files: KeyFiles,
+        service: Service,
+        *,
+        forget_old: bool = False,
+        step: Step = lambda name: None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._files = files
+        self._service = service
+        self._forget_old = forget_old
+        self._step = step
+        self._sleep = sleep
+
+    def rotate(self, new_key: memoryview) -> RotationResult:
+        """Bring in a new key. Raises CommandFailed where an earlier run is unfinished."""
+        check_master_key(new_key)
+        with self._locked():
+            current = kek_id_of(self._files.current)
+            if self._files.following.exists():
+                raise CommandFailed(f"{self._files.following} is left of an unfinished rotation", hint=RESUME)
+            decide(current, None, self._service.active())
+            self._remove_parts()
+            write_key(self._files.following, new_key, os.stat(self._files.current))
+            self._step("next")
+            try:
+                return self._lead_on()
+            except RequestRefused:
+                _take_back(self._files.following, fingerprint(new_key), self._service)
+                raise
+            except ClientError as error:
+                raise CommandFailed(
+                    f"{error.message}; the new key is kept in {self._files.following}", hint=RESUME
+                ) from error
+
+    def resume(self) -> RotationResult:
+        """Finish what an earlier run began. `kek_version` and `rewrapped` are 0 where it was done before."""
+        with self._locked():
+            self._remove_parts()
+            return self._lead_on()
+
+    def _lead_on(self) -> RotationResult:
+        result = RotationResult("", 0, 0, "", {})
+        while True:
+            current = kek_id_of(self._files.current)
+            following = kek_id_of(self._files.following) if self._files.following.exists() else None
+            step = decide(current, following, self._service.active())
+            if step == "nothing":
+                return result._replace(kek_id=current)
+            if step == "rotate":
+                result = self._rotate()
+            elif step == "wait":
+                self._sleep(POLL)
+            elif step == "replace":
+                self._replace(current)
+            else:
+                remove_key(self._files.following)
+
+    def _rotate(self) -> RotationResult:
+        with LockedBuffer(KEY_SIZE) as memory:
+            read_key(self._files.following, memory.view)
+            result = self._service.rotate(memory.view)
+        self._step("rotated")
+        return result
+
+    def _replace(self, old_kek_id: str) -> None:
+        files = self._files
+        if self._forget_old:
+            with open(files.current, "r+b", buffering=0) as old:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(files.kept(old_kek_id))  # an interrupted run without --forget-old
+                os.replace(files.following, files.current)
+                sync_folder(files.current.parent)
+                _overwrite(old.fileno())
+        else:
+            with contextlib.suppress(FileExistsError):
+                os.link(files.current, files.kept(old_kek_id))
+            sync_folder(files.current.parent)
+            self._step("kept")
+            os.replace(files.following, files.current)
+            sync_folder(files.current.parent)
+        self._step("replaced")
+
+    def _remove_parts(self) -> None:
+        for part in self._files.parts():
+            remove_key(part)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One change-over at a time; the lock is on the folder, so it leaves no file behind."""
+        if self._files.current.is_symlink():
+            raise CommandFailed(
+                f"{self._files.current} is a symbolic link, which a rename would replace",
+                hint="let master_key_file name the file itself",
+            )
+        folder = os.open(self._files.current.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            _lock(folder)
+            yield
+        finally:
+            os.close(folder)
+
+
+def _lock(folder: int) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CommandFailed("another rotate-kek is at work on these files", hint="wait for its end") from None

@@ -1,0 +1,347 @@
+"""Bringing back a backup, so that neither a crash nor a shred is undone by it.
+
+The store that is to come is built beside the present one, row by row, and takes its place by one rename. It
+is never a copy of the backup file: so no byte of a DEK that was shredded since the backup comes back, no
+trigger, no free page, no half of a rotation. What is taken from where:
+
+    DEKs                 the backup; shredded ones as tombstones
+    tombstones           the present store, the signed `shred` events of the audit log, the backup
+    active KEK           the backup: its DEKs need it
+    audit key            the present store where it opens, else the backup: it stays the same over rotations
+    audit epoch, heads   the present store, else the backup, and above whatever the log knows of
+    deletions            made anew from the DEKs
+
+The audit chain goes on: the next start, which this command does itself, names the heads that were there
+before. The `restore` event is owed by a row of the new store, so that a crash after the rename can't lose it.
+
+The present store is not kept. In the data-dir it would hold what a later shred must remove; whoever wants it
+makes a backup first. DEKs that only the present store has are lost with it, so that takes `--force`. So does
+a present store that can't be read, and an audit log with a fault, because tombstones may be missing from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from ..audit import verify
+from ..audit.log import FILE_NAME as AUDIT_LOG
+from ..audit.log import last_epoch
+from ..config.load import Loaded
+from ..crypto import operations
+from ..crypto.aead import NONCE_SIZE
+from ..encoding import b64encode, timestamp
+from ..errors import AuditUnavailable, KeyMismatch, KMSError
+from ..service.plan import Plan, plan
+from ..service.rotation import AUDIT_KEY_ID
+from ..service.start import RESTORE_FOLDER, RESTORED
+from ..store.contract import DekRecord, KekCount
+from ..store.policy import SHREDDED
+from ..store.sqlite import FILE_NAME, SqliteStore
+from . import asowner, backup, datadir
+from .backup import Backup, Progress
+from .console import CommandFailed, sync_folder
+from .datadir import Keys, Opener
+
+BATCH = 2000
+"""Rows of one transaction while the new store is built."""
+
+NAMED = 10
+"""Key ids that a message names at most."""
+
+_SIDE_FILES = (FILE_NAME + "-wal", FILE_NAME + "-shm")
+
+
+class Present(NamedTuple):
+    """What the store that will be replaced tells. All empty where there is none."""
+
+    audit: dict[str, Any]
+    erasures: list[str]
+    tombstones: dict[str, DekRecord]
+    newer: list[str]
+    """DEKs that the backup lacks, or has another row of."""
+
+
+class Past(NamedTuple):
+    """What the new store needs to know of the time before it."""
+
+    audit_key: bytes  # wrapped under the KEK that the backup calls active
+    audit: dict[str, Any]
+    tombstones: dict[str, DekRecord]
+    erasures: list[str]
+
+
+class Built(NamedTuple):
+    deks: int
+    shredded: int
+    again: int  # live in the backup, but shredded since
+    damaged: list[str]
+
+
+def restore(loaded: Loaded, file: Path, force: bool, progress: Progress) -> dict[str, Any]:
+    """Replace the store by the backup. Everything is checked before anything is changed.
+
+    Raises CommandFailed, KeyMismatch, AlreadyRunning, StoreUnavailable.
+    """
+    data_dir = loaded.settings.data_dir
+    with backup.opened(file, progress) as source, datadir.keys(loaded) as keys:
+        chosen = _plan(source, keys)
+        with datadir.held(loaded), _staging(data_dir) as folder:
+            present = _look(data_dir, source, force)
+            past = _past(data_dir, source, present, chosen, keys, force, progress)
+            built = _build(folder, source, chosen, past, Opener(keys.keyring), progress)
+            _swap(data_dir, folder)
+            chain = _record(loaded, keys)
+        return _told(source, present, built, chain)
+
+
+def _record(loaded: Loaded, keys: Keys) -> str:
+    """Have the event that the new store owes written. Returns the name of the audit chain."""
+    try:
+        with datadir.working(loaded, keys, "restore") as work:
+            return work.audit.chain
+    except AuditUnavailable as error:
+        raise CommandFailed(
+            f"the backup was restored, but that is not in the audit log yet: {error.message}",
+            hint="the daemon records it at its start",
+        ) from None
+
+
+def _told(source: Backup, present: Optional[Present], built: Built, chain: str) -> dict[str, Any]:
+    return {
+        "file": str(source.file),
+        "created_at": source.contents.created_at,
+        "deks": built.deks,
+        "shredded": built.shredded,
+        "shredded_since": built.again,
+        "lost": len(present.newer) if present else None,
+        "damaged": built.damaged[:NAMED],
+        "kek_ids": source.contents.kek_ids,
+        "audit_chain": chain,
+    }
+
+
+# ---- checks, before anything is changed ------------------------------------------------------------------
+
+
+def _plan(source: Backup, keys: Keys) -> Plan:
+    """Do the configured keys fit the backup? The same decision as at a start of the daemon."""
+    active = source.read("kek:active")
+    if active is None:
+        raise CommandFailed(f"{source.file} is of a store that was never used")
+    counts = {kek_id: KekCount(*row) for kek_id, row in (source.read("kek:counts") or {}).items()}
+    stored = (str(active["kek_id"]), int(active["version"]))
+    try:
+        plan(stored, counts, *keys.configured)
+    except KeyMismatch as error:
+        raise KeyMismatch(f"{source.file} needs other keys: {error.message}", hint=error.hint) from None
+    return Plan(*stored, adopt=False)
+
+
+def _look(data_dir: Path, source: Backup, force: bool) -> Optional[Present]:
+    """Read the present store; None where there is none, or, with `force`, none that can be read."""
+    path = data_dir / FILE_NAME
+    if not path.exists() or not path.stat().st_size:
+        return Present({}, [], {}, [])
+    try:
+        with asowner.acting_as(asowner.of(data_dir)), contextlib.closing(SqliteStore(data_dir)) as store:
+            present = _read(store, source)
+    except (KMSError, ValueError) as error:
+        if force:
+            return None
+        raise CommandFailed(
+            f"the present store can't be read, so what it has beyond the backup is not known: {error}",
+            hint=f"copy {path}* to another place if you need them, then restore with --force",
+        ) from None
+    if present.newer and not force:
+        names = ", ".join(present.newer[:NAMED]) + (", …" if len(present.newer) > NAMED else "")
+        raise CommandFailed(
+            f"{len(present.newer)} DEKs of the store are newer than the backup, or not in it ({names})",
+            hint="make a backup of the present store first, then restore with --force",
+        )
+    return present
+
+
+def _read(store: SqliteStore, source: Backup) -> Present:
+    tombstones, newer, after = {}, [], ""
+    while page := store.page(after, BATCH):
+        for record in page:
+            if record.state == SHREDDED:
+                tombstones[record.key_id] = record
+            elif source.get(record.key_id) != record.to_row():
+                newer.append(record.key_id)
+        after = page[-1].key_id
+    rows = {name: store.read(name) for name in store.names("audit:")}
+    erasures = [name.partition(":")[2] for name in store.names("erasure:")]
+    return Present(rows, erasures, tombstones, newer)
+
+
+# ---- what the new store must know of the time before ----------------------------------------------------
+
+
+def _past(
+    data_dir: Path,
+    source: Backup,
+    present: Optional[Present],
+    chosen: Plan,
+    keys: Keys,
+    force: bool,
+    progress: Progress,
+) -> Past:
+    rows = dict(present.audit) if present and present.audit else source.rows("audit:")
+    rows.pop(RESTORED, None)
+    logs = sorted(data_dir.glob(AUDIT_LOG + "*"))
+    dead: dict[str, str] = {}
+    wrapped = b""
+    for holder in (rows, source.rows("audit:")):
+        with datadir.audit_key(keys.keyring, holder.get("audit:key")) as key:
+            if key is None:  # the present store's may be wrapped under a KEK that is lost
+                continue
+            if not wrapped:
+                _verify(logs, key, rows, force, progress)
+                with keys.keyring.borrow(chosen.active) as kek:
+                    wrapped = operations.wrap(kek, chosen.active, AUDIT_KEY_ID, os.urandom(NONCE_SIZE), key)
+            dead.update(_shredded(logs, key))
+    if not wrapped:
+        hint = "add the KEK to previous_master_keys"
+        raise KeyMismatch("the audit key opens under none of the configured KEKs", hint=hint)
+    tombstones = {key_id: _tombstone(key_id, when, source, chosen) for key_id, when in dead.items()}
+    tombstones.update(present.tombstones if present else {})
+    _begin_anew(rows, logs)
+    pending = {name.partition(":")[2] for name in source.rows("erasure:")}
+    return Past(wrapped, rows, tombstones, sorted(pending.union(present.erasures if present else ())))
+
+
+def _verify(
+    logs: list[Path], key: memoryview, rows: Mapping[str, Any], force: bool, progress: Progress
+) -> None:
+    """A line that was taken out of the log might be the one that says that a key was shredded."""
+    anchors = {
+        name[len("audit:head:") :]: (row["seq"], row["sig"])
+        for name, row in rows.items()
+        if name.startswith("audit:head:")
+    }
+    report = verify.verify(logs, key, anchors, partial=True, progress=progress)
+    if logs and report.fault is not None and not force:
+        raise CommandFailed(
+            f"the audit log has a fault, so what was shredded is not sure: {report.fault}",
+            hint="find out why; --force restores nonetheless, and keeps shredded what the log still tells",
+        )
+
+
+def _shredded(logs: list[Path], key: memoryview) -> dict[str, str]:
+    try:
+        return verify.shredded(logs, key)
+    except (OSError, EOFError, zlib.error) as error:
+        raise CommandFailed(f"the audit log can't be read: {error}") from None
+
+
+def _tombstone(key_id: str, when: str, source: Backup, chosen: Plan) -> DekRecord:
+    row = source.get(key_id)
+    old = DekRecord.from_row(key_id, row) if row else DekRecord(key_id, "", b"", chosen.active, 1, when)
+    return old._replace(wrapped=b"", state=SHREDDED, delete_at="", shredded_at=old.shredded_at or when)
+
+
+def _begin_anew(rows: dict[str, Any], logs: list[Path]) -> None:
+    """The next chain's epoch is above all that the logs know. Without a log there is nothing to follow on:
+    the heads would only say that it is missing, which the operator knows."""
+    epoch = dict(rows.get("audit:epoch") or {"epoch": 0, "since": 0})
+    last = max((found for path in logs if (found := last_epoch(path)) is not None), default=0)
+    epoch["epoch"] = max(int(epoch["epoch"]), last)
+    if not logs:
+        for name in [name for name in rows if name.startswith("audit:head:")]:
+            del rows[name]
+    rows["audit:epoch"] = epoch
+
+
+# ---- building and swapping -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _staging(data_dir: Path) -> Iterator[Path]:
+    folder = data_dir / RESTORE_FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    with asowner.acting_as(asowner.of(data_dir)):
+        folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _build(
+    folder: Path, source: Backup, chosen: Plan, past: Past, opener: Opener, progress: Progress
+) -> Built:
+    """Write the new store. A DEK of the backup that does not open is taken as it is, and named."""
+    again, damaged, done = 0, [], 0
+    total = source.contents.deks + source.contents.shredded
+    left = dict(past.tombstones)
+    records = source.records()
+    with asowner.acting_as(asowner.of(folder)), contextlib.closing(SqliteStore(folder)) as store, opener:
+        while batch := list(itertools.islice(records, BATCH)):
+            with store.transaction():
+                for record in batch:
+                    dead = left.pop(record.key_id, None)
+                    again += dead is not None and record.state != SHREDDED
+                    _put(store, dead or record)
+                    if dead is None and record.state != SHREDDED and not _opens(opener, record):
+                        damaged.append(record.key_id)
+            done += len(batch)
+            progress(done, total)
+        with store.transaction():
+            for tombstone in left.values():
+                store.put(tombstone)
+            deks = sum(row.deks for row in store.keks().values())
+            built = Built(deks, done + len(left) - deks, again, damaged)
+            _put_rows(store, source, chosen, past, built)
+    return built
+
+
+def _opens(opener: Opener, record: DekRecord) -> bool:
+    try:
+        opener.check(record.key_id, record.wrapped)
+    except ValueError:
+        return False
+    return True
+
+
+def _put(store: SqliteStore, record: DekRecord) -> None:
+    store.put(record)
+    if record.delete_at:
+        store.write(f"deletion:{record.delete_at}|{record.key_id}", {})
+
+
+def _put_rows(store: SqliteStore, source: Backup, chosen: Plan, past: Past, built: Built) -> None:
+    store.write("kek:active", source.read("kek:active"))
+    for name, row in past.audit.items():
+        store.write(name, row)
+    store.write("audit:key", {"wrapped": b64encode(past.audit_key), "kek_id": chosen.active})
+    for key_id in past.erasures:
+        store.write(f"erasure:{key_id}", {"since": timestamp(time.time())})
+    event = {
+        "created_at": source.contents.created_at,
+        "sha256": source.contents.sha256,
+        "deks": built.deks,
+        "shredded": built.shredded,
+        "shredded_since": built.again,
+    }
+    store.write(RESTORED, event)
+
+
+def _swap(data_dir: Path, folder: Path) -> None:
+    """From one store to the other by one rename. The old one's log is in its file by now, or unreadable: left
+    in place, SQLite would play it into the new file."""
+    with open(folder / FILE_NAME, "rb") as file:
+        os.fsync(file.fileno())
+    for name in _SIDE_FILES:
+        (data_dir / name).unlink(missing_ok=True)
+    sync_folder(data_dir)
+    os.replace(folder / FILE_NAME, data_dir / FILE_NAME)
+    sync_folder(data_dir)

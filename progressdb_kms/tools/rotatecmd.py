@@ -1,0 +1,148 @@
+"""`rotate-kek`: the key-file dance of `keyfiles` against a running daemon, and what the operator is told."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..client import Client, ClientError, RotationResult
+from ..crypto.aead import KEY_SIZE
+from ..crypto.keyring import fingerprint
+from ..crypto.memory import LockedBuffer
+from . import keyfiles
+from .console import CommandFailed, Progress, UsageError, say, show
+from .keyfiles import Active, ChangeOver, KeyFiles
+
+if TYPE_CHECKING:
+    from ..config.load import Settings
+
+REFRESH = 0.2
+"""Seconds between two questions how far a rotation is; asked only where a terminal shows it."""
+
+
+class Done(NamedTuple):
+    """What there is to show: the result, further fields, and a remark for stderr."""
+
+    result: RotationResult
+    files: dict[str, Any]
+    remark: str = ""
+
+
+def run(args: argparse.Namespace, settings: Settings) -> None:
+    with Client(settings.socket) as kms, Progress("rotate-kek") as bar, LockedBuffer(KEY_SIZE) as memory:
+        service = Daemon(kms, bar)
+        if args.generate:
+            keyfiles.random_key(memory.view)
+        elif args.new_key_file:
+            keyfiles.read_key(Path(args.new_key_file), memory.view)
+        if args.dry_run:
+            done = Done(service.rotate(memory.view, dry_run=True), {})
+        elif settings.master_key_file:
+            done = _in_file(args, Path(settings.master_key_file), service, memory.view)
+        else:
+            done = _elsewhere(args, settings, service, memory.view)
+    _show(args, done)
+
+
+def _in_file(args: argparse.Namespace, current: Path, service: Daemon, key: memoryview) -> Done:
+    kept = KeyFiles(current).kept(keyfiles.kek_id_of(current))
+    change = ChangeOver(KeyFiles(current), service, forget_old=args.forget_old)
+    try:
+        result = change.resume() if args.resume else change.rotate(key)
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            say(f"interrupted: {keyfiles.RESUME} to finish")
+        raise
+    return Done(result, {"key_file": current, "old_key_file": kept if kept.exists() else None})
+
+
+def _elsewhere(args: argparse.Namespace, settings: Settings, service: Daemon, key: memoryview) -> Done:
+    if args.resume:
+        raise CommandFailed(
+            "the configuration names no master_key_file, so there is nothing to resume",
+            hint="the new key is in the file that rotate-kek named: `progressdb-kms kek-id FILE` tells which",
+        )
+    if args.new_key_file is not None:
+        path, beside = Path(args.new_key_file).absolute(), None
+    elif settings.config_file is not None:
+        beside = Path(settings.config_file)
+        path = beside.with_name(f"master-key-{fingerprint(key)}")
+    else:
+        raise UsageError("--generate needs --config: the new key file is made beside it")
+    result = keyfiles.rotate_elsewhere(path, key, service, beside)
+    return Done(result, {"key_file": path}, _lines_to_change(settings, path))
+
+
+def _lines_to_change(settings: Settings, path: Path) -> str:
+    """What only the operator can do: the key stands in a place that is not ours to write."""
+    form, _, name = settings.master_source.partition(" ")
+    if form == "master_key_credential":
+        place, old, new = "the unit", "the source of the credential", f"LoadCredential={name}:{path}"
+    elif settings.config_file is not None:
+        place, old, new = settings.config_file, "the line", f"master_key_file: {path}"
+        old += "\n    master_key_hex: …"
+    else:
+        place, old = "the daemon's environment", "PROGRESSDB_KMS_MASTER_KEY_HEX"
+        new = f"PROGRESSDB_KMS_MASTER_KEY_FILE={path}"
+    return (
+        f"Before the next start, in {place}, replace {old}\nby\n    {new}\n"
+        "The daemon goes on until then, but can't be started anew.\n"
+    )
+
+
+def _show(args: argparse.Namespace, done: Done) -> None:
+    result = done.result
+    values: dict[str, Any] = {
+        "status": "dry_run" if args.dry_run else "ok",
+        "kek_id": result.kek_id,
+        "kek_version": result.kek_version or None,
+        "rewrapped": result.rewrapped if result.kek_version else None,
+        "backup": result.backup or None,
+        "by_kek": dict(result.by_kek) if args.dry_run else None,
+        **{name: str(path) for name, path in done.files.items() if path is not None},
+    }
+    show({name: value for name, value in values.items() if value is not None}, args.json)
+    sys.stderr.write(done.remark)
+
+
+class Daemon:
+    """The daemon as `keyfiles` asks it, with a bar while it works."""
+
+    def __init__(self, kms: Client, bar: Progress) -> None:
+        self._kms = kms
+        self._bar = bar
+
+    def active(self) -> Active:
+        found = self._kms.status()
+        rotation = found.get("rotation") or {}
+        if rotation:
+            self._bar(int(rotation.get("done", 0)), int(rotation.get("total", 0)))
+        target = (
+            None if rotation.get("phase") == "checking" else rotation.get("new_kek_id")
+        )  # checking: a dry run
+        return Active(str(found["kek_id"]), target)
+
+    def rotate(self, key: memoryview, dry_run: bool = False) -> RotationResult:
+        with self._watched():
+            return self._kms.rotate_kek(key, dry_run)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        done = threading.Event()
+        watcher = threading.Thread(target=self._watch, args=(done,), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join(1.0)
+
+    def _watch(self, done: threading.Event) -> None:
+        while self._bar.on and not done.wait(REFRESH):
+            with contextlib.suppress(ClientError):
+                self.active()

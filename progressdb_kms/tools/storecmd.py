@@ -1,0 +1,297 @@
+"""What the commands on files do. A table of contents: the work is in the modules that are named here.
+
+backup               backup             beside a running daemon
+restore              restore, and imports for --snapshot      the daemon is stopped
+import               imports                                  the daemon is stopped
+export, verify, backups list|prune      here; they read, or touch the snapshots alone
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Optional
+
+from ..config.load import Loaded
+from ..crypto.aead import mac, same
+from ..encoding import b64encode, json_dumps, json_loads
+from ..store.contract import DekRecord
+from ..store.policy import PENDING_DELETION, SHREDDED
+from ..store.snapshots import FOLDER
+from ..store.sqlite import DEKS, FILE_NAME, Connection, SqliteReader
+from . import datadir
+from .backup import Progress, backup
+from .console import CommandFailed, say
+from .datadir import Keys, Opener
+from .imports import import_deks, restore_snapshot
+from .restore import restore
+
+__all__ = (
+    "backup",
+    "backups_list",
+    "backups_prune",
+    "export",
+    "import_deks",
+    "restore",
+    "restore_snapshot",
+    "verify",
+)
+
+PAGE = 500
+"""Rows a read: no lock of SQLite is held between two, so that a shred beside it need not wait."""
+
+TOLD = 100
+"""Faults that are listed; all are counted."""
+
+
+def _reader(data_dir: Path) -> SqliteReader:
+    if not (data_dir / FILE_NAME).is_file():
+        raise CommandFailed(
+            f"there is no store {data_dir / FILE_NAME}", hint="--data-dir or --config says where it is"
+        )
+    return SqliteReader(data_dir)
+
+
+def _pages(reader: SqliteReader) -> Iterator[list[DekRecord]]:
+    after = ""
+    while page := reader.page(after, PAGE):
+        yield page
+        after = page[-1].key_id
+
+
+# ---- export --------------------------------------------------------------------------------------------
+
+
+def export(data_dir: Path, file: IO[bytes], progress: Progress) -> int:
+    """Write a JSON line a DEK, tombstones too; each as it stood when it was read. Returns how many."""
+    done = 0
+    with contextlib.closing(_reader(data_dir)) as reader:
+        total = sum(row.deks for row in reader.keks().values())
+        for page in _pages(reader):
+            file.writelines(
+                json_dumps({"key_id": record.key_id, **record.to_row()}).encode() + b"\n" for record in page
+            )
+            done += len(page)
+            progress(done, max(done, total))
+    return done
+
+
+# ---- verify --------------------------------------------------------------------------------------------
+
+
+class _Faults:
+    """Told on stderr as they are found, and counted."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, text: str) -> None:
+        self.count += 1
+        if self.count <= TOLD:
+            say(text)
+
+
+def verify(loaded: Loaded, progress: Progress) -> dict[str, Any]:
+    """Open every DEK, and hold the store and the ledgers of rotations against themselves.
+
+    May run beside the daemon. Raises CommandFailed after it listed what is wrong.
+    """
+    data_dir = loaded.settings.data_dir
+    faults = _Faults()
+    with contextlib.closing(_reader(data_dir)) as reader, datadir.keys(loaded) as keys:
+        _check_file(data_dir, faults)
+        total = sum(row.deks for row in reader.keks().values())
+        with Opener(keys.keyring) as opener:
+            live, shredded = _check_deks(reader, opener, total, faults, progress)
+        ledgers = _check_ledgers(data_dir, reader, keys, faults)
+    if faults.count:
+        raise CommandFailed(
+            f"{faults.count} faults were found in {data_dir}",
+            hint="bring keys back with `restore --snapshot DIR --key ID`, or the whole with `restore FILE`",
+        )
+    return {"result": "ok", "deks": live, "shredded": shredded, "ledgers": ledgers}
+
+
+def _check_file(data_dir: Path, faults: _Faults) -> None:
+    """SQLite's integrity, and the counts by which a start decides whether the keys fit: in one snapshot."""
+    db = Connection(data_dir / FILE_NAME, writer=False)
+    with contextlib.closing(db):
+        db.execute("BEGIN")
+        for row in db.select("PRAGMA integrity_check(20)"):
+            if row[0] != "ok":
+                faults.add(f"{FILE_NAME}: {row[0]}")
+        text = db.select_one("SELECT value FROM kms WHERE key = 'kek:counts'")
+        kept = {kek_id: row[1] for kek_id, row in json_loads(text[0]).items()} if text else {}
+        found = {row[0]: row[1] for row in db.select(_CENSUS, (SHREDDED,))}
+        if kept != found:
+            faults.add(f"{FILE_NAME}: DEKs by KEK are counted as {kept}, and there are {found}")
+        for row in db.select(_UNINDEXED, (PENDING_DELETION,)):
+            faults.add(f"{row[0][5:]}: is to be deleted, but the janitor's list does not have it")
+        db.execute("COMMIT")
+
+
+_CENSUS = (
+    "SELECT json_extract(value, '$.kek_id'), count(*) FROM "  # noqa: S608
+    f"{DEKS} WHERE json_extract(value, '$.state') <> ? GROUP BY 1"
+)
+_UNINDEXED = (
+    f"SELECT key FROM {DEKS} AS d WHERE json_extract(value, '$.state') = ? AND NOT EXISTS ("  # noqa: S608
+    "SELECT 1 FROM kms WHERE key = "
+    "'deletion:' || json_extract(d.value, '$.delete_at') || '|' || substr(d.key, 6))"
+)
+
+
+def _check_deks(
+    reader: SqliteReader, opener: Opener, total: int, faults: _Faults, progress: Progress
+) -> tuple[int, int]:
+    live = shredded = 0
+    for page in _pages(reader):
+        for record in page:
+            if record.state == SHREDDED:
+                shredded += 1
+                if record.wrapped:
+                    faults.add(f"{record.key_id}: is shredded, but its wrapped DEK is still there")
+                continue
+            live += 1
+            try:
+                opener.check(record.key_id, record.wrapped)
+            except ValueError as error:
+                faults.add(f"{record.key_id}: {error}")
+        progress(live, max(live, total))
+    return live, shredded
+
+
+# ---- snapshots and ledgers --------------------------------------------------------------------------------
+
+_NAME = re.compile(r"(\d{8}T\d{6}Z)-([0-9a-f]{16})(?:-\d+)?")
+
+_TAIL = 4096
+"""Bytes from the end of a ledger in which its last line stands."""
+
+
+class SnapshotFolder(NamedTuple):
+    """A snapshot of a rotation. `totals` is the ledger's last line; empty while it is being written."""
+
+    name: str
+    path: Path
+    time: str
+    kek_id: str
+    totals: Mapping[str, Any]
+
+    @property
+    def ledger(self) -> Path:
+        return self.path.with_name(self.name + ".ledger")
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.totals) or not self.ledger.exists()
+
+
+def _snapshots(data_dir: Path) -> list[SnapshotFolder]:
+    """Oldest first. A ledger whose folder is gone counts too: pruning was interrupted."""
+    root = data_dir / FOLDER
+    names = {name[: -len(".ledger")] if name.endswith(".ledger") else name for name in _names(root)}
+    found = [(name, match) for name in names if (match := _NAME.fullmatch(name))]
+    found.sort(key=lambda pair: (pair[1][1], _age(root / pair[0])))
+    return [
+        SnapshotFolder(name, root / name, _spelled(match[1]), match[2], _last_line(root / f"{name}.ledger"))
+        for name, match in found
+        if not (root / name).is_symlink()
+    ]
+
+
+def _age(folder: Path) -> int:
+    """When a snapshot was finished: for two of the same second."""
+    for path in (folder.with_name(folder.name + ".ledger"), folder):
+        with contextlib.suppress(FileNotFoundError):
+            return path.stat().st_mtime_ns
+    return 0
+
+
+def _names(root: Path) -> list[str]:
+    return os.listdir(root) if root.is_dir() else []
+
+
+def _spelled(time_of_name: str) -> str:
+    t = time_of_name
+    return f"{t[:4]}-{t[4:6]}-{t[6:8]}T{t[9:11]}:{t[11:13]}:{t[13:15]}Z"
+
+
+def _last_line(ledger: Path) -> Mapping[str, Any]:
+    try:
+        with open(ledger, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            line = file.read().splitlines()[-1]
+        value = json_loads(line)
+        return value if isinstance(value, dict) and {"totals", "sig"} == set(value) else {}
+    except (OSError, ValueError, IndexError):
+        return {}
+
+
+def backups_list(data_dir: Path) -> list[dict[str, Any]]:
+    """The snapshots of rotations, oldest first. `deks` is how many are there: shredded ones are gone."""
+    return [
+        {
+            "time": found.time,
+            "kek_id": found.kek_id,
+            "deks": sum(name.endswith(".json") for name in _names(found.path)),
+            "rewrapped": found.totals["totals"].get("rewrapped") if found.totals else None,
+            "finished": found.finished,
+            "path": str(found.path),
+        }
+        for found in _snapshots(data_dir)
+    ]
+
+
+def backups_prune(data_dir: Path, keep: Optional[int], older_than_days: Optional[int]) -> list[str]:
+    """Remove snapshots with their ledgers; one that is being written is left alone. Returns their paths."""
+    found = [one for one in _snapshots(data_dir) if one.finished]
+    if keep is not None:
+        found = found[: max(0, len(found) - keep)]
+    if older_than_days is not None:
+        limit = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - older_than_days * 86400))
+        found = [one for one in found if one.time < limit]
+    for one in found:
+        _remove(one)
+    return [str(one.path) for one in found]
+
+
+def _remove(snapshot: SnapshotFolder) -> None:
+    """The ledger goes last: while it is there, an interrupted removal is found and finished."""
+    for name in _names(snapshot.path):
+        (snapshot.path / name).unlink()
+    if snapshot.path.is_dir():
+        snapshot.path.rmdir()
+    snapshot.ledger.unlink(missing_ok=True)
+
+
+def _check_ledgers(data_dir: Path, reader: SqliteReader, keys: Keys, faults: _Faults) -> int:
+    """Is each ledger the one that was signed?"""
+    finished = [one for one in _snapshots(data_dir) if one.totals]
+    with datadir.audit_key(keys.keyring, reader.read("audit:key")) as key:
+        if key is None:
+            faults.add("the audit key does not open under any configured KEK")
+            return 0
+        for one in finished:
+            totals = one.totals["totals"]
+            sig = b64encode(mac(key, json_dumps(totals).encode()))
+            fits = same(sig.encode(), str(one.totals["sig"]).encode())
+            if not fits or totals.get("sha256") != _digest(one.ledger):
+                faults.add(f"{one.ledger}: the ledger is not the one that was signed")
+    return len(finished)
+
+
+def _digest(ledger: Path) -> str:
+    """SHA-256 of all lines but the last."""
+    digest = hashlib.sha256()
+    held = b""
+    with open(ledger, "rb") as file:
+        for line in file:
+            digest.update(held)
+            held = line
+    return digest.hexdigest()

@@ -1,0 +1,124 @@
+"""A request on its way through: the row of the table that it met, the call, the reply."""
+
+from __future__ import annotations
+
+from typing import Callable, NamedTuple, Union
+
+from ..audit.log import Fragment
+from ..encoding import (
+    Buffer,
+)
+from ..rules import Peer
+from ..service.channel import StagingSlots
+from ..service.metrics import Metrics
+from ..service.worker import Service
+from .http1 import Head
+
+JSON = "application/json"
+BINARY = "application/octet-stream"
+TEXT = "text/plain; charset=utf-8"
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+
+SECRET_BODY = 1024
+"""Bytes of a body that carries a key: it must lie in the locked part of the connection's buffer."""
+
+MAX_PAGE = 1000
+DEFAULT_PAGE = 100
+
+
+class Reply:
+    """An answer. `secret`: the body lies in locked memory and is wiped once it was sent. `lead` goes out
+    before the body, so that a long one need not be copied to put a nonce in front."""
+
+    __slots__ = ("body", "close", "content_type", "extra", "lead", "receipt", "secret", "status")
+
+    def __init__(
+        self,
+        status: int,
+        body: Union[bytes, memoryview],
+        content_type: str = JSON,
+        secret: bool = False,
+        extra: str = "",
+        close: bool = False,
+        lead: bytes = b"",
+    ) -> None:
+        self.status = status
+        self.body = body
+        self.content_type = content_type
+        self.secret = secret
+        self.receipt = ""
+        self.extra = extra
+        self.close = close
+        self.lead = lead
+
+
+class Call:
+    """One request on its way through."""
+
+    __slots__ = (
+        "answer",
+        "body",
+        "details",
+        "head",
+        "key",
+        "op",
+        "peer",
+        "peer_fragment",
+        "route",
+        "scratch",
+    )
+
+    def __init__(
+        self,
+        head: Head,
+        body: Buffer,
+        peer: Peer,
+        peer_fragment: Fragment,
+        scratch: memoryview,
+        answer: memoryview,
+    ) -> None:
+        """`scratch` and `answer` are locked memory of the connection: for a DEK in use, and for an answer
+        that holds one."""
+        self.head = head
+        self.body = body
+        self.peer = peer
+        self.peer_fragment = peer_fragment
+        self.scratch = scratch
+        self.answer = answer
+        self.op = ""
+        self.key = NOTHING
+        self.details = NOTHING
+
+
+NOTHING = Fragment("")
+
+
+class App(NamedTuple):
+    """What the routes work with."""
+
+    service: Service
+    staging: StagingSlots
+    metrics: Metrics
+    max_body_bytes: int
+
+
+Handler = Callable[[App, Call], Reply]
+
+
+class Route(NamedTuple):
+    """One row of the table. `op`: its name in audit and metrics ('' = not a key operation)."""
+
+    method: str
+    path: str
+    op: str
+    handler: Handler
+    summary: str
+    admin: bool = False
+    secret: bool = False
+    raw: bool = False
+    """takes application/octet-stream too"""
+
+    def body_limit(self, app: App) -> int:
+        if self.method == "GET":
+            return 0
+        return SECRET_BODY if self.secret else app.max_body_bytes

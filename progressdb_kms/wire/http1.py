@@ -1,0 +1,374 @@
+"""HTTP/1.1 framing in strict reading of RFC 9112, as functions of bytes. No socket, no clock.
+
+A message that two parsers could read in two ways is refused, never repaired: request smuggling lives in the
+gap. Where the RFC lets a server be lenient, this one isn't, and every refusal closes the connection.
+
+The grammar is in the expressions below, each under its rule. A head is judged once: `cached_parse_head`
+remembers the last thousand, because a keep-alive client sends the same head again and again.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple, Optional, Protocol
+
+from ..encoding import Buffer
+from ..errors import (
+    BodyTooLarge,
+    ExpectationFailed,
+    HeadTooLarge,
+    MalformedRequest,
+    MethodUnknown,
+    UriTooLong,
+    VersionNotSupported,
+)
+
+MAX_HEAD = 8192
+"""Bytes of request line and header section: what common servers take."""
+
+MAX_TARGET = 2048
+"""Bytes of the request target: a key_id of 128 characters and a thread_id of 512, percent-encoded, fit."""
+
+MAX_HEADERS = 64
+"""Header lines: the real client sends six."""
+
+MAX_CHUNK_LINE = 256
+"""Bytes of a chunk-size line with its extensions, of which nobody needs any."""
+
+MAX_TRAILER = 2048
+"""Bytes of a trailer section, which is checked and dropped."""
+
+# ---- grammar ---------------------------------------------------------------------------------------
+
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
+
+# RFC 9112, 3: method SP request-target SP HTTP-version, single spaces, visible characters only.
+_REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
+
+# RFC 9112, 5: field-name ":" OWS field-value OWS; no space before the colon, no folding, no control bytes.
+_FIELD = re.compile(
+    rb"(%b):[ \t]*((?:[\x21-\x7e\x80-\xff](?:[ \t\x21-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)[ \t]*" % _TOKEN
+)
+
+# RFC 9112, 3.2: origin-form and absolute-form. authority-form belongs to CONNECT, "*" to OPTIONS.
+_ORIGIN = re.compile(r"(/[^?#]*)(?:\?([^#]*))?")
+_ABSOLUTE = re.compile(r"(?i:https?)://([^/?#]+)(/[^?#]*)?(?:\?([^#]*))?")
+
+_HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]\-]*")  # RFC 9110, 7.2, loosely: it selects nothing here
+
+_LENGTH = re.compile(rb"[0-9]{1,15}")  # RFC 9110, 8.6: digits, and nothing that int() would also take
+_CHUNK = re.compile(
+    rb"([0-9A-Fa-f]{1,8})((?:[ \t]*;[ \t]*%b(?:=(?:%b|\"[\t \x21\x23-\x5b\x5d-\x7e]*\"))?)*)"
+    % (_TOKEN, _TOKEN)
+)
+_PERCENT = re.compile(r"%([0-9A-Fa-f]{2})")
+
+# What the start of a request can't contain once a line end is seen, or before any is.
+_START = re.compile(rb"(?:\r\n)?(?:%b(?: [\x21-\x7e]*(?: [HTP/0-9.]*)?)?)?\r?" % _TOKEN)
+
+
+class Searchable(Protocol):
+    """bytes, bytearray and mmap."""
+
+    def find(self, sub: bytes, start: int, end: int) -> int: ...
+    def __getitem__(self, index: slice) -> bytes: ...
+
+
+class Head(NamedTuple):
+    """A request without its body."""
+
+    method: str
+    target: str
+    path: str  # percent-decoded
+    query: Mapping[str, str]
+    version: str  # "1.0" or "1.1"
+    headers: Mapping[str, str]  # names in lower case
+    content_length: int  # bytes; 0 where there is none
+    chunked: bool
+    keep_alive: bool
+    expect_continue: bool
+    content_type: str  # the media type alone, in lower case
+
+
+# ---- finding the head ------------------------------------------------------------------------------
+
+
+def find_head_end(buffer: Searchable, start: int, end: int) -> int:
+    """Offset behind the blank line that ends a head, or -1: more is needed.
+
+    Raises as soon as the bytes can't become a request any more, so that nobody waits for the rest of a TLS
+    handshake or of a line that ends in a bare LF.
+    """
+    found = buffer.find(b"\r\n\r\n", start, end)
+    if found >= 0:
+        if found + 4 - start > MAX_HEAD:
+            raise HeadTooLarge(f"the head is longer than {MAX_HEAD} bytes")
+        if found == start:
+            raise MalformedRequest("two empty lines stand where a request should begin")
+        return found + 4
+    _reject_early(bytes(buffer[start:end]))
+    return -1
+
+
+def _reject_early(begun: bytes) -> None:
+    line, newline, _ = begun.partition(b"\n")
+    if line == b"\r" and newline:  # RFC 9112, 2.2: one empty line before a request is skipped
+        line, newline, _ = begun[2:].partition(b"\n")
+    if newline and not line.endswith(b"\r"):
+        raise MalformedRequest("a line ends in a bare LF")
+    if not newline:
+        if len(line) > MAX_TARGET + 64:
+            raise UriTooLong(f"the request line is longer than {MAX_TARGET} bytes")
+        if _START.fullmatch(line) is None:
+            raise MalformedRequest("this is not the start of an HTTP request")
+    else:
+        if re.search(rb"(?<!\r)\n|\r(?!\n|\Z)", begun):
+            raise MalformedRequest("a bare CR or LF stands in the head")
+        _request_line(line[:-1])
+    if len(begun) > MAX_HEAD:
+        raise HeadTooLarge(f"the head is longer than {MAX_HEAD} bytes")
+
+
+# ---- judging the head ------------------------------------------------------------------------------
+
+
+def parse_head(raw: bytes) -> Head:
+    """`raw`: one head with the blank line that ends it. Raises HttpError."""
+    if raw.startswith(b"\r\n"):
+        raw = raw[2:]
+    lines = raw[:-4].split(b"\r\n")
+    method, target, version = _request_line(lines[0])
+    headers = _headers(lines[1:])
+    path, query = _target(method, target, headers)
+    length, chunked = _framing(headers, version)
+    connection = {option.strip().lower() for option in headers.get("connection", "").split(",")}
+    keep = "close" not in connection and (version == "1.1" or "keep-alive" in connection)
+    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    # RFC 9110, 10.1.1: in HTTP/1.0 the expectation must be ignored.
+    expects = _expects(headers) if version == "1.1" else False
+    return Head(method, target, path, query, version, headers, length, chunked, keep, expects, content_type)
+
+
+cached_parse_head = functools.lru_cache(maxsize=1024)(parse_head)
+
+
+def _request_line(line: bytes) -> tuple[str, str, str]:
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        if len(line) > MAX_TARGET + 64:
+            raise UriTooLong(f"the request target is longer than {MAX_TARGET} bytes")
+        raise MalformedRequest("the request line is not `METHOD target HTTP/1.1`")
+    method, target, major, minor = match.groups()
+    if major != b"1":
+        raise VersionNotSupported("HTTP/1.1 is spoken here")
+    if len(target) > MAX_TARGET:
+        raise UriTooLong(f"the request target is longer than {MAX_TARGET} bytes")
+    if len(method) > 20:
+        raise MethodUnknown("no method has such a long name")
+    # RFC 9110, 2.5: a higher minor version is read as the highest that is known.
+    return method.decode(), target.decode(), "1.0" if minor == b"0" else "1.1"
+
+
+# Where two lines of one name are two messages in one, or can't be joined into a list.
+_SINGLE = frozenset(("host", "content-length", "transfer-encoding", "content-type", "expect", "x-kms-aad"))
+
+
+def _headers(lines: list[bytes]) -> Mapping[str, str]:
+    if len(lines) > MAX_HEADERS:
+        raise HeadTooLarge(f"there are more than {MAX_HEADERS} header lines")
+    headers: dict[str, str] = {}
+    for line in lines:
+        match = _FIELD.fullmatch(line)
+        if match is None:
+            raise MalformedRequest("a header line is not `Name: value`")
+        name, value = match[1].decode().lower(), match[2].decode("latin-1")
+        if name in headers:
+            if name in _SINGLE:
+                raise MalformedRequest(f"the header {name} stands twice")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return MappingProxyType(headers)
+
+
+def _target(method: str, target: str, headers: Mapping[str, str]) -> tuple[str, Mapping[str, str]]:
+    if method == "CONNECT":
+        raise MethodUnknown("this is no proxy")
+    if target == "*" and method == "OPTIONS":
+        return "*", MappingProxyType({})
+    match = _ORIGIN.fullmatch(target)
+    if match is not None:
+        path, query = match[1], match[2]
+    else:
+        match = _ABSOLUTE.fullmatch(target)  # RFC 9112, 3.2.2: must be taken; its authority replaces Host
+        if match is None:
+            raise MalformedRequest("the request target is neither a path nor a URL")
+        path, query = match[2] or "/", match[3]
+    return _decode(path), _query(query)
+
+
+def _decode(text: str) -> str:
+    """Percent-decoding; a `%` that is none, or bytes that are no UTF-8, are refused."""
+    if "%" not in text:
+        return text
+    raw = bytearray()
+    at = 0
+    while at < len(text):
+        if text[at] != "%":
+            raw.append(ord(text[at]))
+            at += 1
+            continue
+        match = _PERCENT.match(text, at)
+        if match is None:
+            raise MalformedRequest("a % in the target is not followed by two hex digits")
+        raw.append(int(match[1], 16))
+        at += 3
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise MalformedRequest("the target is not UTF-8") from None
+
+
+def _query(text: Optional[str]) -> Mapping[str, str]:
+    values: dict[str, str] = {}
+    for pair in text.split("&") if text else ():
+        name, _, value = pair.partition("=")
+        name = _decode(name.replace("+", " "))
+        if name in values:
+            raise MalformedRequest("a query parameter stands twice")
+        values[name] = _decode(value.replace("+", " "))
+    return MappingProxyType(values)
+
+
+def _framing(headers: Mapping[str, str], version: str) -> tuple[int, bool]:
+    """(Content-Length, chunked), by RFC 9112, 6.3, where every doubt is a refusal; and Host, by 3.2."""
+    host = headers.get("host")
+    if host is None and version == "1.1":
+        raise MalformedRequest("the header Host is missing")
+    if host is not None and _HOST.fullmatch(host) is None:
+        raise MalformedRequest("the header Host is not valid")
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if coding is not None:
+        if length is not None:
+            raise MalformedRequest("Content-Length and Transfer-Encoding exclude each other")
+        if version == "1.0":
+            raise MalformedRequest("HTTP/1.0 knows no Transfer-Encoding")
+        if coding.lower() != "chunked":
+            if re.search(r"(?i)(?:^|,)[ \t]*chunked[ \t]*$", coding) and coding.lower().count("chunked") == 1:
+                raise MethodUnknown("of the transfer codings, chunked alone is known")
+            raise MalformedRequest("the last transfer coding is not chunked, or stands twice")
+        return 0, True
+    if length is None:
+        return 0, False
+    if _LENGTH.fullmatch(length.encode("latin-1")) is None:
+        raise MalformedRequest("Content-Length is not a number")
+    return int(length), False
+
+
+def _expects(headers: Mapping[str, str]) -> bool:
+    expect = headers.get("expect")
+    if expect is None:
+        return False
+    if expect.lower() != "100-continue":
+        raise ExpectationFailed("of the expectations, 100-continue alone is known")
+    return True
+
+
+# ---- chunked bodies --------------------------------------------------------------------------------
+
+
+class Chunked:
+    """A push decoder of the chunked coding (RFC 9112, 7.1). Extensions and trailers are checked and dropped.
+
+    `limit`: bytes of the decoded body. Feed what comes; `done` says when the message is over.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.body = bytearray()
+        self.done = False
+        self._limit = limit
+        self._left = 0  # bytes of the present chunk
+        self._state = "size"
+        self._trailer = 0
+
+    def feed(self, data: Buffer) -> int:
+        """Take in what can be taken; returns how many bytes. The rest is to be given again, with more."""
+        view = memoryview(data)
+        at = 0
+        while not self.done:
+            used = self._data(view[at:]) if self._state == "data" else self._line(view[at:])
+            if not used:
+                break
+            at += used
+        return at
+
+    def wipe(self) -> None:
+        """A body may hold plaintext or a key."""
+        self.body[:] = bytes(len(self.body))
+
+    def _data(self, view: memoryview) -> int:
+        size = min(self._left, len(view))
+        self.body += view[:size]
+        self._left -= size
+        if not self._left:
+            self._state = "end"
+        return size
+
+    def _line(self, view: memoryview) -> int:
+        bound = {"size": MAX_CHUNK_LINE, "end": 0, "trailer": MAX_TRAILER - self._trailer}[self._state]
+        begun = bytes(view[: bound + 2])
+        end = begun.find(b"\r\n")
+        lf = begun.find(b"\n")
+        if lf >= 0 and lf != end + 1:
+            raise MalformedRequest("a line of a chunked body ends in a bare LF")
+        cr = begun.find(b"\r")
+        if 0 <= cr < len(begun) - 1 and cr != end:
+            raise MalformedRequest("a bare CR stands in a chunked body")
+        if end < 0:
+            if len(begun) >= bound + 2 or (self._state == "end" and begun not in (b"", b"\r")):
+                raise MalformedRequest("a line of a chunked body is too long, or a chunk longer than it says")
+            return 0
+        getattr(self, "_on_" + self._state)(begun[:end])
+        return end + 2
+
+    def _on_size(self, line: bytes) -> None:
+        match = _CHUNK.fullmatch(line)
+        if match is None:
+            raise MalformedRequest("a chunk size is not a hex number")
+        self._left = int(match[1], 16)
+        if self._left + len(self.body) > self._limit:
+            raise BodyTooLarge(f"the body is longer than {self._limit} bytes")
+        self._state = "data" if self._left else "trailer"
+
+    def _on_end(self, line: bytes) -> None:
+        self._state = "size"
+
+    def _on_trailer(self, line: bytes) -> None:
+        if not line:
+            self.done = True
+            return
+        self._trailer += len(line) + 2
+        if _FIELD.fullmatch(line) is None:
+            raise MalformedRequest("a trailer line is not `Name: value`")
+
+
+# ---- the whole -------------------------------------------------------------------------------------
+
+
+def next_request(data: bytes, max_body: int) -> Optional[tuple[Head, bytes, int]]:
+    """(head, body, bytes used) of the first request in `data`; None: more is needed. Raises HttpError or
+    BodyTooLarge. What `httpd` does on a socket, as one pure function."""
+    end = find_head_end(data, 0, len(data))
+    if end < 0:
+        return None
+    head = parse_head(data[:end])
+    if head.content_length > max_body:
+        raise BodyTooLarge(f"the body is longer than {max_body} bytes")
+    if not head.chunked:
+        total = end + head.content_length
+        return (head, data[end:total], total) if len(data) >= total else None
+    chunked = Chunked(max_body)
+    used = end + chunked.feed(data[end:])
+    return (head, bytes(chunked.body), used) if chunked.done else None

@@ -1,0 +1,239 @@
+"""The API as OpenAPI 3.1, made from the table of routes and the schemas below."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from .. import __version__
+from ..encoding import MAX_THREAD_ID
+from .call import BINARY, JSON, MAX_PAGE, PROMETHEUS, SECRET_BODY, TEXT, Route
+from .fields import MAX_ITEMS
+
+Schema = dict[str, Any]
+
+_KEY_ID: Schema = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"}
+_THREAD_ID: Schema = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": MAX_THREAD_ID,
+    "pattern": r"^[^\x00-\x1f\x7f-\x9f]+$",
+}
+_BASE64: Schema = {
+    "type": "string",
+    "contentEncoding": "base64",
+    "pattern": "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?$",
+}
+_DEK: Schema = {"type": "string", "pattern": "^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$"}
+_HEX_KEY: Schema = {"type": "string", "pattern": "^[0-9A-Fa-f]{64}$"}
+_TEXT: Schema = {"type": "string"}
+_COUNT: Schema = {"type": "integer", "minimum": 0}
+
+
+def _object(required: str, optional: str = "", /, **properties: Schema) -> Schema:
+    """An object with these members and no other. `required` and `optional`: names, space-separated."""
+    names = required.split()
+    assert {*names, *optional.split()} == set(properties), properties
+    return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
+
+
+def _request(required: str, optional: str = "", /, **properties: Schema) -> Schema:
+    """As `_object`; null stands for an optional member that was left out."""
+    absent = {name: {"anyOf": [properties[name], {"type": "null"}]} for name in optional.split()}
+    return _object(required, optional, **{**properties, **absent})
+
+
+def _either(*choices: Schema) -> Schema:
+    return {"oneOf": list(choices)}
+
+
+def _items(item: Schema) -> Schema:
+    return _object("items", items={"type": "array", "minItems": 1, "maxItems": MAX_ITEMS, "items": item})
+
+
+def _data(field: str) -> Schema:
+    """Data under a stored DEK, or under one that comes along."""
+    stored = _request(f"key_id {field}", "aad", key_id=_KEY_ID, aad=_BASE64, **{field: _BASE64})
+    inline = _request(
+        f"wrapped {field}", "key_id aad", wrapped=_BASE64, key_id=_KEY_ID, aad=_BASE64, **{field: _BASE64}
+    )
+    return {"anyOf": [stored, inline]}
+
+
+_ERROR = _object("error", error=_object("code message", "hint", code=_TEXT, message=_TEXT, hint=_TEXT))
+_WRAPPED = _object("wrapped kek_id kek_version", wrapped=_BASE64, kek_id=_TEXT, kek_version=_TEXT)
+_MOVE = _request(
+    "key_id new_key_id ciphertext",
+    "aad new_aad",
+    key_id=_KEY_ID,
+    new_key_id=_KEY_ID,
+    ciphertext=_BASE64,
+    aad=_BASE64,
+    new_aad=_BASE64,
+)
+_DESCRIPTION = _object(
+    "key_id thread_id state kek_id kek_version created_at",
+    "delete_at shredded_at wrapped",
+    key_id=_KEY_ID,
+    thread_id=_TEXT,
+    state={"enum": ["enabled", "disabled", "pending_deletion", "shredded"]},
+    kek_id=_TEXT,
+    kek_version=_COUNT,
+    created_at=_TEXT,
+    delete_at=_TEXT,
+    shredded_at=_TEXT,
+    wrapped=_BASE64,
+)
+
+
+def _done(field: str) -> Schema:
+    return _object(field, **{field: _BASE64})
+
+
+def _all_done(field: str) -> Schema:
+    return _object("items", items={"type": "array", "items": _either(_done(field), _ERROR)})
+
+
+_REQUESTS: dict[str, Schema] = {
+    "/create_dek_for_thread": _either(
+        _request("thread_id", thread_id=_THREAD_ID), _request("thread_key", thread_key=_THREAD_ID)
+    ),
+    "/deks": _either(
+        _request("thread_id", "key_id", thread_id=_THREAD_ID, key_id=_KEY_ID),
+        _request("thread_key", "key_id", thread_key=_THREAD_ID, key_id=_KEY_ID),
+    ),
+    "/encrypt": _data("plaintext"),
+    "/decrypt": _data("ciphertext"),
+    "/encrypt_batch": _items(_data("plaintext")),
+    "/decrypt_batch": _items(_data("ciphertext")),
+    "/reencrypt": {"anyOf": [_MOVE, _items(_MOVE)]},
+    "/wrap": _object("dek", "key_id", dek=_DEK, key_id=_KEY_ID),
+    "/unwrap": _request("wrapped", "key_id", wrapped=_BASE64, key_id=_KEY_ID),
+    "/rewrap": _object("key_id new_kek_hex", key_id=_KEY_ID, new_kek_hex=_HEX_KEY),
+    "/rotate_kek": _object("new_kek_hex", "dry_run", new_kek_hex=_HEX_KEY, dry_run={"type": "boolean"}),
+    "DELETE /deks/{key_id}": _request(
+        "",
+        "immediately pending_days",
+        immediately={"type": "boolean"},
+        pending_days={"type": "integer", "minimum": 1, "maximum": 365},
+    ),
+    "/deks/{key_id}/disable": _request(""),
+    "/deks/{key_id}/enable": _request(""),
+}
+
+_OPTIONAL_BODY = frozenset(("DELETE /deks/{key_id}", "/deks/{key_id}/disable", "/deks/{key_id}/enable"))
+
+_ANSWERS: dict[str, Schema] = {
+    "/create_dek_for_thread": _object(
+        "key_id wrapped kek_id kek_version", key_id=_KEY_ID, wrapped=_BASE64, kek_id=_TEXT, kek_version=_TEXT
+    ),
+    "/get_wrapped": _WRAPPED,
+    "/wrap": _WRAPPED,
+    "/unwrap": _object("dek", dek=_DEK),
+    "/encrypt": _done("ciphertext"),
+    "/decrypt": _done("plaintext"),
+    "/encrypt_batch": _all_done("ciphertext"),
+    "/decrypt_batch": _all_done("plaintext"),
+    "/reencrypt": {"anyOf": [_done("ciphertext"), _all_done("ciphertext")]},
+    "GET /deks": _object(
+        "deks next_cursor",
+        deks={"type": "array", "items": _DESCRIPTION},
+        next_cursor={"type": ["string", "null"]},
+    ),
+    "/readyz": _object("ready reasons", ready={"type": "boolean"}, reasons={"type": "array", "items": _TEXT}),
+}
+
+_QUERIES: dict[str, list[tuple[str, bool, Schema]]] = {
+    "/get_wrapped": [("key_id", True, _KEY_ID)],
+    "GET /deks": [
+        ("cursor", False, _either({"const": ""}, _KEY_ID)),
+        ("limit", False, {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}),
+        ("thread_id", False, _THREAD_ID),
+    ],
+}
+
+
+def document(routes: Iterable[Route]) -> Schema:
+    paths: dict[str, Schema] = {}
+    for route in routes:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "progressdb-kms",
+            "version": __version__,
+            "description": "HTTP over a Unix socket; its permissions and the peer's UID say who may call.",
+        },
+        "paths": paths,
+    }
+
+
+def _of(table: dict[str, Any], route: Route) -> Any:
+    return table.get(f"{route.method} {route.path}", table.get(route.path))
+
+
+def _operation(route: Route) -> Schema:
+    operation: Schema = {
+        "summary": route.summary,
+        "operationId": re.sub("[^a-z_]+", "_", f"{route.method}{route.path}".lower()),
+        "parameters": _parameters(route),
+        "responses": _responses(route),
+    }
+    request = _of(_REQUESTS, route) if route.method != "GET" else None
+    if request is not None:
+        required = f"{route.method} {route.path}" not in _OPTIONAL_BODY and route.path not in _OPTIONAL_BODY
+        operation["requestBody"] = {"required": required, "content": {JSON: {"schema": request}}}
+        if route.secret:
+            operation["requestBody"]["description"] = f"At most {SECRET_BODY} bytes, no escapes in strings."
+        if route.raw:
+            operation["description"] = (
+                f"Also with Content-Type {BINARY}: the body is the data, `key_id` in the query, the AAD as "
+                f"base64 in the header X-KMS-AAD, and the answer is {BINARY}."
+            )
+    return operation
+
+
+def _parameters(route: Route) -> list[Schema]:
+    path = (
+        [{"name": "key_id", "in": "path", "required": True, "schema": _KEY_ID}] if "{" in route.path else []
+    )
+    query = [
+        {"name": name, "in": "query", "required": required, "schema": schema}
+        for name, required, schema in _of(_QUERIES, route) or ()
+    ]
+    return path + query
+
+
+_ERRORS = {
+    "400": "Malformed; `code` names the field",
+    "403": "This UID may not make this call",
+    "404": "No such key",
+    "408": "The request came too slowly",
+    "409": "In conflict with the state of the key or of the service",
+    "410": "The key was shredded",
+    "413": "The body is too long",
+    "415": "Neither JSON nor a raw body where one is taken",
+    "422": "Does not open: wrong key, wrong AAD or changed data",
+    "423": "The key is disabled or scheduled for deletion",
+    "431": "The head of the request is too long",
+    "500": "A defect; the daemon's log tells more",
+    "503": "Not able now: audit log, store, or too many connections",
+}
+
+
+def _responses(route: Route) -> Schema:
+    kind = {"/metrics": PROMETHEUS, "/health": TEXT, "/healthz": TEXT}.get(route.path, JSON)
+    schema = _of(_ANSWERS, route)
+    if schema is None:
+        schema = (
+            _DESCRIPTION if route.path.startswith("/deks") else {"type": "object"} if kind == JSON else _TEXT
+        )
+    success = "201" if (route.method, route.path) == ("POST", "/deks") else "200"
+    responses: Schema = {
+        success: {"description": "Done", "content": {kind.partition(";")[0]: {"schema": schema}}}
+    }
+    for status, text in _ERRORS.items():
+        body = _ANSWERS["/readyz"] if (status, route.path) == ("503", "/readyz") else _ERROR
+        responses[status] = {"description": text, "content": {JSON: {"schema": body}}}
+    return responses

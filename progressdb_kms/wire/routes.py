@@ -1,0 +1,722 @@
+"""The wire API: a table of routes, and a function for each that turns a request into an answer.
+
+`dispatch` is the one way through: find the route, hold the peer against the rules, run the function, write
+the audit record, and only then give the answer back. An error is an answer too.
+"""
+
+from __future__ import annotations
+
+import binascii
+import itertools
+import logging
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
+
+from .. import __version__
+from ..audit.log import Fragment, fragment, key_fragment
+from ..crypto.aead import KEY_SIZE
+from ..crypto.envelope import Wrapped
+from ..encoding import (
+    b64decode,
+    b64decode_into,
+    b64encode,
+    b64encode_bytes,
+    b64encode_into,
+    hex_decode_into,
+    json_dumps,
+    json_loads,
+)
+from ..errors import (
+    BadRequest,
+    BodyTooLarge,
+    InternalError,
+    KMSError,
+    MethodNotAllowed,
+    NotFound,
+    PeerRefused,
+    UnsupportedMediaType,
+)
+from ..service.keeper import describe
+from ..service.worker import Batch, BatchItem, Results, wrapped_source
+from ..store.contract import DekRecord
+from . import openapi, secretjson
+from .call import BINARY, DEFAULT_PAGE, JSON, MAX_PAGE, PROMETHEUS, TEXT, App, Call, Reply, Route
+from .fields import MAX_ITEMS, Fields, checked_key_id, checked_thread_id
+from .http1 import Head
+
+log = logging.getLogger("progressdb_kms.api")
+
+T = TypeVar("T")
+
+
+def fields_of(call: Call) -> Fields:
+    if call.head.content_type not in ("", JSON):
+        raise UnsupportedMediaType(f"send {JSON}")
+    try:
+        return Fields(json_loads(bytes(call.body)))
+    except ValueError:
+        raise BadRequest(
+            "the body is not valid JSON (UTF-8, no name twice, no NaN)", code="malformed_json"
+        ) from None
+
+
+def optional_fields_of(call: Call) -> Fields:
+    return fields_of(call) if len(call.body) else Fields({})
+
+
+def query_value(call: Call, name: str) -> Optional[str]:
+    return call.head.query.get(name)
+
+
+def known_query(call: Call, *names: str) -> None:
+    for name in call.head.query:
+        if name not in names:
+            raise BadRequest(f"the query parameter {name[:40]!r} is not known here", code="unknown_field")
+
+
+def path_key_id(call: Call) -> str:
+    key_id = checked_key_id(call.head.path.split("/")[2])
+    call.key = key_fragment(key_id)
+    return key_id
+
+
+def answer(value: Any, status: int = 200) -> Reply:
+    return Reply(status, json_dumps(value).encode("ascii"))
+
+
+# ---- DEKs ------------------------------------------------------------------------------------------
+
+
+def create_dek_for_thread(app: App, call: Call) -> Reply:
+    fields = fields_of(call)
+    thread_id = fields.thread_id()
+    fields.end()
+    made = _create(app, call, thread_id=thread_id)
+    return answer({name: str(made[name]) for name in ("key_id", "wrapped", "kek_id", "kek_version")})
+
+
+def create_dek(app: App, call: Call) -> Reply:
+    fields = fields_of(call)
+    key_id = fields.optional_key_id()
+    thread_id = fields.thread_id()
+    fields.end()
+    return answer(_create(app, call, thread_id=thread_id, key_id=key_id), 201)
+
+
+def _create(app: App, call: Call, thread_id: str, key_id: Optional[str] = None) -> dict[str, Any]:
+    call.key = key_fragment(key_id, thread_id) if key_id else fragment(thread_id=thread_id)
+    made = app.service.change("create", thread_id=thread_id, key_id=key_id)
+    call.key = key_fragment(made["key_id"], thread_id)
+    return made
+
+
+def get_wrapped(app: App, call: Call) -> Reply:
+    known_query(call, "key_id")
+    key_id = query_value(call, "key_id")
+    if key_id is None:
+        raise BadRequest.missing("key_id")
+    record = _usable(app, call, checked_key_id(key_id))
+    body = {
+        "wrapped": b64encode(record.wrapped),
+        "kek_id": record.kek_id,
+        "kek_version": str(record.kek_version),
+    }
+    return answer(body)
+
+
+def _usable(app: App, call: Call, key_id: str) -> DekRecord:
+    call.key = key_fragment(key_id)
+    entry = app.service.entry(key_id)
+    call.key = entry.fragment
+    return entry.record
+
+
+def list_deks(app: App, call: Call) -> Reply:
+    known_query(call, "cursor", "limit", "thread_id")
+    cursor, limit, thread_id = (query_value(call, name) for name in ("cursor", "limit", "thread_id"))
+    if cursor:
+        checked_key_id(cursor, "cursor")
+    if limit is not None and not re.fullmatch("[0-9]{1,4}", limit):
+        raise BadRequest.invalid("limit", f"must be a whole number from 1 to {MAX_PAGE}")
+    size = int(limit) if limit is not None else DEFAULT_PAGE
+    if not 1 <= size <= MAX_PAGE:
+        raise BadRequest.invalid("limit", f"must be a whole number from 1 to {MAX_PAGE}")
+    if thread_id is not None:
+        checked_thread_id(thread_id)
+    records = app.service.page(cursor or "", size + 1, thread_id)
+    more = len(records) > size
+    shown = records[:size]
+    return answer({"deks": [describe(r) for r in shown], "next_cursor": shown[-1].key_id if more else None})
+
+
+def describe_dek(app: App, call: Call) -> Reply:
+    return answer(describe(app.service.record(path_key_id(call))))
+
+
+def disable_dek(app: App, call: Call) -> Reply:
+    return _transition(app, call, "disable")
+
+
+def enable_dek(app: App, call: Call) -> Reply:
+    return _transition(app, call, "enable")
+
+
+def _transition(app: App, call: Call, action: str, days: int = 7) -> Reply:
+    key_id = path_key_id(call)
+    return answer(app.service.change("transition", key_id=key_id, action=action, days=days))
+
+
+def disable_or_enable(app: App, call: Call) -> Reply:
+    optional_fields_of(call).end()
+    return disable_dek(app, call) if call.head.path.endswith("/disable") else enable_dek(app, call)
+
+
+def delete_dek(app: App, call: Call) -> Reply:
+    path_key_id(call)
+    fields = optional_fields_of(call)
+    now = fields.flag("immediately")
+    days = fields.integer("pending_days", 1, 365, 7)
+    fields.end()
+    call.details = fragment(immediately=now)
+    return _transition(app, call, "shred" if now else "schedule_deletion", days)
+
+
+# ---- data ------------------------------------------------------------------------------------------
+
+
+# What clients send most, read without a JSON parser: the key_id, then the data, nothing else. Whatever does
+# not look exactly so goes the long way, and so does what is not base64 as it stands.
+def _item(field: str, colon: bytes, comma: bytes) -> bytes:
+    key_id = rb"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
+    return rb'\{"key_id"%b"(%b)"%b"%b"%b"([^"]*)"\}' % (colon, key_id, comma, field.encode(), colon)
+
+
+class _Page(NamedTuple):
+    """How a JSON encoder writes a batch: `start`, then items with what ends each."""
+
+    start: bytes
+    item: re.Pattern[bytes]
+    frame: int
+    """bytes of an item without its key_id and data, and of what ends it"""
+    last: int
+    """bytes that the end of the last item is longer"""
+
+
+def _page(field: str, colon: bytes, comma: bytes) -> _Page:
+    item = re.compile(_item(field, colon, comma) + rb"(?:%b|\]\}\Z)" % comma)
+    frame = len(b'{"key_id""""":"}' + field.encode()) + 2 * len(colon + comma)
+    return _Page(b'{"items"%b[' % colon, item, frame, 2 - len(comma))
+
+
+_DATA = ("plaintext", "ciphertext")
+_ONE = {field: re.compile(_item(field, b" ?: ?", b" ?, ?")) for field in _DATA}
+_PAGES = {field: [_page(field, b":", b","), _page(field, b": ", b", ")] for field in _DATA}
+
+
+def encrypt(app: App, call: Call) -> Reply:
+    if call.head.content_type == BINARY:
+        key_id, aad = _raw_source(app, call)
+        nonce, sealed = app.service.encrypt(key_id, call.body, aad, call.scratch)
+        return Reply(200, sealed, BINARY, lead=nonce)
+    source, plaintext, aad = _data_request(app, call, "plaintext")
+    nonce, sealed = app.service.encrypt(source, plaintext, aad, call.scratch)
+    return Reply(200, b'{"ciphertext":"%b"}' % b64encode_bytes(nonce + sealed))
+
+
+def decrypt(app: App, call: Call) -> Reply:
+    if call.head.content_type == BINARY:
+        key_id, aad = _raw_source(app, call)
+        return Reply(200, app.service.decrypt(key_id, call.body, aad, call.scratch), BINARY)
+    source, ciphertext, aad = _data_request(app, call, "ciphertext")
+    opened = app.service.decrypt(source, ciphertext, aad, call.scratch)
+    return Reply(200, b'{"plaintext":"%b"}' % b64encode_bytes(opened))
+
+
+def _data_request(app: App, call: Call, field: str) -> tuple[Union[str, Wrapped], bytes, bytes]:
+    """(DEK, data, AAD) of a JSON body."""
+    one = _ONE[field].fullmatch(call.body) if call.head.content_type == JSON else None
+    if one is not None and (data := _plain_base64(one[2])) is not None:
+        key_id = one[1].decode("ascii")
+        _usable(app, call, key_id)
+        return key_id, data, b""
+    fields = fields_of(call)
+    source = _source(app, call, fields)
+    data = fields.data(field)
+    aad = fields.aad()
+    fields.end()
+    return source, data, aad
+
+
+def _plain_base64(text: bytes) -> Optional[bytes]:
+    """None: there is an escape in it (`\\/`), or it is no base64."""
+    try:
+        return b64decode(text)
+    except ValueError:
+        return None
+
+
+def _source(app: App, call: Call, fields: Fields) -> Union[str, Wrapped]:
+    source = fields.source()
+    if isinstance(source, str):
+        _usable(app, call, source)
+    elif source.key_id is not None:
+        call.key = key_fragment(source.key_id)
+    return source
+
+
+def _raw_source(app: App, call: Call) -> tuple[str, bytes]:
+    """Raw bodies: the key_id is in the query, the AAD as base64 in the header X-KMS-AAD."""
+    known_query(call, "key_id")
+    key_id = query_value(call, "key_id")
+    if key_id is None:
+        raise BadRequest.missing("key_id")
+    _usable(app, call, checked_key_id(key_id))
+    try:
+        return key_id, b64decode(call.head.headers.get("x-kms-aad", ""))
+    except ValueError as error:
+        raise BadRequest.invalid("aad", f"(header X-KMS-AAD) is {error}") from None
+
+
+def encrypt_batch(app: App, call: Call) -> Reply:
+    return _batch(app, call, "plaintext", "ciphertext", app.service.encrypt_many)
+
+
+def decrypt_batch(app: App, call: Call) -> Reply:
+    return _batch(app, call, "ciphertext", "plaintext", app.service.decrypt_many)
+
+
+Many = Callable[[Batch, memoryview], Results]
+
+
+def _batch(app: App, call: Call, given: str, wanted: str, work: Many) -> Reply:
+    items: Batch = _page_items(call, given)
+    if not items:
+        fields = fields_of(call)
+        rows = fields.items()
+        if rows is None:
+            raise BadRequest.missing("items")
+        fields.end()
+        items = _each(rows, lambda fields: (fields.source(), fields.data(given), fields.aad()))
+    return _batch_reply(app, call, wanted, items, work(items, call.scratch))
+
+
+def _page_items(call: Call, given: str) -> list[BatchItem]:
+    """The items of a body that is written as in `_PAGES`; none: it is not."""
+    body = call.body
+    page = _PAGES[given][body[9:10] == b" "]
+    if call.head.content_type != JSON or body[: len(page.start)] != page.start:
+        return []
+    found = page.item.findall(body, len(page.start))
+    # findall skips what does not fit: where nothing was skipped, the lengths add up.
+    size = sum([len(key_id) + len(text) for key_id, text in found]) + len(found) * page.frame
+    if len(page.start) + size + page.last != len(body) or len(found) > MAX_ITEMS:
+        return []
+    try:
+        return [(key_id.decode("ascii"), b64decode(text), b"") for key_id, text in found]
+    except ValueError:
+        return []
+
+
+def _each(rows: list[Any], read: Callable[[Fields], T]) -> list[Union[T, KMSError]]:
+    """What `read` makes of each row; of a malformed one the error, which spoils no other."""
+    results: list[Union[T, KMSError]] = []
+    for row in rows:
+        try:
+            fields = Fields(row)
+            item = read(fields)
+            fields.end()
+            results.append(item)
+        except KMSError as error:
+            results.append(error)
+    return results
+
+
+def _batch_reply(app: App, call: Call, wanted: str, items: Batch, results: Results) -> Reply:
+    """An item that is malformed or failed has an error in its place. One audit record for all of them."""
+    failed = sum([isinstance(result, KMSError) for result in results])
+    sources = {item[0] for item in items if not isinstance(item, KMSError)}
+    keys = sorted({source if isinstance(source, str) else source.key_id or "" for source in sources})
+    call.details = fragment(count=len(results), failed=failed, keys=keys)
+    app.service.counters.add("items", len(results))
+    lead, b64 = b'{"%b":"' % wanted.encode("ascii"), binascii.b2a_base64
+    rendered = [
+        _item_error(result) if isinstance(result, KMSError) else lead + b64(result, newline=False) + b'"}'
+        for result in results
+    ]
+    return Reply(200, b'{"items":[%b]}' % b",".join(rendered))
+
+
+def _item_error(error: KMSError) -> bytes:
+    return json_dumps({"error": {"code": error.code, "message": error.message}}).encode("ascii")
+
+
+class _Move(NamedTuple):
+    """A ciphertext under one DEK, and the DEK and AAD that it shall be under."""
+
+    source: str
+    data: bytes
+    aad: bytes
+    target: str
+    new_aad: bytes
+
+
+def reencrypt(app: App, call: Call) -> Reply:
+    """From one DEK to another; the plaintext never leaves the process."""
+    fields = fields_of(call)
+    rows = fields.items()
+    if rows is None:
+        move = _move(fields)
+        fields.end()
+        call.key = key_fragment(move.source)
+        call.details = fragment(new_key_id=move.target)
+        (result,) = _moved(app, call, [move])
+        if isinstance(result, KMSError):
+            raise result
+        return Reply(200, b'{"ciphertext":"%b"}' % b64encode_bytes(result))
+    fields.end()
+    moves = _each(rows, _move)
+    return _batch_reply(app, call, "ciphertext", _sources(moves), _moved(app, call, moves))
+
+
+def _move(fields: Fields) -> _Move:
+    source, target = fields.key_id(), fields.key_id("new_key_id")
+    data, aad = fields.data("ciphertext"), fields.aad()
+    return _Move(source, data, aad, target, fields.aad("new_aad", aad))
+
+
+def _sources(moves: Sequence[Union[_Move, KMSError]]) -> Batch:
+    return [move if isinstance(move, KMSError) else (move.source, move.data, move.aad) for move in moves]
+
+
+def _moved(app: App, call: Call, moves: Sequence[Union[_Move, KMSError]]) -> Results:
+    opened = app.service.decrypt_many(_sources(moves), call.scratch)
+    again = [_again(move, text) for move, text in zip(moves, opened)]
+    return app.service.encrypt_many(again, call.scratch)
+
+
+def _again(move: Union[_Move, KMSError], opened: Union[bytes, KMSError]) -> Union[BatchItem, KMSError]:
+    if isinstance(move, KMSError):
+        return move
+    return opened if isinstance(opened, KMSError) else (move.target, opened, move.new_aad)
+
+
+# ---- bodies that carry a key: read in place, see secretjson ------------------------------------------
+
+
+def wrap(app: App, call: Call) -> Reply:
+    body, spans, _ = _secret_fields(call, strings=("dek", "key_id"))
+    key_id = _plain(body, spans, "key_id")
+    if key_id is not None:
+        call.key = key_fragment(checked_key_id(key_id))
+    dek = call.scratch[:KEY_SIZE]
+    try:
+        b64decode_into(_span(body, spans, "dek"), dek)
+        blob, kek_id, version, name = app.service.wrap(dek, key_id)
+    except ValueError as error:
+        raise BadRequest.invalid("dek", str(error)) from None
+    finally:
+        call.scratch[:] = bytes(len(call.scratch))
+    call.key = key_fragment(name)
+    return answer({"wrapped": b64encode(blob), "kek_id": kek_id, "kek_version": str(version)})
+
+
+def unwrap(app: App, call: Call) -> Reply:
+    fields = fields_of(call)
+    wrapped = wrapped_source(fields.data("wrapped"), fields.optional_key_id())
+    fields.end()
+    if wrapped.key_id is not None:
+        call.key = key_fragment(wrapped.key_id)
+    out = call.answer
+    try:
+        dek = app.service.unwrap(wrapped, call.scratch)
+        out[:8] = b'{"dek":"'
+        end = 8 + b64encode_into(dek, out[8:])
+    finally:
+        call.scratch[:] = bytes(len(call.scratch))
+    out[end : end + 2] = b'"}'
+    return Reply(200, out[: end + 2], secret=True)
+
+
+def rewrap(app: App, call: Call) -> Reply:
+    body, spans, _ = _secret_fields(call, strings=("key_id", "new_kek_hex"))
+    key_id = _plain(body, spans, "key_id")
+    if key_id is None:
+        raise BadRequest.missing("key_id")
+    call.key = key_fragment(checked_key_id(key_id))
+    with app.staging.take() as (slot, view):
+        _new_kek(body, spans, view)
+        done = app.service.change("rewrap", key_id=key_id, slot=slot)
+    call.details = fragment(new_kek_id=done["kek_id"])
+    names = {
+        "new_wrapped": done["wrapped"],
+        "new_kek_id": done["kek_id"],
+        "new_kek_version": str(done["kek_version"]),
+    }
+    return answer({"status": "ok", **done, "kek_version": str(done["kek_version"]), **names})
+
+
+def rotate_kek(app: App, call: Call) -> Reply:
+    body, spans, flags = _secret_fields(call, strings=("new_kek_hex",), booleans=("dry_run",))
+    with app.staging.take() as (slot, view):
+        _new_kek(body, spans, view)
+        done = app.service.change("rotate", timeout=None, slot=slot, dry_run=flags.get("dry_run", False))
+    call.details = fragment(
+        new_kek_id=done["kek_id"], rewrapped=done["rewrapped"], dry_run=done["status"] != "ok"
+    )
+    return answer({**done, "kek_version": str(done["kek_version"])})
+
+
+def _new_kek(body: memoryview, spans: Mapping[str, secretjson.Span], view: memoryview) -> None:
+    try:
+        hex_decode_into(_span(body, spans, "new_kek_hex"), view)
+    except ValueError as error:
+        raise BadRequest.invalid("new_kek_hex", str(error)) from None
+
+
+def _secret_fields(
+    call: Call, strings: tuple[str, ...], booleans: tuple[str, ...] = ()
+) -> tuple[memoryview, dict[str, secretjson.Span], dict[str, bool]]:
+    if call.head.content_type not in ("", JSON):
+        raise UnsupportedMediaType(f"send {JSON}")
+    body = memoryview(call.body)
+    try:
+        spans, flags = secretjson.scan(body)
+    except ValueError as error:
+        raise BadRequest(str(error), code="malformed_json") from None
+    for name in (*spans, *flags):
+        if name not in strings and name not in booleans:
+            raise BadRequest("a field of the body is not known here", code="unknown_field")
+        if (name in spans) != (name in strings):
+            raise BadRequest.invalid(name, "must be a string" if name in strings else "must be true or false")
+    return body, spans, flags
+
+
+def _span(body: memoryview, spans: Mapping[str, secretjson.Span], name: str) -> memoryview:
+    if name not in spans:
+        raise BadRequest.missing(name)
+    start, end = spans[name]
+    return body[start:end]
+
+
+def _plain(body: memoryview, spans: Mapping[str, secretjson.Span], name: str) -> Optional[str]:
+    """A value that is no secret."""
+    if name not in spans:
+        return None
+    start, end = spans[name]
+    if end - start > 128:
+        raise BadRequest.invalid(name, "is too long")
+    return bytes(body[start:end]).decode("utf-8", "replace")
+
+
+# ---- the service itself --------------------------------------------------------------------------------
+
+
+def health(app: App, call: Call) -> Reply:
+    return Reply(200, b"ok", TEXT)
+
+
+def ready(app: App, call: Call) -> Reply:
+    reasons = app.service.not_ready()
+    return answer({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+
+
+def status(app: App, call: Call) -> Reply:
+    return answer({"version": __version__, "state": "ready", **app.service.status()})
+
+
+def metrics(app: App, call: Call) -> Reply:
+    return Reply(200, app.metrics.render(_gauges(app)).encode("ascii"), PROMETHEUS)
+
+
+def _gauges(app: App) -> list[tuple[str, str, str, list[tuple[str, float]]]]:
+    service = app.service
+    about = service.about()
+    keks = service.keks()
+    deks: list[tuple[str, float]] = [
+        (f'{{kek_id="{name}"}}', float(row["count"])) for name, row in keks.items()
+    ]
+    return [
+        ("deks", "gauge", "Stored DEKs, by the KEK that wraps them.", deks),
+        (
+            "kek_version",
+            "gauge",
+            "Rotations of the KEK so far, plus one.",
+            [("", service.keyring.active.version)],
+        ),
+        ("workers", "gauge", "Worker processes.", [("", about["workers"])]),
+        (
+            "worker_restarts_total",
+            "counter",
+            "Workers that died and were replaced.",
+            [("", about["restarts"])],
+        ),
+        (
+            "locked_bytes",
+            "gauge",
+            "Locked memory of this worker and the shared region.",
+            [("", about["memory"]["locked_bytes"])],
+        ),
+        ("uptime_seconds", "gauge", "Since the daemon started.", [("", about["uptime_seconds"])]),
+    ]
+
+
+def openapi_document(app: App, call: Call) -> Reply:
+    return answer(openapi.document(ROUTES))
+
+
+# ---- the table ---------------------------------------------------------------------------------------
+
+ROUTES = (
+    Route("GET", "/healthz", "", health, "Liveness"),
+    Route("GET", "/health", "", health, "Liveness, under the name that older clients try"),
+    Route("GET", "/readyz", "", ready, "Readiness: 503 with the reasons where something is amiss"),
+    Route("GET", "/status", "", status, "Version, KEK, counts, memory protection, progress of a rotation"),
+    Route("GET", "/metrics", "", metrics, "Prometheus metrics"),
+    Route("GET", "/openapi.json", "", openapi_document, "This API as OpenAPI 3.1"),
+    Route("POST", "/create_dek_for_thread", "create_dek", create_dek_for_thread, "Make a DEK for a thread"),
+    Route("GET", "/get_wrapped", "get_wrapped", get_wrapped, "The wrapped DEK of a key_id"),
+    Route("POST", "/encrypt", "encrypt", encrypt, "Encrypt under a DEK", raw=True),
+    Route("POST", "/decrypt", "decrypt", decrypt, "Decrypt under a DEK", raw=True),
+    Route("POST", "/encrypt_batch", "encrypt_batch", encrypt_batch, "Encrypt up to 1,000 items"),
+    Route("POST", "/decrypt_batch", "decrypt_batch", decrypt_batch, "Decrypt up to 1,000 items"),
+    Route("POST", "/reencrypt", "reencrypt", reencrypt, "Move a ciphertext from one DEK to another"),
+    Route("POST", "/wrap", "wrap", wrap, "Wrap a DEK that the caller holds", secret=True),
+    Route("POST", "/unwrap", "unwrap", unwrap, "Unwrap a DEK for the caller", admin=True, secret=True),
+    Route("POST", "/rewrap", "rewrap", rewrap, "Move one stored DEK to another KEK", admin=True, secret=True),
+    Route(
+        "POST",
+        "/rotate_kek",
+        "rotate_kek",
+        rotate_kek,
+        "Rewrap every DEK under a new KEK",
+        admin=True,
+        secret=True,
+    ),
+    Route(
+        "POST",
+        "/deks",
+        "create_dek",
+        create_dek,
+        "Make a DEK, with a key_id of the caller's choice if wanted",
+    ),
+    Route("GET", "/deks", "list_deks", list_deks, "DEKs in order of key_id, page by page"),
+    Route("GET", "/deks/{key_id}", "describe_dek", describe_dek, "One DEK, without its wrapped bytes"),
+    Route(
+        "DELETE",
+        "/deks/{key_id}",
+        "delete_dek",
+        delete_dek,
+        "Schedule a crypto-shred, or shred now",
+        admin=True,
+    ),
+    Route(
+        "POST",
+        "/deks/{key_id}/disable",
+        "disable_dek",
+        disable_or_enable,
+        "Refuse all use of a DEK",
+        admin=True,
+    ),
+    Route(
+        "POST",
+        "/deks/{key_id}/enable",
+        "enable_dek",
+        disable_or_enable,
+        "Allow it again, or cancel a deletion",
+    ),
+)
+
+_STATIC = {(r.method, r.path): r for r in ROUTES if "{" not in r.path}
+_DYNAMIC = {(r.method, r.path.partition("}")[2]): r for r in ROUTES if "{" in r.path}
+
+
+def find(head: Head) -> Route:
+    """Raises NotFound, or MethodNotAllowed with the methods that the path knows."""
+    method = "GET" if head.method == "HEAD" else head.method
+    route = _STATIC.get((method, head.path)) or _find_dynamic(method, head.path)
+    if route is None:
+        allowed = sorted({r.method for r in ROUTES if _matches(r, head.path)})
+        if allowed:
+            allow = ", ".join(allowed + (["HEAD"] if "GET" in allowed else []))
+            raise MethodNotAllowed(f"{head.path[:80]} does not know {head.method}", allow=allow)
+        raise NotFound("there is nothing at this path", hint="GET /openapi.json lists what there is")
+    return route
+
+
+def _find_dynamic(method: str, path: str) -> Optional[Route]:
+    parts = path.split("/")
+    if len(parts) < 3 or parts[1] != "deks" or not parts[2]:
+        return None
+    return _DYNAMIC.get((method, "".join("/" + part for part in parts[3:])))
+
+
+def _matches(route: Route, path: str) -> bool:
+    if "{" not in route.path:
+        return route.path == path
+    return _find_dynamic(route.method, path) is route
+
+
+# ---- the way through ---------------------------------------------------------------------------------
+
+_request_prefix = os.urandom(4).hex()
+_request_numbers = itertools.count(1)
+
+
+def dispatch(app: App, route: Route, call: Call) -> Reply:
+    """Carry a request out. Always an answer, never an exception; the audit record is written before it."""
+    started = time.perf_counter()
+    request_id = f"{_request_prefix}-{next(_request_numbers)}"
+    call.op = route.op
+    try:
+        app.service.rules.check(call.peer, route.admin)
+        reply = route.handler(app, call)
+        outcome = "ok"
+    except KMSError as error:
+        outcome = "refused" if isinstance(error, PeerRefused) else "failed"
+        reply = _answer_error(call, error)
+    except Exception:
+        log.exception("request %s (%s) failed", request_id, route.path)
+        outcome = "failed"
+        reply = _answer_error(
+            call, InternalError(f"an internal error; the daemon's log tells more under {request_id}")
+        )
+    if route.op:
+        try:
+            receipt = app.service.audit.record(
+                route.op,
+                outcome,
+                reply.status,
+                call.key,
+                call.peer_fragment,
+                Fragment(f',"request_id":"{request_id}"'),
+                call.details,
+            )
+            reply.receipt = receipt
+        except KMSError as error:
+            reply = error_reply(error)  # no audit record, no answer
+    app.service.counters.request(route.op or "service", reply.status, time.perf_counter() - started)
+    return reply
+
+
+def _answer_error(call: Call, error: KMSError) -> Reply:
+    call.details = Fragment(call.details + fragment(code=error.code))
+    return error_reply(error)
+
+
+def error_reply(error: KMSError) -> Reply:
+    """What a peer hears of an error."""
+    body: dict[str, str] = {"code": error.code, "message": error.message}
+    if error.hint:
+        body["hint"] = error.hint
+    extra = f"Allow: {error.allow}\r\n" if isinstance(error, MethodNotAllowed) else ""
+    return Reply(error.status, json_dumps({"error": body}).encode("ascii"), extra=extra, close=error.close)
+
+
+def check_length(app: App, route: Route, length: int) -> None:
+    """Before the body is read. Raises BodyTooLarge."""
+    limit = route.body_limit(app)
+    if length > limit:
+        raise BodyTooLarge(f"the body has {length} bytes; here at most {limit} are taken")
