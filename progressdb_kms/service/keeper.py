@@ -26,7 +26,7 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 
 from ..audit.log import AuditLog
 from ..config.load import check_master_key
-from ..crypto import operations
+from ..crypto import envelope
 from ..crypto.aead import KEY_SIZE, NONCE_SIZE
 from ..crypto.keyring import Keyring, fingerprint
 from ..crypto.memory import LockedBuffer, wipe
@@ -115,7 +115,7 @@ class Keeper:
         self._audit = audit
         self._inbox = inbox
         self._clock = clock
-        self._memory = LockedBuffer(operations.SCRATCH_SIZE)
+        self._memory = LockedBuffer(envelope.SCRATCH_SIZE)
         self._effects: list[Callable[[], None]] = []
         self._rotation: Optional[Rotation] = None
         self._task: Optional[tuple[Steps, Job]] = None
@@ -319,7 +319,7 @@ class Keeper:
         try:
             random_into(dek)
             with self._keyring.borrow(active.kek_id) as kek:
-                blob = operations.wrap(kek, active.kek_id, key_id, os.urandom(NONCE_SIZE), dek)
+                blob = envelope.wrap(kek, active.kek_id, key_id, os.urandom(NONCE_SIZE), dek)
         finally:
             wipe(dek)
         record = DekRecord(key_id, thread_id, blob, active.kek_id, active.version, timestamp(now))

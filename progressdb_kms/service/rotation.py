@@ -23,7 +23,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
-from ..crypto import envelope, operations
+from ..crypto import envelope
 from ..crypto.aead import NONCE_SIZE, same
 from ..crypto.keyring import Keyring, fingerprint
 from ..crypto.memory import LockedBuffer
@@ -80,9 +80,9 @@ class Rewrapper:
         self.target = target
         self.version = version
         self._random = random
-        self._memory = LockedBuffer(2 * operations.SCRATCH_SIZE)
-        self._first = self._memory.view[: operations.SCRATCH_SIZE]
-        self._second = self._memory.view[operations.SCRATCH_SIZE :]
+        self._memory = LockedBuffer(2 * envelope.SCRATCH_SIZE)
+        self._first = self._memory.view[: envelope.SCRATCH_SIZE]
+        self._second = self._memory.view[envelope.SCRATCH_SIZE :]
 
     def records(self, olds: Sequence[DekRecord]) -> list[DekRecord]:
         """The rows with their DEKs under the target; a shredded one stays as it is. Raises StoreDamaged or
@@ -113,13 +113,13 @@ class Rewrapper:
             self._memory.wipe()
 
     def _moved(self, key_id: str, blob: bytes, nonce: bytes) -> bytes:
-        wrapped = operations.stored(key_id, blob)
+        wrapped = envelope.stored(key_id, blob)
         source = wrapped.kek_id or self._keyring.active.kek_id
         with self._keyring.borrow(source) as kek:
-            dek = operations.unwrap_into(kek, wrapped, self._first)
+            dek = envelope.unwrap_into(kek, wrapped, self._first)
         with self._keyring.borrow(self.target) as kek:
-            moved = operations.wrap(kek, self.target, key_id, nonce, dek)
-            again = operations.unwrap_into(kek, envelope.parse(moved), self._second)
+            moved = envelope.wrap(kek, self.target, key_id, nonce, dek)
+            again = envelope.unwrap_into(kek, envelope.parse(moved), self._second)
         if not same(dek, again):  # type: ignore[arg-type]
             raise StoreDamaged(f"the rewrapped DEK of {key_id} is not the same")
         return moved
@@ -159,7 +159,7 @@ class Rotation:
         """Open every DEK under the KEK that it names, change nothing, and tell what would be done."""
         new_id = _check_new(self._keyring, new_kek)
         total = sum(row.deks for row in self._store.keks().values())
-        memory = LockedBuffer(operations.SCRATCH_SIZE)
+        memory = LockedBuffer(envelope.SCRATCH_SIZE)
         done = 0
         try:
             pages = Pages(self._store)
@@ -287,9 +287,9 @@ def _check_new(keyring: Keyring, new_kek: memoryview) -> str:
 
 def _open_stored(keyring: Keyring, record: DekRecord, scratch: memoryview) -> None:
     try:
-        wrapped = operations.stored(record.key_id, record.wrapped)
+        wrapped = envelope.stored(record.key_id, record.wrapped)
         with keyring.borrow(wrapped.kek_id or record.kek_id) as kek:
-            operations.unwrap_into(kek, wrapped, scratch)
+            envelope.unwrap_into(kek, wrapped, scratch)
     except AuthenticationFailed:
         raise StoreDamaged(
             f"the DEK of key {record.key_id} does not open under the KEK {record.kek_id} as its own"

@@ -20,7 +20,7 @@ from typing import NamedTuple, Optional
 from ..audit import verify
 from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..audit.log import AuditLog, last_epoch
-from ..crypto import envelope, operations
+from ..crypto import envelope
 from ..crypto.aead import KEY_SIZE, NONCE_SIZE
 from ..crypto.keyring import Keyring
 from ..crypto.memory import LockedBuffer
@@ -182,7 +182,7 @@ def _drop_unneeded(keyring: Keyring, store: Store, keys: Configured) -> None:
 def _load_audit_key(store: Store, keyring: Keyring, chosen: Plan) -> bytes:
     """Unwrap the audit key into the keyring, or make one. Returns it wrapped under the KEK that is chosen."""
     row = store.read("audit:key")
-    with LockedBuffer(operations.SCRATCH_SIZE) as memory:
+    with LockedBuffer(envelope.SCRATCH_SIZE) as memory:
         if row is None:
             random_into(memory.view[:KEY_SIZE])
         else:
@@ -190,7 +190,7 @@ def _load_audit_key(store: Store, keyring: Keyring, chosen: Plan) -> bytes:
             wrapped = envelope.parse(blob)
             try:
                 with keyring.borrow(str(wrapped.kek_id)) as kek:
-                    operations.unwrap_into(kek, wrapped, memory.view)
+                    envelope.unwrap_into(kek, wrapped, memory.view)
             except AuthenticationFailed:
                 raise StoreDamaged(
                     "the audit key in the store does not open under the KEK that it names",
@@ -201,9 +201,7 @@ def _load_audit_key(store: Store, keyring: Keyring, chosen: Plan) -> bytes:
                 return blob
         keyring.audit_key[:] = memory.view[:KEY_SIZE]
         with keyring.borrow(chosen.active) as kek:
-            return operations.wrap(
-                kek, chosen.active, AUDIT_KEY_ID, os.urandom(NONCE_SIZE), keyring.audit_key
-            )
+            return envelope.wrap(kek, chosen.active, AUDIT_KEY_ID, os.urandom(NONCE_SIZE), keyring.audit_key)
 
 
 def _heads(store: Store, epochs: range) -> dict[str, list[object]]:

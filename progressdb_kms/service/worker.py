@@ -1,6 +1,6 @@
 """The service as a worker sees it: the one object with state, of which each worker process has its own.
 
-It reads the store, borrows KEKs, runs `operations` on locked scratch memory, and hands every change to the
+It reads the store, borrows KEKs, runs `envelope` on locked scratch memory, and hands every change to the
 keeper. What it remembers of the store are wrapped DEKs only, and only for the generation of the keyring in
 which they were read: the keeper counts that up before it answers a change, so no worker acts on old state
 after that answer.
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 
 from ..audit.log import AuditLog, Fragment, key_fragment
-from ..crypto import envelope, operations
+from ..crypto import envelope
 from ..crypto.aead import NONCE_SIZE, Aead
 from ..crypto.envelope import Wrapped
 from ..crypto.keyring import KekNotLoaded, Keyring, KeyringChanged
@@ -88,7 +88,7 @@ class Service:
         error = refusal(key_id, record.state)
         if error is not None:
             raise error
-        wrapped = operations.stored(key_id, record.wrapped)
+        wrapped = envelope.stored(key_id, record.wrapped)
         entry = Entry(generation, record, wrapped, key_fragment(key_id, record.thread_id))
         if len(self._entries) >= MAX_REMEMBERED:
             self._entries.clear()
@@ -112,7 +112,7 @@ class Service:
             wrapped = self.entry(source).wrapped if isinstance(source, str) else source
             try:
                 with self.keyring.borrow(wrapped.kek_id or self.keyring.active.kek_id) as kek:
-                    dek = operations.unwrap_into(kek, wrapped, scratch)
+                    dek = envelope.unwrap_into(kek, wrapped, scratch)
                 return work(Aead(dek), *args)
             except KeyringChanged:
                 continue
@@ -133,17 +133,17 @@ class Service:
     ) -> tuple[bytes, bytes]:
         """(nonce, ciphertext | tag) under the DEK."""
         nonce = os.urandom(NONCE_SIZE)
-        return nonce, self._with_dek(source, scratch, operations.encrypt, nonce, plaintext, aad)
+        return nonce, self._with_dek(source, scratch, envelope.encrypt, nonce, plaintext, aad)
 
     def decrypt(self, source: Union[str, Wrapped], message: Buffer, aad: bytes, scratch: memoryview) -> bytes:
         """Raises AuthenticationFailed: another DEK, another AAD or a changed bit."""
-        return self._with_dek(source, scratch, operations.decrypt, message, aad)
+        return self._with_dek(source, scratch, envelope.decrypt, message, aad)
 
     def encrypt_many(self, items: Batch, scratch: memoryview) -> Results:
         return self._many(items, scratch, _encrypt_item)
 
     def decrypt_many(self, items: Batch, scratch: memoryview) -> Results:
-        return self._many(items, scratch, operations.decrypt)
+        return self._many(items, scratch, envelope.decrypt)
 
     def _many(self, items: Batch, scratch: memoryview, one: Callable[[Aead, bytes, bytes], bytes]) -> Results:
         """Each DEK is unwrapped once; an item that fails spoils no other. Results in order: of an item
@@ -172,7 +172,7 @@ class Service:
             active = self.keyring.active
             try:
                 with self.keyring.borrow(active.kek_id) as kek:
-                    blob = operations.wrap(kek, active.kek_id, name, os.urandom(NONCE_SIZE), dek)
+                    blob = envelope.wrap(kek, active.kek_id, name, os.urandom(NONCE_SIZE), dek)
                 return blob, active.kek_id, active.version, name
             except (KeyringChanged, KekNotLoaded):
                 continue
@@ -188,7 +188,7 @@ class Service:
         for _ in range(ATTEMPTS):
             try:
                 with self.keyring.borrow(wrapped.kek_id or self.keyring.active.kek_id) as kek:
-                    return operations.unwrap_into(kek, wrapped, scratch)
+                    return envelope.unwrap_into(kek, wrapped, scratch)
             except KeyringChanged:
                 continue
             except KekNotLoaded as missing:
@@ -253,7 +253,7 @@ class Service:
 
 def _encrypt_item(cipher: Aead, data: bytes, aad: bytes) -> bytes:
     nonce = os.urandom(NONCE_SIZE)
-    return nonce + operations.encrypt(cipher, nonce, data, aad)
+    return nonce + envelope.encrypt(cipher, nonce, data, aad)
 
 
 def _each(
@@ -272,7 +272,7 @@ def _each(
             results[index] = error
 
 
-_ZEROS = bytes(operations.SCRATCH_SIZE)
+_ZEROS = bytes(envelope.SCRATCH_SIZE)
 _NOT_DONE = Conflict("not done")
 
 

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Optional
 from ..audit import verify as auditverify
 from ..audit.log import FILE_NAME
 from ..audit.verify import Report
-from ..crypto import envelope, operations
+from ..crypto import envelope
 from ..crypto.keyring import fingerprint
 from ..crypto.memory import LockedBuffer
 from ..encoding import b64decode, json_loads
@@ -93,7 +93,7 @@ def _audit_key(loaded: Loaded) -> Iterator[tuple[memoryview, Anchors]]:
         reader.close()
     if row is None:
         raise StoreDamaged("the store has no audit key", hint="is data_dir the right folder?")
-    with LockedBuffer(operations.SCRATCH_SIZE) as memory:
+    with LockedBuffer(envelope.SCRATCH_SIZE) as memory:
         key = _unwrap(loaded, b64decode(row["wrapped"]), memory.view)
         yield key, {chain: (head["seq"], head["sig"]) for chain, head in anchors.items() if head}
         key.release()
@@ -104,7 +104,7 @@ def _unwrap(loaded: Loaded, blob: bytes, scratch: memoryview) -> memoryview:
     for kek in (loaded.master, *loaded.previous, *([loaded.pending] if loaded.pending else [])):
         if fingerprint(kek) == wrapped.kek_id:
             try:
-                return operations.unwrap_into(kek, wrapped, scratch)
+                return envelope.unwrap_into(kek, wrapped, scratch)
             except AuthenticationFailed:
                 raise StoreDamaged("the audit key does not open under the KEK that it names") from None
     raise KeyMismatch(

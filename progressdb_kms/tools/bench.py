@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from ..audit.log import Fragment
 from ..client import Client
-from ..crypto import operations
+from ..crypto import envelope
 from ..crypto.aead import KEY_SIZE, NONCE_SIZE, Aead
 from ..crypto.envelope import parse
 from ..crypto.keyring import REGION_SIZE, Keyring
@@ -118,14 +118,14 @@ def calls(seconds: float, deks: int) -> Iterator[Figure]:
 
 
 def _cipher_alone(seconds: float) -> float:
-    with LockedBuffer(KEY_SIZE) as kek, LockedBuffer(operations.SCRATCH_SIZE) as scratch:
+    with LockedBuffer(KEY_SIZE) as kek, LockedBuffer(envelope.SCRATCH_SIZE) as scratch:
         _fill(kek.view)
-        blob = operations.wrap(kek.view, "0" * 16, "bench", bytes(NONCE_SIZE), kek.view)
+        blob = envelope.wrap(kek.view, "0" * 16, "bench", bytes(NONCE_SIZE), kek.view)
         wrapped, text, count = parse(blob), os.urandom(MESSAGE), 0
         until = time.perf_counter() + seconds
         while time.perf_counter() < until:
-            dek = operations.unwrap_into(kek.view, wrapped, scratch.view)
-            operations.encrypt(Aead(dek), os.urandom(NONCE_SIZE), text, b"")
+            dek = envelope.unwrap_into(kek.view, wrapped, scratch.view)
+            envelope.encrypt(Aead(dek), os.urandom(NONCE_SIZE), text, b"")
             count += 1
         del dek
         return count / seconds
@@ -395,20 +395,20 @@ def _naive(body: bytes) -> Callable[[], bytes]:
 
 
 def _careful(body: bytes) -> Callable[[], bytes]:
-    region, scratch = LockedBuffer(REGION_SIZE), LockedBuffer(2 * operations.SCRATCH_SIZE)
+    region, scratch = LockedBuffer(REGION_SIZE), LockedBuffer(2 * envelope.SCRATCH_SIZE)
     keyring, store = Keyring(region.view), MemoryStore()
     with LockedBuffer(KEY_SIZE) as key:
         _fill(key.view)
         kek_id = keyring.install(key.view, 1)
         keyring.activate(kek_id, 1)
-        blob = operations.wrap(key.view, kek_id, "bench", os.urandom(NONCE_SIZE), key.view)
+        blob = envelope.wrap(key.view, kek_id, "bench", os.urandom(NONCE_SIZE), key.view)
     with store.transaction():
         store.put(DekRecord("bench", "bench", blob, kek_id, 1, ""))
     unused: Any = None
     service = Service(store, keyring, unused, unused, PeerRules(), Metrics(1).block(0), dict)
     app = App(service, unused, unused, 1 << 20)
     head = parse_head(b"POST /encrypt HTTP/1.1\r\nHost: u\r\nContent-Type: application/json\r\n\r\n")
-    locked = scratch.view[: operations.SCRATCH_SIZE]
+    locked = scratch.view[: envelope.SCRATCH_SIZE]
     call = Call(head, body, Peer(0, 0, 0), Fragment(""), locked, locked)
     return lambda: bytes(routes.encrypt(app, call).body)
 
@@ -433,7 +433,7 @@ def _make_deks(folder: Path, keyring: Keyring, kek_id: str, count: int) -> None:
 
 def _dek(kek: memoryview, kek_id: str, number: int, dek: memoryview) -> DekRecord:
     key_id = new_key_id(number, os.urandom(10))
-    wrapped = operations.wrap(kek, kek_id, key_id, os.urandom(NONCE_SIZE), dek)
+    wrapped = envelope.wrap(kek, kek_id, key_id, os.urandom(NONCE_SIZE), dek)
     return DekRecord(key_id, f"thread-{number % 1000}", wrapped, kek_id, 1, timestamp(number))
 
 

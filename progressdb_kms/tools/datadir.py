@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Optional
 
 from ..audit.log import AuditLog
 from ..config.load import Loaded
-from ..crypto import envelope, operations
+from ..crypto import envelope
 from ..crypto.aead import NONCE_SIZE, same
 from ..crypto.keyring import REGION_SIZE, KekNotLoaded, Keyring
 from ..crypto.memory import LockedBuffer
@@ -108,12 +108,12 @@ def working(loaded: Loaded, the_keys: Keys, command: str) -> Iterator[Work]:
 def audit_key(keyring: Keyring, row: Optional[Mapping[str, Any]]) -> Iterator[Optional[memoryview]]:
     """The audit key that a row `audit:key` holds, in locked memory; None where it does not open."""
     wrapped = envelope.parse(b64decode(row["wrapped"])) if row else None
-    with LockedBuffer(operations.SCRATCH_SIZE) as memory:
+    with LockedBuffer(envelope.SCRATCH_SIZE) as memory:
         key = None
         with contextlib.suppress(AuthenticationFailed, KekNotLoaded):
             if wrapped is not None:
                 with keyring.borrow(str(wrapped.kek_id)) as kek:
-                    key = operations.unwrap_into(kek, wrapped, memory.view)
+                    key = envelope.unwrap_into(kek, wrapped, memory.view)
         try:
             yield key
         finally:
@@ -130,9 +130,9 @@ class Opener:
     def __init__(self, keyring: Keyring) -> None:
         self._keyring = keyring
         self._kek_ids = sorted(keyring.kek_ids(), key=lambda kek_id: kek_id != _active(keyring))
-        self._memory = LockedBuffer(2 * operations.SCRATCH_SIZE)
-        self._first = self._memory.view[: operations.SCRATCH_SIZE]
-        self._second = self._memory.view[operations.SCRATCH_SIZE :]
+        self._memory = LockedBuffer(2 * envelope.SCRATCH_SIZE)
+        self._first = self._memory.view[: envelope.SCRATCH_SIZE]
+        self._second = self._memory.view[envelope.SCRATCH_SIZE :]
 
     def check(self, key_id: str, blob: bytes) -> None:
         """Does it open as the DEK of this key? ValueError, with words that follow on a name, where not."""
@@ -147,7 +147,7 @@ class Opener:
         dek = self._open(key_id, blob, self._first)
         active = self._keyring.active.kek_id
         with self._keyring.borrow(active) as kek:
-            bound = operations.wrap(kek, active, key_id, os.urandom(NONCE_SIZE), dek)
+            bound = envelope.wrap(kek, active, key_id, os.urandom(NONCE_SIZE), dek)
         if not same(dek, self._open(key_id, bound, self._second)):  # type: ignore[arg-type]
             raise ValueError("does not open any more after it was wrapped anew")
         return bound
@@ -160,7 +160,7 @@ class Opener:
         for kek_id in candidates:
             try:
                 with self._keyring.borrow(kek_id) as kek:
-                    return operations.unwrap_into(kek, wrapped, place)
+                    return envelope.unwrap_into(kek, wrapped, place)
             except KekNotLoaded:
                 raise ValueError(f"needs the KEK {kek_id}, which is not configured") from None
             except AuthenticationFailed:

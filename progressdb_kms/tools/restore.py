@@ -35,7 +35,7 @@ from ..audit import verify
 from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..audit.log import last_epoch
 from ..config.load import Loaded
-from ..crypto import operations
+from ..crypto import envelope
 from ..crypto.aead import NONCE_SIZE
 from ..encoding import b64encode, timestamp
 from ..errors import AuditUnavailable, KeyMismatch, KMSError
@@ -207,7 +207,7 @@ def _past(
             if not wrapped:
                 _verify(logs, key, rows, force, progress)
                 with keys.keyring.borrow(chosen.active) as kek:
-                    wrapped = operations.wrap(kek, chosen.active, AUDIT_KEY_ID, os.urandom(NONCE_SIZE), key)
+                    wrapped = envelope.wrap(kek, chosen.active, AUDIT_KEY_ID, os.urandom(NONCE_SIZE), key)
             dead.update(_shredded(logs, key))
     if not wrapped:
         hint = "add the KEK to previous_master_keys"

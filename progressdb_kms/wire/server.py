@@ -24,8 +24,8 @@ from contextlib import suppress
 from typing import NamedTuple, Optional, Union
 
 from ..audit.log import Fragment, peer_fragment
+from ..crypto.envelope import SCRATCH_SIZE
 from ..crypto.memory import LockedBuffer
-from ..crypto.operations import SCRATCH_SIZE
 from ..encoding import Buffer
 from ..errors import HeadTooLarge, KMSError, LockRefused, Overloaded, PeerRefused, RequestTimeout
 from ..rules import Peer

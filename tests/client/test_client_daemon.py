@@ -19,9 +19,9 @@ from progressdb_kms.client import (
     PeerRefused,
     RequestRefused,
 )
-from tests.cli.fakekms import kek_id_of
 from tests.conftest import MakeDaemon
 from tests.harness.daemon import Daemon
+from tests.harness.fakekms import kek_id_of
 
 
 @pytest.fixture

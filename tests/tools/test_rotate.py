@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from tests.cli.fakekms import FakeKms, kek_id_of
-from tests.cli.test_online import on_terminal, spawn
 from tests.harness.daemon import cli, write_secret
+from tests.harness.fakekms import FakeKms, kek_id_of
+from tests.tools.test_online import on_terminal, spawn
 
 OLD = bytes(range(32))
 NEW = bytes(range(50, 82))

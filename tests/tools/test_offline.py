@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.fakekms import kek_id_of
 from tests.harness.daemon import Daemon, cli, write_secret
+from tests.harness.fakekms import kek_id_of
 
 
 @pytest.fixture(scope="module")

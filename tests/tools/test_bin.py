@@ -18,8 +18,8 @@ from typing import Any, Optional
 import pytest
 
 from progressdb_kms import __version__
-from tests.cli.fakekms import kek_id_of
 from tests.harness.daemon import REPO, base_environment, write_secret
+from tests.harness.fakekms import kek_id_of
 from tests.harness.wire import request
 
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.cli.fakekms import kek_id_of
 from tests.harness.daemon import Daemon, cli
+from tests.harness.fakekms import kek_id_of
 from tests.harness.faults import Step, Steps, killing, need_strace, steps_of
 
 ROUNDS = 5

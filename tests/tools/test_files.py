@@ -12,9 +12,9 @@ from typing import IO
 import pytest
 
 from progressdb_kms.tools import auditcmd
-from tests.cli.fakekms import kek_id_of
-from tests.cli.test_online import spawn
 from tests.harness.daemon import cli, write_secret
+from tests.harness.fakekms import kek_id_of
+from tests.tools.test_online import spawn
 
 
 class TestGenkey:

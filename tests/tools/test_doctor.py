@@ -18,8 +18,8 @@ import pytest
 from progressdb_kms.store.sqlite import APPLICATION_ID, SCHEMA_VERSION
 from progressdb_kms.tools import doctor
 from progressdb_kms.tools.doctor import FAIL, OK, WARN, Finding, Patient
-from tests.cli.fakekms import FakeKms, kek_id_of
 from tests.harness.daemon import cli, write_secret
+from tests.harness.fakekms import FakeKms, kek_id_of
 
 KEK = bytes(range(32))
 A = kek_id_of(KEK)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_kms.crypto import envelope, keyring, operations
+from progressdb_kms.crypto import envelope, keyring
 from progressdb_kms.crypto.aead import Aead
 from progressdb_kms.errors import AuthenticationFailed
 from tests.harness.vectors import load, secret
@@ -19,11 +19,11 @@ KEK_ID = WRAPPED["kek_ids"][0]["kek_id"]
 
 
 def scratch() -> memoryview:
-    return memoryview(bytearray(operations.SCRATCH_SIZE))
+    return memoryview(bytearray(envelope.SCRATCH_SIZE))
 
 
 def unwrap(digits: str, into: memoryview, kek: str = WRAPPED["kek"]) -> bytes:
-    return bytes(operations.unwrap_into(secret(kek), envelope.parse(bytes.fromhex(digits)), into))
+    return bytes(envelope.unwrap_into(secret(kek), envelope.parse(bytes.fromhex(digits)), into))
 
 
 class TestWrapped:
@@ -65,10 +65,10 @@ class TestWrapped:
     def test_round_trip(self, key_id: str) -> None:
         dek = os.urandom(32)
         kek = secret(WRAPPED["kek"])
-        blob = operations.wrap(kek, KEK_ID, key_id, os.urandom(12), memoryview(bytearray(dek)))
+        blob = envelope.wrap(kek, KEK_ID, key_id, os.urandom(12), memoryview(bytearray(dek)))
         wrapped = envelope.parse(blob)
         assert (wrapped.kek_id, wrapped.key_id) == (KEK_ID, key_id)
-        assert bytes(operations.unwrap_into(kek, wrapped, scratch())) == dek
+        assert bytes(envelope.unwrap_into(kek, wrapped, scratch())) == dek
 
     @given(st.binary(max_size=220))
     def test_any_bytes_are_parsed_or_refused(self, blob: bytes) -> None:
@@ -89,17 +89,17 @@ class TestMessages:
     def test_opens_for_ever(self, row: dict[str, str]) -> None:
         message, plaintext, aad = (bytes.fromhex(row[name]) for name in ("message", "plaintext", "aad"))
         cipher = Aead(secret(MESSAGES["dek"]))
-        assert operations.decrypt(cipher, message, aad) == plaintext
-        assert message[:12] + operations.encrypt(cipher, message[:12], plaintext, aad) == message
+        assert envelope.decrypt(cipher, message, aad) == plaintext
+        assert message[:12] + envelope.encrypt(cipher, message[:12], plaintext, aad) == message
 
     @pytest.mark.parametrize("row", MESSAGES["refused"], ids=lambda row: row["why"])
     def test_what_was_changed_is_refused(self, row: dict[str, str]) -> None:
         with pytest.raises(AuthenticationFailed):
-            operations.decrypt(
+            envelope.decrypt(
                 Aead(secret(MESSAGES["dek"])), bytes.fromhex(row["message"]), bytes.fromhex(row["aad"])
             )
 
     @given(st.binary(max_size=200), st.binary(max_size=20))
     def test_any_bytes_are_refused(self, message: bytes, aad: bytes) -> None:
         with pytest.raises(AuthenticationFailed):
-            operations.decrypt(Aead(secret(MESSAGES["dek"])), message, aad)
+            envelope.decrypt(Aead(secret(MESSAGES["dek"])), message, aad)

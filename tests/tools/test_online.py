@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.fakekms import FakeKms, kek_id_of
 from tests.harness.daemon import COMMAND, REPO, base_environment, cli
+from tests.harness.fakekms import FakeKms, kek_id_of
 
 
 @pytest.fixture

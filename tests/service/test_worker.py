@@ -7,7 +7,7 @@ from typing import Any, Callable
 
 import pytest
 
-from progressdb_kms.crypto import operations
+from progressdb_kms.crypto import envelope
 from progressdb_kms.crypto.envelope import parse
 from progressdb_kms.crypto.keyring import REGION_SIZE, Keyring
 from progressdb_kms.errors import (
@@ -49,12 +49,12 @@ class Site:
         self.service = Service(
             self.store, self.keyring, unused, unused, PeerRules(), Metrics(1).block(0), dict
         )
-        self.scratch = memoryview(bytearray(operations.SCRATCH_SIZE))
+        self.scratch = memoryview(bytearray(envelope.SCRATCH_SIZE))
         self.put("k")
 
     def put(self, key_id: str, **fields: Any) -> None:
         dek = memoryview(bytearray(self.dek))
-        blob = operations.wrap(self.kek, self.kek_id, key_id, os.urandom(12), dek)
+        blob = envelope.wrap(self.kek, self.kek_id, key_id, os.urandom(12), dek)
         with self.store.transaction():
             self.store.put(DekRecord(key_id, "t", blob, self.kek_id, 1, "")._replace(**fields))
         self.keyring.touch()
@@ -73,9 +73,9 @@ class TestWiped:
     """An exception at each step leaves no key in the scratch memory."""
 
     STEPS = [
-        (operations, "unwrap_into"),
-        (operations, "encrypt"),
-        (operations, "decrypt"),
+        (envelope, "unwrap_into"),
+        (envelope, "encrypt"),
+        (envelope, "decrypt"),
         (worker, "Aead"),
         (worker.os, "urandom"),
     ]
@@ -203,7 +203,7 @@ class TestChanges:
     def test_a_kek_that_is_replaced_at_work(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
         """The keeper rotates between the look at the row and the use of its KEK: done again, with the new."""
         new = memoryview(bytearray(os.urandom(32)))
-        real, rotated = operations.unwrap_into, []
+        real, rotated = envelope.unwrap_into, []
 
         def rotating(*args: Any) -> Any:
             if not rotated:
@@ -215,6 +215,6 @@ class TestChanges:
                 site.keyring.remove(old)
             return real(*args)
 
-        monkeypatch.setattr(operations, "unwrap_into", rotating)
+        monkeypatch.setattr(envelope, "unwrap_into", rotating)
         sealed = site.encrypt()
         assert rotated and site.service.decrypt("k", sealed, b"", site.scratch) == TEXT

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from progressdb_kms.audit import chain
 from progressdb_kms.audit import log as audit
+from progressdb_kms.audit import verify as auditverify
 from progressdb_kms.audit.log import (
     AuditLog,
     Fragment,
@@ -545,7 +546,7 @@ def test_no_repair_is_begun_without_room(log: AuditLog, path: Path, monkeypatch:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The end of the log has settled."""
-    monkeypatch.setattr(verify, "SETTLE", 0)
+    monkeypatch.setattr(auditverify, "SETTLE", 0)
 
 
 @pytest.mark.parametrize("less", [1, 2, 3, 30, 90, 200, SIZE - 1, SIZE])
@@ -609,7 +610,7 @@ def test_zeros_at_the_end_are_named_like_a_torn_record(path: Path) -> None:
 
 
 def test_only_the_end_of_a_long_log_is_searched(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "SCAN", 2000)
+    monkeypatch.setattr(auditverify, "SCAN", 2000)
     anchors = fill(path, 20)
     with open(path, "ab") as file:
         file.write(b'{"event":{"cha')
@@ -877,7 +878,7 @@ def test_a_line_that_is_just_being_written_is_waited_for(path: Path, monkeypatch
 
 
 def test_progress_goes_up_to_the_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "BLOCK", 1000)
+    monkeypatch.setattr(auditverify, "BLOCK", 1000)
     anchors = fill(path, 20)
     old = path.with_name("old.gz")
     old.write_bytes(gzip.compress(path.read_bytes()))

@@ -30,7 +30,7 @@ from progressdb_kms.client import (
     Unavailable,
     transport,
 )
-from tests.cli.fakekms import FakeKms, answer, kek_id_of, request, script
+from tests.harness.fakekms import FakeKms, answer, kek_id_of, request, script
 
 
 @pytest.fixture
