@@ -125,7 +125,7 @@ class TestUnknown:
             ("DELETE", "/deks/k_absent", None),
             ("POST", "/encrypt", {"key_id": "k_absent", "plaintext": ""}),
             ("POST", "/decrypt", {"key_id": "k_absent", "ciphertext": "AAAA"}),
-            ("POST", "/rewrap", {"key_id": "k_absent", "new_kek_hex": "0123456789abcdef" * 4}),
+            ("POST", "/rewrap", {"key_id": "k_absent", "new_kek_hex": "0123456789abcdee" * 4}),
             ("POST", "/encrypt?key_id=k_absent", b"raw"),
         ],
     )
@@ -197,7 +197,7 @@ class TestStates:
             kms.request("POST", "/decrypt", {"key_id": key, "ciphertext": "AAAA"}),
             kms.request("GET", "/get_wrapped?key_id=" + key),
             kms.request("POST", "/unwrap", {"wrapped": made["wrapped"]}),
-            kms.request("POST", "/rewrap", {"key_id": key, "new_kek_hex": "0123456789abcdef" * 4}),
+            kms.request("POST", "/rewrap", {"key_id": key, "new_kek_hex": "0123456789abcdee" * 4}),
         ):
             assert (reply.status, reply.code) == (410, "key_shredded")
         for action in ("enable", "disable"):

@@ -13,7 +13,7 @@ from progressdb_kms.crypto.keyring import fingerprint
 from tests.harness import Daemon, Session
 from tests.harness.wire import b64
 
-KEK = "0123456789abcdef" * 4
+KEK = "0123456789abcdee" * 4  # with f it is published
 
 
 def kek_id(kek: bytes) -> str:
