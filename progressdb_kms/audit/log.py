@@ -16,7 +16,7 @@ What must hold:
   does: go on in a new file. Unlinked or cut: nothing is recorded until an operator says so (`reopen`).
 
 Not covered: lines written between the last look at the path and its removal, and lines that a power cut
-takes because nobody called `sync`. `auditverify` finds both, by seq and by the heads kept in the store.
+takes because nobody called `sync`. `verify` finds both, by seq and by the heads kept in the store.
 """
 
 from __future__ import annotations

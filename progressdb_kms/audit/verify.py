@@ -1,6 +1,6 @@
 """Verify audit logs: against themselves, the store's anchors and receipts, over any number of files.
 
-Read as a stream, in flat memory; `auditchain` is the machine that the lines go through.
+Read as a stream, in flat memory; `chain` is the machine that the lines go through.
 
 Found: lines edited, deleted, inserted, repeated, moved within a chain; a chain that begins late, ends before
 its anchor or a receipt, or is gone; another key. Not found, and harmless or known: two lines of different

@@ -17,7 +17,7 @@ master key in the environment leaves it on this occasion, by way of a pipe: the 
 that a process was started with, in /proc, for as long as it lives.
 
 Then `harden` turns off core files, ptrace by equals and gains of privilege, and looks whether it worked.
-There is no mlockall: it would lock every thread's stack. The pages of keys are locked by `lockedmem`.
+There is no mlockall: it would lock every thread's stack. The pages of keys are locked by `crypto.memory`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     supervisor   binds, holds the lock of the data-dir, loads the keys; then waits for signals and deaths
       keeper     the only writer of the store (keeper)
-      worker 1…n serve connections on the shared listening socket (httpd), each pinned to a core
+      worker 1…n serve connections on the shared listening socket (wire.server), each pinned to a core
 
 The supervisor has one thread and no SQLite connection, so that it may fork at any time: a worker or keeper
 that dies is replaced. All share two regions made before any fork: the locked one with the keyring, and the

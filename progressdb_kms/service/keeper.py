@@ -48,7 +48,7 @@ from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS
 from .channel import Head, Job, answer, receive
 from .rotation import Rewrapper, Rotation, Steps
 
-log = logging.getLogger("progressdb_kms.keeper")
+log = logging.getLogger(__name__)
 
 MAX_BATCH = 256
 """Jobs of one transaction: bounds how long the first of them waits."""
@@ -96,7 +96,7 @@ class Clock:
 
 
 class Keeper:
-    """Owns the store; see the module. `open_keeper` in `opening` makes one."""
+    """Owns the store; see the module. `open_keeper` in `start` makes one."""
 
     def __init__(
         self,

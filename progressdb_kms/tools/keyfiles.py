@@ -35,7 +35,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional, Protocol
 
-from ..client import ClientError, RequestRefused, RotationResult, hex_into
+from ..client import ClientError, RequestRefused, RotationResult
+from ..client.calls import hex_into
 from ..config import keysource
 from ..config.load import PENDING_SUFFIX, check_master_key
 from ..crypto.aead import KEY_SIZE

@@ -359,7 +359,7 @@ class Chunked:
 
 def next_request(data: bytes, max_body: int) -> Optional[tuple[Head, bytes, int]]:
     """(head, body, bytes used) of the first request in `data`; None: more is needed. Raises HttpError or
-    BodyTooLarge. What `httpd` does on a socket, as one pure function."""
+    BodyTooLarge. What `server` does on a socket, as one pure function."""
     end = find_head_end(data, 0, len(data))
     if end < 0:
         return None

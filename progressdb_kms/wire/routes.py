@@ -47,7 +47,7 @@ from .call import BINARY, DEFAULT_PAGE, JSON, MAX_PAGE, PROMETHEUS, TEXT, App, C
 from .fields import MAX_ITEMS, Fields, checked_key_id, checked_thread_id
 from .http1 import Head
 
-log = logging.getLogger("progressdb_kms.api")
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

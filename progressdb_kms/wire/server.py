@@ -1,4 +1,4 @@
-"""The edge: connections, threads, deadlines. The bytes are judged by `framing`, the requests by `api`.
+"""The edge: connections, threads, deadlines. The bytes are judged by `http1`, the requests by `routes`.
 
 A connection is a thread and a piece of 4,096 bytes of locked memory:
 
@@ -34,7 +34,7 @@ from . import routes
 from .call import App, Call, Reply, Route
 from .http1 import Chunked, Head, cached_parse_head, find_head_end
 
-log = logging.getLogger("progressdb_kms.httpd")
+log = logging.getLogger(__name__)
 
 PIECE = 4096
 _ANSWER = 128

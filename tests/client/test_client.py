@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from progressdb_kms import client as module
 from progressdb_kms.client import (
     AuthenticationFailed,
     BadAnswer,
@@ -30,6 +29,7 @@ from progressdb_kms.client import (
     Unavailable,
     transport,
 )
+from progressdb_kms.client import calls as module
 from tests.harness.fakekms import FakeKms, answer, kek_id_of, request, script
 
 

@@ -1,0 +1,406 @@
+"""A client for the daemon's socket.
+
+    with Client("/run/progressdb-kms/kms.sock") as kms:
+        dek = kms.create_dek("thread-1")
+        box = kms.encrypt(dek.key_id, b"hello", aad=b"message 7")
+        assert kms.decrypt(dek.key_id, box, aad=b"message 7") == b"hello"
+
+- One `Client` serves any number of threads: each call borrows a keep-alive connection from a pool. A fork is
+  noticed: the child opens its own connections.
+- A call that fails raises a member of ClientError; `code` is stable, `message` is for people.
+- A connection that the daemon closed while it lay idle is opened again, once a call. What may have been
+  carried out already is repeated only where that does no harm; a create or a rotation never is.
+- A new KEK goes out from locked memory, never as `bytes` or `str`. What a caller encrypts, decrypts, wraps or
+  unwraps is in the caller's own memory anyway.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Optional, Union
+from urllib.parse import quote, urlencode
+
+from ..crypto.aead import KEY_SIZE
+from ..crypto.memory import LockedBuffer
+from ..encoding import Buffer
+from .results import Dek, Readiness, RotationResult, Wrapped, failure
+from .transport import BadAnswer, ClientError, Pool, Reply, Request, bad_answer
+
+DEFAULT_SOCKET = "/tmp/progressdb-kms.sock"  # noqa: S108  # where the ProgressDB server looks, too
+
+TIMEOUT = 30.0
+"""Seconds without a byte from the daemon before a call fails; a rotation has no limit of its own."""
+
+RAW_ABOVE = 64 * 1024
+"""Bytes from which a payload travels as a raw body: base64 would cost a third more, and copies."""
+
+MAX_RAW_AAD = 2048
+"""Bytes of AAD that fit a header line safely; a longer one travels in JSON."""
+
+MAX_RESPONSE = 257 * 1024 * 1024
+"""Bytes of an answer that are read at most: what the largest max_body_bytes leads to. A wrong socket must
+not fill the caller's memory."""
+
+BATCH_ITEMS = 1000
+BATCH_BYTES = 4 * 1024 * 1024
+"""Items and payload bytes of one request of a batch: the daemon's item limit, and half of its default body
+limit, since base64 adds a third."""
+
+Key = Union[str, bytes]
+"""A key_id, or a wrapped DEK (then nothing is read from the daemon's store)."""
+
+BatchResult = list[Union[bytes, ClientError]]
+"""One entry an item, in order: the bytes, or why there are none."""
+
+
+class Client:
+    """Calls the daemon at `socket_path` (`unix://PATH` is taken too). Connects with the first call.
+
+    `timeout`: seconds without a byte from the daemon, None for ever. `max_response`: bytes.
+    """
+
+    def __init__(
+        self,
+        socket_path: Union[str, os.PathLike[str]] = DEFAULT_SOCKET,
+        *,
+        timeout: Optional[float] = TIMEOUT,
+        max_response: int = MAX_RESPONSE,
+    ) -> None:
+        path = os.fspath(socket_path)
+        self.socket_path = path[len("unix://") :] if path.startswith("unix://") else path
+        self._timeout = timeout
+        self._pool = Pool(self.socket_path, max_response)
+        self._local = threading.local()
+
+    def close(self) -> None:
+        """Close the idle connections. The client may be used again: it opens new ones."""
+        self._pool.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        value: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Client({self.socket_path!r})"
+
+    @property
+    def last_receipt(self) -> str:
+        """The audit receipt of this thread's last call, `<chain>:<seq>:<16 hex digits>`; "" without one.
+
+        Kept beside a message it is a witness: `progressdb-kms audit verify --receipts FILE`.
+        """
+        return str(getattr(self._local, "receipt", ""))
+
+    # ---- keys --------------------------------------------------------------------------------------
+
+    def create_dek(self, thread_id: str, key_id: Optional[str] = None) -> Dek:
+        """Make a DEK. Each call makes a new one, so it is never repeated after a lost connection."""
+        fields = {"thread_id": thread_id, **({} if key_id is None else {"key_id": key_id})}
+        return _dek(self._json("POST", "/deks", fields, repeatable=False))
+
+    def get_wrapped(self, key_id: str) -> Wrapped:
+        return _wrapped(self._json("GET", "/get_wrapped?" + urlencode({"key_id": key_id}, safe=":")))
+
+    def describe(self, key_id: str) -> Dek:
+        return _dek(self._json("GET", _dek_path(key_id)))
+
+    def list(self, thread_id: Optional[str] = None, page_size: int = 1000) -> Iterator[Dek]:
+        """All DEKs, or those of a thread, in order of key_id. Pages are asked for as they are needed."""
+        cursor: Optional[str] = ""
+        while cursor is not None:
+            query = {"limit": str(page_size), "cursor": cursor, "thread_id": thread_id}
+            wanted = {name: value for name, value in query.items() if value}
+            page = self._json("GET", "/deks?" + urlencode(wanted, safe=":"))
+            yield from (_dek(row) for row in _field(page, "deks", list))
+            following = page.get("next_cursor")
+            cursor = str(following) if following else None
+
+    def disable(self, key_id: str) -> Dek:
+        return _dek(self._json("POST", _dek_path(key_id) + "/disable", {}))
+
+    def enable(self, key_id: str) -> Dek:
+        """Take a disabled key into use again; cancels a scheduled deletion."""
+        return _dek(self._json("POST", _dek_path(key_id) + "/enable", {}))
+
+    def shred(self, key_id: str, immediately: bool = False, pending_days: Optional[int] = None) -> Dek:
+        """Schedule a crypto-shred (in 7 days, or in 1 to 365 `pending_days`), or do it at once, for good."""
+        fields: dict[str, Any] = {"immediately": True} if immediately else {}
+        if pending_days is not None:
+            fields["pending_days"] = pending_days
+        return _dek(self._json("DELETE", _dek_path(key_id), fields or None))
+
+    # ---- data --------------------------------------------------------------------------------------
+
+    def encrypt(self, key: Key, plaintext: Buffer, aad: bytes = b"") -> bytes:
+        """Returns nonce | ciphertext | tag: 28 bytes more than the plaintext."""
+        return self._crypt("encrypt", "plaintext", "ciphertext", key, plaintext, aad)
+
+    def decrypt(self, key: Key, ciphertext: Buffer, aad: bytes = b"") -> bytes:
+        """Raises AuthenticationFailed for another key, another AAD, or a changed bit."""
+        return self._crypt("decrypt", "ciphertext", "plaintext", key, ciphertext, aad)
+
+    def encrypt_batch(
+        self, items: Iterable[Union[tuple[Key, Buffer], tuple[Key, Buffer, bytes]]]
+    ) -> BatchResult:
+        """Encrypt (key, plaintext[, aad]) items, in as few requests as the daemon's limits allow."""
+        return self._batch("/encrypt_batch", "plaintext", "ciphertext", items)
+
+    def decrypt_batch(
+        self, items: Iterable[Union[tuple[Key, Buffer], tuple[Key, Buffer, bytes]]]
+    ) -> BatchResult:
+        """Decrypt (key, ciphertext[, aad]) items. One that fails leaves the others alone."""
+        return self._batch("/decrypt_batch", "ciphertext", "plaintext", items)
+
+    def reencrypt(
+        self,
+        key_id: str,
+        new_key_id: str,
+        ciphertext: Buffer,
+        aad: bytes = b"",
+        new_aad: Optional[bytes] = None,
+    ) -> bytes:
+        """Move data from one key to another inside the daemon. `new_aad`: as `aad` where not given."""
+        fields = {"key_id": key_id, "new_key_id": new_key_id, "ciphertext": _b64(ciphertext)}
+        if aad:
+            fields["aad"] = _b64(aad)
+        target = aad if new_aad is None else new_aad
+        if aad or target:
+            fields["new_aad"] = _b64(target)
+        return _bytes(self._json("POST", "/reencrypt", fields), "ciphertext")
+
+    def wrap(self, dek: Buffer, key_id: Optional[str] = None) -> Wrapped:
+        """Wrap a 32-byte DEK of the caller's, bound to `key_id` (generated where not given)."""
+        fields = {"dek": _b64(dek), **({} if key_id is None else {"key_id": key_id})}
+        return _wrapped(self._json("POST", "/wrap", fields))
+
+    def unwrap(self, wrapped: bytes) -> bytes:
+        """The plaintext DEK: from here on it is the caller's to protect."""
+        return _bytes(self._json("POST", "/unwrap", {"wrapped": _b64(wrapped)}), "dek")
+
+    # ---- KEKs --------------------------------------------------------------------------------------
+
+    def rewrap(self, key_id: str, new_kek: Buffer) -> Wrapped:
+        """Move one DEK to another KEK (32 bytes, best a view on locked memory)."""
+        start = json.dumps({"key_id": key_id})[:-1] + ', "new_kek_hex": "'
+        return _wrapped(self._with_kek("/rewrap", start, new_kek, '"}', repeatable=True))
+
+    def rotate_kek(self, new_kek: Buffer, dry_run: bool = False) -> RotationResult:
+        """Move all DEKs to a new KEK. Returns when it is done, however long that takes; see `status`."""
+        end = '", "dry_run": true}' if dry_run else '"}'
+        found = self._with_kek("/rotate_kek", '{"new_kek_hex": "', new_kek, end, repeatable=dry_run)
+        return RotationResult(
+            _field(found, "kek_id", str),
+            _version(found),
+            _field(found, "rewrapped", int),
+            str(found.get("backup") or ""),
+            dict(found.get("by_kek") or {}),
+        )
+
+    # ---- the service -------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        return self._json("GET", "/status")
+
+    def healthy(self) -> bool:
+        """True where something answers `/healthz` with 200; never raises for a daemon that is down."""
+        try:
+            return self._exchange(Request("GET", "/healthz", timeout=self._timeout)).status == 200
+        except ClientError:
+            return False
+
+    def ready(self) -> Readiness:
+        """Whether the service can do all of its work. Raises ConnectionFailed where it doesn't run."""
+        reply = self._exchange(Request("GET", "/readyz", timeout=self._timeout))
+        if reply.status not in (200, 503):
+            raise failure(reply.status, _error(reply))
+        found = _parse(reply)
+        error = found.get("error")
+        reasons = [str(reason) for reason in found.get("reasons") or ()]
+        if not reasons and isinstance(error, dict):
+            reasons = [str(error.get("message", ""))]
+        return Readiness(reply.status == 200, reasons)
+
+    def metrics(self) -> str:
+        """Prometheus text."""
+        return self._checked(Request("GET", "/metrics", timeout=self._timeout)).body.decode(
+            "utf-8", "replace"
+        )
+
+    # ---- requests ----------------------------------------------------------------------------------
+
+    def _crypt(self, op: str, give: str, take: str, key: Key, data: Buffer, aad: bytes) -> bytes:
+        if isinstance(key, str) and len(data) > RAW_ABOVE and len(aad) <= MAX_RAW_AAD:
+            return self._raw(f"/{op}?" + urlencode({"key_id": key}, safe=":"), data, aad)
+        return _bytes(self._json("POST", "/" + op, _item(give, key, data, aad)), take)
+
+    def _raw(self, path: str, data: Buffer, aad: bytes) -> bytes:
+        headers = {"Content-Type": "application/octet-stream", **({"X-KMS-AAD": _b64(aad)} if aad else {})}
+        body = data if isinstance(data, bytes) else memoryview(data)
+        reply = self._checked(Request("POST", path, body, headers, timeout=self._timeout))
+        if reply.kind != "application/octet-stream":
+            raise bad_answer(f"it is {reply.kind or 'of no type'} instead of application/octet-stream")
+        return reply.body
+
+    def _batch(self, path: str, give: str, take: str, items: Iterable[tuple[Any, ...]]) -> BatchResult:
+        results: BatchResult = []
+        for group in _groups(items):
+            fields = {"items": [_item(give, key, data, *aad) for key, data, *aad in group]}
+            answers = _field(self._json("POST", path, fields), "items", list)
+            if len(answers) != len(group):
+                raise bad_answer(f"it has {len(answers)} items instead of {len(group)}")
+            results += [_result(answer, take) for answer in answers]
+        return results
+
+    def _json(
+        self, method: str, path: str, fields: Optional[Mapping[str, Any]] = None, *, repeatable: bool = True
+    ) -> dict[str, Any]:
+        body = None if fields is None else json.dumps(fields, separators=(",", ":")).encode()
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        return _parse(self._checked(Request(method, path, body, headers, self._timeout, repeatable)))
+
+    def _with_kek(self, path: str, start: str, kek: Buffer, end: str, repeatable: bool) -> dict[str, Any]:
+        """POST a body that holds a KEK as hex; it is put together in locked memory and wiped."""
+        if len(kek) != KEY_SIZE:
+            raise ValueError(f"a KEK has {KEY_SIZE} bytes")
+        head, tail = start.encode(), end.encode()
+        size = len(head) + 2 * KEY_SIZE + len(tail)
+        with LockedBuffer(size) as memory:
+            body = memory.view
+            body[: len(head)] = head
+            hex_into(kek, body[len(head) : len(head) + 2 * KEY_SIZE])
+            body[size - len(tail) :] = tail
+            headers = {"Content-Type": "application/json"}
+            reply = self._exchange(Request("POST", path, body, headers, None, repeatable))
+        return _parse(_check(reply))
+
+    def _checked(self, request: Request) -> Reply:
+        return _check(self._exchange(request))
+
+    def _exchange(self, request: Request) -> Reply:
+        self._local.receipt = ""
+        reply = self._pool.exchange(request)
+        self._local.receipt = reply.receipt
+        return reply
+
+
+# ---- fields ----------------------------------------------------------------------------------------
+
+
+def hex_into(key: Buffer, out: memoryview) -> None:
+    """Write a key as lower-case hex into a buffer of twice its size, by way of nothing else."""
+    digits = b"0123456789abcdef"
+    for i in range(len(key)):
+        out[2 * i] = digits[key[i] >> 4]
+        out[2 * i + 1] = digits[key[i] & 15]
+
+
+def _dek_path(key_id: str) -> str:
+    return "/deks/" + quote(key_id, safe=":")
+
+
+def _item(name: str, key: Key, data: Buffer, aad: bytes = b"") -> dict[str, str]:
+    fields = {"key_id": key} if isinstance(key, str) else {"wrapped": _b64(key)}
+    fields[name] = _b64(data)
+    if aad:
+        fields["aad"] = _b64(aad)
+    return fields
+
+
+def _result(answer: Any, name: str) -> Union[bytes, ClientError]:
+    if not isinstance(answer, dict):
+        raise bad_answer("one of its items is not an object")
+    return failure(0, answer["error"]) if "error" in answer else _bytes(answer, name)
+
+
+def _groups(items: Iterable[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
+    """Cut into requests of at most BATCH_ITEMS items, and of BATCH_BYTES where they have more than one."""
+    group: list[tuple[Any, ...]] = []
+    size = 0
+    for item in items:
+        if group and (len(group) == BATCH_ITEMS or size + len(item[1]) > BATCH_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += len(item[1])
+    if group:
+        yield group
+
+
+def _b64(data: Buffer) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _check(reply: Reply) -> Reply:
+    if not 200 <= reply.status < 300:
+        raise failure(reply.status, _error(reply))
+    return reply
+
+
+def _error(reply: Reply) -> Any:
+    try:
+        return _parse(reply).get("error")
+    except BadAnswer:
+        return None
+
+
+def _parse(reply: Reply) -> dict[str, Any]:
+    try:
+        found = json.loads(reply.body)
+    except (ValueError, RecursionError):
+        raise bad_answer("it is not JSON") from None
+    if not isinstance(found, dict):
+        raise bad_answer("it is not a JSON object")
+    return found
+
+
+def _field(fields: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
+    value = fields.get(name)
+    if not isinstance(value, kind):
+        raise bad_answer(f"its field {name!r} is missing or of another type")
+    return value
+
+
+def _bytes(fields: Mapping[str, Any], name: str) -> bytes:
+    try:
+        return base64.b64decode(_field(fields, name, str), validate=True)
+    except binascii.Error:
+        raise bad_answer(f"its field {name!r} is not base64") from None
+
+
+def _dek(fields: Mapping[str, Any]) -> Dek:
+    return Dek(
+        _field(fields, "key_id", str),
+        _field(fields, "thread_id", str),
+        _field(fields, "state", str),
+        _field(fields, "kek_id", str),
+        _version(fields),
+        str(fields.get("created_at") or ""),
+        str(fields.get("delete_at") or ""),
+        str(fields.get("shredded_at") or ""),
+        _bytes(fields, "wrapped") if "wrapped" in fields else b"",
+    )
+
+
+def _wrapped(fields: Mapping[str, Any]) -> Wrapped:
+    return Wrapped(_bytes(fields, "wrapped"), _field(fields, "kek_id", str), _version(fields))
+
+
+def _version(fields: Mapping[str, Any]) -> int:
+    """kek_version is a string in the calls that the Go service had, a number in the others."""
+    try:
+        return int(fields.get("kek_version", 0))
+    except (TypeError, ValueError):
+        raise bad_answer("its field 'kek_version' is not a number") from None
