@@ -26,6 +26,8 @@ from .log import MARK, AuditLog, parse, pieces, torn
 __all__ = ["Fault", "Report", "in_order", "recover", "shredded", "verify"]
 
 Name = Union[str, "os.PathLike[str]"]
+Observer = Callable[[str, bytes], None]
+"""Is given a file's name and a block of whole lines, or at last what stands after the last line end."""
 
 BLOCK = 256 << 10
 """Bytes read at a time: some 600 records. 1 MiB is 8 % slower: what is made of it leaves the cache."""
@@ -132,6 +134,7 @@ def verify(
     partial: bool = False,
     sort: bool = True,
     progress: Optional[Callable[[int, int], None]] = None,
+    observe: Optional[Observer] = None,
 ) -> Report:
     """Verify the log in `paths` (.gz too), up to the first fault.
 
@@ -140,35 +143,66 @@ def verify(
     `partial`: earlier files are not at hand; what only they could show is no fault.
     `sort`: the files may be in any order; else they are taken as given, oldest first.
     `progress`: called with bytes done and bytes in all.
+    `observe`: given all that is read, block by block; then a fault ends the verifying and not the reading.
     """
     report = Report(in_order(paths) if sort else [os.fspath(path) for path in paths])
     try:
         machine = Verifier(key, _expectations(anchors, receipts, report), partial, report)
-        _read(report, machine, progress)
-        machine.finish()
+        read = Reading(report, progress)
+        read.through(machine, observe)
+        if report.fault is None:
+            machine.finish()
     except Found as found:
         report.fault = found.fault
     return report
 
 
-def _read(report: Report, machine: Verifier, progress: Optional[Callable[[int, int], None]]) -> None:
-    total = sum(os.path.getsize(path) for path in report.files if os.path.exists(path))
-    done = 0
-    for path in report.files:
-        machine.open(path)
+class Reading:
+    """One pass over the files of a report, in order."""
+
+    def __init__(self, report: Report, progress: Optional[Callable[[int, int], None]]) -> None:
+        self._report = report
+        self._progress = progress
+
+    def through(self, machine: Optional[Verifier], observe: Optional[Observer]) -> None:
+        """Raises Found at a fault where nobody observes; else notes it, and goes on without the machine."""
+        total = sum(os.path.getsize(path) for path in self._report.files if os.path.exists(path))
+        done = 0
+        for path in self._report.files:
+            if machine is not None and self._report.fault is None:
+                machine.open(path)
+            try:
+                for block, position in self._file(path):
+                    if machine is not None and self._report.fault is None:
+                        self._verify(machine, block, observe is not None)
+                    if observe is not None:
+                        observe(path, block)
+                    if self._progress:
+                        self._progress(done + position, total)
+            except _UNREADABLE as error:
+                fault = Fault(path, machine.line if machine else 0, f"can't be read ({error})")
+                if observe is None:
+                    raise Found(fault) from None
+                self._report.fault = self._report.fault or fault
+                continue
+            done += os.path.getsize(path)
+
+    def _file(self, path: str) -> Iterator[tuple[bytes, int]]:
+        file, raw = _opened(path)
+        with raw:
+            for block in _blocks(file, file is raw and path == self._report.files[-1]):
+                yield block, raw.tell()
+
+    def _verify(self, machine: Verifier, block: bytes, go_on: bool) -> None:
         try:
-            file, raw = _opened(path)
-            with raw:
-                for block in _blocks(file, file is raw and path == report.files[-1]):
-                    if block.endswith(b"\n"):
-                        machine.feed(block)
-                    else:
-                        machine.end_of_file(block)
-                    if progress:
-                        progress(done + raw.tell(), total)
-        except _UNREADABLE as error:
-            raise Found(Fault(path, machine.line, f"can't be read ({error})")) from None
-        done += os.path.getsize(path)
+            if block.endswith(b"\n"):
+                machine.feed(block)
+            else:
+                machine.end_of_file(block)
+        except Found as found:
+            if not go_on:
+                raise
+            self._report.fault = found.fault
 
 
 def shredded(paths: Iterable[Name], key: memoryview) -> dict[str, str]:

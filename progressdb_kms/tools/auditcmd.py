@@ -1,4 +1,4 @@
-"""`audit verify` and `audit tail`: the audit log on the command line."""
+"""`audit verify`, `search`, `report` and `tail`: the audit log on the command line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Optional
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Optional
 
 from ..audit import verify as auditverify
 from ..audit.log import FILE_NAME
@@ -17,10 +17,12 @@ from ..audit.verify import Report
 from ..crypto import envelope
 from ..crypto.keyring import fingerprint
 from ..crypto.memory import LockedBuffer
-from ..encoding import b64decode, json_loads
+from ..encoding import b64decode, json_loads, timestamp
 from ..errors import AuthenticationFailed, KeyMismatch, StoreDamaged
 from ..store.sqlite import SqliteReader
-from .console import CommandFailed, Progress, safe, show
+from . import auditreport
+from .auditsearch import Hits, Query, as_csv, as_json, as_table, moment, summary
+from .console import CommandFailed, Progress, output, safe, say, show
 
 if TYPE_CHECKING:
     from ..config.load import Loaded
@@ -111,6 +113,75 @@ def _unwrap(loaded: Loaded, blob: bytes, scratch: memoryview) -> memoryview:
         f"the audit key is wrapped under the KEK {wrapped.kek_id}, which is not configured",
         hint="`progressdb-kms kek-id FILE…` finds the key file",
     )
+
+
+# ---- search ------------------------------------------------------------------------------------------
+
+
+def search(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
+    """Records to stdout, as they are found; what can be said of their chains to stderr. Returns 1 where a
+    fault was found."""
+    now, started = time.time(), time.monotonic()
+    query = Query(
+        args.key,
+        args.thread,
+        args.uid,
+        args.op,
+        args.outcome,
+        moment(args.since, now) if args.since else "",
+        moment(args.until, now) if args.until else "",
+    )
+    show_as = as_json if args.json else as_csv() if args.csv else as_table()
+    with _read_log(args.log or _logs(loaded.settings.data_dir), loaded, args.no_verify) as read:
+        hits = Hits(query, read.key, show_as)
+        report = read(progress, hits)
+        sys.stdout.flush()
+        say(summary(report, hits, read.key is not None, started))
+    return 0 if report.ok and not hits.unsigned else 1
+
+
+def report(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
+    """One HTML page to a file. Returns 1 where a fault was found; the page is made and tells it."""
+    now, data_dir = time.time(), loaded.settings.data_dir
+    since, until = (moment(text, now) if text else "" for text in (args.since, args.until))
+    counts = auditreport.Counts(since, until)
+    with _read_log(args.log or _logs(data_dir), loaded, False) as read:
+        found = read(progress, counts)
+    reader = SqliteReader(data_dir)
+    try:
+        held = auditreport.holdings(reader, counts.keys)
+    finally:
+        reader.close()
+    with output(args.output) as file:
+        file.write(auditreport.page(counts, held, found, str(data_dir), timestamp(now)).encode())
+    say(f"{args.output}: {counts.lines} records" + (f", FAULT at {found.fault}" if found.fault else ""))
+    return 0 if found.ok else 1
+
+
+class LogReader(NamedTuple):
+    """Goes through a log once, verifying where `key` is there."""
+
+    logs: Sequence[Path]
+    key: Optional[memoryview]
+    anchors: Anchors
+
+    def __call__(self, progress: Progress, observe: auditverify.Observer) -> Report:
+        if self.key is None:
+            report = Report(auditverify.in_order(self.logs))
+            auditverify.Reading(report, progress).through(None, observe)
+            return report
+        return auditverify.verify(
+            self.logs, self.key, self.anchors, partial=True, progress=progress, observe=observe
+        )
+
+
+@contextlib.contextmanager
+def _read_log(logs: Sequence[Path], loaded: Loaded, unverified: bool) -> Iterator[LogReader]:
+    if unverified:
+        yield LogReader(logs, None, {})
+        return
+    with _audit_key(loaded) as (key, anchors):
+        yield LogReader(logs, key, anchors)
 
 
 # ---- tail --------------------------------------------------------------------------------------------

@@ -100,7 +100,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
-_TYPES = {"count": _count}
+def _uid(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no UID")
+    return int(text)
+
+
+_TYPES = {"count": _count, "uid": _uid}
 
 
 def exits_of(command: Command) -> tuple[tuple[int, str], ...]:

@@ -296,6 +296,20 @@ def audit_verify(args: argparse.Namespace) -> int:
         return auditcmd.verify(args, loaded, bar)
 
 
+def audit_search(args: argparse.Namespace) -> int:
+    from . import auditcmd
+
+    with _load(args, need_key=not args.no_verify) as loaded, Progress("audit search") as bar:
+        return auditcmd.search(args, loaded, bar)
+
+
+def audit_report(args: argparse.Namespace) -> int:
+    from . import auditcmd
+
+    with _load(args, need_key=True) as loaded, Progress("audit report") as bar:
+        return auditcmd.report(args, loaded, bar)
+
+
 def audit_tail(args: argparse.Namespace) -> None:
     from . import auditcmd
 

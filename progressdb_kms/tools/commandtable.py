@@ -13,7 +13,7 @@ DEFAULT_DATA_DIR = "./kms-data"
 
 
 class Arg(NamedTuple):
-    """One argument. `kind`: flag, text, count (1 and more), file, folder, key_id, or a key of CHOICES."""
+    """One argument. `kind`: flag, text, count (from 1), uid, file, folder, key_id, or a key of CHOICES."""
 
     names: tuple[str, ...]
     help: str
@@ -43,7 +43,10 @@ class Command(NamedTuple):
     exits: tuple[tuple[int, str], ...] = ()
 
 
-CHOICES: dict[str, tuple[str, ...]] = {"bench": ("calls", "store", "rotate", "memory")}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "bench": ("calls", "store", "rotate", "memory"),
+    "outcome": ("ok", "refused", "failed"),
+}
 
 EXITS = ((0, "it was done"), (1, "it failed; stderr says why"), (2, "the command line is wrong"))
 
@@ -266,6 +269,56 @@ COMMANDS: tuple[Command, ...] = (
         ("progressdb-kms audit verify --config /etc/progressdb-kms/progressdb-kms.yaml",),
         keys=True,
         exits=((1, "a fault was found, or the log can't be read"),),
+    ),
+    Command(
+        "audit search",
+        OFFLINE,
+        "find audit records",
+        "By any number of conditions, over the log of the data-dir or the files that are named, .gz too. "
+        "Each record that is shown is checked, and the chains with it: stderr says what was verified. A "
+        "damaged line is named and is no end. Times are 2h, 7d, 2026-11-24 or RFC 3339, in UTC.",
+        (
+            Arg(("log",), "audit logs (default: those of the data-dir)", "file", "LOG", "*"),
+            Arg(("--key",), "that name this key_id, in a batch too", "key_id", "ID"),
+            Arg(("--thread",), "of this thread", "text", "ID"),
+            Arg(("--uid",), "of callers with this UID", "uid", "N"),
+            Arg(("--op",), "of this operation, such as decrypt", "text", "OP"),
+            Arg(("--outcome",), "ok, refused or failed", "outcome", "WORD"),
+            Arg(("--since",), "not before this time", "text", "TIME"),
+            Arg(("--until",), "before this time", "text", "TIME"),
+            Arg(("--csv",), "print CSV, for spreadsheets", "flag"),
+            JSON,
+            Arg(("--no-verify",), "without the keys: nothing is verified", "flag"),
+            DATA_DIR,
+            CONFIG,
+        ),
+        "audit_search",
+        (
+            "progressdb-kms audit search --outcome refused --since 2h",
+            "progressdb-kms audit search --key k_0123 --op decrypt --csv >decrypts.csv",
+        ),
+        keys=True,
+        exits=((1, "a fault was found, or the log can't be read"),),
+    ),
+    Command(
+        "audit report",
+        OFFLINE,
+        "make one HTML page of the audit log and the store",
+        "Calls by hour and operation, refusals and failures by UID, keys used most and never, DEKs by KEK "
+        "and state, rotations, deletions that are due, and whether the chains verify. The page needs no "
+        "network and no script.",
+        (
+            Arg(("output",), "the page to write", "file", "FILE"),
+            Arg(("log",), "audit logs (default: those of the data-dir)", "file", "LOG", "*"),
+            Arg(("--since",), "only records not before this time", "text", "TIME"),
+            Arg(("--until",), "only records before this time", "text", "TIME"),
+            DATA_DIR,
+            CONFIG,
+        ),
+        "audit_report",
+        ("progressdb-kms audit report november.html --since 30d",),
+        keys=True,
+        exits=((1, "a fault was found (it stands in the page), or the log can't be read"),),
     ),
     Command(
         "audit tail",

@@ -134,7 +134,7 @@ def test_bash_offers_the_options_of_each_command(bash: Shell, command: Command) 
 def test_bash_offers_commands(bash: Shell) -> None:
     assert bash("") >= {command.name.partition(" ")[0] for command in COMMANDS}
     assert bash("au") == {"audit"}
-    assert bash("audit", "") == {"verify", "tail", "--help"}
+    assert bash("audit", "") == {"verify", "search", "report", "tail", "--help"}
     assert bash("--") == {"--socket", "--data-dir", "--config", "--help", "--version"}
 
 

@@ -1,0 +1,391 @@
+"""`audit report`: one HTML page that an auditor opens without a network.
+
+The log is read once, verified as it is read; what is kept of it are counts, and so memory grows with the
+number of DEKs and hours and not of records. The page has no script and fetches nothing, by a policy in its
+own head; every text from the log or the store goes through `esc`.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+
+from .. import __version__
+from ..audit.chain import Report
+from ..audit.log import parse
+from ..store.contract import DekRecord, Reader
+from ..store.policy import PENDING_DELETION, SHREDDED
+
+BARS = 96
+"""Bars of the chart at most: four days by the hour; a longer time is put together by days."""
+
+MOST = 20
+"""Rows of "used most" and of "never used" that are shown."""
+
+EVENTS = 200
+"""Rotations, shreds and starts that are shown at most, the newest."""
+
+PAGE = 1000
+
+WIDTH = 960  # of the chart, in units of its own
+
+_HATCH = (
+    '<defs><pattern id="h" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+    '<line x1="0" y1="0" x2="0" y2="5" stroke="currentColor" stroke-width="2"/></pattern></defs>'
+)
+
+TOLD = frozenset(
+    (
+        *("start", "stop", "restore", "import", "rewrap", "shred", "unwrap"),
+        *("rotate_kek", "rotation_finished", "rotation_failed", "audit_recovered", "audit_reopened"),
+    )
+)
+"""Operations that are listed one by one."""
+
+_LINES = re.compile(
+    rb'"ts":"([^"\n]{13})([^"\n]*)","op":"([a-z_]+)","outcome":"([a-z]+)","status":[0-9]+'
+    rb'(?:,"key_id":"([^"\n]*)")?(?:,"thread_id":"(?:[^"\\\n]|\\[^\n])*")?(?:,"actor":"[^"\n]*","uid":([0-9]+))?'
+).findall
+_BATCHES = re.compile(rb'"ts":"([^"\n]*)","op":"[a-z_]+","outcome":"ok"[^\n]*,"keys":\[([^\]\n]*)\]').findall
+_TOLD_LINES = re.compile(rb'^\{"event":\{[^\n]*?"op":"(?:%b)"[^\n]*' % "|".join(sorted(TOLD)).encode(), re.M)
+
+
+class Counts:
+    """What the page tells of the log. An observer of `verify`."""
+
+    def __init__(self, since: str = "", until: str = "") -> None:
+        self.since, self.until = since, until or "~"
+        self.calls: Counter[tuple[bytes, bytes, bytes]] = Counter()  # hour, op, outcome
+        self.uids: Counter[tuple[bytes, bytes]] = Counter()  # uid, outcome
+        self.keys: Counter[bytes] = Counter()
+        self.told: list[dict[str, Any]] = []
+        self.lines = 0
+
+    def __call__(self, path: str, block: bytes) -> None:
+        low, high = self.since.encode(), self.until.encode()
+        rows = _LINES(block)
+        if low or high != b"~":
+            rows = [row for row in rows if low <= row[0] + row[1] < high]
+        self.lines += len(rows)
+        self.calls.update((hour, op, outcome) for hour, _, op, outcome, _, _ in rows)
+        self.uids.update((uid, outcome) for _, _, _, outcome, _, uid in rows if uid)
+        self.keys.update(key for _, _, _, outcome, key, _ in rows if key and outcome == b"ok")
+        for ts, names in _BATCHES(block) if b'"keys":[' in block else ():
+            if low <= ts < high:
+                self.keys.update(name.strip(b'"') for name in names.split(b",") if name)
+        self._tell(block)
+
+    def _tell(self, block: bytes) -> None:
+        for match in _TOLD_LINES.finditer(block):
+            try:
+                event = parse(match[0])
+            except ValueError:
+                continue
+            if event.get("op") in TOLD and self.since <= event.get("ts", "") < self.until:
+                self.told.append(event)
+        del self.told[:-EVENTS]
+
+
+class Holdings(NamedTuple):
+    """What the page tells of the store."""
+
+    states: Mapping[tuple[str, str], int]  # kek_id, state
+    active: str
+    due: Sequence[DekRecord]
+    never: Sequence[str]
+    unused: int
+    total: int
+
+
+def holdings(reader: Reader, used: Mapping[bytes, int]) -> Holdings:
+    states: Counter[tuple[str, str]] = Counter()
+    due: list[DekRecord] = []
+    never: list[str] = []
+    unused = 0
+    for record in _records(reader):
+        states[record.kek_id, record.state] += 1
+        if record.state == PENDING_DELETION:
+            due.append(record)
+        if record.state != SHREDDED and record.key_id.encode() not in used:
+            unused += 1
+            if len(never) < MOST:
+                never.append(record.key_id)
+    active = reader.read("kek:active") or {}
+    due.sort(key=lambda record: record.delete_at)
+    return Holdings(states, str(active.get("kek_id", "")), due, never, unused, sum(states.values()))
+
+
+def _records(reader: Reader) -> Iterator[DekRecord]:
+    after = ""
+    while page := reader.page(after, PAGE):
+        yield from page
+        after = page[-1].key_id
+
+
+# ---- the page --------------------------------------------------------------------------------------------
+
+esc = html.escape
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1b1f24;--dim:#5b6570;--line:#d5dae0;--ground:#fff;--bar:#2f6db3;
+--bad:#b3261e;--good:#1d6b37}
+@media (prefers-color-scheme:dark){:root{--ink:#e4e8ec;--dim:#9aa5b1;--line:#39414a;--ground:#14181d;
+--bar:#6aa5e8;--bad:#ff8a80;--good:#7fd39a}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:62rem;padding:1.5rem 1rem 4rem;background:var(--ground);color:var(--ink);
+font:16px/1.5 system-ui,sans-serif}
+h1{font-size:1.5rem;margin:0}h2{font-size:1.1rem;margin:2.2rem 0 .6rem}
+p{margin:.4rem 0}.dim{color:var(--dim)}
+.verdict{border:1px solid var(--line);border-left:.4rem solid var(--good);padding:.6rem .9rem;margin:1rem 0}
+.verdict.bad{border-left-color:var(--bad)}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:.25rem .8rem .25rem 0;border-bottom:1px solid var(--line);vertical-align:top;
+overflow-wrap:break-word;min-width:4.5rem;max-width:28rem}
+th{font-weight:600;color:var(--dim);font-size:.85rem}
+td.n,th.n{text-align:right;white-space:nowrap}
+code{font-size:.9em}
+svg{display:block;color:var(--bar)}svg.chart{width:100%;height:12rem}svg.spark{width:10rem;height:1.25rem}
+.axis{display:flex;justify-content:space-between}
+@media (max-width:40rem){.spark{display:none}}
+.bad-text{color:var(--bad);font-weight:600}
+@media print{body{max-width:none;padding:0;font-size:11pt}h2{break-after:avoid}tr{break-inside:avoid}}
+"""
+
+HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head><body>
+"""
+
+
+def page(counts: Counts, held: Holdings, report: Report, source: str, now: str) -> str:
+    """The whole document. `source`: the data-dir; `now`: when it was made."""
+    title = "progressdb-kms: audit report"
+    parts = [
+        HEAD.format(title=title, style=STYLE),
+        f"<h1>{title}</h1>",
+        f'<p class="dim">{esc(source)}, made {esc(now[:19])} UTC by progressdb-kms {esc(__version__)}; '
+        f"records {_span(counts)}</p>",
+        _verdict(report, counts.lines),
+        _section("Calls by time", _chart(counts.calls)),
+        _section("Calls by operation", _operations(counts.calls)),
+        _section("Callers", _callers(counts.uids)),
+        _section("DEKs by KEK and state", _states(held)),
+        _section("DEKs used most", _most(counts.keys)),
+        _section("DEKs never used in these records", _never(held)),
+        _section("Deletions due", _due(held.due)),
+        _section("Rotations, shreds, starts and the like", _events(counts.told)),
+        "</body></html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _section(title: str, body: str) -> str:
+    return f'<section><h2>{esc(title)}</h2><div class="wide">{body}</div></section>'
+
+
+def _span(counts: Counts) -> str:
+    hours = sorted({hour for hour, _, _ in counts.calls})
+    if not hours:
+        return "none in this time"
+    return f"from {esc(hours[0].decode())}h to {esc(hours[-1].decode())}h UTC"
+
+
+def _verdict(report: Report, lines: int) -> str:
+    files = f"{len(report.files)} file{'s' * (len(report.files) != 1)}"
+    if report.fault is None:
+        recovered = (
+            f" {report.recoveries} torn records were closed by a recovery." if report.recoveries else ""
+        )
+        chains = f"{len(report.chains)} chain{'s' * (len(report.chains) != 1)}"
+        return (
+            f'<div class="verdict"><strong>The chains verify.</strong> {lines:,} records in '
+            f"{chains}, {files}: signatures, order and the heads kept in the store "
+            f"agree.{recovered}</div>"
+        )
+    return (
+        f'<div class="verdict bad"><strong class="bad-text">The log has a fault.</strong> '
+        f"{esc(str(report.fault))}. Records up to there are verified; those behind it are counted below, and "
+        f"nobody can vouch for them. {lines:,} records, {files}.</div>"
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: Iterable[int] = ()) -> str:
+    """Cells are escaped, but for those that are SVG made here."""
+    right = set(numbers)
+    kind = [' class="n"' if i in right else "" for i in range(len(head))]
+    lines = [
+        "<table><thead><tr>",
+        *(f"<th{k}>{esc(name)}</th>" for name, k in zip(head, kind)),
+        "</tr></thead><tbody>",
+    ]
+    empty = True
+    for row in rows:
+        empty = False
+        lines.append("<tr>" + "".join(f"<td{k}>{_cell(cell)}</td>" for cell, k in zip(row, kind)) + "</tr>")
+    return "".join(lines) + "</tbody></table>" if not empty else '<p class="dim">None.</p>'
+
+
+class _Markup(str):
+    """Text that was made here and needs no escaping."""
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, _Markup):
+        return value
+    return f"{value:,}" if isinstance(value, int) else esc(str(value))
+
+
+def _hours(calls: Mapping[tuple[bytes, bytes, bytes], int]) -> tuple[list[str], int]:
+    """(the beginnings of the bars, how many characters of a time make one)."""
+    hours = sorted({hour.decode("ascii", "replace") for hour, _, _ in calls})
+    try:
+        first, last = (datetime.strptime(hour, "%Y-%m-%dT%H") for hour in (hours[0], hours[-1]))
+    except (IndexError, ValueError):
+        return hours[-BARS:], 13
+    step, size = (timedelta(hours=1), 13) if last - first < timedelta(hours=BARS) else (timedelta(days=1), 10)
+    count = min((last - first) // step + 2, 20 * BARS)
+    found = [(first + step * i).strftime("%Y-%m-%dT%H")[:size] for i in range(count)]
+    return [begin for begin in dict.fromkeys(found) if begin <= hours[-1][:size]], size
+
+
+def _chart(calls: Mapping[tuple[bytes, bytes, bytes], int]) -> str:
+    """Bars of all calls; what was refused or failed stands hatched on their feet."""
+    begins, size = _hours(calls)
+    if not begins:
+        return '<p class="dim">No records.</p>'
+    good, bad = dict.fromkeys(begins, 0), dict.fromkeys(begins, 0)
+    for (hour, _, outcome), count in calls.items():
+        begin = hour.decode("ascii", "replace")[:size]
+        if begin in good:
+            (good if outcome == b"ok" else bad)[begin] += count
+    top = max(good[b] + bad[b] for b in begins) or 1
+    gap = WIDTH / len(begins)
+    bars = []
+    for i, begin in enumerate(begins):
+        x, w = i * gap, max(gap - 2, 0.8)
+        low, high = bad[begin] / top * 180, good[begin] / top * 180
+        told = f"<title>{esc(begin)}: {good[begin]:,} ok, {bad[begin]:,} refused or failed</title>"
+        bars.append(
+            f'<g>{told}<rect x="{x:.1f}" y="{180 - low - high:.1f}" width="{w:.1f}" height="{high:.1f}" '
+            f'fill="currentColor"/><rect x="{x:.1f}" y="{180 - low:.1f}" width="{w:.1f}" height="{low:.1f}" '
+            f'fill="url(#h)" stroke="currentColor" stroke-width=".5"/></g>'
+        )
+    unit = "hour" if size == 13 else "day"
+    return (
+        f'<p class="dim">{top:,} in the busiest {unit}. Full: answered. Hatched: refused or failed.</p>'
+        f'<svg class="chart" viewBox="0 0 {WIDTH} 180" preserveAspectRatio="none" role="img" '
+        f'aria-label="Calls by {unit}">{_HATCH}{"".join(bars)}</svg>'
+        f'<p class="dim axis"><span>{esc(begins[0])}</span><span>{esc(begins[-1])}</span></p>'
+    )
+
+
+def _outcomes(counts: Mapping[Any, int], at: int) -> dict[bytes, Counter[bytes]]:
+    result: dict[bytes, Counter[bytes]] = {}
+    for names, count in counts.items():
+        result.setdefault(names[at], Counter())[names[-1]] += count
+    return result
+
+
+def _operations(calls: Mapping[tuple[bytes, bytes, bytes], int]) -> str:
+    begins, size = _hours(calls)
+    by_op = _outcomes(calls, 1)
+    rows = []
+    for op, outcomes in sorted(by_op.items(), key=lambda item: -sum(item[1].values())):
+        line: Counter[str] = Counter()
+        for (hour, name, _), count in calls.items():
+            if name == op:
+                line[hour.decode("ascii", "replace")[:size]] += count
+        rows.append(
+            (
+                op.decode(),
+                outcomes[b"ok"],
+                outcomes[b"refused"],
+                outcomes[b"failed"],
+                _spark([line[b] for b in begins]),
+            )
+        )
+    return _table(("operation", "ok", "refused", "failed", "over the time"), rows, (1, 2, 3))
+
+
+def _spark(values: Sequence[int]) -> _Markup:
+    top = max(values, default=0) or 1
+    step = 160 / max(len(values), 1)
+    rects = "".join(
+        f'<rect x="{i * step:.1f}" y="{20 - v / top * 20:.1f}" width="{max(step - 0.5, 0.5):.1f}" '
+        f'height="{v / top * 20:.1f}" fill="currentColor"/>'
+        for i, v in enumerate(values)
+        if v
+    )
+    return _Markup(f'<svg class="spark" viewBox="0 0 160 20" aria-hidden="true">{rects}</svg>')
+
+
+def _callers(uids: Mapping[tuple[bytes, bytes], int]) -> str:
+    rows = [
+        (uid.decode(), row[b"ok"], row[b"refused"], row[b"failed"])
+        for uid, row in sorted(
+            _outcomes(uids, 0).items(), key=lambda item: (-item[1][b"refused"], -sum(item[1].values()))
+        )
+    ]
+    return _table(("UID", "ok", "refused", "failed"), rows, (1, 2, 3))
+
+
+def _states(held: Holdings) -> str:
+    rows = [
+        (f"{kek_id} (active)" if kek_id == held.active else kek_id or "-", state, count)
+        for (kek_id, state), count in sorted(held.states.items())
+    ]
+    return f"<p>{held.total:,} DEKs.</p>" + _table(("KEK", "state", "DEKs"), rows, (2,))
+
+
+def _most(keys: Counter[bytes]) -> str:
+    return _table(("key_id", "uses"), [(key.decode(), count) for key, count in keys.most_common(MOST)], (1,))
+
+
+def _never(held: Holdings) -> str:
+    left = held.unused - len(held.never)
+    more = f'<p class="dim">and {left:,} more</p>' if left > 0 else ""
+    return _table(("key_id",), [(name,) for name in held.never]) + more
+
+
+def _due(due: Sequence[DekRecord]) -> str:
+    rows = [(record.delete_at, record.key_id, record.thread_id) for record in due[:EVENTS]]
+    return _table(("due", "key_id", "thread"), rows)
+
+
+def _events(told: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (
+            str(event.get("ts", ""))[:19],
+            event["op"],
+            event.get("outcome", ""),
+            event.get("uid", ""),
+            _about(event),
+        )
+        for event in reversed(told)
+    ]
+    return _table(("time (UTC)", "operation", "outcome", "UID", "what"), rows)
+
+
+_PLAIN = frozenset(
+    (
+        *("ts", "op", "outcome", "uid", "chain", "seq", "prev", "sig"),
+        *("status", "gid", "pid", "actor", "request_id", "previous"),
+    )
+)
+
+
+def _about(event: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {_word(value)}" for name, value in event.items() if name not in _PLAIN and value is not None
+    )
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else str(value)

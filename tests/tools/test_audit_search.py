@@ -1,0 +1,287 @@
+"""`audit search` and `audit report`: what they find, what they say, and what no text does to the page."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from progressdb_kms.audit.chain import Fault, Report
+from progressdb_kms.audit.log import AuditLog, fragment, key_fragment, peer_fragment, request_fragment
+from progressdb_kms.audit.verify import Reading, in_order, verify
+from progressdb_kms.store.contract import DekRecord
+from progressdb_kms.store.memstore import MemoryStore
+from progressdb_kms.tools import auditreport, auditsearch
+from progressdb_kms.tools.auditsearch import Hits, Query, moment
+from progressdb_kms.tools.console import UsageError
+from tests.harness import Daemon
+from tests.harness.auditlogs import KEY, Clock
+
+EVIL = '"><script>alert(1)</script>,"uid":0,\\"key_id\\":\\"k_1\\"'
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Path]:
+    """Eight records, a second apart."""
+    path = tmp_path / "kms-audit.log"
+    book = AuditLog(path, KEY, "1.1", Clock())
+    me, other = peer_fragment(1000, 1000, 1), peer_fragment(2000, 2000, 2)
+    book.record("encrypt", "ok", 200, key_fragment("k_1", "general"), me, request_fragment("r-1"))
+    book.record("encrypt", "ok", 200, key_fragment("k_2", EVIL), me)
+    book.record("decrypt", "failed", 422, key_fragment("k_1"), other, fragment(code="authentication_failed"))
+    book.record("decrypt", "refused", 403, other, fragment(code="peer_refused"))
+    book.record("encrypt_batch", "ok", 200, me, fragment(count=3, failed=0, keys=["k_1", "k_3"]))
+    book.record("reencrypt", "ok", 200, key_fragment("k_2"), me, fragment(new_key_id="k_9"))
+    book.note("rotation_finished", "ok", {"new_kek_id": "0" * 16, "rewrapped": 3})
+    book.record("decrypt", "ok", 200, key_fragment("k_10"), peer_fragment(10000, 1, 1))
+    book.close()
+    yield path
+
+
+def found(path: Path, **wanted: Any) -> list[int]:
+    """The seqs that a query finds, as the command reads them."""
+    seqs: list[int] = []
+    hits = Hits(Query(**wanted), KEY, lambda event: seqs.append(event["seq"]))
+    report = verify([path], KEY, {}, partial=True, observe=hits)
+    assert report.ok and hits.unsigned == 0 and hits.found == len(seqs)
+    return seqs
+
+
+def test_each_condition(log: Path) -> None:
+    assert found(log) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert found(log, key="k_1") == [1, 3, 5]  # in a batch too, and k_10 is another
+    assert found(log, key="k_9") == [6]  # the target of a reencrypt
+    assert found(log, thread="general") == [1]
+    assert found(log, thread=EVIL) == [2]
+    assert found(log, uid=2000) == [3, 4]
+    assert found(log, uid=1000) == [1, 2, 5, 6]  # 10000 is another
+    assert found(log, uid=0) == []  # whatever a thread is called
+    assert found(log, op="decrypt") == [3, 4, 8]
+    assert found(log, outcome="refused") == [4]
+    assert found(log, op="decrypt", uid=2000, outcome="failed") == [3]
+
+
+def test_times(log: Path) -> None:
+    stamps = [json.loads(line)["event"]["ts"] for line in log.read_bytes().splitlines()]
+    assert found(log, since=stamps[2], until=stamps[4]) == [3, 4]
+    assert found(log, since=stamps[7]) == [8]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("2h", "2026-09-21T12:13:20.000000Z"),
+        ("7d", "2026-09-14T14:13:20.000000Z"),
+        ("2026-11-24", "2026-11-24T00:00:00.000000Z"),
+        ("2026-11-24T10:00", "2026-11-24T10:00:00.000000Z"),
+        ("2026-11-24T10:00:00Z", "2026-11-24T10:00:00.000000Z"),
+        ("2026-11-24T10:00:00+02:00", "2026-11-24T08:00:00.000000Z"),
+    ],
+)
+def test_spellings_of_a_time(text: str, expected: str) -> None:
+    assert moment(text, 1_790_000_000) == expected
+
+
+@pytest.mark.parametrize("text", ["", "yesterday", "2", "h", "2026-13-01", "2 h", "-1h", "1y"])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(UsageError, match="is no time"):
+        moment(text, 1_790_000_000)
+
+
+def test_a_damaged_line_is_named_and_is_no_end(log: Path) -> None:
+    lines = log.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2].replace(b'"status":422', b'"status":200')
+    log.write_bytes(b"".join(lines))
+    events: list[dict[str, Any]] = []
+    hits = Hits(Query(key="k_1"), KEY, events.append)
+    report = verify([log], KEY, {}, partial=True, observe=hits)
+    assert report.fault is not None and report.fault.line == 3
+    assert [(event["seq"], event["verified"]) for event in events] == [(1, True), (3, False), (5, True)]
+    assert hits.unsigned == 1
+    assert "NOT SIGNED" in auditsearch.summary(report, hits, True, 0.0) and ":3:" in str(report.fault)
+
+
+def test_a_file_that_is_no_log_or_no_gzip_is_named(log: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "kms-audit.log.1.gz"
+    packed.write_bytes(gzip.compress(b"not a log\n")[:-4])
+    seen: list[str] = []
+    report = Report(in_order([log, packed]))
+    Reading(report, None).through(None, lambda path, block: seen.append(path))
+    assert isinstance(report.fault, Fault) and report.fault.file == str(packed)
+    assert str(log) in seen
+
+
+def test_without_a_key_nothing_is_said_to_be_verified(log: Path) -> None:
+    events: list[dict[str, Any]] = []
+    hits = Hits(Query(), None, events.append)
+    report = Report([str(log)])
+    Reading(report, None).through(None, hits)
+    assert len(events) == 8 and {event["verified"] for event in events} == {None}
+    assert "not verified" in auditsearch.summary(report, hits, False, 0.0)
+
+
+def test_csv_holds_no_formula(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    book = AuditLog(log, KEY, "2.1", Clock())
+    book.record("encrypt", "ok", 200, key_fragment("k_1", '=HYPERLINK("x")'))
+    book.close()
+    hits = Hits(Query(), KEY, auditsearch.as_csv())
+    assert verify([log], KEY, {}, partial=True, observe=hits).ok
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert rows[-1]["thread_id"] == '\'=HYPERLINK("x")' and rows[1]["thread_id"] == EVIL
+    assert {row["verified"] for row in rows} == {"yes"}
+
+
+# ---- the page ------------------------------------------------------------------------------------------
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, Any]]] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, Any]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "line", "rect"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, Any]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def page_of(log: Path) -> str:
+    store = MemoryStore()
+    with store.transaction():
+        for name, state in (("k_1", "enabled"), ("k_7", "enabled"), ("k_8", "pending_deletion")):
+            store.put(
+                DekRecord(name, EVIL, b"w", "a" * 16, 1, "2026-01-01T00:00:00.000000Z", state, "2026-12-01")
+            )
+    counts = auditreport.Counts()
+    report = verify([log], KEY, {}, partial=True, observe=counts)
+    return auditreport.page(
+        counts, auditreport.holdings(store, counts.keys), report, "/data", "2026-11-24T10:00:00Z"
+    )
+
+
+def test_the_page_is_whole_and_loads_nothing(log: Path) -> None:
+    text = page_of(log)
+    tags = Tags()
+    tags.feed(text)
+    assert tags.open == []
+    names = {tag for tag, _ in tags.tags}
+    assert names.isdisjoint({"script", "link", "img", "iframe", "object", "a", "form"})
+    assert not any(
+        name.startswith("on") or name in ("src", "href") for _, attrs in tags.tags for name in attrs
+    )
+    assert "default-src 'none'" in text and not re.search(r"url\((?!#)", text)
+
+
+def test_no_thread_id_breaks_out_of_the_markup(log: Path) -> None:
+    text = page_of(log)
+    assert "<script" not in text and "&lt;script&gt;" in text
+
+
+def test_the_page_tells_what_the_log_holds(log: Path) -> None:
+    text = re.sub(r"<[^>]+>", " ", page_of(log))
+    assert "The chains verify." in text and "8 records" in text
+    for row in ("decrypt 1 1 1", "encrypt 2 0 0", "2000 0 1 1", "1000 4 0 0"):
+        assert re.search(r"\s+".join(row.split()), text), row
+    assert re.search(r"k_7", text) and "rotation_finished" in text
+    never = text.split("DEKs never used")[1].split("Deletions due")[0]
+    assert "k_7" in never and "k_1 " not in never
+
+
+def test_a_fault_stands_in_the_page(log: Path) -> None:
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[:3] + lines[4:]))
+    assert "The log has a fault." in page_of(log)
+
+
+def test_an_empty_log_makes_a_page(tmp_path: Path) -> None:
+    path = tmp_path / "kms-audit.log"
+    path.touch()
+    assert "none in this time" in page_of(path)
+
+
+def test_a_page_over_months_has_bars_of_days(tmp_path: Path) -> None:
+    path = tmp_path / "kms-audit.log"
+    clock = Clock()
+    book = AuditLog(path, KEY, "1.1", clock)
+    for _ in range(40):
+        book.record("encrypt", "ok", 200, key_fragment("k_1"))
+        clock.now += 86_400
+    book.close()
+    text = page_of(path)
+    assert "in the busiest day" in text and text.count("<title>2026") == 40
+
+
+# ---- as commands ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped() -> Iterator[Daemon]:
+    with Daemon(workers=1) as daemon:
+        with daemon.session() as kms:
+            for i in range(3):
+                kms.ok("POST", "/deks", {"thread_id": f"t{i}", "key_id": f"k_{i}"}, 201)
+                kms.encrypt(f"k_{i}", b"hi")
+        daemon.stop()
+        yield daemon
+
+
+def test_search_as_a_command(stopped: Daemon) -> None:
+    done = stopped.offline("audit", "search", "--key", "k_1", "--json")
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and [event["op"] for event in events] == ["create_dek", "encrypt"]
+    assert all(event["verified"] for event in events)
+    assert re.search(rb"2 records found in 1 files .*; [0-9]+ chains verified\n", done.stderr)
+    done = stopped.offline("audit", "search", "--op", "encrypt", "--since", "1h")
+    assert done.stdout.count(b"\n") == 4 and b"k_2" in done.stdout
+    assert stopped.offline("audit", "search", "--since", "soon").returncode == 2
+    assert stopped.offline("audit", "search", "--outcome", "good").returncode == 2
+
+
+def test_report_as_a_command(stopped: Daemon, tmp_path: Path) -> None:
+    target = tmp_path / "page.html"
+    done = stopped.offline("audit", "report", str(target))
+    assert done.returncode == 0, done.stderr
+    text = target.read_text()
+    assert "The chains verify." in text and "k_1" in text and target.stat().st_mode & 0o777 == 0o600
+
+
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
+@pytest.mark.parametrize("width", [400, 1200])
+def test_the_page_in_a_browser(log: Path, tmp_path: Path, width: int) -> None:
+    """It is laid out within the window, and asks for nothing beyond itself."""
+    target = tmp_path / "page.html"
+    target.write_text(page_of(log))
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [
+            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"),
+            *("--disable-background-networking", "--disable-component-update", "--disable-quic"),
+            *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom"),
+            target.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 0 and "The chains verify." in done.stdout
+    assert "alert" not in re.sub(r"&lt;script&gt;alert", "", done.stdout)
