@@ -20,7 +20,9 @@ import sys
 from types import TracebackType
 from typing import NamedTuple, Optional
 
+from ..errors import Conflict
 from .aead import KEY_SIZE, mac
+from .memory import wipe
 
 _HEADER = 64
 _SLOT = 64
@@ -103,18 +105,27 @@ class Keyring:
     # ---- writing: the keeper only -----------------------------------------------------------------
 
     def install(self, key: memoryview, version: int) -> str:
-        """Copy a KEK into a free slot, or find it there already. Returns its kek_id."""
-        kek_id = fingerprint(key)
-        if kek_id in self.kek_ids():
-            return kek_id
+        """Copy a KEK into a free slot, or find it there already. Returns its kek_id: that of the copy, since
+        what is shown here may change under our eyes. Raises Conflict where no slot is free."""
         free = [slot for slot in range(1, SLOTS + 1) if not self._used(slot)]
         if not free:
-            raise ValueError(f"the keyring holds {SLOTS} KEKs already")
+            if (kek_id := fingerprint(key)) in self.kek_ids():
+                return kek_id
+            raise Conflict(
+                f"the keyring holds {SLOTS} KEKs already",
+                code="keyring_full",
+                hint="`rotate-kek` moves all DEKs to one, and the others leave",
+            )
         start = _HEADER + (free[0] - 1) * _SLOT
+        place = self._region[start + _KEY : start + _KEY + KEY_SIZE]
         self._words[start // 8] += 1
         self._words[start // 8 + 2] = version
-        self._region[start + _KEY : start + _KEY + KEY_SIZE] = key
-        self._region[start + 8 : start + 16] = bytes.fromhex(kek_id)  # last: from now on it is found
+        place[:] = key
+        kek_id = fingerprint(place)
+        if kek_id in self.kek_ids():
+            wipe(place)
+        else:
+            self._region[start + 8 : start + 16] = bytes.fromhex(kek_id)  # last: from now on it is found
         return kek_id
 
     def activate(self, kek_id: str, version: int) -> None:

@@ -4,21 +4,29 @@
     to the worker   {"ok": {…}} or {"error": {"type", "message", "code", "hint"}}, then the end of the stream
 
 Datagrams on a socket pair are whole or not there, so that any number of threads and processes may send at
-once; a keeper that dies closes the answer sockets, and each caller knows at once. No key bytes pass here.
+once; a keeper that dies closes the answer sockets, and each caller knows at once.
+
+No key bytes pass here. A new KEK waits in a slot of the shared locked region, and the job names the slot and
+the kek_id: the keeper copies the key, compares, and only then uses it. A slot belongs to its job until the
+keeper has answered or died, not until the caller has given up: a job that still waits would find another
+request's KEK there.
 """
 
 from __future__ import annotations
 
 import array
 import json
+import select
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
 from .. import errors
 from ..crypto.aead import KEY_SIZE
+from ..crypto.keyring import fingerprint
 from ..crypto.memory import wipe
 from ..encoding import json_dumps
 from ..errors import Conflict, KMSError, StoreUnavailable
@@ -38,6 +46,14 @@ class Job(NamedTuple):
     head: Optional[Head]
     reply: socket.socket
 
+    @property
+    def abandoned(self) -> bool:
+        """The caller gave up, or is gone: it has said that nothing more will come."""
+        try:
+            return not self.reply.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+
 
 def channel() -> tuple[socket.socket, socket.socket]:
     """(the keeper's end, the workers' end), made before any fork and kept open by the parent."""
@@ -55,34 +71,73 @@ class KeeperClient:
         self._outbox = outbox
 
     def call(
-        self, op: str, args: dict[str, Any], head: Optional[Head] = None, timeout: Optional[float] = 30.0
+        self,
+        op: str,
+        args: dict[str, Any],
+        head: Optional[Head] = None,
+        timeout: Optional[float] = 30.0,
+        new_kek: Optional[Staged] = None,
     ) -> dict[str, Any]:
         """Have it done. Raises the error that the keeper answered, or StoreUnavailable where it is silent.
 
-        `timeout` is in seconds, None for jobs that may take as long as they take.
+        `timeout`: seconds for all of it, None for jobs that may take as long as they take once they are sent.
         """
+        deadline = time.monotonic() + (SEND_SECONDS if timeout is None else timeout)
+        if new_kek is not None:
+            args = {**args, "slot": new_kek.slot, "new_kek_id": fingerprint(new_kek.view)}
         ours, theirs = socket.socketpair()
-        with ours:
+        try:
             with theirs:
                 message = json_dumps({"op": op, "args": args, "head": head}).encode()
-                try:
-                    socket.send_fds(self._outbox, [message], [theirs.fileno()])
-                except OSError as error:
+                self._send(message, theirs, deadline)
+            try:
+                answer = _read(ours, None if timeout is None else deadline)
+            except BaseException:
+                if new_kek is not None:
+                    new_kek.leave(ours)
+                raise
+            return _unpack(answer)
+        finally:
+            if new_kek is None or new_kek.waiting is None:
+                ours.close()
+
+    def _send(self, message: bytes, reply: socket.socket, deadline: float) -> None:
+        """Without a wait in the kernel: a queue that nobody empties must not hold the caller."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [reply.fileno()]))]
+        while True:
+            try:
+                self._outbox.sendmsg([message], rights, socket.MSG_DONTWAIT)
+                return
+            except BlockingIOError:
+                if not _ready(self._outbox, select.POLLOUT, deadline):
                     raise StoreUnavailable(
-                        f"the keeper process can't be reached: {error.strerror}"
-                    ) from error
-            ours.settimeout(timeout)
-            return _unpack(_read(ours))
+                        "the keeper process takes no jobs: its queue is full", hint="`progressdb-kms doctor`"
+                    ) from None
+            except OSError as error:
+                raise StoreUnavailable(f"the keeper process can't be reached: {error.strerror}") from error
 
 
-def _read(sock: socket.socket) -> bytes:
-    parts = []
-    try:
-        while part := sock.recv(65536):
-            parts.append(part)
-    except socket.timeout:  # TimeoutError since Python 3.10
-        raise StoreUnavailable("the keeper process does not answer", hint="`progressdb-kms doctor`") from None
-    return b"".join(parts)
+SEND_SECONDS = 30.0
+"""How long a job of no limited time may wait for room in the queue."""
+
+
+def _ready(sock: socket.socket, event: int, deadline: Optional[float]) -> bool:
+    """Wait until the socket is ready for it; False after the deadline."""
+    poller = select.poll()
+    poller.register(sock, event)
+    return bool(poller.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000))
+
+
+def _read(sock: socket.socket, deadline: Optional[float] = None) -> bytes:
+    parts: list[bytes] = []
+    while _ready(sock, select.POLLIN, deadline):
+        if not (part := sock.recv(65536)):
+            return b"".join(parts)
+        parts.append(part)
+    raise StoreUnavailable(
+        "the keeper process does not answer: a change may or may not be made",
+        hint="ask again: every change may be repeated; `progressdb-kms doctor`",
+    )
 
 
 def _unpack(answer: bytes) -> dict[str, Any]:
@@ -149,25 +204,60 @@ _ERRORS = _concrete(errors.KMSError)
 # ---- new KEKs on their way to the keeper -------------------------------------------------------------
 
 
+class Staged:
+    """A slot and its 32 bytes of locked memory. `waiting`: where the answer will come to a job that still
+    holds the slot, though its caller gave up."""
+
+    def __init__(self, slot: int, view: memoryview) -> None:
+        self.slot = slot
+        self.view = view
+        self.waiting: Optional[socket.socket] = None
+
+    def leave(self, reply: socket.socket) -> None:
+        """Give up on the answer: the keeper sees it, and won't begin any more; the slot stays the job's."""
+        self.waiting = reply
+        reply.shutdown(socket.SHUT_WR)
+
+    def answered(self) -> bool:
+        """Has the keeper answered, or died?"""
+        if self.waiting is None:
+            return True
+        if not _ready(self.waiting, select.POLLIN, 0.0):
+            return False
+        self.waiting.close()
+        return True
+
+
 class StagingSlots:
     """This worker's share of the slots in which a new KEK waits for the keeper."""
 
     def __init__(self, region: memoryview, first: int, count: int) -> None:
         self._region = region
         self._free = list(range(first, first + count))
+        self._left: list[Staged] = []
         self._lock = threading.Lock()
 
     @contextmanager
-    def take(self) -> Iterator[tuple[int, memoryview]]:
-        """(number, 32 bytes of locked memory), wiped in the end whoever used it."""
+    def take(self) -> Iterator[Staged]:
+        """A free slot, wiped in the end, or once the keeper has answered to a caller that gave up."""
         with self._lock:
+            self._collect()
             if not self._free:
                 raise Conflict("too many rotations at once", code="rotation_in_progress")
             slot = self._free.pop()
-        view = self._region[slot * KEY_SIZE : (slot + 1) * KEY_SIZE]
+        staged = Staged(slot, self._region[slot * KEY_SIZE : (slot + 1) * KEY_SIZE])
         try:
-            yield slot, view
+            yield staged
         finally:
-            wipe(view)
             with self._lock:
-                self._free.append(slot)
+                self._left.append(staged)
+                self._collect()
+
+    def _collect(self) -> None:
+        left, self._left = self._left, []
+        for staged in left:
+            if staged.answered():
+                wipe(staged.view)
+                self._free.append(staged.slot)
+            else:
+                self._left.append(staged)

@@ -7,8 +7,12 @@ A single loop, no locks:
   (keyring, generation) was changed.
 - Long jobs (rotation, emptying old tables) are generators: a step between two rounds of the loop, and a
   rest after it while others want the core.
-- A new KEK waits in a staging slot of the shared locked region, and the job names the slot.
-- A job of which the answer can't be delivered was still done: every job may be repeated.
+- A new KEK waits in a staging slot of the shared locked region, and the job names the slot and the kek_id.
+  The keeper copies it, wipes the slot, compares the copy with the kek_id, and uses nothing but the copy.
+- A job of which the answer can't be delivered was still done: every job may be repeated. Only one that brings
+  a KEK isn't begun where its caller has given up: who was told "no answer" may have thrown that key away.
+- A KEK that a failed job brought leaves the keyring; after a COMMIT of unknown outcome, once the store was
+  read again and nothing in it needs that KEK.
 """
 
 from __future__ import annotations
@@ -117,6 +121,7 @@ class Keeper:
         self._clock = clock
         self._memory = LockedBuffer(envelope.SCRATCH_SIZE)
         self._effects: list[Callable[[], None]] = []
+        self._brought: set[str] = set()
         self._rotation: Optional[Rotation] = None
         self._task: Optional[tuple[Steps, Job]] = None
         self._retiring = True  # an earlier run may have left rows
@@ -184,6 +189,8 @@ class Keeper:
                 except KMSError as error:
                     done.append(Done(job, error, []))
             self._write_anchors()
+        if self._brought:
+            self._remove_unneeded()
         return done
 
     def _attempt(self, job: Job) -> Outcome:
@@ -195,6 +202,8 @@ class Keeper:
     def _do(self, job: Job) -> Outcome:
         try:
             handler = _WRITES.get(job.op) or _READS[job.op]
+            if "slot" in job.args:
+                return handler(self, **self._with_new_kek(job))
             return handler(self, **job.args)
         except KMSError:
             raise
@@ -366,9 +375,9 @@ class Keeper:
         if new.delete_at:
             self._store.write(f"deletion:{new.delete_at}|{new.key_id}", {})
 
-    def rewrap(self, key_id: str, slot: int) -> dict[str, Any]:
+    def rewrap(self, key_id: str, new_kek: LockedBuffer) -> dict[str, Any]:
         """Move one DEK to another KEK, which joins the keyring."""
-        with self._staged(slot) as new_kek:
+        with new_kek:
             old = self._existing(key_id)
             if old.state == SHREDDED:
                 raise KeyShredded(f"the key {key_id} was shredded: nothing brings it back")
@@ -377,9 +386,10 @@ class Keeper:
                     "a rotation is under way", code="rotation_in_progress", hint="try again after it"
                 )
             active = self._keyring.active
-            target = fingerprint(new_kek)
+            target = fingerprint(new_kek.view)
             version = active.version if target == active.kek_id else self._version(target)
-            self._keyring.install(new_kek, version)
+            if target not in self._keyring.kek_ids():
+                self._brought.add(self._keyring.install(new_kek.view, version))
             mover = Rewrapper(self._keyring, target, version, os.urandom)
         try:
             record = mover.records([old])[0]
@@ -412,34 +422,56 @@ class Keeper:
 
     # ---- rotation ----------------------------------------------------------------------------------
 
-    def rotate(self, slot: int, dry_run: bool = False) -> Long:
+    def rotate(self, new_kek: LockedBuffer, dry_run: bool = False) -> Long:
         if self._rotation is not None:
-            self._wipe_slot(slot)
+            new_kek.close()
             raise Conflict(
                 "a rotation is under way", code="rotation_in_progress", hint="GET /status tells how far"
             )
         self._rotation = Rotation(self._store, self._keyring, self._data_dir, os.urandom)
-        return Long(self._rotate(self._rotation, slot, dry_run))
+        return Long(self._rotate(self._rotation, new_kek, dry_run))
 
-    def _rotate(self, rotation: Rotation, slot: int, dry_run: bool) -> Steps:
-        with self._staged(slot) as new_kek:
+    def _rotate(self, rotation: Rotation, new_kek: LockedBuffer, dry_run: bool) -> Steps:
+        with new_kek:
             if dry_run:
-                return (yield from rotation.dry_run(new_kek))
-            target = fingerprint(new_kek)
+                return (yield from rotation.dry_run(new_kek.view))
+            target = fingerprint(new_kek.view)
             self.note("rotation_started", new_kek_id=target)
             try:
-                result = yield from rotation.run(new_kek)
+                result = yield from rotation.run(new_kek.view)
             except KMSError as error:
                 self.note("rotation_failed", "failed", new_kek_id=target, code=error.code)
                 raise
             self.note("rotation_finished", new_kek_id=target, rewrapped=result["rewrapped"])
             return result
 
-    def _staged(self, slot: int) -> _Staged:
-        return _Staged(self._staging[slot * KEY_SIZE : (slot + 1) * KEY_SIZE])
+    def _with_new_kek(self, job: Job) -> dict[str, Any]:
+        """The arguments of a job that brings a KEK, with a copy of it in place of its slot's number."""
+        args = dict(job.args)
+        slot, kek_id = args.pop("slot"), args.pop("new_kek_id")
+        staged = self._staging[slot * KEY_SIZE : (slot + 1) * KEY_SIZE]
+        copy = LockedBuffer(KEY_SIZE)
+        copy.view[:] = staged
+        try:
+            if fingerprint(copy.view) != kek_id:  # of another job by now: its worker died
+                raise Conflict("the new KEK is not there any more: nothing was changed", hint="send it again")
+            wipe(staged)
+            if job.abandoned:
+                raise Conflict("the caller has given up: nothing was changed")
+            check_master_key(copy.view)
+        except WeakKey as error:
+            copy.close()
+            raise BadRequest.invalid("new_kek_hex", f"can't be a KEK: {error.message}") from None
+        except Conflict:
+            copy.close()
+            raise
+        return {**args, "new_kek": copy}
 
-    def _wipe_slot(self, slot: int) -> None:
-        wipe(self._staging[slot * KEY_SIZE : (slot + 1) * KEY_SIZE])
+    def _remove_unneeded(self) -> None:
+        """KEKs that jobs brought, but no stored DEK is under. The store was just read or written."""
+        for kek_id in self._brought - set(self._store.keks()) - {self._keyring.active.kek_id}:
+            self._keyring.remove(kek_id)
+        self._brought.clear()
 
     # ---- erasure and the janitor ---------------------------------------------------------------------
 
@@ -512,24 +544,6 @@ class Keeper:
         self._store.close()
         self._audit.close()
         self._memory.close()
-
-
-class _Staged:
-    """A new KEK in its staging slot; checked when it is taken, wiped when the job is done."""
-
-    def __init__(self, view: memoryview) -> None:
-        self._view = view
-
-    def __enter__(self) -> memoryview:
-        try:
-            check_master_key(self._view)
-        except WeakKey as error:
-            wipe(self._view)
-            raise BadRequest.invalid("new_kek_hex", f"can't be a KEK: {error.message}") from None
-        return self._view
-
-    def __exit__(self, kind: object, value: object, trace: object) -> None:
-        wipe(self._view)
 
 
 _WRITES: dict[str, Callable[..., Outcome]] = {

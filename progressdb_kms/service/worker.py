@@ -25,7 +25,7 @@ from ..errors import BadRequest, Conflict, KeyNotFound, KMSError, Unavailable
 from ..rules import PeerRules
 from ..store.contract import DekRecord, Reader
 from ..store.policy import refusal
-from .channel import KeeperClient
+from .channel import KeeperClient, Staged
 from .metrics import Block
 
 MAX_REMEMBERED = 20_000
@@ -199,10 +199,12 @@ class Service:
 
     # ---- changes: the keeper makes them ---------------------------------------------------------------
 
-    def change(self, op: str, timeout: Optional[float] = 30.0, **args: Any) -> dict[str, Any]:
+    def change(
+        self, op: str, timeout: Optional[float] = 30.0, new_kek: Optional[Staged] = None, **args: Any
+    ) -> dict[str, Any]:
         """A job for the keeper. Refused before it is begun where it could not be recorded."""
         self.audit.check()
-        return self._keeper.call(op, args, self.audit.head, timeout)
+        return self._keeper.call(op, args, self.audit.head, timeout, new_kek)
 
     def ask(self, op: str) -> dict[str, Any]:
         """A question to the keeper."""

@@ -446,9 +446,9 @@ def rewrap(app: App, call: Call) -> Reply:
     if key_id is None:
         raise BadRequest.missing("key_id")
     call.key = key_fragment(checked_key_id(key_id))
-    with app.staging.take() as (slot, view):
-        _new_kek(body, spans, view)
-        done = app.service.change("rewrap", key_id=key_id, slot=slot)
+    with app.staging.take() as new_kek:
+        _new_kek(body, spans, new_kek.view)
+        done = app.service.change("rewrap", key_id=key_id, new_kek=new_kek)
     call.details = fragment(new_kek_id=done["kek_id"])
     names = {
         "new_wrapped": done["wrapped"],
@@ -460,9 +460,10 @@ def rewrap(app: App, call: Call) -> Reply:
 
 def rotate_kek(app: App, call: Call) -> Reply:
     body, spans, flags = _secret_fields(call, strings=("new_kek_hex",), booleans=("dry_run",))
-    with app.staging.take() as (slot, view):
-        _new_kek(body, spans, view)
-        done = app.service.change("rotate", timeout=None, slot=slot, dry_run=flags.get("dry_run", False))
+    with app.staging.take() as new_kek:
+        _new_kek(body, spans, new_kek.view)
+        dry_run = flags.get("dry_run", False)
+        done = app.service.change("rotate", timeout=None, new_kek=new_kek, dry_run=dry_run)
     call.details = fragment(
         new_kek_id=done["kek_id"], rewrapped=done["rewrapped"], dry_run=done["status"] != "ok"
     )

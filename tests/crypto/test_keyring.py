@@ -14,6 +14,7 @@ from progressdb_kms.crypto.keyring import (
     KeyringChanged,
     fingerprint,
 )
+from progressdb_kms.errors import Conflict
 
 
 def secret() -> memoryview:
@@ -110,7 +111,7 @@ def test_an_error_inside_is_not_hidden_by_a_good_key(ring: Keyring) -> None:
 def test_a_full_one(ring: Keyring) -> None:
     for _ in range(SLOTS):
         ring.install(secret(), 1)
-    with pytest.raises(ValueError, match=str(SLOTS)):
+    with pytest.raises(Conflict, match=str(SLOTS)):
         ring.install(secret(), 1)
 
 
