@@ -4,22 +4,33 @@ No file, no socket, no clock, no randomness of its own: nonces come in as argume
 borrowed view on locked memory, a DEK always a view on a locked scratch buffer; plaintext and ciphertext
 are ordinary buffers.
 
-    0x01 | kek_id 8 | n | key_id n | nonce 12 | ciphertext 32 | tag 16
+    0x01 | kek_id 8 | n | key_id n | nonce 12 | ciphertext 32 | tag 16      a DEK
+    0x02 | kek_id 8 | n | name n   | nonce 12 | ciphertext 32 | tag 16      a key of our own
 
 Everything before the nonce is the AAD of the wrap, so a blob opens only under the key_id, the KEK and
-the version that it names: two rows that were swapped are noticed. A blob of exactly 60 bytes is the Go
-service's: nonce 12 | ciphertext 32 | tag 16, no AAD, bound to nothing.
+the version that it names: two rows that were swapped are noticed.
+
+Three forms, and a reader for each, so that none is taken for another:
+
+- `parse`: a DEK. Whatever came from a caller, or stands in a DEK's row, goes through it and no other.
+- `own`: the audit key and the row key. Their AAD has a label of its own, and their names are no key_ids. Who
+  could have one opened as a DEK, or one of a DEK's blobs taken in its place, could sign audit records.
+- `foreign`: the Go service's blob of 60 bytes: nonce | ciphertext | tag, no AAD, bound to nothing. A message
+  sealed under that service's KEK has this form too: whoever puts it in a row chooses the DEK. For `import`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from ..encoding import KEY_ID, Buffer
 from ..errors import AuthenticationFailed
 from .aead import KEY_SIZE, NONCE_SIZE, ROOM, TAG_SIZE, Aead
 
 VERSION = 1
+OWN_VERSION = 2
+OWN_LABEL = b"progressdb-kms key of its own v1"
+AUDIT_KEY, ROW_KEY = ":audit", ":rows"  # names of our own keys: a key_id begins with a letter or digit
 LEGACY_SIZE = NONCE_SIZE + KEY_SIZE + TAG_SIZE
 KEK_ID_SIZE = 8
 _FIXED = 1 + KEK_ID_SIZE + 1
@@ -29,42 +40,59 @@ _FIXED = 1 + KEK_ID_SIZE + 1
 
 
 class Wrapped(NamedTuple):
-    """A parsed blob. `kek_id` and `key_id` are None in the Go service's form, which names neither."""
+    """A parsed blob. `kek_id` and `key_id` are "" in the Go service's form, which names neither."""
 
-    kek_id: Optional[str]
-    key_id: Optional[str]
+    kek_id: str
+    key_id: str
     aad: bytes
     nonce: bytes
     sealed: bytes
     """The encrypted DEK and its tag, 48 bytes."""
 
-    @property
-    def blob(self) -> bytes:
-        return self.aad + self.nonce + self.sealed
-
 
 def binding(kek_id: str, key_id: str) -> bytes:
     """What stands before the nonce: the AAD of the wrap."""
-    name = key_id.encode("ascii")
-    return bytes([VERSION]) + bytes.fromhex(kek_id) + bytes([len(name)]) + name
+    return _head(VERSION, kek_id, key_id)
 
 
 def parse(blob: bytes) -> Wrapped:
-    """Split a blob. Raises ValueError where it is no wrapped DEK; the tag is not looked at."""
+    """Split the blob of a DEK. Raises ValueError where it is none; the tag is not looked at."""
+    wrapped = _split(VERSION, blob)
+    if not KEY_ID.fullmatch(wrapped.key_id):
+        raise ValueError("names a malformed key_id")
+    return wrapped
+
+
+def own(name: str, blob: bytes) -> Wrapped:
+    """Split the blob of the key of ours that has this name. Raises ValueError where it is another's."""
+    wrapped = _split(OWN_VERSION, blob)
+    if wrapped.key_id != name:
+        raise ValueError("is of another key")
+    return wrapped._replace(aad=OWN_LABEL + wrapped.aad)
+
+
+def foreign(blob: bytes) -> Wrapped:
+    """As `parse`, but takes the Go service's form as well."""
     if len(blob) == LEGACY_SIZE:
-        return Wrapped(None, None, b"", blob[:NONCE_SIZE], blob[NONCE_SIZE:])
+        return Wrapped("", "", b"", blob[:NONCE_SIZE], blob[NONCE_SIZE:])
+    return parse(blob)
+
+
+def _head(version: int, kek_id: str, name: str) -> bytes:
+    raw = name.encode("ascii")
+    return bytes([version]) + bytes.fromhex(kek_id) + bytes([len(raw)]) + raw
+
+
+def _split(version: int, blob: bytes) -> Wrapped:
     if len(blob) <= LEGACY_SIZE + _FIXED:
         raise ValueError("is too short to be a wrapped DEK")
-    if blob[0] != VERSION:
-        raise ValueError(f"has version {blob[0]}, and this release knows version {VERSION}")
+    if blob[0] != version:
+        raise ValueError(f"has version {blob[0]}, and version {version} is needed here")
     end = _FIXED + blob[_FIXED - 1]
     if len(blob) != end + LEGACY_SIZE:
         raise ValueError("has the wrong length for a wrapped DEK")
-    key_id = blob[_FIXED:end].decode("ascii", "replace")
-    if not KEY_ID.fullmatch(key_id):
-        raise ValueError("names a malformed key_id")
-    nonce = end + NONCE_SIZE
-    return Wrapped(blob[1 : 1 + KEK_ID_SIZE].hex(), key_id, blob[:end], blob[end:nonce], blob[nonce:])
+    name, nonce = blob[_FIXED:end].decode("ascii", "replace"), end + NONCE_SIZE
+    return Wrapped(blob[1 : 1 + KEK_ID_SIZE].hex(), name, blob[:end], blob[end:nonce], blob[nonce:])
 
 
 # ---- keys and data -----------------------------------------------------------------------------------
@@ -80,17 +108,25 @@ def stored(key_id: str, blob: bytes) -> Wrapped:
         wrapped = parse(blob)
     except ValueError:
         raise AuthenticationFailed from None
-    if wrapped.key_id not in (None, key_id):
+    if wrapped.key_id != key_id:
         raise AuthenticationFailed
     return wrapped
 
 
 def wrap(kek: memoryview, kek_id: str, key_id: str, nonce: bytes, dek: memoryview) -> bytes:
     """Wrap a 32-byte DEK, bound to its key_id. Returns the blob."""
-    aad = binding(kek_id, key_id)
+    return _wrap(kek, binding(kek_id, key_id), b"", nonce, dek)
+
+
+def wrap_own(kek: memoryview, kek_id: str, name: str, nonce: bytes, key: memoryview) -> bytes:
+    """Wrap a key of our own; `own` reads it."""
+    return _wrap(kek, _head(OWN_VERSION, kek_id, name), OWN_LABEL, nonce, key)
+
+
+def _wrap(kek: memoryview, head: bytes, label: bytes, nonce: bytes, key: memoryview) -> bytes:
     sealed = bytearray(KEY_SIZE + ROOM)
-    size = Aead(kek).seal_into(nonce, dek, aad, memoryview(sealed))
-    return aad + nonce + bytes(sealed[:size])
+    size = Aead(kek).seal_into(nonce, key, label + head, memoryview(sealed))
+    return head + nonce + bytes(sealed[:size])
 
 
 def unwrap_into(kek: memoryview, wrapped: Wrapped, scratch: memoryview) -> memoryview:

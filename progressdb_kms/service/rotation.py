@@ -25,13 +25,15 @@ from typing import Any, Callable, NamedTuple, Optional
 
 from ..crypto import envelope
 from ..crypto.aead import NONCE_SIZE, same
+from ..crypto.envelope import AUDIT_KEY
 from ..crypto.keyring import Keyring, fingerprint
 from ..crypto.memory import LockedBuffer
-from ..encoding import b64decode, b64encode, timestamp
+from ..encoding import timestamp
 from ..errors import AuthenticationFailed, Conflict, StoreDamaged, StoreUnavailable
 from ..store.contract import DekRecord, KekCount, Store
 from ..store.policy import SHREDDED
 from ..store.snapshots import Snapshot
+from . import ownkeys
 
 STEP_SECONDS = 0.005
 """Work of one step, as near as can be foreseen: so long a create waits for it. It is time of the processor:
@@ -42,10 +44,6 @@ LEAST, MOST = 10, 1000
 
 CHECK = 1000
 """Staged rows that are looked for in one step; each takes about a microsecond."""
-
-AUDIT_KEY_ID = "audit"
-"""The key_id that the wrapped audit key is bound to. Too short to be taken for a generated one."""
-
 
 Steps = Generator[None, None, dict[str, Any]]
 """A long job: each step does a bounded piece of work, and the last one returns the answer."""
@@ -105,17 +103,9 @@ class Rewrapper:
             self._memory.wipe()
         return news
 
-    def blob(self, key_id: str, blob: bytes) -> bytes:
-        """The same DEK wrapped under the target. Raises AuthenticationFailed or KekNotLoaded."""
-        try:
-            return self._moved(key_id, blob, self._random(NONCE_SIZE))
-        finally:
-            self._memory.wipe()
-
     def _moved(self, key_id: str, blob: bytes, nonce: bytes) -> bytes:
         wrapped = envelope.stored(key_id, blob)
-        source = wrapped.kek_id or self._keyring.active.kek_id
-        with self._keyring.borrow(source) as kek:
+        with self._keyring.borrow(wrapped.kek_id) as kek:
             dek = envelope.unwrap_into(kek, wrapped, self._first)
         with self._keyring.borrow(self.target) as kek:
             moved = envelope.wrap(kek, self.target, key_id, nonce, dek)
@@ -242,13 +232,9 @@ class Rotation:
         }
 
     def _swap(self, new_id: str, version: int, now: float) -> None:
-        assert self._rewrapper is not None
-        row = self._store.read("audit:key")
-        if row is None:
-            raise StoreDamaged("the store has no audit key")
-        moved = self._rewrapper.blob(AUDIT_KEY_ID, b64decode(row["wrapped"]))
         count = sum(row.deks for row in self._store.keks().values())
-        self._store.write("audit:key", {"wrapped": b64encode(moved), "kek_id": new_id})
+        audit_key = ownkeys.wrap(self._keyring, new_id, AUDIT_KEY, self._keyring.audit_key)
+        self._store.write(ownkeys.ROWS[AUDIT_KEY], audit_key)
         self._store.erase("kek:rotation")
         self._store.write("kek:active", {"kek_id": new_id, "version": version, "since": timestamp(now)})
         self._store.swap({new_id: KekCount(version, count, timestamp(now))} if count else {})
@@ -288,7 +274,7 @@ def _check_new(keyring: Keyring, new_kek: memoryview) -> str:
 def _open_stored(keyring: Keyring, record: DekRecord, scratch: memoryview) -> None:
     try:
         wrapped = envelope.stored(record.key_id, record.wrapped)
-        with keyring.borrow(wrapped.kek_id or record.kek_id) as kek:
+        with keyring.borrow(wrapped.kek_id) as kek:
             envelope.unwrap_into(kek, wrapped, scratch)
     except AuthenticationFailed:
         raise StoreDamaged(

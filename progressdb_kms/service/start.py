@@ -13,24 +13,22 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 from ..audit import verify
 from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..audit.log import AuditLog, last_epoch
-from ..crypto import envelope
-from ..crypto.aead import KEY_SIZE, NONCE_SIZE
+from ..crypto.envelope import AUDIT_KEY
 from ..crypto.keyring import Keyring
-from ..crypto.memory import LockedBuffer
-from ..encoding import b64decode, b64encode, timestamp
-from ..errors import AlreadyRunning, AuthenticationFailed, ConfigError, StoreDamaged
+from ..encoding import timestamp
+from ..errors import AlreadyRunning, ConfigError, StoreDamaged
 from ..store.contract import Store
 from ..store.sqlite import SqliteStore
+from . import ownkeys
 from .keeper import Clock, Keeper, random_into
 from .plan import ConfiguredKey, Plan, plan
-from .rotation import AUDIT_KEY_ID
 
 log = logging.getLogger("progressdb_kms")
 
@@ -124,7 +122,7 @@ def open_store(
         chosen = _replacement(active, keyring) if incarnation and active else _plan(store, active, keys)
         if chosen.notice:
             log.warning("%s", chosen.notice)
-        wrapped = _load_audit_key(store, keyring, chosen)
+        audit_key = _load_key(store, keyring, AUDIT_KEY, chosen, keyring.audit_key)
         keyring.activate(chosen.active, chosen.version)
         _drop_unneeded(keyring, store, keys)
         row = store.read("audit:epoch") or {"epoch": 0, "since": 0}
@@ -140,7 +138,7 @@ def open_store(
                     "since": timestamp(time.time()),
                 }
                 store.write("kek:active", adopted)
-            store.write("audit:key", {"wrapped": b64encode(wrapped), "kek_id": chosen.active})
+            store.write("audit:key", dict(audit_key))
             store.write("audit:epoch", {"epoch": epoch, "since": since if incarnation else epoch})
         book = AuditLog(log_path, keyring.audit_key, f"{epoch}.0")
         verify.recover(book)
@@ -179,29 +177,13 @@ def _drop_unneeded(keyring: Keyring, store: Store, keys: Configured) -> None:
             keyring.remove(kek_id)
 
 
-def _load_audit_key(store: Store, keyring: Keyring, chosen: Plan) -> bytes:
-    """Unwrap the audit key into the keyring, or make one. Returns it wrapped under the KEK that is chosen."""
-    row = store.read("audit:key")
-    with LockedBuffer(envelope.SCRATCH_SIZE) as memory:
-        if row is None:
-            random_into(memory.view[:KEY_SIZE])
-        else:
-            blob = b64decode(row["wrapped"])
-            wrapped = envelope.parse(blob)
-            try:
-                with keyring.borrow(str(wrapped.kek_id)) as kek:
-                    envelope.unwrap_into(kek, wrapped, memory.view)
-            except AuthenticationFailed:
-                raise StoreDamaged(
-                    "the audit key in the store does not open under the KEK that it names",
-                    hint="restore a backup: `progressdb-kms restore FILE`",
-                ) from None
-            if wrapped.kek_id == chosen.active:
-                keyring.audit_key[:] = memory.view[:KEY_SIZE]
-                return blob
-        keyring.audit_key[:] = memory.view[:KEY_SIZE]
-        with keyring.borrow(chosen.active) as kek:
-            return envelope.wrap(kek, chosen.active, AUDIT_KEY_ID, os.urandom(NONCE_SIZE), keyring.audit_key)
+def _load_key(store: Store, keyring: Keyring, name: str, chosen: Plan, into: memoryview) -> Mapping[str, Any]:
+    """A key of our own into the keyring, or a new one. Returns its row under the KEK that is chosen."""
+    row = store.read(ownkeys.ROWS[name])
+    if row is not None:
+        return ownkeys.load(keyring, name, row, chosen.active, into)
+    random_into(into)
+    return ownkeys.wrap(keyring, chosen.active, name, into)
 
 
 def _heads(store: Store, epochs: range) -> dict[str, list[object]]:

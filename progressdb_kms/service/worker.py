@@ -73,6 +73,7 @@ class Service:
         self.counters = counters
         self.about = about
         self._entries: dict[str, Entry] = {}
+        self._unknown: dict[str, int] = {}  # key_ids that only a caller's blob names, by generation
         self._anchored = 0
 
     # ---- finding a DEK -----------------------------------------------------------------------------
@@ -102,6 +103,19 @@ class Service:
             raise KeyNotFound(f"there is no key {key_id}")
         return record
 
+    def allow(self, key_id: str) -> None:
+        """What stands of this key_id in the store decides for a blob that a caller holds, too. One that the
+        store doesn't know is a caller's own. Raises KeyDisabled, KeyShredded."""
+        generation = self.keyring.generation
+        if self._unknown.get(key_id) == generation:
+            return
+        try:
+            self.entry(key_id)
+        except KeyNotFound:
+            if len(self._unknown) >= MAX_REMEMBERED:
+                self._unknown.clear()
+            self._unknown[key_id] = generation
+
     # ---- working under a DEK -----------------------------------------------------------------------
 
     def _with_dek(
@@ -109,9 +123,9 @@ class Service:
     ) -> T:
         """`work(cipher under the DEK, *args)`; the DEK is in `scratch` meanwhile, and wiped after."""
         for _ in range(ATTEMPTS):
-            wrapped = self.entry(source).wrapped if isinstance(source, str) else source
+            wrapped = self.entry(source).wrapped if isinstance(source, str) else self._inline(source)
             try:
-                with self.keyring.borrow(wrapped.kek_id or self.keyring.active.kek_id) as kek:
+                with self.keyring.borrow(wrapped.kek_id) as kek:
                     dek = envelope.unwrap_into(kek, wrapped, scratch)
                 return work(Aead(dek), *args)
             except KeyringChanged:
@@ -127,6 +141,10 @@ class Service:
             finally:
                 scratch[:] = _ZEROS
         raise Unavailable("the keyring changes too fast", hint="try again")
+
+    def _inline(self, wrapped: Wrapped) -> Wrapped:
+        self.allow(wrapped.key_id)
+        return wrapped
 
     def encrypt(
         self, source: Union[str, Wrapped], plaintext: Buffer, aad: bytes, scratch: memoryview
@@ -167,6 +185,8 @@ class Service:
 
     def wrap(self, dek: memoryview, key_id: Optional[str]) -> tuple[bytes, str, int, str]:
         """(blob, kek_id, kek_version, key_id). Without a key_id, a generated one is bound."""
+        if key_id is not None:
+            self.allow(key_id)
         name = key_id or new_key_id(int(time.time() * 1000), os.urandom(10))
         for _ in range(ATTEMPTS):
             active = self.keyring.active
@@ -181,13 +201,10 @@ class Service:
     def unwrap(self, wrapped: Wrapped, scratch: memoryview) -> memoryview:
         """The DEK, in `scratch`, which the caller wipes. A DEK that the store knows as disabled or
         shredded stays closed here too."""
-        if wrapped.key_id is not None and (record := self._reader.get(wrapped.key_id)) is not None:
-            error = refusal(wrapped.key_id, record.state)
-            if error is not None:
-                raise error
         for _ in range(ATTEMPTS):
+            self.allow(wrapped.key_id)
             try:
-                with self.keyring.borrow(wrapped.kek_id or self.keyring.active.kek_id) as kek:
+                with self.keyring.borrow(wrapped.kek_id) as kek:
                     return envelope.unwrap_into(kek, wrapped, scratch)
             except KeyringChanged:
                 continue
@@ -284,6 +301,6 @@ def wrapped_source(blob: bytes, key_id: Optional[str]) -> Wrapped:
         wrapped = envelope.parse(blob)
     except ValueError as error:
         raise BadRequest.invalid("wrapped", str(error)) from None
-    if key_id is not None and wrapped.key_id not in (None, key_id):
+    if key_id not in (None, wrapped.key_id):
         raise BadRequest.invalid("key_id", "is not the one that the wrapped DEK is bound to")
     return wrapped

@@ -15,12 +15,14 @@ from ..audit import verify as auditverify
 from ..audit.log import FILE_NAME
 from ..audit.verify import Report
 from ..crypto import envelope
-from ..crypto.keyring import fingerprint
+from ..crypto.envelope import AUDIT_KEY
+from ..crypto.keyring import KekNotLoaded, Keyring
 from ..crypto.memory import LockedBuffer
-from ..encoding import b64decode, json_loads, timestamp
+from ..encoding import json_loads, timestamp
 from ..errors import AuthenticationFailed, KeyMismatch, StoreDamaged
+from ..service import ownkeys
 from ..store.sqlite import SqliteReader
-from . import auditreport
+from . import auditreport, datadir
 from .auditsearch import Hits, Query, as_csv, as_json, as_table, moment, summary
 from .console import CommandFailed, Progress, output, safe, say, show
 
@@ -95,24 +97,22 @@ def _audit_key(loaded: Loaded) -> Iterator[tuple[memoryview, Anchors]]:
         reader.close()
     if row is None:
         raise StoreDamaged("the store has no audit key", hint="is data_dir the right folder?")
-    with LockedBuffer(envelope.SCRATCH_SIZE) as memory:
-        key = _unwrap(loaded, b64decode(row["wrapped"]), memory.view)
+    with datadir.keys(loaded) as keys, LockedBuffer(envelope.SCRATCH_SIZE) as memory:
+        key = _unwrap(keys.keyring, row, memory.view)
         yield key, {chain: (head["seq"], head["sig"]) for chain, head in anchors.items() if head}
         key.release()
 
 
-def _unwrap(loaded: Loaded, blob: bytes, scratch: memoryview) -> memoryview:
-    wrapped = envelope.parse(blob)
-    for kek in (loaded.master, *loaded.previous, *([loaded.pending] if loaded.pending else [])):
-        if fingerprint(kek) == wrapped.kek_id:
-            try:
-                return envelope.unwrap_into(kek, wrapped, scratch)
-            except AuthenticationFailed:
-                raise StoreDamaged("the audit key does not open under the KEK that it names") from None
-    raise KeyMismatch(
-        f"the audit key is wrapped under the KEK {wrapped.kek_id}, which is not configured",
-        hint="`progressdb-kms kek-id FILE…` finds the key file",
-    )
+def _unwrap(keyring: Keyring, row: Mapping[str, Any], scratch: memoryview) -> memoryview:
+    try:
+        return ownkeys.unwrap(keyring, AUDIT_KEY, row, scratch)
+    except AuthenticationFailed:
+        raise StoreDamaged("the audit key does not open under the KEK that it names") from None
+    except KekNotLoaded as missing:
+        raise KeyMismatch(
+            f"the audit key is wrapped under the KEK {missing.kek_id}, which is not configured",
+            hint="`progressdb-kms kek-id FILE…` finds the key file",
+        ) from None
 
 
 # ---- search ------------------------------------------------------------------------------------------

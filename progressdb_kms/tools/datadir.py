@@ -10,17 +10,17 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 from ..audit.log import AuditLog
 from ..config.load import Loaded
 from ..crypto import envelope
 from ..crypto.aead import NONCE_SIZE, same
+from ..crypto.envelope import AUDIT_KEY, Wrapped
 from ..crypto.keyring import REGION_SIZE, KekNotLoaded, Keyring
 from ..crypto.memory import LockedBuffer
-from ..encoding import b64decode
 from ..errors import AlreadyRunning, AuthenticationFailed, KMSError
-from ..service import start
+from ..service import ownkeys, start
 from ..service.plan import ConfiguredKey
 from ..service.start import Configured
 from ..store.sqlite import SqliteStore
@@ -107,13 +107,11 @@ def working(loaded: Loaded, the_keys: Keys, command: str) -> Iterator[Work]:
 @contextlib.contextmanager
 def audit_key(keyring: Keyring, row: Optional[Mapping[str, Any]]) -> Iterator[Optional[memoryview]]:
     """The audit key that a row `audit:key` holds, in locked memory; None where it does not open."""
-    wrapped = envelope.parse(b64decode(row["wrapped"])) if row else None
     with LockedBuffer(envelope.SCRATCH_SIZE) as memory:
         key = None
         with contextlib.suppress(AuthenticationFailed, KekNotLoaded):
-            if wrapped is not None:
-                with keyring.borrow(str(wrapped.kek_id)) as kek:
-                    key = envelope.unwrap_into(kek, wrapped, memory.view)
+            if row is not None:
+                key = ownkeys.unwrap(keyring, AUDIT_KEY, row, memory.view)
         try:
             yield key
         finally:
@@ -127,8 +125,10 @@ def audit_key(keyring: Keyring, row: Optional[Mapping[str, Any]]) -> Iterator[Op
 class Opener:
     """Opens wrapped DEKs under any of the configured KEKs, and binds them anew."""
 
-    def __init__(self, keyring: Keyring) -> None:
+    def __init__(self, keyring: Keyring, foreign: bool = False) -> None:
+        """`foreign`: what `rebind` and `same` are given may be in the Go service's form."""
         self._keyring = keyring
+        self._parse = envelope.foreign if foreign else envelope.parse
         self._kek_ids = sorted(keyring.kek_ids(), key=lambda kek_id: kek_id != _active(keyring))
         self._memory = LockedBuffer(2 * envelope.SCRATCH_SIZE)
         self._first = self._memory.view[: envelope.SCRATCH_SIZE]
@@ -139,12 +139,13 @@ class Opener:
         self._open(key_id, blob, self._first)
 
     def same(self, key_id: str, blob: bytes, other: bytes) -> bool:
-        """Do two blobs wrap the same DEK? ValueError where one of them doesn't open."""
-        return same(self._open(key_id, blob, self._first), self._open(key_id, other, self._second))  # type: ignore[arg-type]
+        """Does `other` wrap the same DEK as the stored `blob`? ValueError where one of them doesn't open."""
+        first = self._open(key_id, blob, self._first)
+        return same(first, self._open(key_id, other, self._second, self._parse))  # type: ignore[arg-type]
 
     def rebind(self, key_id: str, blob: bytes) -> bytes:
         """The same DEK under the active KEK, bound to the key_id; opened again and compared. ValueError."""
-        dek = self._open(key_id, blob, self._first)
+        dek = self._open(key_id, blob, self._first, self._parse)
         active = self._keyring.active.kek_id
         with self._keyring.borrow(active) as kek:
             bound = envelope.wrap(kek, active, key_id, os.urandom(NONCE_SIZE), dek)
@@ -152,9 +153,11 @@ class Opener:
             raise ValueError("does not open any more after it was wrapped anew")
         return bound
 
-    def _open(self, key_id: str, blob: bytes, place: memoryview) -> memoryview:
-        wrapped = envelope.parse(blob)
-        if wrapped.key_id not in (None, key_id):
+    def _open(
+        self, key_id: str, blob: bytes, place: memoryview, parse: Callable[[bytes], Wrapped] = envelope.parse
+    ) -> memoryview:
+        wrapped = parse(blob)
+        if wrapped.key_id not in ("", key_id):
             raise ValueError(f"holds the DEK of {wrapped.key_id}")
         candidates = [wrapped.kek_id] if wrapped.kek_id else self._kek_ids
         for kek_id in candidates:

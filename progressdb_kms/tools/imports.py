@@ -277,7 +277,7 @@ def take(
     """Store what the entries hold, in one transaction with its audit records. Raises CommandFailed where
     something is bad and `skip_bad` is False: then nothing is stored."""
     now = time.time()
-    with Opener(work.keyring) as opener:
+    with Opener(work.keyring, foreign=op == "import") as opener:
         importer = Importer(work, opener, force)
         try:
             with work.store.transaction():

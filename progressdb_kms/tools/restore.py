@@ -35,12 +35,11 @@ from ..audit import verify
 from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..audit.log import last_epoch
 from ..config.load import Loaded
-from ..crypto import envelope
-from ..crypto.aead import NONCE_SIZE
-from ..encoding import b64encode, timestamp
+from ..crypto.envelope import AUDIT_KEY
+from ..encoding import timestamp
 from ..errors import AuditUnavailable, KeyMismatch, KMSError
+from ..service import ownkeys
 from ..service.plan import Plan, plan
-from ..service.rotation import AUDIT_KEY_ID
 from ..service.start import RESTORE_FOLDER, RESTORED
 from ..store.contract import DekRecord, KekCount
 from ..store.policy import SHREDDED
@@ -72,7 +71,7 @@ class Present(NamedTuple):
 class Past(NamedTuple):
     """What the new store needs to know of the time before it."""
 
-    audit_key: bytes  # wrapped under the KEK that the backup calls active
+    audit_key: dict[str, Any]  # wrapped under the KEK that the backup calls active
     audit: dict[str, Any]
     tombstones: dict[str, DekRecord]
     erasures: list[str]
@@ -199,15 +198,14 @@ def _past(
     rows.pop(RESTORED, None)
     logs = sorted(data_dir.glob(AUDIT_LOG + "*"))
     dead: dict[str, str] = {}
-    wrapped = b""
+    wrapped: dict[str, Any] = {}
     for holder in (rows, source.rows("audit:")):
         with datadir.audit_key(keys.keyring, holder.get("audit:key")) as key:
             if key is None:  # the present store's may be wrapped under a KEK that is lost
                 continue
             if not wrapped:
                 _verify(logs, key, rows, force, progress)
-                with keys.keyring.borrow(chosen.active) as kek:
-                    wrapped = envelope.wrap(kek, chosen.active, AUDIT_KEY_ID, os.urandom(NONCE_SIZE), key)
+                wrapped = ownkeys.wrap(keys.keyring, chosen.active, AUDIT_KEY, key)
             dead.update(_shredded(logs, key))
     if not wrapped:
         hint = "add the KEK to previous_master_keys"
@@ -322,7 +320,7 @@ def _put_rows(store: SqliteStore, source: Backup, chosen: Plan, past: Past, buil
     store.write("kek:active", source.read("kek:active"))
     for name, row in past.audit.items():
         store.write(name, row)
-    store.write("audit:key", {"wrapped": b64encode(past.audit_key), "kek_id": chosen.active})
+    store.write("audit:key", past.audit_key)
     for key_id in past.erasures:
         store.write(f"erasure:{key_id}", {"since": timestamp(time.time())})
     event = {

@@ -262,7 +262,7 @@ def _source(app: App, call: Call, fields: Fields) -> Union[str, Wrapped]:
     source = fields.source()
     if isinstance(source, str):
         _usable(app, call, source)
-    elif source.key_id is not None:
+    else:
         call.key = key_fragment(source.key_id)
     return source
 
@@ -338,7 +338,7 @@ def _batch_reply(app: App, call: Call, wanted: str, items: Batch, results: Resul
     """An item that is malformed or failed has an error in its place. One audit record for all of them."""
     failed = sum([isinstance(result, KMSError) for result in results])
     sources = {item[0] for item in items if not isinstance(item, KMSError)}
-    keys = sorted({source if isinstance(source, str) else source.key_id or "" for source in sources})
+    keys = sorted({source if isinstance(source, str) else source.key_id for source in sources})
     call.details = fragment(count=len(results), failed=failed, keys=keys)
     app.service.counters.add("items", len(results))
     lead, b64 = b'{"%b":"' % wanted.encode("ascii"), binascii.b2a_base64
@@ -427,8 +427,7 @@ def unwrap(app: App, call: Call) -> Reply:
     fields = fields_of(call)
     wrapped = wrapped_source(fields.data("wrapped"), fields.optional_key_id())
     fields.end()
-    if wrapped.key_id is not None:
-        call.key = key_fragment(wrapped.key_id)
+    call.key = key_fragment(wrapped.key_id)
     out = call.answer
     try:
         dek = app.service.unwrap(wrapped, call.scratch)

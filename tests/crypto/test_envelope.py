@@ -22,16 +22,20 @@ def scratch() -> memoryview:
     return memoryview(bytearray(envelope.SCRATCH_SIZE))
 
 
+def joined(wrapped: envelope.Wrapped) -> bytes:
+    return wrapped.aad + wrapped.nonce + wrapped.sealed
+
+
 def unwrap(digits: str, into: memoryview, kek: str = WRAPPED["kek"]) -> bytes:
-    return bytes(envelope.unwrap_into(secret(kek), envelope.parse(bytes.fromhex(digits)), into))
+    return bytes(envelope.unwrap_into(secret(kek), envelope.foreign(bytes.fromhex(digits)), into))
 
 
 class TestWrapped:
     @pytest.mark.parametrize("row", WRAPPED["opens"], ids=lambda row: str(row["key_id"])[:20])
     def test_opens_for_ever(self, row: dict[str, Any]) -> None:
-        wrapped = envelope.parse(bytes.fromhex(row["wrapped"]))
-        assert wrapped.key_id == row["key_id"] and wrapped.blob.hex() == row["wrapped"]
-        assert wrapped.kek_id == (KEK_ID if row["key_id"] else None)
+        wrapped = envelope.foreign(bytes.fromhex(row["wrapped"]))
+        assert wrapped.key_id == (row["key_id"] or "") and joined(wrapped).hex() == row["wrapped"]
+        assert wrapped.kek_id == (KEK_ID if row["key_id"] else "")
         assert unwrap(row["wrapped"], scratch()).hex() == WRAPPED["dek"]
 
     @pytest.mark.parametrize("row", WRAPPED["refused"], ids=lambda row: row["why"])
@@ -73,9 +77,52 @@ class TestWrapped:
     @given(st.binary(max_size=220))
     def test_any_bytes_are_parsed_or_refused(self, blob: bytes) -> None:
         try:
-            assert envelope.parse(blob).blob == blob
+            assert joined(envelope.foreign(blob)) == blob
         except ValueError:
             pass
+
+
+class TestThreeForms:
+    """None is taken for another, whatever reads it."""
+
+    def blobs(self) -> dict[str, bytes]:
+        kek, key, nonce = secret(WRAPPED["kek"]), memoryview(bytearray(os.urandom(32))), os.urandom(12)
+        return {
+            "a DEK": envelope.wrap(kek, KEK_ID, "audit", nonce, key),
+            "our own": envelope.wrap_own(kek, KEK_ID, envelope.AUDIT_KEY, nonce, key),
+            "the Go service's": nonce + Aead(kek).seal(nonce, bytes(key), b""),
+        }
+
+    @pytest.mark.parametrize(
+        ("read", "takes"),
+        [
+            (envelope.parse, {"a DEK"}),
+            (envelope.foreign, {"a DEK", "the Go service's"}),
+            (lambda blob: envelope.own(envelope.AUDIT_KEY, blob), {"our own"}),
+            (lambda blob: envelope.own(envelope.ROW_KEY, blob), set()),
+        ],
+        ids=["parse", "foreign", "own", "own, of another name"],
+    )
+    def test_each_reader_takes_its_own(self, read: Any, takes: set[str]) -> None:
+        taken = set()
+        for name, blob in self.blobs().items():
+            try:
+                envelope.unwrap_into(secret(WRAPPED["kek"]), read(blob), scratch())
+                taken.add(name)
+            except ValueError:
+                pass
+        assert taken == takes
+
+    @pytest.mark.parametrize(("form", "version"), [("our own", 1), ("a DEK", 2)])
+    def test_another_version_byte_makes_no_other_form(self, form: str, version: int) -> None:
+        blob = bytes([version]) + self.blobs()[form][1:]
+        with pytest.raises((ValueError, AuthenticationFailed)):
+            wrapped = envelope.own("audit", blob) if version == 2 else envelope.parse(blob)
+            envelope.unwrap_into(secret(WRAPPED["kek"]), wrapped, scratch())
+
+    @pytest.mark.parametrize("name", [envelope.AUDIT_KEY, envelope.ROW_KEY])
+    def test_no_caller_can_name_one(self, name: str) -> None:
+        assert not envelope.KEY_ID.fullmatch(name)
 
 
 class TestKekId:
