@@ -326,6 +326,12 @@ def doctor(args: argparse.Namespace) -> int:
     return clinic.run(args)
 
 
+def manual(args: argparse.Namespace) -> None:
+    from . import manual as book
+
+    book.show(book.text_of(args.topic) if args.topic else book.overview())
+
+
 def bench(args: argparse.Namespace) -> int:
     from . import bench as measure
 

@@ -440,6 +440,15 @@ COMMANDS: tuple[Command, ...] = (
         exits=((1, "a check failed"),),
     ),
     Command(
+        "help",
+        OFFLINE,
+        "show the manual",
+        "Without a topic it lists them. On a terminal the text goes through $PAGER.",
+        (Arg(("topic",), "what to read about", "text", "TOPIC", "?", default=""),),
+        "manual",
+        ("progressdb-kms help", "progressdb-kms help secrets"),
+    ),
+    Command(
         "bench",
         OFFLINE,
         "measure this machine",

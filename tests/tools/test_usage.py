@@ -80,7 +80,7 @@ def test_the_design_s_options() -> None:
             assert has(command.name) == {"--socket", "--data-dir", "--config"}
         elif command.group == "online":
             assert "--socket" in has(command.name)
-        elif command.name not in ("genkey", "kek-id", "bench"):
+        elif command.name not in ("genkey", "kek-id", "bench", "help"):
             assert {"--data-dir", "--config"} <= has(command.name)
 
 

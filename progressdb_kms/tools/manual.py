@@ -1,0 +1,66 @@
+"""`help [TOPIC]`: the manual, which is part of the package, so that it is there without a network."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+
+from .console import UsageError
+
+TOPICS: Mapping[str, str] = {
+    "secrets": "which process and which memory may hold which secret, from when to when",
+    "decisions": "why it is as it is: questions that a reader asks",
+}
+"""Each is `manual/<topic>.md` in the package."""
+
+PAGERS = ("less", "more")
+
+
+def text_of(topic: str) -> str:
+    """Raises UsageError where there is no such topic."""
+    if topic not in TOPICS:
+        raise UsageError(f"the manual has no topic {topic[:40]!r} (topics: {', '.join(TOPICS)})")
+    data = pkgutil.get_data("progressdb_kms", f"manual/{topic}.md")
+    assert data is not None, topic
+    return data.decode("utf-8")
+
+
+def overview() -> str:
+    width = max(map(len, TOPICS))
+    lines = [f"  {topic:{width}}  {about}" for topic, about in TOPICS.items()]
+    return "\n".join(
+        [
+            "The manual, topic by topic: `progressdb-kms help TOPIC`",
+            "",
+            *lines,
+            "",
+            "`progressdb-kms --help` lists the commands.",
+            "",
+        ]
+    )
+
+
+def show(text: str) -> None:
+    """Through a pager where a person reads it on a terminal; as it stands into a pipe or file."""
+    command = pager()
+    if command and sys.stdout.isatty():
+        try:
+            subprocess.run(command, input=text.encode("utf-8"), check=False)
+            return
+        except OSError:
+            pass  # it can't be started: the text itself is what was asked for
+    sys.stdout.write(text)
+
+
+def pager() -> list[str]:
+    """The words of $PAGER, or the first usual one that is here; none of them goes through a shell."""
+    try:
+        wanted = shlex.split(os.environ.get("PAGER", ""))
+    except ValueError:
+        wanted = []
+    return wanted or next(([name] for name in PAGERS if shutil.which(name)), [])

@@ -1,0 +1,52 @@
+"""`help`: every topic is a file of the package, and every file a topic."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from progressdb_kms.tools import manual
+from tests.harness import REPO
+from tests.harness.daemon import cli
+
+FOLDER = REPO / "progressdb_kms" / "manual"
+
+
+def test_topics_are_the_files() -> None:
+    assert set(manual.TOPICS) == {path.stem for path in FOLDER.glob("*.md")}
+
+
+@pytest.mark.parametrize("topic", manual.TOPICS)
+def test_a_topic_is_its_file(topic: str) -> None:
+    assert manual.text_of(topic) == (FOLDER / f"{topic}.md").read_text("utf-8")
+    assert manual.text_of(topic).startswith("# ") and topic in manual.overview()
+
+
+def test_a_pager_is_started_without_a_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PAGER", "less -R '; touch /tmp/x'")
+    assert manual.pager() == ["less", "-R", "; touch /tmp/x"]
+    monkeypatch.setenv("PAGER", "it's")
+    assert manual.pager() in ([], ["less"], ["more"])
+
+
+def test_a_person_reads_it_through_the_pager(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("PAGER", "sed s/^/>/")
+    manual.show("one\ntwo\n")
+    assert capfd.readouterr().out == ">one\n>two\n"
+    monkeypatch.setenv("PAGER", "/no/such/pager")
+    manual.show("one\n")
+    assert capfd.readouterr().out == "one\n"
+
+
+def test_as_a_command() -> None:
+    done = cli("help")
+    assert done.returncode == 0 and all(topic.encode() in done.stdout for topic in manual.TOPICS)
+    done = cli("help", "secrets")
+    assert (done.returncode, done.stdout) == (0, (FOLDER / "secrets.md").read_bytes())
+    done = cli("help", "elephants")
+    assert done.returncode == 2 and b"topics: secrets" in done.stderr
