@@ -256,3 +256,10 @@ def test_hadolint_has_nothing_to_say_about_the_image() -> None:
 def test_prometheus_takes_the_alerts() -> None:
     done = run("promtool", "check", "rules", str(PACKAGING / "prometheus-rules.yml"))
     assert done.returncode == 0, done.stdout
+
+
+def test_the_picture_is_what_the_script_draws() -> None:
+    drawn = subprocess.run(
+        [sys.executable, str(PACKAGING / "draw")], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    assert drawn == (PACKAGING / "processes.svg").read_text("utf-8")
