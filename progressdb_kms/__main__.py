@@ -33,13 +33,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command line. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     flags = serve_flags(words)
+    from .process import inherited
+
+    inherited.settle_signals()
     if flags is None:
         from .tools.cli import main as commands
 
         return commands(words)
-    from .process.streams import die, fail, open_standard_streams, told
+    from .process.streams import die, fail, open_standard_streams, told, unblock_standard_streams
 
     open_standard_streams()
+    unblock_standard_streams()
+    inherited.settle(os.environ)
     try:
         return _serve(words, flags)
     except KeyboardInterrupt:

@@ -12,6 +12,8 @@ takes effect at a start:
     LD_BIND_NOW=1                           no symbol is looked up later: that spills registers, which may
                                             hold half a DEK, onto the stack
 
+    PYTHONUTF8=1                            names of files are UTF-8, whatever the locale says
+
 So what the interpreter and OpenSSL copy is gone when it is freed; it costs about a tenth of the speed. A
 master key in the environment leaves it on this occasion, by way of a pipe: the kernel shows the environment
 that a process was started with, in /proc, for as long as it lives.
@@ -43,6 +45,11 @@ TUNABLES: Mapping[str, str] = {
     "glibc.malloc.mmap_threshold": str(4 << 20),
     "glibc.malloc.trim_threshold": str(16 << 20),
 }
+
+_PLACES = ("PATH", "HOME", "PLATLIBDIR", "USERBASE", "NOUSERSITE", "SAFEPATH", "PYCACHEPREFIX")
+KEPT = frozenset(f"PYTHON{name}" for name in (*_PLACES, "DONTWRITEBYTECODE", "MALLOC"))
+"""Where the interpreter and its modules are is the caller's to say; how it behaves (warnings as errors, a
+known seed of hashes, prompts at the end) is not, nor are glibc's older names for its tunables."""
 
 MAX_HANDED_OVER = 256
 """Bytes of the variable that go into the pipe. A key has 64; what is longer is refused where it is read."""
@@ -91,8 +98,14 @@ def new_environment(environ: Mapping[str, str], pid: int, *, wipes: bool) -> Opt
     changes = {}
     if wipes:
         tunables = merged_tunables(environ.get("GLIBC_TUNABLES", ""))
-        changes = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": tunables, "LD_BIND_NOW": "1"}
-    dropped = {HEX_VARIABLE, FD_VARIABLE} & set(environ)
+        changes = {
+            "PYTHONMALLOC": "malloc",
+            "GLIBC_TUNABLES": tunables,
+            "LD_BIND_NOW": "1",
+            "PYTHONUTF8": "1",
+        }
+    decided = {name for name in environ if name.startswith(("PYTHON", "MALLOC_"))} - KEPT - set(changes)
+    dropped = {HEX_VARIABLE, FD_VARIABLE} & set(environ) | decided
     if not dropped and all(environ.get(name) == value for name, value in changes.items()):
         return None
     kept = {name: value for name, value in environ.items() if name not in dropped}

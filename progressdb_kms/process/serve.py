@@ -32,7 +32,7 @@ from ..service.keeper import STAGING_SLOTS
 from ..service.metrics import Metrics
 from ..service.plan import ConfiguredKey
 from ..service.start import Configured
-from . import hardening
+from . import hardening, inherited
 from .serving import Notifier, Shared, Worker, open_keeper, reopen_keeper
 from .signals import SignalPipe
 from .socket import listen, remove_name
@@ -49,6 +49,8 @@ def serve(loaded: Loaded, ready: Optional[Callable[[str], None]] = None) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="progressdb-kms: %(levelname)s: %(message)s"
     )
+    for remark in inherited.remarks():
+        log.warning("%s", remark)
     measures = [measure._asdict() for measure in hardening.harden()]
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     lock = start.claim(settings.data_dir)
@@ -95,6 +97,8 @@ def _install(loaded: Loaded, keyring: Keyring) -> Configured:
 
 def _announce(line: str) -> None:
     print(line, flush=True)
+    if getattr(getattr(sys.stdout, "buffer", None), "dropped", 0):
+        log.warning("stdout takes nothing: %s", line)
 
 
 # ---- everything in one process ---------------------------------------------------------------------

@@ -24,7 +24,7 @@ from ..service.worker import Service
 from ..store.sqlite import SqliteReader
 from ..wire.call import App
 from ..wire.server import Limits, Server
-from . import hardening, systemd
+from . import hardening, streams, systemd
 
 log = logging.getLogger("progressdb_kms")
 
@@ -112,6 +112,7 @@ class Worker:
         next_anchor = time.monotonic() + ANCHOR_SECONDS
         while not stop(BEAT_SECONDS):
             self._counters.add("beats", 1)
+            streams.catch_up()
             if hangup():
                 self._reopen()
             if time.monotonic() >= next_anchor:
@@ -184,6 +185,7 @@ class Notifier:
         systemd.notify("STOPPING=1")
 
     def beat(self) -> None:
+        streams.catch_up()
         now = time.monotonic()
         if self._interval is not None and now >= self._next:
             systemd.notify("WATCHDOG=1")

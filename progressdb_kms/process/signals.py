@@ -32,8 +32,8 @@ class Signals:
         self.hangup = False
         left_alone = (signal.SIGTERM, signal.SIGINT) if child else (END,)
         self._awaited = NOTICED - frozenset(left_alone)
-        for number in left_alone:
-            signal.signal(number, signal.SIG_IGN)
+        for number in NOTICED:  # whatever our parent did with it
+            signal.signal(number, signal.SIG_IGN if number in left_alone else signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, NOTICED)  # threads that are started from now on inherit it
 
     def wait(self, seconds: float) -> None:

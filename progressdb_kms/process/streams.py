@@ -1,12 +1,22 @@
-"""What every start of the program needs: standard streams that are there, and one line for an error."""
+"""What every start of the program needs: standard streams that are there, and one line for an error.
+
+The daemon's streams never make it wait and never fail: where nobody reads them, or the other end is gone,
+lines are dropped and counted, and the count is told as soon as somebody reads again. A command may wait for
+whoever reads it, and tells where its output could not be written.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import select
 import signal
+import socket
+import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..errors import KMSError
 
@@ -25,6 +35,86 @@ def open_standard_streams() -> None:
                     continue
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that the locale lacks is shown by its number
+            stream.reconfigure(errors="backslashreplace")
+
+
+class Unblocked(io.RawIOBase):
+    """A standard stream of the daemon's: takes every line at once, and drops what can't be written now."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.dropped = 0
+        self._pid = os.getpid()
+        mode = os.fstat(number).st_mode
+        self._socket = socket.socket(fileno=os.dup(number)) if stat.S_ISSOCK(mode) else None
+        self._fd, self._poll = number, None
+        if stat.S_ISFIFO(mode) or os.isatty(number):
+            self._fd, self._poll = _unblocked(number)
+        self._lead = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        self.catch_up()
+        if self.dropped or not self._put(bytes(data)):
+            self.dropped += 1
+        return len(data)
+
+    def catch_up(self) -> None:
+        """Tell how much was dropped, where that can be told again."""
+        if self._pid != os.getpid():  # a child: the parent tells of what it dropped itself
+            self._pid, self.dropped = os.getpid(), 0
+        why = "lines of this log were dropped, since nobody read it"
+        if self.dropped and self._put(f"{PROG}: WARNING: {self.dropped} {why}\n".encode()):
+            self.dropped = 0
+
+    def _put(self, line: bytes) -> bool:
+        """In pieces that a pipe takes whole or not at all, whoever else writes to it."""
+        line = self._lead + line
+        for at in range(0, len(line), select.PIPE_BUF):
+            piece = line[at : at + select.PIPE_BUF]
+            if self._put_piece(piece) != len(piece):
+                self._lead = b"\n" if at else self._lead
+                return False
+        self._lead = b""
+        return True
+
+    def _put_piece(self, piece: bytes) -> int:
+        with contextlib.suppress(OSError):
+            if self._socket is not None:
+                return self._socket.send(piece, socket.MSG_DONTWAIT)
+            if self._poll is None or self._poll.poll(0):
+                return os.write(self._fd, piece)
+        return -1
+
+
+def _unblocked(number: int) -> tuple[int, Any]:
+    """A description of our own for a pipe or a terminal, that never blocks: a flag of the given one would
+    hold for everybody who has it. Where that can't be had: the given one, and whom to ask first."""
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        return os.open(f"/proc/self/fd/{number}", flags), None
+    except OSError:
+        poll = select.poll()
+        poll.register(number, select.POLLOUT)
+        return number, poll
+
+
+def unblock_standard_streams() -> None:
+    """For the daemon. The bytes are UTF-8, whatever the locale says."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = io.TextIOWrapper(Unblocked(number), "utf-8", "backslashreplace", write_through=True)  # type: ignore[type-var]
+        setattr(sys, name, stream)
+
+
+def catch_up() -> None:
+    """To be called now and then: tells what was dropped."""
+    raw = getattr(sys.stderr, "buffer", None)
+    if isinstance(raw, Unblocked):
+        raw.catch_up()
 
 
 def fail(text: str, code: int = 1) -> int:
@@ -41,6 +131,10 @@ def told(error: Exception) -> str:
     if isinstance(error, KMSError) or message is not None:
         hint = getattr(error, "hint", "")
         return f"{message} ({hint})" if hint else f"{message}"
+    if isinstance(error, MemoryError):
+        return "memory ran out (raise LimitAS= and MemoryMax= in the unit, or `ulimit -v`)"
+    if isinstance(error, FileNotFoundError) and not error.filename and _homeless():
+        return "the working directory is gone (give absolute paths, or start it in another folder)"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if (
@@ -54,6 +148,13 @@ def told(error: Exception) -> str:
         trace = trace.tb_next
     place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else "?"
     return f"internal error: {type(error).__name__} at {place} (please report it)"
+
+
+def _homeless() -> bool:
+    try:
+        return not os.getcwd()
+    except FileNotFoundError:
+        return True
 
 
 def die(number: int) -> int:

@@ -19,6 +19,7 @@ from . import hardening
 from .serving import BEAT_SECONDS, DRAIN_SECONDS, Notifier, Shared, Worker, open_keeper, reopen_keeper
 from .signals import END, SignalPipe, Signals
 from .socket import remove_name
+from .streams import catch_up
 
 log = logging.getLogger("progressdb_kms")
 
@@ -215,6 +216,7 @@ def _keeper_main(shared: Shared, incarnation: int, report: int) -> None:
     while not signals.stop:
         keeper.round(BEAT_SECONDS, signals.fd)
         counters.add("beats", 1)
+        catch_up()
         signals.clear()
         if signals.take_hangup():
             reopen_keeper(keeper)

@@ -14,7 +14,7 @@ from typing import Optional
 
 from ..errors import ConfigError
 
-_FIRST_FD = 3  # SD_LISTEN_FDS_START
+FIRST_FD = 3  # SD_LISTEN_FDS_START
 
 
 def notify(state: str) -> bool:
@@ -40,9 +40,9 @@ def listen_socket() -> Optional[socket.socket]:
     if count != "1":
         raise ConfigError("systemd hands over more than one socket", hint=_REMEDY)
     try:
-        sock = socket.socket(fileno=_FIRST_FD)  # asks the kernel for family and type
+        sock = socket.socket(fileno=FIRST_FD)  # asks the kernel for family and type
     except OSError:
-        raise ConfigError(f"systemd hands over no socket (descriptor {_FIRST_FD})", hint=_REMEDY) from None
+        raise ConfigError(f"systemd hands over no socket (descriptor {FIRST_FD})", hint=_REMEDY) from None
     listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM or not listening:
         sock.detach()  # it is not ours to close

@@ -213,9 +213,11 @@ def _interrupts() -> Iterator[None]:
     def interrupt(number: int, frame: Optional[FrameType]) -> None:
         raise Interrupted(number)
 
-    before = {
-        number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    }
+    ends = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    heard = [
+        number for number in ends if signal.getsignal(number) != signal.SIG_IGN
+    ]  # nohup, `&` in a script
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:
