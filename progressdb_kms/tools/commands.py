@@ -88,6 +88,35 @@ def _check_ready(kms: Client, as_json: bool) -> int:
     return 0
 
 
+def metrics(args: argparse.Namespace) -> None:
+    from ..client import ClientError
+
+    with _client(args) as kms:
+        try:
+            text = kms.metrics() + UP.format(1)
+        except ClientError:
+            if args.textfile:
+                _publish(args.textfile, UP.format(0))
+            raise
+    if args.textfile:
+        _publish(args.textfile, text)
+    else:
+        sys.stdout.write(text)
+
+
+UP = (
+    "# HELP progressdb_kms_up Whether the daemon answered.\n# TYPE progressdb_kms_up gauge\n"
+    "progressdb_kms_up {}\n"
+)
+
+
+def _publish(name: str, text: str) -> None:
+    """Whole or not at all, and for the collector's user to read: nothing in it is secret."""
+    with output(name) as file:
+        os.fchmod(file.fileno(), 0o644)
+        file.write(text.encode("utf-8"))
+
+
 def create_dek(args: argparse.Namespace) -> None:
     with _client(args) as kms:
         dek = kms.create_dek(args.thread_id, args.key_id)

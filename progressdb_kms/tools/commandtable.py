@@ -104,6 +104,16 @@ COMMANDS: tuple[Command, ...] = (
         exits=((1, "no answer, or not ready with --ready"),),
     ),
     Command(
+        "metrics",
+        ONLINE,
+        "print the metrics, for Prometheus",
+        "Prints what GET /metrics answers. With --textfile it is written whole, for the collector of "
+        "node_exporter; where the daemon does not answer, the file says progressdb_kms_up 0.",
+        (SOCKET, Arg(("--textfile",), "write to this file, such as kms.prom, mode 0644", "file", "PATH")),
+        "metrics",
+        ("progressdb-kms metrics --textfile /var/lib/prometheus/node-exporter/progressdb-kms.prom",),
+    ),
+    Command(
         "create-dek",
         ONLINE,
         "make a DEK for a thread",

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import yaml
 from progressdb_kms.config import load
 from progressdb_kms.config.options import BY_NAME, OPTIONS
 from progressdb_kms.service.metrics import CLASSES, OPS, Metrics
+from progressdb_kms.tools.cli import build_parser
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGING = REPO / "packaging"
@@ -72,8 +74,10 @@ def test_the_unit_is_hardened() -> None:
 
 @needs("systemd-analyze")
 def test_systemd_has_nothing_to_say_about_the_units(tmp_path: Path) -> None:
-    for name in ("progressdb-kms.service", "progressdb-kms.socket"):
-        text = (UNITS / name).read_text()
+    for path in sorted(UNITS.glob("*.*")):
+        if path.suffix not in (".service", ".socket", ".timer"):
+            continue
+        name, text = path.name, path.read_text()
         (tmp_path / name).write_text(text.replace("=/usr/bin/progressdb-kms", "=/bin/true"))
     done = run("systemd-analyze", "verify", "--man=no", *map(str, sorted(tmp_path.iterdir())))
     assert (done.returncode, done.stdout) == (0, "")
@@ -91,6 +95,15 @@ def test_units_configuration_and_socket_agree() -> None:
     assert settings["data_dir"] == "/var/lib/" + service["StateDirectory"][0]
     assert service["StateDirectoryMode"] == ["0700"]
     assert settings["data_dir"] in (PACKAGING / "progressdb-kms.logrotate").read_text()
+
+
+def test_the_timer_s_command_is_one_of_ours() -> None:
+    service = unit("progressdb-kms-metrics.service")
+    words = shlex.split(service["ExecStart"][0])
+    args = build_parser().parse_args(words[1:])
+    assert words[0] == "/usr/bin/progressdb-kms" and args.command.name == "metrics"
+    assert args.socket == unit("progressdb-kms.socket")["ListenStream"][0]
+    assert args.textfile.startswith(f"/run/{service['RuntimeDirectory'][0]}/")
 
 
 def test_the_filter_of_system_calls_lets_the_key_memory_through() -> None:

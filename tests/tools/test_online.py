@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.daemon import COMMAND, REPO, base_environment, cli
+from tests.harness.daemon import cli, COMMAND, REPO, base_environment, cli
 from tests.harness.fakekms import FakeKms, kek_id_of
 
 
@@ -113,6 +113,19 @@ class TestService:
             and f"kek_id               {kms.kek_id}\n" in done.out
         )
         assert json.loads(run("status", "--json").out)["memory"]["kind"] == "memfd_secret"
+
+    def test_metrics(self, run: Any, kms: FakeKms, tmp_path: Path) -> None:
+        done = run("metrics")
+        assert done.code == 0 and done.out.endswith("\nprogressdb_kms_up 1\n")
+        target = tmp_path / "kms.prom"
+        assert run("metrics", "--textfile", str(target)).out == ""
+        assert target.read_text() == done.out and target.stat().st_mode & 0o777 == 0o644
+
+    def test_metrics_of_a_daemon_that_is_down(self, short_tmp: Path) -> None:
+        target = short_tmp / "kms.prom"
+        done = cli("metrics", "--textfile", str(target), "--socket", str(short_tmp / "none.sock"))
+        assert done.returncode == 1 and b"is it running" in done.stderr
+        assert target.read_text().endswith("\nprogressdb_kms_up 0\n")
 
     def test_ready(self, run: Any, kms: FakeKms) -> None:
         assert run("status", "--ready").out == "ready\n"
