@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.daemon import cli, COMMAND, REPO, base_environment, cli
+from tests.harness.daemon import COMMAND, REPO, base_environment, cli
 from tests.harness.fakekms import FakeKms, kek_id_of
 
 
