@@ -82,7 +82,9 @@ if [ "$build" = yes ]; then
     # Editable: changes of the tree hold at the next start, so only new dependencies need an installation.
     if [ ! -x "$venv/bin/progressdb-kms" ] || [ -n "$(find "$root/setup.cfg" -newer "$venv/bin/progressdb-kms")" ]; then
         echo "dev.sh: installing the package" >&2
-        "$venv/bin/pip" install --quiet --disable-pip-version-check --editable "$root" || fail "pip failed, see above"
+        # -qq: errors alone; what pip and setuptools find old-fashioned is nothing that the caller could mend.
+        "$venv/bin/pip" install -qq --disable-pip-version-check --no-input --use-pep517 --editable "$root" ||
+            fail "pip failed, see above; is PyPI within reach?"
         touch "$venv/bin/progressdb-kms"
     fi
 fi

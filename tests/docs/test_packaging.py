@@ -248,6 +248,24 @@ def test_the_shell_takes_the_scripts(path: str) -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("packaging/build-deb", "dpkg-buildpackage dh lintian"),
+        ("packaging/build-rpm", "rpmbuild rpmlint"),
+        ("packaging/test-boot", "systemd-nspawn nsenter mmdebstrap"),
+        ("packaging/test-container", "buildah mmdebstrap unshare"),
+        ("bin/release", "git"),
+    ],
+)
+def test_a_script_names_the_tools_that_it_lacks_in_one_line(path: str, named: str) -> None:
+    """And where they come from. On a host that has none: `command -v` finds nothing."""
+    done = run("sh", "-c", 'command() { return 1; }; . "$0"', str(REPO / path))
+    (line,) = done.stdout.splitlines()
+    assert done.returncode != 0 and line.startswith(f"{path}: ") and "apt install " in line
+    assert all(tool in line.partition("(")[0] for tool in named.split())
+
+
 def test_the_image_is_pinned_and_not_run_by_root() -> None:
     text = (PACKAGING / "Dockerfile").read_text()
     bases = re.findall(r"^FROM (\S+)", text, re.M)

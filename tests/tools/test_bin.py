@@ -69,6 +69,12 @@ class TestProgram:
             "or: apt install python3-cryptography python3-yaml python3-sqlitedict)\n"
         )
 
+    @pytest.mark.parametrize("words", [("--help",), ("-h",), ("--version",), ("encrypt", "--help")])
+    def test_help_needs_no_package(self, tree: Path, words: tuple[str, ...]) -> None:
+        done = self.run(tree, *words, options=("-S",))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == self.run(tree, *words).stdout != ""
+
     @pytest.mark.parametrize(
         ("module", "package"),
         [("cryptography", "pip install cryptography"), ("yaml", "PyYAML"), ("sqlitedict", "sqlitedict")],
@@ -107,6 +113,49 @@ class TestProgram:
     def test_serving_through_it(self, tree: Path, short_tmp: Path) -> None:
         done = self.run(tree, "serve", "--data-dir", str(short_tmp / "d"))
         assert done.returncode == 1 and "no master key is given" in done.stderr
+
+
+# ---- bin/test ----------------------------------------------------------------------------------------
+
+
+class TestTest:
+    TWO = "-n 2 --dist loadscope"
+
+    def pytest_of(self, root: Path, *words: str) -> str:
+        """The words that pytest gets from `bin/test --no-lint WORDS…`: its environment is a fake one."""
+        (root / "bin").mkdir()
+        (root / "tests").mkdir()
+        shutil.copy(REPO / "bin" / "test", root / "bin")
+        for name in ("setup.cfg", "pyproject.toml"):
+            shutil.copy(REPO / name, root)
+        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        python = root / f".venv-test-{version}" / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text('#!/bin/sh\n[ "$2" != pytest ] || printf "%s " "$@"\n')
+        python.chmod(0o755)
+        stamp = '{ cat setup.cfg pyproject.toml; python3 -V; pwd; } | cksum >"$0"'
+        env = environment(root)
+        subprocess.run(["sh", "-c", stamp, python.parents[1] / "stamp"], cwd=root, env=env, check=True)
+        command = ["sh", "bin/test", "--no-lint", *words]
+        done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    @pytest.mark.parametrize(
+        "words", ["", "-x", "-k chunked", "-k tests", "-v -m root", "--durations=5 -rs", "--maxfail 1"]
+    )
+    def test_two_processes_share_it_whatever_the_options(self, short_tmp: Path, words: str) -> None:
+        assert self.TWO in self.pytest_of(short_tmp, *words.split())
+
+    @pytest.mark.parametrize("words", ["tests", "tests::one -x", "-s", "-vs", "--pdb", "-n 3", "-p no:xdist"])
+    def test_one_alone_has_the_terminal_and_chosen_tests(self, short_tmp: Path, words: str) -> None:
+        found = self.pytest_of(short_tmp, *words.split())
+        assert self.TWO not in found and found.endswith(words)
+
+    def test_long_tests_are_asked_for(self, short_tmp: Path) -> None:
+        assert "-m not long" in self.pytest_of(short_tmp, "-x")
+
+    def test_all_are_run_with_long(self, short_tmp: Path) -> None:
+        assert "not long" not in self.pytest_of(short_tmp, "--long")
 
 
 # ---- bin/dev.sh ----------------------------------------------------------------------------------------
