@@ -110,7 +110,10 @@ socket=$(absolute "$socket")
 
 if [ -n "$mkfile" ]; then
     key=$(absolute "$mkfile")
-    [ -f "$key" ] || fail "there is no key file $key (make one: $bin genkey $key)"
+    if [ ! -f "$key" ]; then
+        [ -z "$(ls -A "$data" 2>/dev/null)" ] || fail "there is no key file $key, and $data has data that needs it"
+        fail "there is no key file $key (make one: $bin genkey $key)"
+    fi
 else
     key=$kms/master.key
     if [ ! -e "$key" ]; then

@@ -34,7 +34,7 @@ HEX = "hex"
 """The form of a key that stands in the configuration file: `yamlfile` hands it over."""
 
 _SPACE = b" \t\r\n"
-_MAKE_ONE = "`progressdb-kms genkey FILE` makes a key file"
+WHICH_FILE = "`progressdb-kms kek-id FILE…` tells which file holds which key"
 
 
 class Source(NamedTuple):
@@ -48,14 +48,15 @@ class Source(NamedTuple):
 def read(source: Source, environ: Mapping[str, str], scratch: memoryview, out: memoryview) -> None:
     """Read a key into `out` (32 bytes) by way of `scratch` (SCRATCH_SIZE bytes, locked, wiped at the end).
 
-    Raises ConfigError, which names the source and never quotes it.
+    Raises ConfigError, which names the source and never quotes it. What to do about a key that is not there
+    depends on whether a store needs it: that is for the caller to say.
     """
     try:
         READERS[source.form](source, environ, scratch, out)
     except ValueError as error:
-        raise ConfigError(f"{source.label} {error}", hint=_MAKE_ONE) from None
+        raise ConfigError(f"{source.label} {error}", hint=WHICH_FILE) from None
     except OSError as error:
-        raise ConfigError(f"{source.label} can't be read: {error.strerror}", hint=_MAKE_ONE) from None
+        raise ConfigError(f"{source.label} can't be read: {error.strerror}", hint=WHICH_FILE) from None
     finally:
         wipe(scratch)
 

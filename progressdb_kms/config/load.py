@@ -16,7 +16,7 @@ import grp
 import hmac
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +39,11 @@ MAX_WORKERS = 4
 """What `workers: auto` makes at most: the one writer is shared by all."""
 
 _MAKE_A_KEY = "make a key with `progressdb-kms genkey FILE`"
+
+_FIND_THE_KEY = f"put the key back from its copy: {keysource.WHICH_FILE}"
+_KEEP_IT_RUNNING = "; does the daemon still run? Don't stop it: `rotate-kek` moves the store to a new key"
+
+_AT_RANDOM = "a key is 32 bytes that were drawn at random"
 
 
 @dataclass(frozen=True)
@@ -113,11 +118,18 @@ class Loaded:
         return f"<Loaded {self.settings.master_source}>"
 
 
-def load(flags: Mapping[str, Optional[str]], environ: Mapping[str, str], *, need_key: bool = True) -> Loaded:
+def load(
+    flags: Mapping[str, Optional[str]],
+    environ: Mapping[str, str],
+    *,
+    need_key: bool = True,
+    first: bool = True,
+) -> Loaded:
     """Read the configuration and the keys. Raises ConfigError, WeakKey, LockRefused.
 
     `flags`: by the names of OPTIONS, and `config`; None for what was not given.
     `need_key=False`: the settings alone; no key is read and none needs to be there.
+    `first`: a new key may be the answer where there is none, unless the data-dir holds a store already.
 
     Forks a child where there is a configuration file: call it before any thread is started.
     """
@@ -125,6 +137,7 @@ def load(flags: Mapping[str, Optional[str]], environ: Mapping[str, str], *, need
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(yamlfile.read(os.path.abspath(path))) if path else None
         values = _merge(flags, file, environ)
+        stack.enter_context(_advising(values["data_dir"], first))
         master, previous = _sources(file, environ)
         settings = _settings(values, file, _one(master, file, need_key))
         if not need_key:
@@ -137,6 +150,32 @@ def load(flags: Mapping[str, Optional[str]], environ: Mapping[str, str], *, need
         settings = replace(settings, pending_key_file=keys.load_pending(settings.master_key_file))
         undo.pop_all()
         return Loaded(settings, keys)
+
+
+@contextlib.contextmanager
+def _advising(data_dir: str, first: bool) -> Iterator[None]:
+    """What to do about a key that is not there. A new one beside a store would lose all that is in it."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.hint not in (keysource.WHICH_FILE, _AT_RANDOM) and _MAKE_A_KEY not in error.hint:
+            raise
+        used = _is_used(data_dir)
+        if not first or used:
+            hint = _FIND_THE_KEY + (_KEEP_IT_RUNNING if used else "")
+        else:
+            hint = error.hint if _MAKE_A_KEY in error.hint else _MAKE_A_KEY
+        raise type(error)(error.message, code=error.code, hint=hint) from None
+
+
+def _is_used(data_dir: str) -> bool:
+    """Is there a store, or what a lost one left? Where we may not look, there is."""
+    from ..store.sqlite import FILE_NAME, TRACES
+
+    try:
+        return not {FILE_NAME, *TRACES}.isdisjoint(os.listdir(data_dir))
+    except OSError as error:
+        return not isinstance(error, (FileNotFoundError, NotADirectoryError))
 
 
 # ---- weak keys -----------------------------------------------------------------------------------
@@ -172,10 +211,10 @@ def check_master_key(key: memoryview) -> None:
     Compares in place and in constant time, and makes no copy.
     """
     if len(key) != KEY_SIZE:
-        raise WeakKey(f"it has {len(key)} bytes instead of {KEY_SIZE}", hint=_MAKE_A_KEY)
+        raise WeakKey(f"it has {len(key)} bytes instead of {KEY_SIZE}", hint=_AT_RANDOM)
     for published in PUBLISHED_KEYS:
         if hmac.compare_digest(key, published):
-            raise WeakKey("it is published in a file of ProgressDB, so everybody knows it", hint=_MAKE_A_KEY)
+            raise WeakKey("it is published in a file of ProgressDB, so everybody knows it", hint=_AT_RANDOM)
     seen = bytearray(256)
     for byte in key:
         seen[byte] = 1
@@ -184,7 +223,7 @@ def check_master_key(key: memoryview) -> None:
         wipe(view)
     if distinct < MIN_DISTINCT:
         raise WeakKey(
-            f"it has fewer than {MIN_DISTINCT} distinct bytes: it was not drawn at random", hint=_MAKE_A_KEY
+            f"it has fewer than {MIN_DISTINCT} distinct bytes: it was not drawn at random", hint=_AT_RANDOM
         )
 
 

@@ -18,6 +18,7 @@ bytes of a DEK that was shredded since, comes to the data-dir but by a row that 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -105,9 +106,31 @@ def backup(data_dir: Path, file: Path, progress: Progress) -> dict[str, Any]:
         os.lseek(descriptor, 0, os.SEEK_END)
         _write_all(descriptor, contents.line())
         os.fsync(descriptor)
-        os.replace(part, file)
+        _name(part, file)
     sync_folder(file.absolute().parent)
     return {"file": str(file), **_shown(contents)}
+
+
+def _name(part: Path, file: Path) -> None:
+    """Never over another file, also not one that came meanwhile."""
+    try:
+        try:
+            os.link(part, file)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            os.replace(part, file)
+    except FileExistsError:
+        raise _exists(file) from None
+
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""A file system without hard links: vfat, some shares."""
+
+
+def _exists(file: Path) -> CommandFailed:
+    return CommandFailed(f"{file} exists, and a backup is never overwritten", hint="name another file")
 
 
 def _check_target(data_dir: Path, file: Path) -> None:
@@ -119,15 +142,22 @@ def _check_target(data_dir: Path, file: Path) -> None:
         )
     if not target.parent.is_dir():
         raise CommandFailed(f"there is no folder {target.parent}", hint="make it first")
-    if file.exists() and not file.is_file():
-        raise CommandFailed(f"{file} is no regular file", hint="name the file that is to be made")
+    if os.path.lexists(file):
+        part = _part_of(file)
+        if part.exists() and file.exists() and part.samefile(file):
+            part.unlink()  # killed right after it got its name
+        raise _exists(file)
+
+
+def _part_of(file: Path) -> Path:
+    return file.with_name(f".{file.name}.part")
 
 
 @contextlib.contextmanager
 def _part_file(file: Path) -> Iterator[tuple[int, Path]]:
     """A private file beside the target, which takes its name at the end. What a killed backup to the same
     name left of one is used again."""
-    part = file.with_name(f".{file.name}.part")
+    part = _part_of(file)
     descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         try:

@@ -215,6 +215,7 @@ def rotate_kek(args: argparse.Namespace) -> None:
 
 
 def genkey(args: argparse.Namespace) -> None:
+    _no_stream(args.file, "a key goes to a file of its own, never through a pipe or a terminal")
     from ..crypto.aead import KEY_SIZE
     from ..crypto.memory import LockedBuffer
     from . import keyfiles
@@ -223,6 +224,12 @@ def genkey(args: argparse.Namespace) -> None:
         kek_id = keyfiles.random_key(memory.view)
         keyfiles.write_key(Path(args.file), memory.view)
     show({"file": args.file, "kek_id": kek_id}, args.json)
+
+
+def _no_stream(name: str, why: str) -> None:
+    """`-` means stdout elsewhere: nobody who types it means a file of that name."""
+    if name == STDIO:
+        raise UsageError(f"`-` is refused here: {why}; a file that is so named is ./-")
 
 
 def kek_id(args: argparse.Namespace) -> None:
@@ -248,6 +255,7 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def backup(args: argparse.Namespace) -> None:
+    _no_stream(args.file, "a backup is checked and synced in its place (`export -` writes to stdout)")
     from . import storecmd
 
     with _store(args, need_key=False) as loaded, Progress("backup") as bar:

@@ -212,7 +212,8 @@ COMMANDS: tuple[Command, ...] = (
         ONLINE,
         "move all DEKs to a new KEK, while the daemon serves",
         "The new key is in a file and synced before the daemon hears of it: FILE.next beside the "
-        "master_key_file FILE. After the rotation it takes the place of FILE, and the old key stays "
+        "master_key_file FILE, which may be lost as long as the daemon runs. After the rotation it takes "
+        "the place of FILE, and the old key stays "
         "as FILE.old-<kek_id>: backups and snapshots made before need it. Whatever is interrupted, "
         "the daemon starts, and --resume finishes. Where the key is not in a master_key_file, the new"
         " key file stays where it is and the lines to change in the configuration are printed.",
@@ -359,10 +360,13 @@ COMMANDS: tuple[Command, ...] = (
         OFFLINE,
         "copy the store to one file",
         "A consistent copy, taken while the daemon may run, with a checksum and the kek_ids that it "
-        "needs. It holds wrapped DEKs only: keep the key files elsewhere.",
+        "needs; never over a file that exists. It holds wrapped DEKs only: keep the key files elsewhere.",
         (Arg(("file",), "the backup to make", "file", "FILE"), DATA_DIR, CONFIG, JSON),
         "backup",
-        ("progressdb-kms backup /backup/kms-$(date +%F) --config /etc/progressdb-kms/progressdb-kms.yaml",),
+        (
+            "progressdb-kms backup /backup/kms-$(date +%FT%T) "
+            "--config /etc/progressdb-kms/progressdb-kms.yaml",
+        ),
     ),
     Command(
         "restore",

@@ -80,7 +80,7 @@ class Patient:
 
     def _settings(self, flags: dict[str, Optional[str]]) -> Optional[Settings]:
         try:
-            with asowner.load_config(flags) as loaded:
+            with asowner.load_config(flags, first=True) as loaded:
                 keys = (loaded.master, *loaded.previous, *([loaded.pending] if loaded.pending else []))
                 self.kek_ids = [fingerprint(key) for key in keys]
                 return loaded.settings

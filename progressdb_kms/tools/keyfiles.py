@@ -13,8 +13,13 @@ on. The daemon starts in each of them, because it reads F and F.next and takes t
     A  B       B               -             before the files changed    replace: F -> F.old-<A>, F.next -> F
     B  -       B               -             after that                  nothing
     A  A       A               -             (a copy made by hand)       drop F.next
+    -  B       A               - or B        (F was lost)                rotate, or wait
+    -  B       B               -             (F was lost)                replace: F.next -> F
     A  B       A               C             another rotation runs       refuse
     any other                                another key was configured  refuse, naming the kek_ids
+
+Before F.next is written it is proved that a file of this folder can take the place of F: one that is mounted
+alone can't be replaced. A lost F is no obstacle, as long as the daemon has the KEK in its memory.
 
 `F.next` is removed only where the store's active KEK and the rotation under way are both known to be others:
 after a 4xx answer. A request of unknown outcome leaves it for `rotate-kek --resume`.
@@ -42,6 +47,7 @@ from ..config.load import PENDING_SUFFIX, check_master_key
 from ..crypto.aead import KEY_SIZE
 from ..crypto.keyring import fingerprint
 from ..crypto.memory import LockedBuffer
+from ..errors import ConfigError
 from . import asowner
 from .console import CommandFailed, sync_folder
 
@@ -49,6 +55,8 @@ POLL = 0.5
 """Seconds between two looks at a rotation that somebody else began."""
 
 RESUME = "run `progressdb-kms rotate-kek --resume`"
+
+LOST = "while the daemon runs, `rotate-kek --generate` or `--new-key-file NEW` brings a new key"
 
 
 class KeyFiles(NamedTuple):
@@ -101,6 +109,15 @@ def kek_id_of(path: Path) -> str:
         return read_key(path, memory.view)
 
 
+def kek_id_if_there(path: Path) -> Optional[str]:
+    """None where there is no such file. Raises ConfigError for one that holds no key."""
+    try:
+        return kek_id_of(path) if path.exists() else None
+    except ConfigError as error:
+        hint = f"{error.hint}{'; ' if error.hint else ''}or is its key lost? Move it away and do this again"
+        raise ConfigError(error.message, hint=hint) from None
+
+
 def random_key(key: memoryview) -> str:
     """Fill with random bytes of the OS, which pass through no other object. Returns the kek_id."""
     with open("/dev/urandom", "rb", buffering=0) as source:
@@ -114,7 +131,7 @@ def write_key(path: Path, key: memoryview, like: Optional[os.stat_result] = None
 
     `like`: a file whose owner and group it gets.
     """
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part = _part_of(path)
     try:
         _write_part(part, key, like)
         os.link(part, path)
@@ -128,6 +145,29 @@ def write_key(path: Path, key: memoryview, like: Optional[os.stat_result] = None
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
     sync_folder(path.parent)
+
+
+def prove_replaceable(path: Path, probe: Path) -> None:
+    """A file that is renamed to `path` will get there. Raises CommandFailed; nothing is changed.
+
+    The kernel is asked: `probe` is made a second name of the file and renamed onto it, which does nothing
+    where both are one file, but is refused where the true rename will be (EXDEV or EBUSY for a file that is
+    mounted alone, EROFS, EACCES).
+    """
+    try:
+        if path.exists():
+            os.link(path, probe)
+            os.replace(probe, path)
+        else:
+            os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        alone = error.errno in (errno.EXDEV, errno.EBUSY)
+        why = "it is mounted alone" if alone else str(error.strerror)
+        todo = f"mount its folder {path.parent}, not the file" if alone else f"make {path.parent} writable"
+        raise CommandFailed(f"{path} can't be replaced by a new key file: {why}", hint=todo) from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(probe)
 
 
 def remove_key(path: Path) -> None:
@@ -147,6 +187,10 @@ def sync_file(path: Path) -> None:
     with open(path, "rb", buffering=0) as file:
         os.fsync(file.fileno())
     sync_folder(path.parent)
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 
 def _write_part(part: Path, key: memoryview, like: Optional[os.stat_result]) -> None:
@@ -176,7 +220,7 @@ def _overwrite(descriptor: int) -> None:
 # ---- changing over -----------------------------------------------------------------------------------
 
 
-def decide(current: str, following: Optional[str], active: Active) -> str:
+def decide(current: Optional[str], following: Optional[str], active: Active) -> str:
     """The step that leads on: nothing, rotate, wait, replace or drop. See the table above.
 
     Takes kek_ids: of F, of F.next (None: there is none), of the store. Raises CommandFailed.
@@ -193,10 +237,15 @@ def decide(current: str, following: Optional[str], active: Active) -> str:
         return "drop" if following == current else "rotate"
     if following is not None and active.kek_id == following:
         return "replace"
+    if current is None and following is not None:
+        return "rotate"
+    if current is None:
+        raise CommandFailed("the master_key_file is not there, nor is its .next", hint=LOST)
     files = f"master_key_file holds {current}" + (f", its .next {following}" if following else "")
     raise CommandFailed(
         f"the daemon's active KEK is {active.kek_id}, but {files}",
-        hint="is this the daemon's config? put the key file of that kek_id in place; nothing was changed",
+        hint="is this the daemon's config? put the key file of that kek_id in place, or, if it is lost, move "
+        "the other one away; nothing was changed",
     )
 
 
@@ -239,12 +288,14 @@ class ChangeOver:
         service: Service,
         *,
         forget_old: bool = False,
+        owner: Optional[os.stat_result] = None,
         step: Step = lambda name: None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._files = files
         self._service = service
         self._forget_old = forget_old
+        self._owner = owner  # whose a new key file is where the old one is lost
         self._step = step
         self._sleep = sleep
 
@@ -252,12 +303,11 @@ class ChangeOver:
         """Bring in a new key. Raises CommandFailed where an earlier run is unfinished."""
         check_master_key(new_key)
         with self._locked():
-            current = kek_id_of(self._files.current)
-            if self._files.following.exists():
-                raise CommandFailed(f"{self._files.following} is left of an unfinished rotation", hint=RESUME)
-            decide(current, None, self._service.active())
+            self._check()
             self._remove_parts()
-            write_key(self._files.following, new_key, os.stat(self._files.current))
+            current = self._files.current
+            owner = os.stat(current) if current.exists() else self._owner
+            write_key(self._files.following, new_key, owner)
             self._step("next")
             try:
                 return self._lead_on()
@@ -273,16 +323,39 @@ class ChangeOver:
         """Finish what an earlier run began. `kek_version` and `rewrapped` are 0 where it was done before."""
         with self._locked():
             self._remove_parts()
+            if self._files.following.exists():
+                self._prove()
             return self._lead_on()
+
+    def rehearse(self) -> None:
+        """All that `rotate` looks at before the daemon hears of a key. Raises CommandFailed."""
+        with self._locked():
+            self._check()
+
+    def _check(self) -> None:
+        if self._files.following.exists():
+            raise CommandFailed(f"{self._files.following} is left of an unfinished rotation", hint=RESUME)
+        current, active = kek_id_if_there(self._files.current), self._service.active()
+        if current is not None or active.rotating_to is not None:
+            decide(current, None, active)
+        self._prove()
+
+    def _prove(self) -> None:
+        try:
+            prove_replaceable(self._files.current, _part_of(self._files.following))
+        except CommandFailed as error:
+            if not self._files.following.exists():
+                raise
+            keep = f"first copy {self._files.following} to a safe place, it may hold the only key; then "
+            raise CommandFailed(error.message, hint=keep + error.hint) from None
 
     def _lead_on(self) -> RotationResult:
         result = RotationResult("", 0, 0, "", {})
         while True:
-            current = kek_id_of(self._files.current)
-            following = kek_id_of(self._files.following) if self._files.following.exists() else None
+            current, following = map(kek_id_if_there, (self._files.current, self._files.following))
             step = decide(current, following, self._service.active())
             if step == "nothing":
-                return result._replace(kek_id=current)
+                return result._replace(kek_id=current or "")
             if step == "rotate":
                 result = self._rotate()
             elif step == "wait":
@@ -299,9 +372,12 @@ class ChangeOver:
         self._step("rotated")
         return result
 
-    def _replace(self, old_kek_id: str) -> None:
+    def _replace(self, old_kek_id: Optional[str]) -> None:
         files = self._files
-        if self._forget_old:
+        if old_kek_id is None:
+            os.replace(files.following, files.current)
+            sync_folder(files.current.parent)
+        elif self._forget_old:
             with open(files.current, "r+b", buffering=0) as old:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(files.kept(old_kek_id))  # an interrupted run without --forget-old

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -41,24 +42,29 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         elif args.new_key_file:
             keyfiles.read_key(Path(args.new_key_file), memory.view)
         if args.dry_run:
+            if settings.master_key_file:
+                ChangeOver(KeyFiles(Path(settings.master_key_file)), service).rehearse()
             done = Done(service.rotate(memory.view, dry_run=True), {})
         elif settings.master_key_file:
-            done = _in_file(args, Path(settings.master_key_file), service, memory.view)
+            done = _in_file(args, settings, service, memory.view)
         else:
             done = _elsewhere(args, settings, service, memory.view)
     _show(args, done)
 
 
-def _in_file(args: argparse.Namespace, current: Path, service: Daemon, key: memoryview) -> Done:
-    kept = KeyFiles(current).kept(keyfiles.kek_id_of(current))
-    change = ChangeOver(KeyFiles(current), service, forget_old=args.forget_old)
+def _in_file(args: argparse.Namespace, settings: Settings, service: Daemon, key: memoryview) -> Done:
+    current = Path(str(settings.master_key_file))
+    old = keyfiles.kek_id_if_there(current)
+    kept = KeyFiles(current).kept(old) if old else None
+    home = settings.data_dir if settings.data_dir.exists() else current.parent
+    change = ChangeOver(KeyFiles(current), service, forget_old=args.forget_old, owner=os.stat(home))
     try:
         result = change.resume() if args.resume else change.rotate(key)
     except BaseException as error:
         if not isinstance(error, Exception):
             say(f"interrupted: {keyfiles.RESUME} to finish")
         raise
-    return Done(result, {"key_file": current, "old_key_file": kept if kept.exists() else None})
+    return Done(result, {"key_file": current, "old_key_file": kept if kept and kept.exists() else None})
 
 
 def _elsewhere(args: argparse.Namespace, settings: Settings, service: Daemon, key: memoryview) -> Done:
@@ -73,7 +79,9 @@ def _elsewhere(args: argparse.Namespace, settings: Settings, service: Daemon, ke
         beside = Path(settings.config_file)
         path = beside.with_name(f"master-key-{fingerprint(key)}")
     else:
-        raise UsageError("--generate needs --config: the new key file is made beside it")
+        raise UsageError(
+            "--generate needs --config: the new key file is made beside it (--new-key-file needs none)"
+        )
     result = keyfiles.rotate_elsewhere(path, key, service, beside)
     return Done(result, {"key_file": path}, _lines_to_change(settings, path))
 

@@ -158,7 +158,7 @@ class TestBackup:
         assert "inside the data-dir" in refused(site.daemon.offline("backup", str(link / "b")))
         assert not (site.daemon.data_dir / "b").exists()
         assert "there is no folder" in refused(site.daemon.offline("backup", str(site.daemon.home / "x/b")))
-        assert "no regular file" in refused(site.daemon.offline("backup", str(site.daemon.home)))
+        assert "never overwritten" in refused(site.daemon.offline("backup", str(site.daemon.home)))
 
     def test_a_failure_leaves_the_old_one(self, site: Site) -> None:
         before = site.backup.read_bytes()
@@ -168,6 +168,41 @@ class TestBackup:
         refused(site.daemon.offline("backup", str(site.backup)))
         assert site.backup.read_bytes() == before
         assert os.listdir(site.backup.parent) == ["backup"]
+
+    def test_it_never_overwrites(self, site: Site) -> None:
+        before = site.backup.read_bytes()
+        said = refused(site.daemon.offline("backup", str(site.backup)))
+        assert f"{site.backup} exists, and a backup is never overwritten (name another file)" in said
+        dangling = site.backup.with_name("dangling")
+        dangling.symlink_to("nowhere")
+        assert "never overwritten" in refused(site.daemon.offline("backup", str(dangling)))
+        dangling.unlink()
+        assert site.backup.read_bytes() == before and os.listdir(site.backup.parent) == ["backup"]
+
+    @pytest.mark.parametrize("links", [True, False], ids=["links", "none, as on vfat"])
+    def test_nor_what_came_meanwhile(self, site: Site, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        from progressdb_kms.tools import backup
+        from progressdb_kms.tools.console import CommandFailed
+
+        def late(done: int, total: int) -> None:
+            (site.backup.parent / "late").write_text("mine")
+
+        def no_links(source: Path, target: Path) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        if not links:
+            monkeypatch.setattr(os, "link", no_links)
+        with pytest.raises(CommandFailed, match="never overwritten"):
+            backup.backup(site.daemon.data_dir, site.backup.parent / "late", late)
+        assert (site.backup.parent / "late").read_text() == "mine"
+        backup.backup(site.daemon.data_dir, site.backup.parent / "fine", lambda done, total: None)
+        assert whole(site.backup.parent / "fine")
+        assert sorted(os.listdir(site.backup.parent)) == ["backup", "fine", "late"]
+
+    def test_a_stream_is_refused(self, site: Site) -> None:
+        done = site.daemon.offline("backup", "-")
+        assert (done.returncode, done.stdout) == (2, b"") and b"`export -`" in done.stderr
+        assert not (site.daemon.home / "-").exists()
 
     def test_killed(self, site: Site) -> None:
         need_strace()
@@ -185,7 +220,9 @@ class TestBackup:
             assert done.returncode == -signal.SIGKILL, f"not killed at {step}: {done.stderr!r}"
             if target.exists():
                 assert whole(target)
-            ok(run(()))
+                assert "never overwritten" in refused(run(()))
+            else:
+                ok(run(()))
             assert sorted(os.listdir(folder)) == ["backup", "second"], f"killed at {step}"
 
 
@@ -290,6 +327,7 @@ class TestRestore:
 
     def test_a_scheduled_deletion_goes_on(self, site: Site) -> None:
         site.daemon.ok("DELETE", f"/deks/{site.keys[0]}", {"pending_days": 9})
+        site.backup.unlink()
         ok(site.daemon.offline("backup", str(site.backup)))
         site.daemon.stop()
         told(restore(site))

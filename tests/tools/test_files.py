@@ -41,6 +41,12 @@ class TestGenkey:
         )
         assert (short_tmp / "k").read_text() == "precious" and os.listdir(short_tmp) == ["k"]
 
+    def test_a_stream_is_refused(self, short_tmp: Path) -> None:
+        done = cli("genkey", "-", cwd=short_tmp)
+        assert (done.returncode, done.stdout, os.listdir(short_tmp)) == (2, b"", [])
+        assert b"`-` is refused" in done.stderr
+        assert cli("genkey", "./-", cwd=short_tmp).returncode == 0
+
     def test_no_such_folder(self, short_tmp: Path) -> None:
         done = cli("genkey", "no/k", cwd=short_tmp)
         assert (

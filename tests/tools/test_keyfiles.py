@@ -198,6 +198,9 @@ class TestReadKey:
         (A, B, Active(A), "rotate"),
         (A, B, Active(A, B), "wait"),
         (A, B, Active(B), "replace"),
+        (None, B, Active(A), "rotate"),
+        (None, B, Active(A, B), "wait"),
+        (None, B, Active(B), "replace"),
         (B, None, Active(B), "nothing"),
         (A, A, Active(A), "drop"),
     ],
@@ -248,7 +251,18 @@ class TestRotate:
         """No step depends on one that a power cut may take back."""
         order = record(monkeypatch)
         rotate(files, Service(), step=order.append)
-        wanted = ["fsync file", "link", "fsync folder", "next", "rotated", "link", "fsync folder", "kept"]
+        wanted = [
+            "link",
+            "replace",
+            "fsync file",
+            "link",
+            "fsync folder",
+            "next",
+            "rotated",
+            "link",
+            "fsync folder",
+            "kept",
+        ]
         assert [name for name in order if name != "unlink"] == [
             *wanted,
             "replace",

@@ -202,3 +202,108 @@ class TestKeyInTheConfiguration:
         assert done.returncode == 2 and b"--generate needs --config" in done.stderr and kms.kek == OLD
         done = cli("rotate-kek", "--new-key-file", "new", cwd=home, env=env)
         assert done.returncode == 0 and f"PROGRESSDB_KMS_MASTER_KEY_FILE={home}/new" in done.stderr.decode()
+
+
+# ---- a key file that can't be replaced, or is lost ---------------------------------------------------
+
+
+@pytest.fixture
+def mounted_alone(home: Path) -> Iterator[Path]:
+    """F is a mount of its own, as `-v kek.key:/etc/…/kek.key` makes it."""
+    made = subprocess.run(["mount", "--bind", str(home / "F"), str(home / "F")], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"no bind mount can be made here: {made.stderr.decode()}")
+    yield home / "F"
+    subprocess.run(["umount", str(home / "F")], check=True)
+
+
+@pytest.mark.root
+class TestMountedAlone:
+    """The rename is proved before the daemon hears of the new KEK."""
+
+    @pytest.mark.parametrize("how", [["--dry-run"], [], ["--forget-old"]])
+    def test_refused_before_anything(
+        self, home: Path, kms: FakeKms, mounted_alone: Path, how: list[str]
+    ) -> None:
+        done = rotate(home, "--generate", *how)
+        assert done.returncode == 1 and kms.kek == OLD and files(home) == {"F"}
+        assert done.stderr.decode() == (
+            f"progressdb-kms: {home}/F can't be replaced by a new key file: it is mounted alone "
+            f"(mount its folder {home}, not the file)\n"
+        )
+
+    def test_resume_says_where_the_key_is(self, home: Path, kms: FakeKms, mounted_alone: Path) -> None:
+        """An older release had the daemon rotate first: the only copy of the active KEK is in F.next."""
+        write_secret(home / "F.next", NEW.hex().encode())
+        kms.kek = NEW
+        done = rotate(home, "--resume")
+        assert done.returncode == 1 and files(home) == {"F", "F.next"}
+        assert f"first copy {home}/F.next to a safe place".encode() in done.stderr
+        assert b"mount its folder" in done.stderr
+
+
+@pytest.mark.parametrize("how", ["--generate", "--new-key-file"])
+class TestLost:
+    """The daemon has the KEK in its memory; what is left of the file can't stand in the way."""
+
+    def test_the_file_is_gone(self, home: Path, kms: FakeKms, how: str) -> None:
+        (home / "F").unlink()
+        assert rotate(home, how, *(["new"] if "new" in how else []), "--dry-run").returncode == 0
+        assert kms.kek == OLD and files(home) == set()
+        done = rotate(home, how, *(["new"] if "new" in how else []))
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert kms.kek != OLD and bytes.fromhex((home / "F").read_text()) == kms.kek
+        assert files(home) == {"F"} and "old_key_file" not in done.stdout.decode()
+
+    def test_and_a_lost_answer_is_resumed(self, home: Path, kms: FakeKms, how: str) -> None:
+        (home / "F").unlink()
+        kms.drop.add("/rotate_kek")
+        assert rotate(home, how, *(["new"] if "new" in how else [])).returncode == 1
+        assert files(home) == {"F.next"}
+        assert rotate(home, "--resume").returncode == 0
+        assert files(home) == {"F"} and bytes.fromhex((home / "F").read_text()) == kms.kek
+
+    def test_without_a_config(self, home: Path, kms: FakeKms, how: str) -> None:
+        """The daemon was started with PROGRESSDB_KMS_MASTER_KEY_FILE; so is the command."""
+        (home / "F").unlink()
+        env = {"PROGRESSDB_KMS_MASTER_KEY_FILE": str(home / "F")}
+        done = cli("rotate-kek", "--socket", "s", how, *(["new"] if "new" in how else []), cwd=home, env=env)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert bytes.fromhex((home / "F").read_text()) == kms.kek != OLD
+
+    def test_another_key_in_its_place(self, home: Path, kms: FakeKms, how: str) -> None:
+        """It may be the wrong configuration: nothing is done, and it is said how to go on."""
+        write_secret(home / "F", os.urandom(32))
+        done = rotate(home, how, *(["new"] if "new" in how else []))
+        assert done.returncode == 1 and kms.kek == OLD and b"move the other one away" in done.stderr
+
+    def test_what_is_left_is_no_key(self, home: Path, kms: FakeKms, how: str) -> None:
+        write_secret(home / "F", b"")
+        done = rotate(home, how, *(["new"] if "new" in how else []))
+        assert done.returncode == 1 and kms.kek == OLD and b"Move it away" in done.stderr
+        assert b"genkey" not in done.stderr
+
+
+def test_without_any_file_named(home: Path, kms: FakeKms) -> None:
+    """Neither --config nor a variable: the new key file is where the operator made it."""
+    done = cli("rotate-kek", "--socket", "s", "--new-key-file", "new", cwd=home)
+    assert done.returncode == 0 and kms.kek == NEW and f"{home}/new" in done.stdout.decode()
+    assert b"PROGRESSDB_KMS_MASTER_KEY_FILE=" in done.stderr
+    done = cli("rotate-kek", "--socket", "s", "--generate", cwd=home)
+    assert done.returncode == 2 and kms.kek == NEW and b"--new-key-file" in done.stderr
+
+
+def test_resume_with_neither_file(home: Path, kms: FakeKms) -> None:
+    (home / "F").unlink()
+    done = rotate(home, "--resume")
+    assert done.returncode == 1 and b"--generate" in done.stderr and kms.kek == OLD
+
+
+@pytest.mark.root
+def test_a_new_file_for_a_lost_one_belongs_to_the_daemon(home: Path, kms: FakeKms) -> None:
+    (home / "F").unlink()
+    (home / "d").mkdir(mode=0o700)
+    os.chown(home / "d", 12345, 12345)
+    home.chmod(0o755)
+    assert rotate(home, "--generate").returncode == 0
+    assert (home / "F").stat().st_uid == 12345

@@ -56,7 +56,7 @@ class TestTable:
     def test_examples_are_command_lines(self, command: Command) -> None:
         """Each names only what the parser knows."""
         for example in command.examples:
-            text = example.split("progressdb-kms ", 1)[1].replace("$(date +%F)", "today").rstrip(")")
+            text = example.split("progressdb-kms ", 1)[1].replace("$(date +%FT%T)", "today").rstrip(")")
             words = text.split(" > ")[0].split(" | ")[0].split()
             args = build_parser().parse_args(cli._with_command(words))
             assert args.command is command
