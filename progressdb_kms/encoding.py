@@ -151,6 +151,19 @@ def json_loads(data: Union[str, bytes]) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+# Numbers are not read, only looked at: they go out as they are written, however long they are.
+_LOOK = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=_no_constant)
+
+
+def is_json(data: bytes) -> bool:
+    """Can these bytes stand in a JSON document: one value, UTF-8, no NaN, not nested too deeply?"""
+    try:
+        _LOOK.decode(data.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def json_dumps(value: Any) -> str:
     """Compact JSON, ASCII only: one line whatever the strings hold."""
     return _COMPACT.encode(value)

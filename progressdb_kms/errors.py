@@ -125,6 +125,13 @@ class AuthenticationFailed(RequestError):
         super().__init__(message, code=code, hint=hint)
 
 
+class PlaintextNotJson(RequestError):
+    """422: the message opens, but what it holds can't stand in an answer as raw JSON, which was asked for."""
+
+    status = 422
+    default_code = "plaintext_not_json"
+
+
 class KeyDisabled(RequestError):
     """423: the DEK is disabled or scheduled for deletion; `enable` brings it back."""
 

@@ -107,9 +107,10 @@ class Client:
     # ---- keys --------------------------------------------------------------------------------------
 
     def create_dek(self, thread_id: str, key_id: Optional[str] = None) -> Dek:
-        """Make a DEK. Each call makes a new one, so it is never repeated after a lost connection."""
+        """Make a DEK. Without a key_id each call makes a new one, so it is never repeated after a lost
+        connection; with one, the same thread gets the DEK that is there already."""
         fields = {"thread_id": thread_id, **({} if key_id is None else {"key_id": key_id})}
-        return _dek(self._json("POST", "/deks", fields, repeatable=False))
+        return _dek(self._json("POST", "/deks", fields, repeatable=key_id is not None))
 
     def get_wrapped(self, key_id: str) -> Wrapped:
         return _wrapped(self._json("GET", "/get_wrapped?" + urlencode({"key_id": key_id}, safe=":")))
@@ -203,7 +204,7 @@ class Client:
         found = self._with_kek("/rotate_kek", '{"new_kek_hex": "', new_kek, end, repeatable=dry_run)
         return RotationResult(
             _field(found, "kek_id", str),
-            _version(found),
+            _field(found, "kek_version", str),
             _field(found, "rewrapped", int),
             str(found.get("backup") or ""),
             dict(found.get("by_kek") or {}),
@@ -386,7 +387,7 @@ def _dek(fields: Mapping[str, Any]) -> Dek:
         _field(fields, "thread_id", str),
         _field(fields, "state", str),
         _field(fields, "kek_id", str),
-        _version(fields),
+        _field(fields, "kek_version", str),
         str(fields.get("created_at") or ""),
         str(fields.get("delete_at") or ""),
         str(fields.get("shredded_at") or ""),
@@ -395,12 +396,5 @@ def _dek(fields: Mapping[str, Any]) -> Dek:
 
 
 def _wrapped(fields: Mapping[str, Any]) -> Wrapped:
-    return Wrapped(_bytes(fields, "wrapped"), _field(fields, "kek_id", str), _version(fields))
-
-
-def _version(fields: Mapping[str, Any]) -> int:
-    """kek_version is a string in the calls that the Go service had, a number in the others."""
-    try:
-        return int(fields.get("kek_version", 0))
-    except (TypeError, ValueError):
-        raise bad_answer("its field 'kek_version' is not a number") from None
+    version = _field(fields, "kek_version", str)
+    return Wrapped(_bytes(fields, "wrapped"), _field(fields, "kek_id", str), version)

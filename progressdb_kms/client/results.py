@@ -61,6 +61,7 @@ _BY_CODE: Mapping[str, type[ClientError]] = {
     "peer_refused": PeerRefused,
     "key_shredded": KeyShredded,
     "authentication_failed": AuthenticationFailed,
+    "plaintext_not_json": RequestRefused,
     "key_disabled": KeyDisabled,
 }
 
@@ -86,7 +87,7 @@ class Dek(NamedTuple):
     thread_id: str
     state: str
     kek_id: str
-    kek_version: int
+    kek_version: str
     created_at: str
     delete_at: str = ""
     shredded_at: str = ""
@@ -98,14 +99,14 @@ class Wrapped(NamedTuple):
 
     wrapped: bytes
     kek_id: str
-    kek_version: int
+    kek_version: str
 
 
 class RotationResult(NamedTuple):
     """`backup` is the folder of the per-key snapshots, "" after a dry run. `by_kek`: DEKs per KEK before."""
 
     kek_id: str
-    kek_version: int
+    kek_version: str
     rewrapped: int
     backup: str
     by_kek: Mapping[str, int]

@@ -48,7 +48,7 @@ from ..errors import (
 )
 from ..store import erasure, snapshots
 from ..store.contract import DekRecord, Store
-from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS
+from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS, refusal
 from .channel import Head, Job, answer, receive
 from .rotation import Rewrapper, Rotation, Steps
 
@@ -316,12 +316,12 @@ class Keeper:
 
     # ---- DEKs ------------------------------------------------------------------------------------
 
-    def create(self, thread_id: str, key_id: Optional[str] = None) -> dict[str, Any]:
+    def create(self, thread_id: Optional[str] = None, key_id: Optional[str] = None) -> dict[str, Any]:
+        """Make a DEK, or give the one that this thread has under this key_id already: a caller that died
+        between our answer and its own write asks again. Without a thread_id the DEK is its own thread."""
         now = self._clock.now()
         if key_id is not None and (old := self._store.get(key_id)) is not None:
-            if old.state == SHREDDED:
-                raise KeyShredded(f"the key_id {key_id} was shredded: it is never used again")
-            raise Conflict(f"the key_id {key_id} is taken", code="key_exists")
+            return {**described(_same(old, thread_id or key_id)), "repeated": True}
         key_id = key_id or new_key_id(int(now * 1000), os.urandom(10))
         active = self._keyring.active
         dek = self._memory.view[:KEY_SIZE]
@@ -331,9 +331,9 @@ class Keeper:
                 blob = envelope.wrap(kek, active.kek_id, key_id, os.urandom(NONCE_SIZE), dek)
         finally:
             wipe(dek)
-        record = DekRecord(key_id, thread_id, blob, active.kek_id, active.version, timestamp(now))
+        record = DekRecord(key_id, thread_id or key_id, blob, active.kek_id, active.version, timestamp(now))
         self._put(record)
-        return {**describe(record), "wrapped": b64encode(blob)}
+        return described(record)
 
     def transition(self, key_id: str, action: str, days: int = 7) -> dict[str, Any]:
         """Disable, enable, schedule a deletion or shred; see policy.TRANSITIONS."""
@@ -567,7 +567,7 @@ def describe(record: DekRecord) -> dict[str, Any]:
         "thread_id": record.thread_id,
         "state": record.state,
         "kek_id": record.kek_id,
-        "kek_version": record.kek_version,
+        "kek_version": str(record.kek_version),
         "created_at": record.created_at,
     }
     if record.delete_at:
@@ -575,6 +575,20 @@ def describe(record: DekRecord) -> dict[str, Any]:
     if record.shredded_at:
         result["shredded_at"] = record.shredded_at
     return result
+
+
+def described(record: DekRecord) -> dict[str, Any]:
+    return {**describe(record), "wrapped": b64encode(record.wrapped)}
+
+
+def _same(record: DekRecord, thread_id: str) -> DekRecord:
+    """The DEK that is there already. Raises KeyShredded, Conflict (another thread's), KeyDisabled."""
+    if record.state != SHREDDED and record.thread_id != thread_id:
+        raise Conflict(f"the key_id {record.key_id} is taken by another thread", code="key_exists")
+    error = refusal(record.key_id, record.state)
+    if error is not None:
+        raise error
+    return record
 
 
 def _pushed_aside() -> int:

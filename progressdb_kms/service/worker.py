@@ -250,7 +250,7 @@ class Service:
         keks = self.keks()
         return {
             "kek_id": active.kek_id,
-            "kek_version": active.version,
+            "kek_version": str(active.version),
             "deks": {"total": sum(int(row["count"]) for row in keks.values()), "by_kek": keks},
             "audit": {"chain": self.audit.chain, "seq": self.audit.head[1]},
             **self.about(),

@@ -320,7 +320,7 @@ class ChangeOver:
                 ) from error
 
     def resume(self) -> RotationResult:
-        """Finish what an earlier run began. `kek_version` and `rewrapped` are 0 where it was done before."""
+        """Finish what an earlier run began. `kek_version` is empty where it was done before."""
         with self._locked():
             self._remove_parts()
             if self._files.following.exists():
@@ -350,7 +350,7 @@ class ChangeOver:
             raise CommandFailed(error.message, hint=keep + error.hint) from None
 
     def _lead_on(self) -> RotationResult:
-        result = RotationResult("", 0, 0, "", {})
+        result = RotationResult("", "", 0, "", {})
         while True:
             current, following = map(kek_id_if_there, (self._files.current, self._files.following))
             step = decide(current, following, self._service.active())

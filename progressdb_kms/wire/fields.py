@@ -69,6 +69,9 @@ class Fields:
             return self.key_id()
         return wrapped_source(self.data("wrapped"), self.optional_key_id())
 
+    def optional_thread_id(self) -> Optional[str]:
+        return None if self._absent("thread_id") and self._absent("thread_key") else self.thread_id()
+
     def thread_id(self) -> str:
         """Under this name or as `thread_key`, which some clients send."""
         old, new = self._values.pop("thread_key", None), self._values.get("thread_id")

@@ -28,7 +28,10 @@ _BASE64: Schema = {
 _DEK: Schema = {"type": "string", "pattern": "^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$"}
 _HEX_KEY: Schema = {"type": "string", "pattern": "^[0-9A-Fa-f]{64}$"}
 _TEXT: Schema = {"type": "string"}
-_COUNT: Schema = {"type": "integer", "minimum": 0}
+_NULL: Schema = {"type": "null"}
+_RAW_JSON: Schema = {
+    "description": "What was encrypted, as it stands, where `ciphertext` was the JSON token of a ciphertext."
+}
 
 
 def _object(required: str, optional: str = "", /, **properties: Schema) -> Schema:
@@ -79,7 +82,7 @@ _DESCRIPTION = _object(
     thread_id=_TEXT,
     state={"enum": ["enabled", "disabled", "pending_deletion", "shredded"]},
     kek_id=_TEXT,
-    kek_version=_COUNT,
+    kek_version=_TEXT,
     created_at=_TEXT,
     delete_at=_TEXT,
     shredded_at=_TEXT,
@@ -100,8 +103,9 @@ _REQUESTS: dict[str, Schema] = {
         _request("thread_id", thread_id=_THREAD_ID), _request("thread_key", thread_key=_THREAD_ID)
     ),
     "/deks": _either(
-        _request("thread_id", "key_id", thread_id=_THREAD_ID, key_id=_KEY_ID),
-        _request("thread_key", "key_id", thread_key=_THREAD_ID, key_id=_KEY_ID),
+        _request("thread_id", "key_id thread_key", thread_id=_THREAD_ID, key_id=_KEY_ID, thread_key=_NULL),
+        _request("thread_key", "key_id thread_id", thread_key=_THREAD_ID, key_id=_KEY_ID, thread_id=_NULL),
+        _request("", "key_id thread_id thread_key", key_id=_KEY_ID, thread_id=_NULL, thread_key=_NULL),
     ),
     "/encrypt": _data("plaintext"),
     "/decrypt": _data("ciphertext"),
@@ -132,7 +136,18 @@ _ANSWERS: dict[str, Schema] = {
     "/wrap": _WRAPPED,
     "/unwrap": _object("dek", dek=_DEK),
     "/encrypt": _done("ciphertext"),
-    "/decrypt": _done("plaintext"),
+    "/decrypt": _object("plaintext", plaintext={"anyOf": [_BASE64, _RAW_JSON]}),
+    "POST /deks": _either(
+        _DESCRIPTION,
+        _object(
+            "key_id wrapped_dek kek_id kek_version created_at",
+            key_id=_KEY_ID,
+            wrapped_dek={"type": "object"},
+            kek_id=_TEXT,
+            kek_version=_TEXT,
+            created_at=_TEXT,
+        ),
+    ),
     "/encrypt_batch": _all_done("ciphertext"),
     "/decrypt_batch": _all_done("plaintext"),
     "/reencrypt": {"anyOf": [_done("ciphertext"), _all_done("ciphertext")]},

@@ -17,7 +17,7 @@ from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 
 from .. import __version__
 from ..audit.log import Fragment, fragment, key_fragment
-from ..crypto.aead import KEY_SIZE
+from ..crypto.aead import KEY_SIZE, NONCE_SIZE, TAG_SIZE
 from ..crypto.envelope import Wrapped
 from ..encoding import (
     b64decode,
@@ -26,6 +26,7 @@ from ..encoding import (
     b64encode_bytes,
     b64encode_into,
     hex_decode_into,
+    is_json,
     json_dumps,
     json_loads,
 )
@@ -37,6 +38,7 @@ from ..errors import (
     MethodNotAllowed,
     NotFound,
     PeerRefused,
+    PlaintextNotJson,
     UnsupportedMediaType,
 )
 from ..service.keeper import describe
@@ -50,6 +52,9 @@ from .http1 import Head
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+MESSAGE_OVERHEAD = NONCE_SIZE + TAG_SIZE
+"""Bytes of a message beyond its plaintext."""
 
 
 def fields_of(call: Call) -> Fields:
@@ -94,22 +99,32 @@ def create_dek_for_thread(app: App, call: Call) -> Reply:
     fields = fields_of(call)
     thread_id = fields.thread_id()
     fields.end()
-    made = _create(app, call, thread_id=thread_id)
-    return answer({name: str(made[name]) for name in ("key_id", "wrapped", "kek_id", "kek_version")})
+    made = _create(app, call, thread_id)
+    return answer({name: made[name] for name in ("key_id", "wrapped", "kek_id", "kek_version")})
 
 
 def create_dek(app: App, call: Call) -> Reply:
     fields = fields_of(call)
     key_id = fields.optional_key_id()
-    thread_id = fields.thread_id()
+    thread_id = fields.optional_thread_id()
     fields.end()
-    return answer(_create(app, call, thread_id=thread_id, key_id=key_id), 201)
+    made = _create(app, call, thread_id, key_id)
+    if thread_id is not None:
+        return answer(made, 201)
+    # ProgressDB's third dialect knows no thread, and keeps `wrapped_dek`, whatever JSON it is.
+    wrapped = {"wrapped_dek": {"ciphertext": made["wrapped"], "key_info": {}}}
+    return answer({**{name: made[name] for name in _THIRD}, **wrapped}, 201)
 
 
-def _create(app: App, call: Call, thread_id: str, key_id: Optional[str] = None) -> dict[str, Any]:
-    call.key = key_fragment(key_id, thread_id) if key_id else fragment(thread_id=thread_id)
+_THIRD = ("key_id", "kek_id", "kek_version", "created_at")
+
+
+def _create(app: App, call: Call, thread_id: Optional[str], key_id: Optional[str] = None) -> dict[str, Any]:
+    call.key = key_fragment(key_id, thread_id or "") if key_id else fragment(thread_id=thread_id)
     made = app.service.change("create", thread_id=thread_id, key_id=key_id)
-    call.key = key_fragment(made["key_id"], thread_id)
+    call.key = key_fragment(made["key_id"], made["thread_id"])
+    if made.pop("repeated", False):
+        call.details = fragment(repeated=True)
     return made
 
 
@@ -231,8 +246,28 @@ def decrypt(app: App, call: Call) -> Reply:
         key_id, aad = _raw_source(app, call)
         return Reply(200, app.service.decrypt(key_id, call.body, aad, call.scratch), BINARY)
     source, ciphertext, aad = _data_request(app, call, "ciphertext")
+    named = ciphertext[:1] == b'"' and isinstance(source, str)
+    if named and (kept := _kept_token(ciphertext)) is not None:
+        return _raw_json(app.service.decrypt(source, kept, aad, call.scratch))
     opened = app.service.decrypt(source, ciphertext, aad, call.scratch)
     return Reply(200, b'{"plaintext":"%b"}' % b64encode_bytes(opened))
+
+
+def _kept_token(data: bytes) -> Optional[bytes]:
+    """ProgressDB's third dialect: what we gave as `ciphertext`, kept as the JSON token it was, quotes and
+    all. A message of ours is none: its nonce and tag would have to be quotes with base64 between them."""
+    token = _plain_base64(data[1:-1]) if data[-1:] == b'"' else None
+    return token if token is not None and len(token) >= MESSAGE_OVERHEAD else None
+
+
+def _raw_json(plaintext: bytes) -> Reply:
+    """Who keeps tokens takes the token of `plaintext` as the message, which was JSON once."""
+    if not is_json(plaintext):
+        raise PlaintextNotJson(
+            "the message opens, but it is not JSON, and can't be answered as such",
+            hint="send the ciphertext without the quotes of its JSON token, and the answer is base64",
+        )
+    return Reply(200, b'{"plaintext":%b}' % plaintext)
 
 
 def _data_request(app: App, call: Call, field: str) -> tuple[Union[str, Wrapped], bytes, bytes]:
@@ -600,7 +635,7 @@ ROUTES = (
         "/deks",
         "create_dek",
         create_dek,
-        "Make a DEK, with a key_id of the caller's choice if wanted",
+        "Make a DEK, with a key_id of the caller's choice if wanted; that one again gives the same DEK",
     ),
     Route("GET", "/deks", "list_deks", list_deks, "DEKs in order of key_id, page by page"),
     Route("GET", "/deks/{key_id}", "describe_dek", describe_dek, "One DEK, without its wrapped bytes"),

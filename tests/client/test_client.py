@@ -53,7 +53,7 @@ def client(kms: FakeKms) -> Iterator[Client]:
 class TestCalls:
     def test_create_and_describe(self, client: Client, kms: FakeKms) -> None:
         dek = client.create_dek("thread 1")
-        assert dek.thread_id == "thread 1" and dek.state == "enabled" and dek.kek_version == 1
+        assert dek.thread_id == "thread 1" and dek.state == "enabled" and dek.kek_version == "1"
         assert dek.wrapped == dek.key_id.encode() + b"|" + kms.keys[dek.key_id]
         assert client.describe(dek.key_id) == dek._replace(wrapped=b"")
         assert client.create_dek("t", "mine:1").key_id == "mine:1"
@@ -61,7 +61,7 @@ class TestCalls:
 
     def test_get_wrapped(self, client: Client) -> None:
         dek = client.create_dek("t")
-        assert client.get_wrapped(dek.key_id) == (dek.wrapped, dek.kek_id, 1)
+        assert client.get_wrapped(dek.key_id) == (dek.wrapped, dek.kek_id, "1")
 
     @pytest.mark.parametrize("size", [0, 1, 200, module.RAW_ABOVE, module.RAW_ABOVE + 1, 1 << 20])
     @pytest.mark.parametrize("aad", [b"", b"message 7", bytes(module.MAX_RAW_AAD + 1)])
@@ -146,7 +146,7 @@ class TestCalls:
         dry = client.rotate_kek(new, dry_run=True)
         assert dry.rewrapped == 1 and dry.by_kek == {kms.kek_id: 1} and dry.backup == ""
         done = client.rotate_kek(memoryview(bytearray(new)))
-        assert done == (kek_id_of(new), 2, 1, "/data/kms-deks-backup/x", {})
+        assert done == (kek_id_of(new), "2", 1, "/data/kms-deks-backup/x", {})
         assert kms.kek == new
         with pytest.raises(Conflict):
             client.rotate_kek(new)
@@ -358,7 +358,7 @@ def once_then_take_and_close(conn: socket.socket) -> None:
     request(conn)
 
 
-DEK = b'{"key_id":"k","thread_id":"t","state":"enabled","kek_id":"0","kek_version":1,"created_at":""}'
+DEK = b'{"key_id":"k","thread_id":"t","state":"enabled","kek_id":"0","kek_version":"1","created_at":""}'
 
 
 def create(conn: socket.socket) -> None:
@@ -402,7 +402,7 @@ class TestConnections:
         with script(path, once_and_close, create) as accepted, Client(path, timeout=10) as client:
             client.status()
             assert closed.wait(10)
-            assert client.create_dek("t") == Dek("k", "t", "enabled", "0", 1, "")
+            assert client.create_dek("t") == Dek("k", "t", "enabled", "0", "1", "")
         assert len(accepted) == 2
 
     def test_what_may_be_repeated_is_repeated_once(self, path: Path) -> None:
@@ -415,6 +415,12 @@ class TestConnections:
             client.status()
             with pytest.raises(ConnectionFailed):
                 client.status()
+            assert len(accepted) == 2
+
+    def test_a_dek_with_a_key_id_is_the_same_one_again(self, path: Path) -> None:
+        with script(path, once_then_take_and_close, create) as accepted, Client(path, timeout=10) as client:
+            client.status()
+            assert client.create_dek("t", "k").key_id == "k"
             assert len(accepted) == 2
 
     @pytest.mark.parametrize("op", ["create", "rotate"])

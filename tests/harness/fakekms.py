@@ -150,7 +150,7 @@ class FakeKms:
             "version": "1.0.0",
             "state": "ready",
             "kek_id": self.kek_id,
-            "kek_version": self.version,
+            "kek_version": str(self.version),
             "uptime_seconds": 12,
             "workers": 1,
             "deks": {"total": len(self.deks), "by_kek": {}},
@@ -162,14 +162,16 @@ class FakeKms:
     def create(self, thread_id: str, key_id: Optional[str]) -> dict[str, Any]:
         key_id = key_id or f"k_{len(self.deks):04d}"
         if key_id in self.deks:
-            raise Refusal(409, "key_exists", f"the key_id {key_id} is taken")
+            if self.deks[key_id]["thread_id"] != thread_id:
+                raise Refusal(409, "key_exists", f"the key_id {key_id} is taken by another thread")
+            return {**self.deks[key_id], "wrapped": self.wrapped(key_id)["wrapped"]}
         self.keys[key_id] = os.urandom(32)
         self.deks[key_id] = {
             "key_id": key_id,
             "thread_id": thread_id,
             "state": "enabled",
             "kek_id": self.kek_id,
-            "kek_version": self.version,
+            "kek_version": str(self.version),
             "created_at": "2026-11-24T02:13:32.123456Z",
         }
         return {**self.deks[key_id], "wrapped": self.wrapped(key_id)["wrapped"]}

@@ -26,6 +26,8 @@ from types import TracebackType
 from typing import Any, NamedTuple, Optional, Union
 
 SocketPath = Union[str, Path]
+Address = Union[SocketPath, tuple[str, int]]
+"""A Unix socket, or (host, port)."""
 Body = Union[None, bytes, dict[str, Any], list[Any]]
 
 GO_HEADERS = {"Host": "unix", "User-Agent": "Go-http-client/1.1", "Accept-Encoding": "gzip"}
@@ -60,13 +62,13 @@ class UnexpectedReply(AssertionError):
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: SocketPath, timeout: float) -> None:
+    def __init__(self, address: Address, timeout: float) -> None:
         super().__init__("unix", timeout=timeout)
-        self._path = str(path)
+        self._address = address
         self.opened = 0
 
     def connect(self) -> None:
-        self.sock = connect(self._path, self.timeout or TIMEOUT)
+        self.sock = connect(self._address, self.timeout or TIMEOUT)
         self.opened += 1
 
 
@@ -74,8 +76,9 @@ class Session:
     """A keep-alive connection. Opens again by itself where the server closed it in good order;
     `connections` counts how often it was opened."""
 
-    def __init__(self, path: SocketPath, timeout: float = TIMEOUT) -> None:
-        self._conn = _UnixConnection(path, timeout)
+    def __init__(self, address: Address, timeout: float = TIMEOUT) -> None:
+        self._conn = _UnixConnection(address, timeout)
+        self._host = "unix" if isinstance(address, (str, Path)) else host_of(address)
 
     @property
     def connections(self) -> int:
@@ -87,7 +90,7 @@ class Session:
         """One call. A dict or list is sent as JSON, bytes as they are. A header given here replaces the
         default of the same name; the value "" leaves it out."""
         data, wanted = _encode(body)
-        wanted.update(headers or {})
+        wanted.update({"Host": self._host, **(headers or {})})
         try:
             self._send(method, path, data, wanted)
             return self._receive()
@@ -174,7 +177,7 @@ class Session:
 
 
 def request(
-    path: SocketPath,
+    path: Address,
     method: str,
     target: str,
     body: Body = None,
@@ -187,7 +190,7 @@ def request(
 
 
 def raw(
-    path: SocketPath, pieces: Union[bytes, Iterable[bytes]], *, end: bool = True, timeout: float = 10.0
+    path: Address, pieces: Union[bytes, Iterable[bytes]], *, end: bool = True, timeout: float = 10.0
 ) -> bytes:
     """Send bytes as they are (each piece by a write of its own) and read until the server closes.
 
@@ -220,11 +223,19 @@ def _read_all(sock: socket.socket, deadline: float) -> bytes:
         found += piece
 
 
-def connect(path: SocketPath, timeout: float = TIMEOUT) -> socket.socket:
+def host_of(address: tuple[str, int]) -> str:
+    """As it stands in a URL: `127.0.0.1:6820`, `[::1]:6820`."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def connect(address: Address, timeout: float = TIMEOUT) -> socket.socket:
+    if isinstance(address, tuple):
+        return socket.create_connection(address, timeout)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(timeout)
-        sock.connect(str(path))
+        sock.connect(str(address))
     except BaseException:
         sock.close()
         raise

@@ -274,7 +274,7 @@ class TestDamagedStore:
                 fields = {"new_kek_hex": os.urandom(32).hex(), "dry_run": dry_run}
                 reply = kms.request("POST", "/rotate_kek", fields)
                 assert (reply.status, reply.code) == (500, "store_damaged")
-            assert kms.ok("GET", "/status")["kek_version"] == 1
+            assert kms.ok("GET", "/status")["kek_version"] == "1"
             daemon.stop()
             done = daemon.offline("verify")
             assert done.returncode == 1 and f"holds the DEK of {two}".encode() in done.stderr + done.stdout

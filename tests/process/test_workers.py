@@ -113,7 +113,7 @@ def test_two_rotations_at_once(daemon: Daemon) -> None:
     for thread in threads:
         thread.join()
     assert sorted(replies) == [(200, ""), (409, "rotation_in_progress")]
-    assert daemon.ok("GET", "/status")["kek_version"] == 2
+    assert daemon.ok("GET", "/status")["kek_version"] == "2"
 
 
 def test_the_progress_of_a_rotation(daemon: Daemon) -> None:

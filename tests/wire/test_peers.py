@@ -131,5 +131,5 @@ class TestAdminPeers:
             new = os.urandom(32).hex()
             reply = ask(daemon, CALLER, ("POST", "/rotate_kek", {"new_kek_hex": new}))
             assert reply.status == 403 and new not in reply.body.decode()
-            assert daemon.ok("GET", "/status")["kek_version"] == 1
+            assert daemon.ok("GET", "/status")["kek_version"] == "1"
             assert new not in daemon.audit_log.read_text() + daemon.stderr
