@@ -47,25 +47,40 @@ def _request(required: str, optional: str = "", /, **properties: Schema) -> Sche
     return _object(required, optional, **{**properties, **absent})
 
 
+_NAMED: dict[str, Schema] = {}
+
+
+def _named(name: str, schema: Schema, about: str = "") -> Schema:
+    """A schema with a name of its own, which a generated client gives to its model."""
+    _NAMED[name] = {**schema, "title": name, **({"description": about} if about else {})}
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
 def _either(*choices: Schema) -> Schema:
     return {"oneOf": list(choices)}
 
 
-def _items(item: Schema) -> Schema:
-    return _object("items", items={"type": "array", "minItems": 1, "maxItems": MAX_ITEMS, "items": item})
+def _items(name: str, item: Schema) -> Schema:
+    items = {"type": "array", "minItems": 1, "maxItems": MAX_ITEMS, "items": item}
+    return _named(name, _object("items", items=items))
 
 
-def _data(field: str) -> Schema:
+def _data(name: str, field: str) -> Schema:
     """Data under a stored DEK, or under one that comes along."""
     stored = _request(f"key_id {field}", "aad", key_id=_KEY_ID, aad=_BASE64, **{field: _BASE64})
     inline = _request(
         f"wrapped {field}", "key_id aad", wrapped=_BASE64, key_id=_KEY_ID, aad=_BASE64, **{field: _BASE64}
     )
-    return {"anyOf": [stored, inline]}
+    choices = (_named(f"{name}Stored", stored), _named(f"{name}Inline", inline))
+    return _named(name, {"anyOf": list(choices)})
 
 
-_ERROR = _object("error", error=_object("code message", "hint", code=_TEXT, message=_TEXT, hint=_TEXT))
-_WRAPPED = _object("wrapped kek_id kek_version", wrapped=_BASE64, kek_id=_TEXT, kek_version=_TEXT)
+_DETAIL = _object("code message", "hint", code=_TEXT, message=_TEXT, hint=_TEXT)
+_ERROR = _named("Error", _object("error", error=_named("ErrorDetail", _DETAIL, "`code` is stable.")))
+_WRAPPED = _named(
+    "WrappedDek",
+    _object("wrapped kek_id kek_version", wrapped=_BASE64, kek_id=_TEXT, kek_version=_TEXT),
+)
 _MOVE = _request(
     "key_id new_key_id ciphertext",
     "aad new_aad",
@@ -75,6 +90,7 @@ _MOVE = _request(
     aad=_BASE64,
     new_aad=_BASE64,
 )
+_MOVE = _named("Reencrypt", _MOVE)
 _DESCRIPTION = _object(
     "key_id thread_id state kek_id kek_version created_at",
     "delete_at shredded_at wrapped",
@@ -88,75 +104,120 @@ _DESCRIPTION = _object(
     shredded_at=_TEXT,
     wrapped=_BASE64,
 )
+_DESCRIPTION = _named("Dek", _DESCRIPTION, "A DEK without its key. Times are RFC 3339 in UTC.")
 
 
 def _done(field: str) -> Schema:
-    return _object(field, **{field: _BASE64})
+    return _named(field.title(), _object(field, **{field: _BASE64}))
 
 
 def _all_done(field: str) -> Schema:
-    return _object("items", items={"type": "array", "items": _either(_done(field), _ERROR)})
+    """Items in the order of the request; an error is one item's."""
+    items = {"type": "array", "items": _either(_done(field), _ERROR)}
+    return _named(f"{field.title()}Batch", _object("items", items=items))
+
+
+_PLAINTEXT, _CIPHERTEXT = _done("plaintext"), _done("ciphertext")
+_PLAINTEXTS, _CIPHERTEXTS = _all_done("plaintext"), _all_done("ciphertext")
+_ENCRYPT, _DECRYPT = _data("EncryptRequest", "plaintext"), _data("DecryptRequest", "ciphertext")
 
 
 _REQUESTS: dict[str, Schema] = {
     "/create_dek_for_thread": _either(
-        _request("thread_id", thread_id=_THREAD_ID), _request("thread_key", thread_key=_THREAD_ID)
+        _named("ThreadRequest", _request("thread_id", thread_id=_THREAD_ID)),
+        _named("ThreadKeyRequest", _request("thread_key", thread_key=_THREAD_ID)),
     ),
     "/deks": _either(
-        _request("thread_id", "key_id thread_key", thread_id=_THREAD_ID, key_id=_KEY_ID, thread_key=_NULL),
-        _request("thread_key", "key_id thread_id", thread_key=_THREAD_ID, key_id=_KEY_ID, thread_id=_NULL),
-        _request("", "key_id thread_id thread_key", key_id=_KEY_ID, thread_id=_NULL, thread_key=_NULL),
+        _named(
+            "CreateRequest",
+            _request(
+                "thread_id", "key_id thread_key", thread_id=_THREAD_ID, key_id=_KEY_ID, thread_key=_NULL
+            ),
+        ),
+        _named(
+            "CreateByThreadKeyRequest",
+            _request(
+                "thread_key", "key_id thread_id", thread_key=_THREAD_ID, key_id=_KEY_ID, thread_id=_NULL
+            ),
+        ),
+        _named(
+            "CreateByKeyRequest",
+            _request("", "key_id thread_id thread_key", key_id=_KEY_ID, thread_id=_NULL, thread_key=_NULL),
+        ),
     ),
-    "/encrypt": _data("plaintext"),
-    "/decrypt": _data("ciphertext"),
-    "/encrypt_batch": _items(_data("plaintext")),
-    "/decrypt_batch": _items(_data("ciphertext")),
-    "/reencrypt": {"anyOf": [_MOVE, _items(_MOVE)]},
-    "/wrap": _object("dek", "key_id", dek=_DEK, key_id=_KEY_ID),
-    "/unwrap": _request("wrapped", "key_id", wrapped=_BASE64, key_id=_KEY_ID),
-    "/rewrap": _object("key_id new_kek_hex", key_id=_KEY_ID, new_kek_hex=_HEX_KEY),
-    "/rotate_kek": _object("new_kek_hex", "dry_run", new_kek_hex=_HEX_KEY, dry_run={"type": "boolean"}),
-    "DELETE /deks/{key_id}": _request(
-        "",
-        "immediately pending_days",
-        immediately={"type": "boolean"},
-        pending_days={"type": "integer", "minimum": 1, "maximum": 365},
+    "/encrypt": _ENCRYPT,
+    "/decrypt": _DECRYPT,
+    "/encrypt_batch": _items("EncryptBatchRequest", _ENCRYPT),
+    "/decrypt_batch": _items("DecryptBatchRequest", _DECRYPT),
+    "/reencrypt": {"anyOf": [_MOVE, _items("ReencryptBatchRequest", _MOVE)]},
+    "/wrap": _named("WrapRequest", _object("dek", "key_id", dek=_DEK, key_id=_KEY_ID)),
+    "/unwrap": _named("UnwrapRequest", _request("wrapped", "key_id", wrapped=_BASE64, key_id=_KEY_ID)),
+    "/rewrap": _named("RewrapRequest", _object("key_id new_kek_hex", key_id=_KEY_ID, new_kek_hex=_HEX_KEY)),
+    "/rotate_kek": _named(
+        "RotateRequest",
+        _object("new_kek_hex", "dry_run", new_kek_hex=_HEX_KEY, dry_run={"type": "boolean"}),
     ),
-    "/deks/{key_id}/disable": _request(""),
-    "/deks/{key_id}/enable": _request(""),
+    "DELETE /deks/{key_id}": _named(
+        "DeleteRequest",
+        _request(
+            "",
+            "immediately pending_days",
+            immediately={"type": "boolean"},
+            pending_days={"type": "integer", "minimum": 1, "maximum": 365},
+        ),
+    ),
+    "/deks/{key_id}/disable": (_EMPTY := _named("EmptyRequest", _request(""))),
+    "/deks/{key_id}/enable": _EMPTY,
 }
 
 _OPTIONAL_BODY = frozenset(("DELETE /deks/{key_id}", "/deks/{key_id}/disable", "/deks/{key_id}/enable"))
 
 _ANSWERS: dict[str, Schema] = {
-    "/create_dek_for_thread": _object(
-        "key_id wrapped kek_id kek_version", key_id=_KEY_ID, wrapped=_BASE64, kek_id=_TEXT, kek_version=_TEXT
+    "/create_dek_for_thread": _named(
+        "NewDek",
+        _object(
+            "key_id wrapped kek_id kek_version",
+            **{"key_id": _KEY_ID, "wrapped": _BASE64, "kek_id": _TEXT, "kek_version": _TEXT},
+        ),
     ),
     "/get_wrapped": _WRAPPED,
     "/wrap": _WRAPPED,
-    "/unwrap": _object("dek", dek=_DEK),
-    "/encrypt": _done("ciphertext"),
-    "/decrypt": _object("plaintext", plaintext={"anyOf": [_BASE64, _RAW_JSON]}),
+    "/unwrap": _named("UnwrappedDek", _object("dek", dek=_DEK)),
+    "/encrypt": _CIPHERTEXT,
+    "/decrypt": _named(
+        "DecryptedValue",
+        _object("plaintext", plaintext={"anyOf": [_BASE64, _RAW_JSON]}),
+        "Base64 of the message, or the message itself, for a call in the third dialect.",
+    ),
     "POST /deks": _either(
         _DESCRIPTION,
-        _object(
-            "key_id wrapped_dek kek_id kek_version created_at",
-            key_id=_KEY_ID,
-            wrapped_dek={"type": "object"},
-            kek_id=_TEXT,
-            kek_version=_TEXT,
-            created_at=_TEXT,
+        _named(
+            "ThirdDialectDek",
+            _object(
+                "key_id wrapped_dek kek_id kek_version created_at",
+                key_id=_KEY_ID,
+                wrapped_dek={"type": "object"},
+                kek_id=_TEXT,
+                kek_version=_TEXT,
+                created_at=_TEXT,
+            ),
         ),
     ),
-    "/encrypt_batch": _all_done("ciphertext"),
-    "/decrypt_batch": _all_done("plaintext"),
-    "/reencrypt": {"anyOf": [_done("ciphertext"), _all_done("ciphertext")]},
-    "GET /deks": _object(
-        "deks next_cursor",
-        deks={"type": "array", "items": _DESCRIPTION},
-        next_cursor={"type": ["string", "null"]},
+    "/encrypt_batch": _CIPHERTEXTS,
+    "/decrypt_batch": _PLAINTEXTS,
+    "/reencrypt": {"anyOf": [_CIPHERTEXT, _CIPHERTEXTS]},
+    "GET /deks": _named(
+        "DekPage",
+        _object(
+            "deks next_cursor",
+            deks={"type": "array", "items": _DESCRIPTION},
+            next_cursor={"type": ["string", "null"]},
+        ),
     ),
-    "/readyz": _object("ready reasons", ready={"type": "boolean"}, reasons={"type": "array", "items": _TEXT}),
+    "/readyz": _named(
+        "Readiness",
+        _object("ready reasons", ready={"type": "boolean"}, reasons={"type": "array", "items": _TEXT}),
+    ),
 }
 
 _QUERIES: dict[str, list[tuple[str, bool, Schema]]] = {
@@ -179,8 +240,12 @@ def document(routes: Iterable[Route]) -> Schema:
             "title": "progressdb-kms",
             "version": __version__,
             "description": "HTTP over a Unix socket; its permissions and the peer's UID say who may call.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
+        "servers": [{"url": "http://kms", "description": "Over the Unix socket; any Host will do."}],
+        "security": [],
         "paths": paths,
+        "components": {"schemas": dict(sorted(_NAMED.items()))},
     }
 
 
@@ -191,7 +256,7 @@ def _of(table: dict[str, Any], route: Route) -> Any:
 def _operation(route: Route) -> Schema:
     operation: Schema = {
         "summary": route.summary,
-        "operationId": re.sub("[^a-z_]+", "_", f"{route.method}{route.path}".lower()),
+        "operationId": _name_of(route),
         "parameters": _parameters(route),
         "responses": _responses(route),
     }
@@ -207,6 +272,12 @@ def _operation(route: Route) -> Schema:
                 f"base64 in the header X-KMS-AAD, and the answer is {BINARY}."
             )
     return operation
+
+
+def _name_of(route: Route) -> str:
+    """What a person would call it: the path where that is one word, else the operation."""
+    word = route.path[1:]
+    return word.partition(".")[0] if re.fullmatch(r"[a-z_]+(\.json)?", word) and word != "deks" else route.op
 
 
 def _parameters(route: Route) -> list[Schema]:
