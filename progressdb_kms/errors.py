@@ -7,7 +7,9 @@ classes can't be raised by accident: raise a leaf.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, TypeVar
+
+E = TypeVar("E", bound="KMSError")
 
 
 class KMSError(Exception):
@@ -28,6 +30,12 @@ class KMSError(Exception):
         self.message = message
         self.code = code or self.default_code
         self.hint = hint
+
+    def bare(self: E) -> E:
+        """Itself, for an error that is kept as a value: without the frames that it came through, which hold
+        all that they saw (plaintexts), and without the errors before it, which hold theirs."""
+        self.__traceback__ = self.__cause__ = self.__context__ = None
+        return self
 
 
 # ---- the peer's request can't be carried out as it stands ---------------------------------------

@@ -13,7 +13,12 @@ takes effect at a start:
                                             hold half a DEK, onto the stack
 
     PYTHONUTF8=1                            names of files are UTF-8, whatever the locale says
+    OPENSSL_ia32cap=:~0x40000000000         on x86: GCM without VPCLMULQDQ. The code for that leaves powers of
+                                            2H, which lead to H and so to forged messages, on the stack after
+                                            each message of some 300 bytes and more. It costs nothing below
+                                            16 KiB, and half of the cipher's speed above
 
+What was inherited in the place of these, or for OpenSSL on other processors, decides nothing.
 So what the interpreter and OpenSSL copy is gone when it is freed; it costs about a tenth of the speed. A
 master key in the environment leaves it on this occasion, by way of a pipe: the kernel shows the environment
 that a process was started with, in /proc, for as long as it lives.
@@ -27,6 +32,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import resource
 import signal
 import sys
@@ -50,6 +56,12 @@ _PLACES = ("PATH", "HOME", "PLATLIBDIR", "USERBASE", "NOUSERSITE", "SAFEPATH", "
 KEPT = frozenset(f"PYTHON{name}" for name in (*_PLACES, "DONTWRITEBYTECODE", "MALLOC"))
 """Where the interpreter and its modules are is the caller's to say; how it behaves (warnings as errors, a
 known seed of hashes, prompts at the end) is not, nor are glibc's older names for its tunables."""
+
+CAPABILITY = {"OPENSSL_ia32cap": f":~{1 << 42:#x}"}
+"""Of OpenSSL's second word (CPUID leaf 7, EBX and ECX) all but bit 42, VPCLMULQDQ."""
+
+CAPABILITIES = re.compile("OPENSSL_[a-z0-9]+cap")
+"""How OpenSSL is told which instructions to do without. Without any, AES-GCM is 20 to 80 times as slow."""
 
 MAX_HANDED_OVER = 256
 """Bytes of the variable that go into the pipe. A key has 64; what is longer is refused where it is read."""
@@ -95,16 +107,13 @@ def new_environment(environ: Mapping[str, str], pid: int, *, wipes: bool) -> Opt
 
     `wipes`: the C library and the interpreter know how to wipe on free.
     """
-    changes = {}
+    changes = dict(CAPABILITY) if _is_x86() else {}
     if wipes:
         tunables = merged_tunables(environ.get("GLIBC_TUNABLES", ""))
-        changes = {
-            "PYTHONMALLOC": "malloc",
-            "GLIBC_TUNABLES": tunables,
-            "LD_BIND_NOW": "1",
-            "PYTHONUTF8": "1",
-        }
-    decided = {name for name in environ if name.startswith(("PYTHON", "MALLOC_"))} - KEPT - set(changes)
+        changes.update(PYTHONMALLOC="malloc", GLIBC_TUNABLES=tunables, LD_BIND_NOW="1", PYTHONUTF8="1")
+    decided = {name for name in environ if name.startswith(("PYTHON", "MALLOC_"))} - KEPT
+    decided |= {name for name in environ if CAPABILITIES.fullmatch(name)}
+    decided -= set(changes)
     dropped = {HEX_VARIABLE, FD_VARIABLE} & set(environ) | decided
     if not dropped and all(environ.get(name) == value for name, value in changes.items()):
         return None
@@ -121,6 +130,10 @@ def merged_tunables(present: str) -> str:
 def has_config(argv: Sequence[str]) -> bool:
     """With a configuration file the key of the environment is not used, and so is dropped unread."""
     return any(arg == "--config" or arg.startswith("--config=") for arg in argv)
+
+
+def _is_x86() -> bool:
+    return os.uname().machine in ("x86_64", "amd64", "i686")
 
 
 def _can_wipe_on_free() -> bool:
@@ -175,13 +188,31 @@ def harden() -> list[Measure]:
     Linux resets "not dumpable" at execve, so this comes after `prepare`. Children inherit all of it.
     """
     return [
+        _started_anew(),
         _no_core_files(),
         _not_dumpable(),
         _no_new_privileges(),
         _private_umask(),
         _wipe_on_free(),
         _bound_now(),
+        _no_hash_keys(),
     ]
+
+
+SECOND_START = "second_start"
+REMEDY = "let it execute its own interpreter: NoExecPaths= and SystemCallFilter= in the unit may forbid it"
+
+
+def _started_anew() -> Measure:
+    """`prepare` returned, though it was needed?"""
+    if os.environ.get(MARKER) == str(os.getpid()):
+        return Measure(SECOND_START, True, "the program was started anew, with an environment of its own")
+    if new_environment(os.environ, os.getpid(), wipes=_can_wipe_on_free()) is None:
+        return Measure(SECOND_START, True, "the environment was right from the start")
+    why = "the program could not be started anew: freed memory and stacks may keep copies of keys"
+    if HEX_VARIABLE in os.environ:
+        why += f", and {HEX_VARIABLE} can be read in /proc as long as it runs"
+    return Measure(SECOND_START, False, why)
 
 
 def _no_core_files() -> Measure:
@@ -227,6 +258,14 @@ def _wipe_on_free() -> Measure:
 def _bound_now() -> Measure:
     active = bool(os.environ.get("LD_BIND_NOW"))
     return Measure("bind_now", active, f"LD_BIND_NOW is {'set' if active else 'not set'}")
+
+
+def _no_hash_keys() -> Measure:
+    if not _is_x86():
+        return Measure("no_hash_keys", True, "only code for x86 is known to leave keys of GHASH on the stack")
+    ((name, value),) = CAPABILITY.items()
+    found = os.environ.get(name)
+    return Measure("no_hash_keys", found == value, f"{name} is {'not set' if found is None else repr(found)}")
 
 
 def _prctl(option: int, value: int = 0) -> int:

@@ -21,12 +21,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Callable, Optional
 
 from ..config.load import Loaded, Settings
 from ..crypto.aead import KEY_SIZE
 from ..crypto.keyring import REGION_SIZE, Keyring
 from ..crypto.memory import LockedBuffer
+from ..errors import LockRefused
 from ..service import channel, start
 from ..service.keeper import STAGING_SLOTS
 from ..service.metrics import Metrics
@@ -51,7 +53,9 @@ def serve(loaded: Loaded, ready: Optional[Callable[[str], None]] = None) -> int:
     )
     for remark in inherited.remarks():
         log.warning("%s", remark)
-    measures = [measure._asdict() for measure in hardening.harden()]
+    found = hardening.harden()
+    _look_at_second_start(settings, found)
+    measures = [measure._asdict() for measure in found]
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     lock = start.claim(settings.data_dir)
     listener, ours = listen(settings)
@@ -73,6 +77,14 @@ def serve(loaded: Loaded, ready: Optional[Callable[[str], None]] = None) -> int:
         region.wipe()
         listener.close()
         os.close(lock)
+
+
+def _look_at_second_start(settings: Settings, measures: Sequence[hardening.Measure]) -> None:
+    for measure in measures:
+        if measure.name == hardening.SECOND_START and not measure.ok:
+            if settings.memory_lock == "require":
+                raise LockRefused(f"memory_lock is 'require', but {measure.detail}", hint=hardening.REMEDY)
+            log.warning("%s (%s)", measure.detail, hardening.REMEDY)
 
 
 def _warn_of_memory(settings: Settings, kind: str) -> None:

@@ -178,7 +178,7 @@ class Service:
                 self._with_dek(source, scratch, _each, items, indices, one, results)
             except KMSError as error:
                 for index in indices:
-                    results[index] = error
+                    results[index] = error.bare()
         return results
 
     # ---- wrapping DEKs that the caller holds --------------------------------------------------------
@@ -288,7 +288,7 @@ def _each(
         try:
             results[index] = one(cipher, data, aad)
         except KMSError as error:
-            results[index] = error
+            results[index] = error.bare()
 
 
 _ZEROS = bytes(envelope.SCRATCH_SIZE)

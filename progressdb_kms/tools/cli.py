@@ -22,7 +22,7 @@ from typing import Any, NoReturn, Optional
 from .. import __version__
 from ..process.streams import PROG, die, fail, open_standard_streams, told
 from .commandtable import CHOICES, COMMANDS, EXITS, GROUP_TITLES, SERVE, Arg, Command
-from .console import UsageError
+from .console import UsageError, say
 
 __all__ = ["COMMANDS", "PROG", "build_parser", "main"]
 
@@ -203,7 +203,9 @@ def _harden(words: Sequence[str]) -> None:
     from ..process import hardening
 
     hardening.prepare(words, os.environ)
-    hardening.harden()
+    for measure in hardening.harden():
+        if measure.name == hardening.SECOND_START and not measure.ok:
+            say(f"{PROG}: warning: {measure.detail} ({hardening.REMEDY})")
 
 
 @contextlib.contextmanager

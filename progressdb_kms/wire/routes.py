@@ -365,7 +365,7 @@ def _each(rows: list[Any], read: Callable[[Fields], T]) -> list[Union[T, KMSErro
             fields.end()
             results.append(item)
         except KMSError as error:
-            results.append(error)
+            results.append(error.bare())
     return results
 
 
@@ -711,7 +711,7 @@ def dispatch(app: App, route: Route, call: Call) -> Reply:
         outcome = "ok"
     except KMSError as error:
         outcome = "refused" if isinstance(error, PeerRefused) else "failed"
-        reply = _answer_error(call, error)
+        reply = _answer_error(call, error.bare())
     except Exception:
         log.exception("request %s (%s) failed", request_id, route.path)
         outcome = "failed"

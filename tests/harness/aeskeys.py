@@ -50,6 +50,42 @@ def expand(key: bytes) -> bytes:
     return b"".join(words)
 
 
+def encrypt_block(schedule: bytes, block: bytes) -> bytes:
+    """One block (FIPS 197, 5.1)."""
+    state = _xor(block, schedule[:16])
+    for number in range(1, ROUNDS + 1):
+        state = bytes(SBOX[state[4 * ((i // 4 + i % 4) % 4) + i % 4]] for i in range(16))  # ShiftRows
+        if number < ROUNDS:
+            state = b"".join(_mixed(state[i : i + 4]) for i in range(0, 16, 4))
+        state = _xor(state, schedule[16 * number : 16 * number + 16])
+    return state
+
+
+def _xor(a: bytes, b: bytes) -> bytes:
+    return bytes(x ^ y for x, y in zip(a, b))
+
+
+def _mixed(column: bytes) -> bytes:
+    turned = [column[n:] + column[:n] for n in range(4)]
+    return bytes(_times(a, 2) ^ _times(b, 3) ^ c ^ d for a, b, c, d in zip(*turned))
+
+
+def ghash_keys(key: bytes) -> dict[str, bytes]:
+    """The hash key H of GCM (SP 800-38D, 6.4) and its double, as libraries keep them, in four orders of their
+    bytes: code works on halves, or on numbers. Who has H and one message forges others under the key."""
+    plain = encrypt_block(expand(key), bytes(16))
+    number = int.from_bytes(plain, "big")
+    double = (number << 1) & ((1 << 128) - 1) ^ (number >> 127) * (0xC2 << 120 | 1)  # as OpenSSL's gcm_init
+    found = {}
+    for name, value in (("H", plain), ("2H", double.to_bytes(16, "big"))):
+        turned = value[::-1]
+        found[name] = value
+        found[f"{name}, bytes reversed"] = turned
+        found[f"{name}, halves swapped"] = value[8:] + value[:8]
+        found[f"{name}, bytes reversed, halves swapped"] = turned[8:] + turned[:8]
+    return found
+
+
 def inverse_mix_columns(block: bytes) -> bytes:
     """FIPS 197, 5.3.3, on any number of 4-byte columns."""
     nine, eleven, thirteen, fourteen = (_TIMES[n] for n in (9, 11, 13, 14))

@@ -8,7 +8,7 @@
 
 What is found: the bytes themselves, hex in both cases, base64 (three alignments, both alphabets), the same
 texts as wide strings (a Python str with one foreign letter), the digits of a Python int, the key
-pads of HMAC-SHA256, and for AES keys the round keys of both directions in both byte orders.
+pads of HMAC-SHA256, for AES keys the round keys of both directions in both byte orders, and GCM's hash key.
 Also parts: 8 bytes of a key or round key are a hit, since that is what one spilled register holds.
 
 How. The 8-byte windows of every form go into one set, and memory is read as a grid of aligned 8-byte words:
@@ -174,6 +174,8 @@ def _key_forms(key: bytes) -> Iterator[tuple[str, bytes, int, int]]:
     yield "AES round keys 2-14, words swapped", aeskeys.swapped(schedule[32:]), 4, 8
     yield "AES decryption round keys 13-1", decrypt, 4, 8
     yield "AES decryption round keys 13-1, words swapped", aeskeys.swapped(decrypt), 4, 8
+    for name, value in aeskeys.ghash_keys(key).items():
+        yield f"GHASH key {name}", value, 1, 8
     yield "HMAC inner pad", bytes(byte ^ 0x36 for byte in key), 1, 8
     yield "HMAC outer pad", bytes(byte ^ 0x5C for byte in key), 1, 8
     yield "int, big-endian", _int_digits(int.from_bytes(key, "big")), 4, 12

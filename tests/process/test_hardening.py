@@ -30,14 +30,17 @@ from progressdb_kms.process.hardening import (
     merged_tunables,
     new_environment,
 )
-from tests.harness import procs
+from tests.harness import Daemon, procs
+from tests.harness.daemon import cli
+from tests.harness.faults import injecting, need_strace
 
 REPO = Path(__file__).resolve().parents[2]
 KEY = bytes(range(7, 39)).hex()
 FAST = "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=4194304:glibc.malloc.trim_threshold=16777216"
 UNCACHED = "glibc.malloc.tcache_count=0"
 OURS = f"{UNCACHED}:glibc.malloc.perturb=165:{FAST}"
-READY = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": OURS, "LD_BIND_NOW": "1", "PYTHONUTF8": "1"}
+CPU = dict(hardening.CAPABILITY) if hardening._is_x86() else {}
+READY = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": OURS, "LD_BIND_NOW": "1", "PYTHONUTF8": "1", **CPU}
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
 wiping = pytest.mark.skipif(not hardening._can_wipe_on_free(), reason="needs CPython on glibc")
@@ -60,8 +63,12 @@ wiping = pytest.mark.skipif(not hardening._can_wipe_on_free(), reason="needs CPy
         ({**READY, HEX_VARIABLE: ""}, True, READY),
         ({**READY, FD_VARIABLE: "3"}, True, READY),
         ({**READY, MARKER: "12"}, True, None),
-        ({}, False, None),
-        ({"A": "1", HEX_VARIABLE: KEY}, False, {"A": "1"}),
+        (CPU, False, None),
+        ({"A": "1", HEX_VARIABLE: KEY}, False, {"A": "1", **CPU}),
+        ({**READY, "OPENSSL_ia32cap": ""}, True, READY),
+        ({**READY, "OPENSSL_ia32cap": "0x1:0x2"}, True, READY),
+        ({**READY, "OPENSSL_armcap": "0", "OPENSSL_s390xcap": ""}, True, READY),
+        ({**READY, "OPENSSL_CONF": "/etc/f"}, True, None),
     ],
 )
 def test_new_environment(environ: dict[str, str], wipes: bool, expected: Optional[dict[str, str]]) -> None:
@@ -393,7 +400,7 @@ def test_all_measures_are_in_force(hardened: subprocess.Popen[str]) -> None:
     assert hardened.stdout is not None
     measures = [Measure(*row) for row in json.loads(hardened.stdout.readline())]
     names = ["no_core_files", "not_dumpable", "no_new_privs", "umask", "wipe_on_free", "bind_now"]
-    assert [measure.name for measure in measures] == names
+    assert [measure.name for measure in measures] == ["second_start", *names, "no_hash_keys"]
     assert [measure for measure in measures if not measure.ok] == []
     assert all(measure.detail for measure in measures)
     folder = Path(f"/proc/{hardened.pid}")
@@ -568,3 +575,39 @@ def test_threads_started_in_the_block_inherit_it() -> None:
         raise LookupError
     assert _mask() == before
     assert _mask_of_a_thread() == before
+
+
+# ---- where execve is refused -------------------------------------------------------------
+
+NO_EXEC = "execve:error=EACCES"  # that of strace itself comes before it looks
+
+
+def test_a_second_start_that_is_refused_is_told() -> None:
+    need_strace()
+    with Daemon(source="env", wrapper=injecting(NO_EXEC)) as daemon:
+        assert "could not be started anew" in daemon.stderr and "can be read in /proc" in daemon.stderr
+        measures = {row["name"]: row for row in daemon.ok("GET", "/status")["hardening"]}
+        assert not measures["second_start"]["ok"] and not measures["wipe_on_free"]["ok"]
+
+
+def test_where_locked_memory_is_required_it_refuses() -> None:
+    need_strace()
+    text = str(Daemon({"memory_lock": "require"}, wrapper=injecting(NO_EXEC)).refusal())
+    assert "memory_lock is 'require'" in text and "could not be started anew" in text
+    assert "NoExecPaths" in text and "Traceback" not in text
+
+
+def test_a_command_with_a_key_warns(tmp_path: Path) -> None:
+    need_strace()
+    done = cli("genkey", str(tmp_path / "key"), wrapper=injecting(NO_EXEC))
+    assert done.returncode == 0 and b"warning: the program could not be started anew" in done.stderr
+
+
+@pytest.mark.skipif(not CPU, reason="x86 only")
+@pytest.mark.parametrize("inherited", [{}, {"OPENSSL_ia32cap": ""}, {"OPENSSL_ia32cap": "0:0"}], ids=str)
+def test_what_openssl_inherits_decides_nothing(inherited: dict[str, str]) -> None:
+    with Daemon(env=inherited, workers=1) as daemon:
+        lines = Path(f"/proc/{daemon.pid}/environ").read_text().split("\0")
+        assert [line for line in lines if line.startswith("OPENSSL_")] == ["OPENSSL_ia32cap=:~0x40000000000"]
+        measures = {row["name"]: row["ok"] for row in daemon.ok("GET", "/status")["hardening"]}
+        assert measures["no_hash_keys"] and measures["second_start"]

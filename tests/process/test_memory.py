@@ -64,6 +64,30 @@ class Material:
         sealed = kms.request("POST", f"/encrypt?key_id={key}", self.marker * 300)
         assert kms.request("POST", f"/decrypt?key_id={key}", sealed.body).body == self.marker * 300
 
+    def long_inline(self, kms: Session, key: str) -> None:
+        """Under the DEK that the scan knows: it is after long messages that a cipher leaves its hash key."""
+        text = b64(self.marker * 300)
+        sealed = kms.ok("POST", "/encrypt", {"wrapped": self.wrapped, "plaintext": text})["ciphertext"]
+        assert (
+            kms.ok("POST", "/decrypt", {"wrapped": self.wrapped, "ciphertext": sealed})["plaintext"] == text
+        )
+
+    def failing(self, kms: Session, key: str) -> None:
+        """Errors that are answered in an item's place, beside plaintexts of others."""
+        good = b64(kms.encrypt(key, self.marker))
+        bad = [b64(os.urandom(60)), good[:-4] + "AAA=", b64(b"short")]
+        opened = {"items": [{"key_id": key, "ciphertext": text} for text in (good, *bad, good)]}
+        answers = kms.ok("POST", "/decrypt_batch", opened)["items"]
+        assert [sorted(answer) for answer in answers] == [["plaintext"], *[["error"]] * 3, ["plaintext"]]
+        names = (key, "k_absent", self.keys[0])
+        sealed = {"items": [{"key_id": name, "plaintext": self.text} for name in names]}
+        answers = kms.ok("POST", "/encrypt_batch", sealed)["items"]
+        assert [sorted(answer) for answer in answers] == [["ciphertext"], ["error"], ["ciphertext"]]
+        move = {"key_id": key, "new_key_id": "k_absent", "ciphertext": good}
+        assert kms.request("POST", "/reencrypt", move).status == 404
+        moved = kms.ok("POST", "/reencrypt", {"items": [move, {**move, "new_key_id": key}]})["items"]
+        assert [sorted(answer) for answer in moved] == [["error"], ["ciphertext"]]
+
     def unwrap(self, kms: Session, key: str) -> None:
         assert kms.ok("POST", "/unwrap", {"wrapped": self.wrapped}) == {"dek": b64(self.dek)}
         kms.ok("POST", "/wrap", {"dek": b64(self.dek)})
@@ -74,7 +98,8 @@ class Material:
 
 
 _OPERATIONS: list[Any] = [
-    Material.inline, Material.stored, Material.batch, Material.long, Material.unwrap, Material.reencrypt,
+    Material.inline, Material.stored, Material.batch, Material.long, Material.long_inline, Material.failing,
+    Material.unwrap, Material.reencrypt,
 ]  # fmt: skip
 
 
