@@ -28,10 +28,25 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_go(program: Path, workers: int) -> None:
+def test_first_and_second_generation(program: Path, workers: int) -> None:
     with Daemon(workers=workers) as daemon:
         keks = [os.urandom(32).hex() for _ in range(2)]
         done = subprocess.run(
-            [str(program), str(daemon.socket), *keks], capture_output=True, text=True, timeout=60
+            [str(program), "first", str(daemon.socket), *keks], capture_output=True, text=True, timeout=60
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_third_generation(program: Path, workers: int) -> None:
+    with Daemon(workers=workers) as daemon, subprocess.Popen(
+        [str(program), "third", str(daemon.socket)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as client:  # fmt: skip
+        assert client.stdin is not None and client.stdout is not None
+        said = client.stdout.readline()
+        assert said == "restart\n", said
+        daemon.stop()
+        daemon.start()
+        rest = client.communicate("on\n", timeout=60)
+        assert (client.returncode, *rest) == (0, "done\n", "")
