@@ -17,14 +17,14 @@ A single loop, no locks:
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import resource
 import select
 import socket
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Union
 
@@ -48,6 +48,7 @@ from ..errors import (
 )
 from ..store import erasure, snapshots
 from ..store.contract import DekRecord, Store
+from ..store.pause import Pause
 from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS, refusal
 from .channel import Head, Job, answer, receive
 from .rotation import Rewrapper, Rotation, Steps
@@ -62,6 +63,12 @@ STAGING_SLOTS = 64
 
 JANITOR_SECONDS = 30.0
 """How often scheduled deletions are looked at; they are due to the day."""
+
+TIDY_PAUSES = 1.0, 60.0
+"""Tidying that failed is tried again after so many seconds, and after twice as many each time; at most."""
+
+ERASE_PAUSES = 5.0, 60.0
+"""The same for erasures: each try rewrites what can be rewritten, and a foreign reader may stay for hours."""
 
 SYNC_SECONDS = 1.0
 """How much of the audit log a power cut may take, at most, without being noticed."""
@@ -125,7 +132,9 @@ class Keeper:
         self._rotation: Optional[Rotation] = None
         self._task: Optional[tuple[Steps, Job]] = None
         self._retiring = True  # an earlier run may have left rows
-        self._erasures: deque[tuple[str, bytes]] = deque()
+        self._erasures: dict[str, bytes] = {}  # shredded, and copies may remain: key_id and blob, if known
+        self._erasing, self._tidying = Pause(*ERASE_PAUSES), Pause(*TIDY_PAUSES)
+        self._janitor_pause = Pause(*TIDY_PAUSES)
         self._next_janitor = 0.0
         self._rest = 0.0
         self._heads: dict[str, Head] = {}
@@ -140,7 +149,7 @@ class Keeper:
 
         `wakeup`: a descriptor that ends the wait (signals).
         """
-        busy = self._task is not None or self._retiring or bool(self._erasures)
+        busy = self._task is not None or self._due_work() is not None
         watched = [self._inbox.fileno()] + ([wakeup] if wakeup >= 0 else [])
         select.select(watched, [], [], self._rest if busy else timeout)
         jobs = list(self._waiting())
@@ -148,8 +157,27 @@ class Keeper:
             self._perform(jobs)
         if busy:
             self._advance_politely()
-        if self._clock.now() >= self._next_janitor:
-            self._janitor()
+        if self._clock.now() >= self._next_janitor and self._janitor_pause.over():
+            self._attend("scheduled deletions can't be looked at now", self._janitor, self._janitor_pause)
+
+    def _due_work(self) -> Optional[Callable[[], None]]:
+        """What is to be done beside the jobs, of what isn't left alone for a while because it failed."""
+        if self._erasures and self._erasing.over():
+            return self._erase_later
+        if self._retiring and self._tidying.over():
+            return self._tidy_later
+        return None
+
+    def _attend(self, what: str, work: Callable[[], None], pause: Pause) -> None:
+        """Work beside the jobs: no failure ends the keeper, each is told once, and tried again."""
+        try:
+            work()
+        except (KMSError, OSError) as error:
+            if pause.failed(str(error)):
+                log.error("%s: %s; it is tried again", what, error)
+        else:
+            if pause.worked():
+                log.info("over: %s", what)
 
     def _waiting(self) -> Iterator[Job]:
         for _ in range(MAX_BATCH):
@@ -167,11 +195,14 @@ class Keeper:
             except KMSError as error:
                 done = [Done(job, error, []) for job in writes]
         done += [Done(job, self._attempt(job), []) for job in jobs if job.op not in _WRITES]
-        for job, outcome, effects in done:
+        followed = [(job, self._follow_up(outcome, effects)) for job, outcome, effects in done]
+        if any(_shreds(job) for job, _ in followed):
+            self._erase_now()
+        for job, outcome in followed:
             if isinstance(outcome, Long):
                 self._task = (outcome.steps, job)
             else:
-                answer(job, self._follow_up(outcome, effects))
+                answer(job, self._erased(job, outcome))
 
     def _commit(self, jobs: list[Job]) -> list[Done]:
         done: list[Done] = []
@@ -230,10 +261,8 @@ class Keeper:
         """A step of the rotation; where there is none, of the tidying up."""
         if self._task is not None:
             self._advance_task(*self._task)
-        elif self._erasures:
-            self._erase_later()
-        elif self._retiring:
-            self._tidy()
+        elif (work := self._due_work()) is not None:
+            work()
 
     def _advance_task(self, steps: Steps, job: Job) -> None:
         outcome: Outcome
@@ -251,26 +280,25 @@ class Keeper:
         self._retiring = True
         answer(job, outcome)
 
-    def _tidy(self) -> None:
-        try:
-            with self._store.transaction(durable=False):
-                self._store.staging(False)
-                self._retiring = self._store.retire(RETIRE_ROWS)
-        except StoreUnavailable as error:
-            log.warning("old rows can't be deleted now: %s", error.message)
-            self._retiring = False
-        if not self._retiring:
-            self._discard_unfinished_snapshot()
+    def _tidy_later(self) -> None:
+        self._attend("what a rotation left can't be removed now", self._tidy, self._tidying)
 
-    def _discard_unfinished_snapshot(self) -> None:
+    def _tidy(self) -> None:
+        with self._store.transaction(durable=False):
+            self._store.staging(False)
+            more = self._store.retire(RETIRE_ROWS)
+        self._retiring = more or self._discard_unfinished_snapshot()
+
+    def _discard_unfinished_snapshot(self) -> bool:
+        """True: there is more to do."""
         row = self._store.read("kek:rotation")
         if row is None:
-            return
+            return False
         if snapshots.discard(Path(row["snapshot"]), RETIRE_ROWS):
-            self._retiring = True
-            return
+            return True
         with self._store.transaction():
             self._store.erase("kek:rotation")
+        return False
 
     # ---- audit heads -----------------------------------------------------------------------------
 
@@ -359,7 +387,7 @@ class Keeper:
         record = self._mark_shredded(old, now) if old.state != SHREDDED else old
         if record is not old or self._store.read(f"erasure:{old.key_id}") is not None:
             self._effects.append(self._keyring.touch)
-            self._effects.append(lambda: self._erase(old.key_id, old.wrapped))
+            self._effects.append(lambda: self._erase_soon({old.key_id: old.wrapped}))
         return describe(record)
 
     def _mark_shredded(self, old: DekRecord, now: float) -> DekRecord:
@@ -475,44 +503,53 @@ class Keeper:
 
     # ---- erasure and the janitor ---------------------------------------------------------------------
 
-    def _erase(self, key_id: str, blob: bytes) -> None:
-        """Finish a shred: remove every copy, write the audit record, forget that it was due."""
-        erasure.erase(self._store, self._data_dir, key_id, blob)
-        self.note("shred", key_id=key_id)
+    def _erase_soon(self, blobs: Mapping[str, bytes]) -> None:
+        for key_id, blob in blobs.items():
+            self._erasures.setdefault(key_id, blob)
+
+    def _erase(self, patient: bool) -> None:
+        """Finish shreds, all at once: remove every copy, write the audit records, forget that it was due."""
+        due = dict(itertools.islice(self._erasures.items(), MAX_BATCH))
+        erasure.erase(self._store, self._data_dir, due, patient)
+        for key_id in due:
+            self.note("shred", key_id=key_id)
         with self._store.transaction():
-            self._store.erase(f"erasure:{key_id}")
+            for key_id in due:
+                self._store.erase(f"erasure:{key_id}")
             self._write_anchors()
+        for key_id in due:
+            del self._erasures[key_id]
+
+    def _erase_now(self) -> None:
+        """Somebody waits for it; but where it failed just now, nobody else shall wait for it again."""
+        patient = self._erasing.over()
+        self._attend("copies of shredded DEKs remain", lambda: self._erase(patient), self._erasing)
 
     def _erase_later(self) -> None:
-        key_id, blob = self._erasures.popleft()
-        try:
-            self._erase(key_id, blob)
-        except (StoreUnavailable, AuditUnavailable) as error:
-            log.error(
-                "the key %s is shredded, but old copies of its wrapped bytes remain: %s",
-                key_id,
-                error.message,
-            )
+        self._attend("copies of shredded DEKs remain", lambda: self._erase(False), self._erasing)
+
+    def _erased(self, job: Job, outcome: Outcome) -> Outcome:
+        """The answer to a job: of a shred, whether every copy is gone."""
+        if not _shreds(job) or isinstance(outcome, KMSError) or job.args["key_id"] not in self._erasures:
+            return outcome
+        return StoreUnavailable(
+            f"the key {job.args['key_id']} is shredded, and nothing opens it any more; but a copy of its "
+            f"wrapped bytes remains: {self._erasing.why or 'others are removed first'}",
+            hint="it is removed as soon as that can be done: `status` tells how many are due",
+        )
 
     def _janitor(self) -> None:
         """Shred what is due, and finish what an earlier shred could not."""
         now = self._clock.now()
-        self._next_janitor = now + JANITOR_SECONDS
-        known = {key_id for key_id, _ in self._erasures}
-        left = [name.partition(":")[2] for name in self._store.names("erasure:")]
-        self._erasures.extend((key_id, b"") for key_id in left if key_id not in known)
+        self._erase_soon({name.partition(":")[2]: b"" for name in self._store.names("erasure:")})
         records = self._store.due(timestamp(now), MAX_BATCH)
-        if not records:
-            return
-        try:
+        if records:
             with self._store.transaction():
                 for record in records:
                     self._mark_shredded(record, now)
-        except StoreUnavailable as error:
-            log.error("scheduled deletions can't be carried out now: %s", error.message)
-            return
-        self._keyring.touch()
-        self._erasures.extend((record.key_id, record.wrapped) for record in records)
+            self._keyring.touch()
+            self._erase_soon({record.key_id: record.wrapped for record in records})
+        self._next_janitor = now + JANITOR_SECONDS
 
     # ---- what others ask -------------------------------------------------------------------------------
 
@@ -520,7 +557,7 @@ class Keeper:
         progress = self._rotation.progress if self._rotation else None
         return {
             "rotation": progress._asdict() if progress else None,
-            "erasures_due": len(self._store.names("erasure:")),
+            "erasures_due": len(self._erasures),
         }
 
     def ready(self) -> dict[str, Any]:
@@ -529,7 +566,8 @@ class Keeper:
         absent = [kek_id for kek_id in self._store.keks() if kek_id not in self._keyring.kek_ids()]
         reasons += [f"the KEK {kek_id} is not loaded, and stored DEKs need it" for kek_id in absent]
         try:
-            with self._store.transaction():
+            with self._store.transaction():  # a row is written: a full disk lets an empty transaction pass
+                self._store.write("probe", {"at": timestamp(self._clock.now())})
                 self._write_anchors()
         except StoreUnavailable as error:
             reasons.append(error.message)
@@ -589,6 +627,10 @@ def _same(record: DekRecord, thread_id: str) -> DekRecord:
     if error is not None:
         raise error
     return record
+
+
+def _shreds(job: Job) -> bool:
+    return job.op == "transition" and job.args["action"] == "shred"
 
 
 def _pushed_aside() -> int:

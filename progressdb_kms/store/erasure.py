@@ -8,11 +8,11 @@ tombstone and a note that the erasure is due are one transaction; the note goes 
 
 from __future__ import annotations
 
-import mmap
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..encoding import b64encode
-from . import snapshots
+from . import outside, snapshots
 from .contract import Store
 from .sqlite import FILE_NAME
 
@@ -20,23 +20,26 @@ _PIECE = 20
 """Characters of base64 (15 bytes) that are taken for a trace of a blob; chance does not make these."""
 
 
-def erase(store: Store, data_dir: Path, key_id: str, blob: bytes) -> None:
-    """Make sure of it. `blob` is empty where it isn't known any more (after a restart): then the whole
-    database is rewritten. Raises StoreUnavailable; call again later."""
-    snapshots.forget(data_dir, key_id)
+def erase(store: Store, data_dir: Path, due: Mapping[str, bytes], patient: bool = True) -> None:
+    """Make sure of it, for all these keys at once. Their blobs are empty where they aren't known any more
+    (after a restart): then the whole database is rewritten. Raises StoreUnavailable; call again later.
+
+    `patient`: wait a moment for those who read the write-ahead log. Nothing else is written meanwhile.
+    """
+    for key_id in due:
+        snapshots.forget(data_dir, key_id)
     with store.transaction():
-        store.forget(key_id)
-    store.checkpoint()
-    if not blob or _traces(data_dir / FILE_NAME, blob):
+        for key_id in due:
+            store.forget(key_id)
+    store.checkpoint(patient)
+    known = all(due.values())
+    if not known or outside.holds(data_dir / FILE_NAME, _pieces(due.values())) is not False:
         store.compact()
-        store.checkpoint()
+        store.checkpoint(patient)
 
 
-def _traces(path: Path, blob: bytes) -> bool:
-    """Does any piece of the stored form of this blob stand anywhere in the file?"""
-    text = b64encode(blob).encode()
-    # The start of every blob of this KEK is alike: only what follows the nonce is this DEK's own.
-    own = text[-96:]
-    pieces = [own[i : i + _PIECE] for i in range(0, len(own) - _PIECE + 1, _PIECE)]
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return any(content.find(piece) >= 0 for piece in pieces)
+def _pieces(blobs: Iterable[bytes]) -> list[bytes]:
+    """Pieces of the stored form of these blobs, of which none may stand anywhere in the file."""
+    # The start of every blob of a KEK is alike: only what follows the nonce is this DEK's own.
+    own = [b64encode(blob).encode()[-96:] for blob in blobs]
+    return [text[i : i + _PIECE] for text in own for i in range(0, len(text) - _PIECE + 1, _PIECE)]

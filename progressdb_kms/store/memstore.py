@@ -157,5 +157,5 @@ class MemoryStore(MemoryReader):
     def compact(self) -> None:
         """No free pages."""
 
-    def checkpoint(self) -> None:
+    def checkpoint(self, patient: bool = True) -> None:
         """No write-ahead log."""

@@ -48,6 +48,9 @@ CHECKPOINT_WAIT = 1000
 """Milliseconds that a checkpoint waits for readers. Ours take one; a program that keeps a read transaction
 open (Litestream does) would otherwise stop all writes for as long as it likes."""
 
+CHECKPOINT_TRY = 50
+"""The same where nobody waits for it: it is tried again, and creates shall not wait for that."""
+
 FULL = "FULL"  # each COMMIT waits for the disk
 NORMAL = "NORMAL"  # in WAL mode: a COMMIT is ordered before the next one, and waits for nothing
 
@@ -431,16 +434,16 @@ class SqliteStore(SqliteReader):
         """Write the whole database anew: free space and gaps between rows are left behind."""
         self._conn.execute("VACUUM")
 
-    def checkpoint(self) -> None:
+    def checkpoint(self, patient: bool = True) -> None:
         """Move the write-ahead log into the file and cut it to nothing: no old page image stays behind."""
-        if not self._checkpointed():
+        if not self._checkpointed(CHECKPOINT_WAIT if patient else CHECKPOINT_TRY):
             raise StoreUnavailable(
                 "the write-ahead log is being read by another program and can't be cut now",
                 hint="it is tried again; a backup or Litestream may be at work",
             )
 
-    def _checkpointed(self) -> bool:
-        self._conn.select(f"PRAGMA busy_timeout={CHECKPOINT_WAIT}")
+    def _checkpointed(self, wait: int = CHECKPOINT_WAIT) -> bool:
+        self._conn.select(f"PRAGMA busy_timeout={wait}")
         try:
             return not self._conn.select_one("PRAGMA wal_checkpoint(TRUNCATE)")[0]
         finally:

@@ -85,6 +85,17 @@ def inject(pids: Sequence[int], *rules: str, path: Optional[Path] = None) -> Ite
         yield Injection(log)
 
 
+@contextlib.contextmanager
+def watching(pids: Sequence[int], *calls: str, path: Path) -> Iterator[list[str]]:
+    """The calls of these running processes on `path`, as strace shows them; filled in when the block ends.
+    Children that they start are not looked at."""
+    found: list[str] = []
+    with _log_file() as log:
+        with _attached(log, pids, [f"?{call}" for call in calls], "-P", str(path), "-y", forks=False):
+            yield found
+        found += [text for _, text in strace.names(log)]
+
+
 def _calls_of(rules: Sequence[str]) -> list[str]:
     return [call for rule in rules for call in rule.split(":", 1)[0].split(",")]
 
@@ -96,12 +107,18 @@ def _options(rules: Sequence[str], path: Optional[Path]) -> list[str]:
 
 @contextlib.contextmanager
 def _attached(
-    log: Path, pids: Sequence[int], calls: Sequence[str], *options: str, follow: bool = True
+    log: Path,
+    pids: Sequence[int],
+    calls: Sequence[str],
+    *options: str,
+    follow: bool = True,
+    forks: bool = True,
 ) -> Iterator[None]:
-    """strace on running processes. `follow=False`: on the main thread of each alone."""
-    words = ["strace", "-qq", *(["-f"] if follow else []), *options, "-o", str(log)]
-    targets = [word for pid in pids for word in ("-p", str(pid))]
+    """strace on running processes. `follow=False`: on the main thread of each alone; `forks=False`: on the
+    threads that there are, and on nothing that is started later."""
+    words = ["strace", "-qq", *(["-f"] if follow and forks else []), *options, "-o", str(log)]
     wanted = [thread for pid in pids for thread in (procs.threads(pid) if follow else [pid])]
+    targets = [word for pid in (pids if forks else wanted) for word in ("-p", str(pid))]
     with subprocess.Popen(
         [*words, "-e", "trace=" + ",".join(calls), *targets], stderr=subprocess.PIPE
     ) as tracer:

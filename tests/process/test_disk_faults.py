@@ -6,7 +6,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import shutil
+import signal
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -15,11 +17,13 @@ from typing import Any, Callable
 
 import pytest
 
+from progressdb_kms.audit.log import ROOM
 from progressdb_kms.service.keeper import SYNC_SECONDS
 from tests.harness import Daemon, request
 from tests.harness.daemon import DaemonFailed, cli
 from tests.harness.faults import Shim, Tmpfs
 from tests.harness.kept import Kept
+from tests.harness.procs import wait_until
 from tests.harness.wire import Reply, b64
 
 
@@ -157,6 +161,43 @@ class TestFailingCalls:
             kept.create(kms, 3)
             kept.opens(kms)
             kept.verifies(daemon)
+
+
+class TestSizeLimit:
+    """`ulimit -f` and quotas strike the store alone where the audit log is the shorter file."""
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_not_ready_where_the_store_cant_grow(self, workers: int) -> None:
+        kept = Kept()
+        with Daemon(workers=workers) as daemon, daemon.session() as kms:
+            for _ in range(600):
+                kms.create_dek("t" * 200)
+            daemon.write_kek(os.urandom(32))
+            kms.rotate(daemon.kek)  # the file is large now
+            kept.create(kms, 2)
+            daemon.audit_log.rename(daemon.audit_log.with_suffix(".1"))
+            daemon.signal(signal.SIGHUP)
+            before = {pid: resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in daemon.pids()}
+            limit = 3 * ROOM
+            assert (daemon.data_dir / "kms.db").stat().st_size > 2 * limit
+            for pid, (_, hard) in before.items():
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, hard))
+            for _ in range(100):  # the write-ahead log may be cut, and then takes a few
+                reply = kms.request("POST", "/create_dek_for_thread", {"thread_id": "t"})
+                if reply.status != 200:
+                    break
+            refused(reply)
+            ready = kms.request("GET", "/readyz")
+            assert ready.status == 503
+            assert all(reason.startswith("the store") for reason in ready.json()["reasons"]), ready
+            kept.opens(kms)
+            for pid, limits in before.items():
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+            wait_until(lambda: kms.request("GET", "/readyz").status == 200, 30, "readiness")
+            kept.create(kms, 2)
+            kept.opens(kms)
+            daemon.stop()
+            assert daemon.offline("verify").returncode == 0
 
 
 class TestReadOnly:
@@ -336,3 +377,38 @@ def test_a_daemon_whose_socket_was_removed_can_be_found(daemon: Daemon) -> None:
         second.close()
     with pytest.raises(OSError):
         request(daemon.socket, "GET", "/healthz")
+
+
+class TestReaderOfTheLog:
+    """A program that keeps a read transaction open (Litestream): the log can't be cut meanwhile."""
+
+    def test_due_erasures_cost_the_others_nothing(self) -> None:
+        """One try for all, each pause longer; and the caller hears what is done and what is not."""
+        kept = Kept()
+        with Daemon(workers=1) as daemon, daemon.session() as kms:
+            doomed = [kms.create_dek("t")["key_id"] for _ in range(40)]
+            with contextlib.closing(sqlite3.connect(daemon.data_dir / "kms.db")) as reader:
+                reader.execute("BEGIN")
+                reader.execute("SELECT count(*) FROM deks").fetchone()
+                begun = time.monotonic()
+                for key in doomed:
+                    reply = kms.request("DELETE", f"/deks/{key}", {"immediately": True})
+                    refused(reply)
+                    assert "is shredded" in reply.json()["error"]["message"]
+                    assert kms.request("GET", f"/get_wrapped?key_id={key}").status == 410
+                assert time.monotonic() - begun < 10, "each of them waited for the reader"
+                assert kms.ok("GET", "/status")["erasures_due"] == 40
+                slow = 0
+                for _ in range(50):
+                    begun = time.monotonic()
+                    kept.create(kms)
+                    slow += time.monotonic() - begun > 0.5
+                    time.sleep(0.1)
+                assert slow == 0
+                reader.execute("COMMIT")
+            wait_until(lambda: kms.ok("GET", "/status")["erasures_due"] == 0, 30, "the erasures")
+            assert (
+                daemon.stderr.count("copies of shredded DEKs remain") == 2
+            )  # when it began and when it was over
+            kept.opens(kms)
+            kept.verifies(daemon)

@@ -1,0 +1,40 @@
+"""What is looked at in the store's files from outside: by a child process that has no connection to it.
+
+Closing *any* descriptor of kms.db, -wal or -shm drops every POSIX lock that its process holds on that file,
+and with them all that keeps another program from removing the write-ahead log. So no process with the store
+open opens these files otherwise than through SQLite, or with O_PATH. A child has no locks to lose.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Optional
+
+PATIENCE = 120.0
+"""Seconds for a look; reading a file of 1 GB takes about one."""
+
+_FIND = """
+import mmap, sys
+path, *pieces = sys.stdin.buffer.read().split(b"\\0")
+with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    print(any(content.find(piece) >= 0 for piece in pieces))
+"""
+
+
+def holds(path: Path, pieces: Iterable[bytes]) -> Optional[bool]:
+    """Does any of these pieces of text stand in the file? None where that could not be found out."""
+    return {"True": True, "False": False}.get(_look(_FIND, path, *pieces))
+
+
+def _look(program: str, path: Path, *more: bytes) -> str:
+    """What the program printed; "" where it failed. Nothing of it is on its command line."""
+    command = [sys.executable, "-I", "-S", "-c", program]
+    text = b"\0".join((bytes(path.absolute()), *more))
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, timeout=PATIENCE)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode("ascii", "replace").strip() if not done.returncode else ""
