@@ -154,9 +154,23 @@ def _socket(value: Value, option: Option) -> str:
     text = _text(value, option)
     if text.startswith("unix://"):
         text = text[len("unix://") :]
+    for pattern, instead in _NO_PATHS:
+        if pattern.match(text):
+            raise Wrong(f"{option.wrong()}: {instead}")
     if not text or "://" in text:
         raise option.wrong()
     return text
+
+
+_NO_PATHS = (
+    (re.compile(r"unix:(?!//)"), "write unix:// and the path behind it, or the path alone"),
+    (
+        re.compile("@"),
+        "an abstract name has no permissions; write a path, such as /run/progressdb-kms/kms.sock",
+    ),
+    (re.compile(r"[^/]*:[0-9]+$"), "an address is none; write a path, such as /run/progressdb-kms/kms.sock"),
+)
+"""What would make a file of a strange name, and the daemon say that it is ready."""
 
 
 def _uids(value: Value, option: Option) -> list[int]:

@@ -37,7 +37,7 @@ from ..service.start import Configured
 from . import hardening, inherited
 from .serving import Notifier, Shared, Worker, open_keeper, reopen_keeper
 from .signals import SignalPipe
-from .socket import listen, remove_name
+from .socket import Name, handover_pair, listen
 from .supervisor import Supervisor
 
 log = logging.getLogger("progressdb_kms")
@@ -59,6 +59,8 @@ def serve(loaded: Loaded, ready: Optional[Callable[[str], None]] = None) -> int:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     lock = start.claim(settings.data_dir)
     listener, ours = listen(settings)
+    ends, handovers = zip(*(handover_pair() for _ in range(settings.workers)))
+    name = Name(settings, listener, ours, ends)
     region = LockedBuffer(REGION_SIZE + STAGING_SLOTS * KEY_SIZE, settings.memory_lock)
     try:
         if region.kind != "memfd_secret":
@@ -68,11 +70,10 @@ def serve(loaded: Loaded, ready: Optional[Callable[[str], None]] = None) -> int:
         inbox, outbox = channel.channel()
         staging = region.view[REGION_SIZE:]
         metrics = Metrics(settings.workers + 1)
-        shared = Shared(
-            settings, keys, region, keyring, staging, metrics, inbox, outbox, listener, measures, time.time()
-        )
+        sockets = (inbox, outbox, listener, name, handovers)
+        shared = Shared(settings, keys, region, keyring, staging, metrics, *sockets, measures, time.time())
         run = Alone if settings.workers == 1 else Supervisor
-        return run(shared, lock, ready or _announce).run(ours)
+        return run(shared, lock, ready or _announce).run()
     finally:
         region.wipe()
         listener.close()
@@ -126,7 +127,7 @@ class Alone:
         self._hangup = threading.Event()
         self._failure: Optional[BaseException] = None
 
-    def run(self, ours: bool) -> int:
+    def run(self) -> int:
         shared = self._shared
         signals = SignalPipe()
         keeper, epoch = open_keeper(shared, 0)
@@ -145,9 +146,11 @@ class Alone:
                 notifier.reloading()
                 reopen_keeper(keeper)
                 self._hangup.set()
+                shared.name.watch(at_once=True)
+            shared.name.watch()
             if signals.stop and not self._stop.is_set():
                 notifier.stopping()
-                remove_name(shared.settings, ours)
+                shared.name.remove()
                 self._stop.set()
         keeper.close()
         if self._failure is not None:

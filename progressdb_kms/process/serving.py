@@ -6,6 +6,7 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, Callable, NamedTuple
 
 from .. import __version__
@@ -25,6 +26,7 @@ from ..store.sqlite import SqliteReader
 from ..wire.call import App
 from ..wire.server import Limits, Server
 from . import hardening, streams, systemd
+from .socket import Name, take_over
 
 log = logging.getLogger("progressdb_kms")
 
@@ -51,6 +53,8 @@ class Shared(NamedTuple):
     inbox: socket.socket
     outbox: socket.socket
     listener: socket.socket
+    name: Name
+    handovers: Sequence[socket.socket]
     measures: list[dict[str, Any]]
     started: float
 
@@ -85,6 +89,7 @@ class Worker:
         slots = StagingSlots(shared.staging, (slot - 1) * share, share)
         app = App(self._service, slots, shared.metrics, settings.max_body_bytes)
         limits = Limits(settings.max_connections, settings.idle_timeout, settings.request_timeout)
+        self._handover = shared.handovers[slot - 1]
         listener = shared.listener.dup()
         self.server = Server(listener, app, limits, self._counters, shared.metrics, settings.memory_lock)
 
@@ -113,6 +118,7 @@ class Worker:
         while not stop(BEAT_SECONDS):
             self._counters.add("beats", 1)
             streams.catch_up()
+            take_over(self._handover, self.server.socket)
             if hangup():
                 self._reopen()
             if time.monotonic() >= next_anchor:

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 import stat
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Optional
 
 from ..config.load import Settings
-from ..errors import AlreadyRunning, ConfigError
+from ..errors import AlreadyRunning, ConfigError, KMSError
 from ..wire.server import BACKLOG
 from . import systemd
+
+log = logging.getLogger(__name__)
+
+WATCH_SECONDS = 1.0
+"""How often it is looked whether the name still leads to our socket: an lstat."""
+
+RETRY_SECONDS = 10.0
+"""How often, while somebody else listens under the name."""
 
 # ---- the socket ------------------------------------------------------------------------------------
 
@@ -19,8 +32,11 @@ from . import systemd
 def listen(settings: Settings) -> tuple[socket.socket, bool]:
     """(listening socket, whether its name is ours to remove): systemd's, or bound at `socket`."""
     given = systemd.listen_socket()
-    if given is not None:
-        return given, False
+    return (given, False) if given is not None else (bind(settings), True)
+
+
+def bind(settings: Settings) -> socket.socket:
+    """A new socket, listening under its name."""
     _clear_stale(settings.socket)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     old = os.umask(0o777 & ~(0o600 if settings.socket_group is not None else settings.socket_mode))
@@ -36,7 +52,7 @@ def listen(settings: Settings) -> tuple[socket.socket, bool]:
     if settings.socket_group is not None:
         _hand_to_group(settings)
     sock.listen(BACKLOG)
-    return sock, True
+    return sock
 
 
 def _hand_to_group(settings: Settings) -> None:
@@ -86,7 +102,94 @@ def _clear_stale(path: Path) -> None:
         )
 
 
-def remove_name(settings: Settings, ours: bool) -> None:
-    """From here on a connect fails at once instead of waiting for nobody."""
-    if ours:
-        settings.socket.unlink(missing_ok=True)
+# ---- its name --------------------------------------------------------------------------------------
+
+
+class Name:
+    """The socket's file. A cleaner of /tmp may remove it, and nobody would find the daemon any more: it is
+    noticed by device and inode, and a new socket is bound, which takes the old one's place in all processes.
+
+    `handovers`: a datagram socket a worker, by which it gets the new one; see `take_over`.
+    """
+
+    def __init__(
+        self, settings: Settings, listener: socket.socket, ours: bool, handovers: Sequence[socket.socket]
+    ) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._ours = ours
+        self._handovers = handovers
+        self._path = Path(os.fsdecode(listener.getsockname()))
+        self._seen = self._look()
+        self._next = 0.0
+        self._told = False
+
+    def _look(self) -> Optional[tuple[int, int]]:
+        with suppress(OSError):
+            about = self._path.lstat()
+            return about.st_dev, about.st_ino
+        return None
+
+    def watch(self, at_once: bool = False) -> bool:
+        """To be called often; looks once a second, or `at_once` (SIGHUP). True where it was bound again."""
+        now = time.monotonic()
+        if not at_once and now < self._next:
+            return False
+        self._next = now + WATCH_SECONDS
+        if self._look() == self._seen:
+            self._told = False
+            return False
+        if not self._ours:
+            self._tell(f"the socket's name {self._path} is gone: `systemctl restart` its .socket unit")
+            return False
+        return self._bind_again()
+
+    def _bind_again(self) -> bool:
+        try:
+            fresh = bind(self._settings)
+        except KMSError as error:
+            self._tell(f"the socket's name {self._path} is gone, and can't be had again: {error.message}")
+            return False
+        log.warning("the socket's name %s was removed: bound again", self._path)
+        os.dup2(fresh.fileno(), self._listener.fileno(), inheritable=False)
+        for end in self._handovers:
+            with suppress(OSError):  # a worker that is gone, or has not taken the last one
+                socket.send_fds(end, [b"l"], [fresh.fileno()])
+        fresh.close()
+        self._seen, self._told = self._look(), False
+        return True
+
+    def _tell(self, text: str) -> None:
+        """Once until it is well, and then it is tried less often: a try connects to whoever is there."""
+        self._next = time.monotonic() + RETRY_SECONDS
+        if not self._told:
+            log.error("%s", text)
+            self._told = True
+
+    def remove(self) -> None:
+        """From here on a connect fails at once instead of waiting for nobody."""
+        self._next = float("inf")
+        if self._ours and self._look() == self._seen:
+            self._path.unlink(missing_ok=True)
+
+
+def handover_pair() -> tuple[socket.socket, socket.socket]:
+    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    for end in pair:
+        end.setblocking(False)  # send_fds and recv_fds ignore flags
+    return pair
+
+
+def take_over(handover: socket.socket, listener: socket.socket) -> bool:
+    """In a worker, now and then: where the socket was bound again, let `listener` be the new one."""
+    taken = False
+    with suppress(BlockingIOError):
+        while True:
+            _, fds, _, _ = socket.recv_fds(handover, 1, 1)
+            for fd in fds:
+                os.dup2(fd, listener.fileno(), inheritable=False)
+                os.close(fd)
+                taken = True
+    if taken:
+        listener.setblocking(False)
+    return taken

@@ -18,7 +18,6 @@ from ..service.keeper import STAGING_SLOTS
 from . import hardening
 from .serving import BEAT_SECONDS, DRAIN_SECONDS, Notifier, Shared, Worker, open_keeper, reopen_keeper
 from .signals import END, SignalPipe, Signals
-from .socket import remove_name
 from .streams import catch_up
 
 log = logging.getLogger("progressdb_kms")
@@ -54,7 +53,7 @@ class Supervisor:
         self._epoch = 0
         self._signals = Signals()
 
-    def run(self, ours: bool) -> int:
+    def run(self) -> int:
         notifier = Notifier(self._shared)
         self._start_keeper()
         for child in self._children[1:]:
@@ -65,11 +64,13 @@ class Supervisor:
             if self._signals.take_hangup():
                 notifier.reloading()
                 self._tell(signal.SIGHUP, self._children)
+                self._shared.name.watch(at_once=True)
+            self._shared.name.watch()
             self._replace_dead()
             if self._all_alive():
                 notifier.beat()
         notifier.stopping()
-        remove_name(self._shared.settings, ours)
+        self._shared.name.remove()
         self._end(self._children[1:])
         self._end(self._children[:1])
         return 0

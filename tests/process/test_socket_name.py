@@ -1,0 +1,87 @@
+"""The socket's file: removed under the daemon it comes back, and what would be no path is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from tests.conftest import MakeDaemon
+from tests.harness import Daemon
+from tests.harness.procs import wait_until
+
+SPREAD = 8
+
+
+@pytest.fixture
+def daemon(make_daemon: MakeDaemon, workers: int) -> Daemon:
+    return make_daemon({"socket_mode": "0620"}, workers=workers)
+
+
+def chains(daemon: Daemon) -> set[str]:
+    """Which workers answer over the name, when several connections are open at once."""
+    sessions = [daemon.session() for _ in range(SPREAD)]
+    try:
+        return {s.request("GET", "/deks").headers["X-KMS-Audit"].split(":")[0] for s in sessions}
+    finally:
+        for session in sessions:
+            session.close()
+
+
+def test_a_removed_name_comes_back(daemon: Daemon, workers: int) -> None:
+    """All workers serve the new one, also one that is replaced later; who was connected stays so."""
+    before = chains(daemon)
+    for turn in range(2):
+        with daemon.session() as kept:
+            kept.request("GET", "/healthz")
+            daemon.socket.unlink()
+            wait_until(daemon.socket.exists, 10, "the name to come back")
+            assert daemon.socket.stat().st_mode & 0o777 == 0o620
+            assert kept.request("GET", "/healthz").status == 200
+        wait_until(lambda: chains(daemon) == before, 10, "all workers to take it over")
+        assert daemon.stderr.count("was removed: bound again") == turn + 1
+    if workers > 1:
+        os.kill(daemon.pids()[-1], signal.SIGKILL)
+        wait_until(lambda: len(chains(daemon)) == workers, 20, "the new worker to serve it")
+    daemon.stop()
+    assert not daemon.socket.exists()
+
+
+def test_sighup_binds_it_at_once(daemon: Daemon) -> None:
+    time.sleep(1.2)
+    daemon.socket.unlink()
+    daemon.signal(signal.SIGHUP)
+    wait_until(daemon.healthy, 0.9, "the name to come back")
+
+
+def test_a_name_that_somebody_else_took_is_told_once_and_left_alone(daemon: Daemon) -> None:
+    daemon.socket.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(daemon.socket))
+        other.listen(1)
+        told = "can't be had again: the socket"
+        wait_until(lambda: told in daemon.stderr, 10, "it to be told")
+        time.sleep(2.5)
+        assert daemon.stderr.count(told) == 1
+        other.close()
+    daemon.signal(signal.SIGHUP)
+    wait_until(daemon.healthy, 10, "it to bind again")
+
+
+def test_at_the_stop_another_one_s_name_stays(daemon: Daemon) -> None:
+    daemon.socket.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(daemon.socket))
+        other.listen(1)
+        daemon.stop()
+        assert daemon.socket.exists()
+
+
+@pytest.mark.parametrize("name", ["@kms", "unix:kms.sock", "127.0.0.1:8200", "localhost:8200"])
+def test_what_is_no_path_makes_no_file(make_daemon: MakeDaemon, name: str) -> None:
+    daemon = make_daemon(args=["--socket", name], start=False)
+    assert "write" in daemon.refusal().stderr
+    assert not (daemon.home / name).exists()
