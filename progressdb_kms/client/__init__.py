@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .calls import DEFAULT_SOCKET, BatchResult, Client, Key
+from .handle import DekHandle, Receipted
 from .results import (
     AuthenticationFailed,
     Conflict,
@@ -30,12 +31,14 @@ __all__ = [
     "Conflict",
     "ConnectionFailed",
     "Dek",
+    "DekHandle",
     "Key",
     "KeyDisabled",
     "KeyNotFound",
     "KeyShredded",
     "PeerRefused",
     "Readiness",
+    "Receipted",
     "RequestRefused",
     "RotationResult",
     "ServiceFailed",

@@ -10,6 +10,8 @@
 - A call that fails raises a member of ClientError; `code` is stable, `message` is for people.
 - A connection that the daemon closed while it lay idle is opened again, once a call. What may have been
   carried out already is repeated only where that does no harm; a create or a rotation never is.
+- `retry_seconds` is a budget: so long a call is repeated, with growing pauses, while the daemon can't be
+  reached, is too busy, or is not able now.
 - A new KEK goes out from locked memory, never as `bytes` or `str`. What a caller encrypts, decrypts, wraps or
   unwraps is in the caller's own memory anyway.
 """
@@ -20,7 +22,9 @@ import base64
 import binascii
 import json
 import os
+import random
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Optional, Union
@@ -29,8 +33,9 @@ from urllib.parse import quote, urlencode
 from ..crypto.aead import KEY_SIZE
 from ..crypto.memory import LockedBuffer
 from ..encoding import Buffer
+from .handle import DekHandle, key_id_of_thread
 from .results import Dek, Readiness, RotationResult, Wrapped, failure
-from .transport import BadAnswer, ClientError, Pool, Reply, Request, bad_answer
+from .transport import BadAnswer, ClientError, ConnectionFailed, Pool, Reply, Request, bad_answer
 
 DEFAULT_SOCKET = "/tmp/progressdb-kms.sock"  # noqa: S108  # where the ProgressDB server looks, too
 
@@ -52,6 +57,12 @@ BATCH_BYTES = 4 * 1024 * 1024
 """Items and payload bytes of one request of a batch: the daemon's item limit, and half of its default body
 limit, since base64 adds a third."""
 
+BUSY = (429, 503)
+"""Statuses after which the same request may do better."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
+"""Seconds between two tries: doubled each time, half of it by chance, so that not all come back at once."""
+
 Key = Union[str, bytes]
 """A key_id, or a wrapped DEK (then nothing is read from the daemon's store)."""
 
@@ -62,7 +73,8 @@ BatchResult = list[Union[bytes, ClientError]]
 class Client:
     """Calls the daemon at `socket_path` (`unix://PATH` is taken too). Connects with the first call.
 
-    `timeout`: seconds without a byte from the daemon, None for ever. `max_response`: bytes.
+    `timeout`: seconds without a byte from the daemon, None for ever. `max_response`: bytes. `retry_seconds`:
+    how long a call may be repeated in all, 0 for not at all.
     """
 
     def __init__(
@@ -71,10 +83,12 @@ class Client:
         *,
         timeout: Optional[float] = TIMEOUT,
         max_response: int = MAX_RESPONSE,
+        retry_seconds: float = 0.0,
     ) -> None:
         path = os.fspath(socket_path)
         self.socket_path = path[len("unix://") :] if path.startswith("unix://") else path
         self._timeout = timeout
+        self._retry_seconds = retry_seconds
         self._pool = Pool(self.socket_path, max_response)
         self._local = threading.local()
 
@@ -142,6 +156,15 @@ class Client:
         if pending_days is not None:
             fields["pending_days"] = pending_days
         return _dek(self._json("DELETE", _dek_path(key_id), fields or None))
+
+    def dek(self, thread_id: str = "", *, key_id: str = "") -> DekHandle:
+        """A handle for the DEK of a thread, which is made where there is none, or for one that is known.
+
+        Raises KeyShredded where the thread's DEK was: what was deleted stays deleted.
+        """
+        if key_id:
+            return DekHandle(self, key_id)
+        return DekHandle(self, self.create_dek(thread_id, key_id_of_thread(thread_id)).key_id)
 
     # ---- data --------------------------------------------------------------------------------------
 
@@ -288,7 +311,25 @@ class Client:
         return _parse(_check(reply))
 
     def _checked(self, request: Request) -> Reply:
-        return _check(self._exchange(request))
+        """Repeats within the budget what may be repeated."""
+        until = time.monotonic() + self._retry_seconds
+        pause = FIRST_PAUSE
+        while True:
+            wait = 0.0
+            try:
+                reply = self._exchange(request)
+                if reply.status not in BUSY or not request.repeatable:
+                    return _check(reply)
+                wait, failed = reply.retry_after, failure(reply.status, _error(reply))
+            except ConnectionFailed as error:
+                if not (request.repeatable or error.code == "connection_failed"):
+                    raise
+                failed = error
+            wait = max(wait, pause * random.uniform(0.5, 1.0))  # noqa: S311  # not for a secret
+            if time.monotonic() + wait > until:
+                raise failed
+            time.sleep(wait)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     def _exchange(self, request: Request) -> Reply:
         self._local.receipt = ""

@@ -63,12 +63,14 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """`kind` is the media type without parameters; `receipt` names the audit record of the call."""
+    """`kind` is the media type without parameters; `receipt` names the audit record of the call;
+    `retry_after`: seconds that the daemon asks to wait, 0 where it doesn't say."""
 
     status: int
     kind: str
     receipt: str
     body: bytes
+    retry_after: float = 0.0
 
 
 class Pool:
@@ -200,7 +202,9 @@ def _receive(response: http.client.HTTPResponse, limit: int) -> Reply:
     except http.client.HTTPException as error:
         raise bad_answer("it ends too early") from error
     kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-    return Reply(response.status, kind, response.headers.get("X-KMS-Audit", ""), body)
+    wait = response.headers.get("Retry-After", "")
+    seconds = float(wait) if wait.isascii() and wait.isdigit() else 0.0
+    return Reply(response.status, kind, response.headers.get("X-KMS-Audit", ""), body, seconds)
 
 
 def _body(response: http.client.HTTPResponse, limit: int) -> bytes:
