@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from .console import UsageError
 
 TOPICS: Mapping[str, str] = {
-    "secrets": "which process and which memory may hold which secret, from when to when",
-    "decisions": "why it is as it is: questions that a reader asks",
+    "secrets": "where each secret may be, and until when",
+    "decisions": "why it is as it is",
 }
 """Each is `manual/<topic>.md` in the package."""
 

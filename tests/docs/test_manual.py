@@ -13,6 +13,7 @@ import pytest
 
 from progressdb_kms.config.options import OPTIONS, Option
 from progressdb_kms.tools.commandtable import CHOICES, COMMANDS, ENVIRONMENT, Command
+from progressdb_kms.tools.manual import TOPICS, text_of
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATE = ROOT / "packaging" / "generate"
@@ -26,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-PAGES = ("progressdb-kms.8", "progressdb-kms.yaml.5")
+PAGES = ("progressdb-kms.8", "progressdb-kms.yaml.5", *(f"progressdb-kms-{topic}.7" for topic in TOPICS))
 
 each_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 
@@ -74,6 +75,23 @@ def test_the_page_has_each_command(made: Path, command: Command) -> None:
     for line in command.examples:
         assert line.encode("ascii", "ignore").decode().split()[0] in part
     assert command.about.split(". ")[0][:60] in " ".join(part.split())
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_a_topic_s_page_holds_its_text(made: Path, topic: str) -> None:
+    """Word for word, but for what marks headings, tables and code."""
+    shown = re.sub(
+        r"\W+",
+        " ",
+        re.sub(
+            r"\\\[u[0-9A-F]+\]|\\\((?:aq|ha|ti|bu)|\\f[BIR]|\\&|\\e",
+            " ",
+            plain(made / f"progressdb-kms-{topic}.7"),
+        ),
+    ).lower()
+    for line in text_of(topic).splitlines()[1:]:
+        for words in re.findall(r"[A-Za-z][A-Za-z ,]{20,}[a-z]", line.replace("*", "")):
+            assert " ".join(re.findall(r"\w+", words.lower())) in shown, line
 
 
 def test_the_page_has_the_environment_and_nothing_else(made: Path) -> None:
