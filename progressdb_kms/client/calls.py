@@ -255,7 +255,8 @@ class Client:
         reasons = [str(reason) for reason in found.get("reasons") or ()]
         if not reasons and isinstance(error, dict):
             reasons = [str(error.get("message", ""))]
-        return Readiness(reply.status == 200, reasons)
+        warnings = [str(warning) for warning in found.get("warnings") or ()]
+        return Readiness(reply.status == 200, reasons, warnings)
 
     def metrics(self) -> str:
         """Prometheus text."""

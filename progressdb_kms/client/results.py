@@ -113,10 +113,12 @@ class RotationResult(NamedTuple):
 
 
 class Readiness(NamedTuple):
-    """True where the service can do all of its work; `reasons` says what is in the way."""
+    """True where the service can do all of its work; `reasons` says what is in the way, `warnings` what the
+    operator should see to."""
 
     ready: bool
     reasons: Sequence[str]
+    warnings: Sequence[str] = ()
 
     def __bool__(self) -> bool:
         return self.ready

@@ -62,6 +62,7 @@ class Settings:
     admin_peer_uids: Optional[frozenset[int]]
     workers: int
     memory_lock: str
+    allow_missing_keks: bool
     max_body_bytes: int
     max_connections: int
     idle_timeout: float

@@ -81,6 +81,8 @@ class Option(NamedTuple):
             return "(none)"
         if self.parse is _mode:
             return f"{self.default:04o}"
+        if isinstance(self.default, bool):
+            return str(self.default).lower()
         number = f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
         return f"{number} {self.unit}".strip()
 
@@ -127,6 +129,12 @@ def _lock(value: Value, option: Option) -> str:
     if not isinstance(value, Scalar) or value.text not in ("require", "try", "off"):
         raise option.wrong()
     return value.text
+
+
+def _flag(value: Value, option: Option) -> bool:
+    if not isinstance(value, Scalar) or value.text not in ("true", "false"):
+        raise option.wrong()
+    return value.text == "true"
 
 
 def _mode(value: Value, option: Option) -> int:
@@ -253,6 +261,12 @@ OPTIONS: tuple[Option, ...] = (
         f"a list of at most {MAX_PREVIOUS} mappings with hex, file or credential",
         "Keys that may unwrap and never wrap: a list of `hex: …`, `file: …` or `credential: …`.",
         private=True,
+    ),
+    Option(
+        "allow_missing_keks", _flag, "true or false",
+        "Start although DEKs need KEKs that are not configured: those are answered with 503, the others "
+        "served. The active KEK is always needed.",
+        default=False,
     ),
     Option(
         "socket", _socket, "a path or unix://PATH",

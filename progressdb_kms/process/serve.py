@@ -32,8 +32,7 @@ from ..errors import LockRefused
 from ..service import channel, start
 from ..service.keeper import STAGING_SLOTS
 from ..service.metrics import Metrics
-from ..service.plan import ConfiguredKey
-from ..service.start import Configured
+from ..service.plan import Configured, ConfiguredKey
 from . import hardening, inherited
 from .serving import Notifier, Shared, Worker, open_keeper, reopen_keeper
 from .signals import SignalPipe
@@ -45,7 +44,9 @@ log = logging.getLogger("progressdb_kms")
 # ---- starting --------------------------------------------------------------------------------------
 
 
-def serve(loaded: Loaded, ready: Optional[Callable[[str], None]] = None) -> int:
+def serve(
+    loaded: Loaded, ready: Optional[Callable[[str], None]] = None, allow_retired_kek: bool = False
+) -> int:
     """Run the daemon until SIGTERM. Returns the exit code. Raises OperatorError where it can't start."""
     settings = loaded.settings
     logging.basicConfig(
@@ -66,7 +67,7 @@ def serve(loaded: Loaded, ready: Optional[Callable[[str], None]] = None) -> int:
         if region.kind != "memfd_secret":
             _warn_of_memory(settings, region.kind)
         keyring = Keyring(region.view)
-        keys = _install(loaded, keyring)
+        keys = _install(loaded, keyring)._replace(allow_retired=allow_retired_kek)
         inbox, outbox = channel.channel()
         staging = region.view[REGION_SIZE:]
         metrics = Metrics(settings.workers + 1)
@@ -105,7 +106,7 @@ def _install(loaded: Loaded, keyring: Keyring) -> Configured:
         pending = None
         if loaded.pending is not None:
             pending = ConfiguredKey(keyring.install(loaded.pending, 0), loaded.pending_source)
-    return Configured(master, previous, pending)
+    return Configured(master, previous, pending, settings.allow_missing_keks)
 
 
 def _announce(line: str) -> None:

@@ -20,7 +20,7 @@ from ..service import channel, start
 from ..service.channel import StagingSlots
 from ..service.keeper import STAGING_SLOTS, Keeper
 from ..service.metrics import Metrics
-from ..service.start import Configured
+from ..service.plan import Configured
 from ..service.worker import Service
 from ..store.sqlite import SqliteReader
 from ..wire.call import App

@@ -32,7 +32,7 @@ from ..audit.log import AuditLog
 from ..config.load import check_master_key
 from ..crypto import envelope
 from ..crypto.aead import KEY_SIZE, NONCE_SIZE
-from ..crypto.keyring import Keyring, fingerprint
+from ..crypto.keyring import KekNotLoaded, Keyring, fingerprint
 from ..crypto.memory import LockedBuffer, wipe
 from ..encoding import b64encode, new_key_id, timestamp
 from ..errors import (
@@ -44,6 +44,7 @@ from ..errors import (
     KeyShredded,
     KMSError,
     StoreUnavailable,
+    Unavailable,
     WeakKey,
 )
 from ..store import erasure, snapshots
@@ -51,6 +52,7 @@ from ..store.contract import DekRecord, Store
 from ..store.pause import Pause
 from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS, refusal
 from .channel import Head, Job, answer, receive
+from .plan import Configured
 from .rotation import Rewrapper, Rotation, Steps
 
 log = logging.getLogger(__name__)
@@ -114,6 +116,7 @@ class Keeper:
         store: Store,
         data_dir: Path,
         keyring: Keyring,
+        keys: Configured,
         staging: memoryview,
         audit: AuditLog,
         inbox: socket.socket,
@@ -122,6 +125,7 @@ class Keeper:
         self._store = store
         self._data_dir = data_dir
         self._keyring = keyring
+        self._keys = keys
         self._staging = staging
         self._audit = audit
         self._inbox = inbox
@@ -421,16 +425,25 @@ class Keeper:
             mover = Rewrapper(self._keyring, target, version, os.urandom)
         try:
             record = mover.records([old])[0]
+        except KekNotLoaded as missing:
+            raise Unavailable(
+                f"the KEK {missing.kek_id} that wraps this DEK is not loaded", code="kek_not_loaded"
+            ) from None
         finally:
             mover.close()
         self._put(record)
         self._effects.append(self._keyring.touch)
-        return {
+        result = {
             "key_id": key_id,
             "kek_id": target,
             "kek_version": version,
             "wrapped": b64encode(record.wrapped),
         }
+        if target != active.kek_id and target not in self._keys.kek_ids:
+            result["warning"] = _next_start(target)
+            if old.kek_id != target and self._store.keks()[target].deks == 1:  # the first of them
+                self._effects.append(lambda: log.warning("%s", result["warning"]))
+        return result
 
     def _version(self, kek_id: str) -> int:
         """The version of a KEK that isn't the active one: 0 where the store never counted it."""
@@ -562,16 +575,22 @@ class Keeper:
 
     def ready(self) -> dict[str, Any]:
         """What keeps the service from doing all of its work, in words."""
-        reasons = list(self._audit.reasons())
-        absent = [kek_id for kek_id in self._store.keks() if kek_id not in self._keyring.kek_ids()]
-        reasons += [f"the KEK {kek_id} is not loaded, and stored DEKs need it" for kek_id in absent]
+        reasons: list[str] = list(self._audit.reasons())
+        warnings: list[str] = []
+        loaded = {self._keyring.active.kek_id, *self._keyring.kek_ids()}
+        for kek_id, row in self._store.keks().items():
+            if kek_id not in loaded:
+                absent = f"the KEK {kek_id} is not loaded, and {row.deks} stored DEKs need it"
+                (warnings if self._keys.allow_missing else reasons).append(absent)
+            elif kek_id not in self._keys.kek_ids and kek_id != self._keyring.active.kek_id:
+                warnings.append(f"{_next_start(kek_id)} ({row.deks} DEKs)")
         try:
             with self._store.transaction():  # a row is written: a full disk lets an empty transaction pass
                 self._store.write("probe", {"at": timestamp(self._clock.now())})
                 self._write_anchors()
         except StoreUnavailable as error:
             reasons.append(error.message)
-        return {"reasons": reasons}
+        return {"reasons": reasons, "warnings": warnings}
 
     def close(self) -> None:
         """The last transaction holds the last heads."""
@@ -596,6 +615,10 @@ _READS: dict[str, Callable[..., Outcome]] = {
     "status": Keeper.status,
     "ready": Keeper.ready,
 }
+
+
+def _next_start(kek_id: str) -> str:
+    return f"the next start needs the KEK {kek_id}: add it to previous_master_keys"
 
 
 def describe(record: DekRecord) -> dict[str, Any]:

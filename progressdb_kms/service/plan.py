@@ -1,7 +1,8 @@
 """At start: do the configured keys fit the store? A pure decision, so that every case is a row of a test.
 
 The store is right, the configuration is to be held against it: a daemon that would serve a part of the
-DEKs, or wrap new ones under a key that the operator did not mean, does not start.
+DEKs, or wrap new ones under a key that the operator did not mean, does not start. What the operator did mean
+is said by a word of its own: `allow_missing_keks`, and `--allow-retired-kek` for a KEK that was rotated out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,21 @@ class ConfiguredKey(NamedTuple):
     source: str  # words for messages: "master_key_file /etc/kms.key"
 
 
+class Configured(NamedTuple):
+    """The keys that the configuration names; the keys themselves are in the keyring by now."""
+
+    master: ConfiguredKey
+    previous: Sequence[ConfiguredKey] = ()
+    pending: Optional[ConfiguredKey] = None
+    allow_missing: bool = False
+    allow_retired: bool = False
+
+    @property
+    def kek_ids(self) -> set[str]:
+        found = (self.master, *self.previous, *((self.pending,) if self.pending else ()))
+        return {key.kek_id for key in found}
+
+
 class Plan(NamedTuple):
     """What to do before serving."""
 
@@ -30,23 +46,32 @@ class Plan(NamedTuple):
 def plan(
     stored: Optional[tuple[str, int]],
     keks: Mapping[str, KekCount],
-    master: ConfiguredKey,
-    previous: Sequence[ConfiguredKey],
-    pending: Optional[ConfiguredKey],
+    keys: Configured,
+    retired: Mapping[str, str],
 ) -> Plan:
     """Choose the active KEK. `stored`: the store's active kek_id and version, None in a fresh one.
 
-    `pending` is the key file that an unfinished `rotate-kek` left. Raises KeyMismatch.
+    `retired` tells when a KEK was rotated out; `keys.pending` is the key file that an unfinished `rotate-kek`
+    left. Raises KeyMismatch.
     """
-    configured = {key.kek_id for key in (master, *previous)} | ({pending.kek_id} if pending else set())
+    master = keys.master
     if stored is None:
         return Plan(master.kek_id, 1, True)
     active, version = stored
-    absent = {kek_id: row for kek_id, row in keks.items() if kek_id not in configured}
-    if active not in configured and active not in absent:
+    absent = {kek_id: row for kek_id, row in keks.items() if kek_id not in keys.kek_ids}
+    if active not in keys.kek_ids and active not in absent:
         absent[active] = KekCount(version, 0, "")
-    if absent:
+    if absent and (active in absent or not keys.allow_missing):
         raise KeyMismatch(_explain(absent, active, master), hint=_remedy(absent, active, master))
+    chosen = _choose(active, version, keys, retired)
+    if absent:
+        left_out = f"{_explain(absent, active, master)}: these are answered with 503, by allow_missing_keks"
+        chosen = chosen._replace(notice="; ".join(filter(None, (left_out, chosen.notice))))
+    return chosen
+
+
+def _choose(active: str, version: int, keys: Configured, retired: Mapping[str, str]) -> Plan:
+    master, pending = keys.master, keys.pending
     if pending is not None and active == pending.kek_id:
         return Plan(
             active,
@@ -55,6 +80,13 @@ def plan(
             f"using {pending.source}: finish with `progressdb-kms rotate-kek --resume`",
         )
     if active != master.kek_id:
+        if master.kek_id in retired and not keys.allow_retired:
+            raise KeyMismatch(
+                f"{master.source} holds the KEK {master.kek_id}, which was rotated out on "
+                f"{retired[master.kek_id][:10]}; the active one is {active}",
+                hint=f"are two key files swapped? Let the master key be {active}; `--allow-retired-kek` "
+                "takes the old one back; nothing was changed",
+            )
         notice = f"the active KEK changes from {active} to {master.kek_id} by configuration; the DEKs stay"
         return Plan(master.kek_id, version + 1, True, notice)
     notice = f"{pending.source} was left by a rotation that did not happen" if pending else ""
@@ -78,4 +110,7 @@ def _remedy(absent: Mapping[str, KekCount], active: str, master: ConfiguredKey) 
             f"let the master key be {active} again, or add {names} to previous_master_keys: {where}; "
             "nothing was changed"
         )
-    return f"add the keys {names} to previous_master_keys: {where}; nothing was changed"
+    return (
+        f"add the keys {names} to previous_master_keys: {where}; where they are lost, "
+        "`allow_missing_keks: true` serves the others; nothing was changed"
+    )

@@ -19,7 +19,7 @@ between two batches. The steps, and what a crash leaves at each:
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -29,7 +29,7 @@ from ..crypto.envelope import AUDIT_KEY
 from ..crypto.keyring import Keyring, fingerprint
 from ..crypto.memory import LockedBuffer
 from ..encoding import timestamp
-from ..errors import AuthenticationFailed, Conflict, StoreDamaged, StoreUnavailable
+from ..errors import AuthenticationFailed, Conflict, StoreDamaged, StoreUnavailable, Unavailable
 from ..store.contract import DekRecord, KekCount, Store
 from ..store.policy import SHREDDED
 from ..store.snapshots import Snapshot
@@ -44,6 +44,15 @@ LEAST, MOST = 10, 1000
 
 CHECK = 1000
 """Staged rows that are looked for in one step; each takes about a microsecond."""
+
+RETIRED_KEK = "kek:retired:"
+"""The rows, one a KEK that was rotated out, that keep it from becoming the active one again."""
+
+
+def retired(rows: Mapping[str, Any]) -> dict[str, str]:
+    """When each KEK was rotated out, from rows of RETIRED_KEK by their names."""
+    return {name[len(RETIRED_KEK) :]: str(row["since"]) for name, row in rows.items()}
+
 
 Steps = Generator[None, None, dict[str, Any]]
 """A long job: each step does a bounded piece of work, and the last one returns the answer."""
@@ -145,9 +154,27 @@ class Rotation:
         if self._rewrapper is not None:
             self._store.stage(self._rewrapper.records([record]))
 
+    def _check(self, new_kek: memoryview) -> str:
+        """May it begin? Returns the kek_id of the new KEK."""
+        new_id = _check_new(self._keyring, new_kek)
+        if self._store.read(RETIRED_KEK + new_id) is not None:
+            raise Conflict(
+                f"the KEK {new_id} was rotated out: it must not become the active one again",
+                code="kek_in_use",
+                hint=_FRESH,
+            )
+        absent = sorted(set(self._store.keks()) - set(self._keyring.kek_ids()))
+        if absent:
+            raise Unavailable(
+                f"DEKs under the KEK {', '.join(absent)}, which is not loaded, can't be rewrapped",
+                code="kek_not_loaded",
+                hint="add it to previous_master_keys and start anew, or shred these DEKs",
+            )
+        return new_id
+
     def dry_run(self, new_kek: memoryview) -> Steps:
         """Open every DEK under the KEK that it names, change nothing, and tell what would be done."""
-        new_id = _check_new(self._keyring, new_kek)
+        new_id = self._check(new_kek)
         total = sum(row.deks for row in self._store.keks().values())
         memory = LockedBuffer(envelope.SCRATCH_SIZE)
         done = 0
@@ -173,7 +200,7 @@ class Rotation:
         }
 
     def run(self, new_kek: memoryview) -> Steps:
-        new_id = _check_new(self._keyring, new_kek)
+        new_id = self._check(new_kek)
         old = self._keyring.active
         version = old.version + 1
         total = sum(row.deks for row in self._store.keks().values())
@@ -236,6 +263,7 @@ class Rotation:
         audit_key = ownkeys.wrap(self._keyring, new_id, AUDIT_KEY, self._keyring.audit_key)
         self._store.write(ownkeys.ROWS[AUDIT_KEY], audit_key)
         self._store.erase("kek:rotation")
+        self._store.write(RETIRED_KEK + self._keyring.active.kek_id, {"since": timestamp(now)})
         self._store.write("kek:active", {"kek_id": new_id, "version": version, "since": timestamp(now)})
         self._store.swap({new_id: KekCount(version, count, timestamp(now))} if count else {})
 
@@ -258,6 +286,9 @@ class Rotation:
             snapshot.close()
 
 
+_FRESH = "rotate to a fresh key: `progressdb-kms rotate-kek --generate`"
+
+
 def _check_new(keyring: Keyring, new_kek: memoryview) -> str:
     new_id = fingerprint(new_kek)
     if new_id == keyring.active.kek_id:
@@ -266,7 +297,7 @@ def _check_new(keyring: Keyring, new_kek: memoryview) -> str:
         raise Conflict(
             f"the KEK {new_id} is in the keyring already: it must not become the active one again",
             code="kek_in_use",
-            hint="rotate to a fresh key: `progressdb-kms rotate-kek --generate`",
+            hint=_FRESH,
         )
     return new_id
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -28,7 +28,8 @@ from ..store.contract import Store
 from ..store.sqlite import SqliteStore
 from . import ownkeys
 from .keeper import Clock, Keeper, random_into
-from .plan import ConfiguredKey, Plan, plan
+from .plan import Configured, Plan, plan
+from .rotation import RETIRED_KEK, retired
 
 log = logging.getLogger("progressdb_kms")
 
@@ -39,14 +40,6 @@ RESTORE_FOLDER = ".kms-restore"
 
 RESTORED = "audit:restore"
 """The row of a restored store that owes the audit log its `restore` event."""
-
-
-class Configured(NamedTuple):
-    """The keys that the configuration names; the keys themselves are in the keyring by now."""
-
-    master: ConfiguredKey
-    previous: Sequence[ConfiguredKey] = ()
-    pending: Optional[ConfiguredKey] = None
 
 
 def claim(data_dir: Path) -> int:
@@ -106,7 +99,7 @@ def open_keeper(
     newer than the configuration. Raises an OperatorError that says what to do.
     """
     store, book, epoch = open_store(data_dir, keyring, keys, incarnation)
-    return Keeper(store, data_dir, keyring, staging, book, inbox, Clock()), epoch
+    return Keeper(store, data_dir, keyring, keys, staging, book, inbox, Clock()), epoch
 
 
 def open_store(
@@ -131,6 +124,9 @@ def open_store(
         _refuse_older_store(log_path, epoch)
         previous = _heads(store, range(since, epoch))
         with store.transaction():
+            if chosen.adopt and active:
+                store.write(RETIRED_KEK + active[0], {"since": timestamp(time.time())})
+                store.erase(RETIRED_KEK + chosen.active)
             if chosen.adopt:
                 adopted = {
                     "kek_id": chosen.active,
@@ -159,7 +155,8 @@ def _note_restore(store: Store, book: AuditLog) -> None:
 
 
 def _plan(store: Store, active: Optional[tuple[str, int]], keys: Configured) -> Plan:
-    return plan(active, store.keks(), keys.master, keys.previous, keys.pending)
+    rows = {name: store.read(name) for name in store.names(RETIRED_KEK)}
+    return plan(active, store.keks(), keys, retired(rows))
 
 
 def _replacement(active: tuple[str, int], keyring: Keyring) -> Plan:

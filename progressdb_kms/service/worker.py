@@ -257,17 +257,19 @@ class Service:
             **self.ask("status"),
         }
 
-    def not_ready(self) -> list[str]:
-        """Reasons why the service can't do all of its work; empty where it can."""
-        reasons = self.audit.reasons()
+    def readiness(self) -> tuple[list[str], list[str]]:
+        """Reasons why the service can't do all of its work, empty where it can; and what the operator should
+        see to before that comes."""
+        reasons, warnings = self.audit.reasons(), []
         try:
-            reasons += self.ask("ready")["reasons"]
+            told = self.ask("ready")
+            reasons, warnings = reasons + told["reasons"], told["warnings"]
         except KMSError as error:
             reasons.append(error.message)
         memory = self.about()["memory"]
         if memory["required"] and memory["kind"] == "unlocked":
             reasons.append("memory_lock is 'require', and memory is not locked")
-        return list(dict.fromkeys(reasons))
+        return list(dict.fromkeys(reasons)), warnings
 
 
 def _encrypt_item(cipher: Aead, data: bytes, aad: bytes) -> bytes:

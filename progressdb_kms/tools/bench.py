@@ -41,9 +41,9 @@ from ..process import hardening
 from ..rules import Peer, PeerRules
 from ..service.channel import channel
 from ..service.metrics import Metrics
-from ..service.plan import ConfiguredKey
+from ..service.plan import Configured, ConfiguredKey
 from ..service.rotation import Rotation
-from ..service.start import Configured, claim, open_keeper
+from ..service.start import claim, open_keeper
 from ..service.worker import Service
 from ..store.contract import DekRecord, KekCount
 from ..store.memstore import MemoryStore

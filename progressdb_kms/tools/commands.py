@@ -56,7 +56,7 @@ def serve(args: argparse.Namespace) -> int:
 
     flags = {"socket": args.socket, "data_dir": args.data_dir, "config": args.config}
     with load(flags, os.environ) as loaded:
-        return serve.serve(loaded)
+        return serve.serve(loaded, allow_retired_kek=args.allow_retired_kek)
 
 
 # ---- through the socket ------------------------------------------------------------------------------
@@ -80,11 +80,13 @@ def status(args: argparse.Namespace) -> int:
 def _check_ready(kms: Client, as_json: bool) -> int:
     found = kms.ready()
     if as_json:
-        show({"ready": found.ready, "reasons": list(found.reasons)}, True)
+        show({"ready": found.ready, "reasons": list(found.reasons), "warnings": list(found.warnings)}, True)
     if not found:
         raise CommandFailed("not ready: " + ("; ".join(found.reasons) or "the daemon doesn't say why"))
     if not as_json:
         sys.stdout.write("ready\n")
+        for warning in found.warnings:
+            say(warning)
     return 0
 
 

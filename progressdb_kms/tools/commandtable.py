@@ -84,7 +84,16 @@ COMMANDS: tuple[Command, ...] = (
         "Serves until SIGTERM or SIGINT; SIGHUP reopens the audit log. This is also what happens "
         "where no command is given. A flag goes before the config file, that before the environment; "
         "but with --config the keys and the peer rules come from that file alone.",
-        (SOCKET, DATA_DIR, CONFIG),
+        (
+            SOCKET,
+            DATA_DIR,
+            CONFIG,
+            Arg(
+                ("--allow-retired-kek",),
+                "take a master key that a rotation had replaced, for this start",
+                "flag",
+            ),
+        ),
         "serve",
         (
             "progressdb-kms --socket /run/progressdb-kms/kms.sock --data-dir /var/lib/progressdb-kms "

@@ -21,8 +21,7 @@ from ..crypto.keyring import REGION_SIZE, KekNotLoaded, Keyring
 from ..crypto.memory import LockedBuffer
 from ..errors import AlreadyRunning, AuthenticationFailed, KMSError
 from ..service import ownkeys, start
-from ..service.plan import ConfiguredKey
-from ..service.start import Configured
+from ..service.plan import Configured, ConfiguredKey
 from ..store.sqlite import SqliteStore
 from . import asowner
 
@@ -45,7 +44,7 @@ def keys(loaded: Loaded) -> Iterator[Keys]:
         pending = None
         if loaded.pending is not None:
             pending = ConfiguredKey(keyring.install(loaded.pending, 0), loaded.pending_source)
-        yield Keys(keyring, Configured(master, previous, pending))
+        yield Keys(keyring, Configured(master, previous, pending, loaded.settings.allow_missing_keks))
     finally:
         region.wipe()  # unmapped with the process: views of it may be alive
 

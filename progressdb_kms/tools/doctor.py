@@ -32,6 +32,9 @@ from ..crypto.memory import PAGE, LockedBuffer
 from ..errors import KMSError
 from ..process import hardening
 from ..process.streams import DEPENDENCIES
+from ..service.plan import Configured, ConfiguredKey, plan
+from ..service.rotation import RETIRED_KEK, retired
+from ..store.contract import KekCount
 from ..store.sqlite import APPLICATION_ID, SCHEMA_VERSION
 from ..store.sqlite import FILE_NAME as STORE
 from . import asowner
@@ -72,7 +75,7 @@ class Patient:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.trouble: Optional[KMSError] = None
-        self.kek_ids: list[str] = []
+        self.keys: Optional[Configured] = None
         flags = {"socket": args.socket, "data_dir": args.data_dir, "config": args.config}
         self.settings = self._settings(flags)
         self.status: Optional[dict[str, Any]] = None
@@ -81,8 +84,14 @@ class Patient:
     def _settings(self, flags: dict[str, Optional[str]]) -> Optional[Settings]:
         try:
             with asowner.load_config(flags, first=True) as loaded:
-                keys = (loaded.master, *loaded.previous, *([loaded.pending] if loaded.pending else []))
-                self.kek_ids = [fingerprint(key) for key in keys]
+                named = zip(loaded.previous, loaded.previous_sources)
+                pending = loaded.pending
+                self.keys = Configured(
+                    ConfiguredKey(fingerprint(loaded.master), loaded.settings.master_source),
+                    [ConfiguredKey(fingerprint(key), source) for key, source in named],
+                    ConfiguredKey(fingerprint(pending), loaded.pending_source) if pending else None,
+                    loaded.settings.allow_missing_keks,
+                )
                 return loaded.settings
         except KMSError as error:
             self.trouble = error
@@ -207,8 +216,8 @@ def _day(seconds: float) -> str:
 def _config(patient: Patient) -> Findings:
     trouble = patient.trouble
     if trouble is None:
-        assert patient.settings is not None
-        yield Finding(OK, f"{patient.settings.master_source} holds the KEK {patient.kek_ids[0]}")
+        assert patient.keys is not None
+        yield Finding(OK, f"{patient.keys.master.source} holds the KEK {patient.keys.master.kek_id}")
     elif patient.settings and _only_systemd_knows(patient.settings):
         yield Finding(WARN, "the master key is a systemd credential, which is not to be had here")
     else:
@@ -341,11 +350,24 @@ def _store_findings(patient: Patient, path: Path, db: sqlite3.Connection) -> Ite
     yield Finding(
         OK, f"{path} is whole: {sum(row[1] for row in counts.values()):,} DEKs, active KEK {active}"
     )
-    absent = sorted({active, *counts} - set(patient.kek_ids) - {"none"})
-    if absent and patient.trouble is None:
-        names = ", ".join(absent)
-        todo = "`progressdb-kms kek-id FILE…` finds the key files; name them in previous_master_keys"
-        yield Finding(FAIL, f"the store needs KEKs that are not configured: {names}", todo)
+    if patient.keys is not None and active != "none":
+        yield from _keys_fit(patient.keys, db, active, counts)
+
+
+def _keys_fit(
+    keys: Configured, db: sqlite3.Connection, active: str, counts: dict[str, Any]
+) -> Iterator[Finding]:
+    """The start's own decision."""
+    names = db.execute("SELECT key FROM kms WHERE substr(key, 1, ?) = ?", (len(RETIRED_KEK), RETIRED_KEK))
+    rows = {name: _row(db, name) for (name,) in names}
+    keks = {kek_id: KekCount(*row) for kek_id, row in counts.items()}
+    try:
+        chosen = plan((active, int(_row(db, "kek:active")["version"])), keks, keys, retired(rows))
+    except KMSError as error:
+        yield Finding(FAIL, error.message, error.hint)
+        return
+    if chosen.notice:
+        yield Finding(WARN, chosen.notice)
 
 
 def _row(db: sqlite3.Connection, name: str) -> dict[str, Any]:
@@ -412,6 +434,8 @@ def _daemon(patient: Patient) -> Findings:
         yield Finding(OK, f"it answers and is ready, with the KEK {status.get('kek_id')}")
     for reason in ready.reasons:
         yield Finding(FAIL, f"it is not ready: {reason}")
+    for warning in ready.warnings:
+        yield Finding(WARN, warning)
     if status.get("version") != __version__:
         yield Finding(WARN, f"it runs release {status.get('version')}, this is {__version__}", "restart it")
     if dict(status.get("memory") or {}).get("kind") == "unlocked":

@@ -40,6 +40,7 @@ from ..encoding import timestamp
 from ..errors import AuditUnavailable, KeyMismatch, KMSError
 from ..service import ownkeys
 from ..service.plan import Plan, plan
+from ..service.rotation import RETIRED_KEK, retired
 from ..service.start import RESTORE_FOLDER, RESTORED
 from ..store.contract import DekRecord, KekCount
 from ..store.policy import SHREDDED
@@ -138,7 +139,7 @@ def _plan(source: Backup, keys: Keys) -> Plan:
     counts = {kek_id: KekCount(*row) for kek_id, row in (source.read("kek:counts") or {}).items()}
     stored = (str(active["kek_id"]), int(active["version"]))
     try:
-        plan(stored, counts, *keys.configured)
+        plan(stored, counts, keys.configured, retired(source.rows(RETIRED_KEK)))
     except KeyMismatch as error:
         raise KeyMismatch(f"{source.file} needs other keys: {error.message}", hint=error.hint) from None
     return Plan(*stored, adopt=False)
@@ -177,7 +178,7 @@ def _read(store: SqliteStore, source: Backup) -> Present:
             elif source.get(record.key_id) != record.to_row():
                 newer.append(record.key_id)
         after = page[-1].key_id
-    rows = {name: store.read(name) for name in store.names("audit:")}
+    rows = {name: store.read(name) for prefix in ("audit:", RETIRED_KEK) for name in store.names(prefix)}
     erasures = [name.partition(":")[2] for name in store.names("erasure:")]
     return Present(rows, erasures, tombstones, newer)
 
@@ -195,6 +196,7 @@ def _past(
     progress: Progress,
 ) -> Past:
     rows = dict(present.audit) if present and present.audit else source.rows("audit:")
+    rows = {**source.rows(RETIRED_KEK), **rows}
     rows.pop(RESTORED, None)
     logs = sorted(data_dir.glob(AUDIT_LOG + "*"))
     dead: dict[str, str] = {}

@@ -216,7 +216,12 @@ _ANSWERS: dict[str, Schema] = {
     ),
     "/readyz": _named(
         "Readiness",
-        _object("ready reasons", ready={"type": "boolean"}, reasons={"type": "array", "items": _TEXT}),
+        _object(
+            "ready reasons warnings",
+            ready={"type": "boolean"},
+            reasons={"type": "array", "items": _TEXT},
+            warnings={"type": "array", "items": _TEXT},
+        ),
     ),
 }
 

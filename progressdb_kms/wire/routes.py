@@ -554,8 +554,9 @@ def health(app: App, call: Call) -> Reply:
 
 
 def ready(app: App, call: Call) -> Reply:
-    reasons = app.service.not_ready()
-    return answer({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+    reasons, warnings = app.service.readiness()
+    value = {"ready": not reasons, "reasons": reasons, "warnings": warnings}
+    return answer(value, 503 if reasons else 200)
 
 
 def status(app: App, call: Call) -> Reply:

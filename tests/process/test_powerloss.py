@@ -25,7 +25,7 @@ from progressdb_kms.crypto.keyring import REGION_SIZE, Keyring
 from progressdb_kms.crypto.memory import LockedBuffer
 from progressdb_kms.errors import KMSError
 from progressdb_kms.service import start
-from progressdb_kms.service.plan import ConfiguredKey
+from progressdb_kms.service.plan import Configured, ConfiguredKey
 from progressdb_kms.store.sqlite import SqliteStore
 from tests.harness import Daemon
 from tests.harness.faults import need_strace
@@ -112,7 +112,7 @@ def recover(run: Run, folder: Path, acknowledged: list[str], mode: str) -> None:
     names = ("second", "third") if "rotated" in acknowledged else ("second", "third", "first")
     keks = [keyring.install(memoryview(bytearray(run.keks[name])), 0) for name in names]
     second, *others = (ConfiguredKey(kek_id, name) for kek_id, name in zip(keks, names))
-    store, book, _ = start.open_store(folder, keyring, start.Configured(second, others))
+    store, book, _ = start.open_store(folder, keyring, Configured(second, others))
     with contextlib.closing(store), contextlib.closing(book):
         heads = {name[len("audit:head:") :]: store.read(name) for name in store.names("audit:head:")}
         anchors = {chain: (int(row["seq"]), str(row["sig"])) for chain, row in heads.items() if row}

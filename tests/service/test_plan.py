@@ -7,7 +7,7 @@ from typing import Optional
 import pytest
 
 from progressdb_kms.errors import KeyMismatch
-from progressdb_kms.service.plan import ConfiguredKey, plan
+from progressdb_kms.service.plan import Configured, ConfiguredKey, plan
 from progressdb_kms.store.contract import KekCount
 
 OLD, NEW, THIRD = "0" * 16, "1" * 16, "2" * 16
@@ -44,9 +44,8 @@ def test_fits(
     found = plan(
         stored,
         {kek_id: count(deks) for kek_id, deks in keks.items()},
-        key(master),
-        [key(kek_id) for kek_id in previous],
-        key(pending) if pending else None,
+        Configured(key(master), [key(kek_id) for kek_id in previous], key(pending) if pending else None),
+        {},
     )
     assert (found.active, found.version, found.adopt) == (active, version, adopt)
     assert notice in found.notice and bool(found.notice) == bool(notice)
@@ -69,7 +68,29 @@ def test_refused_with_what_to_do(
 ) -> None:
     with pytest.raises(KeyMismatch) as caught:
         rows = {kek_id: count(deks) for kek_id, deks in keks.items()}
-        plan(stored, rows, key(master), [key(kek_id) for kek_id in previous], None)
+        plan(stored, rows, Configured(key(master), [key(kek_id) for kek_id in previous]), {})
     text = caught.value.message + " " + caught.value.hint
     assert all(word in text for word in says), text
     assert "nothing was changed" in text and "kek-id FILE" in text
+
+
+def test_a_retired_kek_is_no_master_unless_it_is_wanted() -> None:
+    """Two key files were swapped: no key is absent, but the old KEK would be the active one again."""
+    keys = Configured(key(OLD), [key(NEW)])
+    with pytest.raises(KeyMismatch) as caught:
+        plan((NEW, 2), {NEW: count(5)}, keys, {OLD: "2026-11-24T10:00:00Z"})
+    text = caught.value.message + " " + caught.value.hint
+    for word in (f"file 0 holds the KEK {OLD}", "rotated out on 2026-11-24", NEW, "--allow-retired-kek"):
+        assert word in text
+    forced = plan((NEW, 2), {NEW: count(5)}, keys._replace(allow_retired=True), {OLD: "2026-11-24"})
+    assert (forced.active, forced.adopt) == (OLD, True)
+    same = plan((OLD, 3), {OLD: count(5)}, keys, {OLD: "2026-11-24"})  # a backup from before was restored
+    assert (same.active, same.adopt) == (OLD, False)
+
+
+def test_missing_keks_may_be_allowed_but_never_the_active_one() -> None:
+    keys = Configured(key(OLD), allow_missing=True)
+    found = plan((OLD, 1), {OLD: count(5), THIRD: count(2)}, keys, {})
+    assert found.active == OLD and THIRD in found.notice and "2 DEKs" in found.notice
+    with pytest.raises(KeyMismatch, match="the store's active KEK"):
+        plan((NEW, 1), {OLD: count(5)}, keys, {})

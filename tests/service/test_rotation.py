@@ -16,9 +16,9 @@ from progressdb_kms.service import keeper as keeper_module
 from progressdb_kms.service import rotation
 from progressdb_kms.service.channel import channel
 from progressdb_kms.service.keeper import REST, RETIRE_ROWS, Keeper
-from progressdb_kms.service.plan import ConfiguredKey
+from progressdb_kms.service.plan import Configured, ConfiguredKey
 from progressdb_kms.service.rotation import LEAST, MOST, STEP_SECONDS, Pages
-from progressdb_kms.service.start import Configured, claim, open_keeper
+from progressdb_kms.service.start import claim, open_keeper
 from progressdb_kms.store.contract import DekRecord
 from progressdb_kms.store.memstore import MemoryStore
 from progressdb_kms.store.sqlite import SqliteStore

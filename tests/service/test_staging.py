@@ -20,8 +20,8 @@ from progressdb_kms.crypto.memory import LockedBuffer
 from progressdb_kms.errors import Conflict, KMSError, StoreDamaged, StoreUnavailable
 from progressdb_kms.service.channel import KeeperClient, StagingSlots, channel
 from progressdb_kms.service.keeper import Keeper
-from progressdb_kms.service.plan import ConfiguredKey
-from progressdb_kms.service.start import Configured, claim, open_keeper
+from progressdb_kms.service.plan import Configured, ConfiguredKey
+from progressdb_kms.service.start import claim, open_keeper
 from progressdb_kms.store.sqlite import Connection
 
 SLOTS = 2
