@@ -13,8 +13,10 @@ from typing import Any, Callable, NoReturn
 
 from ..crypto.aead import KEY_SIZE
 from ..encoding import json_dumps
-from ..errors import KMSError, OperatorError
+from ..errors import KMSError, OperatorError, StoreUnavailable
+from ..service import channel
 from ..service.keeper import STAGING_SLOTS
+from ..store.pause import Pause
 from . import hardening
 from .serving import BEAT_SECONDS, DRAIN_SECONDS, Notifier, Shared, Worker, open_keeper, reopen_keeper
 from .signals import END, SignalPipe, Signals
@@ -24,6 +26,9 @@ log = logging.getLogger("progressdb_kms")
 
 STALE_SECONDS = 20.0
 """A process whose main loop has not run for so long keeps the watchdog from being fed."""
+
+KEEPER_PAUSES = 1.0, 30.0
+"""Seconds between two tries to start a keeper that could not open the store; the workers go on reading."""
 
 RESPAWN_SECONDS = 0.5
 """Least time between two starts of the same process, so that one that can't live does not eat the machine."""
@@ -51,6 +56,7 @@ class Supervisor:
         self._announce = announce
         self._children = [Child(slot) for slot in range(shared.settings.workers + 1)]
         self._epoch = 0
+        self._keeping = Pause(*KEEPER_PAUSES)
         self._signals = Signals()
 
     def run(self) -> int:
@@ -109,7 +115,6 @@ class Supervisor:
         if "error" in told:
             os.waitpid(child.pid, 0)
             child.pid = 0
-            self._end(self._children[1:])
             raise StartFailed(told["error"][0], hint=told["error"][1])
         if not incarnation:
             self._epoch = told["epoch"]
@@ -131,10 +136,25 @@ class Supervisor:
                 child.pid = 0
                 self._wipe_staging(child.slot)
             if now - child.started >= RESPAWN_SECONDS:
-                if child.slot:
+                if not child.slot:
+                    self._revive_keeper()
+                elif self._children[0].pid:
                     self._start_worker(child)
-                else:
-                    self._start_keeper()
+
+    def _revive_keeper(self) -> None:
+        """It has served, so it will again: no state of the disk ends the daemon. Who asks meanwhile hears."""
+        if self._keeping.over():
+            try:
+                self._start_keeper()
+            except StartFailed as error:
+                if self._keeping.failed(error.message):
+                    log.error("no change can be made, and it is tried again: %s", error.message)
+            else:
+                if self._keeping.worked():
+                    log.info("the keeper is up again")
+                return
+        while (job := channel.receive(self._shared.inbox)) is not None:
+            channel.answer(job, StoreUnavailable(self._keeping.why, hint="it is tried again by itself"))
 
     def _wipe_staging(self, slot: int) -> None:
         """New KEKs that a dead worker had brought."""
@@ -143,14 +163,14 @@ class Supervisor:
             self._shared.staging[(slot - 1) * share : slot * share] = bytes(share)
 
     def _all_alive(self) -> bool:
-        """Has every main loop run lately?"""
+        """Has every main loop run lately? Who waits for the disk to come back is not stuck."""
         beats = self._shared.metrics.gauge("beats")
         now = time.monotonic()
         for child in self._children:
             seen = beats[child.slot - 1 if child.slot else -1]
             if seen != child.beats:
                 child.beats, child.fresh = seen, now
-        return all(now - child.fresh < STALE_SECONDS for child in self._children)
+        return all(now - child.fresh < STALE_SECONDS for child in self._children if child.pid)
 
     def _tell(self, number: int, children: list[Child]) -> None:
         for child in children:

@@ -80,6 +80,9 @@ REST = 3
 of it. It keeps the p99 of an encrypt beside a rotation within three times of its p99 alone; an idle machine
 never waits."""
 
+TROUBLED_SECONDS = 0.1
+"""The least rest while the store can't be written: a step would only find that out again."""
+
 RETIRE_ROWS = 500
 """Old rows deleted a step after a rotation."""
 
@@ -260,6 +263,8 @@ class Keeper:
         begun, pushed = time.thread_time(), _pushed_aside()
         self._advance()
         self._rest = REST * (time.thread_time() - begun) if _pushed_aside() != pushed else 0.0
+        if self._store.trouble():
+            self._rest = max(self._rest, TROUBLED_SECONDS)
 
     def _advance(self) -> None:
         """A step of the rotation; where there is none, of the tidying up."""
@@ -554,12 +559,13 @@ class Keeper:
     def _janitor(self) -> None:
         """Shred what is due, and finish what an earlier shred could not."""
         now = self._clock.now()
-        self._erase_soon({name.partition(":")[2]: b"" for name in self._store.names("erasure:")})
-        records = self._store.due(timestamp(now), MAX_BATCH)
+        with self._store.transaction():  # reads too: it is opened again where that has to be
+            left = self._store.names("erasure:")
+            records = self._store.due(timestamp(now), MAX_BATCH)
+            for record in records:
+                self._mark_shredded(record, now)
+        self._erase_soon({name.partition(":")[2]: b"" for name in left})
         if records:
-            with self._store.transaction():
-                for record in records:
-                    self._mark_shredded(record, now)
             self._keyring.touch()
             self._erase_soon({record.key_id: record.wrapped for record in records})
         self._next_janitor = now + JANITOR_SECONDS
@@ -593,11 +599,14 @@ class Keeper:
         return {"reasons": reasons, "warnings": warnings}
 
     def close(self) -> None:
-        """The last transaction holds the last heads."""
-        self.note("stop")
-        self._synced = 0.0
-        with self._store.transaction():
-            self._write_anchors()
+        """The last transaction holds the last heads; where the disk takes none, the next start finds that."""
+        try:
+            self.note("stop")
+            self._synced = 0.0
+            with self._store.transaction():
+                self._write_anchors()
+        except (StoreUnavailable, AuditUnavailable) as error:
+            log.error("the end is not in the store or the audit log: %s", error.message)
         self._store.close()
         self._audit.close()
         self._memory.close()

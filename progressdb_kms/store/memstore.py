@@ -154,6 +154,10 @@ class MemoryStore(MemoryReader):
 
     # ---- what only a file needs --------------------------------------------------------------------
 
+    def trouble(self) -> str:
+        """None."""
+        return ""
+
     def compact(self) -> None:
         """No free pages."""
 

@@ -33,6 +33,7 @@ from sqlitedict import SqliteDict
 from ..encoding import json_dumps, json_loads
 from ..errors import StoreDamaged, StoreUnavailable
 from .contract import DekRecord, KekCount, counted
+from .pause import Pause
 
 FILE_NAME = "kms.db"
 SCHEMA_VERSION = 1
@@ -50,6 +51,9 @@ open (Litestream does) would otherwise stop all writes for as long as it likes."
 
 CHECKPOINT_TRY = 50
 """The same where nobody waits for it: it is tried again, and creates shall not wait for that."""
+
+REOPEN_PAUSES = 0.1, 5.0
+"""Seconds between two tries to open the file again after a COMMIT that failed; each reads the whole file."""
 
 FULL = "FULL"  # each COMMIT waits for the disk
 NORMAL = "NORMAL"  # in WAL mode: a COMMIT is ordered before the next one, and waits for nothing
@@ -81,9 +85,9 @@ class Connection:
 
     autocommit = False
 
-    def __init__(self, path: Path, *, writer: bool) -> None:
+    def __init__(self, path: Path, mode: str) -> None:
+        """`mode`: ro, rw, or rwc, which makes the file where there is none."""
         self.lock = threading.RLock()
-        mode = "rwc" if writer else "ro"
         uri = f"file://{quote(os.fsencode(path.absolute()))}?mode={mode}"
         try:
             self._db = sqlite3.connect(
@@ -164,7 +168,7 @@ class SqliteReader:
 
     def __init__(self, data_dir: Path) -> None:
         self.path = data_dir / FILE_NAME
-        self._conn = Connection(self.path, writer=False)
+        self._conn = Connection(self.path, "ro")
         self._bind()
 
     def _bind(self) -> None:
@@ -208,13 +212,14 @@ class SqliteStore(SqliteReader):
 
     def __init__(self, data_dir: Path) -> None:
         self.path = data_dir / FILE_NAME
-        self._open()
+        self._reopening = Pause(*REOPEN_PAUSES)
+        self._open("rwc")
 
-    def _open(self) -> None:
+    def _open(self, mode: str) -> None:
         if not self.path.exists() or self.path.stat().st_size == 0:
             self._refuse_lost()
         self._suspect = True  # until all of this has worked
-        self._conn = Connection(self.path, writer=True)
+        self._conn = Connection(self.path, mode)
         with contextlib.ExitStack() as undo:
             undo.callback(self._conn.close)
             try:
@@ -296,14 +301,25 @@ class SqliteStore(SqliteReader):
 
     def _reopen(self) -> None:
         """After a COMMIT of unknown outcome: a new connection, and a look at the whole file."""
-        self._conn.close()
-        self._open()
-        answer = self._conn.select_one("PRAGMA quick_check(1)")[0]
-        if answer != "ok":
+        if not self._reopening.over():
+            raise StoreUnavailable(self._reopening.why, hint="it is tried again every few seconds")
+        try:
+            self._conn.close()
+            self._open("rw")
             self._suspect = True
-            raise StoreUnavailable(
-                f"the store is damaged: {answer}", hint="stop the daemon and restore a backup"
-            )
+            answer = self._conn.select_one("PRAGMA quick_check(1)")[0]
+            if answer != "ok":
+                hint = "stop the daemon and restore a backup"
+                raise StoreUnavailable(f"the store is damaged: {answer}", hint=hint)
+        except (StoreUnavailable, StoreDamaged) as error:
+            self._reopening.failed(error.message)
+            raise StoreUnavailable(error.message, hint=error.hint) from error
+        self._reopening.worked()
+        self._suspect = False
+
+    def trouble(self) -> str:
+        """Why nothing can be written now, as far as it is known; empty where nothing is."""
+        return self._reopening.why
 
     # ---- transactions ------------------------------------------------------------------------
 

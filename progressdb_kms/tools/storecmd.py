@@ -119,7 +119,7 @@ def verify(loaded: Loaded, progress: Progress) -> dict[str, Any]:
 
 def _check_file(data_dir: Path, faults: _Faults) -> None:
     """SQLite's integrity, and the counts by which a start decides whether the keys fit: in one snapshot."""
-    db = Connection(data_dir / FILE_NAME, writer=False)
+    db = Connection(data_dir / FILE_NAME, "ro")
     with contextlib.closing(db):
         db.execute("BEGIN")
         for row in db.select("PRAGMA integrity_check(20)"):

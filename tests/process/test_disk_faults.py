@@ -18,7 +18,7 @@ from typing import Any, Callable
 import pytest
 
 from progressdb_kms.audit.log import ROOM
-from progressdb_kms.service.keeper import SYNC_SECONDS
+from progressdb_kms.service.keeper import JANITOR_SECONDS, SYNC_SECONDS
 from tests.harness import Daemon, request
 from tests.harness.daemon import DaemonFailed, cli
 from tests.harness.faults import Shim, Tmpfs
@@ -72,6 +72,34 @@ class TestFullDisk:
             kept.opens(kms)
             assert kms.request("GET", "/readyz").status == 200
             assert kms.ok("GET", f"/deks/{key}")["state"] == "enabled"  # no refused change was made
+
+    @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
+    def test_however_long_it_lasts(self, disk: Tmpfs, workers: int) -> None:
+        """The janitor and the tidying go on failing; and it is well again by itself."""
+        kept = Kept()
+        with Daemon(home=disk.path, workers=workers) as daemon, daemon.session() as kms:
+            kept.create(kms, 5)
+            other = kms.create_dek("t")["key_id"]
+            full, replies = time.monotonic(), []
+            while time.monotonic() < full + JANITOR_SECONDS + 6:
+                if disk.free():  # the write-ahead log was cut
+                    disk.fill()
+                replies += [kms.request(*call) for call in changes(other)]
+                time.sleep(1)
+            assert {reply.status for reply in replies} <= {200, 409, 503}
+            assert any(reply.status == 503 for reply in replies[-10:])
+            assert daemon.alive and "Traceback" not in daemon.stderr and len(daemon.stderr) < 5000
+            disk.drain()
+            wait_until(lambda: kms.request("GET", "/readyz").status == 200, 30, "readiness")
+            kept.create(kms, 2)
+            kept.opens(kms)
+
+    def test_it_ends_in_order_while_the_disk_is_full(self, disk: Tmpfs) -> None:
+        with Daemon(home=disk.path, workers=1) as daemon, daemon.session() as kms:
+            kms.create_dek("t")
+            disk.fill()
+            refused(kms.request("POST", "/create_dek_for_thread", {"thread_id": "t"}))
+            daemon.stop()
 
     def test_full_in_the_middle_of_a_rotation(self, disk: Tmpfs) -> None:
         """Room for a part of the second table and the snapshots."""
@@ -133,6 +161,48 @@ class TestFailingCalls:
             active = kms.ok("GET", "/status")["kek_id"]
             assert kms.create_dek("t")["kek_id"] == active
 
+    @pytest.mark.parametrize("call", ["sync", "write"])
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_after_a_rotation_that_was_refused(self, shim: Shim, call: str, workers: int) -> None:
+        """What it left can't be tidied up either, for a while."""
+        kept = Kept()
+        error = {"sync": "EIO", "write": "ENOSPC"}[call]
+        with Daemon(env=shim.env, workers=workers) as daemon, daemon.session() as kms:
+            kept.create(kms, 20)
+            fault = shim.fail(call, "kms.db-wal", error)
+            refused(kms.request("POST", "/rotate_kek", {"new_kek_hex": os.urandom(32).hex()}))
+            for _ in range(40):
+                refused(kms.request("POST", "/create_dek_for_thread", {"thread_id": "t"}))
+                time.sleep(0.1)
+            assert fault.hits and daemon.alive
+            shim.clear()
+            wait_until(lambda: kms.request("GET", "/readyz").status == 200, 60, "readiness")
+            kept.create(kms, 2)
+            daemon.write_kek(os.urandom(32))
+            kms.rotate(daemon.kek)
+            kept.opens(kms)
+            kept.verifies(daemon)
+
+    def test_a_keeper_that_cant_open_the_store(self, shim: Shim) -> None:
+        """The supervisor waits and tries; calls that only read are served, others are told at once."""
+        kept = Kept()
+        with Daemon(env=shim.env, workers=2) as daemon, daemon.session() as kms:
+            kept.create(kms, 5)
+            shim.fail("open", "kms.db", "EIO")
+            os.kill(daemon.writer, signal.SIGKILL)
+            wait_until(lambda: "no change can be made" in daemon.stderr, 30, "the supervisor to tell")
+            begun = time.monotonic()
+            for _ in range(5):
+                refused(kms.request("POST", "/create_dek_for_thread", {"thread_id": "t"}))
+                assert kms.request("GET", "/readyz").status == 503
+                kept.opens(kms)
+            assert time.monotonic() - begun < 10 and daemon.alive
+            shim.clear()
+            wait_until(lambda: kms.request("GET", "/readyz").status == 200, 60, "readiness")
+            kept.create(kms, 2)
+            kept.opens(kms)
+            kept.verifies(daemon)
+
     def test_an_audit_log_that_cant_be_synced(self, shim: Shim) -> None:
         """The record stands, so the call is answered; the operator is told, and the store's anchor waits."""
         kept = Kept()
@@ -158,6 +228,7 @@ class TestFailingCalls:
                 kept.opens(kms)
             assert fault.hits
             shim.clear()
+            wait_until(lambda: kms.request("GET", "/readyz").status == 200, 30, "readiness")
             kept.create(kms, 3)
             kept.opens(kms)
             kept.verifies(daemon)
