@@ -19,7 +19,7 @@ from .results import (
     Unavailable,
     Wrapped,
 )
-from .transport import BadAnswer, ClientError, ConnectionFailed
+from .transport import BadAnswer, ClientError, ConnectionFailed, ListenerRefused
 
 __all__ = [
     "DEFAULT_SOCKET",
@@ -36,6 +36,7 @@ __all__ = [
     "KeyDisabled",
     "KeyNotFound",
     "KeyShredded",
+    "ListenerRefused",
     "PeerRefused",
     "Readiness",
     "Receipted",

@@ -35,7 +35,16 @@ from ..crypto.memory import LockedBuffer
 from ..encoding import Buffer
 from .handle import DekHandle, key_id_of_thread
 from .results import Dek, Readiness, RotationResult, Wrapped, failure
-from .transport import BadAnswer, ClientError, ConnectionFailed, Pool, Reply, Request, bad_answer
+from .transport import (
+    BadAnswer,
+    ClientError,
+    ConnectionFailed,
+    ListenerRefused,
+    Pool,
+    Reply,
+    Request,
+    bad_answer,
+)
 
 DEFAULT_SOCKET = "/tmp/progressdb-kms.sock"  # noqa: S108  # where the ProgressDB server looks, too
 
@@ -74,7 +83,8 @@ class Client:
     """Calls the daemon at `socket_path` (`unix://PATH` is taken too). Connects with the first call.
 
     `timeout`: seconds without a byte from the daemon, None for ever. `max_response`: bytes. `retry_seconds`:
-    how long a call may be repeated in all, 0 for not at all.
+    how long a call may be repeated in all, 0 for not at all. `server_uid`: the daemon's UID, where its socket
+    lies in a folder that others may write to; see `listener`.
     """
 
     def __init__(
@@ -84,12 +94,13 @@ class Client:
         timeout: Optional[float] = TIMEOUT,
         max_response: int = MAX_RESPONSE,
         retry_seconds: float = 0.0,
+        server_uid: Optional[int] = None,
     ) -> None:
         path = os.fspath(socket_path)
         self.socket_path = path[len("unix://") :] if path.startswith("unix://") else path
         self._timeout = timeout
         self._retry_seconds = retry_seconds
-        self._pool = Pool(self.socket_path, max_response)
+        self._pool = Pool(self.socket_path, max_response, server_uid)
         self._local = threading.local()
 
     def close(self) -> None:
@@ -323,7 +334,8 @@ class Client:
                     return _check(reply)
                 wait, failed = reply.retry_after, failure(reply.status, _error(reply))
             except ConnectionFailed as error:
-                if not (request.repeatable or error.code == "connection_failed"):
+                again = request.repeatable or error.code == "connection_failed"
+                if isinstance(error, ListenerRefused) or not again:
                     raise
                 failed = error
             wait = max(wait, pause * random.uniform(0.5, 1.0))  # noqa: S311  # not for a secret

@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import NamedTuple, Optional, Union
 
+from . import listener
+
 IDLE_CONNECTIONS = 16
 """Connections kept open for the next request; more may be in use."""
 
@@ -40,6 +42,10 @@ class ClientError(Exception):
 
 class ConnectionFailed(ClientError):
     """No answer came. `code`: connection_failed (none was made), connection_lost (it broke) or timeout."""
+
+
+class ListenerRefused(ConnectionFailed):
+    """Somebody else than the daemon may listen there: nothing was sent. `code`: listener_refused."""
 
 
 class BadAnswer(ClientError):
@@ -76,8 +82,9 @@ class Reply(NamedTuple):
 class Pool:
     """Connections to one socket. Lock-free, so that a fork can't leave a lock held: deques are atomic."""
 
-    def __init__(self, path: str, max_response: int) -> None:
+    def __init__(self, path: str, max_response: int, server_uid: Optional[int] = None) -> None:
         self._path = path
+        self._server_uid = server_uid
         self._max_response = max_response
         self._idle: deque[tuple[int, _Connection]] = deque()
 
@@ -91,7 +98,7 @@ class Pool:
                 if lost.complete and not request.repeatable:
                     raise self._broken(request, "it was closed before the answer", True) from lost
         try:
-            return self._use(_Connection(self._path), request)
+            return self._use(_Connection(self._path, self._server_uid), request)
         except _NotAnswered as lost:
             raise self._broken(request, "it was closed before the answer", lost.complete) from lost
 
@@ -146,9 +153,10 @@ class _NotAnswered(Exception):
 
 
 class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, server_uid: Optional[int]) -> None:
         super().__init__("unix")
         self._path = path
+        self._server_uid = server_uid
 
     def connect(self) -> None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -158,6 +166,14 @@ class _Connection(http.client.HTTPConnection):
         except OSError as error:
             sock.close()
             raise _unreachable(self._path, error) from error
+        uid = listener.of(sock)
+        if why := listener.distrust(uid, self._path, self._server_uid):
+            sock.close()
+            raise ListenerRefused(
+                f"uid {uid} listens at {self._path}, and may not be the daemon: {why}",
+                code="listener_refused",
+                hint=f"nothing was sent; if it is: --server-uid {uid}, or Client(server_uid={uid})",
+            )
         self.sock = sock
 
     def open(self, timeout: Optional[float]) -> None:

@@ -66,7 +66,8 @@ def _client(args: argparse.Namespace) -> Client:
     from ..client import Client
     from .commandtable import DEFAULT_SOCKET
 
-    return Client(args.socket or os.environ.get("PROGRESSDB_KMS_SOCKET") or DEFAULT_SOCKET)
+    path = args.socket or os.environ.get("PROGRESSDB_KMS_SOCKET") or DEFAULT_SOCKET
+    return Client(path, server_uid=args.server_uid)
 
 
 def status(args: argparse.Namespace) -> int:

@@ -59,6 +59,9 @@ ENVIRONMENT = (
 )
 
 SOCKET = Arg(("--socket",), f"the daemon's Unix socket (default {DEFAULT_SOCKET})", "file", "PATH")
+SERVER_UID = Arg(
+    ("--server-uid",), "the daemon's UID, where others may write to its socket's folder", "uid", "UID"
+)
 DATA_DIR = Arg(
     ("--data-dir",), f"where the store and the audit log are (default {DEFAULT_DATA_DIR})", "folder", "DIR"
 )
@@ -494,6 +497,17 @@ COMMANDS: tuple[Command, ...] = (
         ("progressdb-kms bench", "progressdb-kms bench rotate --deks 100000"),
     ),
 )
+
+
+def _asks_who_listens(command: Command) -> Command:
+    """Every command that sends something through the socket takes --server-uid behind --socket."""
+    if SOCKET not in command.args or command.group == SERVE:
+        return command
+    at = command.args.index(SOCKET) + 1
+    return command._replace(args=(*command.args[:at], SERVER_UID, *command.args[at:]))
+
+
+COMMANDS = tuple(map(_asks_who_listens, COMMANDS))
 
 GROUP_TITLES = {
     SERVE: "the daemon",

@@ -76,6 +76,7 @@ class Patient:
     def __init__(self, args: argparse.Namespace) -> None:
         self.trouble: Optional[KMSError] = None
         self.keys: Optional[Configured] = None
+        self.server_uid: Optional[int] = getattr(args, "server_uid", None)
         flags = {"socket": args.socket, "data_dir": args.data_dir, "config": args.config}
         self.settings = self._settings(flags)
         self.status: Optional[dict[str, Any]] = None
@@ -424,7 +425,7 @@ def _socket(patient: Patient) -> Findings:
 
 def _daemon(patient: Patient) -> Findings:
     assert patient.settings is not None
-    with Client(patient.settings.socket, timeout=10.0) as kms:
+    with Client(patient.settings.socket, timeout=10.0, server_uid=patient.server_uid) as kms:
         try:
             ready, status = kms.ready(), kms.status()
         except ClientError as error:

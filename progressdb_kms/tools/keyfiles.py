@@ -54,6 +54,9 @@ from .console import CommandFailed, sync_folder
 POLL = 0.5
 """Seconds between two looks at a rotation that somebody else began."""
 
+TRIES = 3
+"""How often a new key is sent to a daemon that says yes and goes on with the old one."""
+
 RESUME = "run `progressdb-kms rotate-kek --resume`"
 
 LOST = "while the daemon runs, `rotate-kek --generate` or `--new-key-file NEW` brings a new key"
@@ -351,13 +354,21 @@ class ChangeOver:
 
     def _lead_on(self) -> RotationResult:
         result = RotationResult("", "", 0, "", {})
+        tries = 0
         while True:
             current, following = map(kek_id_if_there, (self._files.current, self._files.following))
             step = decide(current, following, self._service.active())
             if step == "nothing":
                 return result._replace(kek_id=current or "")
             if step == "rotate":
+                if tries == TRIES:
+                    raise CommandFailed(
+                        f"the daemon answers that it rotated, but its active KEK stays {current}",
+                        hint=f"is it the daemon that answers? The new key is kept in {self._files.following}",
+                    )
+                self._sleep(POLL * tries)
                 result = self._rotate()
+                tries += 1
             elif step == "wait":
                 self._sleep(POLL)
             elif step == "replace":

@@ -35,7 +35,8 @@ class Done(NamedTuple):
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
-    with Client(settings.socket) as kms, Progress("rotate-kek") as bar, LockedBuffer(KEY_SIZE) as memory:
+    client = Client(settings.socket, server_uid=args.server_uid)
+    with client as kms, Progress("rotate-kek") as bar, LockedBuffer(KEY_SIZE) as memory:
         service = Daemon(kms, bar)
         if args.generate:
             keyfiles.random_key(memory.view)
