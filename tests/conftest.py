@@ -91,7 +91,20 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("kms")
 
 
+def starts_a_daemon(item: pytest.Item) -> bool:
+    """Whether it is one of those that `bin/test --fast` leaves out: tests of the process and of the commands,
+    and wherever else a daemon is asked."""
+    if item.path.relative_to(Path(__file__).parent).parts[0] in ("process", "tools"):
+        return True
+    asked = {"daemon", "make_daemon", "shared_daemon", "kms"} & set(getattr(item, "fixturenames", ()))
+    return bool(asked) or hasattr(getattr(item, "module", None), "Daemon")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if starts_a_daemon(item):
+            item.add_marker(pytest.mark.slow)
     if os.geteuid() == 0:
         return
     for item in items:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import json
 import subprocess
@@ -61,15 +62,18 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-def imports(module: str, source: str) -> Iterator[tuple[str, bool]]:
-    """(absolute name, whether it is at the top of the module) of everything imported anywhere in it."""
-    tree = ast.parse(source)
-    top = set(map(id, tree.body))
+@functools.cache
+def imports(module: str, source: str) -> tuple[str, ...]:
+    """The absolute names of everything imported anywhere in it."""
+    return tuple(found_imports(module, ast.parse(source)))
+
+
+def found_imports(module: str, tree: ast.Module) -> Iterator[str]:
     package = module if SOURCES.get(module, Path("x")).stem == "__init__" else module.rpartition(".")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield alias.name, id(node) in top
+                yield alias.name
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
@@ -77,11 +81,11 @@ def imports(module: str, source: str) -> Iterator[tuple[str, bool]]:
                 base = ".".join([*above, *filter(None, [node.module])])
             for alias in node.names:
                 full = f"{base}.{alias.name}"
-                yield full if full in SOURCES else base, id(node) in top
+                yield full if full in SOURCES else base
 
 
 def ours(module: str, source: str) -> set[str]:
-    return {name for name, _ in imports(module, source) if name.split(".")[0] == "progressdb_kms"} - {module}
+    return {name for name in imports(module, source) if name.split(".")[0] == "progressdb_kms"} - {module}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.count(".")])
@@ -106,7 +110,7 @@ def test_a_module_of_others_has_one_importer(owned: str) -> None:
     users = {
         room(module)
         for module, source in MODULES.items()
-        if owned in {name.split(".")[0] for name, _ in imports(module, source)}
+        if owned in {name.split(".")[0] for name in imports(module, source)}
     }
     assert users <= {OWNED[owned]}
 

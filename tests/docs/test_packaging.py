@@ -22,6 +22,7 @@ from progressdb_kms.config import load
 from progressdb_kms.config.options import BY_NAME, OPTIONS
 from progressdb_kms.service.metrics import CLASSES, OPS, Metrics
 from progressdb_kms.tools.cli import build_parser
+from tests.harness.daemon import write_secret
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGING = REPO / "packaging"
@@ -149,7 +150,7 @@ def test_the_sample_states_the_limits() -> None:
 def test_the_daemon_takes_the_sample(short_tmp: Path) -> None:
     """But for the key file and the group, which a package makes."""
     text = (PACKAGING / "progressdb-kms.yaml").read_text().replace("socket_group: progressdb-kms\n", "")
-    (short_tmp / "c.yaml").write_text(text)
+    write_secret(short_tmp / "c.yaml", text.encode())  # whatever the umask: who may write to it is checked
     with load.load({"config": str(short_tmp / "c.yaml")}, {}, need_key=False) as loaded:
         assert loaded.settings.memory_lock == "require"
         assert loaded.settings.socket_mode == 0o660

@@ -25,7 +25,11 @@ GET = b"GET /healthz HTTP/1.1\r\nHost: unix\r\n\r\n"
 
 
 def descriptors(daemon: Daemon) -> int:
-    """Without those of locked memory, which is kept for the next connections."""
+    """Without those of locked memory, which is kept for the next connections. The daemon is not dumpable, so
+    that root alone sees its descriptors; others see the open ends of its socket."""
+    if os.geteuid() != 0:
+        ends = Path("/proc/net/unix").read_text().splitlines()
+        return sum(line.endswith(f" {daemon.socket}") for line in ends)
     links = [path for pid in daemon.pids() for path in Path(f"/proc/{pid}/fd").iterdir()]
     return sum("secretmem" not in os.path.realpath(path) for path in links)
 

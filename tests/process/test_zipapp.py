@@ -133,7 +133,9 @@ def test_the_range_of_cryptography_is_checked(plain: Path, tmp_path: Path, versi
 
 
 def test_an_old_python_is_told(plain: Path) -> None:
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     paths = [path for name in ("python3.8", "python3.7", "python3.6") if (path := shutil.which(name))]
+    paths += [str(path) for minor in (8, 7, 6) for path in pyenv.glob(f"versions/3.{minor}.*/bin/python")]
     old = [
         path for path in paths if not subprocess.run([path, "-c", ""], stderr=subprocess.DEVNULL).returncode
     ]

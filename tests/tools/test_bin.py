@@ -84,7 +84,7 @@ class TestProgram:
     ) -> None:
         """`python -m progressdb_kms`, where one of them is not there."""
         (short_tmp / "sitecustomize.py").write_text(f"import sys\nsys.modules[{module!r}] = None\n")
-        (short_tmp / "c.yaml").write_text("workers: 1\n")
+        write_secret(short_tmp / "c.yaml", b"workers: 1\n")
         words = ["verify", "--data-dir", str(short_tmp), "--config", str(short_tmp / "c.yaml")]
         env = {**environment(tree), "PYTHONPATH": f"{short_tmp}:{tree}"}
         command = [sys.executable, "-m", "progressdb_kms", *words]
@@ -153,6 +153,10 @@ class TestTest:
 
     def test_long_tests_are_asked_for(self, short_tmp: Path) -> None:
         assert "-m not long" in self.pytest_of(short_tmp, "-x")
+
+    def test_a_fast_run_is_shared_too(self, short_tmp: Path) -> None:
+        found = self.pytest_of(short_tmp, "--fast", "-x")
+        assert "-m not long and not slow" in found and self.TWO in found
 
     def test_all_are_run_with_long(self, short_tmp: Path) -> None:
         assert "not long" not in self.pytest_of(short_tmp, "--long")
