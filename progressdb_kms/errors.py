@@ -113,6 +113,10 @@ class BodyTooLarge(RequestError):
     default_code = "body_too_large"
     close = True
 
+    def __init__(self, message: str, *, code: str = "", hint: str = "") -> None:
+        remedy = "send it in parts, or raise max_body_bytes in the daemon's configuration"
+        super().__init__(message, code=code, hint=hint or remedy)
+
 
 class UnsupportedMediaType(RequestError):
     """415: neither JSON nor, where the route takes it, application/octet-stream."""

@@ -123,7 +123,7 @@ def _read_file(path: str, label: str, scratch: memoryview, out: memoryview, *, c
         if trouble:
             raise ConfigError(
                 f"{label} {trouble}",
-                hint=f"chown and chmod 0600 {path}; change the key if others may have read it",
+                hint=remedy(os.fstat(descriptor), path),
             )
         decode_into(scratch, _fill(descriptor, scratch), out)
     finally:
@@ -143,6 +143,23 @@ def distrust(about: os.stat_result, uid: int, credential: bool) -> Optional[str]
     if about.st_mode & 0o777 & ~allowed:
         return f"is open to others (mode {about.st_mode & 0o7777:04o})"
     return None
+
+
+def remedy(about: os.stat_result, path: str) -> str:
+    """What to do about a key file that `distrust` refuses."""
+    if stat.S_ISDIR(about.st_mode):
+        return "name the file in it; `progressdb-kms genkey FILE` makes one"
+    if not stat.S_ISREG(about.st_mode):
+        return (
+            "a key that comes from a program is handed over as a credential: master_key_credential: kek, and "
+            "in the unit LoadCredential=kek:/PATH (systemd.exec(5)), where PATH is a file or a socket"
+        )
+    if about.st_mode & 0o077 == 0:
+        return f"chown it to root or the daemon's user: {path}"
+    return (
+        f"chmod 0600 {path}, and change the key if others may have read it; where a group has to read it, "
+        f"hand it over as a credential: master_key_credential: kek, and in the unit LoadCredential=kek:{path}"
+    )
 
 
 def _is_pipe(descriptor: int) -> bool:

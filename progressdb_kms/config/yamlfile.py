@@ -119,7 +119,10 @@ def _open(path: str) -> tuple[FileIO, int]:
     if trouble:
         os.close(descriptor)
         raise ConfigError(
-            f"the configuration file {path} {trouble}", hint=f"chown it to its user, chmod 0600 {path}"
+            f"the configuration file {path} {trouble}",
+            hint=f"chown it to its user, chmod 0600 {path}"
+            if stat.S_ISREG(about.st_mode)
+            else "--config names a file of YAML",
         )
     return FileIO(descriptor), about.st_mode
 

@@ -16,7 +16,7 @@ import socket
 import stat
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from ..errors import KMSError
 
@@ -131,8 +131,8 @@ def told(error: Exception) -> str:
     if isinstance(error, KMSError) or message is not None:
         hint = getattr(error, "hint", "")
         return f"{message} ({hint})" if hint else f"{message}"
-    if isinstance(error, MemoryError):
-        return "memory ran out (raise LimitAS= and MemoryMax= in the unit, or `ulimit -v`)"
+    if (limit := ran_out(error)) is not None:
+        return limit
     if isinstance(error, FileNotFoundError) and not error.filename and _homeless():
         return "the working directory is gone (give absolute paths, or start it in another folder)"
     if isinstance(error, OSError) and error.strerror:
@@ -148,6 +148,18 @@ def told(error: Exception) -> str:
         trace = trace.tb_next
     place = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else "?"
     return f"internal error: {type(error).__name__} at {place} (please report it)"
+
+
+def ran_out(error: BaseException) -> Optional[str]:
+    """The limit of the system that this error is about, and how it is raised."""
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return "no thread can be started (raise TasksMax=, LimitNPROC= and LimitAS=, or `ulimit -u` and `-v`)"
+    memory = "failed to map segment", "annot allocate memory"
+    if isinstance(error, MemoryError) or (
+        isinstance(error, (ImportError, OSError)) and any(words in str(error) for words in memory)
+    ):
+        return "memory ran out (raise LimitAS= and MemoryMax= in the unit, or `ulimit -v`)"
+    return None
 
 
 def _homeless() -> bool:

@@ -20,7 +20,7 @@ from ..store.pause import Pause
 from . import hardening
 from .serving import BEAT_SECONDS, DRAIN_SECONDS, Notifier, Shared, Worker, open_keeper, reopen_keeper
 from .signals import END, SignalPipe, Signals
-from .streams import catch_up
+from .streams import catch_up, ran_out, told
 
 log = logging.getLogger("progressdb_kms")
 
@@ -214,9 +214,12 @@ def _in_child(supervisor: int, lock: int, main: Callable[[], None]) -> NoReturn:
         main()
         code = 0
     except KMSError as error:
-        log.error("%s%s", error.message, f" ({error.hint})" if error.hint else "")
-    except BaseException:
-        log.exception("a process of the daemon ended with an error")
+        log.error("%s", told(error))
+    except BaseException as error:
+        if (limit := ran_out(error)) is not None:
+            log.error("%s", limit)
+        else:
+            log.exception("a process of the daemon ended with an error")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -224,11 +227,16 @@ def _in_child(supervisor: int, lock: int, main: Callable[[], None]) -> NoReturn:
 
 
 def _keeper_main(shared: Shared, incarnation: int, report: int) -> None:
-    signals = SignalPipe(child=True)
     try:
+        signals = SignalPipe(child=True)
         keeper, epoch = open_keeper(shared, incarnation)
     except KMSError as error:
         os.write(report, json_dumps({"error": [error.message, error.hint]}).encode() + b"\n")
+        return
+    except Exception as error:
+        if (limit := ran_out(error)) is None:
+            raise
+        os.write(report, json_dumps({"error": [limit, ""]}).encode() + b"\n")
         return
     os.write(report, json_dumps({"epoch": epoch}).encode() + b"\n")
     os.close(report)

@@ -166,6 +166,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         # Whoever read our output has seen enough. stdout goes nowhere, or the interpreter would try again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    except UnicodeEncodeError:
+        return fail("an argument is no text in this locale (set LC_ALL=C.UTF-8)", code=2)
     except Exception as error:
         return fail(told(error))
 
@@ -183,10 +185,13 @@ def _with_command(words: list[str]) -> list[str]:
 
 
 def _run(words: list[str]) -> int:
-    args = build_parser().parse_args(words)
+    args, unknown = build_parser().parse_known_args(words)
     if not hasattr(args, "command"):
         raise UsageError(f"no command is given (see `{PROG} --help`)")
     command: Command = args.command
+    if unknown:
+        more = " ".join(unknown)
+        raise UsageError(f"unrecognized arguments: {more} (see `{PROG} {command.name} --help`)")
     if command.keys:
         _harden(words)
     from . import commands

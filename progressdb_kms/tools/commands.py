@@ -64,10 +64,9 @@ def serve(args: argparse.Namespace) -> int:
 
 def _client(args: argparse.Namespace) -> Client:
     from ..client import Client
-    from .commandtable import DEFAULT_SOCKET
+    from .finding import socket_of
 
-    path = args.socket or os.environ.get("PROGRESSDB_KMS_SOCKET") or DEFAULT_SOCKET
-    return Client(path, server_uid=args.server_uid)
+    return Client(socket_of(args), server_uid=args.server_uid)
 
 
 def status(args: argparse.Namespace) -> int:
@@ -136,8 +135,8 @@ def list_deks(args: argparse.Namespace) -> None:
             for dek in deks:
                 _show_dek(dek, True)
         else:
-            rows = [(dek.key_id, dek.state, dek.kek_id, dek.created_at, dek.thread_id) for dek in deks]
-            sys.stdout.write(table(("KEY_ID", "STATE", "KEK_ID", "CREATED_AT", "THREAD_ID"), rows))
+            rows = ((dek.key_id, dek.state, dek.kek_id, dek.created_at, dek.thread_id) for dek in deks)
+            sys.stdout.writelines(table(("KEY_ID", "STATE", "KEK_ID", "CREATED_AT", "THREAD_ID"), rows))
 
 
 def describe(args: argparse.Namespace) -> None:
@@ -209,7 +208,10 @@ def rotate_kek(args: argparse.Namespace) -> None:
     if args.resume and args.dry_run:
         raise UsageError("--resume and --dry-run exclude each other")
     from . import rotatecmd
+    from .finding import socket_of
 
+    if not args.config:
+        args.socket = socket_of(args)
     with _load(args, need_key=False) as loaded:
         rotatecmd.run(args, loaded.settings)
 
@@ -312,7 +314,7 @@ def backups_list(args: argparse.Namespace) -> None:
             show(row, True)
     else:
         cells = [(row["time"], row["kek_id"], row["deks"], row["path"]) for row in rows]
-        sys.stdout.write(table(("TIME", "KEK_ID", "DEKS", "PATH"), cells))
+        sys.stdout.writelines(table(("TIME", "KEK_ID", "DEKS", "PATH"), cells))
 
 
 def backups_prune(args: argparse.Namespace) -> None:

@@ -51,7 +51,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 EXITS = ((0, "it was done"), (1, "it failed; stderr says why"), (2, "the command line is wrong"))
 
 ENVIRONMENT = (
-    ("PROGRESSDB_KMS_SOCKET", "the socket, where --socket and the config file name none"),
+    ("PROGRESSDB_KMS_SOCKET", "the socket, where neither --socket nor a --config names one"),
     ("PROGRESSDB_KMS_DATA_DIR", "the data-dir, likewise"),
     ("PROGRESSDB_KMS_MASTER_KEY_FILE", "the master key file; not read with --config"),
     ("PROGRESSDB_KMS_MASTER_KEY_HEX", "the master key; not read with --config"),
@@ -110,7 +110,12 @@ COMMANDS: tuple[Command, ...] = (
         ONLINE,
         "tell how the daemon is",
         "Prints version, active KEK, number of DEKs, memory protection, audit log and a rotation under way.",
-        (SOCKET, JSON, Arg(("--ready",), "fail unless it can do all of its work (a health check)", "flag")),
+        (
+            SOCKET,
+            CONFIG,
+            JSON,
+            Arg(("--ready",), "fail unless it can do all of its work (a health check)", "flag"),
+        ),
         "status",
         ("progressdb-kms status", "progressdb-kms status --ready"),
         exits=((1, "no answer, or not ready with --ready"),),
@@ -121,7 +126,11 @@ COMMANDS: tuple[Command, ...] = (
         "print the metrics, for Prometheus",
         "Prints what GET /metrics answers. With --textfile it is written whole, for the collector of "
         "node_exporter; where the daemon does not answer, the file says progressdb_kms_up 0.",
-        (SOCKET, Arg(("--textfile",), "write to this file, such as kms.prom, mode 0644", "file", "PATH")),
+        (
+            SOCKET,
+            CONFIG,
+            Arg(("--textfile",), "write to this file, such as kms.prom, mode 0644", "file", "PATH"),
+        ),
         "metrics",
         ("progressdb-kms metrics --textfile /var/lib/prometheus/node-exporter/progressdb-kms.prom",),
     ),
@@ -132,6 +141,7 @@ COMMANDS: tuple[Command, ...] = (
         "Prints the key_id of a new DEK. Each call makes another one.",
         (
             SOCKET,
+            CONFIG,
             Arg(("--thread-id",), "the chat thread that it is for", "text", "ID", required=True),
             Arg(("--key-id",), "its key_id (default: a generated one)", "text", "ID"),
             JSON,
@@ -144,7 +154,7 @@ COMMANDS: tuple[Command, ...] = (
         ONLINE,
         "list the DEKs",
         "Prints a line a DEK, in order of key_id.",
-        (SOCKET, Arg(("--thread-id",), "those of this thread only", "text", "ID"), JSON),
+        (SOCKET, CONFIG, Arg(("--thread-id",), "those of this thread only", "text", "ID"), JSON),
         "list_deks",
         ("progressdb-kms list --thread-id t1", "progressdb-kms list --json | jq -r .key_id"),
     ),
@@ -153,7 +163,7 @@ COMMANDS: tuple[Command, ...] = (
         ONLINE,
         "tell about a DEK",
         "Prints state, thread, KEK and times of one DEK; never its bytes.",
-        (SOCKET, KEY, JSON),
+        (SOCKET, CONFIG, KEY, JSON),
         "describe",
     ),
     Command(
@@ -161,7 +171,7 @@ COMMANDS: tuple[Command, ...] = (
         ONLINE,
         "encrypt a file or stdin under a DEK",
         "AES-256-GCM inside the daemon; the DEK never leaves it. " + _OUT_RULES,
-        (SOCKET, KEY_OPTION, AAD, INPUT, OUTPUT),
+        (SOCKET, CONFIG, KEY_OPTION, AAD, INPUT, OUTPUT),
         "encrypt",
         (
             "progressdb-kms encrypt --key-id $KEY --aad backup notes.txt notes.enc",
@@ -173,7 +183,7 @@ COMMANDS: tuple[Command, ...] = (
         ONLINE,
         "decrypt a file or stdin",
         "The opposite of encrypt: takes the same key_id and the same AAD. " + _OUT_RULES,
-        (SOCKET, KEY_OPTION, AAD, INPUT, OUTPUT),
+        (SOCKET, CONFIG, KEY_OPTION, AAD, INPUT, OUTPUT),
         "decrypt",
         ("progressdb-kms decrypt --key-id $KEY --aad backup notes.enc notes.txt",),
     ),
@@ -182,7 +192,7 @@ COMMANDS: tuple[Command, ...] = (
         ONLINE,
         "take a DEK out of use",
         "What was encrypted under it can't be read until enable.",
-        (SOCKET, KEY, JSON),
+        (SOCKET, CONFIG, KEY, JSON),
         "disable",
     ),
     Command(
@@ -190,7 +200,7 @@ COMMANDS: tuple[Command, ...] = (
         ONLINE,
         "take a DEK into use again",
         "Undoes disable, and cancels a scheduled shred.",
-        (SOCKET, KEY, JSON),
+        (SOCKET, CONFIG, KEY, JSON),
         "enable",
     ),
     Command(
@@ -202,6 +212,7 @@ COMMANDS: tuple[Command, ...] = (
         "but restore refuses it. Without --now it is due in 7 days, until then `enable` cancels it.",
         (
             SOCKET,
+            CONFIG,
             KEY,
             Arg(("--now",), "at once; it can't be undone", "flag"),
             Arg(("--days",), "when it is due: 1 to 365 days (default 7)", "count", "N"),
@@ -215,7 +226,7 @@ COMMANDS: tuple[Command, ...] = (
         ONLINE,
         "move one DEK to another KEK",
         "The other KEK stays in the daemon's memory, and must be in previous_master_keys at its next start.",
-        (SOCKET, KEY, NEW_KEY_FILE._replace(required=True), JSON),
+        (SOCKET, CONFIG, KEY, NEW_KEY_FILE._replace(required=True), JSON),
         "rewrap",
         keys=True,
     ),

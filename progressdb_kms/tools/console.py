@@ -1,8 +1,8 @@
 """Input, output and progress of the commands.
 
 - Data goes to stdout, everything else to stderr.
-- A file is written whole or not at all: a private temporary file beside it takes its place by rename, and a
-  command that fails leaves none behind.
+- A file is written whole or not at all: a file without a name takes its place at the end, so that nothing is
+  left behind, whatever ends the command; where there are no such files, the next run removes what is left.
 - Text from the store is shown with its control characters escaped: a thread_id can't steer the terminal.
 - Binary data never goes to a terminal.
 """
@@ -10,11 +10,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import itertools
 import json
 import os
 import stat
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ STDIO = "-"
 
 REDRAW = 0.1
 """Seconds between two pictures of a progress bar."""
+
+PAGE = 500
+"""Rows of a table that are looked at before they are shown."""
 
 BAR = 24
 """Characters of a progress bar."""
@@ -61,12 +65,15 @@ def _word(value: object) -> object:
     return ("no", "yes")[value] if isinstance(value, bool) else value
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns as wide as their widest cell; the last one is not padded."""
-    cells = [list(head), *([safe(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)) for row in cells)
-    return "".join(line.rstrip() + "\n" for line in lines)
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
+    """Lines, as the rows come: columns are as wide as the widest cell so far, some hundred rows are looked at
+    a time, so that a long table needs no memory. The last column is not padded."""
+    cells: Iterator[list[str]] = itertools.chain([list(head)], ([safe(cell) for cell in row] for row in rows))
+    widths = [0] * len(head)
+    while page := list(itertools.islice(cells, PAGE)):
+        widths = [max(width, *(len(row[i]) for row in page)) for i, width in enumerate(widths)]
+        for row in page:
+            yield "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() + "\n"
 
 
 def show(values: Mapping[str, Any], as_json: bool) -> None:
@@ -140,17 +147,59 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _replacement(path: Path) -> Iterator[IO[bytes]]:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    part = path.with_name(f".{path.name}.part")
+    descriptor, named = _nameless(path.parent), False
+    if descriptor is None:
+        descriptor, named = _part(part), True
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(descriptor)
-        os.replace(temporary, path)
+            if not named:
+                part.unlink(missing_ok=True)  # of a run that was killed in this very moment
+                _give_name(descriptor, part)
+                named = True
+            os.replace(part, path)
     except BaseException:
-        os.unlink(temporary)
+        if named:
+            part.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _nameless(folder: Path) -> Optional[int]:
+    """A private file that vanishes unless it gets a name (open(2), O_TMPFILE); None where there are none."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.stat("/proc/self/fd")
+        return os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    return None
+
+
+def _give_name(descriptor: int, path: Path) -> None:
+    """link(2) would link the symbolic link in /proc; with a folder's descriptor Python calls linkat(2)."""
+    folder = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.link(str(descriptor), path, src_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
+
+
+def _part(part: Path) -> int:
+    """A private file of a known name; what a killed run left of it is removed."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    with contextlib.suppress(FileNotFoundError):
+        old = os.open(part, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
+        except BlockingIOError:
+            raise CommandFailed(f"another command is writing {part}", hint="wait for it") from None
+        finally:
+            os.close(old)
+    descriptor = os.open(part, flags | os.O_EXCL, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
 
 
 def _is_special(name: str) -> bool:

@@ -285,7 +285,7 @@ def take(
                     importer.add(entry.where, lambda entry=entry: read_entry(entry.data, entry.key_id, now))  # type: ignore[misc]
                     progress(entry.done, entry.total)
                 if importer.bad and not skip_bad:
-                    raise _refused(importer.bad)
+                    raise _refused(importer.bad, op)
                 for key_id, thread_id in importer.taken:
                     work.audit.note(op, "ok", {"key_id": key_id, "thread_id": thread_id or None})
                 work.anchor()
@@ -301,12 +301,14 @@ def _note_failure(work: Work, op: str, error: BaseException) -> None:
         work.audit.note(op, "failed", {"code": code})
 
 
-def _refused(bad: list[str]) -> CommandFailed:
+def _refused(bad: list[str], op: str) -> CommandFailed:
     for line in bad[:TOLD]:
         say(line)
     return CommandFailed(
         f"{len(bad)} of the entries can't be taken; nothing was stored",
-        hint="mend them, or leave them out with --skip-bad",
+        hint="mend them, or leave them out with --skip-bad"
+        if op == "import"
+        else "take those that open, one by one, with --key ID",
     )
 
 

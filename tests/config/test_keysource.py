@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import pytest
 from hypothesis import given
@@ -213,3 +213,22 @@ def test_pipe_of_a_number_that_is_none(tmp_path: Path) -> None:
 
 def test_the_places_are_four() -> None:
     assert set(READERS) == {"file", "credential", "pipe", "variable"}
+
+
+@pytest.mark.parametrize(
+    ("make", "said", "advice"),
+    [
+        (lambda p: os.mkfifo(p, 0o600), "is no regular file", "LoadCredential=kek:/PATH"),
+        (lambda p: p.mkdir(), "is no regular file", "name the file in it"),
+        (lambda p: (p.write_bytes(bytes(32)), p.chmod(0o640)), "mode 0640", "master_key_credential: kek"),
+        (lambda p: (p.write_bytes(bytes(32)), p.chmod(0o604)), "mode 0604", "change the key"),
+    ],
+    ids=["fifo", "folder", "group", "others"],
+)
+def test_the_advice_fits(tmp_path: Path, make: Any, said: str, advice: str) -> None:
+    path = tmp_path / "kek"
+    make(path)
+    source = Source("file", str(path), "master_key_file")
+    with pytest.raises(ConfigError) as caught:
+        read(source, {}, memoryview(bytearray(SCRATCH_SIZE)), memoryview(bytearray(32)))
+    assert said in caught.value.message and advice in caught.value.hint

@@ -611,3 +611,31 @@ def test_what_openssl_inherits_decides_nothing(inherited: dict[str, str]) -> Non
         assert [line for line in lines if line.startswith("OPENSSL_")] == ["OPENSSL_ia32cap=:~0x40000000000"]
         measures = {row["name"]: row["ok"] for row in daemon.ok("GET", "/status")["hardening"]}
         assert measures["no_hash_keys"] and measures["second_start"]
+
+
+PROBE = """
+import os, sys
+from progressdb_kms.process.hardening import wipe_on_free_active
+junk = [os.urandom(i % 700) for i in range(3000)]
+print(sum(wipe_on_free_active() for _ in range(200) if junk.pop()))
+"""
+
+
+@linux
+@wiping
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({}, 0),
+        ({"PYTHONMALLOC": "malloc"}, 0),
+        ({"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": UNCACHED}, 0),
+        ({"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.perturb=165"}, 0),
+        (READY, 200),
+    ],
+    ids=["plain", "malloc", "no cache", "cached", "ours"],
+)
+def test_the_look_at_freed_memory_is_never_wrong(environ: dict[str, str], said: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], env={**os.environ, **environ}, capture_output=True, text=True, cwd=REPO
+    )
+    assert (done.stdout, done.stderr) == (f"{said}\n", "")

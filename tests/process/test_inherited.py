@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import Daemon, procs
-from tests.harness.daemon import COMMAND, base_environment
+from tests.harness.daemon import COMMAND, DaemonFailed, base_environment
 
 EXEC = "import os, signal, socket, sys, resource, time\n{}\nos.execvp(sys.argv[1], sys.argv[1:])"
 
@@ -246,3 +246,19 @@ def test_commands_keep_what_nohup_asked_for(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "alive\n", done.stderr
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_too_little_address_space_is_one_line(workers: int) -> None:
+    """From what is enough downwards: it serves, or says in one line what to raise."""
+    refused = 0
+    for size in (66_000, 56_000, 46_000, 36_000):
+        daemon = Daemon(workers=workers, wrapper=["sh", "-c", f'ulimit -v {size}; exec "$@"', "sh"])
+        with suppress(DaemonFailed):
+            daemon.start().stop()
+        said = daemon.stderr
+        assert "Traceback" not in said, said
+        refused += "raise" in said and "LimitAS=" in said
+        assert "internal error" not in said and len(said.splitlines()) <= 1
+        daemon.close()
+    assert refused

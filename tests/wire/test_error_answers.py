@@ -72,6 +72,7 @@ class TestEveryRoute:
         head = f"POST {path} HTTP/1.1\r\nHost: unix\r\nContent-Length: {LIMIT + 1}\r\n\r\n"
         answer = raw(daemon.socket, head.encode(), end=False)  # returns: the daemon hung up
         assert answer.startswith(b"HTTP/1.1 413 ") and b'"body_too_large"' in answer
+        assert b"max_body_bytes" in answer  # what to do about it
 
     @pytest.mark.parametrize(
         "path", ["/", "/nothing", "/deks/", "/deks/a/b", "/deks/a/disable/x", "/Status", "//status"]

@@ -1,0 +1,109 @@
+"""What commands write: as it comes, in whatever the terminal can show, and with no file left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from progressdb_kms.tools.console import PAGE, table
+from tests.harness import Daemon
+from tests.harness.daemon import REPO, base_environment
+
+ODD = "ünï ☃ \ud7ff \U0001f511"
+LOCALES = {
+    "ascii": {"PYTHONIOENCODING": "ascii:strict"},
+    "latin-1": {"PYTHONIOENCODING": "latin-1"},
+    "posix": {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+}
+
+
+@pytest.mark.parametrize("env", LOCALES.values(), ids=LOCALES)
+def test_a_name_in_another_script(shared_daemon: Daemon, env: dict[str, str]) -> None:
+    """Never an internal error after the deed is done."""
+    key = shared_daemon.ok("POST", "/create_dek_for_thread", {"thread_id": ODD})["key_id"]
+    for words in (["list"], ["describe", key], ["disable", key], ["enable", key], ["shred", key]):
+        done = shared_daemon.cli(*words, env=env)
+        assert (done.returncode, done.stderr) == (0, b""), words
+        assert b"\\u2603" in done.stdout or "☃".encode() in done.stdout
+    done = shared_daemon.offline("audit", "tail", env=env)
+    assert (done.returncode, done.stderr) == (0, b"")
+    done = shared_daemon.cli("describe", ODD, env=env)
+    assert done.returncode in (1, 2) and b"internal" not in done.stderr
+
+
+def test_a_long_table_is_shown_as_it_comes() -> None:
+    asked = 0
+
+    def rows() -> Iterator[tuple[object, ...]]:
+        nonlocal asked
+        for number in range(200_000):
+            asked = number
+            yield f"k_{number}", "active" if number < 150_000 else "pending_deletion", "t"
+
+    tracemalloc.start()
+    lines = table(("KEY_ID", "STATE", "THREAD_ID"), rows())
+    assert next(lines) == "KEY_ID  STATE   THREAD_ID\n" and asked <= PAGE
+    shown = sum(1 for _ in lines)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert shown == 200_000 and peak < 2 << 20
+
+
+WRITER = """
+import os, sys, time
+if sys.argv[2:]:
+    del os.O_TMPFILE
+from progressdb_kms.tools.console import output
+with output(sys.argv[1]) as file:
+    file.write(b"half of it")
+    file.flush()
+    print("here", flush=True)
+    time.sleep(float(os.environ["PAUSE"]))
+"""
+
+
+def writer(path: Path, pause: str, *words: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**base_environment(REPO), "PAUSE": pause},
+    )
+
+
+def killed(path: Path, *words: str) -> None:
+    with writer(path, "60", *words) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"here\n"
+        process.send_signal(signal.SIGKILL)
+
+
+def test_a_killed_command_leaves_no_part_file(tmp_path: Path) -> None:
+    killed(tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+    with writer(tmp_path / "out", "0") as process:
+        assert process.wait(30) == 0
+    assert os.listdir(tmp_path) == ["out"] and (tmp_path / "out").stat().st_mode & 0o777 == 0o600
+
+
+def test_without_nameless_files_the_next_run_removes_it(tmp_path: Path) -> None:
+    killed(tmp_path / "out", "named")
+    assert os.listdir(tmp_path) == [".out.part"]
+    with writer(tmp_path / "out", "0", "named") as process:
+        assert process.wait(30) == 0
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_without_nameless_files_two_at_once_don_t_mix(tmp_path: Path) -> None:
+    with writer(tmp_path / "out", "60", "named") as first:
+        assert first.stdout is not None and first.stdout.readline() == b"here\n"
+        with writer(tmp_path / "out", "0", "named") as second:
+            _, said = second.communicate(timeout=30)
+        assert b"another command is writing" in said
+        first.send_signal(signal.SIGKILL)
