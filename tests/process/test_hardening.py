@@ -617,7 +617,7 @@ PROBE = """
 import os, sys
 from progressdb_kms.process.hardening import wipe_on_free_active
 junk = [os.urandom(i % 700) for i in range(3000)]
-print(sum(wipe_on_free_active() for _ in range(200) if junk.pop()))
+print(sum(wipe_on_free_active() for _ in range(200) if junk.pop() is not None))
 """
 
 
