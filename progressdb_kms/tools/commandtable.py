@@ -426,10 +426,10 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "import",
         OFFLINE,
-        "take DEKs from JSON lines, or from the Go service's folders",
-        "Takes what export writes, lines of {key_id, thread_id, wrapped} as the Go service had them, "
-        "and its kms-deks and kms-deks-backup folders. The daemon must be stopped. Each DEK is opened"
-        " under the KEK before it is stored.",
+        "take DEKs from JSON lines, or from ProgressDB's own stores",
+        "Takes what export writes, lines of {key_id, thread_id, wrapped} or {key_id, wrapped_dek} as "
+        "ProgressDB had them, its kms-deks and kms-deks-backup folders, and its Pebble folders (with rocksdict). The "
+        "daemon must be stopped. Each DEK is opened under the KEK before it is stored.",
         (
             Arg(("input",), "a file, a folder, or `-` for stdin", "file", "IN"),
             DATA_DIR,

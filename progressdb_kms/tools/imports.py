@@ -2,7 +2,9 @@
 
     {"key_id", "thread_id", "wrapped", …}    a line of `export`, or of the Go service ("thread_key" will do)
     kms-deks/<key_id>.json                   {"id", "created_at", "wrapped", "thread_id"}: the Go service
-    kms-deks-backup/<key_id>.<YYYYMMDDTHHMMSS>            {"wrapped", "thread_id"}: its snapshots
+    kms-deks-backup/<key_id>[.json].<YYYYMMDDTHHMMSS>     {"wrapped", "thread_id"}: its snapshots
+    a folder of Pebble                       the Go service's later stores, see `pebble`
+    {"key_id", "wrapped_dek", …}             what it answered, and keeps in its records of threads
     kms-deks-backup/<UTC time>-<kek_id>/<key_id>.json     a snapshot of a rotation of ours
 
 Each DEK is opened under a configured KEK, and stored in the present form: wrapped under the active KEK and
@@ -23,12 +25,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Callable, NamedTuple, Optional
 
+from ..audit.log import key_fragment
 from ..config.load import Loaded
 from ..encoding import KEK_ID, KEY_ID, MAX_THREAD_ID, b64decode, json_loads, timestamp
 from ..errors import KMSError, StoreDamaged
 from ..store.contract import DekRecord
 from ..store.policy import ENABLED, PENDING_DELETION, SHREDDED, STATES
-from . import datadir
+from . import datadir, pebble
 from .console import CommandFailed, say
 from .datadir import Opener, Work
 
@@ -43,11 +46,11 @@ TOLD = 1000
 _FIELDS = frozenset(
     (
         "key_id", "id", "thread_id", "thread_key", "wrapped", "kek_id", "kek_version", "created_at", "state",
-        "delete_at", "shredded_at", "format",
+        "delete_at", "shredded_at", "format", "wrapped_dek", "version",
     )
 )  # fmt: skip
 
-_GO_SNAPSHOT = re.compile(r"(.+)\.(\d{8}T\d{6})")
+_SNAPSHOT = re.compile(r"(.+?)(?:\.json)?\.(\d{8}T\d{6}Z?|\d{10,19})")
 _NANOSECONDS = re.compile(r"(?:k_|dek_|t:)(1\d{18})")
 _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)")
 
@@ -92,7 +95,7 @@ def read_entry(data: bytes, key_id: Optional[str], now: float) -> DekRecord:
         raise ValueError("has a malformed key_id")
     if key_id not in (None, found):
         raise ValueError(f"holds the key {found}")
-    thread_id = _either(row, "thread_id", "thread_key") or ""
+    thread_id = _either(row, "thread_id", "thread_key") or found  # else it is its own thread
     if len(thread_id) > MAX_THREAD_ID:
         raise ValueError(f"has a thread_id of more than {MAX_THREAD_ID} characters")
     return _record(row, found, thread_id, now)
@@ -102,13 +105,10 @@ def _record(row: dict[str, Any], key_id: str, thread_id: str, now: float) -> Dek
     state = row.get("state", ENABLED)
     if state not in STATES:
         raise ValueError("has an unknown state")
-    try:
-        blob = b64decode(_text(row, "wrapped"))
-    except ValueError:
-        raise ValueError("has no strict base64 in `wrapped`") from None
+    blob = _blob(row)
     if bool(blob) == (state == SHREDDED):
         raise ValueError("is shredded, but has a wrapped DEK" if blob else "has an empty `wrapped`")
-    kek_id = _text(row, "kek_id")
+    kek_id = _text(row, "kek_id") if row.get("wrapped_dek") is None else ""
     if kek_id and not KEK_ID.fullmatch(kek_id):
         raise ValueError("has a malformed kek_id")
     times = {name: _time(row[name]) for name in ("delete_at", "shredded_at") if row.get(name)}
@@ -118,6 +118,31 @@ def _record(row: dict[str, Any], key_id: str, thread_id: str, now: float) -> Dek
         raise ValueError(f"is {state}, and its times don't fit that")
     created = _time(row["created_at"]) if row.get("created_at") else _born(key_id, now)
     return DekRecord(key_id, thread_id, blob, kek_id, 0, created, state, **times)
+
+
+def _blob(row: dict[str, Any]) -> bytes:
+    """`wrapped`; or ProgressDB's `wrapped_dek`, an object, base64 of that, or what stands in it."""
+    value = row.get("wrapped_dek")
+    if value is None:
+        return _base64(row, "wrapped")
+    if row.get("wrapped") is not None:
+        raise ValueError("has both wrapped and wrapped_dek")
+    if isinstance(value, str):
+        inner = _base64(row, "wrapped_dek")
+        try:
+            value = json_loads(inner)
+        except ValueError:
+            return inner
+    if not isinstance(value, dict) or not {"ciphertext"} <= set(value) <= {"ciphertext", "key_info"}:
+        raise ValueError("has a wrapped_dek of an unknown form")
+    return _base64(value, "ciphertext")
+
+
+def _base64(row: dict[str, Any], name: str) -> bytes:
+    try:
+        return b64decode(_text(row, name))
+    except ValueError:
+        raise ValueError(f"has no strict base64 in `{name}`") from None
 
 
 def _either(row: dict[str, Any], name: str, other: str) -> Optional[str]:
@@ -164,8 +189,14 @@ def entries(source: Optional[Path]) -> Iterator[Entry]:
     if source is None:
         return _lines(sys.stdin.buffer, "stdin", 0)
     if source.is_dir():
-        return _files(source)
+        inside = next((folder for folder in (source, source / "kms.db") if pebble.is_store(folder)), None)
+        return _files(source) if inside is None else _pebble(inside)
     return _lines_of(source)
+
+
+def _pebble(folder: Path) -> Iterator[Entry]:
+    for row in pebble.rows(folder):
+        yield Entry(f"{folder}:{row.key_id}", row.key_id, row.data, row.done, row.total)
 
 
 def _lines_of(path: Path) -> Iterator[Entry]:
@@ -187,7 +218,8 @@ def _lines(file: IO[bytes], name: str, total: int) -> Iterator[Entry]:
 
 def _files(folder: Path) -> Iterator[Entry]:
     """The files of a folder, the newest of several snapshots of a key first. A ledger is none of them."""
-    names = sorted((name for name in os.listdir(folder) if not name.endswith(".ledger")), reverse=True)
+    names = [name for name in os.listdir(folder) if not name.endswith(".ledger")]
+    names.sort(key=lambda name: (_key_of(name) or "", _taken_at(name)), reverse=True)
     if not any(_key_of(name) for name in names):
         raise CommandFailed(
             f"there is no DEK in {folder}",
@@ -204,9 +236,15 @@ def _files(folder: Path) -> Iterator[Entry]:
 
 def _key_of(name: str) -> Optional[str]:
     stem = name[: -len(".json")] if name.endswith(".json") else ""
-    match = _GO_SNAPSHOT.fullmatch(name)
+    match = _SNAPSHOT.fullmatch(name)
     found = stem or (match[1] if match else "")
     return found if KEY_ID.fullmatch(found) else None
+
+
+def _taken_at(name: str) -> str:
+    """The time in a snapshot's name; what has none is the present."""
+    match = _SNAPSHOT.fullmatch(name) if not name.endswith(".json") else None
+    return match[2] if match else "~"
 
 
 # ---- storing ---------------------------------------------------------------------------------------------
@@ -287,7 +325,7 @@ def take(
                 if importer.bad and not skip_bad:
                     raise _refused(importer.bad, op)
                 for key_id, thread_id in importer.taken:
-                    work.audit.note(op, "ok", {"key_id": key_id, "thread_id": thread_id or None})
+                    work.audit.record(op, "ok", 200, key_fragment(key_id, thread_id))
                 work.anchor()
         except BaseException as error:
             _note_failure(work, op, error)

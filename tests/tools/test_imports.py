@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import sqlite3
 import stat
 import time
@@ -18,7 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from progressdb_kms.encoding import b64encode, timestamp
 from progressdb_kms.tools.imports import MAX_LINE, read_entry
 from tests.conftest import MakeDaemon
-from tests.harness.daemon import Daemon, write_secret
+from tests.harness.daemon import REPO, Daemon, write_secret
 
 NOW = 1_790_000_000.0
 BLOB = bytes(60)
@@ -65,9 +66,31 @@ class TestReadEntry:
         data = json.dumps({"wrapped": b64encode(BLOB)}).encode()
         assert read_entry(data, "k_9", NOW).key_id == "k_9"
 
+    def test_without_a_thread_it_is_its_own(self) -> None:
+        assert read_entry(line(thread_id=None), None, NOW).thread_id == "k_1"
+
+    @pytest.mark.parametrize("blob", [BLOB, b"{" + BLOB[1:], b"\x01" * 80], ids=["zeros", "brace", "ours"])
+    def test_wrapped_dek_in_its_three_spellings(self, blob: bytes) -> None:
+        held = {"ciphertext": b64encode(blob), "key_info": {}}
+        for value in (
+            held,
+            b64encode(json.dumps(held).encode()),
+            b64encode(blob),
+            {"ciphertext": b64encode(blob)},
+        ):
+            data = line(wrapped=None, wrapped_dek=value, kek_id="whatever", kek_version="", version=2)
+            assert read_entry(data, None, NOW).wrapped == blob
+
     @pytest.mark.parametrize(
         ("data", "why"),
         [
+            (line(wrapped_dek=b64encode(BLOB)), "both wrapped and wrapped_dek"),
+            (line(wrapped=None, wrapped_dek=7), "unknown form"),
+            (line(wrapped=None, wrapped_dek=b64encode(b"[]")), "unknown form"),
+            (line(wrapped=None, wrapped_dek={"key_info": {}}), "unknown form"),
+            (line(wrapped=None, wrapped_dek={"ciphertext": "", "wrapped": ""}), "unknown form"),
+            (line(wrapped=None, wrapped_dek={"ciphertext": "@"}), "no strict base64"),
+            (line(wrapped=None, wrapped_dek={"ciphertext": ""}), "empty `wrapped`"),
             (b"", "not JSON"),
             (b"[]", "not a JSON object"),
             (b'{"key_id":"k_1","key_id":"k_2"}', "not JSON"),
@@ -206,6 +229,22 @@ class TestImport:
         assert stored(site)["k_1"]["created_at"] == "2025-01-02T03:04:05.000000Z"
         assert stored(site)["k_2"]["thread_id"] == "now"
 
+    def test_snapshots_with_json_in_their_names(self, site: Daemon) -> None:
+        backups = site.home / "kms-deks-backup"
+        backups.mkdir()
+        old, new = os.urandom(32), os.urandom(32)
+        lines(backups / "t:1.20250301T000000", {"thread_id": "t", "wrapped": go_blob(site.kek, new)})
+        lines(backups / "t:1.json.20250101T000000", {"thread_id": "t", "wrapped": go_blob(site.kek, old)})
+        lines(backups / "k_2.json.1735787045000000000", {"wrapped": go_blob(site.kek), "version": 1})
+        error = run(site, "import", str(backups), code=1)[1]
+        assert f"{backups}/t:1.json.20250101T000000: the key_id t:1 is taken by another DEK" in error
+        done = site.offline("import", str(backups), "--skip-bad", "--json")
+        assert json.loads(done.stdout) == {"imported": 2, "unchanged": 0, "skipped": 1}
+        nonce = os.urandom(12)
+        box = nonce + AESGCM(new).encrypt(nonce, b"from before", None)
+        with site.start().session() as kms:
+            assert kms.decrypt("t:1", box) == b"from before"
+
     def test_bad_lines(self, site: Daemon) -> None:
         good = {"key_id": "k_1", "thread_id": "t", "wrapped": go_blob(site.kek)}
         foreign = {"key_id": "k_2", "thread_id": "t", "wrapped": go_blob(os.urandom(32))}
@@ -298,6 +337,80 @@ class TestImport:
         run(site, "import", str(site.home / "none"), code=1)
         (site.home / "empty").mkdir()
         assert "there is no DEK in" in run(site, "import", str(site.home / "empty"), code=1)[1]
+
+
+class TestPebble:
+    """Its folders, as rocksdict writes them: Pebble's default format is RocksDB's."""
+
+    @staticmethod
+    def folder(path: Path, rows: dict[str, str], flush: bool = True) -> str:
+        rocksdict = pytest.importorskip("rocksdict", reason="rocksdict, which reads Pebble, is not here")
+        options = rocksdict.Options(raw_mode=True)
+        options.create_if_missing(True)
+        store = rocksdict.Rdict(str(path), options)
+        for key, value in rows.items():
+            store[key.encode()] = value.encode()
+        if flush:
+            store.close()
+        else:  # as after kill -9: in the write-ahead log alone
+            store.flush_wal(True)
+            shutil.copytree(path, path.with_name("copy"))
+            store.close()
+            shutil.rmtree(path)
+            path.with_name("copy").rename(path)
+        return str(path)
+
+    @pytest.mark.parametrize("flush", [True, False], ids=["tables", "log alone"])
+    def test_both_generations(self, site: Daemon, flush: bool) -> None:
+        dek, nonce = os.urandom(32), os.urandom(12)
+        box = nonce + AESGCM(dek).encrypt(nonce, b"from before", None)
+        held = json.dumps({"ciphertext": go_blob(site.kek, dek), "key_info": {}})
+        old = json.dumps({"wrapped": go_blob(site.kek), "thread_id": "room", "version": 1})
+        rows = {"dek:t:1730000000000000000": held, "meta:k_1": old, "other": "x", "zz": "y", "a": "b"}
+        found = self.folder(site.home / "kms.db", rows, flush)
+        before = {path.name: path.stat().st_mtime_ns for path in Path(found).iterdir()}
+        assert json_of(site, "import", found) == {"imported": 2, "unchanged": 0, "skipped": 0}
+        assert json_of(site, "import", str(site.home)) == {"imported": 0, "unchanged": 2, "skipped": 0}
+        assert {path.name: path.stat().st_mtime_ns for path in Path(found).iterdir()} == before
+        assert stored(site)["k_1"]["thread_id"] == "room"
+        with site.start().session() as kms:
+            assert kms.decrypt("t:1730000000000000000", box) == b"from before"
+            again = kms.ok("POST", "/deks", {"key_id": "t:1730000000000000000"}, status=201)
+            assert again["created_at"] == "2024-10-27T03:33:20.000000Z"
+
+    def test_each_dek_is_opened_first(self, site: Daemon) -> None:
+        rows = {
+            "dek:t:1": json.dumps({"ciphertext": go_blob(os.urandom(32)), "key_info": {}}),
+            "dek:t:2": "x",
+        }
+        found = self.folder(site.home / "peb", rows)
+        error = run(site, "import", found, code=1)[1]
+        assert f"{found}:t:1: does not open under any configured KEK" in error
+        assert f"{found}:t:2: is not JSON" in error and stored(site) == {}
+
+    def test_one_without_deks(self, site: Daemon) -> None:
+        found = self.folder(site.home / "peb", {"thread:1": "{}"})
+        assert "holds no DEK" in run(site, "import", found, code=1)[1]
+
+    def test_one_that_is_damaged(self, site: Daemon) -> None:
+        found = Path(self.folder(site.home / "peb", {"dek:t:1": "{}"}))
+        next(found.glob("MANIFEST-*")).write_bytes(b"junk")
+        error = run(site, "import", str(found), code=1)[1]
+        assert f"the Pebble store {found} can't be read: Corruption" in error and "a copy of" in error
+
+    def test_without_rocksdict(self, site: Daemon) -> None:
+        found = site.home / "peb"
+        found.mkdir()
+        (found / "CURRENT").write_text("MANIFEST-000001\n")
+        (found / "MANIFEST-000001").touch()
+        (site.home / "rocksdict.py").write_text("raise ImportError")
+        path = os.pathsep.join((str(site.home), str(REPO)))
+        error = run(site, "import", str(found), code=1, env={"PYTHONPATH": path})[1]
+        assert (
+            f"{found} is a Pebble store" in error
+            and "progressdb-kms[pebble]" in error
+            and "`export`" in error
+        )
 
 
 class TestVerify:
