@@ -428,8 +428,8 @@ COMMANDS: tuple[Command, ...] = (
         OFFLINE,
         "take DEKs from JSON lines, or from ProgressDB's own stores",
         "Takes what export writes, lines of {key_id, thread_id, wrapped} or {key_id, wrapped_dek} as "
-        "ProgressDB had them, its kms-deks and kms-deks-backup folders, and its Pebble folders (with rocksdict). The "
-        "daemon must be stopped. Each DEK is opened under the KEK before it is stored.",
+        "ProgressDB had them, its kms-deks and kms-deks-backup folders, and its Pebble folders (with "
+        "rocksdict). The daemon must be stopped. Each DEK is opened under the KEK before it is stored.",
         (
             Arg(("input",), "a file, a folder, or `-` for stdin", "file", "IN"),
             DATA_DIR,
