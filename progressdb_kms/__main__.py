@@ -40,7 +40,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         from .tools.cli import main as commands
 
         return commands(words)
-    from .process.streams import die, fail, open_standard_streams, told, unblock_standard_streams
+    from .process.streams import (
+        die,
+        fail,
+        open_standard_streams,
+        told,
+        unblock_standard_streams,
+    )
 
     open_standard_streams()
     unblock_standard_streams()

@@ -118,8 +118,21 @@ def new_key_id(now_ms: int, random: bytes) -> str:
     return f"k_{now_ms & 0xFFFFFFFFFFFF:012x}{random[:10].hex()}"
 
 
+LATEST = 253402300799.0
+"""The last second of the year 9999: RFC 3339 knows none after it, and times are compared as text."""
+
+
+def wall() -> float:
+    """The wall clock, whatever it shows. Python has no words for times after 2262."""
+    try:
+        return min(max(time.time(), 0.0), LATEST)
+    except OverflowError:
+        return LATEST
+
+
 def timestamp(now: float) -> str:
-    """RFC 3339 in UTC with microseconds, e.g. `2026-11-24T02:13:32.123456Z`."""
+    """RFC 3339 in UTC with microseconds, e.g. `2026-11-24T02:13:32.123456Z`; from 1970 to 9999."""
+    now = min(max(now, 0.0), LATEST)
     whole = int(now)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{int((now - whole) * 1e6):06d}Z"
 

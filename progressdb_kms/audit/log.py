@@ -31,12 +31,11 @@ import re
 import resource
 import stat
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, NewType, NoReturn, Optional, Union
 
 from ..crypto.aead import mac, same
-from ..encoding import b64encode, json_dumps, json_loads, timestamp
+from ..encoding import b64encode, json_dumps, json_loads, timestamp, wall
 from ..errors import AuditUnavailable
 
 FILE_NAME = "kms-audit.log"
@@ -196,7 +195,7 @@ class AuditLog:
         path: Union[str, os.PathLike[str]],
         key: memoryview,
         chain: str,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = wall,
     ) -> None:
         """Opens the log, makes it where absent. Raises AuditUnavailable. Writes nothing yet."""
         if not CHAIN.fullmatch(chain) or len(key) != 32:

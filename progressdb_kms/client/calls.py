@@ -249,6 +249,10 @@ class Client:
     def status(self) -> dict[str, Any]:
         return self._json("GET", "/status")
 
+    def accept_clock(self) -> dict[str, Any]:
+        """Let the daemon trust the wall clock as it stands, so that scheduled deletions go on."""
+        return self._json("POST", "/clock/accept", {})
+
     def healthy(self) -> bool:
         """True where something answers `/healthz` with 200; never raises for a daemon that is down."""
         try:

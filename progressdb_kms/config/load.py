@@ -27,7 +27,15 @@ from ..errors import ConfigError, WeakKey
 from ..rules import PeerRules
 from . import keysource, yamlfile
 from .keysource import FD_VARIABLE, HEX, HEX_VARIABLE, Source
-from .options import ANY, KEY_SIZE, MASTER_KEYS, MAX_SOCKET_PATH, OPTIONS, Option, Scalar
+from .options import (
+    ANY,
+    KEY_SIZE,
+    MASTER_KEYS,
+    MAX_SOCKET_PATH,
+    OPTIONS,
+    Option,
+    Scalar,
+)
 from .yamlfile import ConfigFile
 
 FILE_VARIABLE = "PROGRESSDB_KMS_MASTER_KEY_FILE"

@@ -72,7 +72,9 @@ def serve(
         staging = region.view[REGION_SIZE:]
         metrics = Metrics(settings.workers + 1)
         sockets = (inbox, outbox, listener, name, handovers)
-        shared = Shared(settings, keys, region, keyring, staging, metrics, *sockets, measures, time.time())
+        shared = Shared(
+            settings, keys, region, keyring, staging, metrics, *sockets, measures, time.monotonic()
+        )
         run = Alone if settings.workers == 1 else Supervisor
         return run(shared, lock, ready or _announce).run()
     finally:

@@ -99,7 +99,7 @@ class Worker:
         return {
             "workers": shared.settings.workers,
             "restarts": sum(max(0, n - 1) for n in shared.metrics.gauge("starts")),
-            "uptime_seconds": round(time.time() - shared.started, 3),
+            "uptime_seconds": round(time.monotonic() - shared.started, 3),
             "memory": {
                 "kind": shared.region.kind,
                 "locked_bytes": shared.region.locked_bytes + slab.locked_bytes,

@@ -52,6 +52,7 @@ from ..store.contract import DekRecord, Store
 from ..store.pause import Pause
 from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS, refusal
 from .channel import Head, Job, answer, receive
+from .clock import REMEDY, Clock, TrustedTime
 from .plan import Configured
 from .rotation import Rewrapper, Rotation, Steps
 
@@ -71,6 +72,9 @@ TIDY_PAUSES = 1.0, 60.0
 
 ERASE_PAUSES = 5.0, 60.0
 """The same for erasures: each try rewrites what can be rewritten, and a foreign reader may stay for hours."""
+
+IDLE_SAVE_SECONDS = 600.0
+"""How often the trusted time is kept while nothing else is written."""
 
 SYNC_SECONDS = 1.0
 """How much of the audit log a power cut may take, at most, without being noticed."""
@@ -104,13 +108,6 @@ class Done(NamedTuple):
     effects: list[Callable[[], None]]
 
 
-class Clock:
-    """Wall time. One object, so that a test can set it."""
-
-    def now(self) -> float:
-        return time.time()
-
-
 class Keeper:
     """Owns the store; see the module. `open_keeper` in `start` makes one."""
 
@@ -133,6 +130,7 @@ class Keeper:
         self._audit = audit
         self._inbox = inbox
         self._clock = clock
+        self._time = TrustedTime(store, clock)
         self._memory = LockedBuffer(envelope.SCRATCH_SIZE)
         self._effects: list[Callable[[], None]] = []
         self._brought: set[str] = set()
@@ -147,7 +145,7 @@ class Keeper:
         self._heads: dict[str, Head] = {}
         self._anchored: dict[str, int] = {}
         self._durable: list[Head] = []
-        self._synced = 0.0
+        self._synced = -SYNC_SECONDS
 
     # ---- the loop ------------------------------------------------------------------------------
 
@@ -164,7 +162,7 @@ class Keeper:
             self._perform(jobs)
         if busy:
             self._advance_politely()
-        if self._clock.now() >= self._next_janitor and self._janitor_pause.over():
+        if self._clock.monotonic() >= self._next_janitor and self._janitor_pause.over():
             self._attend("scheduled deletions can't be looked at now", self._janitor, self._janitor_pause)
 
     def _due_work(self) -> Optional[Callable[[], None]]:
@@ -317,8 +315,8 @@ class Keeper:
         Only heads that the disk has: else a power cut would leave the store ahead of the log. The log is
         brought to the disk at most once a second, for all chains at once.
         """
-        now = self._clock.now()
-        if abs(now - self._synced) >= SYNC_SECONDS:
+        now = self._clock.monotonic()
+        if now - self._synced >= SYNC_SECONDS:
             own = self._audit.head
             self._heads[own[0]] = own
             due = list(self._heads.values())
@@ -329,6 +327,7 @@ class Keeper:
                 return
             self._synced = now
             self._durable = due
+        self._time.save()
         for chain, seq, sig in self._durable:
             if seq and self._anchored.get(chain) != seq:
                 self._store.write(f"audit:head:{chain}", {"seq": seq, "sig": sig})
@@ -346,6 +345,11 @@ class Keeper:
         """A worker introduces its audit chain, and gets to know that the keeper is up."""
         self.note("chain_opened", opened=chain)
         return {}
+
+    def accept_clock(self) -> dict[str, Any]:
+        """The operator says that the wall clock is right."""
+        self._effects.append(self._time.reload)
+        return self._time.accept()
 
     def anchor(self) -> dict[str, Any]:
         """Nothing but the head that came with the job."""
@@ -383,7 +387,7 @@ class Keeper:
         now = self._clock.now()
         if action == "shred":
             return self._shred(old, now)
-        delete_at = timestamp(now + days * 86400) if rule.target == PENDING_DELETION else ""
+        delete_at = timestamp(self._time.later(days * 86400)) if rule.target == PENDING_DELETION else ""
         record = old._replace(state=rule.target, delete_at=delete_at)
         if record != old:
             self._put(record)
@@ -561,14 +565,17 @@ class Keeper:
         now = self._clock.now()
         with self._store.transaction():  # reads too: it is opened again where that has to be
             left = self._store.names("erasure:")
-            records = self._store.due(timestamp(now), MAX_BATCH)
+            due = self._time.due()
+            records = [] if due is None else self._store.due(timestamp(due), MAX_BATCH)
             for record in records:
                 self._mark_shredded(record, now)
+            if self._time.unsaved >= IDLE_SAVE_SECONDS:
+                self._write_anchors()
         self._erase_soon({name.partition(":")[2]: b"" for name in left})
         if records:
             self._keyring.touch()
             self._erase_soon({record.key_id: record.wrapped for record in records})
-        self._next_janitor = now + JANITOR_SECONDS
+        self._next_janitor = self._clock.monotonic() + JANITOR_SECONDS
 
     # ---- what others ask -------------------------------------------------------------------------------
 
@@ -577,6 +584,7 @@ class Keeper:
         return {
             "rotation": progress._asdict() if progress else None,
             "erasures_due": len(self._erasures),
+            "erasures_held": self._time.look().held,
         }
 
     def ready(self) -> dict[str, Any]:
@@ -590,6 +598,8 @@ class Keeper:
                 (warnings if self._keys.allow_missing else reasons).append(absent)
             elif kek_id not in self._keys.kek_ids and kek_id != self._keyring.active.kek_id:
                 warnings.append(f"{_next_start(kek_id)} ({row.deks} DEKs)")
+        if held := self._time.look().held:
+            warnings.append(f"scheduled deletions are held: {held} ({REMEDY})")
         try:
             with self._store.transaction():  # a row is written: a full disk lets an empty transaction pass
                 self._store.write("probe", {"at": timestamp(self._clock.now())})
@@ -602,7 +612,7 @@ class Keeper:
         """The last transaction holds the last heads; where the disk takes none, the next start finds that."""
         try:
             self.note("stop")
-            self._synced = 0.0
+            self._synced = -SYNC_SECONDS
             with self._store.transaction():
                 self._write_anchors()
         except (StoreUnavailable, AuditUnavailable) as error:
@@ -614,6 +624,7 @@ class Keeper:
 
 _WRITES: dict[str, Callable[..., Outcome]] = {
     "hello": Keeper.hello,
+    "accept_clock": Keeper.accept_clock,
     "anchor": Keeper.anchor,
     "create": Keeper.create,
     "transition": Keeper.transition,

@@ -28,6 +28,7 @@ OPS = (
     "disable_dek",
     "enable_dek",
     "delete_dek",
+    "accept_clock",
     "service",
 )
 """Operations as they are counted; `service` is health, status, metrics and whatever has no route."""

@@ -28,8 +28,14 @@ from ..crypto.aead import NONCE_SIZE, same
 from ..crypto.envelope import AUDIT_KEY
 from ..crypto.keyring import Keyring, fingerprint
 from ..crypto.memory import LockedBuffer
-from ..encoding import timestamp
-from ..errors import AuthenticationFailed, Conflict, StoreDamaged, StoreUnavailable, Unavailable
+from ..encoding import timestamp, wall
+from ..errors import (
+    AuthenticationFailed,
+    Conflict,
+    StoreDamaged,
+    StoreUnavailable,
+    Unavailable,
+)
 from ..store.contract import DekRecord, KekCount, Store
 from ..store.policy import SHREDDED
 from ..store.snapshots import Snapshot
@@ -204,7 +210,7 @@ class Rotation:
         old = self._keyring.active
         version = old.version + 1
         total = sum(row.deks for row in self._store.keks().values())
-        now = time.time()
+        now = wall()
         self._keyring.install(new_kek, version)
         snapshot = None
         committed = False

@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import socket
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -22,12 +21,13 @@ from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..audit.log import AuditLog, last_epoch
 from ..crypto.envelope import AUDIT_KEY
 from ..crypto.keyring import Keyring
-from ..encoding import timestamp
+from ..encoding import timestamp, wall
 from ..errors import AlreadyRunning, ConfigError, StoreDamaged
 from ..store.contract import Store
 from ..store.sqlite import SqliteStore
 from . import ownkeys
-from .keeper import Clock, Keeper, random_into
+from .clock import Clock
+from .keeper import Keeper, random_into
 from .plan import Configured, Plan, plan
 from .rotation import RETIRED_KEK, retired
 
@@ -73,7 +73,7 @@ def claim(data_dir: Path) -> int:
             f"the data-dir {data_dir} is in use ({holder or 'by another process'})"
         ) from None
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"pid {os.getpid()} since {timestamp(time.time())}\n".encode(), 0)
+    os.pwrite(descriptor, f"pid {os.getpid()} since {timestamp(wall())}\n".encode(), 0)
     return descriptor
 
 
@@ -125,13 +125,13 @@ def open_store(
         previous = _heads(store, range(since, epoch))
         with store.transaction():
             if chosen.adopt and active:
-                store.write(RETIRED_KEK + active[0], {"since": timestamp(time.time())})
+                store.write(RETIRED_KEK + active[0], {"since": timestamp(wall())})
                 store.erase(RETIRED_KEK + chosen.active)
             if chosen.adopt:
                 adopted = {
                     "kek_id": chosen.active,
                     "version": chosen.version,
-                    "since": timestamp(time.time()),
+                    "since": timestamp(wall()),
                 }
                 store.write("kek:active", adopted)
             store.write("audit:key", dict(audit_key))

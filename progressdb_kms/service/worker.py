@@ -11,7 +11,6 @@ Nothing here knows HTTP: arguments are checked values, errors are KMSErrors.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 
@@ -20,7 +19,7 @@ from ..crypto import envelope
 from ..crypto.aead import NONCE_SIZE, Aead
 from ..crypto.envelope import Wrapped
 from ..crypto.keyring import KekNotLoaded, Keyring, KeyringChanged
-from ..encoding import Buffer, new_key_id
+from ..encoding import Buffer, new_key_id, wall
 from ..errors import BadRequest, Conflict, KeyNotFound, KMSError, Unavailable
 from ..rules import PeerRules
 from ..store.contract import DekRecord, Reader
@@ -187,7 +186,7 @@ class Service:
         """(blob, kek_id, kek_version, key_id). Without a key_id, a generated one is bound."""
         if key_id is not None:
             self.allow(key_id)
-        name = key_id or new_key_id(int(time.time() * 1000), os.urandom(10))
+        name = key_id or new_key_id(int(wall() * 1000), os.urandom(10))
         for _ in range(ATTEMPTS):
             active = self.keyring.active
             try:

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from ..crypto.aead import mac
-from ..encoding import b64encode, json_dumps
+from ..encoding import LATEST, b64encode, json_dumps
 from ..errors import StoreUnavailable
 from .contract import DekRecord
 
@@ -36,7 +36,7 @@ class Snapshot:
 
     def __init__(self, data_dir: Path, now: float, old_kek_id: str) -> None:
         root = data_dir / FOLDER
-        name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))}-{old_kek_id}"
+        name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(min(now, LATEST)))}-{old_kek_id}"
         with _write_errors(root):
             root.mkdir(mode=0o700, exist_ok=True)
             self.path = _fresh(root, name)

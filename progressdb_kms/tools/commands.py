@@ -202,6 +202,11 @@ def rewrap(args: argparse.Namespace) -> None:
     say(f"keep {args.new_key_file} in previous_master_keys: the next start asks for the KEK {result.kek_id}")
 
 
+def clock_accept(args: argparse.Namespace) -> None:
+    with _client(args) as kms:
+        show(kms.accept_clock(), args.json)
+
+
 def rotate_kek(args: argparse.Namespace) -> None:
     if [args.generate, args.new_key_file is not None, args.resume].count(True) != 1:
         raise UsageError("give one of --generate, --new-key-file and --resume")

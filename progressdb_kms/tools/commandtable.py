@@ -231,6 +231,16 @@ COMMANDS: tuple[Command, ...] = (
         keys=True,
     ),
     Command(
+        "clock accept",
+        ONLINE,
+        "say that the wall clock is right, after it moved",
+        "A scheduled deletion is due when the wall clock and a trusted one have passed its time. Where the "
+        "two contradict each other (the clock went back by more than 5 minutes or ahead by more than a week, "
+        "or a reboot took longer), deletions are held. This command goes on by the clock as it stands.",
+        (SOCKET, JSON),
+        "clock_accept",
+    ),
+    Command(
         "rotate-kek",
         ONLINE,
         "move all DEKs to a new KEK, while the daemon serves",

@@ -32,10 +32,11 @@ from ..crypto.memory import PAGE, LockedBuffer
 from ..errors import KMSError
 from ..process import hardening
 from ..process.streams import DEPENDENCIES
+from ..service.clock import RELEASED, REMEDY, Clock, judge, kept
 from ..service.plan import Configured, ConfiguredKey, plan
 from ..service.rotation import RETIRED_KEK, retired
 from ..store.contract import KekCount
-from ..store.sqlite import APPLICATION_ID, SCHEMA_VERSION
+from ..store.sqlite import APPLICATION_ID, SCHEMA_VERSION, SqliteReader
 from ..store.sqlite import FILE_NAME as STORE
 from . import asowner
 from .console import safe
@@ -54,9 +55,6 @@ LARGE_LOG = 2 << 30
 
 SPARE_FILES = 64
 """Descriptors that the daemon needs beside one a connection."""
-
-RELEASED = 1764000000
-"""Seconds since 1970, about when this release was made: no right clock shows an earlier time."""
 
 TOLERANCE = 120
 """Seconds by which files may seem to come from the future."""
@@ -197,6 +195,9 @@ def _clock(patient: Patient) -> Findings:
     if now < RELEASED:
         yield Finding(FAIL, f"the clock shows {_day(now)}", "set it: records and deletion times come from it")
         return
+    if held := _held(patient.data_dir):
+        yield Finding(WARN, f"scheduled deletions are held: {held}", REMEDY)
+        return
     files = [patient.data_dir / name for name in (STORE, STORE + "-wal", AUDIT_LOG)]
     newest = max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
     if newest > now + TOLERANCE:
@@ -205,6 +206,13 @@ def _clock(patient: Patient) -> Findings:
         )
     else:
         yield Finding(OK, f"the clock shows {_day(now)}")
+
+
+def _held(data_dir: Path) -> str:
+    """What a daemon that was started now would say of the clock; "" where the store can't be read."""
+    with contextlib.suppress(KMSError), contextlib.closing(SqliteReader(data_dir)) as reader:
+        return judge(kept(reader), Clock().reading()).held
+    return ""
 
 
 def _day(seconds: float) -> str:

@@ -39,6 +39,7 @@ from ..crypto.envelope import AUDIT_KEY
 from ..encoding import timestamp
 from ..errors import AuditUnavailable, KeyMismatch, KMSError
 from ..service import ownkeys
+from ..service.clock import ROW as TRUSTED_CLOCK
 from ..service.plan import Plan, plan
 from ..service.rotation import RETIRED_KEK, retired
 from ..service.start import RESTORE_FOLDER, RESTORED
@@ -178,7 +179,11 @@ def _read(store: SqliteStore, source: Backup) -> Present:
             elif source.get(record.key_id) != record.to_row():
                 newer.append(record.key_id)
         after = page[-1].key_id
-    rows = {name: store.read(name) for prefix in ("audit:", RETIRED_KEK) for name in store.names(prefix)}
+    rows = {
+        name: store.read(name)
+        for prefix in ("audit:", RETIRED_KEK, TRUSTED_CLOCK)
+        for name in store.names(prefix)
+    }
     erasures = [name.partition(":")[2] for name in store.names("erasure:")]
     return Present(rows, erasures, tombstones, newer)
 

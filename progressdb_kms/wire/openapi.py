@@ -168,9 +168,12 @@ _REQUESTS: dict[str, Schema] = {
     ),
     "/deks/{key_id}/disable": (_EMPTY := _named("EmptyRequest", _request(""))),
     "/deks/{key_id}/enable": _EMPTY,
+    "/clock/accept": _EMPTY,
 }
 
-_OPTIONAL_BODY = frozenset(("DELETE /deks/{key_id}", "/deks/{key_id}/disable", "/deks/{key_id}/enable"))
+_OPTIONAL_BODY = frozenset(
+    ("DELETE /deks/{key_id}", "/deks/{key_id}/disable", "/deks/{key_id}/enable", "/clock/accept")
+)
 
 _ANSWERS: dict[str, Schema] = {
     "/create_dek_for_thread": _named(
@@ -213,6 +216,10 @@ _ANSWERS: dict[str, Schema] = {
             deks={"type": "array", "items": _DESCRIPTION},
             next_cursor={"type": ["string", "null"]},
         ),
+    ),
+    "/clock/accept": _named(
+        "AcceptedClock",
+        _object("status now trusted held", status={"const": "ok"}, now=_TEXT, trusted=_TEXT, held=_TEXT),
     ),
     "/readyz": _named(
         "Readiness",

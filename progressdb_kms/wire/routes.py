@@ -7,6 +7,7 @@ the audit record, and only then give the answer back. An error is an answer too.
 from __future__ import annotations
 
 import binascii
+import contextlib
 import itertools
 import logging
 import os
@@ -42,10 +43,21 @@ from ..errors import (
     UnsupportedMediaType,
 )
 from ..service.keeper import describe
-from ..service.worker import Batch, BatchItem, Results, wrapped_source
+from ..service.worker import Batch, BatchItem, Results, Service, wrapped_source
 from ..store.contract import DekRecord
 from . import openapi, secretjson
-from .call import BINARY, DEFAULT_PAGE, JSON, MAX_PAGE, PROMETHEUS, TEXT, App, Call, Reply, Route
+from .call import (
+    BINARY,
+    DEFAULT_PAGE,
+    JSON,
+    MAX_PAGE,
+    PROMETHEUS,
+    TEXT,
+    App,
+    Call,
+    Reply,
+    Route,
+)
 from .fields import MAX_ITEMS, Fields, checked_key_id, checked_thread_id
 from .http1 import Head
 
@@ -197,6 +209,13 @@ def delete_dek(app: App, call: Call) -> Reply:
     fields.end()
     call.details = fragment(immediately=now)
     return _transition(app, call, "shred" if now else "schedule_deletion", days)
+
+
+def accept_clock(app: App, call: Call) -> Reply:
+    optional_fields_of(call).end()
+    done = app.service.change("accept_clock")
+    call.details = fragment(now=done["now"], trusted=done["trusted"])
+    return answer(done)
 
 
 # ---- data ------------------------------------------------------------------------------------------
@@ -595,8 +614,16 @@ def _gauges(app: App) -> list[tuple[str, str, str, list[tuple[str, float]]]]:
             "Locked memory of this worker and the shared region.",
             [("", about["memory"]["locked_bytes"])],
         ),
+        ("erasures_held", "gauge", "1 while scheduled deletions wait for the clock.", _held(service)),
         ("uptime_seconds", "gauge", "Since the daemon started.", [("", about["uptime_seconds"])]),
     ]
+
+
+def _held(service: Service) -> list[tuple[str, float]]:
+    """Nothing where the keeper doesn't answer: its absence is told by others."""
+    with contextlib.suppress(KMSError):
+        return [("", float(bool(service.ask("status")["erasures_held"])))]
+    return []
 
 
 def openapi_document(app: App, call: Call) -> Reply:
@@ -612,6 +639,9 @@ ROUTES = (
     Route("GET", "/status", "", status, "Version, KEK, counts, memory protection, progress of a rotation"),
     Route("GET", "/metrics", "", metrics, "Prometheus metrics"),
     Route("GET", "/openapi.json", "", openapi_document, "This API as OpenAPI 3.1"),
+    Route(
+        "POST", "/clock/accept", "accept_clock", accept_clock, "Trust the wall clock as it stands", admin=True
+    ),
     Route("POST", "/create_dek_for_thread", "create_dek", create_dek_for_thread, "Make a DEK for a thread"),
     Route("GET", "/get_wrapped", "get_wrapped", get_wrapped, "The wrapped DEK of a key_id"),
     Route("POST", "/encrypt", "encrypt", encrypt, "Encrypt under a DEK", raw=True),

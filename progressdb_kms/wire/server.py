@@ -26,8 +26,15 @@ from typing import NamedTuple, Optional, Union
 from ..audit.log import Fragment, peer_fragment
 from ..crypto.envelope import SCRATCH_SIZE
 from ..crypto.memory import LockedBuffer
-from ..encoding import Buffer
-from ..errors import HeadTooLarge, KMSError, LockRefused, Overloaded, PeerRefused, RequestTimeout
+from ..encoding import Buffer, wall
+from ..errors import (
+    HeadTooLarge,
+    KMSError,
+    LockRefused,
+    Overloaded,
+    PeerRefused,
+    RequestTimeout,
+)
 from ..rules import Peer
 from ..service.metrics import Block, Metrics
 from . import routes
@@ -358,7 +365,7 @@ _date = (0, "")
 def _http_date() -> str:
     """RFC 9110, 5.6.7; made once a second."""
     global _date
-    now = int(time.time())
+    now = int(wall())
     if _date[0] != now:
         _date = (now, time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now)))
     return _date[1]

@@ -33,7 +33,14 @@ from progressdb_kms.audit.log import (
     request_fragment,
     torn,
 )
-from progressdb_kms.audit.verify import Fault, Report, in_order, recover, shredded, verify
+from progressdb_kms.audit.verify import (
+    Fault,
+    Report,
+    in_order,
+    recover,
+    shredded,
+    verify,
+)
 from progressdb_kms.crypto.aead import mac
 from progressdb_kms.encoding import b64encode
 from progressdb_kms.errors import AuditUnavailable

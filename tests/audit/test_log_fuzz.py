@@ -18,7 +18,17 @@ from progressdb_kms.audit import verify as auditverify
 from progressdb_kms.audit.log import AuditLog, last_epoch, parse
 from progressdb_kms.audit.verify import recover, shredded, verify
 from progressdb_kms.errors import AuditUnavailable, StoreDamaged
-from tests.harness.auditlogs import KEY, Anchors, Clock, check, closed, encrypt, fill, made, tearing
+from tests.harness.auditlogs import (
+    KEY,
+    Anchors,
+    Clock,
+    check,
+    closed,
+    encrypt,
+    fill,
+    made,
+    tearing,
+)
 
 QUICK = settings(max_examples=150, deadline=None)
 LONG = settings(max_examples=20_000, deadline=None)

@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_kms.config.keysource import READERS, SCRATCH_SIZE, Source, decode_into, distrust, read
+from progressdb_kms.config.keysource import (
+    READERS,
+    SCRATCH_SIZE,
+    Source,
+    decode_into,
+    distrust,
+    read,
+)
 from progressdb_kms.crypto.memory import LockedBuffer
 from progressdb_kms.errors import ConfigError
 

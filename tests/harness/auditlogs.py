@@ -23,7 +23,12 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from progressdb_kms.audit import log as audit
-from progressdb_kms.audit.log import AuditLog, key_fragment, peer_fragment, request_fragment
+from progressdb_kms.audit.log import (
+    AuditLog,
+    key_fragment,
+    peer_fragment,
+    request_fragment,
+)
 from progressdb_kms.audit.verify import Report, verify
 from progressdb_kms.errors import AuditUnavailable
 

@@ -17,7 +17,13 @@ from typing import Any
 import pytest
 
 from progressdb_kms.audit.chain import Fault, Report
-from progressdb_kms.audit.log import AuditLog, fragment, key_fragment, peer_fragment, request_fragment
+from progressdb_kms.audit.log import (
+    AuditLog,
+    fragment,
+    key_fragment,
+    peer_fragment,
+    request_fragment,
+)
 from progressdb_kms.audit.verify import Reading, in_order, verify
 from progressdb_kms.store.contract import DekRecord
 from progressdb_kms.store.memstore import MemoryStore

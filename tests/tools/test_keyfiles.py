@@ -11,11 +11,23 @@ from typing import Callable, Optional
 
 import pytest
 
-from progressdb_kms.client import Conflict, ConnectionFailed, RotationResult, Unavailable
+from progressdb_kms.client import (
+    Conflict,
+    ConnectionFailed,
+    RotationResult,
+    Unavailable,
+)
 from progressdb_kms.errors import ConfigError, WeakKey
 from progressdb_kms.tools import keyfiles
 from progressdb_kms.tools.console import CommandFailed
-from progressdb_kms.tools.keyfiles import Active, ChangeOver, KeyFiles, decide, kek_id_of, write_key
+from progressdb_kms.tools.keyfiles import (
+    Active,
+    ChangeOver,
+    KeyFiles,
+    decide,
+    kek_id_of,
+    write_key,
+)
 from tests.harness.fakekms import kek_id_of as fingerprint
 
 OLD, NEW, OTHER = (bytes([start]) + bytes(range(100, 131)) for start in (1, 2, 3))

@@ -134,7 +134,11 @@ class TestService:
         assert (done.code, done.out) == (1, "")
         assert done.err == "progressdb-kms: not ready: the audit log was unlinked; the disk is full\n"
         done = run("status", "--ready", "--json")
-        assert done.code == 1 and json.loads(done.out) == {"ready": False, "reasons": kms.not_ready}
+        assert done.code == 1 and json.loads(done.out) == {
+            "ready": False,
+            "reasons": kms.not_ready,
+            "warnings": [],
+        }
 
     def test_down(self, short_tmp: Path) -> None:
         done = cli("status", "--socket", str(short_tmp / "none"), cwd=short_tmp)

@@ -42,7 +42,7 @@ class TestHealth:
         assert kms.request("GET", "/healthz").status == 200 and kms.connections == 1
 
     def test_ready(self, kms: Session) -> None:
-        assert kms.ok("GET", "/readyz") == {"ready": True, "reasons": []}
+        assert kms.ok("GET", "/readyz") == {"ready": True, "reasons": [], "warnings": []}
 
     def test_answers_are_not_to_be_kept(self, kms: Session) -> None:
         headers = kms.request("GET", "/status").headers
@@ -175,6 +175,7 @@ class TestAudit:
         ("POST", "/deks/KEY/disable", None, "disable_dek"),
         ("POST", "/deks/KEY/enable", None, "enable_dek"),
         ("DELETE", "/deks/KEY", None, "delete_dek"),
+        ("POST", "/clock/accept", None, "accept_clock"),
     ]
 
     @pytest.mark.parametrize(("method", "path", "body", "op"), CALLS, ids=lambda value: str(value)[:30])
