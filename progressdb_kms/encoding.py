@@ -168,13 +168,30 @@ def json_loads(data: Union[str, bytes]) -> Any:
 _LOOK = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=_no_constant)
 
 
-def is_json(data: bytes) -> bool:
+def is_json(data: Buffer) -> bool:
     """Can these bytes stand in a JSON document: one value, UTF-8, no NaN, not nested too deeply?"""
     try:
-        _LOOK.decode(data.decode("utf-8"))
+        _LOOK.decode(str(data, "utf-8"))
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def is_text(data: memoryview) -> bool:
+    """Is this UTF-8 without control characters? Looks in place: it may be a key, of which no copy may be."""
+    expected = 0
+    for byte in data:
+        if expected:
+            expected -= 1
+            if byte & 0xC0 != 0x80:
+                return False
+        elif byte >= 0x80:
+            expected = 1 if 0xC2 <= byte < 0xE0 else 2 if byte < 0xF0 else 3
+            if not 0xC2 <= byte < 0xF5:
+                return False
+        elif byte < 0x20 and byte not in b"\t\n\r":
+            return False
+    return not expected
 
 
 def json_dumps(value: Any) -> str:

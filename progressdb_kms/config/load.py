@@ -71,6 +71,7 @@ class Settings:
     workers: int
     memory_lock: str
     allow_missing_keks: bool
+    open_embedded_messages: bool
     max_body_bytes: int
     max_connections: int
     idle_timeout: float

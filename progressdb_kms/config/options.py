@@ -269,6 +269,12 @@ OPTIONS: tuple[Option, ...] = (
         default=False,
     ),
     Option(
+        "open_embedded_messages", _flag, "true or false",
+        "Let decrypt and reencrypt open what ProgressDB's embedded mode sealed under a master key that is "
+        "configured here; see the manual's page progressdb.",
+        default=False,
+    ),
+    Option(
         "socket", _socket, "a path or unix://PATH",
         f"Where the daemon listens: a path of at most {MAX_SOCKET_PATH} bytes. `unix://PATH` is the same.",
         default="/tmp/progressdb-kms.sock",  # noqa: S108

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..encoding import KEY_ID, Buffer
+from ..encoding import KEY_ID, Buffer, is_json, is_text
 from ..errors import AuthenticationFailed
 from .aead import KEY_SIZE, NONCE_SIZE, ROOM, TAG_SIZE, Aead
 
@@ -137,6 +137,20 @@ def unwrap_into(kek: memoryview, wrapped: Wrapped, scratch: memoryview) -> memor
     if Aead(kek).open_into(wrapped.nonce, wrapped.sealed, wrapped.aad, scratch) != KEY_SIZE:
         raise AuthenticationFailed
     return scratch[:KEY_SIZE]
+
+
+def open_embedded(kek: memoryview, message: bytes, scratch: memoryview) -> bytes:
+    """A message that ProgressDB's embedded mode sealed under the KEK itself, without AAD: JSON text, always.
+    A wrapped DEK of its third generation looks the same, so that what has its size is opened into `scratch`,
+    which the caller wipes, and only text leaves. Raises AuthenticationFailed for whatever is none."""
+    size = len(message) - NONCE_SIZE - TAG_SIZE
+    place = scratch if size == KEY_SIZE else memoryview(bytearray(max(0, size) + ROOM))
+    Aead(kek).open_into(message[:NONCE_SIZE], message[NONCE_SIZE:], b"", place)
+    opened = place[:size]
+    if (size == KEY_SIZE and not is_text(opened)) or not is_json(opened):
+        opened[:] = bytes(size)
+        raise AuthenticationFailed
+    return bytes(opened)
 
 
 def encrypt(cipher: Aead, nonce: bytes, plaintext: Buffer, aad: bytes) -> bytes:

@@ -84,6 +84,7 @@ class Worker:
             settings.peer_rules,
             self._counters,
             self._about,
+            settings.open_embedded_messages,
         )
         share = STAGING_SLOTS // settings.workers
         slots = StagingSlots(shared.staging, (slot - 1) * share, share)

@@ -38,7 +38,9 @@ BUCKETS = (25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-
 
 CLASSES = ("2xx", "4xx", "5xx")
 
-_GAUGES = ("connections", "audit_lines", "items", "starts", "refused_connections", "beats")
+_GAUGES = (
+    "connections", "audit_lines", "items", "starts", "refused_connections", "beats", "embedded_messages",
+)  # fmt: skip
 _PER_OP = len(CLASSES) + len(BUCKETS) + 1 + 1  # … and the sum of latencies in ns
 _BLOCK = len(_GAUGES) + len(OPS) * _PER_OP
 
@@ -91,6 +93,11 @@ class Metrics:
             ("connections", "gauge", "Open connections."),
             ("audit_lines_total", "counter", "Audit records written by the workers."),
             ("items_total", "counter", "Messages encrypted or decrypted, those of batches one by one."),
+            (
+                "embedded_messages_total",
+                "counter",
+                "Messages of ProgressDB's embedded mode that were opened.",
+            ),
             ("refused_connections_total", "counter", "Connections refused at max_connections."),
         ):
             lines.append(f"{family(gauge, kind, text)} {sum(self.gauge(gauge.removesuffix('_total')))}")

@@ -20,7 +20,7 @@ from ..crypto.aead import NONCE_SIZE, Aead
 from ..crypto.envelope import Wrapped
 from ..crypto.keyring import KekNotLoaded, Keyring, KeyringChanged
 from ..encoding import Buffer, new_key_id, wall
-from ..errors import BadRequest, Conflict, KeyNotFound, KMSError, Unavailable
+from ..errors import AuthenticationFailed, BadRequest, Conflict, KeyNotFound, KMSError, Unavailable
 from ..rules import PeerRules
 from ..store.contract import DekRecord, Reader
 from ..store.policy import refusal
@@ -62,6 +62,7 @@ class Service:
         rules: PeerRules,
         counters: Block,
         about: Callable[[], dict[str, Any]],
+        embedded: bool = False,
     ) -> None:
         """`about` tells what only the daemon knows, for `status`: workers, memory, uptime."""
         self._reader = reader
@@ -71,6 +72,7 @@ class Service:
         self.rules = rules
         self.counters = counters
         self.about = about
+        self._embedded = embedded
         self._entries: dict[str, Entry] = {}
         self._unknown: dict[str, int] = {}  # key_ids that only a caller's blob names, by generation
         self._anchored = 0
@@ -155,6 +157,26 @@ class Service:
     def decrypt(self, source: Union[str, Wrapped], message: Buffer, aad: bytes, scratch: memoryview) -> bytes:
         """Raises AuthenticationFailed: another DEK, another AAD or a changed bit."""
         return self._with_dek(source, scratch, envelope.decrypt, message, aad)
+
+    def open_embedded(self, message: bytes, scratch: memoryview) -> bytes:
+        """What ProgressDB's embedded mode sealed, under any loaded KEK. Raises AuthenticationFailed."""
+        if not self._embedded:
+            raise AuthenticationFailed(
+                "this is a message of ProgressDB's embedded mode, sealed under the master key itself",
+                code="embedded_message",
+                hint="open_embedded_messages: true opens those, and /reencrypt moves them under a DEK",
+            )
+        for kek_id in self.keyring.kek_ids():
+            try:
+                with self.keyring.borrow(kek_id) as kek:
+                    opened = envelope.open_embedded(kek, message, scratch)
+            except (AuthenticationFailed, KekNotLoaded, KeyringChanged):
+                continue
+            finally:
+                scratch[:] = _ZEROS
+            self.counters.add("embedded_messages", 1)
+            return opened
+        raise AuthenticationFailed
 
     def encrypt_many(self, items: Batch, scratch: memoryview) -> Results:
         return self._many(items, scratch, _encrypt_item)

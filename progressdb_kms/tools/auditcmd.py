@@ -130,6 +130,7 @@ def search(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
         args.outcome,
         moment(args.since, now) if args.since else "",
         moment(args.until, now) if args.until else "",
+        args.embedded,
     )
     show_as = as_json if args.json else as_csv() if args.csv else as_table()
     with _read_log(args.log or _logs(loaded.settings.data_dir), loaded, args.no_verify) as read:

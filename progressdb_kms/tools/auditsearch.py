@@ -42,6 +42,8 @@ class Query(NamedTuple):
     outcome: Optional[str] = None
     since: str = ""
     until: str = ""
+    embedded: bool = False
+    """that opened a message of ProgressDB's embedded mode"""
 
     def holds(self, event: Mapping[str, Any]) -> bool:
         return (
@@ -49,6 +51,7 @@ class Query(NamedTuple):
             and self.op in (None, event.get("op"))
             and self.outcome in (None, event.get("outcome"))
             and (self.uid is None or event.get("uid") == self.uid)
+            and (not self.embedded or "embedded" in event)
             and self.thread in (None, event.get("thread_id"))
             and (self.key is None or self.key in keys_of(event))
         )
@@ -62,6 +65,8 @@ class Query(NamedTuple):
             found.append(b'"thread_id":' + json_dumps(self.thread).encode())
         if self.uid is not None:
             found.append(b'"uid":%d' % self.uid)
+        if self.embedded:
+            found.append(b'"embedded":')
         return found
 
     def candidates(self) -> re.Pattern[bytes]:

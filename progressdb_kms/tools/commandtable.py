@@ -330,6 +330,7 @@ COMMANDS: tuple[Command, ...] = (
             Arg(("--outcome",), "ok, refused or failed", "outcome", "WORD"),
             Arg(("--since",), "not before this time", "text", "TIME"),
             Arg(("--until",), "before this time", "text", "TIME"),
+            Arg(("--embedded",), "that opened messages of ProgressDB's embedded mode", "flag"),
             Arg(("--csv",), "print CSV, for spreadsheets", "flag"),
             JSON,
             Arg(("--no-verify",), "without the keys: nothing is verified", "flag"),

@@ -18,7 +18,7 @@ from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 
 from .. import __version__
 from ..audit.log import Fragment, fragment, key_fragment
-from ..crypto.aead import KEY_SIZE, NONCE_SIZE, TAG_SIZE
+from ..crypto.aead import KEY_SIZE
 from ..crypto.envelope import Wrapped
 from ..encoding import (
     b64decode,
@@ -27,11 +27,11 @@ from ..encoding import (
     b64encode_bytes,
     b64encode_into,
     hex_decode_into,
-    is_json,
     json_dumps,
     json_loads,
 )
 from ..errors import (
+    AuthenticationFailed,
     BadRequest,
     BodyTooLarge,
     InternalError,
@@ -39,13 +39,12 @@ from ..errors import (
     MethodNotAllowed,
     NotFound,
     PeerRefused,
-    PlaintextNotJson,
     UnsupportedMediaType,
 )
 from ..service.keeper import describe
 from ..service.worker import Batch, BatchItem, Results, Service, wrapped_source
 from ..store.contract import DekRecord
-from . import openapi, secretjson
+from . import dialect, openapi, secretjson
 from .call import (
     BINARY,
     DEFAULT_PAGE,
@@ -64,9 +63,6 @@ from .http1 import Head
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-MESSAGE_OVERHEAD = NONCE_SIZE + TAG_SIZE
-"""Bytes of a message beyond its plaintext."""
 
 
 def fields_of(call: Call) -> Fields:
@@ -265,28 +261,29 @@ def decrypt(app: App, call: Call) -> Reply:
         key_id, aad = _raw_source(app, call)
         return Reply(200, app.service.decrypt(key_id, call.body, aad, call.scratch), BINARY)
     source, ciphertext, aad = _data_request(app, call, "ciphertext")
-    named = ciphertext[:1] == b'"' and isinstance(source, str)
-    if named and (kept := _kept_token(ciphertext)) is not None:
-        return _raw_json(app.service.decrypt(source, kept, aad, call.scratch))
+    if ciphertext[:1] in dialect.FIRST_BYTES:
+        reply = _progressdb(app, call, source, ciphertext, aad)
+        if reply is not None:
+            return reply
     opened = app.service.decrypt(source, ciphertext, aad, call.scratch)
     return Reply(200, b'{"plaintext":"%b"}' % b64encode_bytes(opened))
 
 
-def _kept_token(data: bytes) -> Optional[bytes]:
-    """ProgressDB's third dialect: what we gave as `ciphertext`, kept as the JSON token it was, quotes and
-    all. A message of ours is none: its nonce and tag would have to be quotes with base64 between them."""
-    token = _plain_base64(data[1:-1]) if data[-1:] == b'"' else None
-    return token if token is not None and len(token) >= MESSAGE_OVERHEAD else None
-
-
-def _raw_json(plaintext: bytes) -> Reply:
-    """Who keeps tokens takes the token of `plaintext` as the message, which was JSON once."""
-    if not is_json(plaintext):
-        raise PlaintextNotJson(
-            "the message opens, but it is not JSON, and can't be answered as such",
-            hint="send the ciphertext without the quotes of its JSON token, and the answer is base64",
-        )
-    return Reply(200, b'{"plaintext":%b}' % plaintext)
+def _progressdb(
+    app: App, call: Call, key_id: Union[str, Wrapped], data: bytes, aad: bytes
+) -> Optional[Reply]:
+    """The answer to a request in ProgressDB's own form, see `dialect`; None where it has another."""
+    if not isinstance(key_id, str):
+        return None
+    kept = dialect.kept_token(data)
+    if kept is not None:
+        return Reply(200, dialect.raw_json(app.service.decrypt(key_id, kept, aad, call.scratch)))
+    sealed = dialect.embedded(data) if not aad else None
+    if sealed is None:
+        return None
+    opened = app.service.open_embedded(sealed, call.scratch)
+    call.details = fragment(embedded=1)
+    return Reply(200, dialect.raw_json(opened))
 
 
 def _data_request(app: App, call: Call, field: str) -> tuple[Union[str, Wrapped], bytes, bytes]:
@@ -393,7 +390,7 @@ def _batch_reply(app: App, call: Call, wanted: str, items: Batch, results: Resul
     failed = sum([isinstance(result, KMSError) for result in results])
     sources = {item[0] for item in items if not isinstance(item, KMSError)}
     keys = sorted({source if isinstance(source, str) else source.key_id for source in sources})
-    call.details = fragment(count=len(results), failed=failed, keys=keys)
+    call.details = Fragment(call.details + fragment(count=len(results), failed=failed, keys=keys))
     app.service.counters.add("items", len(results))
     lead, b64 = b'{"%b":"' % wanted.encode("ascii"), binascii.b2a_base64
     rendered = [
@@ -447,8 +444,29 @@ def _sources(moves: Sequence[Union[_Move, KMSError]]) -> Batch:
 
 def _moved(app: App, call: Call, moves: Sequence[Union[_Move, KMSError]]) -> Results:
     opened = app.service.decrypt_many(_sources(moves), call.scratch)
+    _open_embedded(app, call, moves, opened)
     again = [_again(move, text) for move, text in zip(moves, opened)]
     return app.service.encrypt_many(again, call.scratch)
+
+
+def _open_embedded(app: App, call: Call, moves: Sequence[Union[_Move, KMSError]], results: Results) -> None:
+    """What did not open under its DEK may be a message of ProgressDB's embedded mode."""
+    done = 0
+    for index, (move, result) in enumerate(zip(moves, results)):
+        if isinstance(move, _Move) and isinstance(result, AuthenticationFailed) and not move.aad:
+            sealed = dialect.embedded(move.data)
+            if sealed is not None:
+                results[index] = _result(app.service.open_embedded, sealed, call.scratch)
+                done += not isinstance(results[index], KMSError)
+    if done:
+        call.details = Fragment(call.details + fragment(embedded=done))
+
+
+def _result(work: Callable[..., bytes], *args: Any) -> Union[bytes, KMSError]:
+    try:
+        return work(*args)
+    except KMSError as error:
+        return error.with_traceback(None)
 
 
 def _again(move: Union[_Move, KMSError], opened: Union[bytes, KMSError]) -> Union[BatchItem, KMSError]:

@@ -66,6 +66,7 @@ RIGHT: list[tuple[str, Value, Any]] = [
     ("allowed_peer_uids", [], []),
     ("admin_peer_uids", [number("4294967294")], [4294967294]),
     ("allow_missing_keks", Scalar("true", "bool"), True),
+    ("open_embedded_messages", Scalar("true", "bool"), True),
     ("allow_missing_keks", Scalar("false", ANY), False),
     ("workers", text("auto"), "auto"),
     ("workers", number("1"), 1),
@@ -133,6 +134,7 @@ WRONG: list[tuple[str, Value, str]] = [
     ("allowed_peer_uids", [number("1")] * (MAX_UIDS + 1), "a list of at most"),
     ("admin_peer_uids", [Scalar("root", ANY)], "a list of at most"),
     ("allow_missing_keks", text("yes"), "true or false"),
+    ("open_embedded_messages", text("yes"), "true or false"),
     ("allow_missing_keks", ["true"], "true or false"),
     ("workers", number("0"), "auto or a whole number from 1 to 64"),
     ("workers", number("65"), "auto or a whole number from 1 to 64"),
@@ -191,7 +193,8 @@ def test_each_option_has_a_right_and_a_wrong_value() -> None:
 def test_the_keys_are_those_of_the_contract() -> None:
     assert [option.name for option in OPTIONS] == [
         *("master_key_hex", "master_key_file", "master_key_credential", "previous_master_keys"),
-        *("allow_missing_keks", "socket", "socket_mode", "socket_group", "data_dir"),
+        *("allow_missing_keks", "open_embedded_messages"),
+        *("socket", "socket_mode", "socket_group", "data_dir"),
         *("allowed_peer_uids", "admin_peer_uids"),
         *("workers", "memory_lock", "max_body_bytes", "max_connections", "idle_timeout", "request_timeout"),
     ]  # fmt: skip
