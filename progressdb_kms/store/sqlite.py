@@ -163,13 +163,44 @@ _CHECK_STAGED = (
 )
 
 
+def check_schema(path: Path, application: int, version: int) -> None:
+    """The rule of upgrades and downgrades: a release opens the schema that it writes, and no other; the way
+    from one to the next is `export` and `import`. 0: its first transaction was not finished. Raises
+    StoreDamaged."""
+    if application != APPLICATION_ID:
+        raise StoreDamaged(f"{path} is a database of something else", hint="is data_dir the right folder?")
+    known = f"has schema version {version}, and this release knows {SCHEMA_VERSION}: nothing was changed"
+    if version > SCHEMA_VERSION:
+        raise StoreDamaged(
+            f"{path} {known}",
+            hint="run the newer release that wrote it; to go back, `export` with that one and `import` here",
+        )
+    if 0 < version < SCHEMA_VERSION:
+        raise StoreDamaged(
+            f"{path} {known}", hint="`export` with the older release that wrote it, and `import` here"
+        )
+
+
 class SqliteReader:
     """Read-only: for the workers, and for commands beside a running daemon."""
 
     def __init__(self, data_dir: Path) -> None:
         self.path = data_dir / FILE_NAME
         self._conn = Connection(self.path, "ro")
-        self._bind()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._conn.close)
+            self._check_schema()
+            self._bind()
+            undo.pop_all()
+
+    def _check_schema(self) -> int:
+        """Returns the schema version, 0 for a store that is not made yet."""
+        select = self._conn.select_one
+        application, version = select("PRAGMA application_id")[0], select("PRAGMA user_version")[0]
+        # After a crash in its first transaction a database is rolled back to nothing when it is first read.
+        if select("PRAGMA page_count")[0]:
+            check_schema(self.path, application, version)
+        return int(version)
 
     def _bind(self) -> None:
         self._deks = Table(self.path, DEKS, self._conn)
@@ -246,21 +277,11 @@ class SqliteStore(SqliteReader):
 
     def _prepare(self) -> None:
         select = self._conn.select_one
-        # After a crash in its first transaction a database is rolled back to nothing when it is first read.
-        fresh = not select("PRAGMA page_count")[0]
-        application, version = select("PRAGMA application_id")[0], select("PRAGMA user_version")[0]
-        if fresh:  # first of all, so that a crash right after leaves a file that is known as ours
+        version = self._check_schema()
+        if not select("PRAGMA page_count")[0]:
             self._refuse_lost()
+            # First of all, so that a crash right after leaves a file that is known as ours.
             select(f"PRAGMA application_id={APPLICATION_ID}")
-        elif application != APPLICATION_ID:
-            raise StoreDamaged(
-                f"{self.path} is a database of something else", hint="is data_dir the right folder?"
-            )
-        elif version > SCHEMA_VERSION:
-            raise StoreDamaged(
-                f"{self.path} has schema version {version}; this release knows up to {SCHEMA_VERSION}",
-                hint="run the newer release that wrote it",
-            )
         for pragma, value, wanted in (
             ("journal_mode", "WAL", "wal"),
             ("synchronous", FULL, 2),

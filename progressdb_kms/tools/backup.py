@@ -33,7 +33,7 @@ from urllib.parse import quote
 from ..encoding import json_dumps, json_loads, timestamp
 from ..errors import StoreDamaged
 from ..store.contract import DekRecord
-from ..store.sqlite import APPLICATION_ID, DEKS, FILE_NAME, SCHEMA_VERSION
+from ..store.sqlite import APPLICATION_ID, DEKS, FILE_NAME, SCHEMA_VERSION, check_schema
 from .console import CommandFailed, sync_folder
 
 Progress = Callable[[int, int], None]
@@ -180,9 +180,10 @@ def _copy(store: Path, part: Path, progress: Progress) -> None:
         contextlib.closing(_connect(store, "mode=ro")) as source,
         contextlib.closing(_connect(part, "mode=rw")) as target,
     ):
-        found = source.execute("PRAGMA application_id").fetchone()[0]
-        if found != APPLICATION_ID:
-            raise CommandFailed(f"{store} is no store of ours", hint="is data_dir the right folder?")
+        application, version = (
+            source.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+        )
+        check_schema(store, application, version)
         source.execute("BEGIN")
         source.execute("SELECT count(*) FROM sqlite_master").fetchone()  # pins what the copy sees
         source.backup(target, pages=PAGES, progress=lambda status, left, total: progress(total - left, total))
@@ -276,11 +277,7 @@ def opened(file: Path, progress: Progress) -> Iterator[Backup]:
     contents = _last_line(file)
     if contents.sealed(file, progress) != contents:
         raise _damaged(file, "its checksum does not fit")
-    if contents.schema > SCHEMA_VERSION:
-        raise CommandFailed(
-            f"{file} has schema version {contents.schema}; this release knows up to {SCHEMA_VERSION}",
-            hint="run the newer release that wrote it",
-        )
+    check_schema(file, APPLICATION_ID, contents.schema)
     with contextlib.closing(_connect(file, "mode=ro&immutable=1")) as db:
         try:
             _check(file, db)

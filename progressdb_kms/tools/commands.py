@@ -266,8 +266,13 @@ def verify(args: argparse.Namespace) -> None:
 
 def backup(args: argparse.Namespace) -> None:
     _no_stream(args.file, "a backup is checked and synced in its place (`export -` writes to stdout)")
-    from . import storecmd
+    from . import drill, storecmd
 
+    if args.check:
+        with _load(args, need_key=True) as loaded, Progress("backup --check") as bar:
+            result = drill.check(loaded, Path(args.file), bar)
+        show(result, args.json)
+        return
     with _store(args, need_key=False) as loaded, Progress("backup") as bar:
         result = storecmd.backup(loaded.settings.data_dir, Path(args.file), progress=bar)
     show(result, args.json)

@@ -394,13 +394,24 @@ COMMANDS: tuple[Command, ...] = (
         OFFLINE,
         "copy the store to one file",
         "A consistent copy, taken while the daemon may run, with a checksum and the kek_ids that it "
-        "needs; never over a file that exists. It holds wrapped DEKs only: keep the key files elsewhere.",
-        (Arg(("file",), "the backup to make", "file", "FILE"), DATA_DIR, CONFIG, JSON),
+        "needs; never over a file that exists. It holds wrapped DEKs only: keep the key files elsewhere. "
+        "--check is a drill for the restore: it opens every DEK of FILE with the configured keys and says "
+        "which keys it needs; it needs no store and changes nothing.",
+        (
+            Arg(("file",), "the backup to make", "file", "FILE"),
+            Arg(("--check",), "make none: open every DEK of FILE", "flag"),
+            DATA_DIR,
+            CONFIG,
+            JSON,
+        ),
         "backup",
         (
             "progressdb-kms backup /backup/kms-$(date +%FT%T) "
             "--config /etc/progressdb-kms/progressdb-kms.yaml",
+            "progressdb-kms backup --check /backup/kms-2026-11-24T02:00:00 "
+            "--config /etc/progressdb-kms/progressdb-kms.yaml",
         ),
+        keys=True,
     ),
     Command(
         "restore",

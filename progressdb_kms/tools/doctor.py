@@ -36,8 +36,8 @@ from ..service.clock import RELEASED, REMEDY, Clock, judge, kept
 from ..service.plan import Configured, ConfiguredKey, plan
 from ..service.rotation import RETIRED_KEK, retired
 from ..store.contract import KekCount
-from ..store.sqlite import APPLICATION_ID, SCHEMA_VERSION, SqliteReader
 from ..store.sqlite import FILE_NAME as STORE
+from ..store.sqlite import SqliteReader, check_schema
 from . import asowner
 from .console import safe
 from .keyfiles import RESUME, KeyFiles
@@ -345,10 +345,10 @@ def _store_findings(patient: Patient, path: Path, db: sqlite3.Connection) -> Ite
     application, version = (
         db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
     )
-    if application != APPLICATION_ID or version > SCHEMA_VERSION:
-        yield Finding(
-            FAIL, f"{path} is no store, or one of a newer release (schema {version})", "is data_dir right?"
-        )
+    try:
+        check_schema(path, application, version)
+    except KMSError as error:
+        yield Finding(FAIL, error.message, error.hint)
         return
     answer = db.execute("PRAGMA quick_check(1)").fetchone()[0]
     if answer != "ok":

@@ -361,7 +361,7 @@ class TestFile:
     @pytest.mark.parametrize(
         ("statement", "says", "hint"),
         [
-            ("PRAGMA user_version=99", "schema version 99; this release knows up to 1", "newer release"),
+            ("PRAGMA user_version=99", "schema version 99, and this release knows", "newer release"),
             ("PRAGMA application_id=7", "something else", "right folder"),
         ],
     )

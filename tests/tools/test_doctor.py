@@ -212,10 +212,13 @@ class TestStore:
         assert found.level == FAIL and "restore" in found.todo
 
     def test_of_something_else(self, home: Path) -> None:
-        for pragma in ("application_id=1", f"application_id={APPLICATION_ID};PRAGMA user_version=99"):
+        for pragma, says in (
+            ("application_id=1", "something else"),
+            (f"application_id={APPLICATION_ID};PRAGMA user_version=99", "schema version 99"),
+        ):
             with contextlib.closing(sqlite3.connect(home / "d" / "kms.db")) as db:
                 db.executescript(f"PRAGMA {pragma}")
-            assert "no store" in only(doctor._store, patient(home)).text
+            assert says in only(doctor._store, patient(home)).text
 
     def test_a_key_that_is_not_configured(self, home: Path) -> None:
         (home / "d" / "kms.db").unlink()

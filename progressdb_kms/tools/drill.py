@@ -1,0 +1,99 @@
+"""`backup --check`: would this file bring everything back, with the keys that are configured?
+
+Nothing is written, and no store is needed: it can be done on another host, from a timer, at any time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..config.load import Loaded
+from ..crypto.envelope import AUDIT_KEY
+from ..service.ownkeys import ROWS
+from ..service.plan import Configured
+from ..store.policy import SHREDDED
+from . import backup, datadir
+from .backup import Backup, Progress
+from .console import CommandFailed, say
+from .datadir import Keys, Opener
+
+TOLD = 20
+"""Faults that are listed; all are counted."""
+
+
+def check(loaded: Loaded, file: Path, progress: Progress) -> dict[str, Any]:
+    """Open every DEK of a backup. Returns what it holds and needs. Raises CommandFailed after it listed what
+    is wrong."""
+    with backup.opened(file, progress) as source, datadir.keys(loaded) as keys:
+        missing = _missing(source, keys.configured)
+        faults, opened = _faults(source, keys, missing, progress)
+        for text in faults[:TOLD]:
+            say(text)
+        if missing or faults:
+            raise CommandFailed(_verdict(file, source, missing, faults), hint=_remedy(missing))
+        return {
+            "file": str(file),
+            "created_at": source.contents.created_at,
+            "deks": source.contents.deks,
+            "opened": opened,
+            "shredded": source.contents.shredded,
+            "needs": _needs(source, keys.configured),
+        }
+
+
+def _faults(source: Backup, keys: Keys, missing: dict[str, int], progress: Progress) -> tuple[list[str], int]:
+    """What does not open although its KEK is here; and how many did."""
+    faults, opened, done = [], 0, 0
+    with Opener(keys.keyring) as opener:
+        for record in source.records():
+            if record.state == SHREDDED or record.kek_id in missing:
+                continue
+            try:
+                opener.check(record.key_id, record.wrapped)
+                opened += 1
+            except ValueError as error:
+                faults.append(f"{record.key_id}: {error}")
+            done += 1
+            progress(done, source.contents.deks)
+    if source.contents.active_kek_id not in missing:
+        with datadir.audit_key(keys.keyring, source.read(ROWS[AUDIT_KEY])) as key:
+            if key is None:
+                faults.append("the audit key does not open: the chain of the audit log could not go on")
+    return faults, opened
+
+
+def _missing(source: Backup, keys: Configured) -> dict[str, int]:
+    """KEKs that the backup needs and the configuration has not, and how many DEKs need each."""
+    needs: Counter[str] = Counter(source.contents.keks)
+    return {kek_id: needs[kek_id] for kek_id in source.contents.kek_ids if kek_id not in keys.kek_ids}
+
+
+def _needs(source: Backup, keys: Configured) -> list[str]:
+    """Which key, from where, for how much."""
+    named = [*([keys.pending] if keys.pending else []), *keys.previous, keys.master]
+    places = {key.kek_id: key.source for key in named}
+    active = source.contents.active_kek_id
+    return [
+        f"{kek_id} ({places[kek_id]}): {source.contents.keks.get(kek_id, 0)} DEKs"
+        + (", the active one" if kek_id == active else "")
+        for kek_id in source.contents.kek_ids
+    ]
+
+
+def _verdict(file: Path, source: Backup, missing: dict[str, int], faults: list[str]) -> str:
+    parts = [
+        f"needs the KEK {kek_id}, which is not configured, for "
+        + (f"{count} DEKs" if count else "its audit key")
+        for kek_id, count in missing.items()
+    ]
+    if faults:
+        parts.append(f"has {len(faults)} keys that do not open")
+    return f"{file} (of {source.contents.created_at[:10]}) {' and '.join(parts)}"
+
+
+def _remedy(missing: dict[str, int]) -> str:
+    if missing:
+        return "`progressdb-kms kek-id FILE…` finds the key files: name them in previous_master_keys"
+    return "run `progressdb-kms verify` on the store, then make another backup"
