@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -130,13 +131,15 @@ def create_dek(args: argparse.Namespace) -> None:
 
 def list_deks(args: argparse.Namespace) -> None:
     with _client(args) as kms:
-        deks = kms.list(args.thread_id)
+        found = (dek for dek in kms.list(args.thread_id) if args.state in (None, dek.state))
+        deks = itertools.islice(found, args.limit)
         if args.json:
             for dek in deks:
                 _show_dek(dek, True)
         else:
-            rows = ((dek.key_id, dek.state, dek.kek_id, dek.created_at, dek.thread_id) for dek in deks)
-            sys.stdout.writelines(table(("KEY_ID", "STATE", "KEK_ID", "CREATED_AT", "THREAD_ID"), rows))
+            head = ("KEY_ID", "STATE", "KEK_ID", "CREATED_AT", "DUE", "THREAD_ID")
+            rows = ((d.key_id, d.state, d.kek_id, d.created_at, d.delete_at[:16], d.thread_id) for d in deks)
+            sys.stdout.writelines(table(head, rows))
 
 
 def describe(args: argparse.Namespace) -> None:
@@ -155,12 +158,11 @@ def enable(args: argparse.Namespace) -> None:
 
 
 def shred(args: argparse.Namespace) -> None:
-    if args.now and args.days is not None:
-        raise UsageError("--now and --days exclude each other")
-    if args.days is not None and args.days > 365:
-        raise UsageError("--days is a number from 1 to 365")
+    from . import shredcmd
+
+    shredcmd.check(args)
     with _client(args) as kms:
-        _show_dek(kms.shred(args.key_id, args.now, args.days), args.json)
+        shredcmd.run(args, kms)
 
 
 def _show_dek(dek: Dek, as_json: bool) -> None:

@@ -46,6 +46,7 @@ class Command(NamedTuple):
 CHOICES: dict[str, tuple[str, ...]] = {
     "bench": ("calls", "store", "rotate", "memory"),
     "outcome": ("ok", "refused", "failed"),
+    "state": ("enabled", "disabled", "pending_deletion", "shredded"),
 }
 
 EXITS = ((0, "it was done"), (1, "it failed; stderr says why"), (2, "the command line is wrong"))
@@ -154,7 +155,14 @@ COMMANDS: tuple[Command, ...] = (
         ONLINE,
         "list the DEKs",
         "Prints a line a DEK, in order of key_id.",
-        (SOCKET, CONFIG, Arg(("--thread-id",), "those of this thread only", "text", "ID"), JSON),
+        (
+            SOCKET,
+            CONFIG,
+            Arg(("--thread-id",), "those of this thread only", "text", "ID"),
+            Arg(("--state",), "those in this state only", "state", "STATE"),
+            Arg(("--limit",), "the first N only", "count", "N"),
+            JSON,
+        ),
         "list_deks",
         ("progressdb-kms list --thread-id t1", "progressdb-kms list --json | jq -r .key_id"),
     ),
@@ -209,17 +217,21 @@ COMMANDS: tuple[Command, ...] = (
         "schedule the erasure of a DEK, or erase it at once",
         "Once a DEK is shredded nothing can bring back what was encrypted under it: its wrapped bytes"
         " are removed from the store, its log and the snapshots. Backups made before hold it still, "
-        "but restore refuses it. Without --now it is due in 7 days, until then `enable` cancels it.",
+        "but restore refuses it. Without --now it is due in 7 days, until then `enable` cancels it. On a "
+        "terminal it asks before it shreds at once, or more than one DEK; elsewhere that needs --yes.",
         (
             SOCKET,
             CONFIG,
-            KEY,
+            Arg(("key_id",), "the DEKs", "key_id", "KEY_ID", "*"),
+            Arg(("--thread-id",), "all DEKs of this thread", "text", "ID"),
             Arg(("--now",), "at once; it can't be undone", "flag"),
             Arg(("--days",), "when it is due: 1 to 365 days (default 7)", "count", "N"),
+            Arg(("--dry-run",), "only list what would be shredded", "flag"),
+            Arg(("--yes",), "don't ask", "flag"),
             JSON,
         ),
         "shred",
-        ("progressdb-kms shred k_0190… --days 30", "progressdb-kms shred k_0190… --now"),
+        ("progressdb-kms shred k_0190… --days 30", "progressdb-kms shred --thread-id room-42 --now"),
     ),
     Command(
         "rewrap",

@@ -105,6 +105,13 @@ def say(text: str) -> None:
     sys.stderr.write(("\r\x1b[K" if sys.stderr.isatty() else "") + safe(text) + "\n")
 
 
+def ask(question: str) -> bool:
+    """A question on the terminal; only `y` or `yes` means yes, and so the end of input means no."""
+    sys.stderr.write(f"{safe(question)} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 # ---- files -----------------------------------------------------------------------------------------
 
 

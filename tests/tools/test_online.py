@@ -61,13 +61,17 @@ class TestKeys:
         )
         listed = run("list")
         assert listed.out == (
-            "KEY_ID  STATE    KEK_ID            CREATED_AT                   THREAD_ID\n"
-            f"k_0000  enabled  {kms.kek_id}  2026-11-24T02:13:32.123456Z  t1\n"
+            "KEY_ID  STATE    KEK_ID            CREATED_AT                   DUE  THREAD_ID\n"
+            f"k_0000  enabled  {kms.kek_id}  2026-11-24T02:13:32.123456Z       t1\n"
         )
         assert (
             json.loads(run("create-dek", "--thread-id", "t2", "--key-id", "mine", "--json").out)["key_id"]
             == "mine"
         )
+        assert run("list", "--limit", "1").out.count("\n") == 2
+        run("shred", "mine")
+        assert "k_0000" not in (due := run("list", "--state", "pending_deletion").out) and "mine" in due
+        run("enable", "mine")
         lines = run("list", "--thread-id", "t2", "--json").out.splitlines()
         assert [json.loads(line)["key_id"] for line in lines] == ["mine"]
 

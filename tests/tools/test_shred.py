@@ -1,0 +1,104 @@
+"""`shred` of one DEK, of several, of a thread: what it asks, what it does, what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness.daemon import cli
+from tests.harness.fakekms import FakeKms
+from tests.tools.test_online import spawn
+
+
+@pytest.fixture
+def kms(short_tmp: Path) -> Iterator[FakeKms]:
+    with FakeKms(short_tmp / "s") as fake:
+        for number in range(3):
+            fake.create("room", f"k_{number}")
+        fake.create("hall", "k_9")
+        yield fake
+
+
+def states(kms: FakeKms) -> dict[str, Any]:
+    return {key_id: dek["state"] for key_id, dek in kms.deks.items()}
+
+
+def run(kms: FakeKms, *words: str) -> Any:
+    return cli("shred", *words, "--socket", str(kms.path))
+
+
+def test_one_dek_off_a_terminal_is_taken_at_its_word(kms: FakeKms) -> None:
+    assert run(kms, "k_0", "--now").returncode == 0
+    assert states(kms) == {"k_0": "shredded", "k_1": "enabled", "k_2": "enabled", "k_9": "enabled"}
+
+
+def test_several_need_yes_where_nobody_can_be_asked(kms: FakeKms) -> None:
+    for words in (["k_0", "k_1"], ["--thread-id", "room"]):
+        done = run(kms, *words, "--now")
+        assert done.returncode == 2 and b"give --yes, or --dry-run to see them" in done.stderr
+    assert set(states(kms).values()) == {"enabled"}
+    done = run(kms, "k_0", "k_1", "k_1", "--now", "--yes")
+    assert done.returncode == 0 and done.stdout.count(b"shredded") == 2
+
+
+def test_a_thread(kms: FakeKms) -> None:
+    run(kms, "k_1", "--now")
+    done = run(kms, "--thread-id", "room", "--dry-run", "--now")
+    assert done.returncode == 0 and b"k_0" in done.stdout and b"k_1" not in done.stdout
+    assert done.stderr == b"2 DEKs would be shredded at once; nothing was done\n"
+    done = run(kms, "--thread-id", "room", "--yes", "--json")
+    assert [json.loads(line)["state"] for line in done.stdout.splitlines()] == ["pending_deletion"] * 2
+    assert states(kms)["k_9"] == "enabled"
+    assert b"nothing to shred" in run(kms, "--thread-id", "nowhere", "--yes").stderr
+
+
+@pytest.mark.parametrize("words", [[], ["k_0", "--thread-id", "room"]])
+def test_either_deks_or_a_thread(kms: FakeKms, words: list[str]) -> None:
+    done = run(kms, *words)
+    assert done.returncode == 2 and b"name either DEKs or --thread-id" in done.stderr
+
+
+def test_one_that_fails_leaves_the_others_to_be_done(kms: FakeKms) -> None:
+    kms.refuse["/deks/k_1"] = (503, "store_unavailable", "a copy remains")
+    done = run(kms, "--thread-id", "room", "--now", "--yes")
+    assert done.returncode == 1 and b"k_1: a copy remains" in done.stderr
+    assert b"1 of 3 failed (repeating it is safe)" in done.stderr
+    assert states(kms) == {"k_0": "shredded", "k_1": "enabled", "k_2": "shredded", "k_9": "enabled"}
+
+
+@pytest.mark.parametrize(
+    "answer, code, state", [(b"y\n", 0, "shredded"), (b"\n", 1, "enabled"), (b"", 1, "enabled")]
+)
+def test_a_person_is_asked(kms: FakeKms, answer: bytes, code: int, state: str) -> None:
+    done, shown = asked(kms, answer, "k_0", "k_1", "--now")
+    assert done == code and "2 DEKs will be shredded at once." in shown and "gone for ever" in shown
+    assert states(kms)["k_0"] == states(kms)["k_1"] == state
+
+
+def test_a_person_is_not_asked_for_what_can_be_cancelled(kms: FakeKms) -> None:
+    done, shown = asked(kms, b"", "k_0")
+    assert done == 0 and "[y/N]" not in shown and states(kms)["k_0"] == "pending_deletion"
+
+
+def asked(kms: FakeKms, answer: bytes, *words: str) -> tuple[int, str]:
+    """On a terminal, where a person types `answer`, or nothing and then Ctrl-D."""
+    leader, follower = pty.openpty()
+    command = ("shred", *words, "--socket", str(kms.path))
+    process = spawn(*command, stdin=follower, stdout=follower, stderr=follower)
+    os.close(follower)
+    os.write(leader, answer or b"\x04")
+    shown = b""
+    while select.select([leader], [], [], 30)[0]:
+        try:
+            shown += os.read(leader, 65536)
+        except OSError:  # EIO: the other side is closed
+            break
+    os.close(leader)
+    return process.wait(20), shown.decode()
