@@ -170,6 +170,13 @@ class RequestTimeout(HttpError):
     default_code = "request_timeout"
 
 
+class LengthRequired(HttpError):
+    """411: a body that carries a key needs a Content-Length, so that it is received into locked memory."""
+
+    status = 411
+    default_code = "length_required"
+
+
 class UriTooLong(HttpError):
     status = 414
     default_code = "uri_too_long"

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -33,6 +34,8 @@ from ..service import channel, start
 from ..service.keeper import STAGING_SLOTS
 from ..service.metrics import Metrics
 from ..service.plan import Configured, ConfiguredKey
+from ..wire.server import SPARE_FILES, WAITING, WORKING
+from ..wire.slab import Slab
 from . import hardening, inherited
 from .serving import Notifier, Shared, Worker, open_keeper, reopen_keeper
 from .signals import SignalPipe
@@ -57,24 +60,27 @@ def serve(
     found = hardening.harden()
     _look_at_second_start(settings, found)
     measures = [measure._asdict() for measure in found]
+    descriptors = _descriptors(settings)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     lock = start.claim(settings.data_dir)
     listener, ours = listen(settings)
+    listener.setblocking(False)  # all workers share the flag; a copy of a blocking socket would set it back
     ends, handovers = zip(*(handover_pair() for _ in range(settings.workers)))
     name = Name(settings, listener, ours, ends)
     region = LockedBuffer(REGION_SIZE + STAGING_SLOTS * KEY_SIZE, settings.memory_lock)
     try:
-        if region.kind != "memfd_secret":
-            _warn_of_memory(settings, region.kind)
+        slabs = [Slab(settings.memory_lock, WAITING + WORKING) for _ in range(settings.workers)]
+        kinds = {region.kind, *(slab.kind for slab in slabs)}
+        if kinds != {"memfd_secret"}:
+            _warn_of_memory(settings, "unlocked" if "unlocked" in kinds else "mlock")
         keyring = Keyring(region.view)
         keys = _install(loaded, keyring)._replace(allow_retired=allow_retired_kek)
         inbox, outbox = channel.channel()
         staging = region.view[REGION_SIZE:]
         metrics = Metrics(settings.workers + 1)
         sockets = (inbox, outbox, listener, name, handovers)
-        shared = Shared(
-            settings, keys, region, keyring, staging, metrics, *sockets, measures, time.monotonic()
-        )
+        made = (measures, time.monotonic(), slabs, descriptors)
+        shared = Shared(settings, keys, region, keyring, staging, metrics, *sockets, *made)
         run = Alone if settings.workers == 1 else Supervisor
         return run(shared, lock, ready or _announce).run()
     finally:
@@ -89,6 +95,18 @@ def _look_at_second_start(settings: Settings, measures: Sequence[hardening.Measu
             if settings.memory_lock == "require":
                 raise LockRefused(f"memory_lock is 'require', but {measure.detail}", hint=hardening.REMEDY)
             log.warning("%s (%s)", measure.detail, hardening.REMEDY)
+
+
+def _descriptors(settings: Settings) -> int:
+    """That each process may open; the soft limit was raised. A worker may come to hold all connections."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    allowed = sys.maxsize if soft == resource.RLIM_INFINITY else soft
+    if allowed < settings.max_connections + SPARE_FILES:
+        log.warning(
+            "%d open files are allowed: a worker serves %d of max_connections %d (raise LimitNOFILE)",
+            allowed, max(0, allowed - SPARE_FILES), settings.max_connections,
+        )  # fmt: skip
+    return allowed
 
 
 def _warn_of_memory(settings: Settings, kind: str) -> None:

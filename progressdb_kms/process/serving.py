@@ -24,7 +24,8 @@ from ..service.plan import Configured
 from ..service.worker import Service
 from ..store.sqlite import SqliteReader
 from ..wire.call import App
-from ..wire.server import Limits, Server
+from ..wire.server import Door, Limits, Server, peer_of
+from ..wire.slab import Slab
 from . import hardening, streams, systemd
 from .socket import Name, take_over
 
@@ -57,6 +58,10 @@ class Shared(NamedTuple):
     handovers: Sequence[socket.socket]
     measures: list[dict[str, Any]]
     started: float
+    slabs: list[Slab]
+    """Locked memory of the connections of each worker."""
+    descriptors: int
+    """that a process may open"""
 
 
 # ---- a worker --------------------------------------------------------------------------------------
@@ -69,8 +74,7 @@ class Worker:
         settings = shared.settings
         self._shared = shared
         self._counters = shared.metrics.block(slot - 1)
-        for gauge in ("connections", "beats"):
-            self._counters.clear(gauge)
+        self._counters.clear()
         path = settings.data_dir
         self._audit = AuditLog(path / AUDIT_LOG, shared.keyring.audit_key, chain)
         keeper = channel.KeeperClient(shared.outbox)
@@ -89,21 +93,25 @@ class Worker:
         share = STAGING_SLOTS // settings.workers
         slots = StagingSlots(shared.staging, (slot - 1) * share, share)
         app = App(self._service, slots, shared.metrics, settings.max_body_bytes)
-        limits = Limits(settings.max_connections, settings.idle_timeout, settings.request_timeout)
+        limits = Limits(
+            settings.max_connections, settings.idle_timeout, settings.request_timeout, shared.descriptors
+        )
         self._handover = shared.handovers[slot - 1]
-        listener = shared.listener.dup()
-        self.server = Server(listener, app, limits, self._counters, shared.metrics, settings.memory_lock)
+        self._listener = shared.listener.dup()
+        doors = [Door(self._listener, peer_of)]
+        slab = shared.slabs[slot - 1]
+        self.server = Server(doors, app, limits, self._counters, shared.metrics, slab)
 
     def _about(self) -> dict[str, Any]:
         shared = self._shared
-        slab = self.server.slab
+        slabs = sum(slab.locked_bytes for slab in shared.slabs)
         return {
             "workers": shared.settings.workers,
             "restarts": sum(max(0, n - 1) for n in shared.metrics.gauge("starts")),
             "uptime_seconds": round(time.monotonic() - shared.started, 3),
             "memory": {
                 "kind": shared.region.kind,
-                "locked_bytes": shared.region.locked_bytes + slab.locked_bytes,
+                "locked_bytes": shared.region.locked_bytes + slabs,
                 "required": shared.settings.memory_lock == "require",
                 "wipe_on_free": hardening.wipe_on_free_active(),
             },
@@ -113,22 +121,19 @@ class Worker:
     def run(self, stop: Callable[[float], bool], hangup: Callable[[], bool]) -> None:
         """Serve until `stop(seconds)`, which waits so long at most, says so."""
         with hardening.signals_blocked():
-            acceptor = threading.Thread(target=self.server.serve_forever, args=(0.1,), daemon=True)
-            acceptor.start()
+            waiter = threading.Thread(target=self.server.serve_forever, name="waiter", daemon=True)
+            waiter.start()
         next_anchor = time.monotonic() + ANCHOR_SECONDS
         while not stop(BEAT_SECONDS):
             self._counters.add("beats", 1)
             streams.catch_up()
-            take_over(self._handover, self.server.socket)
+            if take_over(self._handover, self._listener):
+                self.server.renew(self._listener)
             if hangup():
                 self._reopen()
             if time.monotonic() >= next_anchor:
                 self._anchor()
                 next_anchor = time.monotonic() + ANCHOR_SECONDS
-        self.server.shutdown()
-        acceptor.join()
-        with hardening.signals_blocked():
-            self.server.take_waiting()
         if not self.server.drain(DRAIN_SECONDS):
             log.warning("connections were cut: they did not end within %g s", DRAIN_SECONDS)
         self._anchor()

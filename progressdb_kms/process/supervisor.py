@@ -142,7 +142,7 @@ class Supervisor:
                 name = f"worker {child.slot}" if child.slot else "the keeper"
                 log.error("%s (pid %d) ended (%s): it is replaced", name, pid, _how(status))
                 child.pid = 0
-                self._wipe_staging(child.slot)
+                self._wipe_after(child.slot)
             if now - child.started >= RESPAWN_SECONDS:
                 if not child.slot:
                     self._revive_keeper()
@@ -164,9 +164,11 @@ class Supervisor:
         while (job := channel.receive(self._shared.inbox)) is not None:
             channel.answer(job, StoreUnavailable(self._keeping.why, hint="it is tried again by itself"))
 
-    def _wipe_staging(self, slot: int) -> None:
-        """New KEKs that a dead worker had brought."""
+    def _wipe_after(self, slot: int) -> None:
+        """What a dead worker held: connections, locked memory, new KEKs."""
         if slot:
+            self._shared.metrics.block(slot - 1).clear()
+            self._shared.slabs[slot - 1].wipe()
             share = STAGING_SLOTS // self._shared.settings.workers * KEY_SIZE
             self._shared.staging[(slot - 1) * share : slot * share] = bytes(share)
 
@@ -249,7 +251,7 @@ def _keeper_main(shared: Shared, incarnation: int, report: int) -> None:
     os.write(report, json_dumps({"epoch": epoch}).encode() + b"\n")
     os.close(report)
     counters = shared.metrics.block(shared.settings.workers)
-    counters.clear("beats")
+    counters.clear()
     while not signals.stop:
         keeper.round(BEAT_SECONDS, signals.fd)
         counters.add("beats", 1)

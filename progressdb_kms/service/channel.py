@@ -85,7 +85,10 @@ class KeeperClient:
         deadline = time.monotonic() + (SEND_SECONDS if timeout is None else timeout)
         if new_kek is not None:
             args = {**args, "slot": new_kek.slot, "new_kek_id": fingerprint(new_kek.view)}
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise StoreUnavailable(f"the keeper process can't be reached: {error.strerror}") from error
         try:
             with theirs:
                 message = json_dumps({"op": op, "args": args, "head": head}).encode()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import mmap
 import threading
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 OPS = (
     "create_dek",
@@ -40,13 +41,36 @@ CLASSES = ("2xx", "4xx", "5xx")
 
 _GAUGES = (
     "connections", "audit_lines", "items", "starts", "refused_connections", "beats", "embedded_messages",
+    "body_bytes",
 )  # fmt: skip
 _PER_OP = len(CLASSES) + len(BUCKETS) + 1 + 1  # … and the sum of latencies in ns
-_BLOCK = len(_GAUGES) + len(OPS) * _PER_OP
+
+UIDS = 64
+"""UIDs whose connections a process counts one by one; what others hold is counted in one more row."""
+
+OTHERS = 2**32 - 1
+"""Stands for them: (uid_t)-1 is nobody."""
+
+SECONDS = 60
+"""So long a UID counts as here after it connected last."""
+
+_HELD = ("connections", "beats", "body_bytes")
+"""Gauges of what a process holds: nothing, once it is dead."""
+
+_TABLE = len(_GAUGES) + len(OPS) * _PER_OP
+_BLOCK = _TABLE + (UIDS + 1) * 3
 
 _OP_INDEX = {op: len(_GAUGES) + i * _PER_OP for i, op in enumerate(OPS)}
 _GAUGE_INDEX = {name: i for i, name in enumerate(_GAUGES)}
 _CLASS_INDEX = {2: 0, 4: 1, 5: 2}
+
+
+class Holding(NamedTuple):
+    """A row of a process's table. `last`: the monotonic second in which this UID connected last."""
+
+    uid: int
+    connections: int
+    last: int
 
 
 class Metrics:
@@ -63,6 +87,15 @@ class Metrics:
     def gauge(self, name: str) -> list[int]:
         """The value in each process."""
         return [self._words[i * _BLOCK + _GAUGE_INDEX[name]] for i in range(self.processes)]
+
+    def holdings(self) -> Iterator[Holding]:
+        """What each UID holds in each process. A UID may come several times."""
+        for first in range(_TABLE, len(self._words), _BLOCK):
+            for at in range(first, first + (UIDS + 1) * 3, 3):
+                name = self._words[at]
+                if not name:
+                    break
+                yield Holding(name - 1, self._words[at + 1], self._words[at + 2])
 
     def _sum(self, offset: int) -> int:
         return sum(self._words[i * _BLOCK + offset] for i in range(self.processes))
@@ -98,7 +131,11 @@ class Metrics:
                 "counter",
                 "Messages of ProgressDB's embedded mode that were opened.",
             ),
-            ("refused_connections_total", "counter", "Connections refused at max_connections."),
+            (
+                "refused_connections_total",
+                "counter",
+                "Connections refused at max_connections or at a UID's share of them.",
+            ),
         ):
             lines.append(f"{family(gauge, kind, text)} {sum(self.gauge(gauge.removesuffix('_total')))}")
         for extra_name, kind, text, samples in extra:
@@ -131,5 +168,26 @@ class Block:
         value: int = self._words[_GAUGE_INDEX[gauge]]
         return value
 
-    def clear(self, gauge: str) -> None:
-        self._words[_GAUGE_INDEX[gauge]] = 0
+    def clear(self) -> None:
+        """Whoever wrote here is dead, and holds nothing any more."""
+        for gauge in _HELD:
+            self._words[_GAUGE_INDEX[gauge]] = 0
+        self._words[_TABLE:] = memoryview(bytes((UIDS + 1) * 24)).cast("Q")
+
+    def connected(self, uid: int, second: int) -> int:
+        """One connection more; returns the row, for `disconnected`. Past UIDS of them the last row is all
+        others'."""
+        words = self._words
+        for row in range(UIDS):
+            at = _TABLE + 3 * row
+            if words[at] in (0, uid + 1) or not words[at + 1] and words[at + 2] + SECONDS < second:
+                break
+        else:
+            row, at, uid = UIDS, _TABLE + 3 * UIDS, OTHERS
+        words[at] = uid + 1
+        words[at + 1] += 1
+        words[at + 2] = second
+        return row
+
+    def disconnected(self, row: int) -> None:
+        self._words[_TABLE + 3 * row + 1] -= 1

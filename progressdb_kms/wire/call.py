@@ -20,7 +20,7 @@ TEXT = "text/plain; charset=utf-8"
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 SECRET_BODY = 1024
-"""Bytes of a body that carries a key: it must lie in the locked part of the connection's buffer."""
+"""Bytes of a body that carries a key: it lies in locked memory."""
 
 MAX_PAGE = 1000
 DEFAULT_PAGE = 100
@@ -58,6 +58,7 @@ class Call:
     __slots__ = (
         "answer",
         "body",
+        "breathe",
         "details",
         "head",
         "key",
@@ -76,15 +77,17 @@ class Call:
         peer_fragment: Fragment,
         scratch: memoryview,
         answer: memoryview,
+        breathe: Callable[[], None] = lambda: None,
     ) -> None:
-        """`scratch` and `answer` are locked memory of the connection: for a DEK in use, and for an answer
-        that holds one."""
+        """`scratch` and `answer` are locked memory of the thread: for a DEK in use, and for an answer that
+        holds one. `breathe` is to be called every millisecond or so of long work: it lets others in."""
         self.head = head
         self.body = body
         self.peer = peer
         self.peer_fragment = peer_fragment
         self.scratch = scratch
         self.answer = answer
+        self.breathe = breathe
         self.op = ""
         self.key = NOTHING
         self.details = NOTHING
@@ -106,7 +109,9 @@ Handler = Callable[[App, Call], Reply]
 
 
 class Route(NamedTuple):
-    """One row of the table. `op`: its name in audit and metrics ('' = not a key operation)."""
+    """One row of the table. `op`: its name in audit and metrics ('' = not a key operation). It says all that
+    is decided before a byte of a body is read: who may (`admin`), how long (`body_limit`), where it lies
+    (`secret`)."""
 
     method: str
     path: str
@@ -117,8 +122,17 @@ class Route(NamedTuple):
     secret: bool = False
     raw: bool = False
     """takes application/octet-stream too"""
+    waits: bool = False
+    """for the keeper, or for many rows: not to be served by the thread that waits for all connections"""
+    slack: int = 0
+    """bytes of a body beyond max_body_bytes: what /encrypt took must come back, with nonce and tag"""
+    tokens: bool = False
+    """a body may be longer by a third: a message that was kept as its JSON token comes as base64 once more"""
+    batch: bool = False
 
     def body_limit(self, app: App) -> int:
         if self.method == "GET":
             return 0
-        return SECRET_BODY if self.secret else app.max_body_bytes
+        if self.secret:
+            return SECRET_BODY
+        return app.max_body_bytes * (4 if self.tokens else 3) // 3 + self.slack

@@ -1,19 +1,27 @@
-"""HTTP/1.1 framing in strict reading of RFC 9112, as functions of bytes. No socket, no clock.
+"""HTTP/1.1 in strict reading of RFC 9112, as one state machine: bytes in, requests out. No socket, no clock.
 
 A message that two parsers could read in two ways is refused, never repaired: request smuggling lives in the
 gap. Where the RFC lets a server be lenient, this one isn't, and every refusal closes the connection.
 
-The grammar is in the expressions below, each under its rule. A head is judged once: `cached_parse_head`
-remembers the last thousand, because a keep-alive client sends the same head again and again.
+    head ──judged──▶ body by length ──▶ request
+      ▲        └───▶ chunked body ─────▶ request
+      └───────────── next ◀───────────────┘
+
+`Reader` is the machine; the server and the tests both run it. Between a head and its body it asks its owner
+for the `Room` that the body gets, so that who, what and how much are decided before a byte of it is read.
+
+The grammar is in the expressions below, each under its rule. A short head is judged once: `_remembered`
+keeps the last thousand, because a keep-alive client sends the same head again and again.
 """
 
 from __future__ import annotations
 
 import functools
+import ipaddress
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple, Optional, Protocol
+from typing import Callable, NamedTuple, Optional, Protocol, Union
 
 from ..encoding import Buffer
 from ..errors import (
@@ -41,6 +49,12 @@ MAX_CHUNK_LINE = 256
 MAX_TRAILER = 2048
 """Bytes of a trailer section, which is checked and dropped."""
 
+REMEMBERED = 512
+"""Bytes of the longest head that is remembered: a thousand of 8 KiB would be 30 MiB of a peer's choice."""
+
+STEP = 4096
+"""Bytes of a body's first buffer; it doubles as bytes come. A length that was only told costs nothing."""
+
 # ---- grammar ---------------------------------------------------------------------------------------
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
@@ -53,17 +67,30 @@ _FIELD = re.compile(
     rb"(%b):[ \t]*((?:[\x21-\x7e\x80-\xff](?:[ \t\x21-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)[ \t]*" % _TOKEN
 )
 
-# RFC 9112, 3.2: origin-form and absolute-form. authority-form belongs to CONNECT, "*" to OPTIONS.
-_ORIGIN = re.compile(r"(/[^?#]*)(?:\?([^#]*))?")
-_ABSOLUTE = re.compile(r"(?i:https?)://([^/?#]+)(/[^?#]*)?(?:\?([^#]*))?")
+# RFC 3986, 3.2.2 and 3.3: what may stand as it is in a host, a path and a query. Not `" < > [ ] \ ^ ` { | }`.
+_UNRESERVED = r"A-Za-z0-9._~\-"
+_SUB_DELIMS = r"!$&'()*+,;="
+_PATH = rf"/[{_UNRESERVED}{_SUB_DELIMS}:@/%]*"
+_QUERY = rf"[{_UNRESERVED}{_SUB_DELIMS}:@/?%]*"
+_REG_NAME = rf"(?:[{_UNRESERVED}{_SUB_DELIMS}]|%[0-9A-Fa-f]{{2}})"
 
-_HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]\-]*")  # RFC 9110, 7.2, loosely: it selects nothing here
+# RFC 9112, 3.2: origin-form and absolute-form. authority-form belongs to CONNECT, "*" to OPTIONS.
+_ORIGIN = re.compile(rf"({_PATH})(?:\?({_QUERY}))?")
+_ABSOLUTE = re.compile(rf"(?i:https?)://([^/?#]+)({_PATH})?(?:\?({_QUERY}))?")
+
+# RFC 9110, 7.2: uri-host [ ":" port ]. No userinfo (4.2.4). A literal in brackets is IPv6 here.
+_HOST = re.compile(rf"(?:\[([0-9A-Fa-f:.]+)\]|{_REG_NAME}*)(?::[0-9]{{0,5}})?")
 
 _LENGTH = re.compile(rb"[0-9]{1,15}")  # RFC 9110, 8.6: digits, and nothing that int() would also take
-_CHUNK = re.compile(
-    rb"([0-9A-Fa-f]{1,8})((?:[ \t]*;[ \t]*%b(?:=(?:%b|\"[\t \x21\x23-\x5b\x5d-\x7e]*\"))?)*)"
-    % (_TOKEN, _TOKEN)
+
+# RFC 9112, 7.1.1: chunk-ext with white space around ";" and "=", and quoted strings with quoted pairs.
+_QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'
+_BWS = rb"[ \t]*"
+_EXTENSION = (
+    _BWS + b";" + _BWS + _TOKEN + b"(?:" + _BWS + b"=" + _BWS + b"(?:" + _TOKEN + b"|" + _QUOTED + b"))?"
 )
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})((?:" + _EXTENSION + rb")*)")
+_BARE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 _PERCENT = re.compile(r"%([0-9A-Fa-f]{2})")
 
 # What the start of a request can't contain once a line end is seen, or before any is.
@@ -91,29 +118,31 @@ class Head(NamedTuple):
     keep_alive: bool
     expect_continue: bool
     content_type: str  # the media type alone, in lower case
+    coded: bool  # has a Content-Encoding other than identity
 
 
 # ---- finding the head ------------------------------------------------------------------------------
 
 
-def find_head_end(buffer: Searchable, start: int, end: int) -> int:
-    """Offset behind the blank line that ends a head, or -1: more is needed.
+def find_head_end(buffer: Searchable, start: int, end: int, seen: int = 0) -> int:
+    """Offset behind the blank line that ends a head, or -1: more is needed. `seen`: bytes that an earlier
+    look found no fault in.
 
     Raises as soon as the bytes can't become a request any more, so that nobody waits for the rest of a TLS
     handshake or of a line that ends in a bare LF.
     """
-    found = buffer.find(b"\r\n\r\n", start, end)
+    found = buffer.find(b"\r\n\r\n", max(start, start + seen - 3), end)
     if found >= 0:
         if found + 4 - start > MAX_HEAD:
             raise HeadTooLarge(f"the head is longer than {MAX_HEAD} bytes")
         if found == start:
             raise MalformedRequest("two empty lines stand where a request should begin")
         return found + 4
-    _reject_early(bytes(buffer[start:end]))
+    _reject_early(bytes(buffer[start:end]), seen)
     return -1
 
 
-def _reject_early(begun: bytes) -> None:
+def _reject_early(begun: bytes, seen: int) -> None:
     line, newline, _ = begun.partition(b"\n")
     if line == b"\r" and newline:  # RFC 9112, 2.2: one empty line before a request is skipped
         line, newline, _ = begun[2:].partition(b"\n")
@@ -125,7 +154,7 @@ def _reject_early(begun: bytes) -> None:
         if _START.fullmatch(line) is None:
             raise MalformedRequest("this is not the start of an HTTP request")
     else:
-        if re.search(rb"(?<!\r)\n|\r(?!\n|\Z)", begun):
+        if _BARE.search(begun, max(0, seen - 1)):
             raise MalformedRequest("a bare CR or LF stands in the head")
         _request_line(line[:-1])
     if len(begun) > MAX_HEAD:
@@ -144,15 +173,17 @@ def parse_head(raw: bytes) -> Head:
     headers = _headers(lines[1:])
     path, query = _target(method, target, headers)
     length, chunked = _framing(headers, version)
-    connection = {option.strip().lower() for option in headers.get("connection", "").split(",")}
+    connection = {option.strip(" \t").lower() for option in headers.get("connection", "").split(",")}
     keep = "close" not in connection and (version == "1.1" or "keep-alive" in connection)
-    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
     # RFC 9110, 10.1.1: in HTTP/1.0 the expectation must be ignored.
     expects = _expects(headers) if version == "1.1" else False
-    return Head(method, target, path, query, version, headers, length, chunked, keep, expects, content_type)
+    coded = headers.get("content-encoding", "identity").lower() != "identity"  # RFC 9110, 8.4
+    rest = (length, chunked, keep, expects, content_type, coded)
+    return Head(method, target, path, query, version, headers, *rest)
 
 
-cached_parse_head = functools.lru_cache(maxsize=1024)(parse_head)
+_remembered = functools.lru_cache(maxsize=1024)(parse_head)
 
 
 def _request_line(line: bytes) -> tuple[str, str, str]:
@@ -205,8 +236,20 @@ def _target(method: str, target: str, headers: Mapping[str, str]) -> tuple[str, 
         match = _ABSOLUTE.fullmatch(target)  # RFC 9112, 3.2.2: must be taken; its authority replaces Host
         if match is None:
             raise MalformedRequest("the request target is neither a path nor a URL")
+        if not match[1].rstrip(":0123456789") or not valid_host(match[1]):  # RFC 9110, 4.2.1: never empty
+            raise MalformedRequest("the authority of the request target is not valid")
         path, query = match[2] or "/", match[3]
     return _decode(path), _query(query)
+
+
+def valid_host(host: str) -> bool:
+    match = _HOST.fullmatch(host)
+    if match is not None and match[1] is not None:
+        try:
+            ipaddress.IPv6Address(match[1])
+        except ValueError:
+            return False
+    return match is not None
 
 
 def _decode(text: str) -> str:
@@ -247,7 +290,7 @@ def _framing(headers: Mapping[str, str], version: str) -> tuple[int, bool]:
     host = headers.get("host")
     if host is None and version == "1.1":
         raise MalformedRequest("the header Host is missing")
-    if host is not None and _HOST.fullmatch(host) is None:
+    if host is not None and not valid_host(host):
         raise MalformedRequest("the header Host is not valid")
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
     if coding is not None:
@@ -282,13 +325,15 @@ def _expects(headers: Mapping[str, str]) -> bool:
 class Chunked:
     """A push decoder of the chunked coding (RFC 9112, 7.1). Extensions and trailers are checked and dropped.
 
-    `limit`: bytes of the decoded body. Feed what comes; `done` says when the message is over.
+    `limit`: bytes of the decoded body. Feed what comes; `done` says when the message is over. `reserve` is
+    asked before the body grows.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, reserve: Callable[[int], None]) -> None:
         self.body = bytearray()
         self.done = False
         self._limit = limit
+        self._reserve = reserve
         self._left = 0  # bytes of the present chunk
         self._state = "size"
         self._trailer = 0
@@ -310,6 +355,7 @@ class Chunked:
 
     def _data(self, view: memoryview) -> int:
         size = min(self._left, len(view))
+        self._reserve(size)
         self.body += view[:size]
         self._left -= size
         if not self._left:
@@ -354,21 +400,133 @@ class Chunked:
             raise MalformedRequest("a trailer line is not `Name: value`")
 
 
-# ---- the whole -------------------------------------------------------------------------------------
+# ---- the machine -----------------------------------------------------------------------------------
 
 
-def next_request(data: bytes, max_body: int) -> Optional[tuple[Head, bytes, int]]:
-    """(head, body, bytes used) of the first request in `data`; None: more is needed. Raises HttpError or
-    BodyTooLarge. What `server` does on a socket, as one pure function."""
-    end = find_head_end(data, 0, len(data))
-    if end < 0:
-        return None
-    head = parse_head(data[:end])
-    if head.content_length > max_body:
-        raise BodyTooLarge(f"the body is longer than {max_body} bytes")
-    if not head.chunked:
-        total = end + head.content_length
-        return (head, data[end:total], total) if len(data) >= total else None
-    chunked = Chunked(max_body)
-    used = end + chunked.feed(data[end:])
-    return (head, bytes(chunked.body), used) if chunked.done else None
+def _granted(size: int) -> None:
+    """Nobody counts."""
+
+
+class Room(NamedTuple):
+    """What a body gets, decided from its head."""
+
+    limit: int
+    """bytes"""
+    reserve: Callable[[int], None] = _granted
+    """asked before so many more bytes are kept; may raise"""
+    store: Optional[Callable[[int], memoryview]] = None
+    """where a body that comes in pieces lies, by its length; None: on the heap"""
+
+
+_NO_ROOM = Room(0)
+
+
+class Request(NamedTuple):
+    """`body` may lie in the buffer that was fed: it is gone when that is overwritten."""
+
+    head: Head
+    body: Union[memoryview, bytes]
+
+
+class Reader:
+    """The requests of one connection, one after another. `judge` gives a head's body its room; what it raises
+    leaves `feed`, with `head` and `head_size` telling of which request."""
+
+    __slots__ = ("_body", "_chunked", "_filled", "_judge", "_room", "_seen", "head", "head_size")
+
+    def __init__(self, judge: Callable[[Head], Room]) -> None:
+        self._judge = judge
+        self.reset()
+
+    def reset(self) -> None:
+        """As before the first byte of a request."""
+        self.head: Optional[Head] = None
+        self.head_size = 0  # bytes
+        self._seen = 0
+        self._room = _NO_ROOM
+        self._body: Union[None, bytearray, memoryview] = None
+        self._filled = 0
+        self._chunked: Optional[Chunked] = None
+
+    def feed(
+        self, data: Searchable, start: int, end: int, view: Optional[memoryview] = None
+    ) -> tuple[int, Optional[Request]]:
+        """(bytes used, a request): None stands for more that is needed. Feed again from behind what was used,
+        with more. `view`: of the data, for who has one. Raises HttpError and BodyTooLarge."""
+        if view is None:
+            view = memoryview(data)  # type: ignore[arg-type]
+        head, at = self.head, start
+        if head is None:
+            at = find_head_end(data, start, end, self._seen)
+            if at < 0:
+                self._seen = end - start
+                return 0, None
+            raw = data[start:at]
+            self.head = head = _remembered(raw) if at - start <= REMEMBERED else parse_head(raw)
+            self.head_size = at - start
+            room = self._judge(head)
+            length = head.content_length
+            if length > room.limit:
+                raise BodyTooLarge(f"the body has {length} bytes; here at most {room.limit} are taken")
+            if at + length <= end and not head.chunked:  # all of it is here: nothing to remember
+                self.head, self._seen = None, 0
+                return at + length - start, Request(head, view[at : at + length] if length else b"")
+            self._room = room
+        taken, body = (self._feed_chunked if head.chunked else self._feed_length)(view[at:end], head)
+        at += taken
+        if body is None:
+            return at - start, None
+        self.reset()
+        return at - start, Request(head, body)
+
+    def _feed_chunked(self, view: memoryview, head: Head) -> tuple[int, Optional[memoryview]]:
+        if self._chunked is None:
+            self._chunked = Chunked(self._room.limit, self._room.reserve)
+        taken = self._chunked.feed(view)
+        return taken, memoryview(self._chunked.body) if self._chunked.done else None
+
+    def _feed_length(self, view: memoryview, head: Head) -> tuple[int, Optional[memoryview]]:
+        length = head.content_length
+        if self._body is None:
+            self._body = bytearray() if self._room.store is None else self._room.store(length)
+        taken = min(length - self._filled, len(view))
+        if len(self._body) < self._filled + taken:
+            self._grow(length, self._filled + taken)
+        self._body[self._filled : self._filled + taken] = view[:taken]
+        return taken, self._whole(taken, length)
+
+    def _grow(self, length: int, come: int) -> None:
+        assert isinstance(self._body, bytearray)
+        more = min(length, max(STEP, 2 * come)) - len(self._body)
+        self._room.reserve(more)
+        self._body += bytes(more)
+
+    def _whole(self, taken: int, length: int) -> Optional[memoryview]:
+        assert self._body is not None
+        self._filled += taken
+        return memoryview(self._body) if self._filled == length else None
+
+    def place(self) -> Optional[memoryview]:
+        """Where the rest of a long body may be received without a copy; tell `placed` how much came. Release
+        it before."""
+        if self.head is None or self._body is None:
+            return None
+        if self._filled == len(self._body):
+            self._grow(self.head.content_length, self._filled)
+        return memoryview(self._body)[self._filled :]
+
+    def placed(self, size: int) -> Optional[Request]:
+        head = self.head
+        assert head is not None
+        body = self._whole(size, head.content_length)
+        if body is None:
+            return None
+        self.reset()
+        return Request(head, body)
+
+    def wipe(self) -> None:
+        """What came of a body that nobody will take. It may hold plaintext or a key."""
+        if self._chunked is not None:
+            self._chunked.wipe()
+        if self._body is not None:
+            self._body[:] = bytes(len(self._body))

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 
 from .. import __version__
@@ -21,6 +21,7 @@ from ..audit.log import Fragment, fragment, key_fragment
 from ..crypto.aead import KEY_SIZE
 from ..crypto.envelope import Wrapped
 from ..encoding import (
+    Buffer,
     b64decode,
     b64decode_into,
     b64encode,
@@ -28,19 +29,19 @@ from ..encoding import (
     b64encode_into,
     hex_decode_into,
     json_dumps,
-    json_loads,
 )
 from ..errors import (
     AuthenticationFailed,
     BadRequest,
-    BodyTooLarge,
     InternalError,
     KMSError,
+    LengthRequired,
     MethodNotAllowed,
     NotFound,
     PeerRefused,
     UnsupportedMediaType,
 )
+from ..rules import Peer
 from ..service.keeper import describe
 from ..service.worker import Batch, BatchItem, Results, Service, wrapped_source
 from ..store.contract import DekRecord
@@ -59,21 +60,22 @@ from .call import (
 )
 from .fields import MAX_ITEMS, Fields, checked_key_id, checked_thread_id
 from .http1 import Head
+from .items import batch_items, is_batch, item_pattern, pages, parsed_json
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-def fields_of(call: Call) -> Fields:
+def _json(call: Call) -> Buffer:
+    """The body, which claims to be JSON."""
     if call.head.content_type not in ("", JSON):
         raise UnsupportedMediaType(f"send {JSON}")
-    try:
-        return Fields(json_loads(bytes(call.body)))
-    except ValueError:
-        raise BadRequest(
-            "the body is not valid JSON (UTF-8, no name twice, no NaN)", code="malformed_json"
-        ) from None
+    return call.body
+
+
+def fields_of(call: Call) -> Fields:
+    return Fields(parsed_json(_json(call)))
 
 
 def optional_fields_of(call: Call) -> Fields:
@@ -219,31 +221,8 @@ def accept_clock(app: App, call: Call) -> Reply:
 
 # What clients send most, read without a JSON parser: the key_id, then the data, nothing else. Whatever does
 # not look exactly so goes the long way, and so does what is not base64 as it stands.
-def _item(field: str, colon: bytes, comma: bytes) -> bytes:
-    key_id = rb"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
-    return rb'\{"key_id"%b"(%b)"%b"%b"%b"([^"]*)"\}' % (colon, key_id, comma, field.encode(), colon)
-
-
-class _Page(NamedTuple):
-    """How a JSON encoder writes a batch: `start`, then items with what ends each."""
-
-    start: bytes
-    item: re.Pattern[bytes]
-    frame: int
-    """bytes of an item without its key_id and data, and of what ends it"""
-    last: int
-    """bytes that the end of the last item is longer"""
-
-
-def _page(field: str, colon: bytes, comma: bytes) -> _Page:
-    item = re.compile(_item(field, colon, comma) + rb"(?:%b|\]\}\Z)" % comma)
-    frame = len(b'{"key_id""""":"}' + field.encode()) + 2 * len(colon + comma)
-    return _Page(b'{"items"%b[' % colon, item, frame, 2 - len(comma))
-
-
 _DATA = ("plaintext", "ciphertext")
-_ONE = {field: re.compile(_item(field, b" ?: ?", b" ?, ?")) for field in _DATA}
-_PAGES = {field: [_page(field, b":", b","), _page(field, b": ", b", ")] for field in _DATA}
+_ONE = {field: re.compile(item_pattern(field, b" ?: ?", b" ?, ?")) for field in _DATA}
 
 
 def encrypt(app: App, call: Call) -> Reply:
@@ -289,9 +268,10 @@ def _progressdb(
 def _data_request(app: App, call: Call, field: str) -> tuple[Union[str, Wrapped], bytes, bytes]:
     """(DEK, data, AAD) of a JSON body."""
     one = _ONE[field].fullmatch(call.body) if call.head.content_type == JSON else None
-    if one is not None and (data := _plain_base64(one[2])) is not None:
+    if one is not None and (data := _plain_base64(call.body[one.start(2) : one.end(2)])) is not None:
         key_id = one[1].decode("ascii")
         _usable(app, call, key_id)
+        call.body = b""  # 8 MiB that need not stay while the answer is made
         return key_id, data, b""
     fields = fields_of(call)
     source = _source(app, call, fields)
@@ -301,8 +281,8 @@ def _data_request(app: App, call: Call, field: str) -> tuple[Union[str, Wrapped]
     return source, data, aad
 
 
-def _plain_base64(text: bytes) -> Optional[bytes]:
-    """None: there is an escape in it (`\\/`), or it is no base64."""
+def _plain_base64(text: Buffer) -> Optional[bytes]:
+    """None: it is no base64."""
     try:
         return b64decode(text)
     except ValueError:
@@ -343,38 +323,21 @@ Many = Callable[[Batch, memoryview], Results]
 
 
 def _batch(app: App, call: Call, given: str, wanted: str, work: Many) -> Reply:
-    items: Batch = _page_items(call, given)
-    if not items:
-        fields = fields_of(call)
-        rows = fields.items()
-        if rows is None:
-            raise BadRequest.missing("items")
-        fields.end()
+    def carry_out(rows: list[Any]) -> tuple[Batch, Results]:
         items = _each(rows, lambda fields: (fields.source(), fields.data(given), fields.aad()))
-    return _batch_reply(app, call, wanted, items, work(items, call.scratch))
+        return items, work(items, call.scratch)
 
-
-def _page_items(call: Call, given: str) -> list[BatchItem]:
-    """The items of a body that is written as in `_PAGES`; none: it is not."""
-    body = call.body
-    page = _PAGES[given][body[9:10] == b" "]
-    if call.head.content_type != JSON or body[: len(page.start)] != page.start:
-        return []
-    found = page.item.findall(body, len(page.start))
-    # findall skips what does not fit: where nothing was skipped, the lengths add up.
-    size = sum([len(key_id) + len(text) for key_id, text in found]) + len(found) * page.frame
-    if len(page.start) + size + page.last != len(body) or len(found) > MAX_ITEMS:
-        return []
-    try:
-        return [(key_id.decode("ascii"), b64decode(text), b"") for key_id, text in found]
-    except ValueError:
-        return []
+    return _batch_reply(app, call, wanted, batch_items(_json(call), given), carry_out)
 
 
 def _each(rows: list[Any], read: Callable[[Fields], T]) -> list[Union[T, KMSError]]:
-    """What `read` makes of each row; of a malformed one the error, which spoils no other."""
+    """What `read` makes of each row; of a malformed one the error, which spoils no other. A row that is read
+    already, or found bad, stays as it is."""
     results: list[Union[T, KMSError]] = []
     for row in rows:
+        if isinstance(row, (tuple, KMSError)):
+            results.append(row)  # type: ignore[arg-type]
+            continue
         try:
             fields = Fields(row)
             item = read(fields)
@@ -385,19 +348,36 @@ def _each(rows: list[Any], read: Callable[[Fields], T]) -> list[Union[T, KMSErro
     return results
 
 
-def _batch_reply(app: App, call: Call, wanted: str, items: Batch, results: Results) -> Reply:
-    """An item that is malformed or failed has an error in its place. One audit record for all of them."""
-    failed = sum([isinstance(result, KMSError) for result in results])
-    sources = {item[0] for item in items if not isinstance(item, KMSError)}
-    keys = sorted({source if isinstance(source, str) else source.key_id for source in sources})
-    call.details = Fragment(call.details + fragment(count=len(results), failed=failed, keys=keys))
-    app.service.counters.add("items", len(results))
-    lead, b64 = b'{"%b":"' % wanted.encode("ascii"), binascii.b2a_base64
-    rendered = [
-        _item_error(result) if isinstance(result, KMSError) else lead + b64(result, newline=False) + b'"}'
-        for result in results
-    ]
-    return Reply(200, b'{"items":[%b]}' % b",".join(rendered))
+def _batch_reply(
+    app: App,
+    call: Call,
+    wanted: str,
+    pages: Iterator[list[Any]],
+    carry_out: Callable[[list[Any]], tuple[Batch, Results]],
+) -> Reply:
+    """Page by page, so that a long batch is never there as text, items and results at once, and lets others
+    in between. An item that is malformed or failed has an error in its place. One audit record for all."""
+    out, count, failed = bytearray(b'{"items":['), 0, 0
+    keys: set[str] = set()
+    lead = b'{"%b":"' % wanted.encode("ascii")
+    for rows in pages:
+        items, results = carry_out(rows)
+        sources = {item[0] for item in items if not isinstance(item, KMSError)}
+        keys.update(source if isinstance(source, str) else source.key_id for source in sources)
+        failed += sum([isinstance(result, KMSError) for result in results])
+        count += len(results)
+        out += b",".join([_rendered(lead, result) for result in results]) + b","
+        call.breathe()
+    out[-1:] = b"]}"
+    call.details = fragment(count=count, failed=failed, keys=sorted(keys))
+    app.service.counters.add("items", count)
+    return Reply(200, memoryview(out))
+
+
+def _rendered(lead: bytes, result: Union[bytes, KMSError]) -> bytes:
+    if isinstance(result, KMSError):
+        return _item_error(result)
+    return lead + binascii.b2a_base64(result, newline=False) + b'"}'
 
 
 def _item_error(error: KMSError) -> bytes:
@@ -416,20 +396,39 @@ class _Move(NamedTuple):
 
 def reencrypt(app: App, call: Call) -> Reply:
     """From one DEK to another; the plaintext never leaves the process."""
+
+    body = _json(call)
+    if is_batch(body):
+        return _reencrypt_batch(app, call, batch_items(body, ""))
     fields = fields_of(call)
     rows = fields.items()
-    if rows is None:
-        move = _move(fields)
+    if rows is not None:
         fields.end()
-        call.key = key_fragment(move.source)
-        call.details = fragment(new_key_id=move.target)
-        (result,) = _moved(app, call, [move])
-        if isinstance(result, KMSError):
-            raise result
-        return Reply(200, b'{"ciphertext":"%b"}' % b64encode_bytes(result))
+        return _reencrypt_batch(app, call, pages(iter(rows)))
+    move = _move(fields)
     fields.end()
-    moves = _each(rows, _move)
-    return _batch_reply(app, call, "ciphertext", _sources(moves), _moved(app, call, moves))
+    call.key = key_fragment(move.source)
+    call.details = fragment(new_key_id=move.target)
+    (result,), embedded = _moved(app, call, [move])
+    call.details = Fragment(call.details + fragment(embedded=embedded or None))
+    if isinstance(result, KMSError):
+        raise result
+    return Reply(200, b'{"ciphertext":"%b"}' % b64encode_bytes(result))
+
+
+def _reencrypt_batch(app: App, call: Call, rows: Iterator[list[Any]]) -> Reply:
+    embedded = 0
+
+    def carry_out(page: list[Any]) -> tuple[Batch, Results]:
+        nonlocal embedded
+        moves = _each(page, _move)
+        results, opened = _moved(app, call, moves)
+        embedded += opened
+        return _sources(moves), results
+
+    reply = _batch_reply(app, call, "ciphertext", rows, carry_out)
+    call.details = Fragment(call.details + fragment(embedded=embedded or None))
+    return reply
 
 
 def _move(fields: Fields) -> _Move:
@@ -442,14 +441,15 @@ def _sources(moves: Sequence[Union[_Move, KMSError]]) -> Batch:
     return [move if isinstance(move, KMSError) else (move.source, move.data, move.aad) for move in moves]
 
 
-def _moved(app: App, call: Call, moves: Sequence[Union[_Move, KMSError]]) -> Results:
+def _moved(app: App, call: Call, moves: Sequence[Union[_Move, KMSError]]) -> tuple[Results, int]:
+    """(ciphertexts, how many were messages of ProgressDB's embedded mode)."""
     opened = app.service.decrypt_many(_sources(moves), call.scratch)
-    _open_embedded(app, call, moves, opened)
+    embedded = _open_embedded(app, call, moves, opened)
     again = [_again(move, text) for move, text in zip(moves, opened)]
-    return app.service.encrypt_many(again, call.scratch)
+    return app.service.encrypt_many(again, call.scratch), embedded
 
 
-def _open_embedded(app: App, call: Call, moves: Sequence[Union[_Move, KMSError]], results: Results) -> None:
+def _open_embedded(app: App, call: Call, moves: Sequence[Union[_Move, KMSError]], results: Results) -> int:
     """What did not open under its DEK may be a message of ProgressDB's embedded mode."""
     done = 0
     for index, (move, result) in enumerate(zip(moves, results)):
@@ -458,8 +458,7 @@ def _open_embedded(app: App, call: Call, moves: Sequence[Union[_Move, KMSError]]
             if sealed is not None:
                 results[index] = _result(app.service.open_embedded, sealed, call.scratch)
                 done += not isinstance(results[index], KMSError)
-    if done:
-        call.details = Fragment(call.details + fragment(embedded=done))
+    return done
 
 
 def _result(work: Callable[..., bytes], *args: Any) -> Union[bytes, KMSError]:
@@ -650,26 +649,80 @@ def openapi_document(app: App, call: Call) -> Reply:
 
 # ---- the table ---------------------------------------------------------------------------------------
 
+SLACK = 1024
+"""Bytes by which a body for /decrypt may be longer than one for /encrypt: nonce and tag as base64 (40), a
+longer name of the field, and white space of another encoder."""
+
+ITEM_SLACK, MOVE_SLACK = 64, 256
+"""The same for an item of a batch; and for one of reencrypt, which names another key."""
+
 ROUTES = (
     Route("GET", "/healthz", "", health, "Liveness"),
     Route("GET", "/health", "", health, "Liveness, under the name that older clients try"),
-    Route("GET", "/readyz", "", ready, "Readiness: 503 with the reasons where something is amiss"),
-    Route("GET", "/status", "", status, "Version, KEK, counts, memory protection, progress of a rotation"),
+    Route(
+        "GET", "/readyz", "", ready, "Readiness: 503 with the reasons where something is amiss", waits=True
+    ),
+    Route(
+        "GET",
+        "/status",
+        "",
+        status,
+        "Version, KEK, counts, memory protection, progress of a rotation",
+        waits=True,
+    ),
     Route("GET", "/metrics", "", metrics, "Prometheus metrics"),
     Route("GET", "/openapi.json", "", openapi_document, "This API as OpenAPI 3.1"),
     Route(
-        "POST", "/clock/accept", "accept_clock", accept_clock, "Trust the wall clock as it stands", admin=True
+        "POST",
+        "/clock/accept",
+        "accept_clock",
+        accept_clock,
+        "Trust the wall clock as it stands",
+        admin=True,
+        waits=True,
     ),
-    Route("POST", "/create_dek_for_thread", "create_dek", create_dek_for_thread, "Make a DEK for a thread"),
+    Route(
+        "POST",
+        "/create_dek_for_thread",
+        "create_dek",
+        create_dek_for_thread,
+        "Make a DEK for a thread",
+        waits=True,
+    ),
     Route("GET", "/get_wrapped", "get_wrapped", get_wrapped, "The wrapped DEK of a key_id"),
     Route("POST", "/encrypt", "encrypt", encrypt, "Encrypt under a DEK", raw=True),
-    Route("POST", "/decrypt", "decrypt", decrypt, "Decrypt under a DEK", raw=True),
-    Route("POST", "/encrypt_batch", "encrypt_batch", encrypt_batch, "Encrypt up to 1,000 items"),
-    Route("POST", "/decrypt_batch", "decrypt_batch", decrypt_batch, "Decrypt up to 1,000 items"),
-    Route("POST", "/reencrypt", "reencrypt", reencrypt, "Move a ciphertext from one DEK to another"),
+    Route("POST", "/decrypt", "decrypt", decrypt, "Decrypt under a DEK", raw=True, slack=SLACK, tokens=True),
+    Route("POST", "/encrypt_batch", "encrypt_batch", encrypt_batch, "Encrypt up to 1,000 items", batch=True),
+    Route(
+        "POST",
+        "/decrypt_batch",
+        "decrypt_batch",
+        decrypt_batch,
+        "Decrypt up to 1,000 items",
+        batch=True,
+        slack=MAX_ITEMS * ITEM_SLACK,
+    ),
+    Route(
+        "POST",
+        "/reencrypt",
+        "reencrypt",
+        reencrypt,
+        "Move a ciphertext from one DEK to another",
+        batch=True,
+        slack=MAX_ITEMS * MOVE_SLACK,
+    ),
     Route("POST", "/wrap", "wrap", wrap, "Wrap a DEK that the caller holds", secret=True),
     Route("POST", "/unwrap", "unwrap", unwrap, "Unwrap a DEK for the caller", admin=True, secret=True),
-    Route("POST", "/rewrap", "rewrap", rewrap, "Move one stored DEK to another KEK", admin=True, secret=True),
+    Route(
+        "POST",
+        "/rewrap",
+        "rewrap",
+        rewrap,
+        "Move one stored DEK to another KEK",
+        admin=True,
+        secret=True,
+        waits=True,
+    ),
     Route(
         "POST",
         "/rotate_kek",
@@ -678,6 +731,7 @@ ROUTES = (
         "Rewrap every DEK under a new KEK",
         admin=True,
         secret=True,
+        waits=True,
     ),
     Route(
         "POST",
@@ -685,8 +739,9 @@ ROUTES = (
         "create_dek",
         create_dek,
         "Make a DEK, with a key_id of the caller's choice if wanted; that one again gives the same DEK",
+        waits=True,
     ),
-    Route("GET", "/deks", "list_deks", list_deks, "DEKs in order of key_id, page by page"),
+    Route("GET", "/deks", "list_deks", list_deks, "DEKs in order of key_id, page by page", waits=True),
     Route("GET", "/deks/{key_id}", "describe_dek", describe_dek, "One DEK, without its wrapped bytes"),
     Route(
         "DELETE",
@@ -695,6 +750,7 @@ ROUTES = (
         delete_dek,
         "Schedule a crypto-shred, or shred now",
         admin=True,
+        waits=True,
     ),
     Route(
         "POST",
@@ -703,6 +759,7 @@ ROUTES = (
         disable_or_enable,
         "Refuse all use of a DEK",
         admin=True,
+        waits=True,
     ),
     Route(
         "POST",
@@ -710,6 +767,7 @@ ROUTES = (
         "enable_dek",
         disable_or_enable,
         "Allow it again, or cancel a deletion",
+        waits=True,
     ),
 )
 
@@ -749,18 +807,28 @@ _request_prefix = os.urandom(4).hex()
 _request_numbers = itertools.count(1)
 
 
+def admit(app: App, route: Route, head: Head, peer: Peer) -> None:
+    """Judge a request by its head, before its body is read. Raises PeerRefused, UnsupportedMediaType,
+    LengthRequired."""
+    if route.admin:
+        app.service.rules.check(peer, True)
+    if head.coded:  # it must not be sealed as if it were the message
+        raise UnsupportedMediaType("send the body as it is, without Content-Encoding")
+    if route.secret and head.chunked:
+        raise LengthRequired("a body with a key in it must have a Content-Length")
+
+
 def dispatch(app: App, route: Route, call: Call) -> Reply:
     """Carry a request out. Always an answer, never an exception; the audit record is written before it."""
     started = time.perf_counter()
     request_id = f"{_request_prefix}-{next(_request_numbers)}"
     call.op = route.op
     try:
-        app.service.rules.check(call.peer, route.admin)
         reply = route.handler(app, call)
         outcome = "ok"
     except KMSError as error:
-        outcome = "refused" if isinstance(error, PeerRefused) else "failed"
         reply = _answer_error(call, error.bare())
+        outcome = "failed"
     except Exception:
         log.exception("request %s (%s) failed", request_id, route.path)
         outcome = "failed"
@@ -768,20 +836,30 @@ def dispatch(app: App, route: Route, call: Call) -> Reply:
             call, InternalError(f"an internal error; the daemon's log tells more under {request_id}")
         )
     if route.op:
-        try:
-            receipt = app.service.audit.record(
-                route.op,
-                outcome,
-                reply.status,
-                call.key,
-                call.peer_fragment,
-                Fragment(f',"request_id":"{request_id}"'),
-                call.details,
-            )
-            reply.receipt = receipt
-        except KMSError as error:
-            reply = error_reply(error)  # no audit record, no answer
+        reply = _recorded(app, route, call, reply, outcome, request_id)
     app.service.counters.request(route.op or "service", reply.status, time.perf_counter() - started)
+    return reply
+
+
+def refuse(app: App, route: Route, call: Call, error: PeerRefused) -> Reply:
+    """What dispatch does for a peer that `admit` refused: nothing, on the record."""
+    reply = _answer_error(call, error)
+    if route.op:
+        request_id = f"{_request_prefix}-{next(_request_numbers)}"
+        reply = _recorded(app, route, call, reply, "refused", request_id)
+    app.service.counters.request(route.op or "service", reply.status, 0.0)
+    return reply
+
+
+def _recorded(app: App, route: Route, call: Call, reply: Reply, outcome: str, request_id: str) -> Reply:
+    """The reply with its receipt; an error in its place where it can't be recorded: no record, no answer."""
+    number = Fragment(f',"request_id":"{request_id}"')
+    try:
+        reply.receipt = app.service.audit.record(
+            route.op, outcome, reply.status, call.key, call.peer_fragment, number, call.details
+        )
+    except KMSError as error:
+        return error_reply(error)
     return reply
 
 
@@ -797,10 +875,3 @@ def error_reply(error: KMSError) -> Reply:
         body["hint"] = error.hint
     extra = f"Allow: {error.allow}\r\n" if isinstance(error, MethodNotAllowed) else ""
     return Reply(error.status, json_dumps({"error": body}).encode("ascii"), extra=extra, close=error.close)
-
-
-def check_length(app: App, route: Route, length: int) -> None:
-    """Before the body is read. Raises BodyTooLarge."""
-    limit = route.body_limit(app)
-    if length > limit:
-        raise BodyTooLarge(f"the body has {length} bytes; here at most {limit} are taken")

@@ -1,11 +1,18 @@
-"""The edge: connections, threads, deadlines. The bytes are judged by `http1`, the requests by `routes`.
+"""The edge: connections, deadlines, limits. The bytes are judged by `http1`, the requests by `routes`.
 
-A connection is a thread and a piece of 4,096 bytes of locked memory:
+One thread a worker waits for all of its connections, and serves by itself every request that is here whole
+and can't take long. A connection is an entry in a table and a descriptor while nothing of a request is here;
+no peer, idle or slow, holds a thread. What waits for the keeper, and long work, goes to a few threads, see
+`lanes`; the connection comes back when it was answered.
 
-    scratch 64 | answer 128 | what was received 3,904
+    refused ──answered──▶ lingering ──▶ closed       who connects is judged at accept
+    idle ─▶ head ─▶ body ─▶ busy ─▶ answering ─▶ idle
+      │       └──────┴── a fault: answered ──▶ lingering
+      └─ ahead: more requests are here than one turn serves
 
-A request that fits in there is never copied but for the parts that its route asks for; a longer body gets a
-buffer of its own, made once at its full length. What was received is wiped before the next read.
+All bytes are received into the locked memory of the worker, and wiped from there after each turn of a
+connection. A body that is not whole yet lies in a buffer that grows as bytes come, under one budget for all
+workers; one that carries a key, in a spare piece of locked memory.
 
 Time: `idle_timeout` while nothing of a request is here; from its first byte on, one deadline for the head and
 one for the body, however slowly the bytes drip in; one deadline for taking the answer.
@@ -13,66 +20,93 @@ one for the body, however slowly the bytes drip in; one deadline for taking the 
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import logging
+import os
+import select
 import socket
 import socketserver
 import struct
 import sys
 import threading
 import time
+from collections import OrderedDict, deque
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import NamedTuple, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional
 
 from ..audit.log import Fragment, peer_fragment
-from ..crypto.envelope import SCRATCH_SIZE
-from ..crypto.memory import LockedBuffer
-from ..encoding import Buffer, wall
-from ..errors import (
-    HeadTooLarge,
-    KMSError,
-    LockRefused,
-    Overloaded,
-    PeerRefused,
-    RequestTimeout,
-)
+from ..encoding import wall
+from ..errors import KMSError, Overloaded, PeerRefused, RequestTimeout
 from ..rules import Peer
 from ..service.metrics import Block, Metrics
 from . import routes
+from .admission import BODIES, Bodies, Refusals, Shares
 from .call import App, Call, Reply, Route
-from .http1 import Chunked, Head, cached_parse_head, find_head_end
+from .http1 import Head, Reader, Request, Room
+from .lanes import Lane
+from .slab import ANSWER, RECEIVED, Slab
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("progressdb_kms.server")
 
-PIECE = 4096
-_ANSWER = 128
-_RECEIVED = SCRATCH_SIZE + _ANSWER
-CAPACITY = PIECE - _RECEIVED
-"""Bytes of head and body that fit into the locked piece; a head must."""
+WAITING, WORKING = 64, 1
+"""Threads of a worker that wait for the keeper, and that do long work: more of these would only take the
+interpreter from the thread that waits for all connections."""
 
-SLAB_PIECES = 32
-"""Pieces that are locked at a time (128 KiB), as connections come."""
+INLINE, INLINE_BATCH = 64 * 1024, 32 * 1024
+"""Bytes of a body that is served at once: a message of 50 kB takes 150 us, a page of chat 1 ms, the worst
+page 7 ms. What is longer goes to a working thread."""
+
+TURN = 0.002
+"""Seconds that a connection which sent requests ahead is served before the others get their turn."""
+
+EVENTS = 64
+"""Connections that are served before new ones are let in, and these before the next."""
 
 LINGER_SECONDS = 1.0
 """After a refusal the peer may still be sending: so long it is listened to, so that it reads the answer."""
 
+TURNED_AWAY = 64
+"""Peers that are refused at accept and may read why at a time; where there are more, the oldest goes."""
+
 YIELDS = 5
 """Milliseconds that a worker leaves a new connection to another one that has fewer."""
 
-_Request = Union[socket.socket, tuple[bytes, socket.socket]]
+STARVED_SECONDS, TELL_SECONDS = 0.1, 60.0
+"""Without a descriptor to accept with: the pause, and how often the log says so."""
 
 LARGE = 64 * 1024
 """Bytes of an answer from which on head and body are not joined before they are sent."""
 
+SLICE = 0.001
+"""Seconds of long work between two breaths."""
+
+SPARE_FILES = 64
+"""Descriptors that a worker needs beside its connections: store, log, jobs for the keeper, a reserve."""
+
 BACKLOG = 4096
 
-_ZEROS = bytes(PIECE)
+_ZEROS = bytes(RECEIVED)
+_NOTHING: list[memoryview] = []
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_IN, _OUT = select.POLLIN, select.POLLOUT  # the same numbers as EPOLLIN and EPOLLOUT
+_OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Limits(NamedTuple):
     max_connections: int
     idle_timeout: float
     request_timeout: float
+    descriptors: int = 1 << 20
+    """that this process may open"""
+
+
+class Door(NamedTuple):
+    """A listening stream socket that does not block, and how to tell who came in by it."""
+
+    listener: socket.socket
+    identify: Callable[[socket.socket], Peer]
 
 
 # ---- peers -----------------------------------------------------------------------------------------
@@ -89,250 +123,762 @@ def peer_of(sock: socket.socket) -> Peer:
     raise PeerRefused("this platform does not tell who is at the other end of a socket")
 
 
-# ---- locked pieces -----------------------------------------------------------------------------------
-
-
-class Slab:
-    """Locked memory for connections, grown as they come, reused when they go."""
-
-    def __init__(self, mode: str) -> None:
-        self._mode = mode
-        self._lock = threading.Lock()
-        self._buffers: list[LockedBuffer] = []
-        self._free: list[tuple[LockedBuffer, int]] = []
-
-    def take(self) -> tuple[LockedBuffer, int]:
-        """(buffer, offset of a piece). Raises LockRefused where locking is required and the limit reached."""
-        with self._lock:
-            if not self._free:
-                buffer = LockedBuffer(PIECE * SLAB_PIECES, self._mode)
-                self._buffers.append(buffer)
-                self._free = [(buffer, i * PIECE) for i in range(SLAB_PIECES)]
-            return self._free.pop()
-
-    def give_back(self, piece: tuple[LockedBuffer, int]) -> None:
-        buffer, offset = piece
-        buffer.view[offset : offset + PIECE] = _ZEROS
-        with self._lock:
-            self._free.append(piece)
-
-    @property
-    def locked_bytes(self) -> int:
-        return sum(buffer.locked_bytes for buffer in self._buffers)
-
-    def wipe(self) -> None:
-        for buffer in self._buffers:
-            buffer.wipe()
-
-
 # ---- one connection ----------------------------------------------------------------------------------
 
+IDLE, HEAD, BODY, AHEAD, BUSY, ANSWERING, LINGERING, REFUSED, CLOSED = range(9)
 
-class Handler(socketserver.BaseRequestHandler):
-    """Reads requests, hands them to `routes.dispatch`, sends the answers, in order."""
 
-    request: socket.socket
-    server: Server
+class Connection:
+    """What is known of a peer between two turns. Most of it is empty while it is idle."""
 
-    def setup(self) -> None:
-        self._piece: Optional[tuple[LockedBuffer, int]] = None
-        server = self.server
-        _timeout(self.request, socket.SO_RCVTIMEO, server.limits.idle_timeout)
-        _timeout(self.request, socket.SO_SNDTIMEO, server.limits.request_timeout)
-        self._peer = peer_of(self.request)
-        self._fragment: Fragment = peer_fragment(*self._peer)
-        self._piece = buffer, offset = server.slab.take()
-        view = buffer.view[offset : offset + PIECE]
-        self._scratch = view[:SCRATCH_SIZE]
-        self._answer = view[SCRATCH_SIZE:_RECEIVED]
-        self._view = view[_RECEIVED:]
-        self._map = buffer.map
-        self._start = offset + _RECEIVED
-        self._fill = 0
+    __slots__ = (
+        "body_piece",
+        "continued",
+        "deadline",
+        "fragment",
+        "keep",
+        "kept",
+        "kept_piece",
+        "peer",
+        "pending",
+        "phase",
+        "reader",
+        "request",
+        "reserved",
+        "route",
+        "row",
+    )
 
-    def handle(self) -> None:
+    def __init__(self, request: socket.socket, peer: Peer, fragment: Fragment) -> None:
+        self.request = request
+        self.peer = peer
+        self.fragment = fragment
+        self.phase = IDLE
+        self.deadline = 0.0
+        self.row = -1  # of the table of shares
+        self.reader: Optional[Reader] = None  # of a request that is not whole
+        self.kept: Optional[memoryview] = None  # bytes that were received and not used yet
+        self.kept_piece: Optional[memoryview] = None  # the spare piece in which they lie
+        self.body_piece: Optional[memoryview] = None  # the one of a secret body
+        self.route: Optional[Route] = None
+        self.reserved = 0  # bytes of the budget
+        self.pending: list[memoryview] = []  # of an answer
+        self.keep = True
+        self.continued = False
+
+
+# ---- the waiter ----------------------------------------------------------------------------------------
+
+MORE, NEXT, AWAY = range(3)
+"""After a step: the request is not whole; it was answered; the connection is not the waiter's any more."""
+
+
+class Server(socketserver.ThreadingUnixStreamServer):
+    """Serves on listening sockets that other workers may share. `process_request` decides who serves."""
+
+    daemon_threads = True
+
+    def __init__(
+        self,
+        doors: Sequence[Door],
+        app: App,
+        limits: Limits,
+        counters: Block,
+        metrics: Metrics,
+        slab: Slab,
+    ) -> None:
+        super().__init__("", Connection, bind_and_activate=False)  # type: ignore[arg-type]
+        self.socket.close()
+        self.app = app
+        self.limits = limits
+        self.slab = slab
+        self._view, self._map = slab.received, slab.map
+        self.draining = False
+        self._counters = counters
+        self._metrics = metrics
+        own = limits.descriptors - SPARE_FILES
+        self._shares = Shares(metrics, counters, limits.max_connections, own)
+        self._rooms = {(route.method, route.path): self._room(route) for route in routes.ROUTES}
+        longest = max(room.limit for room in self._rooms.values())
+        self._bodies = Bodies(metrics, counters, BODIES * longest)
+        self._refusals = Refusals(app.service.audit)
+        self._waiting = Lane("waiting", slab.threads[:WAITING])
+        self._working = Lane("working", slab.threads[WAITING:])
+        self._reader = Reader(self._judge)  # of requests that are whole when they are read first
+        self._current: Any = None  # the connection whose bytes are read now
+        self._connections: dict[int, Connection] = {}
+        self._turned_away: OrderedDict[int, Connection] = OrderedDict()
+        self._ahead: deque[Connection] = deque()
+        self._back: deque[tuple[Connection, bool, list[memoryview]]] = deque()
+        self._open_doors(doors)
+        self._now = time.monotonic()
+        self._idle_until = self._now + limits.idle_timeout
+        self._tick_seconds = min(1.0, max(0.02, min(limits.idle_timeout, limits.request_timeout) / 8))
+        self._next_tick = 0.0
+        self._drain_until = 0.0
+        self._ended = threading.Event()
+
+    def _open_doors(self, doors: Sequence[Door]) -> None:
+        self._poll: Any = select.epoll() if hasattr(select, "epoll") else select.poll()
+        self._bell, self._ring = socket.socketpair()
+        for end in (self._bell, self._ring):
+            end.setblocking(False)
+        self._poll.register(self._bell.fileno(), _IN)
+        self._doors = {door.listener.fileno(): door for door in doors}
+        self._paused: dict[int, float] = {}  # doors, and until when
+        self._renewed: deque[int] = deque()
+        self._yields = 0
+        self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._told = -TELL_SECONDS
+        for fd in self._doors:
+            self._poll.register(fd, _IN)
+
+    # ---- turn after turn -------------------------------------------------------------------------
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Until `drain`."""
         try:
-            while self._one():
-                pass
-        except KMSError as error:  # what was received is no request: say so and hang up
-            self._send(routes.error_reply(error), False, False, "1.1")
-            self._linger()
+            while not self._drain_until:
+                self._turn()
+            self._begin_drain()
+            while self._connections and self._now < self._drain_until:
+                self._turn()
+            self._refusals.flush(everything=True)
+        finally:
+            self._ended.set()
 
-    def finish(self) -> None:
-        if self._piece is not None:
-            self.server.slab.give_back(self._piece)
-            self._piece = None
+    def _turn(self) -> None:
+        events = self._wait()
+        self._now = time.monotonic()
+        self._idle_until = self._now + self.limits.idle_timeout
+        if self._paused or self._renewed:
+            self._go_on()
+        doors = []
+        for fd, _ in events:
+            connection = self._connections.get(fd)
+            if connection is not None:
+                self._comes(connection)
+            elif fd in self._doors:
+                doors.append(fd)
+            else:
+                with suppress(BlockingIOError):
+                    self._bell.recv(4096)
+        while self._back:
+            self._take_back(*self._back.popleft())
+        for _ in range(len(self._ahead)):
+            self._go_ahead(self._ahead.popleft())
+        for fd in doors:
+            self._let_in(fd)
+        if self._now >= self._next_tick:
+            self._tick()
 
-    # ---- one request -----------------------------------------------------------------------------
+    def _wait(self) -> list[tuple[int, int]]:
+        seconds = self._tick_seconds if self._connections else 5.0
+        if self._paused:
+            seconds = max(0.0, min(seconds, min(self._paused.values()) - time.monotonic()))
+        if self._ahead or self._back:
+            seconds = 0.0
+        if isinstance(self._poll, select.epoll):
+            return self._poll.poll(seconds, EVENTS)
+        return self._poll.poll(seconds * 1000)  # type: ignore[no-any-return]
 
-    def _one(self) -> bool:
-        """Serve one request. False: the connection is over. Raises HttpError where it can't be read."""
-        head_end = self._receive_head()
-        if head_end == 0:
-            return False
-        head = cached_parse_head(bytes(self._view[:head_end]))
+    def _tick(self) -> None:
+        """Whose time is over?"""
+        now = self._now
+        self._next_tick = now + self._tick_seconds
+        for connection in [c for c in self._connections.values() if c.deadline <= now]:
+            self._late(connection)
+        self._refusals.flush()
+
+    def _late(self, connection: Connection) -> None:
+        phase = connection.phase
+        if phase in (HEAD, BODY):
+            what = "head" if phase == HEAD else "body"
+            error = RequestTimeout(f"the {what} of the request did not come within the time limit")
+            self._say(connection, routes.error_reply(error))
+        elif phase == REFUSED:
+            self._turn_away(connection)
+        elif phase not in (BUSY, AHEAD):
+            self._close(connection)
+
+    def _comes(self, connection: Connection) -> None:
+        """Its socket can be read, or written, or is at its end."""
+        phase = connection.phase
+        if phase <= BODY:
+            self._receive(connection)
+        elif phase == ANSWERING:
+            self._send_more(connection)
+        elif phase == LINGERING:
+            self._drop(connection)
+        elif phase == REFUSED:
+            self._turn_away(connection)
+
+    # ---- bytes in --------------------------------------------------------------------------------
+
+    def _receive(self, connection: Connection) -> None:
+        if connection.phase == BODY and connection.kept is None and self._receive_long(connection):
+            return
+        view, kept = self._view, connection.kept
+        start = len(kept) if kept is not None else 0
         try:
-            route = routes.find(head)
-            routes.check_length(self.server.app, route, head.content_length)
+            size = connection.request.recv_into(view[start:] if start else view)
+        except BlockingIOError:
+            return
+        except OSError:
+            size = 0
+        if not size:  # the peer is gone
+            self._close(connection)
+            return
+        if kept is not None:
+            view[:start] = kept
+            connection.kept = None
+        self._work(connection, start + size)
+
+    def _receive_long(self, connection: Connection) -> bool:
+        """The next bytes of a body straight to where they belong. False: they must be looked at."""
+        reader = connection.reader
+        assert reader is not None
+        self._current = connection
+        try:
+            place = reader.place()
+            if place is None:
+                return False
+            with place:
+                size = connection.request.recv_into(place)
+        except BlockingIOError:
+            return True
         except KMSError as error:
-            return self._refuse(head, head_end, error)
-        body, used = self._receive_body(head, head_end, route)
-        call = Call(head, body, self._peer, self._fragment, self._scratch, self._answer)
-        reply = routes.dispatch(self.server.app, route, call)
-        keep = head.keep_alive and not reply.close and not self.server.draining
-        self._send(reply, keep, head.method == "HEAD", head.version)
-        if reply.secret:
-            self._answer[:] = _ZEROS[:_ANSWER]
-        self._forget(used)
-        return keep
+            self._refuse(connection, reader, error, 0)
+            return True
+        except OSError:
+            size = 0
+        if not size:
+            self._close(connection)
+            return True
+        request = reader.placed(size)
+        if request is not None and self._carry_out(connection, request) == NEXT:
+            self._rest(connection)
+        return True
 
-    def _refuse(self, head: Head, head_end: int, error: KMSError) -> bool:
-        """No such route, or the body too long: go on only where the body is here already."""
-        used = head_end + head.content_length
-        keep = head.keep_alive and not error.close and not head.chunked and used <= self._fill
-        keep = keep and not self.server.draining
-        self._send(routes.error_reply(error), keep, head.method == "HEAD", head.version)
-        self.server.app.service.counters.request("service", error.status, 0.0)
-        if keep:
-            self._forget(used)
-        else:
-            self._linger()
-        return keep
-
-    def _receive_head(self) -> int:
-        """Length of the next head in the buffer; 0 where the peer is gone or was idle too long."""
-        view, fill = self._view, self._fill
-        if not fill:
+    def _work(self, connection: Connection, fill: int) -> None:
+        """Serve what lies in the first `fill` bytes of the received part."""
+        self._current = connection
+        reader = connection.reader or self._reader
+        at, step, begun = 0, NEXT, 0.0
+        while at < fill and step == NEXT:
+            if at:
+                begun = begun or self._now
+                if time.monotonic() - begun > TURN:
+                    break
             try:
-                fill = self._fill = self.request.recv_into(view)
-            except BlockingIOError:  # idle_timeout
-                return 0
-            if not fill:
-                return 0
-        start = self._start
-        end = find_head_end(self._map, start, start + fill)
-        if end > 0:
-            return end - start
-        deadline = time.monotonic() + self.server.limits.request_timeout
-        while end < 0:
-            if self._fill == CAPACITY:
-                raise HeadTooLarge(f"the head of the request is longer than {CAPACITY} bytes")
-            if not self._more(view[self._fill :], deadline, "head"):
-                return 0
-            end = find_head_end(self._map, start, start + self._fill)
-        return end - start
+                used, request = reader.feed(self._map, at, fill, self._view)
+            except KMSError as error:
+                used, step = self._refuse(connection, reader, error, fill - at)
+            else:
+                step = MORE if request is None else self._carry_out(connection, request)
+            at += used
+        if step == MORE:
+            self._expect_more(connection, reader, at, fill)
+        elif at < fill and connection.phase in (IDLE, BUSY, ANSWERING):
+            self._keep_ahead(connection, at, fill, step == NEXT)
+        elif step == NEXT:
+            self._rest(connection)
+        self._view[:fill] = _ZEROS[:fill]
 
-    def _more(self, into: memoryview, deadline: float, what: str) -> int:
-        """Receive once, into `into`, before the deadline. Counts what came into the piece."""
-        size = self._receive(into, deadline, what)
-        self._fill += size
-        return size
+    def _expect_more(self, connection: Connection, reader: Reader, at: int, fill: int) -> None:
+        """What is left is no secret: part of a head, or of a line between chunks."""
+        if at < fill:
+            connection.kept = memoryview(bytes(self._view[at:fill]))
+        if reader is self._reader:
+            connection.reader = reader
+            self._reader = Reader(self._judge)
+        phase = HEAD if reader.head is None else BODY
+        if phase != connection.phase:
+            connection.phase = phase
+            connection.deadline = self._now + self.limits.request_timeout
+            if reader.head is not None and reader.head.expect_continue:
+                with suppress(OSError):
+                    connection.request.send(_CONTINUE)
 
-    def _receive(self, into: memoryview, deadline: float, what: str) -> int:
-        left = deadline - time.monotonic()
-        if left > 0:
-            _timeout(self.request, socket.SO_RCVTIMEO, left)
-            try:
-                return self.request.recv_into(into)
-            except BlockingIOError:
-                pass
-            finally:
-                _timeout(self.request, socket.SO_RCVTIMEO, self.server.limits.idle_timeout)
-        raise RequestTimeout(f"the {what} of the request did not come within the time limit")
+    def _keep_ahead(self, connection: Connection, at: int, fill: int, ours: bool) -> None:
+        """Requests were sent ahead: they may hold a key."""
+        piece = self.slab.take()
+        if piece is None:  # too many do that: this one may ask again
+            if ours:
+                self._close(connection)
+            connection.keep = False
+            return
+        connection.kept_piece, connection.kept = piece, piece[: fill - at]
+        connection.kept[:] = self._view[at:fill]
+        if ours:
+            connection.phase = AHEAD
+            self._ahead.append(connection)
 
-    def _receive_body(self, head: Head, head_end: int, route: Route) -> tuple[Buffer, int]:
-        """(body, bytes of the piece that this request takes up)."""
-        length = head.content_length
-        used = head_end + length
-        if used <= self._fill and not head.chunked:
-            return self._view[head_end:used], used
-        if head.expect_continue:
-            self.request.sendall(_CONTINUE)
-        deadline = time.monotonic() + self.server.limits.request_timeout
-        if head.chunked:
-            return self._receive_chunked(head_end, route.body_limit(self.server.app), deadline)
-        if used <= CAPACITY:
-            while self._fill < used:
-                if not self._more(self._view[self._fill :], deadline, "body"):
-                    raise ConnectionResetError
-            return self._view[head_end:used], used
-        return self._receive_long(length, head_end, route.secret, deadline), self._fill
+    def _go_ahead(self, connection: Connection) -> None:
+        kept, piece = connection.kept, connection.kept_piece
+        assert kept is not None and piece is not None
+        self._view[: len(kept)] = kept
+        connection.kept = connection.kept_piece = None
+        self.slab.give_back(piece)
+        connection.phase = IDLE
+        self._work(connection, len(kept))
 
-    def _receive_long(self, length: int, head_end: int, secret: bool, deadline: float) -> Buffer:
-        """A body that does not fit: into a buffer of its own, straight from the kernel."""
-        here = self._fill - head_end
-        body = LockedBuffer(length, self.server.slab_mode).view if secret else memoryview(bytearray(length))
-        body[:here] = self._view[head_end : self._fill]
-        while here < length:
-            size = self._receive(body[here:], deadline, "body")
-            if not size:
-                raise ConnectionResetError
-            here += size
-        return body
+    def _rest(self, connection: Connection) -> None:
+        """A request was answered, and nothing of the next is here."""
+        if connection.kept is not None:
+            connection.phase = AHEAD
+            self._ahead.append(connection)
+            return
+        connection.phase = IDLE
+        connection.deadline = self._idle_until
+        connection.reader = None
+        if self.draining:
+            self._close(connection)
 
-    def _receive_chunked(self, head_end: int, limit: int, deadline: float) -> tuple[Buffer, int]:
-        chunked = Chunked(limit)
-        at = head_end
+    # ---- a request -------------------------------------------------------------------------------
+
+    def _judge(self, head: Head) -> Room:
+        connection = self._current
+        connection.route = route = routes.find(head)
+        routes.admit(self.app, route, head, connection.peer)
+        return self._rooms[route.method, route.path]
+
+    def _room(self, route: Route) -> Room:
+        place = self._secret_place if route.secret else None
+        return Room(route.body_limit(self.app), self._reserve_body, place)
+
+    def _reserve_body(self, size: int) -> None:
+        self._bodies.take(size)
+        self._current.reserved += size
+
+    def _secret_place(self, length: int) -> memoryview:
+        piece = self._current.body_piece = self.slab.take()
+        if piece is None:
+            raise Overloaded("no locked memory is free", hint="send the head and the body at once")
+        return piece[:length]
+
+    def _carry_out(self, connection: Connection, request: Request) -> int:
+        """NEXT: it was answered, and the next may come; or AWAY."""
+        route = connection.route
+        assert route is not None
+        connection.phase = IDLE
+        long = len(request.body) > (INLINE_BATCH if route.batch else INLINE)
+        if long or route.waits:
+            return self._hand_over(connection, route, request, self._working if long else self._waiting)
+        call = Call(request.head, request.body, connection.peer, connection.fragment, *self.slab.waiter)
+        reply = routes.dispatch(self.app, route, call)
+        return self._answer(connection, request.head, reply)
+
+    def _answer(self, connection: Connection, head: Head, reply: Reply) -> int:
+        keep = head.keep_alive and not reply.close and not self.draining
         try:
-            while True:
-                at += chunked.feed(self._view[at : self._fill])
-                if chunked.done:
-                    return chunked.body, at
-                rest = self._fill - at  # what the decoder could not use yet
-                self._view[head_end : head_end + rest] = bytes(self._view[at : self._fill])
-                at, self._fill = head_end, head_end + rest
-                if not self._more(self._view[self._fill :], deadline, "body"):
-                    raise ConnectionResetError
+            left = self._send(connection.request, head, reply, keep)
+        except OSError:
+            left, keep = [], False
+        if reply.secret:
+            self.slab.waiter[1][:] = _ZEROS[:ANSWER]
+        return self._sent(connection, keep, left)
+
+    def _send(self, sock: socket.socket, head: Head, reply: Reply, keep: bool) -> list[memoryview]:
+        """Send as much as the peer's buffer takes; what is left. Any thread may call this."""
+        lead = render_head(reply, keep, head.version)
+        body = reply.body
+        if head.method == "HEAD":
+            parts = [memoryview(lead)]
+        elif reply.secret or len(body) > LARGE:
+            parts = [memoryview(lead + reply.lead), memoryview(body)]
+        else:
+            whole = lead + reply.lead + body
+            try:
+                sent = sock.send(whole)
+            except BlockingIOError:
+                sent = 0
+            return _NOTHING if sent == len(whole) else [memoryview(whole)[sent:]]
+        left = _send_parts(sock, parts)
+        if left and reply.secret:
+            raise ConnectionResetError  # a peer that leaves its answers lying gets no key
+        return left
+
+    def _sent(self, connection: Connection, keep: bool, left: list[memoryview]) -> int:
+        """After an answer, or the part of it that could be sent."""
+        if connection.body_piece is not None:
+            self.slab.give_back(connection.body_piece)
+            connection.body_piece = None
+        if left:
+            return self._answer_later(connection, keep, left)
+        if connection.reserved:
+            self._bodies.give_back(connection.reserved)
+            connection.reserved = 0
+        if not keep or not connection.keep:
+            self._close(connection)
+            return AWAY
+        return NEXT
+
+    def _answer_later(self, connection: Connection, keep: bool, left: list[memoryview]) -> int:
+        size = sum(map(len, left))
+        try:
+            if size > connection.reserved:
+                self._bodies.take(size - connection.reserved)
+                connection.reserved = size
+        except Overloaded:
+            self._close(connection)
+            return AWAY
+        connection.pending, connection.keep = left, keep and connection.keep
+        connection.phase = ANSWERING
+        connection.deadline = self._now + self.limits.request_timeout
+        self._poll.modify(connection.request.fileno(), _OUT)
+        return AWAY
+
+    def _send_more(self, connection: Connection) -> None:
+        try:
+            connection.pending = _send_parts(connection.request, connection.pending)
+        except OSError:
+            self._close(connection)
+            return
+        if not connection.pending:
+            self._poll.modify(connection.request.fileno(), _IN)
+            connection.phase = IDLE
+            if self._sent(connection, connection.keep, []) == NEXT:
+                self._rest(connection)
+
+    # ---- threads -----------------------------------------------------------------------------------
+
+    def _hand_over(self, connection: Connection, route: Route, request: Request, lane: Lane) -> int:
+        """To a thread. The connection is its alone until it lies in `_back`."""
+        try:
+            body = self._own_body(connection, route, request.body)
+            job = self._job(connection, route, Request(request.head, body), lane is self._working)
+            connection.phase = BUSY
+            self._poll.unregister(connection.request.fileno())
+            lane.submit(connection.peer.uid, job)
+        except (Overloaded, RuntimeError) as error:
+            if connection.phase == BUSY:
+                connection.phase = IDLE
+                self._poll.register(connection.request.fileno(), _IN)
+            if not isinstance(error, Overloaded):
+                error = Overloaded("no thread is left")
+            return self._answer(connection, request.head, routes.error_reply(error))
+        return AWAY
+
+    def _own_body(self, connection: Connection, route: Route, body: Any) -> Any:
+        """A body that lies in the received part moves out of there: the next peer's bytes come there."""
+        if connection.body_piece is not None or not body or body.obj is not self._map:
+            return body
+        if route.secret:
+            place = self._secret_place(len(body))
+            place[:] = body
+            return place
+        self._reserve_body(len(body))
+        return memoryview(bytes(body))
+
+    def _job(
+        self, connection: Connection, route: Route, request: Request, long: bool
+    ) -> Callable[[memoryview, memoryview], None]:
+        def run(scratch: memoryview, answer: memoryview) -> None:
+            nonlocal request
+            keep = False
+            left: list[memoryview] = []
+            head = request.head
+            breathe = Breath(self._counters) if long else None
+            call = Call(head, request.body, connection.peer, connection.fragment, scratch, answer)
+            del request
+            if breathe is not None:
+                call.breathe = breathe
+            try:
+                reply = routes.dispatch(self.app, route, call)
+                del call
+                keep = head.keep_alive and not reply.close and not self.draining
+                left = self._send(connection.request, head, reply, keep)
+                if reply.secret:
+                    answer[:] = _ZEROS[:ANSWER]
+            except OSError:
+                keep = False  # the peer is gone
+            except Exception:
+                keep = False
+                log.exception("a connection ended with an error")
+            self._back.append((connection, keep, left))
+            self._wake()
+            if long:
+                _trim()
+
+        return run
+
+    def _take_back(self, connection: Connection, keep: bool, left: list[memoryview]) -> None:
+        connection.phase = IDLE
+        self._poll.register(connection.request.fileno(), _IN)
+        if self._sent(connection, keep, left) == NEXT:
+            self._rest(connection)
+
+    def _wake(self) -> None:
+        with suppress(BlockingIOError):  # it rings already
+            self._ring.send(b"\0")
+
+    # ---- faults ------------------------------------------------------------------------------------
+
+    def _refuse(self, connection: Connection, reader: Reader, error: KMSError, here: int) -> tuple[int, int]:
+        """Answer what can't be read, or may not be served; go on only where its body is here already.
+        `here`: bytes from the start of its head."""
+        head, used = reader.head, reader.head_size
+        keep = head is not None and head.keep_alive and not (error.close or head.chunked or self.draining)
+        if head is not None:
+            used += head.content_length
+            keep = keep and used <= here
+        reply = self._refusal(connection, head, error)
+        reader.wipe()
+        reader.reset()
+        if not keep or head is None:
+            self._say(connection, reply, head)
+            return 0, AWAY
+        return used, self._answer(connection, head, reply)
+
+    def _refusal(self, connection: Connection, head: Optional[Head], error: KMSError) -> Reply:
+        route = connection.route
+        if isinstance(error, PeerRefused) and head is not None and route is not None:
+            call = Call(head, b"", connection.peer, connection.fragment, *self.slab.waiter)
+            return routes.refuse(self.app, route, call, error)
+        self._counters.request("service", error.status, 0.0)
+        return routes.error_reply(error)
+
+    def _say(self, connection: Connection, reply: Reply, head: Optional[Head] = None) -> None:
+        """A last word, and then the peer has some time to read it (RFC 9112, 9.6)."""
+        words = render_head(reply, False, head.version if head else "1.1")
+        if head is None or head.method != "HEAD":
+            words += bytes(reply.body)
+        try:
+            connection.request.send(words)
+            connection.request.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._close(connection)
+            return
+        self._let_go(connection)
+        connection.phase = LINGERING
+        connection.deadline = self._now + LINGER_SECONDS
+
+    def _drop(self, connection: Connection) -> None:
+        view = self._view
+        try:
+            size = connection.request.recv_into(view)
+        except BlockingIOError:
+            return
+        except OSError:
+            size = 0
+        view[:size] = _ZEROS[:size]
+        if not size:
+            self._close(connection)
+
+    def _let_go(self, connection: Connection) -> None:
+        """What it holds beside its descriptor."""
+        if connection.reader is not None:
+            connection.reader.wipe()
+        for piece in (connection.kept_piece, connection.body_piece):
+            if piece is not None:
+                self.slab.give_back(piece)
+        connection.reader = connection.kept = connection.kept_piece = connection.body_piece = None
+        connection.pending = []
+        if connection.reserved:
+            self._bodies.give_back(connection.reserved)
+            connection.reserved = 0
+
+    def _close(self, connection: Connection) -> None:
+        fd = connection.request.fileno()
+        if fd < 0:
+            return
+        self._let_go(connection)
+        connection.phase = CLOSED
+        self._poll.unregister(fd)
+        del self._connections[fd]
+        self._turned_away.pop(fd, None)
+        connection.request.close()
+        if connection.row >= 0:
+            self._shares.leave(connection.row)
+
+    # ---- coming in ---------------------------------------------------------------------------------
+
+    def _let_in(self, fd: int) -> None:
+        door = self._doors[fd]
+        for _ in range(EVENTS):
+            if self._others_first():
+                self._pause(fd, 0.001)
+                return
+            try:
+                request, peer = self._accept(door)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _OUT_OF:
+                    self._starved(fd, door, error)
+                    return
+                continue  # it was gone before it was let in
+            if self.verify_request(request, peer):
+                self.process_request(request, peer)
+
+    def _accept(self, door: Door) -> tuple[socket.socket, Peer]:
+        request, _ = door.listener.accept()
+        try:
+            request.setblocking(False)
+            return request, door.identify(request)
         except BaseException:
-            chunked.wipe()
+            request.close()
             raise
 
-    def _forget(self, used: int) -> None:
-        """Wipe the request; what was pipelined behind it moves to the front."""
-        rest = self._fill - used
-        if rest > 0:
-            self._view[:rest] = bytes(self._view[used : self._fill])
-        self._view[rest : self._fill] = _ZEROS[: self._fill - rest]
-        self._fill = rest
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Is this UID served at all? It is answered here if not."""
+        try:
+            self.app.service.rules.check(client_address, False)
+        except PeerRefused as error:
+            self._counters.request("service", error.status, 0.0)
+            self._refusals.add(client_address, error)
+            self._show_out(request, client_address, error)
+            return False
+        return True
 
-    # ---- answers -----------------------------------------------------------------------------------
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """The waiter serves it from now on, and gives to threads what would hold it up."""
+        why = self._shares.refusal(client_address.uid)
+        if why:
+            self._counters.add("refused_connections", 1)
+            error = Overloaded(why, hint="raise max_connections, or close idle connections")
+            self._show_out(request, client_address, error)
+            return
+        connection = Connection(request, client_address, peer_fragment(*client_address))
+        connection.row = self._shares.enter(client_address.uid)
+        connection.deadline = self._idle_until
+        self._enter(connection)
 
-    def _send(self, reply: Reply, keep: bool, head_only: bool, version: str) -> None:
-        head = render_head(reply, keep, version)
-        body = reply.body
-        if head_only:
-            self.request.sendall(head)
-        elif reply.secret or len(body) > LARGE:
-            self._send_long(head + reply.lead, memoryview(body))
-        else:
-            self.request.sendall(head + reply.lead + body)
+    def _enter(self, connection: Connection) -> None:
+        fd = connection.request.fileno()
+        self._connections[fd] = connection
+        self._poll.register(fd, _IN)
 
-    def _send_long(self, head: bytes, body: memoryview) -> None:
-        """Head and body without joining them; one deadline for the peer to take it all."""
-        deadline = time.monotonic() + self.server.limits.request_timeout
-        sent = self.request.sendmsg([head, body]) - len(head)
-        if sent < 0:
-            raise ConnectionResetError
-        while sent < len(body):
-            if time.monotonic() > deadline:
-                raise TimeoutError
-            sent += self.request.send(body[sent:])
+    def _show_out(self, request: socket.socket, peer: Peer, error: KMSError) -> None:
+        """It hears why when it has said something, or soon; there is room for few of these."""
+        if len(self._turned_away) >= TURNED_AWAY:
+            _, oldest = self._turned_away.popitem(last=False)
+            if oldest.phase == REFUSED:
+                self._turn_away(oldest)
+            self._close(oldest)
+        connection = Connection(request, peer, Fragment(""))
+        connection.phase = REFUSED
+        connection.deadline = self._now + LINGER_SECONDS
+        words = render_head(reply := routes.error_reply(error), False, "1.1") + bytes(reply.body)
+        connection.pending = [memoryview(words)]
+        self._enter(connection)
+        self._turned_away[request.fileno()] = connection
 
-    def _linger(self) -> None:
-        """Let the peer read the answer before the connection goes (RFC 9112, 9.6)."""
-        self.request.shutdown(socket.SHUT_WR)
-        self._view[: self._fill] = _ZEROS[: self._fill]
-        deadline = time.monotonic() + LINGER_SECONDS
-        while (left := deadline - time.monotonic()) > 0:
-            _timeout(self.request, socket.SO_RCVTIMEO, left)
-            if not self.request.recv_into(self._view):
-                return
+    def _turn_away(self, connection: Connection) -> None:
+        try:
+            connection.request.send(connection.pending[0])
+            connection.request.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._close(connection)
+            return
+        connection.phase = LINGERING
+        connection.pending = []
+
+    def _others_first(self) -> bool:
+        """Where another worker has fewer connections, it has some moments to be the first."""
+        *workers, _ = self._metrics.gauge("connections")  # the last is the keeper's
+        least = min(workers)
+        if self._yields >= YIELDS or self._counters.get("connections") <= least + least // 16:
+            self._yields = 0
+            return False
+        self._yields += 1
+        return True
+
+    def _pause(self, fd: int, seconds: float) -> None:
+        self._poll.unregister(fd)
+        self._paused[fd] = time.monotonic() + seconds
+
+    def _go_on(self) -> None:
+        for fd in [fd for fd, until in self._paused.items() if until <= self._now]:
+            del self._paused[fd]
+            self._poll.register(fd, _IN)
+        while self._renewed:
+            fd = self._renewed.popleft()
+            if fd not in self._paused:
+                with suppress(OSError):  # it went with the socket that it was
+                    self._poll.unregister(fd)
+                self._poll.register(fd, _IN)
+
+    def renew(self, listener: socket.socket) -> None:
+        """The descriptor of this door leads to another socket now."""
+        self._renewed.append(listener.fileno())
+        self._wake()
+
+    def _starved(self, fd: int, door: Door, error: OSError) -> None:
+        """No descriptor is left: who waits longest hears so by the one in reserve, and the door rests."""
+        if self._now - self._told >= TELL_SECONDS:
+            self._told = self._now
+            log.error("no connection can be accepted (%s): raise LimitNOFILE", error.strerror)
+        os.close(self._reserve)
+        with suppress(OSError):
+            request, _ = door.listener.accept()
+            with request:
+                reply = routes.error_reply(Overloaded("no descriptor is left", hint="try again"))
+                request.setblocking(False)
+                request.send(render_head(reply, False, "1.1") + bytes(reply.body))
+        self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._pause(fd, STARVED_SECONDS)
+
+    # ---- the end -----------------------------------------------------------------------------------
+
+    def drain(self, seconds: float) -> bool:
+        """Answer what was received in full, take nothing new. True: all connections are closed."""
+        self._drain_until = time.monotonic() + seconds
+        self._wake()
+        self._ended.wait(seconds + 5.0)
+        return not self._connections
+
+    def shutdown(self) -> None:
+        self.drain(0.0)
+
+    def _begin_drain(self) -> None:
+        """Let in who was there, then end each connection behind what it has sent."""
+        self._yields = YIELDS
+        for fd in self._doors:
+            self._let_in(fd)
+            if self._paused.pop(fd, None) is None:
+                self._poll.unregister(fd)
+        self.draining = True
+        for connection in self._connections.values():
+            if connection.phase in (IDLE, HEAD, BODY):
+                with suppress(OSError):
+                    connection.request.shutdown(socket.SHUT_RD)
 
 
-def _timeout(sock: socket.socket, option: int, seconds: float) -> None:
-    """The kernel's own timeout: no poll() before each call. At least a microsecond: 0 means for ever."""
-    micros = max(1, int(seconds * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", micros // 1_000_000, micros % 1_000_000))
+def _send_parts(sock: socket.socket, parts: list[memoryview]) -> list[memoryview]:
+    """Send without joining; what is left."""
+    try:
+        sent = sock.sendmsg(parts)
+    except BlockingIOError:
+        return parts
+    left = []
+    for part in parts:
+        if sent < len(part):
+            left.append(part[sent:])
+        sent = max(0, sent - len(part))
+    return left
+
+
+class Breath:
+    """Lets the waiter have the interpreter between two slices of long work."""
+
+    def __init__(self, counters: Block) -> None:
+        self._next = time.monotonic() + SLICE
+
+    def __call__(self) -> None:
+        if time.monotonic() >= self._next:
+            time.sleep(SLICE)
+            self._next = time.monotonic() + SLICE
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _trim() -> None:
+    """Give what a long call took back to the system."""
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(ctypes.c_size_t(0))
 
 
 # ---- answer heads --------------------------------------------------------------------------------------
@@ -347,6 +893,7 @@ _PHRASES = {
     408: "Request Timeout",
     409: "Conflict",
     410: "Gone",
+    411: "Length Required",
     413: "Content Too Large",
     414: "URI Too Long",
     415: "Unsupported Media Type",
@@ -382,119 +929,3 @@ def render_head(reply: Reply, keep: bool, version: str) -> bytes:
         f"Cache-Control: no-store\r\n"
         f"{receipt}{reply.extra}{connection}\r\n"
     ).encode("ascii")
-
-
-# ---- the server ------------------------------------------------------------------------------------------
-
-
-class Server(socketserver.ThreadingUnixStreamServer):
-    """A thread a connection, on a listening socket that other workers may share."""
-
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(
-        self,
-        listener: socket.socket,
-        app: App,
-        limits: Limits,
-        counters: Block,
-        metrics: Metrics,
-        lock_mode: str,
-    ) -> None:
-        super().__init__(str(listener.getsockname()), Handler, bind_and_activate=False)
-        self.socket.close()
-        listener.setblocking(False)
-        self.socket = listener
-        self.app = app
-        self.limits = limits
-        self.slab_mode = lock_mode
-        self.slab = Slab(lock_mode)
-        self.draining = False
-        self._counters = counters
-        self._metrics = metrics
-        self._open: set[socket.socket] = set()
-        self._open_lock = threading.Lock()
-
-    def get_request(self) -> tuple[socket.socket, str]:
-        """Accept; where another worker has fewer connections, leave it some moments to be the first."""
-        for _ in range(YIELDS):
-            *workers, _ = self._metrics.gauge("connections")  # the last is the keeper's
-            if self._counters.get("connections") <= min(workers):
-                break
-            time.sleep(0.001)
-        connection, _ = self.socket.accept()
-        connection.setblocking(True)
-        return connection, ""
-
-    def process_request(self, request: _Request, client_address: object) -> None:
-        assert isinstance(request, socket.socket)
-        if sum(self._metrics.gauge("connections")) >= self.limits.max_connections:
-            self._turn_away(request, "too many connections")
-            return
-        with self._open_lock:
-            self._open.add(request)
-        self._counters.add("connections", 1)
-        try:
-            threading.Thread(target=self._serve, args=(request,), daemon=True).start()
-        except RuntimeError:  # the system has no thread left
-            self._turn_away(request, "no thread is left")
-            self._gone(request)
-
-    def _serve(self, request: socket.socket) -> None:
-        try:
-            Handler(request, "", self)
-        except (OSError, TimeoutError):
-            pass  # the peer went away; nothing can be told to it
-        except LockRefused:
-            self._turn_away(request, "no locked memory is left")
-        except Exception:
-            log.exception("a connection ended with an error")
-        finally:
-            request.close()
-            self._gone(request)
-
-    def _gone(self, request: socket.socket) -> None:
-        with self._open_lock:
-            self._open.discard(request)
-        self._counters.add("connections", -1)
-
-    def _turn_away(self, request: socket.socket, why: str) -> None:
-        self._counters.add("refused_connections", 1)
-        reply = routes.error_reply(Overloaded(why, hint="raise max_connections, or close idle connections"))
-        request.setblocking(False)
-        with suppress(OSError):
-            request.recv(LARGE)  # so that closing does not reset what the peer is about to read
-        with suppress(OSError):
-            request.sendall(render_head(reply, False, "1.1") + bytes(reply.body))
-        request.close()
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        log.exception("a connection could not be served")
-
-    def take_waiting(self) -> None:
-        """Serve the connections that were made but not accepted yet."""
-        while True:
-            try:
-                request, address = self.get_request()
-            except OSError:
-                return
-            self.process_request(request, address)
-
-    def drain(self, seconds: float) -> bool:
-        """Answer what was received in full, take nothing new. True: all connections are closed."""
-        self.draining = True
-        deadline = time.monotonic() + seconds
-        while True:
-            with self._open_lock:
-                waiting = list(self._open)
-            if not waiting:
-                return True
-            for connection in waiting:
-                try:
-                    connection.shutdown(socket.SHUT_RD)
-                except OSError:
-                    continue  # closed meanwhile
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.01)

@@ -171,11 +171,14 @@ def test_a_killed_worker_costs_its_own_connections_only(daemon: Daemon, everywhe
             lost.append(chain)
     assert lost == [chain for chain in chains if chain in lost[:1]]  # all those of one worker
     wait_until(lambda: len(daemon.pids()) == 4, 20, "a new worker")
-    for _ in range(4):
+
+    def all_wrote() -> bool:
         assert daemon.request("POST", "/encrypt", {"key_id": key, "plaintext": TEXT}).status == 200
+        return len({line.split(b'"')[5] for line in daemon.audit_log.read_bytes().splitlines()}) >= 4
+
+    wait_until(all_wrote, 20, "a chain of the keeper, two workers and the new one")
     daemon.stop()
     assert daemon.offline("audit", "verify").returncode == 0
-    assert len({line.split(b'"')[5] for line in daemon.audit_log.read_bytes().splitlines()}) >= 4  # chains
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root alone sees which process has the store open")

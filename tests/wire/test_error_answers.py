@@ -69,7 +69,9 @@ class TestEveryRoute:
 
     @pytest.mark.parametrize("path", POSTS)
     def test_a_body_past_the_limit_is_refused_before_it_comes(self, daemon: Daemon, path: str) -> None:
-        head = f"POST {path} HTTP/1.1\r\nHost: unix\r\nContent-Length: {LIMIT + 1}\r\n\r\n"
+        app: Any = SimpleNamespace(max_body_bytes=LIMIT)
+        limit = next(route.body_limit(app) for route in ROUTES if route.path == path)
+        head = f"POST {path} HTTP/1.1\r\nHost: unix\r\nContent-Length: {limit + 1}\r\n\r\n"
         answer = raw(daemon.socket, head.encode(), end=False)  # returns: the daemon hung up
         assert answer.startswith(b"HTTP/1.1 413 ") and b'"body_too_large"' in answer
         assert b"max_body_bytes" in answer  # what to do about it

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from progressdb_kms.errors import KMSError
-from progressdb_kms.wire import http1
+from progressdb_kms.wire.http1 import Reader, Room
 
 PIECES = st.sampled_from(
     [
@@ -47,15 +47,31 @@ MUTATED = st.tuples(
 
 def outcome(data: bytes) -> Union[None, tuple[object, ...], str]:
     try:
-        return http1.next_request(data, 100)
+        used, request = Reader(lambda head: Room(100)).feed(data, 0, len(data))
+        return None if request is None else (request.head, bytes(request.body), used)
     except KMSError as error:
         assert error.status in (400, 413, 414, 417, 431, 501, 505)
         return "refused"
 
 
+def dripped(data: bytes) -> Union[None, tuple[object, ...], str]:
+    """A byte at a time, to one machine."""
+    machine, at = Reader(lambda head: Room(100)), 0
+    try:
+        for end in range(1, len(data) + 1):
+            used, request = machine.feed(data, at, end)
+            at += used
+            if request is not None:
+                return request.head, bytes(request.body), at
+    except KMSError:
+        return "refused"
+    return None
+
+
 def check(data: bytes) -> None:
     """Never another exception; a prefix is refused only if the whole is, and never read differently."""
     whole = outcome(data)
+    assert dripped(data) == whole
     for size in range(len(data)):
         begun = outcome(data[:size])
         if begun == "refused":

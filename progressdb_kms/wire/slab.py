@@ -1,0 +1,59 @@
+"""The locked memory of one worker's connections: made once, before the first fork, and never more.
+
+    received 16 KiB | spare pieces of 16 KiB | scratch 64 and answer 128 of each thread that serves
+
+Every byte of a peer is received into the first part, and wiped from it before the next peer's. A request that
+is there whole is read, and answered, where it lies. A spare piece is for the few that must lie in locked
+memory between two moments: the body of a `secret` route that comes in pieces, and requests that were sent
+ahead. An idle connection has none.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from ..crypto.envelope import SCRATCH_SIZE
+from ..crypto.memory import LockedBuffer
+
+RECEIVED = 16 * 1024
+"""Bytes: the longest head (8 KiB), a secret body behind it, or a page of chat."""
+
+SPARES = 16
+
+ANSWER = 128
+"""Bytes of an answer that holds a DEK."""
+
+_OWN = SCRATCH_SIZE + ANSWER
+_ZEROS = bytes(RECEIVED)
+
+
+class Slab:
+    def __init__(self, mode: str, threads: int) -> None:
+        """`threads`: those that serve beside the waiter. Raises LockRefused."""
+        first = RECEIVED * (1 + SPARES)
+        self._buffer = LockedBuffer(first + (1 + threads) * _OWN, mode)
+        self.map = self._buffer.map
+        view = self._buffer.view
+        self.received = view[:RECEIVED]
+        self._spares = [view[at : at + RECEIVED] for at in range(RECEIVED, first, RECEIVED)]
+        own = [view[at : at + _OWN] for at in range(first, len(view), _OWN)]
+        self.waiter, *self.threads = [(piece[:SCRATCH_SIZE], piece[SCRATCH_SIZE:]) for piece in own]
+
+    @property
+    def kind(self) -> str:
+        return self._buffer.kind
+
+    @property
+    def locked_bytes(self) -> int:
+        return self._buffer.locked_bytes
+
+    def take(self) -> Optional[memoryview]:
+        """A spare piece, or None: all are in use."""
+        return self._spares.pop() if self._spares else None
+
+    def give_back(self, piece: memoryview) -> None:
+        piece[:] = _ZEROS
+        self._spares.append(piece)
+
+    def wipe(self) -> None:
+        self._buffer.wipe()
