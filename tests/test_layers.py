@@ -45,7 +45,7 @@ OWNED = {
 
 NEVER_SERVED = ("client", "tools")
 
-MAX_SERVED = 8_300
+MAX_SERVED = 8_700
 """Lines of code (no blanks, comments, docstrings) that are loaded to serve."""
 
 
