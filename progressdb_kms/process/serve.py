@@ -16,7 +16,6 @@ what was received is answered, workers end, the keeper writes the last audit hea
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import signal
 import sys
@@ -30,8 +29,9 @@ from ..crypto.aead import KEY_SIZE
 from ..crypto.keyring import REGION_SIZE, Keyring
 from ..crypto.memory import LockedBuffer
 from ..errors import LockRefused
-from ..service import channel, start
+from ..service import channel
 from ..service.keeper import STAGING_SLOTS
+from ..service.lock import Claim, claim
 from ..service.metrics import Metrics
 from ..service.plan import Configured, ConfiguredKey
 from ..wire.server import SPARE_FILES, WAITING, WORKING
@@ -62,7 +62,7 @@ def serve(
     measures = [measure._asdict() for measure in found]
     descriptors = _descriptors(settings)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    lock = start.claim(settings.data_dir)
+    lock = claim(settings.data_dir)
     listener, ours = listen(settings)
     listener.setblocking(False)  # all workers share the flag; a copy of a blocking socket would set it back
     ends, handovers = zip(*(handover_pair() for _ in range(settings.workers)))
@@ -86,7 +86,7 @@ def serve(
     finally:
         region.wipe()
         listener.close()
-        os.close(lock)
+        lock.close()
 
 
 def _look_at_second_start(settings: Settings, measures: Sequence[hardening.Measure]) -> None:
@@ -141,7 +141,7 @@ def _announce(line: str) -> None:
 class Alone:
     """`workers: 1`: the keeper in the main thread, the worker in another."""
 
-    def __init__(self, shared: Shared, lock: int, announce: Callable[[str], None]) -> None:
+    def __init__(self, shared: Shared, lock: Claim, announce: Callable[[str], None]) -> None:
         self._shared = shared
         self._announce = announce
         self._stop = threading.Event()

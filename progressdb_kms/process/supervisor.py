@@ -16,6 +16,7 @@ from ..encoding import json_dumps
 from ..errors import KMSError, OperatorError, StoreUnavailable
 from ..service import channel
 from ..service.keeper import STAGING_SLOTS
+from ..service.lock import Claim
 from ..store.pause import Pause
 from . import hardening
 from .serving import (
@@ -58,7 +59,7 @@ class Child:
 
 
 class Supervisor:
-    def __init__(self, shared: Shared, lock: int, announce: Callable[[str], None]) -> None:
+    def __init__(self, shared: Shared, lock: Claim, announce: Callable[[str], None]) -> None:
         self._shared = shared
         self._lock = lock
         self._announce = announce
@@ -213,14 +214,14 @@ def _how(status: int) -> str:
     return f"exit code {os.WEXITSTATUS(status)}"
 
 
-def _in_child(supervisor: int, lock: int, main: Callable[[], None]) -> NoReturn:
+def _in_child(supervisor: int, lock: Claim, main: Callable[[], None]) -> NoReturn:
     """Never returns into the supervisor's frames, whatever happens."""
     code = 1
     try:
         # Not SIGTERM: nobody is left to end them in order, and a worker would wait for a keeper that is gone
         # while the next daemon starts. What was acknowledged is on disk.
         hardening.die_with_parent(supervisor, signal.SIGKILL)
-        os.close(lock)  # else the data-dir would stay locked after the supervisor's death
+        lock.close()  # else the data-dir would stay locked after the supervisor's death
         main()
         code = 0
     except KMSError as error:

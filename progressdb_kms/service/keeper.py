@@ -17,12 +17,14 @@ A single loop, no locks:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 import resource
 import select
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,8 +53,10 @@ from ..store import erasure, snapshots
 from ..store.contract import DekRecord, Store
 from ..store.pause import Pause
 from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS, refusal
+from ..store.sqlite import FILE_NAME
 from .channel import Head, Job, answer, receive
 from .clock import REMEDY, Clock, TrustedTime
+from .lock import Files, publish
 from .plan import Configured
 from .rotation import Rewrapper, Rotation, Steps
 
@@ -83,6 +87,9 @@ REST = 3
 """After a step of long work during which others wanted this core: the pause, in times of what the step took
 of it. It keeps the p99 of an encrypt beside a rotation within three times of its p99 alone; an idle machine
 never waits."""
+
+LOOK_SECONDS = 1.0
+"""How often the files are looked at beside what each COMMIT does."""
 
 TROUBLED_SECONDS = 0.1
 """The least rest while the store can't be written: a step would only find that out again."""
@@ -140,7 +147,10 @@ class Keeper:
         self._erasures: dict[str, bytes] = {}  # shredded, and copies may remain: key_id and blob, if known
         self._erasing, self._tidying = Pause(*ERASE_PAUSES), Pause(*TIDY_PAUSES)
         self._janitor_pause = Pause(*TIDY_PAUSES)
-        self._next_janitor = 0.0
+        self._next_janitor = self._next_look = 0.0
+        self._lost = self._rescued = ""
+        self._rescuer: Optional[threading.Thread] = None
+        self._published: Files = {}
         self._rest = 0.0
         self._heads: dict[str, Head] = {}
         self._anchored: dict[str, int] = {}
@@ -162,8 +172,38 @@ class Keeper:
             self._perform(jobs)
         if busy:
             self._advance_politely()
+        if self._clock.monotonic() >= self._next_look:
+            self._look()
         if self._clock.monotonic() >= self._next_janitor and self._janitor_pause.over():
             self._attend("scheduled deletions can't be looked at now", self._janitor, self._janitor_pause)
+
+    def _look(self) -> None:
+        """Are the files that are open those that the next start would find? If not, rescue what is open."""
+        self._next_look = self._clock.monotonic() + LOOK_SECONDS
+        why = self._store.lost()
+        if why and not self._lost:
+            log.error("%s: no change is made", why)
+            if why.startswith(FILE_NAME):
+                self._rescuer = threading.Thread(target=self._rescue)
+                self._rescuer.start()
+        elif self._lost and not why:
+            log.info("the files of the store are in their places again")
+        self._lost = why
+        if not why and self._published != self._store.files():
+            with contextlib.suppress(OSError):  # commands beside the daemon are not told, then
+                publish(self._data_dir, self._store.files())
+                self._published = self._store.files()
+
+    def _rescue(self) -> None:
+        """In a thread, since it may be long: meanwhile no transaction is begun."""
+        try:
+            file = self._store.rescue(self._clock.now())
+            self._rescued = (
+                f"what the daemon held is in {file}: stop the daemon, then `progressdb-kms restore {file}`"
+            )
+        except StoreUnavailable as error:
+            self._rescued = f"what the daemon holds can't be rescued ({error.message}): `restore` a backup"
+        log.error("%s", self._rescued)
 
     def _due_work(self) -> Optional[Callable[[], None]]:
         """What is to be done beside the jobs, of what isn't left alone for a while because it failed."""
@@ -198,6 +238,7 @@ class Keeper:
             try:
                 done = self._commit(writes)
             except KMSError as error:
+                self._keyring.touch()  # whether it is on the disk isn't known: nothing may be remembered
                 done = [Done(job, error, []) for job in writes]
         done += [Done(job, self._attempt(job), []) for job in jobs if job.op not in _WRITES]
         followed = [(job, self._follow_up(outcome, effects)) for job, outcome, effects in done]
@@ -605,7 +646,7 @@ class Keeper:
                 self._store.write("probe", {"at": timestamp(self._clock.now())})
                 self._write_anchors()
         except StoreUnavailable as error:
-            reasons.append(error.message)
+            reasons += filter(None, (error.message, self._rescued if self._lost else ""))
         return {"reasons": reasons, "warnings": warnings}
 
     def close(self) -> None:
@@ -617,6 +658,10 @@ class Keeper:
                 self._write_anchors()
         except (StoreUnavailable, AuditUnavailable) as error:
             log.error("the end is not in the store or the audit log: %s", error.message)
+        if self._store.lost():
+            self._look()
+        if self._rescuer is not None:
+            self._rescuer.join()
         self._store.close()
         self._audit.close()
         self._memory.close()

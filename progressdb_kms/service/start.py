@@ -6,10 +6,7 @@ Everything here is O(1) in the number of DEKs: what each KEK is needed for is ke
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import logging
-import os
 import shutil
 import socket
 from collections.abc import Mapping
@@ -22,18 +19,17 @@ from ..audit.log import AuditLog, last_epoch
 from ..crypto.envelope import AUDIT_KEY
 from ..crypto.keyring import Keyring
 from ..encoding import timestamp, wall
-from ..errors import AlreadyRunning, ConfigError, StoreDamaged
+from ..errors import ConfigError, StoreDamaged
 from ..store.contract import Store
 from ..store.sqlite import SqliteStore
 from . import ownkeys
 from .clock import Clock
 from .keeper import Keeper, random_into
+from .lock import LOCK_FILE, is_held
 from .plan import Configured, Plan, plan
 from .rotation import RETIRED_KEK, retired
 
 log = logging.getLogger("progressdb_kms")
-
-LOCK_FILE = "kms.lock"
 
 RESTORE_FOLDER = ".kms-restore"
 """Where `restore` builds the store that is to come. What a crash leaves of one is thrown away."""
@@ -42,39 +38,13 @@ RESTORED = "audit:restore"
 """The row of a restored store that owes the audit log its `restore` event."""
 
 
-def claim(data_dir: Path) -> int:
-    """Make the data-dir if need be and lock it. Returns the descriptor that holds the lock.
-
-    Raises ConfigError for a folder that others can look into, AlreadyRunning where it is taken.
-    """
-    try:
-        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = data_dir.stat()
-        if about.st_mode & 0o077 and about.st_uid == os.geteuid() and not os.listdir(data_dir):
-            data_dir.chmod(0o700)  # just made by somebody with a wide umask, and still empty
-            about = data_dir.stat()
-        if about.st_mode & 0o077:
-            raise ConfigError(
-                f"{data_dir} is open to others (mode {about.st_mode & 0o777:04o})", hint="chmod 0700 it"
-            )
-        descriptor = os.open(
-            data_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-        )
-    except OSError as error:
-        raise ConfigError(f"data_dir {data_dir} can't be used: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.pread(descriptor, 100, 0).decode("ascii", "replace").strip()
-        os.close(descriptor)
-        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
-            raise ConfigError(f"{data_dir / LOCK_FILE} can't be locked: {error.strerror}") from error
-        raise AlreadyRunning(
-            f"the data-dir {data_dir} is in use ({holder or 'by another process'})"
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"pid {os.getpid()} since {timestamp(wall())}\n".encode(), 0)
-    return descriptor
+def _watch(store: SqliteStore, data_dir: Path) -> None:
+    """A kms.lock that nobody holds is not the one that was locked at the start: watched, it would look
+    right."""
+    if not is_held(data_dir):
+        store.close()
+        raise ConfigError(f"{data_dir / LOCK_FILE} was replaced under the daemon", hint="restart the daemon")
+    store.watch(LOCK_FILE)
 
 
 class Opened(NamedTuple):
@@ -99,6 +69,7 @@ def open_keeper(
     newer than the configuration. Raises an OperatorError that says what to do.
     """
     store, book, epoch = open_store(data_dir, keyring, keys, incarnation)
+    _watch(store, data_dir)
     return Keeper(store, data_dir, keyring, keys, staging, book, inbox, Clock()), epoch
 
 

@@ -1,10 +1,9 @@
 """Crypto-shred: after it, the wrapped bytes of a DEK are nowhere under the data-dir.
 
 A wrapped DEK may stand in the live table, in tables that a rotation is emptying, in the write-ahead log, in
-free space of a database page (SQLite's secure_delete zeroes what it frees, but moving rows between pages
-can leave a copy in the gap), and in snapshots. The order below is safe against a crash at any point: the
-tombstone and a note that the erasure is due are one transaction; the note goes last.
-"""
+free space of a database page (SQLite's secure_delete zeroes what it frees, but moving rows between pages can
+leave a copy in the gap), in snapshots, and in what was rescued. The order below is safe against a crash at
+any point: the tombstone and a note that the erasure is due are one transaction; the note goes last."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from pathlib import Path
 from ..encoding import b64encode
 from . import outside, snapshots
 from .contract import Store
-from .sqlite import FILE_NAME
+from .sqlite import FILE_NAME, forget_rescued
 
 _PIECE = 20
 """Characters of base64 (15 bytes) that are taken for a trace of a blob; chance does not make these."""
@@ -28,6 +27,7 @@ def erase(store: Store, data_dir: Path, due: Mapping[str, bytes], patient: bool 
     """
     for key_id in due:
         snapshots.forget(data_dir, key_id)
+    forget_rescued(data_dir, due)
     with store.transaction():
         for key_id in due:
             store.forget(key_id)

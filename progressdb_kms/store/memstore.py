@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from ..errors import StoreUnavailable
@@ -157,6 +158,14 @@ class MemoryStore(MemoryReader):
     def trouble(self) -> str:
         """None."""
         return ""
+
+    lost = trouble
+
+    def files(self) -> dict[str, tuple[int, int]]:
+        return {}
+
+    def rescue(self, now: float) -> Path:
+        raise StoreUnavailable("a store in memory has no file")
 
     def compact(self) -> None:
         """No free pages."""

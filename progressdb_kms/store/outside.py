@@ -23,10 +23,32 @@ with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_RE
     print(any(content.find(piece) >= 0 for piece in pieces))
 """
 
+_CUT = """
+import os, struct, sys
+path = sys.stdin.buffer.read()
+def index():
+    with open(path + b"-shm", "rb") as file:
+        return file.read(48)
+for _ in range(100):
+    seen, size = index(), os.stat(path + b"-wal").st_size
+    if index() == seen:
+        page, frames = struct.unpack_from("=HI", seen, 14)
+        print(frames > 0 and size < 32 + frames * (24 + (page if page > 1 else 65536)))
+        break
+"""
+
 
 def holds(path: Path, pieces: Iterable[bytes]) -> Optional[bool]:
     """Does any of these pieces of text stand in the file? None where that could not be found out."""
     return {"True": True, "False": False}.get(_look(_FIND, path, *pieces))
+
+
+def cut(path: Path) -> Optional[bool]:
+    """Is the write-ahead log of this database shorter than the frames that its index (-shm) counts demand? A
+    checkpoint that cuts it to nothing first sets the count to 0, so no program does that rightly. None as
+    above.
+    """
+    return {"True": True, "False": False}.get(_look(_CUT, path))
 
 
 def _look(program: str, path: Path, *more: bytes) -> str:

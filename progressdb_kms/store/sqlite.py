@@ -23,6 +23,7 @@ import contextlib
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional
@@ -32,8 +33,10 @@ from sqlitedict import SqliteDict
 
 from ..encoding import json_dumps, json_loads
 from ..errors import StoreDamaged, StoreUnavailable
+from . import outside
 from .contract import DekRecord, KekCount, counted
 from .pause import Pause
+from .watch import Watch
 
 FILE_NAME = "kms.db"
 SCHEMA_VERSION = 1
@@ -58,6 +61,9 @@ REOPEN_PAUSES = 0.1, 5.0
 FULL = "FULL"  # each COMMIT waits for the disk
 NORMAL = "NORMAL"  # in WAL mode: a COMMIT is ordered before the next one, and waits for nothing
 
+WAL, SHM = FILE_NAME + "-wal", FILE_NAME + "-shm"
+RESCUE = "kms-rescue-"  # and a time: what was open when its file was taken away
+
 DEKS = "deks"
 STAGED = "deks_next"
 RETIRED = "deks_old_"  # and a number: tables that are emptied bit by bit
@@ -75,6 +81,15 @@ def _unavailable(error: sqlite3.Error) -> StoreUnavailable:
     else:
         hint = "look at the disk and the kernel log, then run `progressdb-kms doctor`"
     return StoreUnavailable(f"the store can't do that now: {text}", hint=hint)
+
+
+def _sync(path: Path) -> None:
+    """Of the folder and a file that no connection is on: closing it costs no lock."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Connection:
@@ -244,6 +259,9 @@ class SqliteStore(SqliteReader):
     def __init__(self, data_dir: Path) -> None:
         self.path = data_dir / FILE_NAME
         self._reopening = Pause(*REOPEN_PAUSES)
+        self._watch: Optional[Watch] = None
+        self._watched: tuple[str, ...] = ()
+        self._cut = ""
         self._open("rwc")
 
     def _open(self, mode: str) -> None:
@@ -324,6 +342,8 @@ class SqliteStore(SqliteReader):
         """After a COMMIT of unknown outcome: a new connection, and a look at the whole file."""
         if not self._reopening.over():
             raise StoreUnavailable(self._reopening.why, hint="it is tried again every few seconds")
+        if self._watch is not None:
+            self._watch.release(WAL, SHM)  # who closes the last connection removes them
         try:
             self._conn.close()
             self._open("rw")
@@ -337,15 +357,95 @@ class SqliteStore(SqliteReader):
             raise StoreUnavailable(error.message, hint=error.hint) from error
         self._reopening.worked()
         self._suspect = False
+        if self._watch is not None:
+            self.watch(*self._watched)
+
+    # ---- the files are watched -----------------------------------------------------------------
+
+    def watch(self, *others: str) -> None:
+        """From now on refuse to write where our files, or the `others` beside them, aren't in their places,
+        or were cut. Raises StoreUnavailable."""
+        if self._watch is not None:
+            self._watch.close()
+        try:
+            self._watch = Watch(self.path.parent, (FILE_NAME, WAL, SHM, *others))
+        except OSError as error:
+            raise StoreUnavailable(f"{error.filename} can't be watched: {error.strerror}") from error
+        self._watched = others
+        self._size, self._log, self._least = self._watch.sizes[FILE_NAME], 0, self._length()
+
+    def files(self) -> dict[str, tuple[int, int]]:
+        """Device and inode of what is open, where it is watched."""
+        return self._watch.files if self._watch is not None else {}
+
+    def _length(self) -> int:
+        """Bytes of the database as it was last committed, by whomever."""
+        select = self._conn.select_one
+        return int(select("PRAGMA page_count")[0]) * int(select("PRAGMA page_size")[0])
+
+    def lost(self) -> str:
+        """Why what is open must not be written to: it isn't what the next start would find. Empty where all
+        is well. What was cut stays so; what was moved may come back."""
+        if self._watch is None:
+            return ""
+        return self._cut or self._watch.look() or ("" if self._suspect else self._look_at_sizes())
+
+    def _look_at_sizes(self) -> str:
+        """kms.db is no shorter than the smaller of its last size and all that was committed since (a foreign
+        VACUUM cuts it rightly). The log may be cut to nothing by a foreign checkpoint."""
+        assert self._watch is not None
+        size, log = self._watch.sizes[FILE_NAME], self._watch.sizes[WAL]
+        try:
+            length = self._length()  # read after the size: who cuts the file commits before that
+        except StoreUnavailable as error:
+            return error.message
+        if size < min(self._size, self._least, length):
+            self._cut = f"{FILE_NAME} was cut to {size} bytes under the daemon"
+        elif log < self._log and (cut := outside.cut(self.path)) is not False:
+            why = f"{WAL} was cut to {log} bytes under the daemon"
+            if cut is None:
+                return f"{why}; whether it may be can't be found out now"
+            self._cut = why
+        self._size, self._log, self._least = size, log, length
+        return self._cut
+
+    def _insist(self) -> None:
+        if why := self.lost():
+            raise StoreUnavailable(
+                f"{why}: no change is made",
+                hint="don't stop the daemon before you know what it rescued: `status --ready` tells",
+            )
+
+    def rescue(self, now: float) -> Path:
+        """Write what is open to a new file beside our own. Raises StoreUnavailable."""
+        name = f"{RESCUE}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))}.db"
+        file, part = self.path.with_name(name), self.path.with_name(name + ".part")
+        try:
+            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+            with contextlib.ExitStack() as undo:
+                undo.callback(part.unlink)
+                self._conn.execute("VACUUM INTO ?", (str(part),))
+                _sync(part)
+                os.link(part, file)  # never over another
+            _sync(self.path.parent)
+        except OSError as error:
+            raise StoreUnavailable(f"{file} can't be written: {error.strerror}") from error
+        return file
+
+    def close(self) -> None:
+        super().close()
+        if self._watch is not None:
+            self._watch.close()
 
     def trouble(self) -> str:
         """Why nothing can be written now, as far as it is known; empty where nothing is."""
-        return self._reopening.why
+        return self.lost() or self._reopening.why
 
     # ---- transactions ------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def transaction(self, durable: bool = True) -> Iterator[None]:
+        self._insist()
         if self._suspect:
             self._reopen()
         if self._synchronous != (wanted := FULL if durable else NORMAL):
@@ -354,6 +454,8 @@ class SqliteStore(SqliteReader):
         before = self._counts
         self._conn.execute("BEGIN IMMEDIATE")
         try:
+            if self._watch is not None:
+                self._least = min(self._least, self._length())
             yield
             if self._counts is not before:
                 self.write("kek:counts", {kek_id: list(row) for kek_id, row in self._counts.items()})
@@ -366,6 +468,7 @@ class SqliteStore(SqliteReader):
             self._suspect = True
             self._rollback(before)
             raise
+        self._insist()
 
     def _rollback(self, counts: dict[str, KekCount]) -> None:
         self._counts = counts
@@ -484,4 +587,18 @@ class SqliteStore(SqliteReader):
         try:
             return not self._conn.select_one("PRAGMA wal_checkpoint(TRUNCATE)")[0]
         finally:
+            self._log = 0
             self._conn.select(f"PRAGMA busy_timeout={BUSY_WAIT}")
+
+
+def forget_rescued(data_dir: Path, key_ids: Iterable[str]) -> None:
+    """Take rows out of the files that `rescue` left: a shred must reach them. Raises StoreUnavailable."""
+    for path in data_dir.glob(RESCUE + "*.db"):
+        with contextlib.closing(Connection(path, "rw")) as db:
+            db.execute("PRAGMA secure_delete=ON")
+            for row in db.select(
+                "SELECT name FROM sqlite_master WHERE type = 'table' AND substr(name, 1, 4) = 'deks'"
+            ):
+                sql = f'DELETE FROM "{row[0]}" WHERE key = ?'  # noqa: S608
+                db.executemany(sql, [("meta:" + key_id,) for key_id in key_ids])
+            db.execute("VACUUM")

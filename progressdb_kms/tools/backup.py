@@ -24,16 +24,18 @@ import hashlib
 import os
 import sqlite3
 import stat
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Optional
 from urllib.parse import quote
 
 from ..encoding import json_dumps, json_loads, timestamp
 from ..errors import StoreDamaged
 from ..store.contract import DekRecord
 from ..store.sqlite import APPLICATION_ID, DEKS, FILE_NAME, SCHEMA_VERSION, check_schema
+from . import datadir
 from .console import CommandFailed, sync_folder
 
 Progress = Callable[[int, int], None]
@@ -97,7 +99,8 @@ def backup(data_dir: Path, file: Path, progress: Progress) -> dict[str, Any]:
         raise CommandFailed(f"there is no store {store}", hint="--data-dir or --config says where it is")
     with _part_file(file) as (descriptor, part):
         try:
-            _copy(store, part, progress)
+            with datadir.beside(data_dir):
+                _copy(store, part, progress)
             contents = _describe(part)
         except sqlite3.Error as error:
             raise CommandFailed(
@@ -274,7 +277,7 @@ def opened(file: Path, progress: Progress) -> Iterator[Backup]:
     about = os.stat(file)
     if not stat.S_ISREG(about.st_mode):
         raise CommandFailed(f"{file} is no regular file", hint="name a file made by `backup`")
-    contents = _last_line(file)
+    contents = _rescued(file) or _last_line(file)
     if contents.sealed(file, progress) != contents:
         raise _damaged(file, "its checksum does not fit")
     check_schema(file, APPLICATION_ID, contents.schema)
@@ -288,6 +291,24 @@ def opened(file: Path, progress: Progress) -> Iterator[Backup]:
 
 def _damaged(file: Path, why: str) -> CommandFailed:
     return CommandFailed(f"{file} is damaged: {why}; nothing was changed", hint="take another backup")
+
+
+def _rescued(file: Path) -> Optional[Contents]:
+    """A file that the daemon wrote when its own was taken away is a database without a last line. A store in
+    use is none: its header says WAL."""
+    with open(file, "rb") as source:
+        head = source.read(100)
+        size = source.seek(0, os.SEEK_END)
+    if len(head) < 100 or not head.startswith(b"SQLite format 3\0"):
+        return None
+    page, mode = struct.unpack_from(">HB", head, 16)
+    pages, application = struct.unpack_from(">28xI36xI", head)
+    if mode != 1 or application != APPLICATION_ID or pages * (page if page > 1 else 65536) != size:
+        return None
+    try:
+        return _describe(file)
+    except (sqlite3.Error, ValueError) as error:
+        raise _damaged(file, str(error)) from None
 
 
 def _last_line(file: Path) -> Contents:

@@ -40,10 +40,11 @@ from ..errors import OperatorError
 from ..process import hardening
 from ..rules import Peer, PeerRules
 from ..service.channel import channel
+from ..service.lock import claim
 from ..service.metrics import Metrics
 from ..service.plan import Configured, ConfiguredKey
 from ..service.rotation import Rotation
-from ..service.start import claim, open_keeper
+from ..service.start import open_keeper
 from ..service.worker import Service
 from ..store.contract import DekRecord, KekCount
 from ..store.memstore import MemoryStore
@@ -337,7 +338,7 @@ def _rotation(folder: Path, deks: int, resident: int) -> Iterator[Figure]:
             opened.close()
     finally:
         region.wipe()
-        os.close(lock)
+        lock.close()
         for end in (inbox, outbox):
             end.close()
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
 from ..audit.log import AuditLog
@@ -21,9 +23,14 @@ from ..crypto.keyring import REGION_SIZE, KekNotLoaded, Keyring
 from ..crypto.memory import LockedBuffer
 from ..errors import AlreadyRunning, AuthenticationFailed, KMSError
 from ..service import ownkeys, start
+from ..service.lock import claim, published
 from ..service.plan import Configured, ConfiguredKey
 from ..store.sqlite import SqliteStore
 from . import asowner
+from .console import CommandFailed
+
+SETTLED_SECONDS = 2.5
+"""A daemon that opened its files again tells within a second."""
 
 
 class Keys(NamedTuple):
@@ -55,7 +62,7 @@ def held(loaded: Loaded) -> Iterator[None]:
     data_dir = loaded.settings.data_dir
     try:
         with asowner.acting_as(asowner.of(data_dir)):
-            lock = start.claim(data_dir)
+            lock = claim(data_dir)
     except AlreadyRunning as error:
         raise AlreadyRunning(
             error.message, hint="stop the daemon first: this command works offline"
@@ -63,7 +70,39 @@ def held(loaded: Loaded) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(lock)
+        lock.close()
+
+
+@contextlib.contextmanager
+def beside(data_dir: Path) -> Iterator[None]:
+    """For a command that only reads: the files that a running daemon has open are those at the paths, before
+    and after. Raises CommandFailed."""
+    _compare(data_dir)
+    yield
+    _compare(data_dir)
+
+
+def _compare(data_dir: Path) -> None:
+    deadline = time.monotonic() + SETTLED_SECONDS
+    while (files := published(data_dir)) is not None:
+        there = {name: _identity(data_dir / name) for name in files}
+        strange = [name for name in files if there[name] != files[name]]
+        if not strange:
+            return
+        if time.monotonic() > deadline:
+            raise CommandFailed(
+                f"the running daemon has other files open than {', '.join(strange)} in {data_dir}",
+                hint="don't stop it: `status --ready` says where it rescued what it holds",
+            )
+        time.sleep(0.1)
+
+
+def _identity(path: Path) -> Optional[tuple[int, int]]:
+    try:
+        about = os.lstat(path)
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino
 
 
 class Work:

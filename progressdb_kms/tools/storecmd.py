@@ -70,7 +70,7 @@ def _pages(reader: SqliteReader) -> Iterator[list[DekRecord]]:
 def export(data_dir: Path, file: IO[bytes], progress: Progress) -> int:
     """Write a JSON line a DEK, tombstones too; each as it stood when it was read. Returns how many."""
     done = 0
-    with contextlib.closing(_reader(data_dir)) as reader:
+    with datadir.beside(data_dir), contextlib.closing(_reader(data_dir)) as reader:
         total = sum(row.deks for row in reader.keks().values())
         for page in _pages(reader):
             file.writelines(
@@ -103,7 +103,11 @@ def verify(loaded: Loaded, progress: Progress) -> dict[str, Any]:
     """
     data_dir = loaded.settings.data_dir
     faults = _Faults()
-    with contextlib.closing(_reader(data_dir)) as reader, datadir.keys(loaded) as keys:
+    with (
+        datadir.beside(data_dir),
+        contextlib.closing(_reader(data_dir)) as reader,
+        datadir.keys(loaded) as keys,
+    ):
         _check_file(data_dir, faults)
         total = sum(row.deks for row in reader.keks().values())
         with Opener(keys.keyring) as opener:

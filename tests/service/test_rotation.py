@@ -16,9 +16,10 @@ from progressdb_kms.service import keeper as keeper_module
 from progressdb_kms.service import rotation
 from progressdb_kms.service.channel import channel
 from progressdb_kms.service.keeper import REST, RETIRE_ROWS, Keeper
+from progressdb_kms.service.lock import claim
 from progressdb_kms.service.plan import Configured, ConfiguredKey
 from progressdb_kms.service.rotation import LEAST, MOST, STEP_SECONDS, Pages
-from progressdb_kms.service.start import claim, open_keeper
+from progressdb_kms.service.start import open_keeper
 from progressdb_kms.store.contract import DekRecord
 from progressdb_kms.store.memstore import MemoryStore
 from progressdb_kms.store.sqlite import SqliteStore
@@ -132,7 +133,7 @@ def paced(tmp_path: Path, worked: Worked, monkeypatch: pytest.MonkeyPatch) -> It
     finally:
         if keeper is not None:
             keeper.close()
-        os.close(lock)
+        lock.close()
         inbox.close()
         outbox.close()
 

@@ -20,8 +20,9 @@ from progressdb_kms.crypto.memory import LockedBuffer
 from progressdb_kms.errors import Conflict, KMSError, StoreDamaged, StoreUnavailable
 from progressdb_kms.service.channel import KeeperClient, StagingSlots, channel
 from progressdb_kms.service.keeper import Keeper
+from progressdb_kms.service.lock import claim
 from progressdb_kms.service.plan import Configured, ConfiguredKey
-from progressdb_kms.service.start import claim, open_keeper
+from progressdb_kms.service.start import open_keeper
 from progressdb_kms.store.sqlite import Connection
 
 SLOTS = 2
@@ -88,7 +89,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     with made.slots.take():  # what callers left is collected
         pass
     made.keeper.close()
-    os.close(made.lock)
+    made.lock.close()
     made.inbox.close()
     made.outbox.close()
 

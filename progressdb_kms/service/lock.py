@@ -1,0 +1,140 @@
+"""Who holds a data-dir: one daemon, or one offline command.
+
+Two locks (flock) are held: on kms.lock, which also tells who holds it, and on the folder itself, which
+nobody can take away and still reach the store. A daemon publishes device and inode of the files that it has
+open in the second line of kms.lock: a command beside it must not read others."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import stat
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+from ..encoding import json_dumps, timestamp, wall
+from ..errors import AlreadyRunning, ConfigError
+from ..store.sqlite import FILE_NAME, SHM, WAL
+
+LOCK_FILE = "kms.lock"
+
+_PATIENCE = 0.5
+"""Seconds: a command that looks whether a daemon runs holds the lock for a moment."""
+
+_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+
+Files = Mapping[str, tuple[int, int]]
+"""Device and inode by the file's name."""
+
+
+class Claim(NamedTuple):
+    """The descriptors that hold the locks; inherited over fork, so a child closes its own."""
+
+    folder: int
+    file: int
+
+    def close(self) -> None:
+        os.close(self.folder)
+        os.close(self.file)
+
+
+def claim(data_dir: Path) -> Claim:
+    """Make the data-dir if need be and lock it.
+
+    Raises ConfigError for a folder that isn't ours alone, AlreadyRunning where it is taken.
+    """
+    with contextlib.ExitStack() as undo:
+        try:
+            data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _check(data_dir)
+            folder = os.open(data_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            undo.callback(os.close, folder)
+            file = os.open(data_dir / LOCK_FILE, _FLAGS | os.O_CREAT, 0o600)
+            undo.callback(os.close, file)
+        except OSError as error:
+            raise ConfigError(f"data_dir {data_dir} can't be used: {error.strerror}") from error
+        for descriptor, name in ((folder, data_dir), (file, data_dir / LOCK_FILE)):
+            _lock(descriptor, name, data_dir, file)
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"pid {os.getpid()} since {timestamp(wall())}\n".encode(), 0)
+        undo.pop_all()
+    return Claim(folder, file)
+
+
+def _check(data_dir: Path) -> None:
+    about = data_dir.stat()
+    if about.st_uid != os.geteuid():
+        raise ConfigError(
+            f"{data_dir} belongs to uid {about.st_uid}, and this is uid {os.geteuid()}",
+            hint="run it as the owner of the data-dir",
+        )
+    if about.st_mode & 0o077 and not os.listdir(data_dir):
+        data_dir.chmod(0o700)  # just made by somebody with a wide umask, and still empty
+        about = data_dir.stat()
+    if about.st_mode & 0o077:
+        raise ConfigError(
+            f"{data_dir} is open to others (mode {about.st_mode & 0o777:04o})", hint="chmod 0700 it"
+        )
+    for name in (FILE_NAME, WAL, SHM, LOCK_FILE):
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.lstat(data_dir / name).st_mode):
+                raise ConfigError(
+                    f"{data_dir / name} is no regular file", hint="find out who put it there; move it away"
+                )
+
+
+def _lock(descriptor: int, name: Path, data_dir: Path, file: int) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+                raise ConfigError(f"{name} can't be locked: {error.strerror}") from error
+        if time.monotonic() > deadline:
+            holder = os.pread(file, 100, 0).partition(b"\n")[0].decode("ascii", "replace")
+            raise AlreadyRunning(f"the data-dir {data_dir} is in use ({holder or 'by another process'})")
+        time.sleep(0.02)
+
+
+def is_held(data_dir: Path) -> bool:
+    """Does somebody hold the kms.lock that is at the path now?"""
+    try:
+        descriptor = os.open(data_dir / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def publish(data_dir: Path, files: Files) -> None:
+    """Raises OSError."""
+    descriptor = os.open(data_dir / LOCK_FILE, _FLAGS)
+    try:
+        first = os.pread(descriptor, 200, 0).partition(b"\n")[0]
+        text = first + b"\n" + json_dumps(files).encode() + b"\n"
+        os.pwrite(descriptor, text, 0)
+        os.ftruncate(descriptor, len(text))
+    finally:
+        os.close(descriptor)
+
+
+def published(data_dir: Path) -> Optional[Files]:
+    """What a running daemon has open; None where none runs, or where it hasn't told yet."""
+    if not is_held(data_dir):
+        return None
+    try:
+        line = (data_dir / LOCK_FILE).read_bytes().split(b"\n")[1]
+        return {name: (int(pair[0]), int(pair[1])) for name, pair in json.loads(line).items()}
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None

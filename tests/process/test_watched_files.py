@@ -1,0 +1,225 @@
+"""Files of the store that are taken away, replaced or cut under the daemon: no change is acknowledged any
+more, reads go on, and what was open is rescued to a file that `restore` takes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Callable
+
+import pytest
+
+from tests.harness import Daemon, Session
+from tests.harness.kept import Kept
+from tests.harness.procs import wait_until
+
+
+def replaced(path: Path) -> None:
+    """By a copy of itself, as a careless restore would do."""
+    shutil.copyfile(path, path.with_name("copy"))
+    os.replace(path.with_name("copy"), path)
+
+
+def linked(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+def moved(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+
+
+@pytest.fixture(params=[1, 2])
+def daemon(request: pytest.FixtureRequest) -> Iterator[Daemon]:
+    with Daemon(workers=request.param) as daemon:
+        yield daemon
+
+
+def reasons(kms: Session) -> list[str]:
+    reply = kms.request("GET", "/readyz")
+    found: list[str] = reply.json()["reasons"]
+    assert reply.status == (503 if found else 200)
+    return found
+
+
+def refused(kms: Session) -> str:
+    reply = kms.request("POST", "/create_dek_for_thread", {"thread_id": "t"})
+    assert reply.status == 503 and reply.code == "store_unavailable", reply
+    message: str = reply.json()["error"]["message"]
+    return message
+
+
+def rescued(daemon: Daemon) -> list[Path]:
+    return list(daemon.data_dir.glob("kms-rescue-*.db"))
+
+
+HARMS: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "unlinked": ("kms.db", Path.unlink, "removed"),
+    "moved away": ("kms.db", moved, "moved away"),
+    "replaced": ("kms.db", replaced, "replaced"),
+    "a link in its place": ("kms.db", linked, "symbolic link"),
+    "the log unlinked": ("kms.db-wal", Path.unlink, "removed"),
+    "the log replaced": ("kms.db-wal", replaced, "replaced"),
+    "the index unlinked": ("kms.db-shm", Path.unlink, "removed"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_taken_away(daemon: Daemon, harm: str) -> None:
+    file, do, says = HARMS[harm]
+    kept = Kept()
+    with daemon.session() as kms:
+        kept.create(kms, 20)
+        do(daemon.data_dir / file)
+        assert file in (why := refused(kms)) and says in why
+        wait_until(lambda: len(rescued(daemon)) == 1, 10, "the rescue")
+        wait_until(lambda: "restore" in " ".join(reasons(kms)), 10, "the reason")
+        assert file in reasons(kms)[0]
+        kept.opens(kms)
+        time.sleep(2)
+    (rescue,) = rescued(daemon)
+    assert stat.S_IMODE(rescue.stat().st_mode) == 0o600
+    assert f"progressdb-kms restore {rescue}" in daemon.stderr
+    daemon.kill()
+    (daemon.data_dir / "kms.db").unlink(missing_ok=True)
+    done = daemon.offline("restore", str(rescue))
+    assert done.returncode == 0, done.stderr
+    daemon.start()
+    with daemon.session() as kms:
+        kept.opens(kms)
+        assert reasons(kms) == []
+        kept.create(kms, 2)
+    kept.verifies(daemon)
+
+
+def test_a_shred_reaches_what_was_rescued(daemon: Daemon) -> None:
+    with daemon.session() as kms:
+        key, other = (kms.create_dek("t")["key_id"] for _ in range(2))
+        piece = kms.get_wrapped(key)["wrapped"].encode()[-64:-4]
+        daemon.data_dir.joinpath("kms.db").rename(daemon.data_dir / "elsewhere")
+        wait_until(lambda: len(rescued(daemon)) == 1, 10, "the rescue")
+        (rescue,) = rescued(daemon)
+        assert piece in rescue.read_bytes()
+        daemon.data_dir.joinpath("elsewhere").rename(daemon.data_dir / "kms.db")
+        wait_until(lambda: reasons(kms) == [], 10, "readiness")
+        kms.ok("DELETE", f"/deks/{key}", {"immediately": True})
+        assert piece not in rescue.read_bytes()
+        with contextlib.closing(sqlite3.connect(rescue)) as db:
+            assert db.execute("SELECT key FROM deks").fetchall() == [(f"meta:{other}",)]
+
+
+def test_put_back_in_time(daemon: Daemon) -> None:
+    kept = Kept()
+    with daemon.session() as kms:
+        kept.create(kms, 2)
+        moved(daemon.data_dir / "kms.db")
+        refused(kms)
+        (daemon.data_dir / "elsewhere").rename(daemon.data_dir / "kms.db")
+        kept.create(kms, 2)
+        assert reasons(kms) == []
+        kept.opens(kms)
+    kept.verifies(daemon)
+
+
+@pytest.mark.parametrize("file", ["kms.db", "kms.db-wal"])
+def test_cut(daemon: Daemon, file: str) -> None:
+    with daemon.session() as kms:
+        for _ in range(30):
+            kms.create_dek("t" * 100)
+        if file == "kms.db":
+            with contextlib.closing(sqlite3.connect(daemon.data_dir / "kms.db")) as db:
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            kms.create_dek("t")
+        size = (daemon.data_dir / file).stat().st_size
+        os.truncate(daemon.data_dir / file, size // 2)
+        assert f"{file} was cut" in refused(kms)
+        assert f"{file} was cut" in reasons(kms)[0]
+        wait_until(lambda: "rescue" in daemon.stderr, 10, "to be told")
+        assert daemon.alive
+
+
+def test_the_lock_removed(daemon: Daemon) -> None:
+    """Nobody else starts there, and the daemon says what happened."""
+    with daemon.session() as kms:
+        kms.create_dek("t")
+        (daemon.data_dir / "kms.lock").unlink()
+        assert "kms.lock" in refused(kms)
+        assert "kms.lock was removed" in reasons(kms)[0]
+        assert rescued(daemon) == []
+    second = Daemon(kek=daemon.kek, args=["--data-dir", str(daemon.data_dir)])
+    second.write_config({"data_dir": str(daemon.data_dir)})
+    assert "is in use" in str(second.refusal())
+
+
+def test_under_load(daemon: Daemon) -> None:
+    """Whatever was acknowledged before or while the file went is in the rescue."""
+    acknowledged: list[str] = []
+
+    def work() -> None:
+        with daemon.session() as kms:
+            while True:
+                reply = kms.request("POST", "/create_dek_for_thread", {"thread_id": "t"})
+                if reply.status != 200:
+                    return
+                acknowledged.append(reply.json()["key_id"])
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    (daemon.data_dir / "kms.db").unlink()
+    for thread in threads:
+        thread.join(30)
+    wait_until(lambda: len(rescued(daemon)) == 1, 10, "the rescue")
+    with contextlib.closing(sqlite3.connect(rescued(daemon)[0])) as db:
+        found = {row[0][5:] for row in db.execute("SELECT key FROM deks")}
+    assert len(acknowledged) > 50 and set(acknowledged) <= found
+
+
+@pytest.mark.parametrize("command", [("backup", "HOME/copy"), ("export", "HOME/out"), ("verify",)])
+def test_commands_beside_it_read_no_other_files(daemon: Daemon, command: tuple[str, ...]) -> None:
+    words = [word.replace("HOME", str(daemon.home)) for word in command]
+    with daemon.session() as kms:
+        kms.create_dek("t")
+        assert daemon.offline(*words).returncode == 0
+        replaced(daemon.data_dir / "kms.db")
+        words = [word.replace("copy", "copy2").replace("out", "out2") for word in words]
+        done = daemon.offline(*words)
+        assert done.returncode == 1 and b"other file" in done.stderr, done.stderr
+        assert not (daemon.home / "copy2").exists()
+
+
+class TestWhatOthersMayDo:
+    """A foreign checkpoint cuts the log to nothing, a VACUUM makes the file shorter: both are right."""
+
+    @pytest.mark.parametrize("mode", ["PASSIVE", "FULL", "RESTART", "TRUNCATE"])
+    def test_a_checkpoint(self, daemon: Daemon, mode: str) -> None:
+        self.look(daemon, f"PRAGMA wal_checkpoint({mode})")
+
+    def test_a_vacuum(self, daemon: Daemon) -> None:
+        self.look(daemon, "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def look(self, daemon: Daemon, *statements: str) -> None:
+        kept = Kept()
+        with daemon.session() as kms:
+            kms.ok("GET", "/status")
+            for _ in range(3):
+                kept.create(kms, 3)
+                for _ in range(60):
+                    kms.create_dek("t" * 200)
+                kms.rotate(os.urandom(32))  # and free pages for a VACUUM to cut off
+                with contextlib.closing(sqlite3.connect(daemon.data_dir / "kms.db", timeout=30)) as db:
+                    for statement in statements:
+                        db.execute(statement)
+                kept.create(kms, 2)
+                time.sleep(1.2)
+                assert reasons(kms) == []
+            kept.opens(kms)
+        assert "under the daemon" not in daemon.stderr and rescued(daemon) == []
