@@ -45,7 +45,7 @@ OWNED = {
 
 NEVER_SERVED = ("client", "tools")
 
-MAX_SERVED = 8_700
+MAX_SERVED = 9_000
 """Lines of code (no blanks, comments, docstrings) that are loaded to serve."""
 
 

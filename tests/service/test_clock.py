@@ -17,6 +17,7 @@ from progressdb_kms.service import start
 from progressdb_kms.service.channel import channel
 from progressdb_kms.service.clock import AHEAD, Anchor, Clock, Reading, judge
 from progressdb_kms.service.keeper import JANITOR_SECONDS, Keeper
+from progressdb_kms.service.lock import claim
 from progressdb_kms.service.plan import Configured, ConfiguredKey
 
 NOW = 1_795_000_000.0
@@ -172,13 +173,13 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     clock = Fake()
     monkeypatch.setattr(start, "Clock", lambda: clock)
     tmp_path.chmod(0o700)
-    lock = start.claim(tmp_path)
+    lock = claim(tmp_path)
     made = Site(tmp_path, clock)
     yield made
     made.stop()
     made.inbox.close()
     made.outbox.close()
-    os.close(lock)
+    lock.close()
 
 
 def test_a_deletion_is_carried_out_in_time(site: Site) -> None:
