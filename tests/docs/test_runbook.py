@@ -5,8 +5,8 @@ the lines of its indented blocks, and `progressdb-kms …` (or a command of ours
 Places like /etc/progressdb-kms are those of a folder of the test's; words in capitals are filled in by the
 chapter's scenario. Before a command of the socket the daemon is started where it doesn't run, before
 `restore` and `import` it is stopped, as the runbook's introduction says. A chapter without a scenario of its
-own is run with a daemon that has some DEKs. At the end of each the daemon starts, every DEK opens that should,
-and both verifies are clean.
+own is run with a daemon that has some DEKs. At the end of each the daemon starts, every DEK opens that
+should, and both verifies are clean.
 """
 
 from __future__ import annotations
