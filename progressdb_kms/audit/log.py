@@ -1,9 +1,10 @@
 """The audit log: one signed line an event, chained, appended by several processes to one file.
 
 A line is `{"event":E,"sig":"S"}`, S = base64(HMAC-SHA256(audit key, the bytes of E as they stand there).
-E is ASCII JSON whose first fields have a fixed order: chain, seq, prev, ts, op, outcome, status. `prev` is
-the S of the chain's line before: nothing can be edited, taken out, put in or moved within a chain without
-the key. Each process writes a chain of its own, so that no lock is shared between processes.
+E is ASCII JSON whose first fields have a fixed order: chain, seq, prev, ts, op, outcome, status, change.
+`prev` is the S of the chain's line before: nothing can be edited, taken out, put in or moved within a chain
+without the key. `change` is the number of the store's last change, so that the end of a log tells how far the
+store was. Each process writes a chain of its own, so that no lock is shared between processes.
 
 What must hold:
 
@@ -64,7 +65,7 @@ SIG = rb"([A-Za-z0-9+/]{43}=)"
 RECORD = re.compile(rb'\{"event":(' + EVENT % b"?" + rb'),"sig":"' + SIG + rb'"\}')
 """A record up to the first thing that looks like its end. Groups: event, chain, seq, prev, op, sig."""
 
-_FIXED = frozenset(("chain", "seq", "prev", "ts", "op", "outcome", "status"))
+_FIXED = frozenset(("chain", "seq", "prev", "ts", "op", "outcome", "status", "change"))
 
 Fragment = NewType("Fragment", str)
 """A part of E, rendered and escaped, with a comma before each field: made by the functions here only."""
@@ -196,17 +197,23 @@ class AuditLog:
         key: memoryview,
         chain: str,
         clock: Callable[[], float] = wall,
+        change: Callable[[], int] = lambda: 0,
     ) -> None:
-        """Opens the log, makes it where absent. Raises AuditUnavailable. Writes nothing yet."""
+        """Opens the log, makes it where absent. Raises AuditUnavailable. Writes nothing yet.
+
+        `change` tells the number of the store's last change: each record carries it.
+        """
         if not CHAIN.fullmatch(chain) or len(key) != 32:
             raise ValueError("an audit chain is numbers joined by dots, its key has 32 bytes")
         self.path = os.path.abspath(os.fspath(path))
         self.chain = chain
         self.key = key
         self._clock = clock
+        self._change = change
         self._lock = threading.Lock()
         self._last = (0, "")  # seq and sig of the chain's last line
-        self._tick, self._ts = -1, ""  # the clock's last millisecond, and how it is written
+        self._tick, self._ts = (-1, "")  # the clock's last millisecond, and how it is written
+        self._number, self._mark = -1, ""  # the last change, and how it is written
         self._torn: list[Torn] = []  # torn records of ours that no recovery event names yet
         self._ends = 0  # line ends that torn repairs wrote
         self._note = ""  # why the log was reopened, until that is recorded
@@ -222,7 +229,7 @@ class AuditLog:
                 os.fsync(self._fd)  # `sync` reaches the new file only
             os.close(self._fd)
         self._fd = fd
-        self._inode, self._device, self._size = status.st_ino, status.st_dev, status.st_size
+        self._inode, self._device, self._size = (status.st_ino, status.st_dev, status.st_size)
 
     # -- what others call
 
@@ -307,10 +314,12 @@ class AuditLog:
         seq += 1
         tick = int(self._clock() * 1000)
         if tick != self._tick:
-            self._tick, self._ts = tick, f"{timestamp(tick // 1000)[:20]}{tick % 1000:03d}Z"
+            self._tick, self._ts = (tick, f"{timestamp(tick // 1000)[:20]}{tick % 1000:03d}Z")
+        if (number := self._change()) != self._number:
+            self._number, self._mark = number, f',"change":{number:d}'
         event = (
             f'{{"chain":"{self.chain}","seq":{seq},"prev":"{prev}","ts":"{self._ts}",'
-            f"{_head(op, outcome, status)}{extra}}}"
+            f"{_head(op, outcome, status)}{self._mark}{extra}}}"
         ).encode("ascii")  # an error for what never went through `fragment`
         digest = mac(self.key, event)
         sig = b64encode(digest)

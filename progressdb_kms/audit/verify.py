@@ -16,14 +16,15 @@ import re
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import BinaryIO, Callable, Optional, Union
+from pathlib import Path
+from typing import BinaryIO, Callable, NamedTuple, Optional, Union
 
 from ..encoding import b64decode
 from ..errors import StoreDamaged
 from .chain import LONGEST, Expected, Fault, Found, Report, Verifier, Watch
-from .log import MARK, AuditLog, parse, pieces, torn
+from .log import FILE_NAME, MARK, RECORD, AuditLog, genuine, parse, pieces, torn
 
-__all__ = ["Fault", "Report", "in_order", "recover", "shredded", "verify"]
+__all__ = ["Fault", "Floor", "Report", "floor", "history", "in_order", "logs", "recover", "verify"]
 
 Name = Union[str, "os.PathLike[str]"]
 Observer = Callable[[str, bytes], None]
@@ -34,6 +35,9 @@ BLOCK = 256 << 10
 
 SCAN = 16 << 20
 """Bytes of the log's end that a starting daemon searches for torn records: 40,000 records, in 0.15 s."""
+
+TAIL = 64 << 10
+"""Bytes in which the number of the store's last change is looked for: some 150 records."""
 
 SETTLE = 0.05
 """Seconds after which the end of a log that stays the same is not a line that is just being written."""
@@ -205,21 +209,31 @@ class Reading:
             self._report.fault = found.fault
 
 
-def shredded(paths: Iterable[Name], key: memoryview) -> dict[str, str]:
-    """Time of the shred by key_id: the tombstones, from every signed `shred` event, whatever else is there.
+class History(NamedTuple):
+    """What the signed events of a log say of DEKs. `shredded`: time by key_id. `closed`: those whose last
+    event says that they must not be used, with the time of their deletion ("": disabled)."""
 
-    A tombstone may have been edited away: who relies on them calls `verify`, whose report has them as well.
+    shredded: dict[str, str]
+    closed: dict[str, str]
+
+
+_TOLD = re.compile(rb'"op":"(?:shred|disable_dek|enable_dek|delete_dek)","outcome":"ok"')
+
+
+def history(paths: Iterable[Name], key: memoryview) -> History:
+    """Whatever else is in the files. An event may have been edited away: who relies on this calls `verify`.
+
     Raises StoreDamaged where a file can't be read to its end.
     """
-    found: dict[str, str] = {}
+    found = History({}, {})
     for path in in_order(paths):
         try:
             file, raw = _opened(path)
             with raw:
                 for block in _blocks(file, False):
-                    for line in block.split(b"\n") if b'"op":"shred"' in block else ():
-                        if b'"op":"shred","outcome":"ok"' in line[:LONGEST]:
-                            _entomb(line, key, found)
+                    for line in block.split(b"\n") if _TOLD.search(block) else ():
+                        if _TOLD.search(line[:LONGEST]):
+                            _note(line, key, found)
         except _UNREADABLE as error:
             raise StoreDamaged(
                 f"the audit log {path} can't be read ({error})", hint="restore the file, or leave it out"
@@ -227,12 +241,81 @@ def shredded(paths: Iterable[Name], key: memoryview) -> dict[str, str]:
     return found
 
 
-def _entomb(line: bytes, key: memoryview, found: dict[str, str]) -> None:
+def _note(line: bytes, key: memoryview, found: History) -> None:
     for piece, record in pieces(line, key):
-        if record is not None and record[5] == b"shred":
-            event = parse(piece)
-            if event["outcome"] == "ok":
-                found[event["key_id"]] = event["ts"]
+        if record is None or not _TOLD.search(piece):
+            continue
+        event = parse(piece)
+        op, key_id = event["op"], event["key_id"]
+        if op == "shred" or event.get("immediately"):
+            found.shredded[key_id] = event["ts"]
+        elif op == "enable_dek":
+            found.closed.pop(key_id, None)
+        else:
+            found.closed[key_id] = event.get("delete_at", "")
+
+
+# ---- how far the store was --------------------------------------------------------------------------
+
+_CHANGE = re.compile(rb'"status":[0-9]{1,3},"change":([0-9]{1,18})[,}]')
+
+OLDER_HINT = (
+    "use `progressdb-kms restore FILE`, which keeps shredded keys shredded and disabled ones disabled; "
+    "`serve --accept-older-store` takes it as it is, on the record"
+)
+
+
+class Floor(NamedTuple):
+    """The latest start and the latest change of the store that signed records know of."""
+
+    epoch: int
+    change: int
+
+    def above(self, epoch: int, change: int) -> str:
+        """Why a store that is at these was put back; "" where it wasn't."""
+        if change < self.change:
+            return f"kms.db is older than the audit log beside it (change {change} against {self.change})"
+        if epoch < self.epoch:
+            return f"kms.db is older than the audit log beside it (start {epoch} against {self.epoch})"
+        return ""
+
+
+def logs(data_dir: Path) -> list[Path]:
+    """The present log and those that logrotate made of it, where they lie beside it."""
+    return sorted(data_dir.glob(FILE_NAME + "*"))
+
+
+def floor(paths: Iterable[Name], key: memoryview) -> Optional[Floor]:
+    """From the end of the newest file that has a signed record; None where none has. Every record carries the
+    number, so that a few are enough; what is not signed doesn't count."""
+    for path in reversed(in_order(paths)):
+        for size in (TAIL, SCAN, None):
+            found = _floor(_records(path, size), key)
+            if found is not None:
+                return found
+            if size is None or size >= os.path.getsize(path):
+                break
+    return None
+
+
+def _records(path: str, size: Optional[int]) -> bytes:
+    """The last bytes of a file, of a packed one all that it holds."""
+    try:
+        file, raw = _opened(path)
+        with raw:
+            if size is not None and file is raw:
+                raw.seek(max(0, raw.seek(0, os.SEEK_END) - size))
+            return file.read()
+    except _UNREADABLE:
+        return b""
+
+
+def _floor(data: bytes, key: memoryview) -> Optional[Floor]:
+    found = [record for record in RECORD.finditer(data) if genuine(key, record)]
+    if not found:
+        return None
+    changes = [int(change[1]) for record in found if (change := _CHANGE.search(record[1]))]
+    return Floor(max(int(record[2].split(b".")[0]) for record in found), max(changes, default=0))
 
 
 # ---- the start of the daemon ---------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The KEKs of the service, in one locked region that all of its processes share.
 
-    header:  generation u64 | active slot u64 (0 = none) | audit key 32
+    header:  generation u64 | active slot u64 (0 = none) | audit key 32 | change u64 | unused 8 |
+             row key 32 | unused 32                                      (128 bytes)
     slots:   stamp u64 | kek_id 8 | version u64 | unused 8 | key 32      (64 bytes each)
 
 Rules:
@@ -9,6 +10,7 @@ Rules:
   killed while it holds one would stop all others.
 - `generation` grows with every change that readers must see: another active KEK, a rewrap, a disable,
   a shred. What a reader remembers is good for the generation in which it was read, and no longer.
+- `change` is the number of the last change of the store that is on disk. Every audit record carries it.
 - A slot's `stamp` grows before its key is written or wiped, and its kek_id is the first thing to go and
   the last to come. `borrow` compares both before and after: work that ran while the key changed under
   it raises KeyringChanged, and the caller does it again. So no result of a half-wiped key ever leaves.
@@ -24,11 +26,11 @@ from ..errors import Conflict
 from .aead import KEY_SIZE, mac
 from .memory import wipe
 
-_HEADER = 64
+_HEADER = 128
 _SLOT = 64
 _KEY = 32  # offset of the key in its slot
 SLOTS = 126
-REGION_SIZE = _HEADER + SLOTS * _SLOT  # 8,128 bytes: two pages
+REGION_SIZE = _HEADER + SLOTS * _SLOT  # 8,192 bytes: two pages
 
 FINGERPRINT_LABEL = b"progressdb-kms kek_id v1"
 
@@ -76,6 +78,13 @@ class Keyring:
     @property
     def audit_key(self) -> memoryview:
         return self._region[16 : 16 + KEY_SIZE]
+
+    @property
+    def row_key(self) -> memoryview:
+        return self._region[64 : 64 + KEY_SIZE]
+
+    def change(self) -> int:
+        return self._words[6]
 
     @property
     def active(self) -> Active:
@@ -145,6 +154,10 @@ class Keyring:
         self._words[start // 8 + 1] = 0  # first: see Borrowed.__exit__
         self._region[start + 16 : start + _SLOT] = bytes(_SLOT - 16)
         self._places.pop(kek_id, None)
+
+    def publish(self, change: int) -> None:
+        """This change is on disk."""
+        self._words[6] = change
 
     def touch(self) -> None:
         """Tell all processes that what they remember of the store or the keyring is old."""

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 from ..config.load import Loaded, Settings
 from ..crypto.aead import KEY_SIZE
@@ -48,9 +48,12 @@ log = logging.getLogger("progressdb_kms")
 
 
 def serve(
-    loaded: Loaded, ready: Optional[Callable[[str], None]] = None, allow_retired_kek: bool = False
+    loaded: Loaded, forced: Optional[dict[str, Any]] = None, ready: Optional[Callable[[str], None]] = None
 ) -> int:
-    """Run the daemon until SIGTERM. Returns the exit code. Raises OperatorError where it can't start."""
+    """Run the daemon until SIGTERM. Returns the exit code. Raises OperatorError where it can't start.
+
+    `forced`: members of `Configured` that only the command line sets.
+    """
     settings = loaded.settings
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="progressdb-kms: %(levelname)s: %(message)s"
@@ -74,7 +77,7 @@ def serve(
         if kinds != {"memfd_secret"}:
             _warn_of_memory(settings, "unlocked" if "unlocked" in kinds else "mlock")
         keyring = Keyring(region.view)
-        keys = _install(loaded, keyring)._replace(allow_retired=allow_retired_kek)
+        keys = _install(loaded, keyring)._replace(**(forced or {}))
         inbox, outbox = channel.channel()
         staging = region.view[REGION_SIZE:]
         metrics = Metrics(settings.workers + 1)

@@ -76,10 +76,11 @@ class Worker:
         self._counters = shared.metrics.block(slot - 1)
         self._counters.clear()
         path = settings.data_dir
-        self._audit = AuditLog(path / AUDIT_LOG, shared.keyring.audit_key, chain)
+        keyring = shared.keyring
+        self._audit = AuditLog(path / AUDIT_LOG, keyring.audit_key, chain, change=keyring.change)
         keeper = channel.KeeperClient(shared.outbox)
         keeper.call("hello", {"chain": chain})
-        self._reader = SqliteReader(path)
+        self._reader = SqliteReader(path, keyring.row_key)
         self._service = Service(
             self._reader,
             shared.keyring,

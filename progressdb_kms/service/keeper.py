@@ -45,6 +45,7 @@ from ..errors import (
     KeyNotFound,
     KeyShredded,
     KMSError,
+    StoreDamaged,
     StoreUnavailable,
     Unavailable,
     WeakKey,
@@ -342,7 +343,8 @@ class Keeper:
         row = self._store.read("kek:rotation")
         if row is None:
             return False
-        if snapshots.discard(Path(row["snapshot"]), RETIRE_ROWS):
+        path = snapshots.place(self._data_dir, str(row["snapshot"]))
+        if path is not None and snapshots.discard(path, RETIRE_ROWS):
             return True
         with self._store.transaction():
             self._store.erase("kek:rotation")
@@ -605,18 +607,52 @@ class Keeper:
         """Shred what is due, and finish what an earlier shred could not."""
         now = self._clock.now()
         with self._store.transaction():  # reads too: it is opened again where that has to be
-            left = self._store.names("erasure:")
+            dead = self._to_be_erased()
             due = self._time.due()
-            records = [] if due is None else self._store.due(timestamp(due), MAX_BATCH)
+            records = [] if due is None else self._due(timestamp(due))
             for record in records:
                 self._mark_shredded(record, now)
             if self._time.unsaved >= IDLE_SAVE_SECONDS:
                 self._write_anchors()
-        self._erase_soon({name.partition(":")[2]: b"" for name in left})
+        self._erase_soon({record.key_id: b"" for record in dead})
         if records:
             self._keyring.touch()
             self._erase_soon({record.key_id: record.wrapped for record in records})
         self._next_janitor = self._clock.monotonic() + JANITOR_SECONDS
+
+    def _to_be_erased(self) -> list[DekRecord]:
+        """Those whose notes of erasure are borne out by their rows: a note alone erases nothing."""
+        found = []
+        for name in self._store.names("erasure:"):
+            record = self._row(name.partition(":")[2])
+            if record is not None and record.state == SHREDDED:
+                found.append(record)
+            else:
+                self._drop(name)
+        return found
+
+    def _due(self, now: str) -> list[DekRecord]:
+        """A row's own `delete_at` decides, never the list beside the rows."""
+        found = []
+        for name in self._store.due(now, MAX_BATCH):
+            record = self._row(name.rpartition("|")[2])
+            if record is not None and name == f"deletion:{record.delete_at}|{record.key_id}":
+                found.append(record)
+            else:
+                self._drop(name)
+        return found
+
+    def _drop(self, name: str) -> None:
+        log.error("the entry %s is not borne out by the row of that key: removed", name[:200])
+        self._store.erase(name)
+
+    def _row(self, key_id: str) -> Optional[DekRecord]:
+        """A DEK that an entry beside the rows names: its own row decides. None where it can't."""
+        try:
+            return self._store.get(key_id)
+        except StoreDamaged as error:
+            log.error("%s (%s)", error.message, error.hint)
+            return None
 
     # ---- what others ask -------------------------------------------------------------------------------
 

@@ -24,6 +24,11 @@ ROWS: Mapping[str, str] = {AUDIT_KEY: "audit:key", ROW_KEY: "row:key"}
 """In which row of the store each of them stands."""
 
 
+def held(keyring: Keyring) -> dict[str, memoryview]:
+    """Where the keyring has them."""
+    return {AUDIT_KEY: keyring.audit_key, ROW_KEY: keyring.row_key}
+
+
 def parse(name: str, row: Mapping[str, Any]) -> envelope.Wrapped:
     """Raises AuthenticationFailed where the row holds no key of this name."""
     try:

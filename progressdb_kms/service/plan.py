@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Optional
 
 from ..errors import KeyMismatch
-from ..store.contract import KekCount
+from ..store.seal import KekCount
 
 
 class ConfiguredKey(NamedTuple):
@@ -27,6 +27,7 @@ class Configured(NamedTuple):
     pending: Optional[ConfiguredKey] = None
     allow_missing: bool = False
     allow_retired: bool = False
+    accept_older: bool = False
 
     @property
     def kek_ids(self) -> set[str]:

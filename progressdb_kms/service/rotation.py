@@ -10,7 +10,8 @@ between two batches. The steps, and what a crash leaves at each:
    wait for no disk: a crash undoes the rotation anyway, and the COMMIT of step 4 brings all to the disk.
    A crash here: the old state is whole; the next start throws the second table away.
    A failure: likewise; the keeper tidies up what is left, a bit at a time.
-3. Each live row is looked for in the second table. The snapshot and its signed ledger are synced.
+3. Each live row is looked for in the second table, and both are added up: see `seal`. The snapshot and its
+   signed ledger are synced.
 4. One short transaction swaps the tables, the active kek_id and the wrapped audit key.
    A crash before its COMMIT: the old state whole. After it: the new one.
 5. The new KEK becomes active in memory, the old one is wiped, the old rows are deleted bit by bit.
@@ -25,7 +26,6 @@ from typing import Any, Callable, NamedTuple, Optional
 
 from ..crypto import envelope
 from ..crypto.aead import NONCE_SIZE, same
-from ..crypto.envelope import AUDIT_KEY
 from ..crypto.keyring import Keyring, fingerprint
 from ..crypto.memory import LockedBuffer
 from ..encoding import timestamp, wall
@@ -36,8 +36,9 @@ from ..errors import (
     StoreUnavailable,
     Unavailable,
 )
-from ..store.contract import DekRecord, KekCount, Store
+from ..store.contract import DekRecord, Store
 from ..store.policy import SHREDDED
+from ..store.seal import KekCount
 from ..store.snapshots import Snapshot
 from . import ownkeys
 
@@ -266,20 +267,20 @@ class Rotation:
 
     def _swap(self, new_id: str, version: int, now: float) -> None:
         count = sum(row.deks for row in self._store.keks().values())
-        audit_key = ownkeys.wrap(self._keyring, new_id, AUDIT_KEY, self._keyring.audit_key)
-        self._store.write(ownkeys.ROWS[AUDIT_KEY], audit_key)
+        for name, key in ownkeys.held(self._keyring).items():
+            self._store.write(ownkeys.ROWS[name], ownkeys.wrap(self._keyring, new_id, name, key))
         self._store.erase("kek:rotation")
         self._store.write(RETIRED_KEK + self._keyring.active.kek_id, {"since": timestamp(now)})
-        self._store.write("kek:active", {"kek_id": new_id, "version": version, "since": timestamp(now)})
+        self._store.activate(new_id, version, timestamp(now))
         self._store.swap({new_id: KekCount(version, count, timestamp(now))} if count else {})
 
     def _active_on_disk(self) -> Optional[str]:
         try:
             with self._store.transaction():
-                row = self._store.read("kek:active")
+                active = self._store.state().active
         except StoreUnavailable:
             return None
-        return str(row["kek_id"]) if row else ""
+        return active.kek_id if active else ""
 
     def _end(self, new_id: str, committed: bool, snapshot: Optional[Snapshot]) -> None:
         if self._rewrapper is not None:

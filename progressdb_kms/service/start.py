@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import re
 import shutil
 import socket
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from ..audit import verify
 from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..audit.log import AuditLog, last_epoch
-from ..crypto.envelope import AUDIT_KEY
 from ..crypto.keyring import Keyring
 from ..encoding import timestamp, wall
-from ..errors import ConfigError, StoreDamaged
+from ..errors import ConfigError, StoreDamaged, StoreUnavailable
 from ..store.contract import Store
 from ..store.sqlite import SqliteStore
 from . import ownkeys
@@ -30,6 +30,8 @@ from .plan import Configured, Plan, plan
 from .rotation import RETIRED_KEK, retired
 
 log = logging.getLogger("progressdb_kms")
+
+HOST_FILE = "kms.host"
 
 RESTORE_FOLDER = ".kms-restore"
 """Where `restore` builds the store that is to come. What a crash leaves of one is thrown away."""
@@ -81,36 +83,43 @@ def open_store(
     store = SqliteStore(data_dir)
     with contextlib.ExitStack() as undo:
         undo.callback(store.close)
-        stored = store.read("kek:active")
-        active = (str(stored["kek_id"]), int(stored["version"])) if stored else None
+        stored = store.state().active  # not held against its MAC yet: the key for that is in the store
+        active = (stored.kek_id, stored.version) if stored else None
         chosen = _replacement(active, keyring) if incarnation and active else _plan(store, active, keys)
         if chosen.notice:
             log.warning("%s", chosen.notice)
-        audit_key = _load_key(store, keyring, AUDIT_KEY, chosen, keyring.audit_key)
+        ours = _load_keys(store, keyring, chosen)
+        store.unlock(keyring.row_key, keyring.publish)
         keyring.activate(chosen.active, chosen.version)
         _drop_unneeded(keyring, store, keys)
         row = store.read("audit:epoch") or {"epoch": 0, "since": 0}
         epoch, since = int(row["epoch"]) + 1, int(row["since"])
         log_path = data_dir / AUDIT_LOG
-        _refuse_older_store(log_path, epoch)
+        floor = _floor(store, log_path, keyring)
+        older = floor.above(epoch - 1, store.state().change) if floor else ""
+        if older and (incarnation or not keys.accept_older):
+            raise StoreDamaged(older, hint=verify.OLDER_HINT)
+        was = store.state().change
+        epoch = max(epoch, floor.epoch + 1) if floor else epoch
         previous = _heads(store, range(since, epoch))
         with store.transaction():
+            if floor and older:
+                store.advance(floor.change)
             if chosen.adopt and active:
                 store.write(RETIRED_KEK + active[0], {"since": timestamp(wall())})
                 store.erase(RETIRED_KEK + chosen.active)
             if chosen.adopt:
-                adopted = {
-                    "kek_id": chosen.active,
-                    "version": chosen.version,
-                    "since": timestamp(wall()),
-                }
-                store.write("kek:active", adopted)
-            store.write("audit:key", dict(audit_key))
+                store.activate(chosen.active, chosen.version, timestamp(wall()))
+            for name, key in ours.items():
+                store.write(ownkeys.ROWS[name], key)
             store.write("audit:epoch", {"epoch": epoch, "since": since if incarnation else epoch})
-        book = AuditLog(log_path, keyring.audit_key, f"{epoch}.0")
+        book = AuditLog(log_path, keyring.audit_key, f"{epoch}.0", change=keyring.change)
         verify.recover(book)
         details = {"kek_id": chosen.active, "kek_version": chosen.version, "command": command}
-        book.note("start", "ok", {"previous": previous, **details})
+        book.note("start", "ok", {"previous": previous, "host": host_id(data_dir), **details})
+        if floor and older:
+            log.warning("%s: taken as it is, as --accept-older-store says", older)
+            book.note("older_store_accepted", "ok", {"store": was, "log": floor.change})
         _note_restore(store, book)
         undo.pop_all()
     return Opened(store, book, epoch)
@@ -145,13 +154,25 @@ def _drop_unneeded(keyring: Keyring, store: Store, keys: Configured) -> None:
             keyring.remove(kek_id)
 
 
-def _load_key(store: Store, keyring: Keyring, name: str, chosen: Plan, into: memoryview) -> Mapping[str, Any]:
-    """A key of our own into the keyring, or a new one. Returns its row under the KEK that is chosen."""
-    row = store.read(ownkeys.ROWS[name])
-    if row is not None:
-        return ownkeys.load(keyring, name, row, chosen.active, into)
-    random_into(into)
-    return ownkeys.wrap(keyring, chosen.active, name, into)
+def _load_keys(store: Store, keyring: Keyring, chosen: Plan) -> dict[str, dict[str, Any]]:
+    """The keys of our own into the keyring; a fresh store gets new ones. Returns their rows, under the KEK
+    that is chosen. They are made together with the state: where only some are there, others were removed."""
+    rows = {name: store.read(row) for name, row in ownkeys.ROWS.items()}
+    there = [row is not None for row in rows.values()] + [store.state().change > 0]
+    if any(there) and not all(there):
+        raise StoreDamaged(
+            "a row is missing that the store had from its beginning",
+            hint="restore a backup: `progressdb-kms restore FILE`",
+        )
+    result = {}
+    for name, into in ownkeys.held(keyring).items():
+        row = rows[name]
+        if row is None:
+            random_into(into)
+            result[name] = ownkeys.wrap(keyring, chosen.active, name, into)
+        else:
+            result[name] = dict(ownkeys.load(keyring, name, row, chosen.active, into))
+    return result
 
 
 def _heads(store: Store, epochs: range) -> dict[str, list[object]]:
@@ -165,11 +186,31 @@ def _heads(store: Store, epochs: range) -> dict[str, list[object]]:
     return result
 
 
-def _refuse_older_store(log_path: Path, epoch: int) -> None:
-    """A log that knows a later start than the store means that an old copy of kms.db was put back."""
-    last = last_epoch(log_path)
-    if last is not None and last >= epoch:
+def _floor(store: Store, log_path: Path, keyring: Keyring) -> Optional[verify.Floor]:
+    """How far the store was, by the audit log: whatever is before that was put back."""
+    if not store.state().change and last_epoch(log_path) is not None:
         raise StoreDamaged(
-            f"kms.db is older than the audit log beside it (start {epoch - 1} against {last}): an old copy",
-            hint="use `progressdb-kms restore FILE`, which keeps shredded keys shredded",
+            f"kms.db is empty, but {log_path} beside it tells that there was a store",
+            hint="put the file back, or restore a backup: `progressdb-kms restore FILE`",
         )
+    return verify.floor(verify.logs(log_path.parent), keyring.audit_key)
+
+
+def host_id(data_dir: Path) -> str:
+    """32 hex digits, random, made once for each data-dir: what tells it from every other."""
+    path = data_dir / HOST_FILE
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            text = path.read_bytes().decode("ascii", "replace").strip()
+            if re.fullmatch("[0-9a-f]{32}", text):
+                return text
+        part = path.with_name(HOST_FILE + ".part")
+        part.unlink(missing_ok=True)
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(descriptor, os.urandom(16).hex().encode() + b"\n")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(part, path)
+    raise StoreUnavailable(f"{path} can't be read", hint="the data-dir must be the daemon's own")

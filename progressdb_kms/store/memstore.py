@@ -7,44 +7,45 @@ both pass the same contract tests. What it holds is gone with the process, so no
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from ..errors import StoreUnavailable
-from .contract import DekRecord, KekCount, counted
+from .seal import Seal, StoreState, Tally
+from .sealed import Row, SealedReader, SealedStore
 
 
 class State(NamedTuple):
     """All there is. It is replaced by each transaction, never edited."""
 
-    deks: dict[str, DekRecord]
-    kms: dict[str, dict[str, Any]]
-    keks: dict[str, KekCount]
-    staged: Optional[dict[str, DekRecord]] = None
-    retired: tuple[dict[str, DekRecord], ...] = ()
+    deks: dict[str, Row]
+    kms: dict[str, Row]
+    staged: Optional[dict[str, Row]] = None
+    retired: tuple[dict[str, Row], ...] = ()
 
     def copy(self) -> State:
         staged = None if self.staged is None else dict(self.staged)
-        return State(dict(self.deks), dict(self.kms), self.keks, staged, tuple(dict(t) for t in self.retired))
+        return State(dict(self.deks), dict(self.kms), staged, tuple(dict(t) for t in self.retired))
 
 
-class MemoryReader:
+class MemoryReader(SealedReader):
     """Sees what the store has committed."""
 
-    def __init__(self, store: MemoryStore) -> None:
+    def __init__(self, store: MemoryStore, key: Optional[memoryview] = None) -> None:
         self._store = store
+        self._seal = Seal(key) if key is not None else None
 
     @property
     def _state(self) -> State:
         return self._store.committed
 
-    def get(self, key_id: str) -> Optional[DekRecord]:
+    def _raw(self, key_id: str) -> Any:
         return self._state.deks.get(key_id)
 
-    def page(self, after: str, limit: int, thread_id: Optional[str] = None) -> list[DekRecord]:
-        rows = (record for key_id, record in sorted(self._state.deks.items()) if key_id > after)
-        return [record for record in rows if thread_id in (None, record.thread_id)][:limit]
+    def _raw_page(self, after: str, limit: int, thread_id: Optional[str]) -> list[tuple[str, Any]]:
+        rows = ((key_id, row) for key_id, row in sorted(self._state.deks.items()) if key_id > after)
+        return [(key_id, row) for key_id, row in rows if thread_id in (None, row["thread_id"])][:limit]
 
     def read(self, name: str) -> Optional[dict[str, Any]]:
         return self._state.kms.get(name)
@@ -52,20 +53,19 @@ class MemoryReader:
     def names(self, prefix: str) -> list[str]:
         return sorted(name for name in self._state.kms if name.startswith(prefix))
 
-    def keks(self) -> dict[str, KekCount]:
-        return self._state.keks
-
     def close(self) -> None:
         """Nothing is held."""
 
 
-class MemoryStore(MemoryReader):
+class MemoryStore(SealedStore, MemoryReader):
     """The writer. One thread at a time, as with the keeper."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: Optional[memoryview] = None) -> None:
         super().__init__(self)
-        self.committed = State({}, {}, {})
+        self.committed = State({}, {})
         self._working: Optional[State] = None
+        if key is not None:
+            self.unlock(key)
 
     @property
     def _state(self) -> State:
@@ -81,26 +81,31 @@ class MemoryStore(MemoryReader):
         if self._working is not None:
             raise StoreUnavailable("a transaction is under way")
         self._working = self.committed.copy()
+        before = self._book, self._tally
         try:
             yield
+            self._settle(before[0])
             self.committed = self._working
+        except BaseException:
+            self._book, self._tally = before
+            raise
         finally:
             self._working = None
+        self._committed(before[0])
 
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:
-        before = self._writable().copy()
+        before: tuple[StoreState, Optional[Tally]] = self._book, self._tally
+        working = self._writable().copy()
         try:
             yield
         except BaseException:
-            self._working = before
+            self._working = working
+            self._book, self._tally = before
             raise
 
-    def put(self, record: DekRecord) -> None:
-        state = self._writable()
-        keks = counted(state.keks, state.deks.get(record.key_id), record)
-        state.deks[record.key_id] = record
-        self._working = state._replace(keks=keks)
+    def _set(self, key_id: str, row: Row) -> None:
+        self._writable().deks[key_id] = row
 
     def write(self, name: str, value: dict[str, Any]) -> None:
         self._writable().kms[name] = value
@@ -108,10 +113,8 @@ class MemoryStore(MemoryReader):
     def erase(self, name: str) -> None:
         self._writable().kms.pop(name, None)
 
-    def due(self, now: str, limit: int) -> list[DekRecord]:
-        names = [name for name in self.names("deletion:") if name < f"deletion:{now}"][:limit]
-        found = (self.get(name.split("|", 1)[1]) for name in names)
-        return [record for record in found if record is not None]
+    def due(self, now: str, limit: int) -> list[str]:
+        return [name for name in self.names("deletion:") if name < f"deletion:{now}"][:limit]
 
     # ---- rotation ------------------------------------------------------------------------------
 
@@ -119,25 +122,28 @@ class MemoryStore(MemoryReader):
         state = self._writable()
         left = () if state.staged is None else (state.staged,)
         self._working = state._replace(staged={} if on else None, retired=state.retired + left)
+        self._tally = None
 
-    def stage(self, records: Iterable[DekRecord]) -> None:
-        staged = self._writable().staged
+    def _next(self) -> dict[str, Row]:
+        staged = self._state.staged
         if staged is None:
             raise StoreUnavailable("no table for rewrapped rows was made")
-        staged.update((record.key_id, record) for record in records)
+        return staged
 
-    def check_staged(self, after: str, limit: int) -> str:
-        state = self._state
-        rows = sorted(key_id for key_id in state.deks if key_id > after)[:limit]
-        if missing := [key_id for key_id in rows if key_id not in (state.staged or {})]:
-            raise StoreUnavailable(f"{len(missing)} rewrapped rows are missing: nothing was changed")
-        return rows[-1] if rows else ""
+    def _set_staged(self, rows: list[tuple[str, Row]]) -> None:
+        self._writable()
+        self._next().update(rows)
 
-    def swap(self, keks: dict[str, KekCount]) -> None:
+    def _staged(self, key_id: str) -> Optional[Row]:
+        return self._next().get(key_id)
+
+    def _pairs(self, after: str, limit: int) -> list[tuple[str, Row, Optional[Row]]]:
+        staged = self._next()
+        return [(key_id, row, staged.get(key_id)) for key_id, row in self._raw_page(after, limit, None)]
+
+    def _swap_tables(self) -> None:
         state = self._writable()
-        if state.staged is None:
-            raise StoreUnavailable("no table for rewrapped rows was made")
-        self._working = State(state.staged, state.kms, keks, None, (*state.retired, state.deks))
+        self._working = State(self._next(), state.kms, None, (*state.retired, state.deks))
 
     def retire(self, limit: int) -> bool:
         state = self._writable()

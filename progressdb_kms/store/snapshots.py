@@ -16,10 +16,12 @@ import ctypes
 import hashlib
 import itertools
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Optional
 
 from ..crypto.aead import mac
 from ..encoding import LATEST, b64encode, json_dumps
@@ -27,6 +29,7 @@ from ..errors import StoreUnavailable
 from .contract import DekRecord
 
 FOLDER = "kms-deks-backup"
+_NAME = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{16}(?:-\d+)?")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -93,6 +96,12 @@ class Snapshot:
             self._folder = -1
             with contextlib.suppress(OSError):  # `finish` has flushed it, or the rotation has failed anyway
                 self._ledger.close()
+
+
+def place(data_dir: Path, told: str) -> Optional[Path]:
+    """The snapshot folder that a row of the store names: of ours, or None. Nothing else is ever removed."""
+    name = os.path.basename(told)
+    return data_dir / FOLDER / name if _NAME.fullmatch(name) else None
 
 
 def discard(path: Path, limit: int) -> bool:

@@ -7,8 +7,10 @@ The contract, for every store:
   it is on disk, whole or not at all, when the next durable transaction ends.
 - `savepoint()`: a part of a transaction that can fail alone.
 - Readers see committed state only, and never wait for a writer.
-- `deks` rows are keyed `meta:<key_id>`; the service's own rows `kek:…` and `audit:…` stand in `kms`.
-- `keks()` tells how many DEKs need each KEK, without counting: it is kept with every write.
+- `deks` rows are keyed `meta:<key_id>`; the service's own rows (`store:state`, `audit:…`) stand in `kms`.
+- Rows and the state row carry MACs: see `seal`. `unlock` brings the key.
+- `state()` tells the number of the last change, and how many DEKs need each KEK, without counting: it is kept
+  with every write. After a COMMIT that failed it is read again from the disk.
 
 How SQLite is held to it. The mapping is sqlitedict's; its connection (`_new_conn`) is ours, because the
 original runs a thread that dies at a failing COMMIT, sets synchronous=OFF and reports errors elsewhere.
@@ -34,8 +36,9 @@ from sqlitedict import SqliteDict
 from ..encoding import json_dumps, json_loads
 from ..errors import StoreDamaged, StoreUnavailable
 from . import outside
-from .contract import DekRecord, KekCount, counted
 from .pause import Pause
+from .seal import Seal, StoreState, Tally
+from .sealed import SealedReader, SealedStore
 from .watch import Watch
 
 FILE_NAME = "kms.db"
@@ -172,9 +175,10 @@ _PAGE_OF_THREAD = (
     f"SELECT key, value FROM \"{DEKS}\" WHERE json_extract(value, '$.thread_id') = ? AND key > ? "  # noqa: S608
     "ORDER BY key LIMIT ?"
 )
-_CHECK_STAGED = (
-    f'SELECT max(live.key), count(*), count(staged.key) FROM (SELECT key FROM "{DEKS}" WHERE key > ? '  # noqa: S608
-    f'ORDER BY key LIMIT ?) AS live LEFT JOIN "{STAGED}" AS staged ON staged.key = live.key'
+_PAIRS = (
+    f"SELECT live.key, json_extract(live.value, '$.mac'), json_extract(staged.value, '$.mac') "  # noqa: S608
+    f'FROM (SELECT key, value FROM "{DEKS}" WHERE key > ? ORDER BY key LIMIT ?) AS live '
+    f'LEFT JOIN "{STAGED}" AS staged ON staged.key = live.key ORDER BY live.key'
 )
 
 
@@ -196,11 +200,12 @@ def check_schema(path: Path, application: int, version: int) -> None:
         )
 
 
-class SqliteReader:
-    """Read-only: for the workers, and for commands beside a running daemon."""
+class SqliteReader(SealedReader):
+    """Read-only: for the workers, and for commands beside a running daemon; `key` is the row key."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, key: Optional[memoryview] = None) -> None:
         self.path = data_dir / FILE_NAME
+        self._seal = Seal(key) if key is not None else None
         self._conn = Connection(self.path, "ro")
         with contextlib.ExitStack() as undo:
             undo.callback(self._conn.close)
@@ -221,19 +226,18 @@ class SqliteReader:
         self._deks = Table(self.path, DEKS, self._conn)
         self._kms = Table(self.path, "kms", self._conn)
 
-    def get(self, key_id: str) -> Optional[DekRecord]:
+    def _raw(self, key_id: str) -> Any:
         try:
-            return DekRecord.from_row(key_id, self._deks["meta:" + key_id])
+            return self._deks["meta:" + key_id]
         except KeyError:
             return None
 
-    def page(self, after: str, limit: int, thread_id: Optional[str] = None) -> list[DekRecord]:
-        """Up to `limit` records with a key_id behind `after`, in order of key_id."""
+    def _raw_page(self, after: str, limit: int, thread_id: Optional[str]) -> list[tuple[str, Any]]:
         if thread_id is None:
             rows = self._conn.select(_PAGE, ("meta:" + after, limit))
         else:
             rows = self._conn.select(_PAGE_OF_THREAD, (thread_id, "meta:" + after, limit))
-        return [DekRecord.from_row(key[5:], _row_of(value)) for key, value in rows]
+        return [(key[5:], _row_of(value)) for key, value in rows]
 
     def read(self, name: str) -> Optional[dict[str, Any]]:
         value: Optional[dict[str, Any]] = self._kms.get(name)
@@ -245,24 +249,22 @@ class SqliteReader:
         )
         return [row[0] for row in rows]
 
-    def keks(self) -> dict[str, KekCount]:
-        found = self.read("kek:counts") or {}
-        return {kek_id: KekCount(*row) for kek_id, row in found.items()}
-
     def close(self) -> None:
         self._conn.close()
 
 
-class SqliteStore(SqliteReader):
+class SqliteStore(SealedStore, SqliteReader):
     """The one writer of a data-dir. Raises StoreDamaged where the file is not a store that we know."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, key: Optional[memoryview] = None) -> None:
         self.path = data_dir / FILE_NAME
         self._reopening = Pause(*REOPEN_PAUSES)
         self._watch: Optional[Watch] = None
         self._watched: tuple[str, ...] = ()
         self._cut = ""
         self._open("rwc")
+        if key is not None:
+            self.unlock(key)
 
     def _open(self, mode: str) -> None:
         if not self.path.exists() or self.path.stat().st_size == 0:
@@ -324,7 +326,7 @@ class SqliteStore(SqliteReader):
                 f"{self.path} was cut: it has {self.path.stat().st_size} of {pages * size} bytes",
                 hint="restore a backup: `progressdb-kms restore FILE`",
             )
-        self._counts = super().keks()
+        self._look()
         self._suspect = False
 
     def _index(self, table: str) -> None:
@@ -451,14 +453,13 @@ class SqliteStore(SqliteReader):
         if self._synchronous != (wanted := FULL if durable else NORMAL):
             self._conn.execute(f"PRAGMA synchronous={wanted}")
             self._synchronous = wanted
-        before = self._counts
+        before = self._book, self._tally
         self._conn.execute("BEGIN IMMEDIATE")
         try:
             if self._watch is not None:
                 self._least = min(self._least, self._length())
             yield
-            if self._counts is not before:
-                self.write("kek:counts", {kek_id: list(row) for kek_id, row in self._counts.items()})
+            self._settle(before[0])
         except BaseException:
             self._rollback(before)
             raise
@@ -469,9 +470,10 @@ class SqliteStore(SqliteReader):
             self._rollback(before)
             raise
         self._insist()
+        self._committed(before[0])
 
-    def _rollback(self, counts: dict[str, KekCount]) -> None:
-        self._counts = counts
+    def _rollback(self, before: tuple[StoreState, Optional[Tally]]) -> None:
+        self._book, self._tally = before
         if self._conn.in_transaction():
             try:
                 self._conn.execute("ROLLBACK")
@@ -482,12 +484,12 @@ class SqliteStore(SqliteReader):
 
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:
-        before = self._counts
+        before = self._book, self._tally
         self._conn.execute("SAVEPOINT part")
         try:
             yield
         except BaseException:
-            self._counts = before
+            self._book, self._tally = before
             if self._conn.in_transaction():  # SQLite ends it by itself at some errors
                 self._conn.execute("ROLLBACK TO part")
                 self._conn.execute("RELEASE part")
@@ -496,9 +498,8 @@ class SqliteStore(SqliteReader):
 
     # ---- writes, inside a transaction ----------------------------------------------------------
 
-    def put(self, record: DekRecord) -> None:
-        self._counts = counted(self._counts, self.get(record.key_id), record)
-        self._deks["meta:" + record.key_id] = record.to_row()
+    def _set(self, key_id: str, row: dict[str, Any]) -> None:
+        self._deks["meta:" + key_id] = row
 
     def write(self, name: str, value: dict[str, Any]) -> None:
         self._kms[name] = value
@@ -506,17 +507,13 @@ class SqliteStore(SqliteReader):
     def erase(self, name: str) -> None:
         self._kms.pop(name, None)
 
-    def keks(self) -> dict[str, KekCount]:
-        return self._counts
-
-    def due(self, now: str, limit: int) -> list[DekRecord]:
-        """DEKs whose scheduled deletion is due: rows of the small index `deletion:<time>:<key_id>`."""
+    def due(self, now: str, limit: int) -> list[str]:
+        """Rows `deletion:<time>|<key_id>` of a time that has come: a hint where to look, no more."""
         rows = self._conn.select(
             "SELECT key FROM kms WHERE key >= 'deletion:' AND key < ? ORDER BY key LIMIT ?",
             (f"deletion:{now}", limit),
         )
-        found = (self.get(row[0].split("|", 1)[1]) for row in rows)
-        return [record for record in found if record is not None]
+        return [row[0] for row in rows]
 
     # ---- a second table for rotation -----------------------------------------------------------
 
@@ -527,24 +524,23 @@ class SqliteStore(SqliteReader):
         if on:
             Table(self.path, STAGED, self._conn)
             self._index(STAGED)
+        self._tally = None
 
-    def stage(self, records: Iterable[DekRecord]) -> None:
-        rows = (("meta:" + record.key_id, json_dumps(record.to_row())) for record in records)
-        self._conn.executemany(f'REPLACE INTO "{STAGED}" (key, value) VALUES (?, ?)', rows)  # noqa: S608
+    def _set_staged(self, rows: list[tuple[str, dict[str, Any]]]) -> None:
+        values = (("meta:" + key_id, json_dumps(row)) for key_id, row in rows)
+        self._conn.executemany(f'REPLACE INTO "{STAGED}" (key, value) VALUES (?, ?)', values)  # noqa: S608
 
-    def check_staged(self, after: str, limit: int) -> str:
-        """See that each of up to `limit` rows behind the key_id `after` is staged. Returns the last key_id,
-        or "" at the end. Raises StoreUnavailable where one is missing."""
-        last, live, staged = self._conn.select_one(_CHECK_STAGED, ("meta:" + after, limit))
-        if staged != live:
-            raise StoreUnavailable(f"{live - staged} rewrapped rows are missing: nothing was changed")
-        return last[5:] if last else ""
+    def _staged(self, key_id: str) -> Optional[dict[str, Any]]:
+        row = self._conn.select_one(f'SELECT value FROM "{STAGED}" WHERE key = ?', ("meta:" + key_id,))  # noqa: S608
+        return _row_of(row[0]) if row else None
 
-    def swap(self, keks: dict[str, KekCount]) -> None:
-        """Let the staged table be the store. The old one is emptied bit by bit by `retire`."""
+    def _pairs(self, after: str, limit: int) -> list[tuple[str, dict[str, Any], Optional[dict[str, Any]]]]:
+        found = self._conn.select(_PAIRS, ("meta:" + after, limit))
+        return [(key[5:], {"mac": live}, {"mac": other} if other else None) for key, live, other in found]
+
+    def _swap_tables(self) -> None:
         self._conn.execute(f'ALTER TABLE "{DEKS}" RENAME TO "{self._free_name(RETIRED)}"')
         self._conn.execute(f'ALTER TABLE "{STAGED}" RENAME TO "{DEKS}"')
-        self._counts = keks
 
     def retire(self, limit: int) -> bool:
         """Delete up to `limit` rows that a swap left behind. True: there are more."""

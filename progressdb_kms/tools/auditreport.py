@@ -114,9 +114,9 @@ def holdings(reader: Reader, used: Mapping[bytes, int]) -> Holdings:
             unused += 1
             if len(never) < MOST:
                 never.append(record.key_id)
-    active = reader.read("kek:active") or {}
+    active = reader.state().active
     due.sort(key=lambda record: record.delete_at)
-    return Holdings(states, str(active.get("kek_id", "")), due, never, unused, sum(states.values()))
+    return Holdings(states, active.kek_id if active else "", due, never, unused, sum(states.values()))
 
 
 def _records(reader: Reader) -> Iterator[DekRecord]:

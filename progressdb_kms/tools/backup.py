@@ -31,9 +31,12 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 from urllib.parse import quote
 
+from ..crypto.envelope import ROW_KEY
 from ..encoding import json_dumps, json_loads, timestamp
 from ..errors import StoreDamaged
+from ..service.ownkeys import ROWS
 from ..store.contract import DekRecord
+from ..store.seal import MODULUS, STATE, Seal, StoreState, weight
 from ..store.sqlite import APPLICATION_ID, DEKS, FILE_NAME, SCHEMA_VERSION, check_schema
 from . import datadir
 from .console import CommandFailed, sync_folder
@@ -208,13 +211,14 @@ def _keep_tables(db: sqlite3.Connection) -> None:
 
 def _describe(part: Path) -> Contents:
     with contextlib.closing(_connect(part, "mode=ro")) as db:
-        counts = json_loads(_value(db, "kek:counts") or "{}")
-        active = json_loads(_value(db, "kek:active") or "{}")
-        keks = {kek_id: int(row[1]) for kek_id, row in counts.items()}
+        text = _value(db, STATE)
+        state = StoreState.from_row(json_loads(text) if text else None)
+        keks = {kek_id: row.deks for kek_id, row in state.keks.items()}
+        active = state.active.kek_id if state.active else ""
         rows = db.execute(f"SELECT count(*) FROM {DEKS}").fetchone()[0]  # noqa: S608
         deks = sum(keks.values())
     now, size = timestamp(time.time()), part.stat().st_size
-    contents = Contents(now, size, "", SCHEMA_VERSION, deks, rows - deks, active.get("kek_id", ""), keks)
+    contents = Contents(now, size, "", SCHEMA_VERSION, deks, rows - deks, active, keks)
     return contents.sealed(part, lambda done, total: None)
 
 
@@ -238,6 +242,7 @@ class Backup:
     def __init__(self, file: Path, contents: Contents, db: sqlite3.Connection) -> None:
         self.file = file
         self.contents = contents
+        self._seal: Optional[Seal] = None
         self._db = db
 
     def read(self, name: str) -> Any:
@@ -252,17 +257,54 @@ class Backup:
         return {key: self._json(key, value) for key, value in found}
 
     def get(self, key_id: str) -> Any:
-        """A DEK's row, or None."""
+        """A DEK's row without its MAC, or None."""
         row = self._db.execute(f"SELECT value FROM {DEKS} WHERE key = ?", ("meta:" + key_id,)).fetchone()  # noqa: S608
-        return None if row is None else self._json(key_id, row[0])
+        if row is None:
+            return None
+        found = self._json(key_id, row[0])
+        return {name: found[name] for name in found if name != "mac"}
 
-    def records(self) -> Iterator[DekRecord]:
-        """All DEKs, in order of key_id."""
+    @property
+    def row_key(self) -> Any:
+        """The row with the key that its rows are signed with."""
+        return self.read(ROWS[ROW_KEY])
+
+    def state(self) -> StoreState:
+        return StoreState.from_row(self.read(STATE))
+
+    def unlock(self, key: memoryview) -> None:
+        """From now on rows are held against their MACs. Raises StoreDamaged for a wrong state row."""
+        self._seal = Seal(key)
+        self._seal.check(STATE, self.read(STATE))
+
+    def check_all(self) -> None:
+        """Raises StoreDamaged for a row that isn't as it was written, and where one is missing or older."""
+        total = 0
+        for name, value in self._db.execute(f"SELECT key, value FROM {DEKS} ORDER BY key"):  # noqa: S608
+            row = self._json(name, value)
+            if self._seal is not None:
+                self._seal.check(name, row)
+            total += weight(row)
+        if total % MODULUS != self.state().total:
+            raise StoreDamaged("the rows don't add up: one was deleted, or an older one was put back")
+
+    def records(self) -> Iterator[tuple[DekRecord, bool]]:
+        """All DEKs, in order of key_id, and whether each is as it was written."""
         for key, value in self._db.execute(f"SELECT key, value FROM {DEKS} ORDER BY key"):  # noqa: S608
+            row = self._json(key, value)
             try:
-                yield DekRecord.from_row(key[len("meta:") :], self._json(key, value))
+                record = DekRecord.from_row(key[len("meta:") :], row)
             except StoreDamaged as error:
                 raise _damaged(self.file, error.message) from None
+            yield record, self._genuine(key, row)
+
+    def _genuine(self, name: str, row: Any) -> bool:
+        try:
+            if self._seal is not None:
+                self._seal.check(name, row)
+        except StoreDamaged:
+            return False
+        return True
 
     def _json(self, name: str, text: Any) -> Any:
         try:

@@ -46,7 +46,7 @@ from ..service.plan import Configured, ConfiguredKey
 from ..service.rotation import Rotation
 from ..service.start import open_keeper
 from ..service.worker import Service
-from ..store.contract import DekRecord, KekCount
+from ..store.contract import DekRecord
 from ..store.memstore import MemoryStore
 from ..store.sqlite import SqliteStore
 from ..wire import routes
@@ -328,7 +328,7 @@ def _rotation(folder: Path, deks: int, resident: int) -> Iterator[Figure]:
             keeper, _ = open_keeper(folder, keyring, active, new.view, inbox)
             yield Figure(f"start-up checks, {deks} DEKs", (time.perf_counter() - begun) * 1e3, "ms")
             keeper.close()
-            opened = SqliteStore(folder)
+            opened = SqliteStore(folder, keyring.row_key)
             _resident(anew=True)
             begun = time.perf_counter()
             for _ in Rotation(opened, keyring, folder, os.urandom).run(new.view):
@@ -397,7 +397,7 @@ def _naive(body: bytes) -> Callable[[], bytes]:
 
 def _careful(body: bytes) -> Callable[[], bytes]:
     region, scratch = LockedBuffer(REGION_SIZE), LockedBuffer(2 * envelope.SCRATCH_SIZE)
-    keyring, store = Keyring(region.view), MemoryStore()
+    keyring, store = Keyring(region.view), MemoryStore(memoryview(bytearray(KEY_SIZE)))
     with LockedBuffer(KEY_SIZE) as key:
         _fill(key.view)
         kek_id = keyring.install(key.view, 1)
@@ -418,7 +418,7 @@ def _careful(body: bytes) -> Callable[[], bytes]:
 
 
 def _make_deks(folder: Path, keyring: Keyring, kek_id: str, count: int) -> None:
-    made = SqliteStore(folder)
+    made = SqliteStore(folder, keyring.row_key)
     with LockedBuffer(KEY_SIZE) as dek, keyring.borrow(kek_id) as kek:
         _fill(dek.view)
         with made.transaction():
@@ -428,7 +428,8 @@ def _make_deks(folder: Path, keyring: Keyring, kek_id: str, count: int) -> None:
             with made.transaction(durable=False):
                 made.stage(_dek(kek, kek_id, number, dek.view) for number in numbers)
         with made.transaction():
-            made.swap({kek_id: KekCount(1, count, timestamp(time.time()))})
+            made.swap({})
+            made.recount()
     made.close()
 
 

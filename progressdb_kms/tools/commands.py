@@ -57,7 +57,8 @@ def serve(args: argparse.Namespace) -> int:
 
     flags = {"socket": args.socket, "data_dir": args.data_dir, "config": args.config}
     with load(flags, os.environ) as loaded:
-        return serve.serve(loaded, allow_retired_kek=args.allow_retired_kek)
+        forced = {"allow_retired": args.allow_retired_kek, "accept_older": args.accept_older_store}
+        return serve.serve(loaded, forced)
 
 
 # ---- through the socket ------------------------------------------------------------------------------

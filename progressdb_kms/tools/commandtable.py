@@ -97,6 +97,12 @@ COMMANDS: tuple[Command, ...] = (
                 "take a master key that a rotation had replaced, for this start",
                 "flag",
             ),
+            Arg(
+                ("--accept-older-store",),
+                "take a kms.db that is older than the audit log beside it, for this start: what was "
+                "shredded or disabled since comes back; on the record",
+                "flag",
+            ),
         ),
         "serve",
         (

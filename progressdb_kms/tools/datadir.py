@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
+from ..audit import verify
 from ..audit.log import AuditLog
 from ..config.load import Loaded
 from ..crypto import envelope
@@ -25,6 +26,8 @@ from ..errors import AlreadyRunning, AuthenticationFailed, KMSError
 from ..service import ownkeys, start
 from ..service.lock import claim, published
 from ..service.plan import Configured, ConfiguredKey
+from ..store.contract import Reader
+from ..store.seal import STATE, StoreState
 from ..store.sqlite import SqliteStore
 from . import asowner
 from .console import CommandFailed
@@ -143,18 +146,27 @@ def working(loaded: Loaded, the_keys: Keys, command: str) -> Iterator[Work]:
 
 
 @contextlib.contextmanager
-def audit_key(keyring: Keyring, row: Optional[Mapping[str, Any]]) -> Iterator[Optional[memoryview]]:
-    """The audit key that a row `audit:key` holds, in locked memory; None where it does not open."""
+def own_key(keyring: Keyring, name: str, row: Optional[Mapping[str, Any]]) -> Iterator[Optional[memoryview]]:
+    """The key of our own that a row holds, in locked memory; None where it does not open."""
     with LockedBuffer(envelope.SCRATCH_SIZE) as memory:
         key = None
         with contextlib.suppress(AuthenticationFailed, KekNotLoaded):
             if row is not None:
-                key = ownkeys.unwrap(keyring, AUDIT_KEY, row, memory.view)
+                key = ownkeys.unwrap(keyring, name, row, memory.view)
         try:
             yield key
         finally:
             if key is not None:
                 key.release()
+
+
+def put_back(data_dir: Path, reader: Reader, the_keys: Keys) -> str:
+    """Why the store was put back: the audit log knows of changes that it has not. "" where all is well."""
+    with own_key(the_keys.keyring, AUDIT_KEY, reader.read(ownkeys.ROWS[AUDIT_KEY])) as key:
+        floor = verify.floor(verify.logs(data_dir), key) if key is not None else None
+    epoch = reader.read("audit:epoch") or {"epoch": 0}  # read after the log, which is never ahead
+    state = StoreState.from_row(reader.read(STATE))
+    return floor.above(int(epoch["epoch"]), state.change) if floor is not None else ""
 
 
 # ---- DEKs --------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from .. import __version__
 from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..client import Client, ClientError
 from ..config import keysource
-from ..config.load import Settings
+from ..config.load import Loaded, Settings
 from ..crypto.keyring import fingerprint
 from ..crypto.memory import PAGE, LockedBuffer
 from ..errors import KMSError
@@ -35,10 +35,10 @@ from ..process.streams import DEPENDENCIES
 from ..service.clock import RELEASED, REMEDY, Clock, judge, kept
 from ..service.plan import Configured, ConfiguredKey, plan
 from ..service.rotation import RETIRED_KEK, retired
-from ..store.contract import KekCount
+from ..store.seal import STATE, StoreState
 from ..store.sqlite import FILE_NAME as STORE
 from ..store.sqlite import SqliteReader, check_schema
-from . import asowner
+from . import asowner, datadir
 from .console import safe
 from .keyfiles import RESUME, KeyFiles
 
@@ -75,6 +75,8 @@ class Patient:
         self.trouble: Optional[KMSError] = None
         self.keys: Optional[Configured] = None
         self.server_uid: Optional[int] = getattr(args, "server_uid", None)
+        self.older: Optional[str] = None
+        """Why the store was put back; None where that could not be looked at."""
         flags = {"socket": args.socket, "data_dir": args.data_dir, "config": args.config}
         self.settings = self._settings(flags)
         self.status: Optional[dict[str, Any]] = None
@@ -91,11 +93,22 @@ class Patient:
                     ConfiguredKey(fingerprint(pending), loaded.pending_source) if pending else None,
                     loaded.settings.allow_missing_keks,
                 )
+                self.older = self._look_for_older(loaded)
                 return loaded.settings
         except KMSError as error:
             self.trouble = error
         with contextlib.suppress(KMSError), asowner.load_config(flags, need_key=False) as loaded:
             return loaded.settings
+        return None
+
+    def _look_for_older(self, loaded: Loaded) -> Optional[str]:
+        data_dir = loaded.settings.data_dir
+        with (
+            contextlib.suppress(KMSError, OSError),
+            contextlib.closing(SqliteReader(data_dir)) as reader,
+            datadir.keys(loaded) as keys,
+        ):
+            return datadir.put_back(data_dir, reader, keys)
         return None
 
     @property
@@ -354,24 +367,22 @@ def _store_findings(patient: Patient, path: Path, db: sqlite3.Connection) -> Ite
     if answer != "ok":
         yield Finding(FAIL, f"{path} is damaged: {answer}", "restore a backup: `progressdb-kms restore FILE`")
         return
-    active = _row(db, "kek:active").get("kek_id", "none")
-    counts = _row(db, "kek:counts")
+    state = StoreState.from_row(_row(db, STATE) or None)
+    active = state.active.kek_id if state.active else "none"
     yield Finding(
-        OK, f"{path} is whole: {sum(row[1] for row in counts.values()):,} DEKs, active KEK {active}"
+        OK, f"{path} is whole: {sum(row.deks for row in state.keks.values()):,} DEKs, active KEK {active}"
     )
-    if patient.keys is not None and active != "none":
-        yield from _keys_fit(patient.keys, db, active, counts)
+    if patient.keys is not None and state.active is not None:
+        yield from _keys_fit(patient.keys, db, state)
 
 
-def _keys_fit(
-    keys: Configured, db: sqlite3.Connection, active: str, counts: dict[str, Any]
-) -> Iterator[Finding]:
+def _keys_fit(keys: Configured, db: sqlite3.Connection, state: StoreState) -> Iterator[Finding]:
     """The start's own decision."""
     names = db.execute("SELECT key FROM kms WHERE substr(key, 1, ?) = ?", (len(RETIRED_KEK), RETIRED_KEK))
     rows = {name: _row(db, name) for (name,) in names}
-    keks = {kek_id: KekCount(*row) for kek_id, row in counts.items()}
+    assert state.active is not None
     try:
-        chosen = plan((active, int(_row(db, "kek:active")["version"])), keks, keys, retired(rows))
+        chosen = plan((state.active.kek_id, state.active.version), state.keks, keys, retired(rows))
     except KMSError as error:
         yield Finding(FAIL, error.message, error.hint)
         return
@@ -393,6 +404,13 @@ def _audit(patient: Patient) -> Findings:
                 WARN, f"{path} is gone", "where is it? `progressdb-kms audit verify` tells what is missing"
             )
         return
+    if patient.older:
+        todo = "use `progressdb-kms restore FILE`, which keeps shredded keys shredded"
+        yield Finding(FAIL, f"{patient.older}: it was put back", todo)
+    elif patient.older is None:
+        yield Finding(
+            WARN, "whether the store is as new as its log can't be told here", "see the findings above"
+        )
     size = path.stat().st_size
     if size > LARGE_LOG:
         yield Finding(
@@ -481,7 +499,7 @@ def examine(patient: Patient) -> Iterator[tuple[str, Finding]]:
         try:
             yield from ((check.name, finding) for finding in check.look(patient))
         except Exception as error:
-            yield check.name, Finding(FAIL, f"the check itself failed: {type(error).__name__}: {error}")
+            yield (check.name, Finding(FAIL, f"the check itself failed: {type(error).__name__}: {error}"))
 
 
 def run(args: argparse.Namespace) -> int:

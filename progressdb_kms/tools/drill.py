@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from ..config.load import Loaded
-from ..crypto.envelope import AUDIT_KEY
+from ..crypto.envelope import AUDIT_KEY, ROW_KEY
+from ..errors import StoreDamaged
 from ..service.ownkeys import ROWS
 from ..service.plan import Configured
 from ..store.policy import SHREDDED
@@ -26,9 +27,15 @@ TOLD = 20
 def check(loaded: Loaded, file: Path, progress: Progress) -> dict[str, Any]:
     """Open every DEK of a backup. Returns what it holds and needs. Raises CommandFailed after it listed what
     is wrong."""
-    with backup.opened(file, progress) as source, datadir.keys(loaded) as keys:
+    with (
+        backup.opened(file, progress) as source,
+        datadir.keys(loaded) as keys,
+        datadir.own_key(keys.keyring, ROW_KEY, source.row_key) as key,
+    ):
         missing = _missing(source, keys.configured)
-        faults, opened = _faults(source, keys, missing, progress)
+        faults = _authentic(source, key) if source.contents.active_kek_id not in missing else []
+        more, opened = _faults(source, keys, missing, progress)
+        faults += more
         for text in faults[:TOLD]:
             say(text)
         if missing or faults:
@@ -43,11 +50,23 @@ def check(loaded: Loaded, file: Path, progress: Progress) -> dict[str, Any]:
         }
 
 
+def _authentic(source: Backup, key: Optional[memoryview]) -> list[str]:
+    """Was it changed after it was made? `key`: its row key."""
+    if key is None:
+        return ["the row key does not open: nothing tells whether the rows are genuine"]
+    try:
+        source.unlock(key)
+        source.check_all()
+    except StoreDamaged as error:
+        return [error.message]
+    return []
+
+
 def _faults(source: Backup, keys: Keys, missing: dict[str, int], progress: Progress) -> tuple[list[str], int]:
     """What does not open although its KEK is here; and how many did."""
     faults, opened, done = [], 0, 0
     with Opener(keys.keyring) as opener:
-        for record in source.records():
+        for record, _ in source.records():
             if record.state == SHREDDED or record.kek_id in missing:
                 continue
             try:
@@ -58,7 +77,7 @@ def _faults(source: Backup, keys: Keys, missing: dict[str, int], progress: Progr
             done += 1
             progress(done, source.contents.deks)
     if source.contents.active_kek_id not in missing:
-        with datadir.audit_key(keys.keyring, source.read(ROWS[AUDIT_KEY])) as key:
+        with datadir.own_key(keys.keyring, AUDIT_KEY, source.read(ROWS[AUDIT_KEY])) as key:
             if key is None:
                 faults.append("the audit key does not open: the chain of the audit log could not go on")
     return faults, opened

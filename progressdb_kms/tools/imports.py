@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import IO, Any, Callable, NamedTuple, Optional
 
 from ..audit.log import key_fragment
+from ..audit.verify import History, history, logs
 from ..config.load import Loaded
 from ..encoding import KEK_ID, KEY_ID, MAX_THREAD_ID, b64decode, json_loads, timestamp
 from ..errors import KMSError, StoreDamaged
 from ..store.contract import DekRecord
-from ..store.policy import ENABLED, PENDING_DELETION, SHREDDED, STATES
+from ..store.policy import DISABLED, ENABLED, PENDING_DELETION, SHREDDED, STATES
 from . import datadir, pebble
 from .console import CommandFailed, say
 from .datadir import Opener, Work
@@ -253,14 +254,17 @@ def _taken_at(name: str) -> str:
 class Importer:
     """Takes records into the store, inside its transaction."""
 
-    def __init__(self, work: Work, opener: Opener, force: bool = False) -> None:
+    def __init__(self, work: Work, opener: Opener, history: History, force: bool = False) -> None:
         self._store = work.store
+        self._history = history
         self._active = work.keyring.active
         self._opener = opener
         self._force = force
         self.taken: list[tuple[str, str]] = []
         self.unchanged = 0
         self.bad: list[str] = []
+        self.distrusted: set[str] = set()
+        """Keys whose row was not as the daemon wrote it: their state is not known."""
 
     def add(self, where: str, record: Callable[[], DekRecord]) -> None:
         try:
@@ -269,7 +273,7 @@ class Importer:
             self.bad.append(f"{where}: {error}")
 
     def _add(self, new: DekRecord) -> None:
-        old = self._store.get(new.key_id)
+        old = self._present_row(new.key_id)
         if old is not None and old.state == SHREDDED:
             if new.state != SHREDDED:
                 raise ValueError(f"the key {new.key_id} was shredded: nothing brings it back")
@@ -279,12 +283,30 @@ class Importer:
                 raise ValueError(f"the key {new.key_id} is shredded there, but in use here")
             self._put(new._replace(kek_id=self._active.kek_id))
         elif old is None:
-            self._put(self._bound(new))
+            self._put(self._bound(self._closed(new)))
         elif self._present(old, new):
             self.unchanged += 1
         else:  # what belongs to the key stays as it is here: its thread, its state
             bound = self._bound(new)
             self._put(old._replace(wrapped=bound.wrapped, kek_id=bound.kek_id, kek_version=bound.kek_version))
+
+    def _present_row(self, key_id: str) -> Optional[DekRecord]:
+        try:
+            return self._store.get(key_id)
+        except StoreDamaged:
+            if not self._store.mending:
+                raise
+            self.distrusted.add(key_id)
+            return None
+
+    def _closed(self, new: DekRecord) -> DekRecord:
+        """What the audit log says of a DEK that the store does not know (any more)."""
+        if new.key_id in self._history.shredded:
+            raise ValueError(f"the key {new.key_id} was shredded, says the audit log: nothing brings it back")
+        if new.state != ENABLED or not (new.key_id in self._history.closed or new.key_id in self.distrusted):
+            return new
+        delete_at = self._history.closed.get(new.key_id, "")
+        return new._replace(state=PENDING_DELETION if delete_at else DISABLED, delete_at=delete_at)
 
     def _present(self, old: DekRecord, new: DekRecord) -> bool:
         """Is it the same DEK? False where it may be replaced. ValueError where there is another one."""
@@ -316,7 +338,8 @@ def take(
     something is bad and `skip_bad` is False: then nothing is stored."""
     now = time.time()
     with Opener(work.keyring, foreign=op == "import") as opener:
-        importer = Importer(work, opener, force)
+        work.store.mending = op != "import"
+        importer = Importer(work, opener, _history(work), force)
         try:
             with work.store.transaction():
                 for entry in found:
@@ -324,6 +347,8 @@ def take(
                     progress(entry.done, entry.total)
                 if importer.bad and not skip_bad:
                     raise _refused(importer.bad, op)
+                if work.store.mending and importer.taken:
+                    _recount(work)
                 for key_id, thread_id in importer.taken:
                     work.audit.record(op, "ok", 200, key_fragment(key_id, thread_id))
                 work.anchor()
@@ -331,6 +356,19 @@ def take(
             _note_failure(work, op, error)
             raise
     return Result(len(importer.taken), importer.unchanged, importer.bad[:TOLD])
+
+
+def _history(work: Work) -> History:
+    return history(logs(Path(work.audit.path).parent), work.audit.key)
+
+
+def _recount(work: Work) -> None:
+    """Where a row that was lost or could not be trusted is here again, all of them add up to another sum."""
+    try:
+        if work.store.recount():
+            work.audit.note("recount", "ok", {})
+    except StoreDamaged as error:
+        say(f"{error.message}: `progressdb-kms verify` tells which rows are left to bring back")
 
 
 def _note_failure(work: Work, op: str, error: BaseException) -> None:

@@ -6,10 +6,15 @@ trigger, no free page, no half of a rotation. What is taken from where:
 
     DEKs                 the backup; shredded ones as tombstones
     tombstones           the present store, the signed `shred` events of the audit log, the backup
+    disabled, scheduled  likewise: what was closed since the backup stays closed
     active KEK           the backup: its DEKs need it
-    audit key            the present store where it opens, else the backup: it stays the same over rotations
+    audit key, row key   the present store where they open, else the backup: they stay over rotations
     audit epoch, heads   the present store, else the backup, and above whatever the log knows of
+    number of changes    one above the present store, the backup and the log
     deletions            made anew from the DEKs
+
+Rows are taken from nobody but ourselves: each, of the backup and of the present store, is held against its
+MAC, and all of them against the sum. With `--force` a row that doesn't fit comes back disabled, and is named.
 
 The audit chain goes on: the next start, which this command does itself, names the heads that were there
 before. The `restore` event is owed by a row of the new store, so that a crash after the rename can't lose it.
@@ -27,24 +32,22 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from ..audit import verify
-from ..audit.log import FILE_NAME as AUDIT_LOG
-from ..audit.log import last_epoch
 from ..config.load import Loaded
-from ..crypto.envelope import AUDIT_KEY
+from ..crypto.envelope import AUDIT_KEY, ROW_KEY
 from ..encoding import timestamp
-from ..errors import AuditUnavailable, KeyMismatch, KMSError
-from ..service import ownkeys
+from ..errors import AuditUnavailable, KeyMismatch, KMSError, StoreDamaged
 from ..service.clock import ROW as TRUSTED_CLOCK
+from ..service.ownkeys import ROWS, held, wrap
 from ..service.plan import Plan, plan
 from ..service.rotation import RETIRED_KEK, retired
 from ..service.start import RESTORE_FOLDER, RESTORED
-from ..store.contract import DekRecord, KekCount
-from ..store.policy import SHREDDED
+from ..store.contract import DekRecord
+from ..store.policy import DISABLED, ENABLED, PENDING_DELETION, SHREDDED
 from ..store.sqlite import FILE_NAME, SqliteStore
 from . import asowner, backup, datadir
 from .backup import Backup, Progress
@@ -66,17 +69,22 @@ class Present(NamedTuple):
     audit: dict[str, Any]
     erasures: list[str]
     tombstones: dict[str, DekRecord]
+    closed: dict[str, str]
+    """DEKs that must not be used, with the time of their deletion."""
     newer: list[str]
     """DEKs that the backup lacks, or has another row of."""
+    change: int
 
 
 class Past(NamedTuple):
     """What the new store needs to know of the time before it."""
 
-    audit_key: dict[str, Any]  # wrapped under the KEK that the backup calls active
-    audit: dict[str, Any]
+    rows: dict[str, Any]
+    """Of the audit log, and the keys of our own, wrapped under the KEK that the backup calls active."""
     tombstones: dict[str, DekRecord]
+    closed: dict[str, str]
     erasures: list[str]
+    change: int
 
 
 class Built(NamedTuple):
@@ -92,12 +100,15 @@ def restore(loaded: Loaded, file: Path, force: bool, progress: Progress) -> dict
     Raises CommandFailed, KeyMismatch, AlreadyRunning, StoreUnavailable.
     """
     data_dir = loaded.settings.data_dir
-    with backup.opened(file, progress) as source, datadir.keys(loaded) as keys:
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(backup.opened(file, progress))
+        keys = stack.enter_context(datadir.keys(loaded))
         chosen = _plan(source, keys)
+        _trust(source, stack.enter_context(datadir.own_key(keys.keyring, ROW_KEY, source.row_key)), force)
         with datadir.held(loaded), _staging(data_dir) as folder:
-            present = _look(data_dir, source, force)
+            present = _look(data_dir, source, keys, force)
             past = _past(data_dir, source, present, chosen, keys, force, progress)
-            built = _build(folder, source, chosen, past, Opener(keys.keyring), progress)
+            built = _build(folder, source, chosen, past, keys, progress)
             _swap(data_dir, folder)
             chain = _record(loaded, keys)
         return _told(source, present, built, chain)
@@ -134,25 +145,48 @@ def _told(source: Backup, present: Optional[Present], built: Built, chain: str) 
 
 def _plan(source: Backup, keys: Keys) -> Plan:
     """Do the configured keys fit the backup? The same decision as at a start of the daemon."""
-    active = source.read("kek:active")
-    if active is None:
+    state = source.state()
+    if state.active is None:
         raise CommandFailed(f"{source.file} is of a store that was never used")
-    counts = {kek_id: KekCount(*row) for kek_id, row in (source.read("kek:counts") or {}).items()}
-    stored = (str(active["kek_id"]), int(active["version"]))
+    stored = (state.active.kek_id, state.active.version)
     try:
-        plan(stored, counts, keys.configured, retired(source.rows(RETIRED_KEK)))
+        plan(stored, state.keks, keys.configured, retired(source.rows(RETIRED_KEK)))
     except KeyMismatch as error:
         raise KeyMismatch(f"{source.file} needs other keys: {error.message}", hint=error.hint) from None
     return Plan(*stored, adopt=False)
 
 
-def _look(data_dir: Path, source: Backup, force: bool) -> Optional[Present]:
+def _trust(source: Backup, key: Optional[memoryview], force: bool) -> None:
+    """Are the rows of the backup ours, and all of them? `key`: its row key."""
+    if key is None:
+        hint = "add the KEK to previous_master_keys"
+        raise KeyMismatch("the backup's row key opens under none of the configured KEKs", hint=hint)
+    try:
+        source.unlock(key)
+        source.check_all()
+    except StoreDamaged as error:
+        if not force:
+            raise CommandFailed(
+                f"{source.file} was changed after it was made: {error.message}",
+                hint="take another backup; --force takes it, and what doesn't fit comes back disabled",
+            ) from None
+
+
+def _look(data_dir: Path, source: Backup, keys: Keys, force: bool) -> Optional[Present]:
     """Read the present store; None where there is none, or, with `force`, none that can be read."""
     path = data_dir / FILE_NAME
     if not path.exists() or not path.stat().st_size:
-        return Present({}, [], {}, [])
+        return Present({}, [], {}, {}, [], 0)
     try:
-        with asowner.acting_as(asowner.of(data_dir)), contextlib.closing(SqliteStore(data_dir)) as store:
+        with (
+            asowner.acting_as(asowner.of(data_dir)),
+            contextlib.closing(SqliteStore(data_dir)) as store,
+            datadir.own_key(keys.keyring, ROW_KEY, store.read(ROWS[ROW_KEY])) as key,
+        ):
+            if key is not None:
+                store.unlock(key)
+            elif store.state().change:
+                raise ValueError("its row key opens under none of the configured KEKs")
             present = _read(store, source)
     except (KMSError, ValueError) as error:
         if force:
@@ -171,21 +205,23 @@ def _look(data_dir: Path, source: Backup, force: bool) -> Optional[Present]:
 
 
 def _read(store: SqliteStore, source: Backup) -> Present:
-    tombstones, newer, after = {}, [], ""
+    tombstones: dict[str, DekRecord] = {}
+    closed: dict[str, str] = {}
+    newer, after = [], ""
     while page := store.page(after, BATCH):
         for record in page:
             if record.state == SHREDDED:
                 tombstones[record.key_id] = record
             elif source.get(record.key_id) != record.to_row():
                 newer.append(record.key_id)
+            if record.state in (DISABLED, PENDING_DELETION):
+                closed[record.key_id] = record.delete_at
         after = page[-1].key_id
-    rows = {
-        name: store.read(name)
-        for prefix in ("audit:", RETIRED_KEK, TRUSTED_CLOCK)
-        for name in store.names(prefix)
-    }
+    prefixes = ("audit:", RETIRED_KEK, TRUSTED_CLOCK)
+    names = [name for prefix in prefixes for name in store.names(prefix)]
+    rows = {name: store.read(name) for name in [*names, *ROWS.values()]}
     erasures = [name.partition(":")[2] for name in store.names("erasure:")]
-    return Present(rows, erasures, tombstones, newer)
+    return Present(rows, erasures, tombstones, closed, newer, store.state().change)
 
 
 # ---- what the new store must know of the time before ----------------------------------------------------
@@ -200,28 +236,51 @@ def _past(
     force: bool,
     progress: Progress,
 ) -> Past:
-    rows = dict(present.audit) if present and present.audit else source.rows("audit:")
+    theirs = {**source.rows("audit:"), ROWS[ROW_KEY]: source.read(ROWS[ROW_KEY])}
+    rows = dict(present.audit) if present and present.audit else dict(theirs)
     rows = {**source.rows(RETIRED_KEK), **rows}
     rows.pop(RESTORED, None)
-    logs = sorted(data_dir.glob(AUDIT_LOG + "*"))
-    dead: dict[str, str] = {}
-    wrapped: dict[str, Any] = {}
-    for holder in (rows, source.rows("audit:")):
-        with datadir.audit_key(keys.keyring, holder.get("audit:key")) as key:
+    logs = verify.logs(data_dir)
+    history, floor = verify.History({}, {}), None
+    checked = False
+    for holder in (rows, theirs):
+        with datadir.own_key(keys.keyring, AUDIT_KEY, holder.get(ROWS[AUDIT_KEY])) as key:
             if key is None:  # the present store's may be wrapped under a KEK that is lost
                 continue
-            if not wrapped:
+            if not checked:
                 _verify(logs, key, rows, force, progress)
-                wrapped = ownkeys.wrap(keys.keyring, chosen.active, AUDIT_KEY, key)
-            dead.update(_shredded(logs, key))
-    if not wrapped:
-        hint = "add the KEK to previous_master_keys"
-        raise KeyMismatch("the audit key opens under none of the configured KEKs", hint=hint)
-    tombstones = {key_id: _tombstone(key_id, when, source, chosen) for key_id, when in dead.items()}
+                checked, floor = True, verify.floor(logs, key)
+            told = _history(logs, key)
+            history.shredded.update(told.shredded)
+            history.closed.update(told.closed)
+    rows.update(_own_keys(keys, chosen, (rows, theirs)))
+    dead = history.shredded.items()
+    tombstones = {key_id: _tombstone(key_id, when, source, chosen) for key_id, when in dead}
     tombstones.update(present.tombstones if present else {})
-    _begin_anew(rows, logs)
+    _begin_anew(rows, logs, floor)
     pending = {name.partition(":")[2] for name in source.rows("erasure:")}
-    return Past(wrapped, rows, tombstones, sorted(pending.union(present.erasures if present else ())))
+    erasures = sorted(pending.union(present.erasures if present else ()))
+    closed = {**history.closed, **(present.closed if present else {})}
+    change = max(source.state().change, present.change if present else 0, floor.change if floor else 0)
+    return Past(rows, tombstones, closed, erasures, change)
+
+
+def _own_keys(keys: Keys, chosen: Plan, holders: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The rows of the keys of our own, from the first holder whose key opens; the keys go to the keyring."""
+    result = {}
+    for name, into in held(keys.keyring).items():
+        for holder in holders:
+            with datadir.own_key(keys.keyring, name, holder.get(ROWS[name])) as key:
+                if key is not None:
+                    into[:] = key
+                    result[ROWS[name]] = wrap(keys.keyring, chosen.active, name, into)
+                    break
+        else:
+            raise KeyMismatch(
+                f"the key {ROWS[name]} opens under none of the configured KEKs",
+                hint="add the KEK to previous_master_keys",
+            )
+    return result
 
 
 def _verify(
@@ -241,9 +300,9 @@ def _verify(
         )
 
 
-def _shredded(logs: list[Path], key: memoryview) -> dict[str, str]:
+def _history(logs: list[Path], key: memoryview) -> verify.History:
     try:
-        return verify.shredded(logs, key)
+        return verify.history(logs, key)
     except (OSError, EOFError, zlib.error) as error:
         raise CommandFailed(f"the audit log can't be read: {error}") from None
 
@@ -254,12 +313,11 @@ def _tombstone(key_id: str, when: str, source: Backup, chosen: Plan) -> DekRecor
     return old._replace(wrapped=b"", state=SHREDDED, delete_at="", shredded_at=old.shredded_at or when)
 
 
-def _begin_anew(rows: dict[str, Any], logs: list[Path]) -> None:
+def _begin_anew(rows: dict[str, Any], logs: list[Path], floor: Optional[verify.Floor]) -> None:
     """The next chain's epoch is above all that the logs know. Without a log there is nothing to follow on:
     the heads would only say that it is missing, which the operator knows."""
     epoch = dict(rows.get("audit:epoch") or {"epoch": 0, "since": 0})
-    last = max((found for path in logs if (found := last_epoch(path)) is not None), default=0)
-    epoch["epoch"] = max(int(epoch["epoch"]), last)
+    epoch["epoch"] = max(int(epoch["epoch"]), floor.epoch if floor else 0)
     if not logs:
         for name in [name for name in rows if name.startswith("audit:head:")]:
             del rows[name]
@@ -281,22 +339,25 @@ def _staging(data_dir: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _build(
-    folder: Path, source: Backup, chosen: Plan, past: Past, opener: Opener, progress: Progress
-) -> Built:
+def _build(folder: Path, source: Backup, chosen: Plan, past: Past, keys: Keys, progress: Progress) -> Built:
     """Write the new store. A DEK of the backup that does not open is taken as it is, and named."""
     again, damaged, done = 0, [], 0
     total = source.contents.deks + source.contents.shredded
     left = dict(past.tombstones)
     records = source.records()
-    with asowner.acting_as(asowner.of(folder)), contextlib.closing(SqliteStore(folder)) as store, opener:
+    with (
+        asowner.acting_as(asowner.of(folder)),
+        contextlib.closing(SqliteStore(folder, keys.keyring.row_key)) as store,
+        Opener(keys.keyring) as opener,
+    ):
         while batch := list(itertools.islice(records, BATCH)):
             with store.transaction():
-                for record in batch:
+                for record, genuine in batch:
                     dead = left.pop(record.key_id, None)
                     again += dead is not None and record.state != SHREDDED
-                    _put(store, dead or record)
-                    if dead is None and record.state != SHREDDED and not _opens(opener, record):
+                    _put(store, dead or _closed(record, past, genuine))
+                    whole = genuine and (record.state == SHREDDED or _opens(opener, record))
+                    if dead is None and not whole:
                         damaged.append(record.key_id)
             done += len(batch)
             progress(done, total)
@@ -307,6 +368,17 @@ def _build(
             built = Built(deks, done + len(left) - deks, again, damaged)
             _put_rows(store, source, chosen, past, built)
     return built
+
+
+def _closed(record: DekRecord, past: Past, genuine: bool) -> DekRecord:
+    """What was closed since the backup stays so, and so does what nobody can vouch for."""
+    if record.state == ENABLED and not genuine:
+        return record._replace(state=DISABLED)
+    delete_at = past.closed.get(record.key_id)
+    if record.state not in (ENABLED, DISABLED) or delete_at is None:
+        return record
+    state = PENDING_DELETION if delete_at else DISABLED
+    return record._replace(state=state, delete_at=delete_at)
 
 
 def _opens(opener: Opener, record: DekRecord) -> bool:
@@ -324,10 +396,12 @@ def _put(store: SqliteStore, record: DekRecord) -> None:
 
 
 def _put_rows(store: SqliteStore, source: Backup, chosen: Plan, past: Past, built: Built) -> None:
-    store.write("kek:active", source.read("kek:active"))
-    for name, row in past.audit.items():
+    active = source.state().active
+    assert active is not None  # or there would be no plan
+    store.activate(*active)
+    store.advance(past.change)
+    for name, row in past.rows.items():
         store.write(name, row)
-    store.write("audit:key", past.audit_key)
     for key_id in past.erasures:
         store.write(f"erasure:{key_id}", {"since": timestamp(time.time())})
     event = {

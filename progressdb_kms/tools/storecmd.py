@@ -19,9 +19,13 @@ from typing import IO, Any, NamedTuple, Optional
 
 from ..config.load import Loaded
 from ..crypto.aead import mac, same
+from ..crypto.envelope import AUDIT_KEY, ROW_KEY
 from ..encoding import b64encode, json_dumps, json_loads
+from ..errors import StoreDamaged
+from ..service.ownkeys import ROWS
 from ..store.contract import DekRecord
 from ..store.policy import PENDING_DELETION, SHREDDED
+from ..store.seal import MODULUS, STATE, StoreState, weight
 from ..store.snapshots import FOLDER
 from ..store.sqlite import DEKS, FILE_NAME, Connection, SqliteReader
 from . import datadir
@@ -103,12 +107,18 @@ def verify(loaded: Loaded, progress: Progress) -> dict[str, Any]:
     """
     data_dir = loaded.settings.data_dir
     faults = _Faults()
-    with (
-        datadir.beside(data_dir),
-        contextlib.closing(_reader(data_dir)) as reader,
-        datadir.keys(loaded) as keys,
-    ):
-        _check_file(data_dir, faults)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(datadir.beside(data_dir))
+        reader = stack.enter_context(contextlib.closing(_reader(data_dir)))
+        keys = stack.enter_context(datadir.keys(loaded))
+        key = stack.enter_context(datadir.own_key(keys.keyring, ROW_KEY, reader.read(ROWS[ROW_KEY])))
+        if key is None:
+            faults.add("the row key does not open under any configured KEK: no row can be checked")
+        else:
+            reader.unlock(key)
+        _check_file(data_dir, reader, faults)
+        if older := datadir.put_back(data_dir, reader, keys):
+            faults.add(f"{older}: it was put back; use `progressdb-kms restore FILE`")
         total = sum(row.deks for row in reader.keks().values())
         with Opener(keys.keyring) as opener:
             live, shredded = _check_deks(reader, opener, total, faults, progress)
@@ -121,22 +131,41 @@ def verify(loaded: Loaded, progress: Progress) -> dict[str, Any]:
     return {"result": "ok", "deks": live, "shredded": shredded, "ledgers": ledgers}
 
 
-def _check_file(data_dir: Path, faults: _Faults) -> None:
-    """SQLite's integrity, and the counts by which a start decides whether the keys fit: in one snapshot."""
+def _check_file(data_dir: Path, reader: SqliteReader, faults: _Faults) -> None:
+    """SQLite's integrity, and what the state row says of all rows together: in one snapshot."""
     db = Connection(data_dir / FILE_NAME, "ro")
     with contextlib.closing(db):
         db.execute("BEGIN")
         for row in db.select("PRAGMA integrity_check(20)"):
             if row[0] != "ok":
                 faults.add(f"{FILE_NAME}: {row[0]}")
-        text = db.select_one("SELECT value FROM kms WHERE key = 'kek:counts'")
-        kept = {kek_id: row[1] for kek_id, row in json_loads(text[0]).items()} if text else {}
+        text = db.select_one("SELECT value FROM kms WHERE key = ?", (STATE,))
+        state = _state(reader, json_loads(text[0]) if text else None, faults)
+        kept = {kek_id: row.deks for kek_id, row in state.keks.items()}
         found = {row[0]: row[1] for row in db.select(_CENSUS, (SHREDDED,))}
         if kept != found:
             faults.add(f"{FILE_NAME}: DEKs by KEK are counted as {kept}, and there are {found}")
+        rows = db.select(f"SELECT json_extract(value, '$.mac') FROM {DEKS}")  # noqa: S608
+        if sum(_weight(row[0]) for row in rows) % MODULUS != state.total:
+            faults.add(f"{FILE_NAME}: a row was deleted, or an older one was put back: they don't add up")
         for row in db.select(_UNINDEXED, (PENDING_DELETION,)):
             faults.add(f"{row[0][5:]}: is to be deleted, but the janitor's list does not have it")
         db.execute("COMMIT")
+
+
+def _weight(mac_of_row: Any) -> int:
+    try:
+        return weight({"mac": mac_of_row})
+    except (ValueError, TypeError):
+        return 0  # the row itself is a fault, which the look at each row finds
+
+
+def _state(reader: SqliteReader, row: Any, faults: _Faults) -> StoreState:
+    try:
+        reader.check(STATE, row)
+    except StoreDamaged as error:
+        faults.add(error.message)
+    return StoreState.from_row(row)
 
 
 _CENSUS = (
@@ -154,8 +183,14 @@ def _check_deks(
     reader: SqliteReader, opener: Opener, total: int, faults: _Faults, progress: Progress
 ) -> tuple[int, int]:
     live = shredded = 0
-    for page in _pages(reader):
-        for record in page:
+    after = ""
+    while page := reader.judged(after, PAGE):
+        after = page[-1][0]
+        for key_id, record in page:
+            if record is None:
+                live += 1
+                faults.add(f"{key_id}: its row is not as the daemon wrote it")
+                continue
             if record.state == SHREDDED:
                 shredded += 1
                 if record.wrapped:
@@ -277,7 +312,7 @@ def _remove(snapshot: SnapshotFolder) -> None:
 def _check_ledgers(data_dir: Path, reader: SqliteReader, keys: Keys, faults: _Faults) -> int:
     """Is each ledger the one that was signed?"""
     finished = [one for one in _snapshots(data_dir) if one.totals]
-    with datadir.audit_key(keys.keyring, reader.read("audit:key")) as key:
+    with datadir.own_key(keys.keyring, AUDIT_KEY, reader.read(ROWS[AUDIT_KEY])) as key:
         if key is None:
             faults.add("the audit key does not open under any configured KEK")
             return 0

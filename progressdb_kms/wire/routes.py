@@ -189,9 +189,8 @@ def enable_dek(app: App, call: Call) -> Reply:
     return _transition(app, call, "enable")
 
 
-def _transition(app: App, call: Call, action: str, days: int = 7) -> Reply:
-    key_id = path_key_id(call)
-    return answer(app.service.change("transition", key_id=key_id, action=action, days=days))
+def _transition(app: App, call: Call, action: str) -> Reply:
+    return answer(app.service.change("transition", key_id=path_key_id(call), action=action))
 
 
 def disable_or_enable(app: App, call: Call) -> Reply:
@@ -200,13 +199,17 @@ def disable_or_enable(app: App, call: Call) -> Reply:
 
 
 def delete_dek(app: App, call: Call) -> Reply:
-    path_key_id(call)
+    key_id = path_key_id(call)
     fields = optional_fields_of(call)
     now = fields.flag("immediately")
     days = fields.integer("pending_days", 1, 365, 7)
     fields.end()
     call.details = fragment(immediately=now)
-    return _transition(app, call, "shred" if now else "schedule_deletion", days)
+    done = app.service.change(
+        "transition", key_id=key_id, action="shred" if now else "schedule_deletion", days=days
+    )
+    call.details = fragment(immediately=now, delete_at=done.get("delete_at"))
+    return answer(done)
 
 
 def accept_clock(app: App, call: Call) -> Reply:

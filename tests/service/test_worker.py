@@ -39,7 +39,7 @@ class Site:
     """A service with a DEK, nothing of it outside this process."""
 
     def __init__(self) -> None:
-        self.store = MemoryStore()
+        self.store = MemoryStore(memoryview(bytearray(32)))
         self.keyring = Keyring(memoryview(bytearray(REGION_SIZE)))
         self.kek = memoryview(bytearray(os.urandom(32)))
         self.kek_id = self.keyring.install(self.kek, 1)

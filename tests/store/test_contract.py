@@ -11,15 +11,17 @@ from typing import Any, Callable, Union
 import pytest
 
 from progressdb_kms.errors import StoreDamaged, StoreUnavailable
-from progressdb_kms.store.contract import DekRecord, KekCount
+from progressdb_kms.store.contract import DekRecord
 from progressdb_kms.store.memstore import MemoryReader, MemoryStore
 from progressdb_kms.store.policy import SHREDDED
+from progressdb_kms.store.seal import STATE, KekCount
 from progressdb_kms.store.sqlite import SqliteReader, SqliteStore
 
 AnyStore = Union[SqliteStore, MemoryStore]
 AnyReader = Union[SqliteReader, MemoryReader]
 
 OLD, NEW = "00" * 8, "11" * 8
+KEY = memoryview(bytearray(range(32)))
 
 
 class Stop(Exception):
@@ -30,11 +32,11 @@ class Stop(Exception):
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[AnyStore, AnyReader]]:
     """A writer, and a reader of what it commits."""
     if request.param == "memory":
-        memory = MemoryStore()
-        yield memory, MemoryReader(memory)
+        memory = MemoryStore(KEY)
+        yield memory, MemoryReader(memory, KEY)
         return
-    store = SqliteStore(tmp_path)
-    reader = SqliteReader(tmp_path)
+    store = SqliteStore(tmp_path, KEY)
+    reader = SqliteReader(tmp_path, KEY)
     yield store, reader
     reader.close()
     store.close()
@@ -307,9 +309,215 @@ class TestDue:
         with store.transaction():
             for at, key_id in (("2026-03", "a"), ("2026-01", "b"), ("2026-02", "c"), ("2026-01", "unknown")):
                 store.write(f"deletion:{at}|{key_id}", {})
-        assert keys(store.due("2026-00", 9)) == []
-        assert keys(store.due("2026-02|z", 9)) == ["b", "c"]
-        assert keys(store.due("2027", 1)) == ["b"]
+        assert store.due("2026-00", 9) == []
+        assert store.due("2026-02|z", 9) == [
+            f"deletion:{entry}" for entry in ("2026-01|b", "2026-01|unknown", "2026-02|c")
+        ]
+        assert store.due("2027", 1) == ["deletion:2026-01|b"]
+
+
+def edit(store: AnyStore, key_id: str, **fields: Any) -> None:
+    """As somebody with an SQL shell would: nothing else is changed with it."""
+    with store.transaction():
+        row = {**store._raw(key_id), **fields}
+        store._set(key_id, {name: value for name, value in row.items() if value is not None})
+
+
+class TestAuthentic:
+    """A row is as the daemon wrote it, or nobody takes it."""
+
+    EDITS = [
+        {"state": "enabled"},
+        {"thread_id": "other"},
+        {"wrapped": "AAAA"},
+        {"kek_id": NEW},
+        {"kek_version": 2},
+        {"created_at": "2020-01-02T00:00:00.000000Z"},
+        {"delete_at": "2020-01-02T00:00:00.000000Z"},
+        {"shredded_at": "2020-01-02T00:00:00.000000Z"},
+        {"format": 1.0},
+        {"other": 1},
+        {"mac": None},
+        {"mac": ""},
+        {"mac": 7},
+        {"mac": "A" * 43 + "="},
+    ]
+
+    @pytest.mark.parametrize("fields", EDITS, ids=str)
+    def test_an_edited_row(self, store: AnyStore, reader: AnyReader, fields: dict[str, Any]) -> None:
+        put(store, dek("a", state="disabled"), dek("b"))
+        edit(store, "a", **fields)
+        for read in (
+            store.get,
+            reader.get,
+            lambda key_id: store.page("", 9),
+            lambda key_id: reader.page("", 9),
+        ):
+            with pytest.raises(StoreDamaged, match="meta:a .* not as the daemon wrote it"):
+                read("a")
+        with pytest.raises(StoreDamaged):
+            put(store, dek("a"))
+        assert reader.judged("", 9) == [("a", None), ("b", dek("b"))]
+
+    def test_a_row_under_another_name(self, store: AnyStore, reader: AnyReader) -> None:
+        put(store, dek("a"), dek("b"))
+        with store.transaction():
+            store._set("b", store._raw("a"))
+        assert reader.get("a") == dek("a")
+        with pytest.raises(StoreDamaged):
+            reader.get("b")
+
+    @pytest.mark.parametrize("how", ["older", "deleted", "added"])
+    def test_what_is_genuine_must_add_up(self, store: AnyStore, reader: AnyReader, how: str) -> None:
+        put(store, dek("a"), dek("b"))
+        was = store._raw("a")
+        put(store, dek("a", state="disabled"), dek("c"))
+        with store.transaction():
+            if how == "older":
+                store._set("a", was)
+            elif isinstance(store, MemoryStore):
+                rows = store._writable().deks
+                rows.update(d=rows["c"]) if how == "added" else rows.pop("c")
+            elif how == "added":
+                store._conn.execute("INSERT INTO deks SELECT 'meta:a0', value FROM deks WHERE key='meta:a'")
+            else:
+                store._conn.execute("DELETE FROM deks WHERE key='meta:c'")
+        if how == "older":
+            assert reader.get("a") == dek("a")  # by itself there is nothing wrong with it
+        with store.transaction():
+            store.staging(True)
+            store.stage([dek(key_id, kek_id=NEW) for key_id, _ in store.judged("", 9)])
+        with pytest.raises(StoreDamaged, match="don't add up"):
+            store.check_staged(store.check_staged("", 9), 9)
+        with pytest.raises(StoreDamaged, match="don't add up"), store.transaction():
+            store.swap({NEW: KekCount(2, 2, "s")})
+        if how != "added":
+            with store.transaction():
+                assert store.recount()
+            with store.transaction():
+                assert not store.recount()
+
+    @pytest.mark.parametrize("member", ["change", "active", "keks", "sum"])
+    def test_an_edited_state(self, store: AnyStore, reader: AnyReader, member: str) -> None:
+        with store.transaction():
+            store.activate(OLD, 1, "2026")
+            store.put(dek("a"))
+        row = reader.read(STATE)
+        assert row is not None
+        values = {"change": 1, "active": [NEW, 1, "2026"], "keks": {NEW: [1, 1, "2026"]}, "sum": "0" * 64}
+        with store.transaction():
+            store.write(STATE, {**row, member: values[member]})
+        for read in (reader.state, lambda: store.unlock(KEY)):
+            with pytest.raises(StoreDamaged, match=STATE):
+                read()
+
+    def test_a_state_that_was_taken_away(self, store: AnyStore) -> None:
+        put(store, dek("a"))
+        with store.transaction():
+            store.erase(STATE)
+        with pytest.raises(StoreDamaged, match="missing"):
+            store.unlock(KEY)
+
+    def test_the_state_of_a_row_is_no_state_of_the_store(self, store: AnyStore) -> None:
+        put(store, dek("a"))
+        with store.transaction():
+            store.write(STATE, store._raw("a"))
+        with pytest.raises(StoreDamaged):
+            store.unlock(KEY)
+
+    def test_another_key(self, store: AnyStore) -> None:
+        put(store, dek("a"))
+        with pytest.raises(StoreDamaged):
+            store.unlock(memoryview(bytearray(32)))
+
+
+class TestNumber:
+    """Each change has a number that grows; it is told when the change is on disk, and never before."""
+
+    def test_grows_with_each_change(self, store: AnyStore, reader: AnyReader) -> None:
+        told: list[int] = []
+        store.unlock(KEY, told.append)
+        put(store, dek("a"), dek("b"))
+        put(store, dek("a", state="disabled"))
+        with store.transaction():
+            store.activate(OLD, 1, "2026")
+        with store.transaction():
+            store.write("x", {})  # no change of a row
+        assert told == [0, 2, 3, 4] and reader.state().change == store.state().change == 4
+        with store.transaction():
+            store.advance(9)
+        with store.transaction():
+            store.advance(3)
+        assert told[-2:] == [10, 11] and reader.state().change == 11
+
+    def test_of_what_failed_is_not_told(self, store: AnyStore, reader: AnyReader) -> None:
+        told: list[int] = []
+        store.unlock(KEY, told.append)
+        with contextlib.suppress(Stop), store.transaction():
+            store.put(dek("a"))
+            raise Stop
+        with store.transaction():
+            with contextlib.suppress(Stop), store.savepoint():
+                store.put(dek("b"))
+                raise Stop
+            store.put(dek("c"))
+            assert told == [0]
+        assert told == [0, 1] and reader.state().change == 1
+        with store.transaction():
+            assert not store.recount()
+
+    def test_nothing_is_written_without_the_key(
+        self, pair: tuple[AnyStore, AnyReader], tmp_path: Path
+    ) -> None:
+        (tmp_path / "bare").mkdir()
+        bare = MemoryStore() if isinstance(pair[0], MemoryStore) else SqliteStore(tmp_path / "bare")
+        with pytest.raises(StoreUnavailable, match="row key"):
+            put(bare, dek("a"))
+
+
+class TestTally:
+    """Rows change while a rotation adds up: before the place that it has reached, and behind it."""
+
+    def test_changes_meanwhile_are_reckoned_in(self, store: AnyStore) -> None:
+        names = [f"k{n}" for n in range(8)]
+        put(store, *map(dek, names))
+
+        def change(*records: DekRecord) -> None:
+            with store.transaction():
+                for record in records:
+                    store.put(record)
+                    store.stage([record._replace(kek_id=NEW, kek_version=2)])
+
+        with store.transaction():
+            store.staging(True)
+        with store.transaction():
+            store.stage([dek(name, kek_id=NEW, kek_version=2) for name in names])
+        change(dek("k0", "before"))
+        assert store.check_staged("", 4) == "k3"
+        change(dek("k1", "behind"), dek("k6", "ahead"), dek("k15", "new, behind"), dek("k7x", "new, ahead"))
+        with contextlib.suppress(Stop), store.transaction():
+            store.put(dek("k2", "undone"))
+            store.stage([dek("k2", "undone", kek_id=NEW)])
+            raise Stop
+        assert store.check_staged("k3", 9) == "k7x" and store.check_staged("k7x", 9) == ""
+        change(dek("k3", "at last"), dek("k9", "new at last"))
+        with store.transaction():
+            store.swap({NEW: KekCount(2, 11, "2026-01-02T00:00:00.000000Z")})
+        with store.transaction():
+            assert not store.recount()
+        assert {record.thread_id for record in store.page("", 99)} == {
+            "t", "before", "behind", "ahead", "new, behind", "new, ahead", "at last", "new at last"
+        }  # fmt: skip
+
+    def test_a_store_that_was_opened_anew_is_not_compared_on(self, store: AnyStore) -> None:
+        put(store, dek("a"))
+        with store.transaction():
+            store.staging(True)
+            store.stage([dek("a", kek_id=NEW)])
+        assert store.check_staged("", 1) == "a"
+        store._look()
+        with pytest.raises(StoreUnavailable, match="opened anew"):
+            store.check_staged("a", 1)
 
 
 def test_tidying_changes_nothing(store: AnyStore, reader: AnyReader) -> None:
@@ -323,10 +531,10 @@ class TestFile:
     """What only a file can have."""
 
     def test_rows_outlive_the_process_that_wrote_them(self, tmp_path: Path) -> None:
-        store = SqliteStore(tmp_path)
+        store = SqliteStore(tmp_path, KEY)
         put(store, dek("a"))
         store.close()
-        again = SqliteStore(tmp_path)
+        again = SqliteStore(tmp_path, KEY)
         assert again.get("a") == dek("a") and again.keks()[OLD].deks == 1
         again.close()
 
@@ -344,14 +552,14 @@ class TestFile:
     def test_a_damaged_file_is_refused(
         self, tmp_path: Path, harm: Callable[[Path], None], says: str, hint: str
     ) -> None:
-        store = SqliteStore(tmp_path)
+        store = SqliteStore(tmp_path, KEY)
         put(store, *(dek(f"k{n}") for n in range(200)))
         store.checkpoint()
         store.close()
         (tmp_path / "kms-audit.log").touch()  # a data-dir in use
         harm(tmp_path / "kms.db")
         with pytest.raises(StoreDamaged, match=says) as caught:
-            SqliteStore(tmp_path)
+            SqliteStore(tmp_path, KEY)
         assert hint in caught.value.hint
 
     def sql(self, tmp_path: Path, statement: str) -> None:
@@ -368,10 +576,10 @@ class TestFile:
     def test_a_file_that_is_not_ours_is_refused(
         self, tmp_path: Path, statement: str, says: str, hint: str
     ) -> None:
-        SqliteStore(tmp_path).close()
+        SqliteStore(tmp_path, KEY).close()
         self.sql(tmp_path, statement)
         with pytest.raises(StoreDamaged, match=says) as caught:
-            SqliteStore(tmp_path)
+            SqliteStore(tmp_path, KEY)
         assert hint in caught.value.hint
 
     @pytest.mark.parametrize(
@@ -379,11 +587,11 @@ class TestFile:
         ["not json", "[]", "{}", '{"format": 2}', '{"format": 1, "wrapped": "***"}', "gASVBQAAAAAAAABLKi4="],
     )
     def test_a_row_that_is_not_ours_is_refused(self, tmp_path: Path, value: str) -> None:
-        store = SqliteStore(tmp_path)
+        store = SqliteStore(tmp_path, KEY)
         put(store, dek("a"))
         store.close()
         self.sql(tmp_path, f"DROP INDEX deks_thread_1; UPDATE deks SET value = '{value}'")  # noqa: S608
-        again = SqliteStore(tmp_path)
+        again = SqliteStore(tmp_path, KEY)
         for read in (lambda: again.get("a"), lambda: again.page("", 9)):
             with pytest.raises(StoreDamaged) as caught:
                 read()
@@ -391,14 +599,14 @@ class TestFile:
         again.close()
 
     def test_the_file_is_written_so_that_nothing_is_lost(self, tmp_path: Path) -> None:
-        store = SqliteStore(tmp_path)
+        store = SqliteStore(tmp_path, KEY)
         pragmas = ("journal_mode", "synchronous", "secure_delete")
         pragma = {name: store._conn.select_one(f"PRAGMA {name}")[0] for name in pragmas}
         assert pragma == {"journal_mode": "wal", "synchronous": 2, "secure_delete": 1}
         store.close()
 
     def test_what_follows_a_write_that_need_not_be_durable_is(self, tmp_path: Path) -> None:
-        store = SqliteStore(tmp_path)
+        store = SqliteStore(tmp_path, KEY)
         found = []
         for durable in (True, False, False, True):
             with store.transaction(durable=durable):
@@ -408,7 +616,7 @@ class TestFile:
 
     def test_a_failed_commit_is_an_error_of_that_call(self, tmp_path: Path) -> None:
         """And the file is opened anew before the next write."""
-        store = SqliteStore(tmp_path)
+        store = SqliteStore(tmp_path, KEY)
         put(store, dek("a"))
         real, statements = store._conn.execute, []
 
@@ -424,6 +632,32 @@ class TestFile:
         assert statements[-1] == "ROLLBACK" and store.keks()[OLD].deks == 1
         put(store, dek("c"))
         assert keys(store.page("", 9)) == ["a", "c"] and store.keks()[OLD].deks == 2
+        store.close()
+
+    def test_a_commit_of_unknown_outcome(self, tmp_path: Path) -> None:
+        """It took place, and told of an error: what is on the disk counts, not what we remember."""
+        store = SqliteStore(tmp_path)
+        told: list[int] = []
+        store.unlock(KEY, told.append)
+        put(store, dek("a"))
+        real = store._conn.execute
+
+        def unclear(sql: str, args: tuple[Any, ...] = ()) -> None:
+            real(sql, args)
+            if sql == "COMMIT":
+                raise StoreUnavailable("disk I/O error")
+
+        store._conn.execute = unclear  # type: ignore[method-assign]
+        with pytest.raises(StoreUnavailable):
+            put(store, dek("b"))
+        assert told == [0, 1] and store.state().change == 1  # nobody knows yet
+        with pytest.raises(Stop), store.transaction():
+            assert store.state().change == 2 and told[-1] == 2
+            raise Stop
+        put(store, dek("c"))
+        assert told[-1] == 3 and keys(store.page("", 9)) == ["a", "b", "c"]
+        with store.transaction():
+            assert not store.recount()
         store.close()
 
     def test_a_read_only_folder(self, tmp_path: Path) -> None:

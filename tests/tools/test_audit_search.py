@@ -169,7 +169,7 @@ class Tags(HTMLParser):
 
 
 def page_of(log: Path) -> str:
-    store = MemoryStore()
+    store = MemoryStore(memoryview(bytearray(32)))
     with store.transaction():
         for name, state in (("k_1", "enabled"), ("k_7", "enabled"), ("k_8", "pending_deletion")):
             store.put(

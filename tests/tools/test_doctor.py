@@ -41,8 +41,10 @@ def make_store(folder: Path, counts: dict[str, list[Any]], active: str) -> None:
     with contextlib.closing(sqlite3.connect(folder / "kms.db")) as db:
         db.execute(f"PRAGMA application_id={APPLICATION_ID}")
         db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-        db.execute("CREATE TABLE kms (key TEXT PRIMARY KEY, value BLOB)")
-        rows = [("kek:active", {"kek_id": active, "version": 1}), ("kek:counts", counts)]
+        for table in ("kms", "deks"):
+            db.execute(f"CREATE TABLE {table} (key TEXT PRIMARY KEY, value BLOB)")
+        state = {"change": 1, "active": [active, 1, "2026"], "keks": counts, "sum": "00"}
+        rows = [("store:state", state)]
         db.executemany("INSERT INTO kms VALUES (?, ?)", [(name, json.dumps(value)) for name, value in rows])
         db.commit()
 

@@ -1,0 +1,227 @@
+"""What every store does about MACs and sums, over the few steps that differ (`_raw`, `_set`, …)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Callable, Optional
+
+from ..errors import StoreDamaged, StoreUnavailable
+from .contract import DekRecord, counted
+from .seal import END, MODULUS, STATE, KekCount, Seal, StoreState, Tally, weight
+
+ROWS = 1000
+"""Rows of one look at both sides of a rotation."""
+
+Row = dict[str, Any]
+
+
+class SealedReader:
+    """Rows are checked where the key is at hand."""
+
+    _seal: Optional[Seal] = None
+
+    def _raw(self, key_id: str) -> Any:
+        """The row as it stands, None where there is none."""
+        raise NotImplementedError
+
+    def _raw_page(self, after: str, limit: int, thread_id: Optional[str]) -> list[tuple[str, Any]]:
+        raise NotImplementedError
+
+    def read(self, name: str) -> Optional[Row]:
+        raise NotImplementedError
+
+    def get(self, key_id: str) -> Optional[DekRecord]:
+        row = self._raw(key_id)
+        return None if row is None else self._record(key_id, row)
+
+    def page(self, after: str, limit: int, thread_id: Optional[str] = None) -> list[DekRecord]:
+        """Up to `limit` records with a key_id behind `after`, in order of key_id."""
+        return [self._record(key_id, row) for key_id, row in self._raw_page(after, limit, thread_id)]
+
+    def judged(self, after: str, limit: int) -> list[tuple[str, Optional[DekRecord]]]:
+        """As `page`, with None for a row that is not as the daemon wrote it."""
+        return [(key_id, self._judge(key_id, row)) for key_id, row in self._raw_page(after, limit, None)]
+
+    def _judge(self, key_id: str, row: Any) -> Optional[DekRecord]:
+        try:
+            return self._record(key_id, row)
+        except StoreDamaged:
+            return None
+
+    def state(self) -> StoreState:
+        row = self.read(STATE)
+        self.check(STATE, row)
+        return StoreState.from_row(row)
+
+    def keks(self) -> Mapping[str, KekCount]:
+        return self.state().keks
+
+    def unlock(self, key: memoryview) -> None:
+        """From now on rows are checked."""
+        self._seal = Seal(key)
+
+    def check(self, name: str, row: Any) -> None:
+        """Raises StoreDamaged for a row that is not as the daemon wrote it."""
+        if self._seal is not None and row is not None:
+            self._seal.check(name, row)
+
+    def _record(self, key_id: str, row: Any) -> DekRecord:
+        self.check("meta:" + key_id, row)
+        return DekRecord.from_row(key_id, row)
+
+
+def _nobody(change: int) -> None:
+    """Hears of changes where nobody else does."""
+
+
+class SealedStore(SealedReader):
+    """The writer's side: one object that transactions put back where they fail."""
+
+    _book = StoreState()
+    _tally: Optional[Tally] = None
+    _publish: Callable[[int], None] = staticmethod(_nobody)
+    mending = False
+    """A command is at work that replaces rows which can't be trusted, and counts anew after."""
+
+    def _set(self, key_id: str, row: Row) -> None:
+        raise NotImplementedError
+
+    def _staged(self, key_id: str) -> Optional[Row]:
+        raise NotImplementedError
+
+    def _set_staged(self, rows: list[tuple[str, Row]]) -> None:
+        raise NotImplementedError
+
+    def _pairs(self, after: str, limit: int) -> list[tuple[str, Row, Optional[Row]]]:
+        """Live rows and their staged ones; of each no more than its MAC."""
+        raise NotImplementedError
+
+    def _swap_tables(self) -> None:
+        raise NotImplementedError
+
+    def write(self, name: str, value: Row) -> None:
+        raise NotImplementedError
+
+    # ---- the state ---------------------------------------------------------------------------
+
+    def unlock(self, key: memoryview, publish: Callable[[int], None] = _nobody) -> None:
+        """From now on rows are checked, and may be written. Raises StoreDamaged."""
+        self._seal, self._publish = Seal(key), publish
+        self._look()
+        if not self._book.change and self._raw_page("", 1, None):
+            raise StoreDamaged(
+                f"the row {STATE} of the store is missing",
+                hint="restore a backup: `progressdb-kms restore FILE`",
+            )
+
+    def _look(self) -> None:
+        """Take the state from the disk."""
+        self._book, self._tally = SealedReader.state(self), None
+        self._publish(self._book.change)
+
+    def state(self) -> StoreState:
+        return self._book
+
+    @property
+    def _key(self) -> Seal:
+        if self._seal is None:
+            raise StoreUnavailable("the row key is not loaded: nothing can be written")
+        return self._seal
+
+    def _settle(self, before: StoreState) -> None:
+        """At the end of a transaction."""
+        if self._book is not before:
+            self.write(STATE, self._key.sealed(STATE, self._book.to_row()))
+
+    def _committed(self, before: StoreState) -> None:
+        if self._book is not before:
+            self._publish(self._book.change)
+
+    def activate(self, kek_id: str, version: int, since: str) -> None:
+        """Another active KEK."""
+        self._book = self._book.activated(kek_id, version, since)
+
+    def advance(self, floor: int) -> None:
+        """The number of changes goes on above this one, where it is not there yet."""
+        self._book = self._book._replace(change=max(self._book.change, floor) + 1)
+
+    def recount(self) -> bool:
+        """Count and add up all rows anew, each of which must be genuine. True: the state had it otherwise."""
+        keks: Mapping[str, KekCount] = {}
+        total, after = 0, ""
+        while page := self._raw_page(after, ROWS, None):
+            for key_id, row in page:
+                keks = counted(keks, None, self._record(key_id, row))
+                total = (total + weight(row)) % MODULUS
+            after = page[-1][0]
+        other = (dict(keks), total) != (dict(self._book.keks), self._book.total)
+        if other:
+            self._book = self._book._replace(change=self._book.change + 1, keks=keks, total=total)
+        return other
+
+    # ---- rows --------------------------------------------------------------------------------
+
+    def put(self, record: DekRecord) -> None:
+        old, gone = self._replaced(record.key_id)
+        row = self._key.sealed("meta:" + record.key_id, record.to_row())
+        come = weight(row)
+        self._set(record.key_id, row)
+        self._book = self._book.counted(gone, come, counted(self._book.keks, old, record))
+        if self._tally is not None:
+            self._tally = self._tally.moved(record.key_id, live=come - gone)
+
+    def _replaced(self, key_id: str) -> tuple[Optional[DekRecord], int]:
+        try:
+            row = self._raw(key_id)
+            return (None, 0) if row is None else (self._record(key_id, row), weight(row))
+        except StoreDamaged:
+            if not self.mending:
+                raise
+            return None, 0
+
+    # ---- a second table for rotation -----------------------------------------------------------
+
+    def stage(self, records: Iterable[DekRecord]) -> None:
+        rows = [(one.key_id, self._key.sealed("meta:" + one.key_id, one.to_row())) for one in records]
+        if self._tally is not None:
+            for key_id, row in rows:
+                old = self._staged(key_id)
+                more = weight(row) - (weight(old) if old else 0)
+                self._tally = self._tally.moved(key_id, staged=more)
+        self._set_staged(rows)
+
+    def check_staged(self, after: str, limit: int) -> str:
+        """See that each of up to `limit` rows behind the key_id `after` is staged. Returns the last key_id,
+        or "" at the end. Raises StoreUnavailable where one is missing, StoreDamaged where the live rows are
+        not those that the state tells of."""
+        tally = Tally() if not after else self._tally
+        if tally is None:
+            raise StoreUnavailable("the store was opened anew meanwhile", hint="begin the rotation again")
+        pairs = self._pairs(after, limit)
+        if missing := sum(staged is None for _, _, staged in pairs):
+            raise StoreUnavailable(f"{missing} rewrapped rows are missing: nothing was changed")
+        live = sum(weight(row) for _, row, _ in pairs)
+        staged = sum(weight(row) for _, _, row in pairs if row)
+        last = pairs[-1][0] if pairs else ""
+        self._tally = Tally(last or END, (tally.live + live) % MODULUS, (tally.staged + staged) % MODULUS)
+        if not last:
+            self._check_sum(self._tally.live)
+        return last
+
+    def _check_sum(self, live: int) -> None:
+        if live != self._book.total:
+            raise StoreDamaged(
+                "the rows of the store don't add up: one was deleted, or an older one was put back",
+                hint="run `progressdb-kms verify`, then restore a backup: `progressdb-kms restore FILE`",
+            )
+
+    def swap(self, keks: Mapping[str, KekCount]) -> None:
+        """Let the staged table be the store. The old one is emptied bit by bit by `retire`."""
+        after = "" if self._tally is None else self._tally.after
+        while after != END:
+            after = self.check_staged(after, ROWS) or END
+        assert self._tally is not None
+        self._check_sum(self._tally.live)
+        self._swap_tables()
+        self._book = self._book._replace(change=self._book.change + 1, keks=keks, total=self._tally.staged)
+        self._tally = None
