@@ -22,6 +22,7 @@ from ..service.keeper import STAGING_SLOTS, Keeper
 from ..service.metrics import Metrics
 from ..service.plan import Configured
 from ..service.worker import Service
+from ..store.pause import Pause
 from ..store.sqlite import SqliteReader
 from ..wire.call import App
 from ..wire.server import Door, Limits, Server, peer_of
@@ -102,6 +103,7 @@ class Worker:
         doors = [Door(self._listener, peer_of)]
         slab = shared.slabs[slot - 1]
         self.server = Server(doors, app, limits, self._counters, shared.metrics, slab)
+        self._anchoring = Pause(0, 0)
 
     def _about(self) -> dict[str, Any]:
         shared = self._shared
@@ -152,7 +154,10 @@ class Worker:
         try:
             self._service.anchor()
         except KMSError as error:
-            log.warning("the head of the audit log is not kept in the store now: %s", error.message)
+            if self._anchoring.failed(error.message):
+                log.warning("the head of the audit log is not kept in the store now: %s", error.message)
+        else:
+            self._anchoring.worked()
 
 
 def open_keeper(shared: Shared, incarnation: int) -> tuple[Keeper, int]:
@@ -191,6 +196,7 @@ class Notifier:
         systemd.notify(f"READY=1\nSTATUS=KEK {active.kek_id}, {settings.workers} workers")
 
     def reloading(self) -> None:
+        log.info("SIGHUP: the audit log is opened anew")
         systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         systemd.notify("READY=1")
 

@@ -60,6 +60,7 @@ from .clock import REMEDY, Clock, TrustedTime
 from .lock import Files, publish
 from .plan import Configured
 from .rotation import Rewrapper, Rotation, Steps
+from .told import Overdue, Readiness
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,12 @@ ERASE_PAUSES = 5.0, 60.0
 
 IDLE_SAVE_SECONDS = 600.0
 """How often the trusted time is kept while nothing else is written."""
+
+WATCH_SECONDS = 1.0
+"""How often the keeper looks whether all of the service's work can be done, and tells where that changed."""
+
+WRITE_PAUSES = 1.0, 30.0
+"""How often a row is tried after writing one failed."""
 
 SYNC_SECONDS = 1.0
 """How much of the audit log a power cut may take, at most, without being noticed."""
@@ -148,7 +155,9 @@ class Keeper:
         self._erasures: dict[str, bytes] = {}  # shredded, and copies may remain: key_id and blob, if known
         self._erasing, self._tidying = Pause(*ERASE_PAUSES), Pause(*TIDY_PAUSES)
         self._janitor_pause = Pause(*TIDY_PAUSES)
-        self._next_janitor = self._next_look = 0.0
+        self._writing, self._syncing = Pause(*WRITE_PAUSES), Pause(0, 0)
+        self._readiness, self._overdue = Readiness(), Overdue()
+        self._next_janitor = self._next_look = self._next_watch = 0.0
         self._lost = self._rescued = ""
         self._rescuer: Optional[threading.Thread] = None
         self._published: Files = {}
@@ -177,6 +186,9 @@ class Keeper:
             self._look()
         if self._clock.monotonic() >= self._next_janitor and self._janitor_pause.over():
             self._attend("scheduled deletions can't be looked at now", self._janitor, self._janitor_pause)
+        if time.monotonic() >= self._next_watch:
+            self._next_watch = time.monotonic() + WATCH_SECONDS
+            self._watch()
 
     def _look(self) -> None:
         """Are the files that are open those that the next start would find? If not, rescue what is open."""
@@ -240,6 +252,7 @@ class Keeper:
                 done = self._commit(writes)
             except KMSError as error:
                 self._keyring.touch()  # whether it is on the disk isn't known: nothing may be remembered
+                self._writing.failed(error.message)
                 done = [Done(job, error, []) for job in writes]
         done += [Done(job, self._attempt(job), []) for job in jobs if job.op not in _WRITES]
         followed = [(job, self._follow_up(outcome, effects)) for job, outcome, effects in done]
@@ -366,8 +379,10 @@ class Keeper:
             try:
                 self._audit.sync()
             except AuditUnavailable as error:
-                log.error("%s", error.message)
+                if self._syncing.failed(error.message):
+                    log.error("%s", error.message)
                 return
+            self._syncing.worked()
             self._synced = now
             self._durable = due
         self._time.save()
@@ -530,11 +545,14 @@ class Keeper:
                 return (yield from rotation.dry_run(new_kek.view))
             target = fingerprint(new_kek.view)
             self.note("rotation_started", new_kek_id=target)
+            log.info("a rotation to the KEK %s begins", target)
             try:
                 result = yield from rotation.run(new_kek.view)
             except KMSError as error:
+                log.error("the rotation to the KEK %s failed, nothing was changed: %s", target, error.message)
                 self.note("rotation_failed", "failed", new_kek_id=target, code=error.code)
                 raise
+            log.info("the rotation to the KEK %s is done: %d DEKs", target, result["rewrapped"])
             self.note("rotation_finished", new_kek_id=target, rewrapped=result["rewrapped"])
             return result
 
@@ -677,13 +695,35 @@ class Keeper:
                 warnings.append(f"{_next_start(kek_id)} ({row.deks} DEKs)")
         if held := self._time.look().held:
             warnings.append(f"scheduled deletions are held: {held} ({REMEDY})")
+        return {"reasons": reasons + self._probe(), "warnings": warnings}
+
+    def _probe(self) -> list[str]:
+        """Why no row can be written: a full disk lets an empty transaction pass."""
         try:
-            with self._store.transaction():  # a row is written: a full disk lets an empty transaction pass
+            with self._store.transaction():
                 self._store.write("probe", {"at": timestamp(self._clock.now())})
                 self._write_anchors()
         except StoreUnavailable as error:
-            reasons += filter(None, (error.message, self._rescued if self._lost else ""))
-        return {"reasons": reasons, "warnings": warnings}
+            self._writing.failed(error.message)
+            return [error.message, *filter(None, [self._rescued if self._lost else ""])]
+        self._writing.worked()
+        return []
+
+    # ---- what the journal is told ----------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """One line where the service stops being ready, and one where it is again; never one a call."""
+        reasons = []
+        try:
+            self._audit.check()
+        except AuditUnavailable as error:
+            reasons.append(f"{error.message} ({error.hint})")
+        if self._writing.why and self._writing.over():
+            self._probe()
+        if why := self._lost or self._writing.why or self._store.trouble():
+            reasons.append(why)
+        self._readiness.tell(reasons)
+        self._overdue.tell(self._erasures, self._erasing.why or "others are removed first")
 
     def close(self) -> None:
         """The last transaction holds the last heads; where the disk takes none, the next start finds that."""

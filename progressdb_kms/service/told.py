@@ -1,0 +1,55 @@
+"""What the journal is told of the whole service: a line where something begins, one where it is over."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Iterable, Sequence
+
+log = logging.getLogger("progressdb_kms")
+
+OVERDUE_SECONDS = 60.0
+"""After so long a shred that is not finished is told by name."""
+
+NAMED = 5
+"""Keys that are named in a line."""
+
+
+class Readiness:
+    """A number in a reason may change unheard: else a disk that fills up would be a line a second."""
+
+    def __init__(self) -> None:
+        self._kind = self._text = ""
+        self._since = 0.0
+
+    def tell(self, reasons: Sequence[str]) -> None:
+        text = "; ".join(reasons)
+        kind = re.sub("[0-9]+", "#", text)
+        if kind == self._kind:
+            return
+        now = time.monotonic()
+        if text:
+            log.error("not ready: %s", text)
+        else:
+            log.info("ready again, after %d s: %s", now - self._since, self._text)
+        if not self._kind:
+            self._since = now
+        self._kind, self._text = kind, text
+
+
+class Overdue:
+    """Shreds of which a copy remains for long. That they are over is told where the cause is."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}
+
+    def tell(self, due: Iterable[str], why: str) -> None:
+        now = time.monotonic()
+        since = {key_id: self._since.get(key_id, now) for key_id in due}
+        late = [key_id for key_id, begun in since.items() if now - begun >= OVERDUE_SECONDS]
+        if late:
+            names = ", ".join(late[:NAMED]) + (", …" if len(late) > NAMED else "")
+            what = "shreds are" if len(late) > 1 else "shred is"
+            log.warning("%d %s still due after %d s: %s (%s)", len(late), what, OVERDUE_SECONDS, names, why)
+        self._since = {**since, **dict.fromkeys(late, float("inf"))}

@@ -1,0 +1,121 @@
+"""What an operator reads in the journal: a line where something begins, one where it is over."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sqlite3
+from contextlib import closing
+
+import pytest
+
+from progressdb_kms.service import told
+from tests.conftest import MakeDaemon
+from tests.harness import Daemon
+from tests.harness.procs import wait_until
+
+
+def lines(daemon: Daemon, words: str) -> list[str]:
+    return [line for line in daemon.stderr.splitlines() if words in line]
+
+
+def create(daemon: Daemon) -> int:
+    return daemon.request("POST", "/create_dek_for_thread", {"thread_id": "t"}).status
+
+
+def test_a_log_that_was_unlinked(make_daemon: MakeDaemon, workers: int) -> None:
+    daemon = make_daemon(workers=workers)
+    assert create(daemon) == 200 and daemon.stderr == ""
+    daemon.audit_log.unlink()
+    wait_until(lambda: bool(lines(daemon, "not ready: the audit log was unlinked")), 10, "it to be told")
+    assert {create(daemon) for _ in range(20)} == {503}
+    assert daemon.request("GET", "/readyz").status == 503
+    daemon.signal(signal.SIGHUP)
+    wait_until(lambda: bool(lines(daemon, "ready again, after ")), 10, "it to be over")
+    wait_until(lambda: create(daemon) == 200, 10, "all processes to go on")
+    daemon.stop()
+    said = daemon.stderr.splitlines()
+    assert len(said) == 3, said
+    assert "SIGHUP then goes on" in said[0] or "SIGHUP or a restart" in said[0]
+    assert said[1].endswith("SIGHUP: the audit log is opened anew")
+
+
+def test_a_rotation(make_daemon: MakeDaemon, workers: int) -> None:
+    daemon = make_daemon(workers=workers)
+    for _ in range(3):
+        create(daemon)
+    new = os.urandom(32).hex()
+    kek_id = daemon.ok("POST", "/rotate_kek", {"new_kek_hex": new})["kek_id"]
+    assert len(lines(daemon, f"a rotation to the KEK {kek_id} begins")) == 1
+    assert len(lines(daemon, f"the rotation to the KEK {kek_id} is done: 3 DEKs")) == 1
+    assert daemon.request("POST", "/rotate_kek", {"new_kek_hex": new}).status == 409
+    assert len(lines(daemon, "failed")) == 1
+    assert new not in daemon.stderr
+
+
+def test_a_file_that_may_not_grow(make_daemon: MakeDaemon, workers: int) -> None:
+    """As a full disk, but for every file: the audit log is the first to be full."""
+    wrapper = ["sh", "-c", 'ulimit -f 400; exec "$@"', "sh"]
+    daemon = make_daemon({"workers": workers}, wrapper=wrapper)
+    with daemon.session() as kms:
+        for _ in range(4000):
+            if kms.request("GET", "/get_wrapped?key_id=none").status == 503:
+                break
+        for _ in range(50):
+            kms.request("GET", "/get_wrapped?key_id=none")
+            kms.request("POST", "/create_dek_for_thread", {"thread_id": "t"})
+    wait_until(lambda: bool(lines(daemon, "not ready: ")), 10, "it to be told")
+    assert len(lines(daemon, "not ready: ")) == 1, daemon.stderr
+    assert "LimitFSIZE" in lines(daemon, "not ready: ")[0]
+    daemon.audit_log.rename(daemon.audit_log.with_name("kms-audit.log.1"))
+    daemon.signal(signal.SIGHUP)
+    wait_until(lambda: bool(lines(daemon, "ready again")), 10, "it to be over")
+    wait_until(lambda: create(daemon) == 200, 10, "it to serve")
+    assert len(daemon.stderr.splitlines()) <= 8, daemon.stderr
+
+
+def test_a_shred_beside_a_reader(make_daemon: MakeDaemon, workers: int) -> None:
+    """Exit 1, since a copy remains; but it says that the DEK is shredded, and what happens next."""
+    daemon = make_daemon(workers=workers)
+    key = daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
+    with closing(sqlite3.connect(daemon.data_dir / "kms.db")) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM deks").fetchall()
+        done = daemon.cli("shred", key, "--now")
+        assert done.returncode == 1
+        said = done.stderr.decode()
+        assert f"the key {key} is shredded" in said and "copy" in said and "remains" in said
+        assert "is removed as soon as" in said or "tried" in said
+        assert daemon.request("GET", f"/get_wrapped?key_id={key}").status == 410
+        assert len(lines(daemon, "copies of shredded DEKs remain")) == 1
+    wait_until(lambda: daemon.ok("GET", "/status")["erasures_due"] == 0, 60, "the copy to go")
+    assert len(lines(daemon, "over: copies of shredded DEKs remain")) == 1
+
+
+def test_a_shred_that_is_due_for_long_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(told.time, "monotonic", lambda: now[0])
+    overdue = told.Overdue()
+    with caplog.at_level(logging.WARNING):
+        for second in range(200):
+            now[0] = 100.0 + second
+            overdue.tell({"a": b"", "b": b""} if second < 120 else {"c": b""}, "it is read")
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 shreds are still due after 60 s: a, b (it is read)",
+        "1 shred is still due after 60 s: c (it is read)",
+    ]
+
+
+def test_a_reason_with_another_number_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    readiness = told.Readiness()
+    with caplog.at_level(logging.INFO):
+        for free in range(50):
+            readiness.tell([f"only {free} bytes are free"])
+        readiness.tell(["only 1 bytes are free", "the store is cut"])
+        readiness.tell([])
+        readiness.tell([])
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split(":")[0].split(",")[0] for line in said] == ["not ready", "not ready", "ready again"]
