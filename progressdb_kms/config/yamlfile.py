@@ -76,6 +76,13 @@ class ConfigFile:
         self.close()
 
 
+def preload() -> None:
+    """For root about to act as another user: the child is that user too, whom the folder of the packages may
+    be closed to. Where it is missing, the child says so."""
+    with contextlib.suppress(ImportError):
+        import yaml  # noqa: F401
+
+
 def read(path: str) -> ConfigFile:
     """Parse and check a configuration file. Raises ConfigError, which names the key and the file."""
     with contextlib.ExitStack() as stack:
@@ -245,7 +252,7 @@ def _alias(name: str) -> str:
 
 
 def _parse(text: bytes, path: str) -> Value:
-    import yaml  # here only: the parent never loads it
+    import yaml  # here only: the parent never loads it, but for `preload`
 
     try:
         node = _loader(path)(text).get_single_node()

@@ -72,6 +72,7 @@ def _give_away(folder: Path, about: os.stat_result) -> None:
 def load_config(flags: Mapping[str, Optional[str]], *, need_key: bool = True, first: bool = False) -> Loaded:
     """`load` for commands: what only the daemon's user trusts, root reads as that user."""
     from ..config.load import load
+    from ..config.yamlfile import preload
 
     try:
         return load(flags, os.environ, need_key=need_key, first=first)
@@ -79,6 +80,7 @@ def load_config(flags: Mapping[str, Optional[str]], *, need_key: bool = True, fi
         user = _daemon_user(flags) if os.geteuid() == 0 else 0
         if user == 0:
             raise
+        preload()
         with contextlib.suppress(ConfigError), acting_as(user):
             return load(flags, os.environ, need_key=need_key, first=first)
         raise

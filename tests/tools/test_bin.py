@@ -106,7 +106,8 @@ class TestProgram:
         """The interpreter of .venv must not start itself again and again."""
         (tree / ".venv" / "bin").mkdir(parents=True)
         (tree / ".venv" / "bin" / "python").symlink_to(sys.executable)
-        (tree / ".venv" / "pyvenv.cfg").write_text(f"home = {Path(sys.executable).resolve().parent}\n")
+        about = f"home = {Path(sys.executable).resolve().parent}\ninclude-system-site-packages = false\n"
+        (tree / ".venv" / "pyvenv.cfg").write_text(about)
         done = self.run(tree, "status", options=("-S",))
         assert done.returncode == 1 and "not installed" in done.stderr
 
