@@ -85,8 +85,8 @@ def _choose(active: str, version: int, keys: Configured, retired: Mapping[str, s
             raise KeyMismatch(
                 f"{master.source} holds the KEK {master.kek_id}, which was rotated out on "
                 f"{retired[master.kek_id][:10]}; the active one is {active}",
-                hint=f"are two key files swapped? Let the master key be {active}; `--allow-retired-kek` "
-                "takes the old one back; nothing was changed",
+                hint=f"are two key files swapped? Let the master key be {active}; `serve "
+                "--allow-retired-kek` takes the old one back; nothing was changed",
             )
         notice = f"the active KEK changes from {active} to {master.kek_id} by configuration; the DEKs stay"
         return Plan(master.kek_id, version + 1, True, notice)

@@ -270,8 +270,20 @@ def _key_file(patient: Patient) -> Findings:
         yield Finding(
             FAIL, f"others may replace {path}: its folder is open to them", f"chmod go-w {path.parent}"
         )
+    elif _is_mounted(path):
+        todo = f"mount its folder {path.parent}: a rotation puts a new file in its place"
+        yield Finding(WARN, f"{path} is mounted alone, so no rotation can replace it", todo)
     else:
         yield Finding(OK, f"{path} has mode {about.st_mode & 0o777:04o}")
+
+
+def _is_mounted(path: Path) -> bool:
+    """Is the file itself a mount point? proc_pid_mountinfo(5): the fifth field, with octal escapes."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/mountinfo").read_text("utf-8", "replace").splitlines()
+        points = (line.split()[4].encode().decode("unicode_escape") for line in lines)
+        return str(path) in points
+    return False
 
 
 def _rotation(patient: Patient) -> Findings:

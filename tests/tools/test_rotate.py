@@ -232,6 +232,10 @@ class TestMountedAlone:
             f"(mount its folder {home}, not the file)\n"
         )
 
+    def test_doctor_says_so_before(self, home: Path, mounted_alone: Path) -> None:
+        done = cli("doctor", "--config", "c.yaml", cwd=home)
+        assert f"{home}/F is mounted alone".encode() in done.stdout
+
     def test_resume_says_where_the_key_is(self, home: Path, kms: FakeKms, mounted_alone: Path) -> None:
         """An older release had the daemon rotate first: the only copy of the active KEK is in F.next."""
         write_secret(home / "F.next", NEW.hex().encode())
