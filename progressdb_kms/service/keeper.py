@@ -352,15 +352,19 @@ class Keeper:
         self._retiring = more or self._discard_unfinished_snapshot()
 
     def _discard_unfinished_snapshot(self) -> bool:
-        """True: there is more to do."""
-        row = self._store.read("kek:rotation")
-        if row is None:
-            return False
-        path = snapshots.place(self._data_dir, str(row["snapshot"]))
-        if path is not None and snapshots.discard(path, RETIRE_ROWS):
-            return True
-        with self._store.transaction():
-            self._store.erase("kek:rotation")
+        """What rotations left that did not happen: known by a row each, or by a ledger without an end. True:
+        there is more to do."""
+        prefix = snapshots.UNFINISHED
+        rows = self._store.names(prefix)
+        named = (snapshots.place(self._data_dir, name[len(prefix) :]) for name in rows)
+        left = [path for path in named if path is not None]
+        for path in left or snapshots.unfinished(self._data_dir):
+            if snapshots.discard(path, RETIRE_ROWS):
+                return True
+        if rows:
+            with self._store.transaction():
+                for name in rows:
+                    self._store.erase(name)
         return False
 
     # ---- audit heads -----------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from ..errors import (
 from ..store.contract import DekRecord, Store
 from ..store.policy import SHREDDED
 from ..store.seal import KekCount
-from ..store.snapshots import Snapshot
+from ..store.snapshots import UNFINISHED, Snapshot
 from . import ownkeys
 
 STEP_SECONDS = 0.005
@@ -216,20 +216,17 @@ class Rotation:
         snapshot = None
         committed = False
         try:
-            snapshot = Snapshot(self._data_dir, now, old.kek_id)
+            snapshot = Snapshot(self._data_dir, now, old.kek_id, total)
             with self._store.transaction():
                 self._store.staging(True)
-                self._store.write("kek:rotation", {"snapshot": str(snapshot.path), "new_kek_id": new_id})
+                self._store.write(UNFINISHED + snapshot.path.name, {"new_kek_id": new_id})
             self._rewrapper = Rewrapper(self._keyring, new_id, version, self._random)
             done = 0
             self.progress = Progress("rewrapping", 0, total, new_id)
             pages = Pages(self._store)
             for page in pages:
                 moved = self._rewrapper.records(page)
-                for before, after in zip(page, moved):
-                    if before.state != SHREDDED:
-                        snapshot.save(before, after)
-                        done += 1
+                done += snapshot.save(zip(page, moved))
                 with self._store.transaction(durable=False):
                     self._store.stage(moved)
                 self.progress = Progress("rewrapping", done, total, new_id)
@@ -244,7 +241,7 @@ class Rotation:
             self.progress = Progress("swapping", done, total, new_id)
             try:
                 with self._store.transaction():
-                    self._swap(new_id, version, now)
+                    self._swap(new_id, version, now, snapshot)
                 committed = True
             except StoreUnavailable:
                 # Whether the COMMIT took place is only known once the file could be opened again.
@@ -265,11 +262,11 @@ class Rotation:
             "backup": str(snapshot.path),
         }
 
-    def _swap(self, new_id: str, version: int, now: float) -> None:
+    def _swap(self, new_id: str, version: int, now: float, snapshot: Snapshot) -> None:
         count = sum(row.deks for row in self._store.keks().values())
         for name, key in ownkeys.held(self._keyring).items():
             self._store.write(ownkeys.ROWS[name], ownkeys.wrap(self._keyring, new_id, name, key))
-        self._store.erase("kek:rotation")
+        self._store.erase(UNFINISHED + snapshot.path.name)
         self._store.write(RETIRED_KEK + self._keyring.active.kek_id, {"since": timestamp(now)})
         self._store.activate(new_id, version, timestamp(now))
         self._store.swap({new_id: KekCount(version, count, timestamp(now))} if count else {})

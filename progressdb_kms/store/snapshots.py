@@ -1,18 +1,24 @@
-"""Per-key snapshots and the signed ledger that a rotation leaves behind.
+"""Snapshots and the signed ledger that a rotation leaves behind.
 
     <data-dir>/kms-deks-backup/<UTC time>-<old kek_id>/<key_id>.json   one row each, as it was before
+    <data-dir>/kms-deks-backup/<UTC time>-<old kek_id>/all.lines       the same as lines, above SMALL rows
     <data-dir>/kms-deks-backup/<UTC time>-<old kek_id>.ledger          what was rewrapped, and proof of it
 
 All files are 0600. They hold wrapped DEKs only. A snapshot opens with the KEK that its folder names.
 
+A file a key is easy to look at, but takes an inode and a block of 4 KiB each. The lines stand in the order of
+their key_ids, so that one is found by bisection; a shred overwrites all of its line but the key_id, in place.
+
 The ledger has a JSON line a key: key_id, old and new kek_id, SHA-256 of the old and of the new blob. Its
-last line holds the totals, the SHA-256 of all lines before it, and an HMAC of both under the audit key.
+last line holds the totals, the SHA-256 of all lines before it, and an HMAC of both under the audit key. While
+a rotation writes it, it is locked (flock): a ledger without totals that nobody holds was left by a crash.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import itertools
 import os
@@ -21,15 +27,27 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Optional
+from typing import BinaryIO, Optional
 
 from ..crypto.aead import mac
 from ..encoding import LATEST, b64encode, json_dumps
 from ..errors import StoreUnavailable
 from .contract import DekRecord
+from .policy import SHREDDED
 
 FOLDER = "kms-deks-backup"
 _NAME = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{16}(?:-\d+)?")
+
+LINES = "all.lines"
+"""No key_id's file: those end in .json."""
+
+UNFINISHED = "snapshot:"
+"""Rows of the store with the name of a folder whose rotation has not taken place."""
+
+SMALL = 10_000
+"""Rows up to which a snapshot is a file a key."""
+
+_KEY = re.compile(rb'\{"key_id":"([^"]{1,128})"')
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -37,21 +55,49 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Snapshot:
     """The snapshot of one rotation while it is written. Raises StoreUnavailable on any write error."""
 
-    def __init__(self, data_dir: Path, now: float, old_kek_id: str) -> None:
+    def __init__(self, data_dir: Path, now: float, old_kek_id: str, rows: int) -> None:
         root = data_dir / FOLDER
         name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(min(now, LATEST)))}-{old_kek_id}"
         with _write_errors(root):
             root.mkdir(mode=0o700, exist_ok=True)
+            _need_inodes(root, rows + 3 if rows <= SMALL else 3)
             self.path = _fresh(root, name)
+            self._ledger = open(ledger(self.path), "xb", opener=_private)  # noqa: SIM115
+            fcntl.flock(self._ledger, fcntl.LOCK_EX)
+            self.path.mkdir(mode=0o700)
             self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-            self._ledger = open(self.path.with_name(self.path.name + ".ledger"), "xb", opener=_private)  # noqa: SIM115
+            self._lines = self._create(LINES) if rows > SMALL else -1
         self._digest = hashlib.sha256()
         self._count = 0
         self._pool = ThreadPoolExecutor(max_workers=1)
 
-    def save(self, old: DekRecord, new: DekRecord) -> None:
-        """Write the row as it was, and a line of the ledger on how it was rewrapped."""
-        row = json_dumps({"key_id": old.key_id, **old.to_row()}).encode() + b"\n"
+    def save(self, pairs: Iterable[tuple[DekRecord, DekRecord]]) -> int:
+        """Write rows as they were, in the order of their key_ids, and a line of the ledger on how each was
+        rewrapped. Shredded ones are left out. Returns how many were written: all are in the files then."""
+        pairs = [(old, new) for old, new in pairs if old.state != SHREDDED]
+        rows = [json_dumps({"key_id": old.key_id, **old.to_row()}).encode() + b"\n" for old, _ in pairs]
+        with _write_errors(self.path):
+            if self._lines >= 0:
+                _write_all(self._lines, b"".join(rows))
+            else:
+                for (old, _), row in zip(pairs, rows):
+                    self._save_file(old.key_id, row)
+            for old, new in pairs:
+                self._note(old, new)
+        return len(pairs)
+
+    def _create(self, name: str) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        return os.open(name, flags, 0o600, dir_fd=self._folder)
+
+    def _save_file(self, key_id: str, row: bytes) -> None:
+        fd = self._create(key_id + ".json")
+        try:
+            _write_all(fd, row)
+        finally:
+            os.close(fd)
+
+    def _note(self, old: DekRecord, new: DekRecord) -> None:
         line = {
             "key_id": old.key_id,
             "old_kek_id": old.kek_id,
@@ -62,14 +108,7 @@ class Snapshot:
         text = json_dumps(line).encode() + b"\n"
         self._digest.update(text)
         self._count += 1
-        with _write_errors(self.path):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            fd = os.open(old.key_id + ".json", flags, 0o600, dir_fd=self._folder)
-            try:
-                _write_all(fd, row)
-            finally:
-                os.close(fd)
-            self._ledger.write(text)
+        self._ledger.write(text)
 
     def finish(self, audit_key: memoryview, new_kek_id: str) -> Iterator[None]:
         """Sign the ledger and bring everything to the disk with one syncfs. Yields while that takes."""
@@ -93,6 +132,8 @@ class Snapshot:
         self._pool.shutdown()
         if self._folder >= 0:
             os.close(self._folder)
+            if self._lines >= 0:
+                os.close(self._lines)
             self._folder = -1
             with contextlib.suppress(OSError):  # `finish` has flushed it, or the rotation has failed anyway
                 self._ledger.close()
@@ -104,18 +145,61 @@ def place(data_dir: Path, told: str) -> Optional[Path]:
     return data_dir / FOLDER / name if _NAME.fullmatch(name) else None
 
 
+def ledger(path: Path) -> Path:
+    return path.with_name(path.name + ".ledger")
+
+
+def _need_inodes(root: Path, needed: int) -> None:
+    found = os.statvfs(root)
+    if found.f_files and found.f_favail < needed:
+        raise StoreUnavailable(
+            f"the snapshot of this rotation needs {needed} inodes, and {root} has {found.f_favail} free",
+            hint="remove files there: `backups prune` takes old snapshots; nothing was changed",
+        )
+
+
+def unfinished(data_dir: Path) -> list[Path]:
+    """The folders of rotations that did not end. Of none that is being written, nor of whatever lost its
+    ledger otherwise."""
+    root = data_dir / FOLDER
+    found = (path for path in root.glob("*.ledger") if not finished(path)) if root.is_dir() else ()
+    left = (place(data_dir, path.stem) for path in found if not _being_written(path))
+    return sorted(path for path in left if path is not None)
+
+
+def finished(path: Path) -> bool:
+    """Does this ledger have its last line?"""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            return file.read().rpartition(b"\n")[0].rpartition(b"\n")[2].startswith(b'{"totals":')
+    except OSError:
+        return True  # not known to be unfinished
+
+
+def _being_written(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
+
+
 def discard(path: Path, limit: int) -> bool:
-    """Remove up to `limit` files of a snapshot whose rotation did not happen. True: there are more."""
-    path.with_name(path.name + ".ledger").unlink(missing_ok=True)
-    if not path.is_dir():
-        return False
-    with os.scandir(path) as entries:
-        some = [entry.path for entry in itertools.islice(entries, limit)]
-    for name in some:
-        os.unlink(name)
-    if not some:
-        path.rmdir()
-    return bool(some)
+    """Remove up to `limit` files of a snapshot whose rotation did not happen. True: there are more. The
+    ledger goes last: by it an interrupted removal is known."""
+    with _write_errors(path):
+        if path.is_dir():
+            with os.scandir(path) as entries:
+                some = [entry.path for entry in itertools.islice(entries, limit)]
+            for name in some:
+                os.unlink(name)
+            if some:
+                return True
+            path.rmdir()
+        ledger(path).unlink(missing_ok=True)
+    return False
 
 
 def forget(data_dir: Path, key_id: str) -> None:
@@ -127,6 +211,9 @@ def forget(data_dir: Path, key_id: str) -> None:
             if path.exists():
                 _overwrite(path)
                 path.unlink()
+        for folder in folders(data_dir):
+            if (lines := folder / LINES).exists():
+                _blank(lines, key_id)
 
 
 def folders(data_dir: Path) -> list[Path]:
@@ -142,6 +229,68 @@ def _go_service(root: Path, key_id: str) -> Iterable[Path]:
     return (path for path in root.iterdir() if path.name.rpartition(".")[0] == key_id and path.is_file())
 
 
+def find(lines: Path, key_id: str) -> Optional[tuple[int, bytes]]:
+    """Where the line of this key begins, and what it holds; by bisection."""
+    wanted = key_id.encode()
+    with open(lines, "rb") as file:
+        low, high = 0, file.seek(0, os.SEEK_END)
+        while low < high:  # the line that is looked for begins in low..high
+            start, line = _line_around(file, (low + high) // 2)
+            if not line.endswith(b"\n"):  # a crash tore it
+                high = start
+                continue
+            match = _KEY.match(line)
+            if match is None:
+                raise StoreUnavailable(f"{lines} is damaged at byte {start}", hint="`backups prune` it")
+            if match[1] == wanted:
+                return start, line
+            low, high = (start + len(line), high) if match[1] < wanted else (low, start)
+    return None
+
+
+def _line_around(file: BinaryIO, place: int) -> tuple[int, bytes]:
+    """The line that this byte belongs to, with its end."""
+    start, step = place, 512
+    while start and (chunk := _before(file, start, step)) is not None:
+        if (at := chunk.rfind(b"\n")) >= 0:
+            start -= len(chunk) - at - 1
+            break
+        start -= len(chunk)
+    file.seek(start)
+    return start, file.readline()
+
+
+def _before(file: BinaryIO, end: int, size: int) -> Optional[bytes]:
+    file.seek(max(0, end - size))
+    return file.read(min(end, size)) or None
+
+
+def _cut_torn(lines: Path) -> None:
+    """The last line without an end, of a rotation that a crash ended: it may hold any key's bytes."""
+    with open(lines, "r+b") as file:
+        start, line = _line_around(file, file.seek(0, os.SEEK_END))
+        if line:
+            file.seek(start)
+            file.write(bytes(len(line)))
+            file.flush()
+            os.fsync(file.fileno())
+            os.ftruncate(file.fileno(), start)
+
+
+def _blank(lines: Path, key_id: str) -> None:
+    """The key_id stays, so that the order does, and what was half done is found again."""
+    _cut_torn(lines)
+    found = find(lines, key_id)
+    if found is None:
+        return
+    start, line = found
+    head = json_dumps({"key_id": key_id}).encode()
+    with open(lines, "r+b", buffering=0) as file:
+        file.seek(start)
+        file.write(head[:-1] + b"}".rjust(len(line) - len(head)) + b"\n")
+        os.fsync(file.fileno())
+
+
 def _overwrite(path: Path) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
     try:
@@ -154,11 +303,8 @@ def _overwrite(path: Path) -> None:
 def _fresh(root: Path, name: str) -> Path:
     for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
         path = root / (name + suffix)
-        try:
-            path.mkdir(mode=0o700)
-        except FileExistsError:
-            continue
-        return path
+        if not path.exists() and not ledger(path).exists():
+            return path
     raise StoreUnavailable(f"{root} has a thousand snapshots of this second")
 
 

@@ -326,8 +326,11 @@ def backups_list(args: argparse.Namespace) -> None:
         for row in rows:
             show(row, True)
     else:
-        cells = [(row["time"], row["kek_id"], row["deks"], row["path"]) for row in rows]
-        sys.stdout.writelines(table(("TIME", "KEK_ID", "DEKS", "PATH"), cells))
+        cells = [
+            (row["time"], row["kek_id"], row["deks"], "" if row["finished"] else "unfinished", row["path"])
+            for row in rows
+        ]
+        sys.stdout.writelines(table(("TIME", "KEK_ID", "DEKS", "STATE", "PATH"), cells))
 
 
 def backups_prune(args: argparse.Namespace) -> None:

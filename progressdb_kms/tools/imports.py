@@ -32,6 +32,7 @@ from ..encoding import KEK_ID, KEY_ID, MAX_THREAD_ID, b64decode, json_loads, tim
 from ..errors import KMSError, StoreDamaged
 from ..store.contract import DekRecord
 from ..store.policy import DISABLED, ENABLED, PENDING_DELETION, SHREDDED, STATES
+from ..store.snapshots import LINES, find
 from . import datadir, pebble
 from .console import CommandFailed, say
 from .datadir import Opener, Work
@@ -404,14 +405,24 @@ def restore_snapshot(
     if not folder.is_dir():
         raise CommandFailed(f"there is no folder {folder}", hint="`backups list` tells which there are")
     with datadir.keys(loaded) as keys, datadir.held(loaded):
-        found: Iterable[Entry] = _files(folder) if key is None else _one(folder, key)
+        found: Iterable[Entry] = _snapshot(folder) if key is None else _one(folder, key)
         with datadir.working(loaded, keys, "restore") as work:
             result = take(work, "restore_key", found, progress, skip_bad=False, force=force)
     return {"path": str(folder), "restored": result.imported, "unchanged": result.unchanged}
 
 
+def _snapshot(folder: Path) -> Iterator[Entry]:
+    """All of a folder: a file a key, or one of lines; of a shredded key the line has nothing but its name."""
+    if not (folder / LINES).is_file():
+        return _files(folder)
+    return (entry for entry in _lines_of(folder / LINES) if b'"wrapped":' in entry.data)
+
+
 def _one(folder: Path, key_id: str) -> list[Entry]:
-    path = folder / f"{key_id}.json"
-    if not KEY_ID.fullmatch(key_id) or not path.is_file():
+    path, lines = folder / f"{key_id}.json", folder / LINES
+    known = KEY_ID.fullmatch(key_id) is not None
+    if known and lines.is_file() and (found := find(lines, key_id)) and b'"wrapped":' in found[1]:
+        return [Entry(f"{lines}:{key_id}", key_id, found[1], 1, 1)]
+    if not known or not path.is_file():
         raise CommandFailed(f"there is no snapshot of {key_id} in {folder}", hint="it may have been shredded")
     return [Entry(str(path), key_id, path.read_bytes()[: MAX_LINE + 1], 1, 1)]

@@ -23,10 +23,11 @@ from ..crypto.envelope import AUDIT_KEY, ROW_KEY
 from ..encoding import b64encode, json_dumps, json_loads
 from ..errors import StoreDamaged
 from ..service.ownkeys import ROWS
+from ..store import snapshots
 from ..store.contract import DekRecord
 from ..store.policy import PENDING_DELETION, SHREDDED
 from ..store.seal import MODULUS, STATE, StoreState, weight
-from ..store.snapshots import FOLDER
+from ..store.snapshots import FOLDER, LINES
 from ..store.sqlite import DEKS, FILE_NAME, Connection, SqliteReader
 from . import datadir
 from .backup import Progress, backup
@@ -228,7 +229,15 @@ class SnapshotFolder(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        return bool(self.totals) or not self.ledger.exists()
+        return bool(self.totals)
+
+    @property
+    def deks(self) -> int:
+        """How many are there: shredded ones are gone."""
+        if (lines := self.path / LINES).is_file():
+            with open(lines, "rb") as file:
+                return sum(b'"wrapped":' in line for line in file)
+        return sum(name.endswith(".json") for name in _names(self.path))
 
 
 def _snapshots(data_dir: Path) -> list[SnapshotFolder]:
@@ -278,7 +287,7 @@ def backups_list(data_dir: Path) -> list[dict[str, Any]]:
         {
             "time": found.time,
             "kek_id": found.kek_id,
-            "deks": sum(name.endswith(".json") for name in _names(found.path)),
+            "deks": found.deks,
             "rewrapped": found.totals["totals"].get("rewrapped") if found.totals else None,
             "finished": found.finished,
             "path": str(found.path),
@@ -288,13 +297,16 @@ def backups_list(data_dir: Path) -> list[dict[str, Any]]:
 
 
 def backups_prune(data_dir: Path, keep: Optional[int], older_than_days: Optional[int]) -> list[str]:
-    """Remove snapshots with their ledgers; one that is being written is left alone. Returns their paths."""
-    found = [one for one in _snapshots(data_dir) if one.finished]
+    """Remove snapshots with their ledgers, and what rotations left that did not happen, however new; one
+    that is being written is left alone. Returns their paths."""
+    left = {path.name for path in snapshots.unfinished(data_dir)}
+    found = [one for one in _snapshots(data_dir) if one.finished or not one.ledger.exists()]
     if keep is not None:
         found = found[: max(0, len(found) - keep)]
     if older_than_days is not None:
         limit = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - older_than_days * 86400))
         found = [one for one in found if one.time < limit]
+    found += [one for one in _snapshots(data_dir) if one.name in left]
     for one in found:
         _remove(one)
     return [str(one.path) for one in found]

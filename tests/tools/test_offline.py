@@ -91,7 +91,7 @@ def test_a_failed_export_leaves_no_file(short_tmp: Path) -> None:
 def test_snapshots(stopped: Daemon) -> None:
     done = stopped.offline("backups", "list")
     head, row = done.stdout.decode().splitlines()
-    assert head.split() == ["TIME", "KEK_ID", "DEKS", "PATH"] and row.split()[2] == "2"
+    assert head.split() == ["TIME", "KEK_ID", "DEKS", "STATE", "PATH"] and row.split()[2] == "2"
     path = Path(row.split()[3])
     copy = stopped.copy()
     try:
