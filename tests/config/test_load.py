@@ -128,6 +128,7 @@ max_body_bytes: 65536
 max_connections: 10
 idle_timeout: 1.5
 request_timeout: 2
+allow_missing_keks: true
 """
 )
 
@@ -152,6 +153,7 @@ def test_every_key_in_a_file(place: Place) -> None:
         request_timeout=2.0,
         master_source=f"master_key_hex in {place.file}",
         master_key_file=None,
+        allow_missing_keks=True,
     )
 
 
