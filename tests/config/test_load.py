@@ -129,6 +129,7 @@ max_connections: 10
 idle_timeout: 1.5
 request_timeout: 2
 allow_missing_keks: true
+open_embedded_messages: true
 """
 )
 
@@ -154,6 +155,7 @@ def test_every_key_in_a_file(place: Place) -> None:
         master_source=f"master_key_hex in {place.file}",
         master_key_file=None,
         allow_missing_keks=True,
+        open_embedded_messages=True,
     )
 
 
