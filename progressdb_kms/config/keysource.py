@@ -120,6 +120,9 @@ def _read_file(path: str, label: str, scratch: memoryview, out: memoryview, *, c
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     try:
         trouble = distrust(os.fstat(descriptor), os.geteuid(), credential)
+        link = os.lstat(path)  # orchestrators hand secrets out as links; another user's leads where he likes
+        if stat.S_ISLNK(link.st_mode) and link.st_uid not in (0, os.geteuid()):
+            trouble = f"is a symbolic link that belongs to uid {link.st_uid}"
         if trouble:
             raise ConfigError(
                 f"{label} {trouble}",

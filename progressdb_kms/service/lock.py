@@ -17,8 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..encoding import json_dumps, timestamp, wall
 from ..errors import AlreadyRunning, ConfigError
+from ..store.snapshots import FOLDER as SNAPSHOTS
 from ..store.sqlite import FILE_NAME, SHM, WAL
 
 LOCK_FILE = "kms.lock"
@@ -80,7 +82,9 @@ def _check(data_dir: Path) -> None:
         raise ConfigError(
             f"{data_dir} is open to others (mode {about.st_mode & 0o777:04o})", hint="chmod 0700 it"
         )
-    for name in (FILE_NAME, WAL, SHM, LOCK_FILE):
+    if (data_dir / SNAPSHOTS).is_symlink():
+        raise ConfigError(f"{data_dir / SNAPSHOTS} is a symbolic link", hint="move the folder itself there")
+    for name in (FILE_NAME, WAL, SHM, f"{FILE_NAME}-journal", AUDIT_LOG, LOCK_FILE):
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(os.lstat(data_dir / name).st_mode):
                 raise ConfigError(

@@ -1,14 +1,22 @@
-"""Commands of root's on files of the daemon's user: nothing that they make may lock the daemon out.
+"""Commands of root's on files of the daemon's user: what they make must not lock the daemon out, and nothing
+that this user prepared (a link in the place of a file) may lead root's hand elsewhere.
 
 The daemon trusts a configuration and a key file only where they are root's or its own, and the files of its
-data-dir belong to its user: the owner of the data-dir. So root reads such files as that user, and gives away
-what it made.
+data-dir belong to its user: the owner of the data-dir. So root reads such files as that user (`acting_as`),
+and a command that works in the data-dir becomes that user for good (`become`), once it has opened what only
+root may read. Nothing is given away afterwards: a file that root would chown may be linked elsewhere.
+
+Before either, all modules are loaded: that user may not be able to read this program.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import functools
+import importlib
 import os
+import pkgutil
 import pwd
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +36,22 @@ def of(path: Path) -> int:
         return os.geteuid()
 
 
+def switches(folder: Path) -> bool:
+    """Is this root, and the folder another user's?"""
+    return os.geteuid() == 0 and of(folder) != 0
+
+
+def become(folder: Path) -> None:
+    """Let root be the owner of the folder from now on, without a way back. No effect for others."""
+    if switches(folder):
+        uid = of(folder)
+        gid = _group(uid)
+        _load_all()
+        os.setgroups([gid])
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+
+
 @contextlib.contextmanager
 def acting_as(uid: int) -> Iterator[None]:
     """Let root look at files as this user does, and as the user's own group. No effect for others.
@@ -37,33 +61,35 @@ def acting_as(uid: int) -> Iterator[None]:
     if os.geteuid() != 0 or uid == 0:
         yield
         return
-    group = os.getegid()
-    with contextlib.suppress(KeyError):
-        os.setegid(pwd.getpwuid(uid).pw_gid)
+    _load_all()
+    group, groups = os.getegid(), os.getgroups()
+    os.setgroups([])
+    os.setegid(_group(uid))
     os.seteuid(uid)
     try:
         yield
     finally:
         os.seteuid(0)
         os.setegid(group)
+        os.setgroups(groups)
 
 
-@contextlib.contextmanager
-def kept(folder: Path) -> Iterator[None]:
-    """What root made in the folder meanwhile belongs to its owner in the end, also after an error."""
+def _group(uid: int) -> int:
     try:
-        yield
-    finally:
-        uid = of(folder)
-        if os.geteuid() == 0 and uid != 0 and folder.is_dir():
-            _give_away(folder, folder.stat())
+        return pwd.getpwuid(uid).pw_gid
+    except KeyError:
+        return uid
 
 
-def _give_away(folder: Path, about: os.stat_result) -> None:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.stat(follow_symlinks=False).st_uid == 0:
-                os.chown(entry.path, about.st_uid, about.st_gid, follow_symlinks=False)
+@functools.cache
+def _load_all() -> None:
+    """Every module of this package, and what they load later."""
+    package = importlib.import_module(__name__.partition(".")[0])
+    for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        with contextlib.suppress(ImportError):  # of an extra that is not installed
+            importlib.import_module(found.name)
+    for name in ("ascii", "latin-1", "utf-8", "idna"):
+        codecs.lookup(name)
 
 
 # ---- the configuration -------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ..encoding import json_loads, timestamp
 from ..errors import AuthenticationFailed, KeyMismatch, StoreDamaged
 from ..service import ownkeys
 from ..store.sqlite import SqliteReader
-from . import auditreport, datadir
+from . import asowner, auditreport, datadir
 from .auditsearch import Hits, Query, as_csv, as_json, as_table, moment, summary
 from .console import CommandFailed, Progress, output, safe, say, show
 
@@ -89,18 +89,22 @@ def _tell(report: Report, as_json: bool) -> None:
 @contextlib.contextmanager
 def _audit_key(loaded: Loaded) -> Iterator[tuple[memoryview, Anchors]]:
     """The audit key in locked memory, and the heads of the chains, both from the store."""
-    reader = SqliteReader(loaded.settings.data_dir)
-    try:
+    with _reader(loaded.settings.data_dir) as reader:
         row = reader.read("audit:key")
         anchors = {name[len("audit:head:") :]: reader.read(name) for name in reader.names("audit:head:")}
-    finally:
-        reader.close()
     if row is None:
         raise StoreDamaged("the store has no audit key", hint="is data_dir the right folder?")
     with datadir.keys(loaded) as keys, LockedBuffer(envelope.SCRATCH_SIZE) as memory:
         key = _unwrap(keys.keyring, row, memory.view)
         yield key, {chain: (head["seq"], head["sig"]) for chain, head in anchors.items() if head}
         key.release()
+
+
+@contextlib.contextmanager
+def _reader(data_dir: Path) -> Iterator[SqliteReader]:
+    """The store, as its owner opens it: SQLite makes files beside it."""
+    with asowner.acting_as(asowner.of(data_dir)), contextlib.closing(SqliteReader(data_dir)) as reader:
+        yield reader
 
 
 def _unwrap(keyring: Keyring, row: Mapping[str, Any], scratch: memoryview) -> memoryview:
@@ -148,11 +152,8 @@ def report(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
     counts = auditreport.Counts(since, until)
     with _read_log(args.log or _logs(data_dir), loaded, False) as read:
         found = read(progress, counts)
-    reader = SqliteReader(data_dir)
-    try:
+    with _reader(data_dir) as reader:
         held = auditreport.holdings(reader, counts.keys)
-    finally:
-        reader.close()
     with output(args.output) as file:
         file.write(auditreport.page(counts, held, found, str(data_dir), timestamp(now)).encode())
     say(f"{args.output}: {counts.lines} records" + (f", FAULT at {found.fault}" if found.fault else ""))

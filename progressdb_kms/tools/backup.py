@@ -20,8 +20,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import os
+import secrets
 import sqlite3
 import stat
 import struct
@@ -38,7 +40,7 @@ from ..service.ownkeys import ROWS
 from ..store.contract import DekRecord
 from ..store.seal import MODULUS, STATE, Seal, StoreState, weight
 from ..store.sqlite import APPLICATION_ID, DEKS, FILE_NAME, SCHEMA_VERSION, check_schema
-from . import datadir
+from . import asowner, datadir
 from .console import CommandFailed, sync_folder
 
 Progress = Callable[[int, int], None]
@@ -149,54 +151,83 @@ def _check_target(data_dir: Path, file: Path) -> None:
     if not target.parent.is_dir():
         raise CommandFailed(f"there is no folder {target.parent}", hint="make it first")
     if os.path.lexists(file):
-        part = _part_of(file)
-        if part.exists() and file.exists() and part.samefile(file):
-            part.unlink()  # killed right after it got its name
+        _remove_left(file)
         raise _exists(file)
-
-
-def _part_of(file: Path) -> Path:
-    return file.with_name(f".{file.name}.part")
+    folder = target.parent.stat()
+    if folder.st_mode & stat.S_IWOTH and not folder.st_mode & stat.S_ISVTX:
+        raise CommandFailed(
+            f"others may replace files in {target.parent} (mode {folder.st_mode & 0o7777:04o})",
+            hint="choose a folder of your own, or `chmod o-w` it",
+        )
 
 
 @contextlib.contextmanager
 def _part_file(file: Path) -> Iterator[tuple[int, Path]]:
-    """A private file beside the target, which takes its name at the end. What a killed backup to the same
-    name left of one is used again."""
-    part = _part_of(file)
-    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    """A private file beside the target, which takes its name at the end. Nobody foresees its own name: in a
+    folder of all, another user could have made it, or a journal for it, before."""
+    _remove_left(file)
+    part = file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(part, flags, 0o600)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CommandFailed(f"another backup to {file} is under way", hint="wait for it") from None
-        try:
-            os.fchmod(descriptor, 0o600)
-            os.ftruncate(descriptor, 0)
-            yield descriptor, part
-        finally:
-            for name in (part.name, f"{part.name}-journal", f"{part.name}-wal", f"{part.name}-shm"):
-                part.with_name(name).unlink(missing_ok=True)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.fchmod(descriptor, 0o600)
+        yield descriptor, part
     finally:
         os.close(descriptor)
+        _remove_part(part)
+
+
+def _remove_part(part: Path) -> None:
+    """The part itself last: it leads to the others."""
+    for end in ("-journal", "-wal", "-shm", ""):
+        part.with_name(part.name + end).unlink(missing_ok=True)
+
+
+def _remove_left(file: Path) -> None:
+    """Parts of killed backups to this name: ours, and locked by nobody."""
+    for part in file.parent.glob(f".{glob.escape(file.name)}.{'[0-9a-f]' * 16}.part"):
+        try:
+            descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            if os.fstat(descriptor).st_uid == os.geteuid():
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove_part(part)
+        except BlockingIOError:
+            raise CommandFailed(f"another backup to {file} is under way", hint="wait for it") from None
+        finally:
+            os.close(descriptor)
 
 
 def _copy(store: Path, part: Path, progress: Progress) -> None:
     with (
-        contextlib.closing(_connect(store, "mode=ro")) as source,
+        contextlib.closing(_opened_as_owner(store)) as source,
         contextlib.closing(_connect(part, "mode=rw")) as target,
     ):
-        application, version = (
-            source.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-        )
-        check_schema(store, application, version)
-        source.execute("BEGIN")
-        source.execute("SELECT count(*) FROM sqlite_master").fetchone()  # pins what the copy sees
         source.backup(target, pages=PAGES, progress=lambda status, left, total: progress(total - left, total))
         source.execute("COMMIT")
         target.execute("PRAGMA journal_mode=DELETE")
         target.execute("PRAGMA secure_delete=ON")
         _keep_tables(target)
+
+
+def _opened_as_owner(store: Path) -> sqlite3.Connection:
+    """In a transaction that has begun: all of its files are open, and root has made none of them."""
+    with asowner.acting_as(asowner.of(store.parent)):
+        source = _connect(store, "mode=ro")
+        try:
+            application, version = (
+                source.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+            )
+            check_schema(store, application, version)
+            source.execute("BEGIN")
+            source.execute("SELECT count(*) FROM sqlite_master").fetchone()  # pins what the copy sees
+        except BaseException:
+            source.close()
+            raise
+    return source
 
 
 def _keep_tables(db: sqlite3.Connection) -> None:

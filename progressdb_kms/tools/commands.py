@@ -45,9 +45,10 @@ def _load(args: argparse.Namespace, *, need_key: bool) -> Loaded:
 
 
 @contextlib.contextmanager
-def _store(args: argparse.Namespace, *, need_key: bool = True) -> Iterator[Loaded]:
-    """For commands that open the store: what they make there belongs to the daemon's user."""
-    with _load(args, need_key=need_key) as loaded, asowner.kept(loaded.settings.data_dir):
+def _own(args: argparse.Namespace, *, need_key: bool = True) -> Iterator[Loaded]:
+    """For commands that need nothing but the data-dir: root is its owner from here on."""
+    with _load(args, need_key=need_key) as loaded:
+        asowner.become(loaded.settings.data_dir)
         yield loaded
 
 
@@ -262,7 +263,7 @@ def kek_id(args: argparse.Namespace) -> None:
 def verify(args: argparse.Namespace) -> None:
     from . import storecmd
 
-    with _store(args) as loaded, Progress("verify") as bar:
+    with _own(args) as loaded, Progress("verify") as bar:
         result = storecmd.verify(loaded, progress=bar)
     show(result, args.json)
 
@@ -276,7 +277,7 @@ def backup(args: argparse.Namespace) -> None:
             result = drill.check(loaded, Path(args.file), bar)
         show(result, args.json)
         return
-    with _store(args, need_key=False) as loaded, Progress("backup") as bar:
+    with _load(args, need_key=False) as loaded, Progress("backup") as bar:
         result = storecmd.backup(loaded.settings.data_dir, Path(args.file), progress=bar)
     show(result, args.json)
 
@@ -288,7 +289,7 @@ def restore(args: argparse.Namespace) -> None:
         raise UsageError("--key goes with --snapshot")
     from . import storecmd
 
-    with _store(args) as loaded, Progress("restore") as bar:
+    with _load(args, need_key=True) as loaded, Progress("restore") as bar:
         if args.snapshot is None:
             result = storecmd.restore(loaded, Path(args.file), force=args.force, progress=bar)
         else:
@@ -300,8 +301,10 @@ def restore(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     from . import storecmd
 
-    with _store(args, need_key=False) as loaded, Progress("export") as bar, output(args.output) as file:
-        count = storecmd.export(loaded.settings.data_dir, file, progress=bar)
+    with _load(args, need_key=False) as loaded, Progress("export") as bar, output(args.output) as file:
+        data_dir = loaded.settings.data_dir
+        with asowner.acting_as(asowner.of(data_dir)):
+            count = storecmd.export(data_dir, file, progress=bar)
     say(f"{count} DEKs exported")
 
 
@@ -309,7 +312,7 @@ def import_deks(args: argparse.Namespace) -> int:
     from . import storecmd
 
     source = None if args.input == STDIO else Path(args.input)
-    with _store(args) as loaded, Progress("import") as bar:
+    with _load(args, need_key=True) as loaded, Progress("import") as bar:
         result = storecmd.import_deks(loaded, source, skip_bad=args.skip_bad, progress=bar)
     for bad in result.pop("bad"):
         say(f"{bad}")
@@ -320,7 +323,7 @@ def import_deks(args: argparse.Namespace) -> int:
 def backups_list(args: argparse.Namespace) -> None:
     from . import storecmd
 
-    with _load(args, need_key=False) as loaded:
+    with _own(args, need_key=False) as loaded:
         rows = storecmd.backups_list(loaded.settings.data_dir)
     if args.json:
         for row in rows:
@@ -338,7 +341,7 @@ def backups_prune(args: argparse.Namespace) -> None:
         raise UsageError("give --keep, --older-than or both")
     from . import storecmd
 
-    with _load(args, need_key=False) as loaded:
+    with _own(args, need_key=False) as loaded:
         data_dir = loaded.settings.data_dir
         removed = storecmd.backups_prune(data_dir, keep=args.keep, older_than_days=args.older_than)
     show({"removed": len(removed), "paths": removed} if args.json else {"removed": len(removed)}, args.json)
@@ -350,7 +353,7 @@ def backups_prune(args: argparse.Namespace) -> None:
 def audit_verify(args: argparse.Namespace) -> int:
     from . import auditcmd
 
-    with _store(args) as loaded, Progress("audit verify") as bar:
+    with _load(args, need_key=True) as loaded, Progress("audit verify") as bar:
         return auditcmd.verify(args, loaded, bar)
 
 

@@ -29,7 +29,6 @@ from ..service.plan import Configured, ConfiguredKey
 from ..store.contract import Reader
 from ..store.seal import STATE, StoreState
 from ..store.sqlite import SqliteStore
-from . import asowner
 from .console import CommandFailed
 
 SETTLED_SECONDS = 2.5
@@ -64,8 +63,7 @@ def held(loaded: Loaded) -> Iterator[None]:
     """Hold the lock of the data-dir. Raises AlreadyRunning while a daemon or another command does."""
     data_dir = loaded.settings.data_dir
     try:
-        with asowner.acting_as(asowner.of(data_dir)):
-            lock = claim(data_dir)
+        lock = claim(data_dir)
     except AlreadyRunning as error:
         raise AlreadyRunning(
             error.message, hint="stop the daemon first: this command works offline"
@@ -132,8 +130,7 @@ class Work:
 def working(loaded: Loaded, the_keys: Keys, command: str) -> Iterator[Work]:
     """Open the store as the daemon would, and note the end. The caller holds the lock."""
     data_dir = loaded.settings.data_dir
-    with asowner.acting_as(asowner.of(data_dir)):
-        store, audit, _ = start.open_store(data_dir, *the_keys, command=command)
+    store, audit, _ = start.open_store(data_dir, *the_keys, command=command)
     with contextlib.closing(store), contextlib.closing(audit):
         work = Work(the_keys.keyring, store, audit)
         try:

@@ -33,7 +33,7 @@ from ..errors import KMSError, StoreDamaged
 from ..store.contract import DekRecord
 from ..store.policy import DISABLED, ENABLED, PENDING_DELETION, SHREDDED, STATES
 from ..store.snapshots import LINES, find
-from . import datadir, pebble
+from . import asowner, datadir, pebble
 from .console import CommandFailed, say
 from .datadir import Opener, Work
 
@@ -391,11 +391,22 @@ def _refused(bad: list[str], op: str) -> CommandFailed:
 
 def import_deks(loaded: Loaded, source: Optional[Path], skip_bad: bool, progress: Progress) -> dict[str, Any]:
     """Take the DEKs of a file, a folder or stdin. Raises CommandFailed, AlreadyRunning, OSError."""
-    with datadir.keys(loaded) as keys, datadir.held(loaded):
-        found = entries(source)
-        with datadir.working(loaded, keys, "import") as work:
-            result = take(work, "import", found, progress, skip_bad=skip_bad)
+    found = _as_owner(entries(source), loaded)
+    with (
+        datadir.keys(loaded) as keys,
+        datadir.held(loaded),
+        datadir.working(loaded, keys, "import") as work,
+    ):
+        result = take(work, "import", found, progress, skip_bad=skip_bad)
     return {**result._asdict(), "skipped": len(result.bad)}
+
+
+def _as_owner(found: Iterable[Entry], loaded: Loaded) -> Iterable[Entry]:
+    """The same entries, and from here on the data-dir's owner; what only root may read is read before."""
+    if asowner.switches(loaded.settings.data_dir):
+        found = list(found)
+        asowner.become(loaded.settings.data_dir)
+    return found
 
 
 def restore_snapshot(
@@ -404,10 +415,13 @@ def restore_snapshot(
     """Bring one DEK, or all, back from a snapshot folder; over another DEK that opens only with `force`."""
     if not folder.is_dir():
         raise CommandFailed(f"there is no folder {folder}", hint="`backups list` tells which there are")
-    with datadir.keys(loaded) as keys, datadir.held(loaded):
-        found: Iterable[Entry] = _snapshot(folder) if key is None else _one(folder, key)
-        with datadir.working(loaded, keys, "restore") as work:
-            result = take(work, "restore_key", found, progress, skip_bad=False, force=force)
+    found = _as_owner(_snapshot(folder) if key is None else _one(folder, key), loaded)
+    with (
+        datadir.keys(loaded) as keys,
+        datadir.held(loaded),
+        datadir.working(loaded, keys, "restore") as work,
+    ):
+        result = take(work, "restore_key", found, progress, skip_bad=False, force=force)
     return {"path": str(folder), "restored": result.imported, "unchanged": result.unchanged}
 
 

@@ -103,6 +103,7 @@ def restore(loaded: Loaded, file: Path, force: bool, progress: Progress) -> dict
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(backup.opened(file, progress))
         keys = stack.enter_context(datadir.keys(loaded))
+        asowner.become(data_dir)
         chosen = _plan(source, keys)
         _trust(source, stack.enter_context(datadir.own_key(keys.keyring, ROW_KEY, source.row_key)), force)
         with datadir.held(loaded), _staging(data_dir) as folder:
@@ -179,7 +180,6 @@ def _look(data_dir: Path, source: Backup, keys: Keys, force: bool) -> Optional[P
         return Present({}, [], {}, {}, [], 0)
     try:
         with (
-            asowner.acting_as(asowner.of(data_dir)),
             contextlib.closing(SqliteStore(data_dir)) as store,
             datadir.own_key(keys.keyring, ROW_KEY, store.read(ROWS[ROW_KEY])) as key,
         ):
@@ -331,8 +331,7 @@ def _begin_anew(rows: dict[str, Any], logs: list[Path], floor: Optional[verify.F
 def _staging(data_dir: Path) -> Iterator[Path]:
     folder = data_dir / RESTORE_FOLDER
     shutil.rmtree(folder, ignore_errors=True)
-    with asowner.acting_as(asowner.of(data_dir)):
-        folder.mkdir(mode=0o700)
+    folder.mkdir(mode=0o700)
     try:
         yield folder
     finally:
@@ -346,7 +345,6 @@ def _build(folder: Path, source: Backup, chosen: Plan, past: Past, keys: Keys, p
     left = dict(past.tombstones)
     records = source.records()
     with (
-        asowner.acting_as(asowner.of(folder)),
         contextlib.closing(SqliteStore(folder, keys.keyring.row_key)) as store,
         Opener(keys.keyring) as opener,
     ):

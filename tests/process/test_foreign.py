@@ -1,0 +1,180 @@
+"""What another user prepared: links and files in our way, in folders of all and in the daemon's own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from progressdb_kms.config import keysource
+from progressdb_kms.errors import ConfigError
+from progressdb_kms.service.lock import claim
+from tests.client.test_listener import as_user
+from tests.harness import REPO, Daemon
+from tests.harness.daemon import COMMAND
+
+OWNER, STRANGER = 12_001, 12_003
+OURS = [f"kms.db{end}" for end in ("", "-wal", "-shm", "-journal")]
+OURS += ["kms-audit.log", "kms.lock", "kms-deks-backup"]
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+
+
+@pytest.fixture(scope="module")
+def stopped() -> Iterator[Daemon]:
+    with Daemon(workers=1) as daemon:
+        with daemon.session() as kms:
+            kms.create_dek("t")
+        daemon.stop()
+        yield daemon
+
+
+@pytest.fixture
+def theirs(stopped: Daemon) -> Iterator[Daemon]:
+    """A data-dir of the user OWNER, who may be up to something; the commands are root's."""
+    copy = stopped.copy()
+    copy.home.chmod(0o755)
+    for path in (copy.data_dir, *copy.data_dir.rglob("*")):
+        os.lchown(path, OWNER, OWNER)
+    yield copy
+    copy.close()
+
+
+# ---- at the start --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_link_in_the_place_of_our_file(stopped: Daemon, name: str) -> None:
+    copy = stopped.copy()
+    path = copy.data_dir / name
+    if path.exists() and not path.is_dir():
+        path.rename(copy.home / "elsewhere")
+    path.symlink_to(copy.home / "elsewhere")
+    said = str(copy.refusal())
+    assert f"{path} is a symbolic link" in said or f"{path} is no regular file" in said
+    assert "Traceback" not in said
+
+
+def test_a_data_dir_of_another_owner(theirs: Daemon) -> None:
+    said = str(theirs.refusal())
+    assert f"belongs to uid {OWNER}, and this is uid 0" in said
+
+
+def test_the_lock_of_another_owners_data_dir(theirs: Daemon) -> None:
+    with as_user(STRANGER), pytest.raises(ConfigError):
+        claim(theirs.data_dir)
+    with as_user(OWNER):
+        claim(theirs.data_dir).close()
+
+
+def test_a_key_file_that_is_anothers_link(short_tmp: Path) -> None:
+    short_tmp.chmod(0o1777)
+    real = short_tmp / "real"
+    real.write_bytes(os.urandom(32))
+    real.chmod(0o600)
+    with as_user(STRANGER):
+        (short_tmp / "link").symlink_to(real)
+    scratch, out = memoryview(bytearray(keysource.SCRATCH_SIZE)), memoryview(bytearray(32))
+    source = keysource.Source("file", str(short_tmp / "link"), "the key")
+    with pytest.raises(ConfigError, match=f"a symbolic link that belongs to uid {STRANGER}"):
+        keysource.read(source, {}, scratch, out)
+    os.lchown(short_tmp / "link", 0, 0)
+    keysource.read(source, {}, scratch, out)
+
+
+# ---- backup in a folder of all ----------------------------------------------------------------------------
+
+
+def test_a_prepared_part_file(stopped: Daemon, short_tmp: Path) -> None:
+    """A stranger makes all names that he can foresee; the backup is root's all the same."""
+    short_tmp.chmod(0o1777)
+    with as_user(STRANGER):
+        for name in (".b.part", ".b.part-journal", ".b.0123456789abcdef.part"):
+            (short_tmp / name).write_bytes(b"")
+            (short_tmp / name).chmod(0o666)
+    done = stopped.offline("backup", str(short_tmp / "b"))
+    assert done.returncode == 0, done.stderr
+    about = (short_tmp / "b").stat()
+    assert (about.st_uid, about.st_mode & 0o777, about.st_nlink) == (0, 0o600, 1)
+    with sqlite3.connect(short_tmp / "b") as db:
+        assert db.execute("SELECT count(*) FROM deks").fetchone() == (1,)
+    db.close()
+
+
+def test_a_folder_in_which_all_may_replace_files(stopped: Daemon, short_tmp: Path) -> None:
+    short_tmp.chmod(0o777)
+    done = stopped.offline("backup", str(short_tmp / "b"))
+    assert done.returncode == 1 and b"others may replace files" in done.stderr and os.listdir(short_tmp) == []
+
+
+def test_what_a_killed_backup_left_goes(stopped: Daemon, short_tmp: Path) -> None:
+    (short_tmp / ".b.0123456789abcdef.part").write_bytes(b"x")
+    (short_tmp / ".bb.0123456789abcdef.part").write_bytes(b"x")
+    assert stopped.offline("backup", str(short_tmp / "b")).returncode == 0
+    assert sorted(os.listdir(short_tmp)) == [".bb.0123456789abcdef.part", "b"]
+
+
+# ---- root's commands in the daemon's folder ---------------------------------------------------
+
+
+def commands(daemon: Daemon) -> list[tuple[str, ...]]:
+    backup = str(daemon.home / "backup")
+    return [
+        ("verify",),
+        ("export", str(daemon.home / "export")),
+        ("backup", backup),
+        ("import", str(daemon.home / "export")),
+        ("audit", "verify"),
+        ("audit", "search"),
+        ("backups", "list"),
+        ("backups", "prune", "--keep", "1"),
+        ("restore", backup),
+    ]
+
+
+def test_root_gives_nothing_away(theirs: Daemon) -> None:
+    """A file of root's that its owner has linked into the data-dir stays root's."""
+    victim = theirs.home / "victim"
+    victim.write_bytes(b"root's")
+    os.link(victim, theirs.data_dir / "x")
+    for words in commands(theirs):
+        assert theirs.offline(*words).returncode == 0, words
+        assert victim.stat().st_uid == 0, words
+    found = {path: path.stat().st_uid for path in theirs.data_dir.rglob("*") if path.name != "x"}
+    assert set(found.values()) == {OWNER}, found
+    assert (theirs.home / "export").stat().st_uid == (theirs.home / "backup").stat().st_uid == 0
+
+
+def test_a_link_in_the_place_of_a_file_that_sqlite_makes(theirs: Daemon) -> None:
+    """root's hand makes nothing at the other end."""
+    target = theirs.home / "made"
+    for name in ("kms.db-shm", "kms.db-wal", "kms.db-journal"):
+        (theirs.data_dir / name).unlink(missing_ok=True)
+        (theirs.data_dir / name).symlink_to(target)
+        for words in commands(theirs):
+            theirs.offline(*words)
+            assert not target.exists(), (name, words)
+        (theirs.data_dir / name).unlink(missing_ok=True)
+
+
+def test_a_program_that_the_owner_can_not_read(theirs: Daemon) -> None:
+    """Modules are loaded before the switch."""
+    tree = theirs.home / "tree"
+    shutil.copytree(REPO / "progressdb_kms", tree / "progressdb_kms")
+    tree.chmod(0o700)
+    secret = theirs.home / "secret"
+    secret.mkdir(0o700)
+    for words in commands(theirs):
+        words = tuple(word.replace(str(theirs.home / "b"), str(secret / "b")) for word in words)
+        done = subprocess.run(
+            [*COMMAND, *words, "--data-dir", theirs.data_dir, "--config", theirs.config_file],
+            env={**theirs.environment(), "PYTHONPATH": str(tree)},
+            cwd=theirs.home,
+            capture_output=True,
+        )
+        assert done.returncode == 0, (words, done.stderr)
