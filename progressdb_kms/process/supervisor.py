@@ -254,7 +254,7 @@ def _keeper_main(shared: Shared, incarnation: int, report: int) -> None:
     counters = shared.metrics.block(shared.settings.workers)
     counters.clear()
     while not signals.stop:
-        keeper.round(BEAT_SECONDS, signals.fd)
+        keeper.round(BEAT_SECONDS / 4, signals.fd)
         counters.add("beats", 1)
         catch_up()
         signals.clear()

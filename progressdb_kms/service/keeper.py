@@ -18,6 +18,7 @@ A single loop, no locks:
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -36,7 +37,7 @@ from ..crypto import envelope
 from ..crypto.aead import KEY_SIZE, NONCE_SIZE
 from ..crypto.keyring import KekNotLoaded, Keyring, fingerprint
 from ..crypto.memory import LockedBuffer, wipe
-from ..encoding import b64encode, new_key_id, timestamp
+from ..encoding import b64decode, b64encode, new_key_id, timestamp
 from ..errors import (
     AuditUnavailable,
     BadRequest,
@@ -88,8 +89,11 @@ WATCH_SECONDS = 1.0
 WRITE_PAUSES = 1.0, 30.0
 """How often a row is tried after writing one failed."""
 
-SYNC_SECONDS = 1.0
-"""How much of the audit log a power cut may take, at most, without being noticed."""
+SYNC_SECONDS = 0.5
+"""How often, at most, the audit log is brought to the disk beside other work, and its end kept."""
+
+WITNESS_SECONDS = 3600.0
+"""How often the number of changes and the heads of the audit chains are told to the journal."""
 
 REST = 3
 """After a step of long work during which others wanted this core: the pause, in times of what the step took
@@ -163,8 +167,9 @@ class Keeper:
         self._published: Files = {}
         self._rest = 0.0
         self._heads: dict[str, Head] = {}
-        self._anchored: dict[str, int] = {}
-        self._durable: list[Head] = []
+        self._anchoring = Pause(1.0, 60.0)
+        self._own = 0  # how far our own chain is anchored
+        self._next_witness = clock.monotonic() + WITNESS_SECONDS
         self._synced = -SYNC_SECONDS
 
     # ---- the loop ------------------------------------------------------------------------------
@@ -184,6 +189,9 @@ class Keeper:
             self._advance_politely()
         if self._clock.monotonic() >= self._next_look:
             self._look()
+        self._anchor_own()
+        if self._clock.monotonic() >= self._next_witness:
+            self._witness()
         if self._clock.monotonic() >= self._next_janitor and self._janitor_pause.over():
             self._attend("scheduled deletions can't be looked at now", self._janitor, self._janitor_pause)
         if time.monotonic() >= self._next_watch:
@@ -279,7 +287,7 @@ class Keeper:
                     raise
                 except KMSError as error:
                     done.append(Done(job, error, []))
-            self._write_anchors()
+            self._write_anchors(any(job.op == "anchor" for job in jobs))
         if self._brought:
             self._remove_unneeded()
         return done
@@ -369,31 +377,56 @@ class Keeper:
 
     # ---- audit heads -----------------------------------------------------------------------------
 
-    def _write_anchors(self) -> None:
-        """The heads of the audit chains ride along in every transaction, so that a cut tail is noticed.
+    def _write_anchors(self, at_once: bool = False) -> None:
+        """The heads of the audit chains ride along in transactions, so that a cut tail is noticed.
 
-        Only heads that the disk has: else a power cut would leave the store ahead of the log. The log is
-        brought to the disk at most once a second, for all chains at once.
+        Only heads that the disk has: else a power cut would leave the store ahead of the log. For all chains
+        at once, and no more often than that is worth it, except `at_once`: a worker that says how far it is
+        must not wait because another said so a moment ago.
         """
-        now = self._clock.monotonic()
-        if now - self._synced >= SYNC_SECONDS:
-            own = self._audit.head
-            self._heads[own[0]] = own
-            due = list(self._heads.values())
-            try:
-                self._audit.sync()
-            except AuditUnavailable as error:
-                if self._syncing.failed(error.message):
-                    log.error("%s", error.message)
-                return
-            self._syncing.worked()
-            self._synced = now
-            self._durable = due
         self._time.save()
-        for chain, seq, sig in self._durable:
-            if seq and self._anchored.get(chain) != seq:
-                self._store.write(f"audit:head:{chain}", {"seq": seq, "sig": sig})
-                self._anchored[chain] = seq
+        now = self._clock.monotonic()
+        if not at_once and now - self._synced < SYNC_SECONDS:
+            return
+        own = self._audit.head
+        self._heads[own[0]] = own
+        due = list(self._heads.values())
+        try:
+            self._audit.sync()
+        except AuditUnavailable as error:
+            log.error("%s", error.message)
+            return
+        self._synced = now
+        for chain, seq, sig in due:
+            name, row = f"audit:head:{chain}", {"seq": seq, "sig": sig}
+            # What the store has is looked up: what was remembered may have been rolled back.
+            if seq and self._store.read(name) != row:
+                self._store.write(name, row)
+
+    def _anchor_own(self) -> None:
+        """Our own records, where no job came along since."""
+        head = self._audit.head
+        if head[1] == self._own or self._clock.monotonic() - self._synced < SYNC_SECONDS:
+            return
+        if self._anchoring.over():
+            what = "the end of the audit log can't be kept in the store now"
+            self._attend(what, functools.partial(self._anchor_to, head[1]), self._anchoring)
+
+    def _anchor_to(self, seq: int) -> None:
+        before = self._synced
+        with self._store.transaction():
+            self._write_anchors(at_once=True)
+        if self._synced != before:  # else the log could not be synced
+            self._own = seq
+
+    def _witness(self) -> None:
+        """To the journal, which is no part of the data-dir: who puts store and log back together is found by
+        these lines. Each head is written like a receipt: `audit verify --receipts` takes it."""
+        self._next_witness = self._clock.monotonic() + WITNESS_SECONDS
+        own = self._audit.head
+        heads = [*(head for name, head in self._heads.items() if name != own[0]), own]
+        told = [f"{chain}:{seq}:{b64decode(sig)[:8].hex()}" for chain, seq, sig in heads if seq]
+        log.info("witness: change %d of the store, audit %s", self._store.state().change, " ".join(told))
 
     def note(self, op: str, outcome: str = "ok", **details: Any) -> None:
         """An audit record of the keeper's own: no peer asked for it."""
@@ -736,6 +769,7 @@ class Keeper:
             self._synced = -SYNC_SECONDS
             with self._store.transaction():
                 self._write_anchors()
+            self._witness()
         except (StoreUnavailable, AuditUnavailable) as error:
             log.error("the end is not in the store or the audit log: %s", error.message)
         if self._store.lost():
