@@ -394,8 +394,10 @@ class Keeper:
         try:
             self._audit.sync()
         except AuditUnavailable as error:
-            log.error("%s", error.message)
+            if self._syncing.failed(error.message):
+                log.error("%s", error.message)
             return
+        self._syncing.worked()
         self._synced = now
         for chain, seq, sig in due:
             name, row = f"audit:head:{chain}", {"seq": seq, "sig": sig}
