@@ -264,7 +264,8 @@ def verify(args: argparse.Namespace) -> None:
     from . import storecmd
 
     with _own(args) as loaded, Progress("verify") as bar:
-        result = storecmd.verify(loaded, progress=bar)
+        result = {"recounted": storecmd.recount(loaded)} if args.recount else {}
+        result.update(storecmd.verify(loaded, progress=bar))
     show(result, args.json)
 
 

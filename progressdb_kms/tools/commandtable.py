@@ -402,8 +402,10 @@ COMMANDS: tuple[Command, ...] = (
         "verify",
         OFFLINE,
         "open every DEK and check the store",
-        "Checks SQLite's integrity and opens each DEK under the KEK it names. May run beside the daemon.",
-        (DATA_DIR, CONFIG, JSON),
+        "Checks SQLite's integrity and opens each DEK under the KEK it names. May run beside the daemon. "
+        "--recount (the daemon is stopped) first counts and adds up the rows anew, each of which must be "
+        "genuine, where the store's own figures differ: look why they do before you let them follow.",
+        (Arg(("--recount",), "let the counts follow the rows", "flag"), DATA_DIR, CONFIG, JSON),
         "verify",
         keys=True,
     ),

@@ -101,6 +101,17 @@ class _Faults:
             say(text)
 
 
+def recount(loaded: Loaded) -> bool:
+    """Let the counts and the sum follow the rows, on the record. Returns whether they differed. Raises
+    AlreadyRunning beside a daemon, StoreDamaged where a row isn't genuine."""
+    with datadir.keys(loaded) as keys, datadir.held(loaded):
+        with datadir.working(loaded, keys, "verify") as work, work.store.transaction():
+            if differed := work.store.recount():
+                work.audit.note("recount", "ok", {})
+            work.anchor()
+        return differed
+
+
 def verify(loaded: Loaded, progress: Progress) -> dict[str, Any]:
     """Open every DEK, and hold the store and the ledgers of rotations against themselves.
 
@@ -127,7 +138,8 @@ def verify(loaded: Loaded, progress: Progress) -> dict[str, Any]:
     if faults.count:
         raise CommandFailed(
             f"{faults.count} faults were found in {data_dir}",
-            hint="bring keys back with `restore --snapshot DIR --key ID`, or the whole with `restore FILE`",
+            hint="bring keys back with `restore --snapshot DIR --key ID`, or the whole with `restore FILE`; "
+            "where only the counts are wrong, and you know why, `verify --recount`",
         )
     return {"result": "ok", "deks": live, "shredded": shredded, "ledgers": ledgers}
 
