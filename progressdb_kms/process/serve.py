@@ -82,7 +82,7 @@ def serve(
         staging = region.view[REGION_SIZE:]
         metrics = Metrics(settings.workers + 1)
         sockets = (inbox, outbox, listener, name, handovers)
-        made = (measures, time.monotonic(), slabs, descriptors)
+        made = (measures, time.monotonic(), slabs, descriptors, _cores())
         shared = Shared(settings, keys, region, keyring, staging, metrics, *sockets, *made)
         run = Alone if settings.workers == 1 else Supervisor
         return run(shared, lock, ready or _announce).run()
@@ -98,6 +98,11 @@ def _look_at_second_start(settings: Settings, measures: Sequence[hardening.Measu
             if settings.memory_lock == "require":
                 raise LockRefused(f"memory_lock is 'require', but {measure.detail}", hint=hardening.REMEDY)
             log.warning("%s (%s)", measure.detail, hardening.REMEDY)
+
+
+def _cores() -> int:
+    """That all processes together may use, before workers are pinned to one each."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _descriptors(settings: Settings) -> int:

@@ -64,6 +64,7 @@ class Shared(NamedTuple):
     """Locked memory of the connections of each worker."""
     descriptors: int
     """that a process may open"""
+    cores: int
 
 
 # ---- a worker --------------------------------------------------------------------------------------
@@ -97,7 +98,11 @@ class Worker:
         slots = StagingSlots(shared.staging, (slot - 1) * share, share)
         app = App(self._service, slots, shared.metrics, settings.max_body_bytes)
         limits = Limits(
-            settings.max_connections, settings.idle_timeout, settings.request_timeout, shared.descriptors
+            settings.max_connections,
+            settings.idle_timeout,
+            settings.request_timeout,
+            shared.descriptors,
+            shared.cores,
         )
         self._handover = shared.handovers[slot - 1]
         self._listener = shared.listener.dup()

@@ -153,8 +153,11 @@ def get_wrapped(app: App, call: Call) -> Reply:
 
 
 def _usable(app: App, call: Call, key_id: str) -> DekRecord:
-    call.key = key_fragment(key_id)
-    entry = app.service.entry(key_id)
+    try:
+        entry = app.service.entry(key_id)
+    except KMSError:
+        call.key = key_fragment(key_id)
+        raise
     call.key = entry.fragment
     return entry.record
 
@@ -224,6 +227,9 @@ def accept_clock(app: App, call: Call) -> Reply:
 
 # What clients send most, read without a JSON parser: the key_id, then the data, nothing else. Whatever does
 # not look exactly so goes the long way, and so does what is not base64 as it stands.
+LONG = 64 * 1024
+"""Bytes of a body whose data are not copied before they are decoded."""
+
 _DATA = ("plaintext", "ciphertext")
 _ONE = {field: re.compile(item_pattern(field, b" ?: ?", b" ?, ?")) for field in _DATA}
 
@@ -271,7 +277,7 @@ def _progressdb(
 def _data_request(app: App, call: Call, field: str) -> tuple[Union[str, Wrapped], bytes, bytes]:
     """(DEK, data, AAD) of a JSON body."""
     one = _ONE[field].fullmatch(call.body) if call.head.content_type == JSON else None
-    if one is not None and (data := _plain_base64(call.body[one.start(2) : one.end(2)])) is not None:
+    if one is not None and (data := _plain_base64(_second(one, call.body))) is not None:
         key_id = one[1].decode("ascii")
         _usable(app, call, key_id)
         call.body = b""  # 8 MiB that need not stay while the answer is made
@@ -282,6 +288,11 @@ def _data_request(app: App, call: Call, field: str) -> tuple[Union[str, Wrapped]
     aad = fields.aad()
     fields.end()
     return source, data, aad
+
+
+def _second(one: re.Match[bytes], body: Buffer) -> Buffer:
+    """Without a copy, where it is long."""
+    return one[2] if len(body) < LONG else body[one.start(2) : one.end(2)]
 
 
 def _plain_base64(text: Buffer) -> Optional[bytes]:

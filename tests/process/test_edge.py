@@ -1,0 +1,294 @@
+"""What one peer may take from the others: nothing that they notice. Attacks that stopped the service once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import Daemon, raw
+from tests.harness.load import Load
+from tests.harness.procs import rss_kib, wait_until
+from tests.harness.wire import b64, connect
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can connect as another user")
+
+OURS, OTHER, STRANGER = 12_001, 12_002, 12_003
+GET = b"GET /healthz HTTP/1.1\r\nHost: unix\r\n\r\n"
+HUGE = (
+    b"POST /encrypt HTTP/1.1\r\nHost: unix\r\nExpect: 100-continue\r\n"
+    b"Content-Type: application/json\r\nContent-Length: 8388608\r\n\r\n"
+)
+BATCH = (
+    b"POST /encrypt_batch HTTP/1.1\r\nHost: unix\r\n"
+    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+)
+
+
+@contextlib.contextmanager
+def as_user(uid: int) -> Iterator[None]:
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@contextlib.contextmanager
+def serving(workers: int = 2, **config: Any) -> Iterator[Daemon]:
+    with Daemon({"allowed_peer_uids": [0, OURS, OTHER], **config}, workers=workers) as daemon:
+        daemon.home.chmod(0o755)
+        daemon.socket.chmod(0o666)
+        yield daemon
+
+
+def connected(daemon: Daemon, uid: int, count: int, stack: ExitStack) -> list[socket.socket]:
+    with as_user(uid):
+        return [stack.enter_context(connect(daemon.socket)) for _ in range(count)]
+
+
+def memory(daemon: Daemon) -> int:
+    return sum(rss_kib(pid) for pid in daemon.pids())
+
+
+def status(sock: socket.socket) -> int:
+    sock.sendall(GET)
+    return int(sock.recv(4096)[9:12])
+
+
+def answered(daemon: Daemon, data: bytes) -> bytes:
+    return raw(daemon.socket, data, end=False, timeout=30)
+
+
+# ---- peers that are not served --------------------------------------------------------------------------
+
+
+class TestRefusedPeers:
+    def test_heads_that_promise_much_cost_nothing(self) -> None:
+        with serving() as daemon, ExitStack() as stack:
+            before = memory(daemon)
+            socks = connected(daemon, STRANGER, 60, stack)
+            for sock in socks:
+                sock.sendall(HUGE)
+            for sock in socks:
+                assert sock.recv(4096).startswith(b"HTTP/1.1 403 ")  # and not 100 Continue
+            assert memory(daemon) - before < 8 << 10
+            assert daemon.ok("GET", "/readyz")["ready"]
+
+    def test_idle_they_take_no_place(self) -> None:
+        with serving(max_connections=20) as daemon, ExitStack() as stack:
+            connected(daemon, STRANGER, 300, stack)
+            with as_user(OURS):
+                assert daemon.healthy()
+
+    def test_they_hear_why_whatever_they_send(self) -> None:
+        with serving() as daemon, ExitStack() as stack:
+            with as_user(STRANGER):
+                reply = daemon.request("POST", "/encrypt", bytes(1 << 20))
+            assert (reply.status, reply.code) == (403, "peer_refused")
+            (silent,) = connected(daemon, STRANGER, 1, stack)
+            assert silent.recv(4096).startswith(b"HTTP/1.1 403 ")  # in a second, whatever it says
+
+    def test_they_do_not_fill_the_audit_log(self) -> None:
+        with serving() as daemon:
+            before = len(daemon.audit_log.read_bytes().splitlines()) if daemon.audit_log.exists() else 0
+            for _ in range(300):
+                with as_user(STRANGER), connect(daemon.socket) as sock:
+                    assert status(sock) == 403
+            assert len(daemon.audit_log.read_bytes().splitlines()) - before <= 2  # the first in each worker
+            daemon.stop()
+            events = [json.loads(line)["event"] for line in daemon.audit_log.read_text().splitlines()]
+            assert sum(e["count"] for e in events if e["outcome"] == "refused") == 300
+            assert daemon.offline("audit", "verify").returncode == 0
+
+
+# ---- peers that are served ------------------------------------------------------------------------------
+
+
+class TestShares:
+    def test_one_uid_leaves_a_quarter_to_the_others(self) -> None:
+        with serving(max_connections=40) as daemon, ExitStack() as stack:
+            assert status(connected(daemon, OTHER, 1, stack)[0]) == 200
+            found = [status(sock) for sock in connected(daemon, OURS, 60, stack)]
+            assert found[:20] == [200] * 20 and found.count(200) <= 31 and found[-1] == 503
+            assert [status(sock) for sock in connected(daemon, OTHER, 5, stack)] == [200] * 5
+
+    def test_who_is_alone_may_have_all(self) -> None:
+        with Daemon({"max_connections": 40}, workers=2) as daemon, ExitStack() as stack:
+            socks = [stack.enter_context(connect(daemon.socket)) for _ in range(40)]
+            assert [status(sock) for sock in socks] == [200] * 40
+
+
+def test_what_a_dead_worker_held_is_free_again() -> None:
+    with serving(max_connections=10) as daemon, ExitStack() as stack:
+        socks = connected(daemon, OURS, 10, stack)
+        assert {status(sock) for sock in socks} == {200}
+        for pid in [pid for pid in daemon.pids() if pid not in (daemon.pid, daemon.writer)]:
+            os.kill(pid, 9)
+        wait_until(lambda: len(daemon.pids()) == 4 and daemon.healthy(), 20, "new workers")
+        assert [status(sock) for sock in connected(daemon, OTHER, 8, stack)] == [200] * 8
+
+
+class TestBatches:
+    def bodies(self, key: str) -> list[bytes]:
+        item = json.dumps({"key_id": key, "plaintext": b64(bytes(6000))}, separators=(",", ":")).encode()
+        return [
+            b'{"items":[' + b"{}," * 2_790_000 + b"{}]}",
+            b'{"items":[' + b"[]," * 2_790_000 + b"{}]}",
+            b'{"items":[{"a":[' + b"[]," * 2_790_000 + b"[]]}]}",
+            b'{"items":[{' + b'"a":1,' * 1_390_000 + b'"b":1}]}',
+            b'{"key_id":[' + b"{}," * 2_790_000 + b"{}]}",
+            b"[" * 8_380_000,
+            b'{"items":[' + b",".join([item] * 1000) + b"]}",
+        ]
+
+    def test_none_costs_more_than_its_bytes(self) -> None:
+        """8 MiB of `{},` took 256 MiB, which stayed, and two seconds."""
+        with serving(workers=1) as daemon:
+            key = daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
+            answered(daemon, BATCH % 2 + b"{}")
+            before = memory(daemon)
+            for body in self.bodies(key):
+                found = answered(
+                    daemon, (BATCH % len(body)).replace(b"unix", b"u\r\nConnection: close") + body
+                )
+                assert found.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 200 "))
+                assert memory(daemon) - before < 64 << 10
+            wait_until(lambda: memory(daemon) - before < 8 << 10, 20, "the memory to go back")
+
+    def test_many_at_once_and_a_neighbour(self) -> None:
+        with serving(workers=1) as daemon:
+            key = daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
+            bodies = self.bodies(key)
+            before, taken = memory(daemon), []
+
+            def send(session: object, number: int) -> None:
+                body = bodies[(0, -1)[number % 2]]
+                with connect(daemon.socket) as sock, contextlib.suppress(OSError):
+                    sock.sendall(BATCH % len(body) + body)
+                    assert sock.recv(100)[9:12] in (b"200", b"400", b"503")
+
+            with Load(daemon.socket, send, threads=16, keep_going=True) as load:
+                load.wait_for(4)
+                with daemon.session() as kms:
+                    for _ in range(50):
+                        begun = time.perf_counter()
+                        kms.encrypt(key, b"x")
+                        taken.append(time.perf_counter() - begun)
+                        assert memory(daemon) - before < 96 << 10
+            assert sorted(taken)[25] < 0.25, sorted(taken)  # it was seconds; a bound, no measure
+            wait_until(lambda: memory(daemon) - before < 16 << 10, 20, "the memory to go back")
+
+    def test_slow_bodies_are_counted_and_past_the_budget_refused(self) -> None:
+        with serving(workers=2, max_body_bytes=1 << 20) as daemon, ExitStack() as stack:
+            head = HUGE.replace(b"8388608", b"1048576").replace(b"Expect: 100-continue\r\n", b"")
+            before, found = memory(daemon), []
+            socks = connected(daemon, OURS, 30, stack)
+            for sock in socks:
+                sock.sendall(head + bytes(1_000_000))
+            for sock in socks:
+                sock.settimeout(0.5)
+                with contextlib.suppress(socket.timeout):
+                    found.append(sock.recv(100)[9:12])
+            assert found and set(found) == {b"503"}
+            assert memory(daemon) - before < 24 << 10
+            stack.close()
+            key = daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
+            wait_until(
+                lambda: daemon.request("POST", f"/encrypt?key_id={key}", bytes(1 << 20)).status == 200,
+                20,
+                "the budget to be free again",
+            )
+
+
+def test_who_sends_ahead_does_not_starve_the_others() -> None:
+    with serving(workers=1) as daemon, ExitStack() as stack:
+        (greedy,) = connected(daemon, OURS, 1, stack)
+        greedy.setblocking(False)
+        request, taken = b"GET /metrics HTTP/1.1\r\nHost: u\r\n\r\n" * 1000, []
+
+        def feed() -> None:
+            with contextlib.suppress(BlockingIOError):
+                greedy.send(request)
+            with contextlib.suppress(BlockingIOError):
+                while greedy.recv(1 << 20):
+                    pass
+
+        with daemon.session() as kms:
+            for _ in range(100):
+                feed()
+                begun = time.perf_counter()
+                assert kms.request("GET", "/healthz").status == 200
+                taken.append(time.perf_counter() - begun)
+        assert sorted(taken)[50] < 0.1, sorted(taken)
+
+
+# ---- what the daemon itself needs -----------------------------------------------------------------------
+
+
+def limited(*limits: str) -> dict[str, Any]:
+    drop = ["setpriv", "--bounding-set", "-ipc_lock,-sys_resource", "--inh-caps", "-ipc_lock,-sys_resource"]
+    return {"wrapper": [*drop, "prlimit", *limits]}
+
+
+class TestDescriptors:
+    def test_the_soft_limit_is_raised(self) -> None:
+        with Daemon(workers=1, wrapper=["prlimit", "--nofile=256:4096"]) as daemon, ExitStack() as stack:
+            socks = [stack.enter_context(connect(daemon.socket)) for _ in range(400)]
+            assert {status(sock) for sock in socks} == {200}
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_too_few_end_nothing(self, workers: int) -> None:
+        """They ended the daemon, or a worker in its anchor, and accept spun."""
+        with Daemon(workers=workers, wrapper=["prlimit", "--nofile=128:128"]) as daemon:
+            assert "open files are allowed" in daemon.stderr and "LimitNOFILE" in daemon.stderr
+            pids = daemon.pids()
+            with ExitStack() as stack:
+                found = []
+                for _ in range(300):
+                    sock = stack.enter_context(connect(daemon.socket))
+                    found.append(status(sock))
+                assert found[:50] == [200] * 50 and set(found) == {200, 503}
+                time.sleep(6)  # an anchor
+                sock = stack.enter_context(connect(daemon.socket))
+                assert status(sock) == 503
+            wait_until(daemon.healthy, 20, "a free place")
+            assert daemon.pids() == pids
+            assert daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
+
+
+class TestLockedMemory:
+    def test_required_and_not_to_be_had_is_a_refusal(self) -> None:
+        """With 64 KiB it said "ready" and served nobody."""
+        refused = Daemon({"memory_lock": "require"}, workers=2, **limited("--memlock=65536:65536")).refusal()
+        assert refused.code == 1 and "LimitMEMLOCK" in refused.stderr
+
+    def test_wanted_and_not_to_be_had_is_told(self) -> None:
+        with Daemon({"memory_lock": "try"}, workers=2, **limited("--memlock=65536:65536")) as daemon:
+            assert "LimitMEMLOCK" in daemon.stderr
+            assert daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
+
+
+def cpu_seconds(daemon: Daemon) -> float:
+    ticks = os.sysconf("SC_CLK_TCK")
+    stats = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split() for pid in daemon.pids()]
+    return sum(int(fields[11]) + int(fields[12]) for fields in stats) / ticks
+
+
+def test_an_idle_connection_is_not_waited_for_by_spinning() -> None:
+    with Daemon(workers=2) as daemon, daemon.session() as kms:
+        for _ in range(200):  # as fast as it can: such a one is waited for awake
+            kms.request("GET", "/healthz")
+        before = cpu_seconds(daemon)
+        time.sleep(5)
+        assert (
+            cpu_seconds(daemon) - before < 0.1
+        )  # two hundredths of a core, with the beats of four processes
