@@ -258,8 +258,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _turn(self) -> None:
         events = self._wait()
-        self._gap = 1.0  # seconds that were waited for the last event
-        self._untrimmed = False
         self._now = time.monotonic()
         self._idle_until = self._now + self.limits.idle_timeout
         if self._paused or self._renewed:
