@@ -324,7 +324,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "max_connections", _whole, "a whole number from {low} to {high}",
-        "Connections served at one time, in all workers; one more gets 503. Each costs a thread and a "
+        "Connections served at one time, in all workers; one more gets 503. Each costs a "
         "descriptor.",
         default=2048, unit="connections", low=1, high=65536,
     ),

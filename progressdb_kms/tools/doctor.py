@@ -38,6 +38,8 @@ from ..service.rotation import RETIRED_KEK, retired
 from ..store.seal import STATE, StoreState
 from ..store.sqlite import FILE_NAME as STORE
 from ..store.sqlite import SqliteReader, check_schema
+from ..wire.server import SPARE_FILES, WAITING, WORKING
+from ..wire.slab import size_of
 from . import asowner, datadir
 from .console import safe
 from .keyfiles import RESUME, KeyFiles
@@ -52,9 +54,6 @@ LOW_FREE = 256 << 20
 
 LARGE_LOG = 2 << 30
 """Bytes of audit log from which logrotate seems to be missing."""
-
-SPARE_FILES = 64
-"""Descriptors that the daemon needs beside one a connection."""
 
 TOLERANCE = 120
 """Seconds by which files may seem to come from the future."""
@@ -164,7 +163,9 @@ def _hardening(patient: Patient) -> Findings:
 def _memory(patient: Patient) -> Findings:
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     shown = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit >> 10} KiB"
-    with LockedBuffer(PAGE) as memory:
+    workers = patient.settings.workers if patient.settings is not None else 1
+    need = PAGE * 2 + workers * size_of(WAITING + WORKING)  # the keyring, and the workers' connections
+    with LockedBuffer(need) as memory:
         kind = memory.kind
     required = patient.settings is not None and patient.settings.memory_lock == "require"
     raise_it = "LimitMEMLOCK=infinity in the unit, or `ulimit -l unlimited` before the start"
@@ -174,7 +175,8 @@ def _memory(patient: Patient) -> Findings:
         todo = "Linux 5.14 or newer offers memfd_secret; in a container the system call must be allowed"
         yield Finding(OK, f"keys live in locked pages; root could read them by ptrace (limit {shown})", todo)
     else:
-        yield Finding(FAIL if required else WARN, f"no page can be locked (limit {shown})", raise_it)
+        told = f"the {need >> 10} KiB that keys and connections need can't be locked (limit {shown})"
+        yield Finding(FAIL if required else WARN, told, raise_it)
 
 
 def _ptrace(patient: Patient) -> Findings:

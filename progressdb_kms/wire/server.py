@@ -76,6 +76,9 @@ YIELDS = 5
 STARVED_SECONDS, TELL_SECONDS = 0.1, 60.0
 """Without a descriptor to accept with: the pause, and how often the log says so."""
 
+TOGETHER = 16
+"""Answers that are sent together: the first of them waits half a millisecond."""
+
 LARGE = 64 * 1024
 """Bytes of an answer from which on head and body are not joined before they are sent."""
 
@@ -216,8 +219,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._turned_away: OrderedDict[int, Connection] = OrderedDict()
         self._ahead: deque[Connection] = deque()
         self._back: deque[tuple[Connection, bool, list[memoryview]]] = deque()
+        self._out: list[tuple[Connection, bytes]] = []
         self._open_doors(doors)
         self._gap = 1.0  # seconds that were waited for the last event
+        self._spare = False
         self._untrimmed = False
         self._now = time.monotonic()
         self._idle_until = self._now + limits.idle_timeout
@@ -275,10 +280,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
             else:
                 with suppress(BlockingIOError):
                     self._bell.recv(4096)
+        if self._out:
+            self._flush()
         while self._back:
             self._take_back(*self._back.popleft())
         for _ in range(len(self._ahead)):
             self._go_ahead(self._ahead.popleft())
+            self._flush()
         for fd in doors:
             self._let_in(fd)
         if self._now >= self._next_tick:
@@ -292,7 +300,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             seconds = 0.0
         if not isinstance(self._poll, select.epoll):
             return self._poll.poll(seconds * 1000)  # type: ignore[no-any-return]
-        if len(self._connections) != 1 or self._gap > SPIN:
+        if len(self._connections) != 1 or self._gap > SPIN or not self._spare:
             begun = time.monotonic()
             events = self._poll.poll(seconds, EVENTS)
             self._gap = time.monotonic() - begun
@@ -302,12 +310,21 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _spin(self) -> list[tuple[int, int]]:
         events: list[tuple[int, int]] = []
         begun = now = time.monotonic()
-        if self.limits.cores > 1 and sum(self._metrics.gauge("connections")) == 1:
+        if sum(self._metrics.gauge("connections")) == 1:
             while not events and now - begun < SPIN:
                 events = self._poll.poll(0, EVENTS)
                 now = time.monotonic()
-        self._gap = now - begun if events else 1.0
+        self._gap = now - begun
+        if not events:  # it may be the peer itself that was kept from the core: not again in this second
+            self._spare = False
         return events
+
+    def _look_around(self) -> None:
+        """Has the machine a core to spare for a spin? Who runs now, of all that want to."""
+        self._spare = False
+        if len(self._connections) == 1 and self.limits.cores > 1:
+            with suppress(OSError, ValueError), open("/proc/loadavg", "rb") as file:
+                self._spare = int(file.read().split()[3].partition(b"/")[0]) <= self.limits.cores
 
     def _tick(self) -> None:
         """Whose time is over?"""
@@ -316,6 +333,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         for connection in [c for c in self._connections.values() if c.deadline <= now]:
             self._late(connection)
         self._refusals.flush()
+        self._look_around()
         if self._untrimmed and hasattr(_libc, "malloc_trim"):
             self._untrimmed = False
             self._working.submit(0, lambda scratch, answer: _libc.malloc_trim(ctypes.c_size_t(0)))
@@ -497,7 +515,38 @@ class Server(socketserver.ThreadingUnixStreamServer):
             return self._hand_over(connection, route, request, self._working if long else self._waiting)
         call = Call(request.head, request.body, connection.peer, connection.fragment, *self.slab.waiter)
         reply = routes.dispatch(self.app, route, call)
-        return self._answer(connection, request.head, reply)
+        head = request.head
+        if (
+            len(reply.body) > LARGE
+            or reply.close
+            or reply.secret
+            or self.draining
+            or not head.keep_alive
+            or head.method == "HEAD"
+            or connection.reserved
+            or connection.body_piece is not None
+        ):
+            self._flush()
+            return self._answer(connection, head, reply)
+        self._out.append((connection, render_head(reply, True, head.version) + reply.lead + reply.body))
+        if len(self._out) >= TOGETHER:
+            self._flush()
+        return NEXT if connection.phase == IDLE else AWAY
+
+    def _flush(self) -> None:
+        """Send answers that were made in this turn. Together, since each alone would wake its peer, which
+        takes the core; but not so many that the first waits long."""
+        out, self._out = self._out, []
+        for connection, whole in out:
+            try:
+                sent = connection.request.send(whole)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self._close(connection)
+                continue
+            if sent < len(whole):
+                self._answer_later(connection, True, [memoryview(whole)[sent:]])
 
     def _answer(self, connection: Connection, head: Head, reply: Reply) -> int:
         keep = head.keep_alive and not reply.close and not self.draining

@@ -27,11 +27,16 @@ _OWN = SCRATCH_SIZE + ANSWER
 _ZEROS = bytes(RECEIVED)
 
 
+def size_of(threads: int) -> int:
+    """Bytes."""
+    return RECEIVED * (1 + SPARES) + (1 + threads) * _OWN
+
+
 class Slab:
     def __init__(self, mode: str, threads: int) -> None:
         """`threads`: those that serve beside the waiter. Raises LockRefused."""
         first = RECEIVED * (1 + SPARES)
-        self._buffer = LockedBuffer(first + (1 + threads) * _OWN, mode)
+        self._buffer = LockedBuffer(size_of(threads), mode)
         self.map = self._buffer.map
         view = self._buffer.view
         self.received = view[:RECEIVED]
