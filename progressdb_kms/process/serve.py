@@ -16,6 +16,7 @@ what was received is answered, workers end, the keeper writes the last audit hea
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import signal
 import sys

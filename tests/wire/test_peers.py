@@ -23,6 +23,7 @@ ADMIN_CALLS = [
     ("POST", "/rotate_kek", {"new_kek_hex": "x"}),
     ("POST", "/deks/k_1/disable", None),
     ("DELETE", "/deks/k_1", None),
+    ("POST", "/clock/accept", None),
 ]
 CALLS = [
     ("POST", "/create_dek_for_thread", {"thread_id": "t"}),
