@@ -18,6 +18,7 @@ from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 
 from .. import __version__
 from ..audit.log import Fragment, fragment, key_fragment
+from ..config.load import check_master_key
 from ..crypto.aead import KEY_SIZE
 from ..crypto.envelope import Wrapped
 from ..encoding import (
@@ -40,6 +41,7 @@ from ..errors import (
     NotFound,
     PeerRefused,
     UnsupportedMediaType,
+    WeakKey,
 )
 from ..rules import Peer
 from ..service.keeper import describe
@@ -499,7 +501,10 @@ def wrap(app: App, call: Call) -> Reply:
     dek = call.scratch[:KEY_SIZE]
     try:
         b64decode_into(_span(body, spans, "dek"), dek)
+        check_master_key(dek)  # a buffer that nobody filled, or a key that everybody has, protects nothing
         blob, kek_id, version, name = app.service.wrap(dek, key_id)
+    except WeakKey as error:
+        raise BadRequest.invalid("dek", f"can't be a DEK: {error.message}") from None
     except ValueError as error:
         raise BadRequest.invalid("dek", str(error)) from None
     finally:
