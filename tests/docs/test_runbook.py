@@ -27,6 +27,7 @@ import pytest
 from progressdb_kms.tools import cli as command_line
 from progressdb_kms.tools.commandtable import COMMANDS, ONLINE
 from tests.harness.daemon import REPO, Daemon, base_environment, write_secret
+from tests.harness.procs import wait_until
 from tests.tools.test_imports import go_blob
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -330,7 +331,18 @@ class Upgrade(World):
         super().finish()
 
 
+class Taken(World):
+    """kms.db is unlinked under the daemon."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        (self.daemon.data_dir / "kms.db").unlink()
+        wait_until(lambda: "kms-rescue-" in self.daemon.stderr, 30, "the journal to name the rescue")
+        self.words = {"RESCUE": str(next(self.daemon.data_dir.glob("kms-rescue-*.db")))}
+
+
 SCENARIOS: dict[str, type[World]] = {
+    "The store's files were removed, replaced or cut": Taken,
     "Back up": BackUp,
     "Upgrade and downgrade": Upgrade,
     "Restore on a new host": NewHost,
