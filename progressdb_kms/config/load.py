@@ -24,7 +24,7 @@ from typing import Any, Optional, Union
 
 from ..crypto.memory import LockedBuffer, wipe
 from ..errors import ConfigError, WeakKey
-from ..rules import PeerRules
+from ..rules import PeerRules, Policy
 from . import keysource, yamlfile
 from .keysource import FD_VARIABLE, HEX, HEX_VARIABLE, Source
 from .options import (
@@ -79,6 +79,7 @@ class Settings:
     master_source: str
     master_key_file: Optional[str]
     pending_key_file: Optional[str] = None
+    policies: tuple[Policy, ...] = ()
 
     @property
     def peer_rules(self) -> PeerRules:
@@ -316,13 +317,14 @@ def _settings(values: Mapping[str, Any], file: Optional[ConfigFile], master: Opt
             f"socket_mode {values['socket_mode']:04o} lets every user of this host in",
             hint="use 0660 with socket_group, or list the users in allowed_peer_uids",
         )
-    rest = {name: values[name] for name in values if name not in ("socket", "data_dir", *_UIDS)}
+    rest = {name: values[name] for name in values if name not in ("socket", "data_dir", "policies", *_UIDS)}
     return Settings(
         config_file=file.path if file else None,
         socket=Path(values["socket"]),
         data_dir=Path(values["data_dir"]),
         allowed_peer_uids=_set(values["allowed_peer_uids"]),
         admin_peer_uids=_set(values["admin_peer_uids"]),
+        policies=tuple(Policy.of(number, entry) for number, entry in enumerate(values["policies"] or (), 1)),
         master_source=master.label if master else "",
         master_key_file=master.place if master and master.form == "file" else None,
         **rest,

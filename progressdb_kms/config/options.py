@@ -15,6 +15,7 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 
 from ..encoding import hex_decode_into
 from ..errors import ConfigError
+from ..rules import OPERATIONS
 
 KEY_SIZE = 32
 
@@ -23,6 +24,10 @@ MAX_PREVIOUS = 100
 
 MAX_UIDS = 1000
 MAX_UID = 2**32 - 2  # (uid_t)-1 means "no user"
+
+MAX_POLICIES = 100
+MAX_PATTERNS = 100
+MAX_PATTERN = 512  # characters: as long as a thread_id
 
 MAX_SOCKET_PATH = 107
 """Bytes of a socket's path: `sun_path` has 108 with the closing NUL (unix(7))."""
@@ -234,6 +239,75 @@ def _key(item: Value, entry: str, option: Option) -> tuple[str, Any]:
         raise Wrong(f"{entry}: {form} {wrong}") from None
 
 
+def _policies(value: Value, option: Option) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or len(value) > MAX_POLICIES:
+        raise option.wrong()
+    return [_policy(item, f"entry {number}", option) for number, item in enumerate(value, 1)]
+
+
+def _policy(item: Value, entry: str, option: Option) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise Wrong(f"{entry} must be a mapping such as `uid: 1000` with `operations: [encrypt]`")
+    found: dict[str, Any] = {}
+    for name, value in item.items():
+        if name not in _POLICY_FORMS:
+            raise Wrong(f"{entry}: {unknown(name, _POLICY_FORMS)}")
+        try:
+            found[name] = _POLICY_FORMS[name](value, option)
+        except Wrong as wrong:
+            raise Wrong(f"{entry}: {name} {wrong}") from None
+    if ("uid" in found) == ("gid" in found):
+        raise Wrong(f"{entry} must name either a uid or a gid")
+    if len(found) == 1:
+        raise Wrong(f"{entry} narrows nothing: give {', '.join(list(_POLICY_FORMS)[2:])}")
+    return found
+
+
+def _id(value: Value, option: Option) -> int:
+    try:
+        return _whole(value, option._replace(low=0, high=MAX_UID))
+    except Wrong:
+        raise Wrong("must be a number of a user or group") from None
+
+
+def _operations(value: Value, option: Option) -> list[str]:
+    names = _names(value, "operations")
+    if wrong := sorted(set(names) - OPERATIONS):
+        near = difflib.get_close_matches(wrong[0], OPERATIONS, 1, 0.5)
+        meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(OPERATIONS))}"
+        raise Wrong(f"names what is no operation ({meant})")
+    return sorted(set(names))
+
+
+def _patterns(value: Value, option: Option) -> list[str]:
+    return _names(value, "patterns, in which * stands for any characters")
+
+
+def _names(value: Value, what: str) -> list[str]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_PATTERNS:
+        raise Wrong(f"must be a list of 1 to {MAX_PATTERNS} {what}")
+    if not all(isinstance(item, Scalar) and 1 <= len(item.text) <= MAX_PATTERN for item in value):
+        raise Wrong(f"must be a list of {what}, each of 1 to {MAX_PATTERN} characters")
+    return [item.text for item in value]
+
+
+def _rate(value: Value, option: Option) -> int:
+    try:
+        return _whole(value, option._replace(low=1, high=10**9))
+    except Wrong:
+        raise Wrong("must be a whole number of operations, at least 1") from None
+
+
+_POLICY_FORMS: Mapping[str, Callable[[Value, Option], Any]] = {
+    "uid": _id,
+    "gid": _id,
+    "operations": _operations,
+    "threads": _patterns,
+    "keys": _patterns,
+    "per_second": _rate,
+}
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 MIB = 1 << 20
@@ -305,6 +379,12 @@ OPTIONS: tuple[Option, ...] = (
         "Absent: the same as callers. A list: rotate, rewrap, unwrap, disable, shred and import need one of "
         "these UIDs.",
         high=MAX_UID, private=True,
+    ),
+    Option(
+        "policies", _policies, f"a list of at most {MAX_POLICIES} mappings",
+        "Each narrows what the `uid` or `gid` that it names may do: `operations`, `threads` and `keys` "
+        "(patterns, `*` is any run of characters), `per_second`. All that name a peer must allow.",
+        private=True,
     ),
     Option(
         "workers", _workers, "auto or a whole number from {low} to {high}",

@@ -39,6 +39,30 @@ def decimal(value: str) -> Scalar:
 KEY = "0123456789abcdefABCDEF" + "7" * 42
 
 RIGHT: list[tuple[str, Value, Any]] = [
+    ("policies", [], []),
+    (
+        "policies",
+        [
+            {
+                "uid": number("20002"),
+                "operations": [text("encrypt"), text("decrypt")],
+                "threads": [text("room-*")],
+                "keys": [text("k_*"), number("7")],
+                "per_second": number("500"),
+            },
+            {"gid": number("0"), "operations": [text("list_deks")]},
+        ],
+        [
+            {
+                "uid": 20002,
+                "operations": ["decrypt", "encrypt"],
+                "threads": ["room-*"],
+                "keys": ["k_*", "7"],
+                "per_second": 500,
+            },
+            {"gid": 0, "operations": ["list_deks"]},
+        ],
+    ),
     ("master_key_hex", text(KEY), bytes.fromhex(KEY)),
     ("master_key_hex", number("0" * 64), bytes(32)),  # 64 decimal digits: YAML sees a number
     ("master_key_file", text("/etc/kms.key"), "/etc/kms.key"),
@@ -85,6 +109,20 @@ RIGHT: list[tuple[str, Value, Any]] = [
 ]
 
 WRONG: list[tuple[str, Value, str]] = [
+    ("policies", text("all"), "a list of at most 100 mappings"),
+    ("policies", [{"uid": number("1"), "keys": [text("a")]}] * 101, "a list of at most 100 mappings"),
+    ("policies", [text("uid")], "entry 1 must be a mapping"),
+    ("policies", [{"uid": number("1")}], "entry 1 narrows nothing"),
+    ("policies", [{"operations": [text("encrypt")]}], "entry 1 must name either a uid or a gid"),
+    ("policies", [{"uid": number("1"), "gid": number("1"), "keys": [text("a")]}], "either a uid or a gid"),
+    ("policies", [{"uid": text("root"), "keys": [text("a")]}], "entry 1: uid must be a number"),
+    ("policies", [{"uid": number("1"), "key": [text("a")]}], "unknown key 'key', did you mean 'keys'?"),
+    ("policies", [{"uid": number("1"), "keys": text("k_*")}], "keys must be a list of 1 to 100 patterns"),
+    ("policies", [{"uid": number("1"), "threads": []}], "threads must be a list of 1 to 100"),
+    ("policies", [{"uid": number("1"), "threads": [[]]}], "threads must be a list of patterns"),
+    ("policies", [{"uid": number("1"), "operations": [text("crypt")]}], "did you mean "),
+    ("policies", [{"uid": number("1"), "operations": [text("encrypt_batch")]}], "names what is no operation"),
+    ("policies", [{"uid": number("1"), "per_second": number("0")}], "per_second must be a whole number"),
     ("master_key_hex", text(KEY[:-1]), "must be 64 hex digits (32 bytes), got 63 characters"),
     ("master_key_hex", text(KEY + "00"), "got 66 characters"),
     ("master_key_hex", text(KEY[:-1] + "g"), "character 63 or 64 is not one"),
@@ -196,6 +234,7 @@ def test_the_keys_are_those_of_the_contract() -> None:
         *("allow_missing_keks", "open_embedded_messages"),
         *("socket", "socket_mode", "socket_group", "data_dir"),
         *("allowed_peer_uids", "admin_peer_uids"),
+        "policies",
         *("workers", "memory_lock", "max_body_bytes", "max_connections", "idle_timeout", "request_timeout"),
     ]  # fmt: skip
     assert ALIASES == {"master_key": "master_key_hex"}
@@ -204,7 +243,8 @@ def test_the_keys_are_those_of_the_contract() -> None:
         for name in ("SOCKET", "DATA_DIR", "MASTER_KEY_FILE", "MASTER_KEY_HEX", "ALLOWED_UIDS")
     }
     private = {option.name for option in OPTIONS if option.private}
-    assert private == {*MASTER_KEYS, "previous_master_keys", "allowed_peer_uids", "admin_peer_uids"}
+    uids = {"allowed_peer_uids", "admin_peer_uids", "policies"}
+    assert private == {*MASTER_KEYS, "previous_master_keys", *uids}
 
 
 def test_each_default_is_a_value_that_is_taken() -> None:
