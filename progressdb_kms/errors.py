@@ -67,6 +67,28 @@ class PeerRefused(RequestError):
     default_code = "peer_refused"
 
 
+class PolicyRefused(PeerRefused):
+    """403: a policy narrows what this peer may do. `entry` counts from 1."""
+
+    default_code = "policy_refused"
+
+    def __init__(self, message: str, *, entry: int) -> None:
+        super().__init__(message)
+        self.entry = entry
+
+
+class RateLimited(PeerRefused):
+    """429: past the rate of a policy. `retry_after` in seconds."""
+
+    status = 429
+    default_code = "rate_limited"
+
+    def __init__(self, message: str, *, entry: int, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.entry = entry
+        self.retry_after = retry_after
+
+
 class NotFound(RequestError):
     """404: no such path."""
 

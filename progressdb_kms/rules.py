@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Protocol
 
-from .errors import PeerRefused
+from .errors import PeerRefused, PolicyRefused, RateLimited
 
 # ---- peers ---------------------------------------------------------------------------------------
 
@@ -50,7 +50,15 @@ BATCHES: Mapping[str, str] = {"encrypt_batch": "encrypt", "decrypt_batch": "decr
 OPERATIONS = frozenset(
     (
         *("create_dek", "get_wrapped", "encrypt", "decrypt", "reencrypt", "wrap", "unwrap", "rewrap"),
-        *("rotate_kek", "list_deks", "describe_dek", "disable_dek", "enable_dek", "delete_dek"),
+        *(
+            "rotate_kek",
+            "list_deks",
+            "describe_dek",
+            "disable_dek",
+            "enable_dek",
+            "delete_dek",
+            "accept_clock",
+        ),
     )
 )
 """What a policy may name: operations as the audit log has them, but for batches."""
@@ -100,32 +108,57 @@ def _fits(patterns: Sequence[re.Pattern[str]], text: Optional[str]) -> bool:
     return not patterns or (text is not None and any(pattern.fullmatch(text) for pattern in patterns))
 
 
-class Policies(NamedTuple):
-    """Those that name one peer, in the order of the configuration."""
+class Meter(Protocol):
+    """Counts what was done under a policy within this second, over all workers."""
 
-    applicable: tuple[Policy, ...] = ()
+    def spend(self, number: int, count: int, limit: int) -> int:
+        """How many of `count` may be done."""
+        ...
 
-    @classmethod
-    def of(cls, everything: Sequence[Policy], peer: Peer) -> Policies:
-        return cls(tuple(policy for policy in everything if policy.names(peer)))
+
+class Rights:
+    """What the policies that name a peer leave it; made once a connection."""
+
+    __slots__ = ("_meter", "policies")
+
+    def __init__(self, policies: Sequence[Policy] = (), meter: Optional[Meter] = None) -> None:
+        self.policies = tuple(policies)
+        self._meter = meter
 
     def check_operation(self, op: str) -> None:
-        """Before a body is read. Raises PeerRefused, which names the policy that decides."""
-        for policy in self.applicable:
+        """Before a body is read. Raises PolicyRefused, which names the entry that decides."""
+        for policy in self.policies:
             if not policy.allows_operation(op):
-                raise _refused(policy, f"may not {op}")
+                raise PolicyRefused(_who(policy, f"may not {op}"), entry=policy.number)
 
     def check_key(self, key_id: str, thread_id: Optional[str]) -> None:
-        """As soon as it is known which DEK is meant. Raises PeerRefused."""
-        for policy in self.applicable:
+        """As soon as it is known which DEK is meant. Raises PolicyRefused."""
+        for policy in self.policies:
             if not policy.allows_key(key_id, thread_id):
-                raise _refused(policy, "may not use this key")
+                raise PolicyRefused(_who(policy, "may not use this key"), entry=policy.number)
 
     def sees(self, key_id: str, thread_id: str) -> bool:
         """What one may not use one does not see, either."""
-        return all(policy.allows_key(key_id, thread_id) for policy in self.applicable)
+        return all(policy.allows_key(key_id, thread_id) for policy in self.policies)
+
+    def spend(self, count: int) -> tuple[int, Optional[RateLimited]]:
+        """(how many of `count` operations may be done, the error for the others)."""
+        allowed, error = count, None
+        for policy in self.policies:
+            if policy.per_second and self._meter is not None:
+                granted = self._meter.spend(policy.number, allowed, policy.per_second)
+                if granted < allowed:
+                    told = _who(policy, f"may do {policy.per_second} operations a second")
+                    allowed, error = granted, RateLimited(told, entry=policy.number)
+        return allowed, error
 
 
-def _refused(policy: Policy, what: str) -> PeerRefused:
+def rights_of(peer: Peer, policies: Sequence[Policy], meter: Optional[Meter] = None) -> Optional[Rights]:
+    """None: no policy names this peer."""
+    named = [policy for policy in policies if policy.names(peer)]
+    return Rights(named, meter) if named else None
+
+
+def _who(policy: Policy, what: str) -> str:
     who = f"uid {policy.uid}" if policy.uid is not None else f"gid {policy.gid}"
-    return PeerRefused(f"{who} {what} (policies, entry {policy.number})", code="policy_refused")
+    return f"{who} {what} (policies, entry {policy.number})"

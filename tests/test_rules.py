@@ -9,17 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from progressdb_kms.errors import PeerRefused
-from progressdb_kms.rules import BATCHES, OPERATIONS, Peer, Policies, Policy, pattern
+from progressdb_kms.rules import BATCHES, OPERATIONS, Peer, Policy, Rights, pattern
 from progressdb_kms.wire.routes import ROUTES
 
 PEER = Peer(20002, 100, 1)
 
 
-def policies(*entries: dict[str, Any], peer: Peer = PEER) -> Policies:
-    return Policies.of([Policy.of(number, entry) for number, entry in enumerate(entries, 1)], peer)
+def policies(*entries: dict[str, Any], peer: Peer = PEER) -> Rights:
+    found = [Policy.of(number, entry) for number, entry in enumerate(entries, 1)]
+    return Rights([policy for policy in found if policy.names(peer)])
 
 
-def operation(found: Policies, op: str) -> str:
+def operation(found: Rights, op: str) -> str:
     """The entry that refuses, or ""."""
     try:
         found.check_operation(op)
@@ -29,7 +30,7 @@ def operation(found: Policies, op: str) -> str:
     return ""
 
 
-def key(found: Policies, key_id: str, thread_id: Optional[str]) -> str:
+def key(found: Rights, key_id: str, thread_id: Optional[str]) -> str:
     try:
         found.check_key(key_id, thread_id)
     except PeerRefused as error:

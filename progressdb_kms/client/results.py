@@ -38,6 +38,10 @@ class KeyDisabled(RequestRefused):
     """423: `enable` brings the key back."""
 
 
+class RateLimited(RequestRefused):
+    """429: past the rate that a policy leaves this UID."""
+
+
 class ServiceFailed(ClientError):
     """5xx: the daemon is at fault."""
 
@@ -52,6 +56,7 @@ _BY_STATUS: Mapping[int, type[ClientError]] = {
     410: KeyShredded,
     422: AuthenticationFailed,
     423: KeyDisabled,
+    429: RateLimited,
     503: Unavailable,
 }
 

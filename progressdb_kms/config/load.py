@@ -24,7 +24,7 @@ from typing import Any, Optional, Union
 
 from ..crypto.memory import LockedBuffer, wipe
 from ..errors import ConfigError, WeakKey
-from ..rules import PeerRules, Policy
+from ..rules import PeerRules
 from . import keysource, yamlfile
 from .keysource import FD_VARIABLE, HEX, HEX_VARIABLE, Source
 from .options import (
@@ -79,7 +79,8 @@ class Settings:
     master_source: str
     master_key_file: Optional[str]
     pending_key_file: Optional[str] = None
-    policies: tuple[Policy, ...] = ()
+    policies: tuple[Mapping[str, Any], ...] = ()
+    """Checked entries, as plain data: see `rules.Policy.of`."""
 
     @property
     def peer_rules(self) -> PeerRules:
@@ -187,6 +188,12 @@ def _is_used(data_dir: str) -> bool:
         return not {FILE_NAME, *TRACES}.isdisjoint(os.listdir(data_dir))
     except OSError as error:
         return not isinstance(error, (FileNotFoundError, NotADirectoryError))
+
+
+def read_policies(path: str) -> Sequence[Mapping[str, Any]]:
+    """The policies that a configuration file has now. Raises ConfigError where anything in it is wrong."""
+    with yamlfile.read(path) as file:
+        return file.values.get("policies") or ()
 
 
 # ---- weak keys -----------------------------------------------------------------------------------
@@ -324,7 +331,7 @@ def _settings(values: Mapping[str, Any], file: Optional[ConfigFile], master: Opt
         data_dir=Path(values["data_dir"]),
         allowed_peer_uids=_set(values["allowed_peer_uids"]),
         admin_peer_uids=_set(values["admin_peer_uids"]),
-        policies=tuple(Policy.of(number, entry) for number, entry in enumerate(values["policies"] or (), 1)),
+        policies=tuple(values["policies"] or ()),
         master_source=master.label if master else "",
         master_key_file=master.place if master and master.form == "file" else None,
         **rest,

@@ -35,9 +35,11 @@ from ..service.keeper import STAGING_SLOTS
 from ..service.lock import Claim, claim
 from ..service.metrics import Metrics
 from ..service.plan import Configured, ConfiguredKey
+from ..service.rates import Rates
 from ..wire.server import SPARE_FILES, WAITING, WORKING
 from ..wire.slab import Slab
 from . import hardening, inherited
+from .board import Board
 from .serving import Notifier, Shared, Worker, open_keeper, reopen_keeper
 from .signals import SignalPipe
 from .socket import Name, handover_pair, listen
@@ -84,7 +86,8 @@ def serve(
         metrics = Metrics(settings.workers + 1)
         sockets = (inbox, outbox, listener, name, handovers)
         made = (measures, time.monotonic(), slabs, descriptors, _cores())
-        shared = Shared(settings, keys, region, keyring, staging, metrics, *sockets, *made)
+        narrowing = (Board(settings), Rates(settings.workers))
+        shared = Shared(settings, keys, region, keyring, staging, metrics, *sockets, *made, *narrowing)
         run = Alone if settings.workers == 1 else Supervisor
         return run(shared, lock, ready or _announce).run()
     finally:
@@ -174,6 +177,7 @@ class Alone:
                 notifier.beat()
             if signals.take_hangup():
                 notifier.reloading()
+                shared.board.renew()
                 reopen_keeper(keeper)
                 self._hangup.set()
                 shared.name.watch(at_once=True)

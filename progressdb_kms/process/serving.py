@@ -21,6 +21,7 @@ from ..service.channel import StagingSlots
 from ..service.keeper import STAGING_SLOTS, Keeper
 from ..service.metrics import Metrics
 from ..service.plan import Configured
+from ..service.rates import Rates
 from ..service.worker import Service
 from ..store.pause import Pause
 from ..store.sqlite import SqliteReader
@@ -28,6 +29,7 @@ from ..wire.call import App
 from ..wire.server import Door, Limits, Server, peer_of
 from ..wire.slab import Slab
 from . import hardening, streams, systemd
+from .board import Board
 from .socket import Name, take_over
 
 log = logging.getLogger("progressdb_kms")
@@ -65,6 +67,8 @@ class Shared(NamedTuple):
     descriptors: int
     """that a process may open"""
     cores: int
+    board: Board
+    rates: Rates
 
 
 # ---- a worker --------------------------------------------------------------------------------------
@@ -110,6 +114,8 @@ class Worker:
         slab = shared.slabs[slot - 1]
         self.server = Server(doors, app, limits, self._counters, shared.metrics, slab)
         self._anchoring = Pause(0, 0)
+        self._meter = shared.rates.meter(slot - 1)
+        self.server.narrow(shared.board.read(), self._meter)
 
     def _about(self) -> dict[str, Any]:
         shared = self._shared
@@ -148,6 +154,7 @@ class Worker:
         self.server.slab.wipe()
 
     def _reopen(self) -> None:
+        self.server.narrow(self._shared.board.read(), self._meter)
         try:
             self._audit.reopen()
         except KMSError as error:

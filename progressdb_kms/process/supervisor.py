@@ -78,6 +78,7 @@ class Supervisor:
             self._signals.wait(BEAT_SECONDS / 4)
             if self._signals.take_hangup():
                 notifier.reloading()
+                self._shared.board.renew()
                 self._tell(signal.SIGHUP, self._children)
                 self._shared.name.watch(at_once=True)
             self._shared.name.watch()

@@ -104,6 +104,14 @@ class Service:
             raise KeyNotFound(f"there is no key {key_id}")
         return record
 
+    def thread_of(self, key_id: str) -> Optional[str]:
+        """The thread of a DEK in whatever state; None where the store doesn't know it."""
+        found = self._entries.get(key_id)
+        if found is not None and found.generation == self.keyring.generation:
+            return found.record.thread_id
+        record = self._reader.get(key_id)
+        return record.thread_id if record is not None else None
+
     def allow(self, key_id: str) -> None:
         """What stands of this key_id in the store decides for a blob that a caller holds, too. One that the
         store doesn't know is a caller's own. Raises KeyDisabled, KeyShredded."""

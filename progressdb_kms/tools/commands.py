@@ -388,6 +388,13 @@ def doctor(args: argparse.Namespace) -> int:
     return clinic.run(args)
 
 
+def policy_test(args: argparse.Namespace) -> int:
+    from . import policycmd
+
+    with _load(args, need_key=False) as loaded:
+        return policycmd.test(args, loaded.settings)
+
+
 def manual(args: argparse.Namespace) -> None:
     from . import manual as book
 

@@ -519,6 +519,26 @@ COMMANDS: tuple[Command, ...] = (
         exits=((1, "a check failed"),),
     ),
     Command(
+        "policy test",
+        OFFLINE,
+        "tell whether a call would be allowed, and which rule decides",
+        "Asks the rules of the configuration, not the daemon: allowed_peer_uids, admin_peer_uids, then each "
+        "entry of policies. Rates are not looked at.",
+        (
+            Arg(("--uid",), "the caller's UID", "uid", "N", required=True),
+            Arg(("--gid",), "the caller's GID (default: none of those that policies name)", "uid", "N"),
+            Arg(("--op",), "the operation, as the audit log names it", "text", "OP", required=True),
+            Arg(("--key-id",), "the DEK", "key_id", "ID"),
+            Arg(("--thread-id",), "its thread", "text", "ID"),
+            DATA_DIR,
+            CONFIG,
+            JSON,
+        ),
+        "policy_test",
+        ("progressdb-kms policy test --uid 998 --op decrypt --key-id k_1 --thread-id room-1",),
+        exits=((1, "it would be refused"),),
+    ),
+    Command(
         "help",
         OFFLINE,
         "show the manual",

@@ -7,8 +7,9 @@ never by more, and nobody waits for a lock.
 
 from __future__ import annotations
 
+import threading
 import time
-from typing import Callable, Optional
+from typing import Callable, NamedTuple, Optional
 
 from ..audit.log import AuditLog, Fragment, fragment, peer_fragment
 from ..errors import KMSError, Overloaded
@@ -77,44 +78,71 @@ class Bodies:
 
 
 class Refusals:
-    """Peers that are not served at all, for the audit log: the first of each UID at once, then how many in a
-    minute. A stranger who connects without end writes a line a minute."""
+    """Peers that are not served at all, or not with what they ask for by a policy, for the audit log: the
+    first of each kind at once, then how many in a minute. Who asks without end writes a line a minute."""
 
     def __init__(self, audit: AuditLog, clock: Callable[[], float] = time.monotonic) -> None:
         self._audit = audit
         self._clock = clock
-        self._counts: dict[Optional[int], int] = {}
-        self._peers: dict[Optional[int], Fragment] = {}
+        self._lock = threading.Lock()
+        self._kinds: dict[Optional[_Kind], list[int]] = {}
         self._next = 0.0
 
-    def add(self, peer: Peer, error: KMSError) -> None:
-        uid: Optional[int] = peer.uid
-        if uid not in self._counts:
-            if len(self._counts) >= NAMED:
-                uid = None
-            self._peers[uid] = Fragment(',"actor":"others"') if uid is None else peer_fragment(*peer)
-            self._counts.setdefault(uid, 0)
-            if uid is not None and self._record(uid, 1, error.code):
-                self._next = self._next or self._clock() + EACH
-                return
-        self._counts[uid] += 1
-        self._next = self._next or self._clock() + EACH
+    def add(self, peer: Peer, error: KMSError, op: str = "connect") -> None:
+        kind = _Kind(peer, op, error.status, error.code, getattr(error, "entry", None))
+        with self._lock:
+            self._next = self._next or self._clock() + EACH
+            found = self._kinds.get(kind)
+            if found is None and len(self._kinds) < NAMED:
+                found = self._kinds[kind] = [0]
+                if self._record(kind, 1):
+                    return
+            if found is None:
+                found = self._kinds.setdefault(None, [0])
+            found[0] += 1
 
     def flush(self, everything: bool = False) -> None:
         """Record the counts, once a minute or at the end."""
         if not self._next or (self._clock() < self._next and not everything):
             return
-        self._next = 0.0
-        for uid, count in self._counts.items():
-            if count and self._record(uid, count, "peer_refused"):
-                self._counts[uid] = 0
-            elif count:
-                self._next = self._clock() + EACH
+        with self._lock:
+            self._next = 0.0
+            for kind, count in self._kinds.items():
+                if count[0] and self._record(kind, count[0]):
+                    count[0] = 0
+                elif count[0]:
+                    self._next = self._clock() + EACH
 
-    def _record(self, uid: Optional[int], count: int, code: str) -> bool:
+    def _record(self, kind: Optional[_Kind], count: int) -> bool:
         """False: the log can't be written now, and the count waits."""
         try:
-            self._audit.record("connect", "refused", 403, self._peers[uid], fragment(code=code, count=count))
+            if kind is None:
+                others = Fragment(',"actor":"others"')
+                self._audit.record(
+                    "connect", "refused", 403, others, fragment(code="peer_refused", count=count)
+                )
+            else:
+                about = fragment(code=kind.code, policy=kind.policy, count=count)
+                self._audit.record(kind.op, "refused", kind.status, peer_fragment(*kind.peer), about)
         except KMSError:
             return False
         return True
+
+
+class _Kind(NamedTuple):
+    """Refusals that are counted together."""
+
+    peer: Peer
+    op: str
+    status: int
+    code: str
+    policy: Optional[int]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Kind) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[object, ...]:
+        return (self.peer.uid, *self[1:])  # the pid of the first is recorded, and no identity

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple, Union
+from typing import Callable, NamedTuple, Optional, Union
 
 from ..audit.log import Fragment
 from ..encoding import (
     Buffer,
 )
-from ..rules import Peer
+from ..errors import KMSError
+from ..rules import Peer, Rights
 from ..service.channel import StagingSlots
 from ..service.metrics import Metrics
 from ..service.worker import Service
@@ -59,12 +60,14 @@ class Call:
         "answer",
         "body",
         "breathe",
+        "denials",
         "details",
         "head",
         "key",
         "op",
         "peer",
         "peer_fragment",
+        "rights",
         "route",
         "scratch",
     )
@@ -77,6 +80,7 @@ class Call:
         peer_fragment: Fragment,
         scratch: memoryview,
         answer: memoryview,
+        rights: Optional[Rights] = None,
         breathe: Callable[[], None] = lambda: None,
     ) -> None:
         """`scratch` and `answer` are locked memory of the thread: for a DEK in use, and for an answer that
@@ -87,10 +91,12 @@ class Call:
         self.peer_fragment = peer_fragment
         self.scratch = scratch
         self.answer = answer
+        self.rights = rights
         self.breathe = breathe
         self.op = ""
         self.key = NOTHING
         self.details = NOTHING
+        self.denials: set[int] = set()  # entries of `policies` that refused items of a batch
 
 
 NOTHING = Fragment("")
@@ -103,6 +109,8 @@ class App(NamedTuple):
     staging: StagingSlots
     metrics: Metrics
     max_body_bytes: int
+    denied: Callable[[Call, KMSError], None] = lambda call, error: None
+    """puts on record that a policy refused a call; many such are one record"""
 
 
 Handler = Callable[[App, Call], Reply]

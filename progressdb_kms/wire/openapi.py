@@ -314,6 +314,7 @@ _ERRORS = {
     "415": "Neither JSON nor a raw body where one is taken",
     "422": "Does not open: wrong key, wrong AAD or changed data",
     "423": "The key is disabled or scheduled for deletion",
+    "429": "Past the rate of a policy; `Retry-After` says for how long",
     "431": "The head of the request is too long",
     "500": "A defect; the daemon's log tells more",
     "503": "Not able now: audit log, store, or too many connections",

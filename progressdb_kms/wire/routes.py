@@ -30,6 +30,7 @@ from ..encoding import (
     b64encode_into,
     hex_decode_into,
     json_dumps,
+    new_key_id,
 )
 from ..errors import (
     AuthenticationFailed,
@@ -40,10 +41,12 @@ from ..errors import (
     MethodNotAllowed,
     NotFound,
     PeerRefused,
+    PolicyRefused,
+    RateLimited,
     UnsupportedMediaType,
     WeakKey,
 )
-from ..rules import Peer
+from ..rules import Peer, Rights
 from ..service.keeper import describe
 from ..service.worker import Batch, BatchItem, Results, Service, wrapped_source
 from ..store.contract import DekRecord
@@ -67,6 +70,9 @@ from .items import batch_items, is_batch, item_pattern, pages, parsed_json
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+MAX_LOOKS = 20
+"""Pages of the store that one call for a page looks through, where policies hide some of it."""
 
 
 def _json(call: Call) -> Buffer:
@@ -94,10 +100,17 @@ def known_query(call: Call, *names: str) -> None:
             raise BadRequest(f"the query parameter {name[:40]!r} is not known here", code="unknown_field")
 
 
-def path_key_id(call: Call) -> str:
+def path_key_id(app: App, call: Call) -> str:
     key_id = checked_key_id(call.head.path.split("/")[2])
     call.key = key_fragment(key_id)
+    _may_use(app, call, key_id)
     return key_id
+
+
+def _may_use(app: App, call: Call, key_id: str) -> None:
+    """Raises PolicyRefused. The store knows the thread, where it knows the key."""
+    if call.rights:
+        call.rights.check_key(key_id, app.service.thread_of(key_id))
 
 
 def answer(value: Any, status: int = 200) -> Reply:
@@ -133,6 +146,8 @@ _THIRD = ("key_id", "kek_id", "kek_version", "created_at")
 
 def _create(app: App, call: Call, thread_id: Optional[str], key_id: Optional[str] = None) -> dict[str, Any]:
     call.key = key_fragment(key_id, thread_id or "") if key_id else fragment(thread_id=thread_id)
+    if call.rights:  # a key_id without a thread is its own thread; one that is made looks like this
+        call.rights.check_key(key_id or new_key_id(0, bytes(10)), thread_id or key_id or "")
     made = app.service.change("create", thread_id=thread_id, key_id=key_id)
     call.key = key_fragment(made["key_id"], made["thread_id"])
     if made.pop("repeated", False):
@@ -161,6 +176,8 @@ def _usable(app: App, call: Call, key_id: str) -> DekRecord:
         call.key = key_fragment(key_id)
         raise
     call.key = entry.fragment
+    if call.rights:
+        call.rights.check_key(key_id, entry.record.thread_id)
     return entry.record
 
 
@@ -176,14 +193,33 @@ def list_deks(app: App, call: Call) -> Reply:
         raise BadRequest.invalid("limit", f"must be a whole number from 1 to {MAX_PAGE}")
     if thread_id is not None:
         checked_thread_id(thread_id)
-    records = app.service.page(cursor or "", size + 1, thread_id)
-    more = len(records) > size
-    shown = records[:size]
-    return answer({"deks": [describe(r) for r in shown], "next_cursor": shown[-1].key_id if more else None})
+    shown, following = _visible(app, call, cursor or "", size, thread_id)
+    return answer({"deks": [describe(r) for r in shown], "next_cursor": following})
+
+
+def _visible(
+    app: App, call: Call, after: str, size: int, thread_id: Optional[str]
+) -> tuple[list[DekRecord], Optional[str]]:
+    """A page of what the peer may use, and where the next one begins. Where little of much is visible the
+    page is short, or empty, and yet not the last: no call looks through the whole store."""
+    shown: list[DekRecord] = []
+    for _ in range(MAX_LOOKS):
+        records = app.service.page(after, size + 1, thread_id)
+        more, records = len(records) > size, records[:size]
+        for record in records:
+            if not call.rights or call.rights.sees(record.key_id, record.thread_id):
+                shown.append(record)
+                if len(shown) == size:
+                    last = record is records[-1] and not more
+                    return shown, None if last else record.key_id
+        if not more:
+            return shown, None
+        after = records[-1].key_id
+    return shown, after
 
 
 def describe_dek(app: App, call: Call) -> Reply:
-    return answer(describe(app.service.record(path_key_id(call))))
+    return answer(describe(app.service.record(path_key_id(app, call))))
 
 
 def disable_dek(app: App, call: Call) -> Reply:
@@ -195,7 +231,7 @@ def enable_dek(app: App, call: Call) -> Reply:
 
 
 def _transition(app: App, call: Call, action: str) -> Reply:
-    return answer(app.service.change("transition", key_id=path_key_id(call), action=action))
+    return answer(app.service.change("transition", key_id=path_key_id(app, call), action=action))
 
 
 def disable_or_enable(app: App, call: Call) -> Reply:
@@ -204,7 +240,7 @@ def disable_or_enable(app: App, call: Call) -> Reply:
 
 
 def delete_dek(app: App, call: Call) -> Reply:
-    key_id = path_key_id(call)
+    key_id = path_key_id(app, call)
     fields = optional_fields_of(call)
     now = fields.flag("immediately")
     days = fields.integer("pending_days", 1, 365, 7)
@@ -311,6 +347,7 @@ def _source(app: App, call: Call, fields: Fields) -> Union[str, Wrapped]:
         _usable(app, call, source)
     else:
         call.key = key_fragment(source.key_id)
+        _may_use(app, call, source.key_id)
     return source
 
 
@@ -341,9 +378,47 @@ Many = Callable[[Batch, memoryview], Results]
 def _batch(app: App, call: Call, given: str, wanted: str, work: Many) -> Reply:
     def carry_out(rows: list[Any]) -> tuple[Batch, Results]:
         items = _each(rows, lambda fields: (fields.source(), fields.data(given), fields.aad()))
+        if call.rights:
+            items = _permitted(app, call, items, lambda item: (item[0],))
         return items, work(items, call.scratch)
 
     return _batch_reply(app, call, wanted, batch_items(_json(call), given), carry_out)
+
+
+def _permitted(
+    app: App,
+    call: Call,
+    items: Sequence[Union[T, KMSError]],
+    sources: Callable[[T], Sequence[Union[str, Wrapped]]],
+) -> list[Union[T, KMSError]]:
+    """The items that the peer's policies allow; in place of the others, the errors. The first item's use was
+    counted with the call."""
+    results: list[Union[T, KMSError]] = []
+    for item in items:
+        if isinstance(item, KMSError):
+            results.append(item)
+            continue
+        try:
+            for source in sources(item):
+                _may_use(app, call, source if isinstance(source, str) else source.key_id)
+            results.append(item)
+        except PolicyRefused as error:
+            call.denials.add(error.entry)
+            results.append(error.bare())
+    return _within_rates(call, results)
+
+
+def _within_rates(call: Call, items: list[Union[T, KMSError]]) -> list[Union[T, KMSError]]:
+    asked = sum(not isinstance(item, KMSError) for item in items)
+    assert call.rights is not None
+    granted, error = call.rights.spend(asked)
+    for index, item in enumerate(items):
+        if error is not None and not isinstance(item, KMSError):
+            granted -= 1
+            if granted < 0:
+                call.denials.add(error.entry)
+                items[index] = error.bare()
+    return items
 
 
 def _each(rows: list[Any], read: Callable[[Fields], T]) -> list[Union[T, KMSError]]:
@@ -385,7 +460,8 @@ def _batch_reply(
         out += b",".join([_rendered(lead, result) for result in results]) + b","
         call.breathe()
     out[-1:] = b"]}"
-    call.details = fragment(count=count, failed=failed, keys=sorted(keys))
+    denied = sorted(call.denials) or None
+    call.details = fragment(count=count, failed=failed, keys=sorted(keys), denied_by=denied)
     app.service.counters.add("items", count)
     return Reply(200, memoryview(out))
 
@@ -424,6 +500,8 @@ def reencrypt(app: App, call: Call) -> Reply:
     move = _move(fields)
     fields.end()
     call.key = key_fragment(move.source)
+    for key_id in (move.source, move.target):
+        _may_use(app, call, key_id)
     call.details = fragment(new_key_id=move.target)
     (result,), embedded = _moved(app, call, [move])
     call.details = Fragment(call.details + fragment(embedded=embedded or None))
@@ -438,6 +516,8 @@ def _reencrypt_batch(app: App, call: Call, rows: Iterator[list[Any]]) -> Reply:
     def carry_out(page: list[Any]) -> tuple[Batch, Results]:
         nonlocal embedded
         moves = _each(page, _move)
+        if call.rights:
+            moves = _permitted(app, call, moves, lambda move: (move.source, move.target))
         results, opened = _moved(app, call, moves)
         embedded += opened
         return _sources(moves), results
@@ -498,6 +578,8 @@ def wrap(app: App, call: Call) -> Reply:
     key_id = _plain(body, spans, "key_id")
     if key_id is not None:
         call.key = key_fragment(checked_key_id(key_id))
+    if call.rights:
+        _may_use(app, call, key_id or new_key_id(0, bytes(10)))
     dek = call.scratch[:KEY_SIZE]
     try:
         b64decode_into(_span(body, spans, "dek"), dek)
@@ -518,6 +600,7 @@ def unwrap(app: App, call: Call) -> Reply:
     wrapped = wrapped_source(fields.data("wrapped"), fields.optional_key_id())
     fields.end()
     call.key = key_fragment(wrapped.key_id)
+    _may_use(app, call, wrapped.key_id)
     out = call.answer
     try:
         dek = app.service.unwrap(wrapped, call.scratch)
@@ -535,6 +618,7 @@ def rewrap(app: App, call: Call) -> Reply:
     if key_id is None:
         raise BadRequest.missing("key_id")
     call.key = key_fragment(checked_key_id(key_id))
+    _may_use(app, call, key_id)
     with app.staging.take() as new_kek:
         _new_kek(body, spans, new_kek.view)
         done = app.service.change("rewrap", key_id=key_id, new_kek=new_kek)
@@ -826,11 +910,17 @@ _request_prefix = os.urandom(4).hex()
 _request_numbers = itertools.count(1)
 
 
-def admit(app: App, route: Route, head: Head, peer: Peer) -> None:
-    """Judge a request by its head, before its body is read. Raises PeerRefused, UnsupportedMediaType,
-    LengthRequired."""
+def admit(app: App, route: Route, head: Head, peer: Peer, rights: Optional[Rights]) -> None:
+    """Judge a request by its head, before its body is read. Raises PeerRefused (also as PolicyRefused and
+    RateLimited), UnsupportedMediaType, LengthRequired."""
     if route.admin:
         app.service.rules.check(peer, True)
+    if rights and route.op:
+        rights.check_operation(route.op)
+        if not route.batch:
+            _, error = rights.spend(1)
+            if error is not None:
+                raise error
     if head.coded:  # it must not be sealed as if it were the message
         raise UnsupportedMediaType("send the body as it is, without Content-Encoding")
     if route.secret and head.chunked:
@@ -845,6 +935,8 @@ def dispatch(app: App, route: Route, call: Call) -> Reply:
     try:
         reply = route.handler(app, call)
         outcome = "ok"
+    except PolicyRefused as error:
+        return refuse(app, route, call, error)
     except KMSError as error:
         reply = _answer_error(call, error.bare())
         outcome = "failed"
@@ -861,9 +953,13 @@ def dispatch(app: App, route: Route, call: Call) -> Reply:
 
 
 def refuse(app: App, route: Route, call: Call, error: PeerRefused) -> Reply:
-    """What dispatch does for a peer that `admit` refused: nothing, on the record."""
+    """What dispatch does for a peer that `admit` refused: nothing, on the record. What a policy refuses may
+    come in thousands: it is counted, and recorded as one."""
+    call.op = route.op
     reply = _answer_error(call, error)
-    if route.op:
+    if isinstance(error, (PolicyRefused, RateLimited)):
+        app.denied(call, error)
+    elif route.op:
         request_id = f"{_request_prefix}-{next(_request_numbers)}"
         reply = _recorded(app, route, call, reply, "refused", request_id)
     app.service.counters.request(route.op or "service", reply.status, 0.0)
@@ -893,4 +989,6 @@ def error_reply(error: KMSError) -> Reply:
     if error.hint:
         body["hint"] = error.hint
     extra = f"Allow: {error.allow}\r\n" if isinstance(error, MethodNotAllowed) else ""
+    if isinstance(error, RateLimited):
+        extra = f"Retry-After: {error.retry_after}\r\n"
     return Reply(error.status, json_dumps({"error": body}).encode("ascii"), extra=extra, close=error.close)

@@ -39,7 +39,7 @@ from typing import Any, Callable, NamedTuple, Optional
 from ..audit.log import Fragment, peer_fragment
 from ..encoding import wall
 from ..errors import KMSError, Overloaded, PeerRefused, RequestTimeout
-from ..rules import Peer
+from ..rules import Meter, Peer, Policy, Rights, rights_of
 from ..service.metrics import Block, Metrics
 from . import routes
 from .admission import BODIES, Bodies, Refusals, Shares
@@ -154,6 +154,8 @@ class Connection:
         "reader",
         "request",
         "reserved",
+        "rights",
+        "round",
         "route",
         "row",
     )
@@ -165,6 +167,8 @@ class Connection:
         self.phase = IDLE
         self.deadline = 0.0
         self.row = -1  # of the table of shares
+        self.rights: Optional[Rights] = None  # what policies leave this peer, since `round` of them
+        self.round = -1
         self.reader: Optional[Reader] = None  # of a request that is not whole
         self.kept: Optional[memoryview] = None  # bytes that were received and not used yet
         self.kept_piece: Optional[memoryview] = None  # the spare piece in which they lie
@@ -198,7 +202,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     ) -> None:
         super().__init__("", Connection, bind_and_activate=False)  # type: ignore[arg-type]
         self.socket.close()
-        self.app = app
+        self.app = app._replace(denied=self._denied)
         self.limits = limits
         self.slab = slab
         self._view, self._map = slab.received, slab.map
@@ -211,6 +215,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         longest = max(room.limit for room in self._rooms.values())
         self._bodies = Bodies(metrics, counters, BODIES * longest)
         self._refusals = Refusals(app.service.audit)
+        self._policies: Sequence[Policy] = ()
+        self._meter: Optional[Meter] = None
+        self._round = 0
         self._waiting = Lane("waiting", slab.threads[:WAITING])
         self._working = Lane("working", slab.threads[WAITING:])
         self._reader = Reader(self._judge)  # of requests that are whole when they are read first
@@ -245,6 +252,14 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._told = -TELL_SECONDS
         for fd in self._doors:
             self._poll.register(fd, _IN)
+
+    def narrow(self, policies: Sequence[Policy], meter: Meter) -> None:
+        """From the next request on these policies hold, on connections that are open too."""
+        self._policies, self._meter = policies, meter
+        self._round += 1
+
+    def _denied(self, call: Call, error: KMSError) -> None:
+        self._refusals.add(call.peer, error, call.op or "connect")
 
     # ---- turn after turn -------------------------------------------------------------------------
 
@@ -488,7 +503,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _judge(self, head: Head) -> Room:
         connection = self._current
         connection.route = route = routes.find(head)
-        routes.admit(self.app, route, head, connection.peer)
+        if connection.round != self._round:
+            connection.rights = rights_of(connection.peer, self._policies, self._meter)
+            connection.round = self._round
+        routes.admit(self.app, route, head, connection.peer, connection.rights)
         return self._rooms[id(route)]
 
     def _room(self, route: Route) -> Room:
@@ -513,7 +531,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
         long = len(request.body) > (INLINE_BATCH if route.batch else INLINE)
         if long or route.waits:
             return self._hand_over(connection, route, request, self._working if long else self._waiting)
-        call = Call(request.head, request.body, connection.peer, connection.fragment, *self.slab.waiter)
+        locked = self.slab.waiter
+        call = Call(
+            request.head, request.body, connection.peer, connection.fragment, *locked, connection.rights
+        )
         reply = routes.dispatch(self.app, route, call)
         head = request.head
         if (
@@ -659,7 +680,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
             left: list[memoryview] = []
             head = request.head
             breathe = Breath() if long else None
-            call = Call(head, request.body, connection.peer, connection.fragment, scratch, answer)
+            peer, fragment = connection.peer, connection.fragment
+            call = Call(head, request.body, peer, fragment, scratch, answer, connection.rights)
             del request
             if breathe is not None:
                 call.breathe = breathe
@@ -974,6 +996,7 @@ _PHRASES = {
     417: "Expectation Failed",
     422: "Unprocessable Content",
     423: "Locked",
+    429: "Too Many Requests",
     431: "Request Header Fields Too Large",
     500: "Internal Server Error",
     501: "Not Implemented",

@@ -1,0 +1,57 @@
+"""Policies on their way from the supervisor, who reads the configuration anew at SIGHUP, to the workers.
+
+A page of shared memory, written before the workers are told to look. What stands there is no secret; it is
+all that of a configuration can change while the daemon runs. A configuration that is wrong changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import mmap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..config.load import Settings, read_policies
+from ..encoding import json_dumps
+from ..errors import ConfigError
+from ..rules import Policy
+
+log = logging.getLogger(__name__)
+
+ROOM = 1 << 20
+"""Bytes for all policies as JSON: a hundred entries with a hundred patterns each, as long as most are."""
+
+
+class Board:
+    """Made before the first fork; the supervisor writes, the workers read."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._map = mmap.mmap(-1, ROOM)
+        self._file = settings.config_file
+        self._write(settings.policies)
+
+    def _write(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ConfigError where they are too long."""
+        text = json_dumps(list(entries)).encode("ascii")
+        if len(text) + 8 > ROOM:
+            raise ConfigError(f"policies: more than {ROOM} bytes of entries", hint="use fewer patterns")
+        self._map[8 : 8 + len(text)] = text
+        self._map[:8] = len(text).to_bytes(8, "little")
+
+    def read(self) -> list[Policy]:
+        size = int.from_bytes(self._map[:8], "little")
+        entries = json.loads(self._map[8 : 8 + size])
+        return [Policy.of(number, entry) for number, entry in enumerate(entries, 1)]
+
+    def renew(self) -> None:
+        """SIGHUP, before the workers hear of it. All or nothing."""
+        if self._file is None:
+            return
+        try:
+            entries = read_policies(self._file)
+            self._write(entries)
+        except ConfigError as error:
+            log.error("the policies stay as they were: %s (%s)", error.message, error.hint)
+            return
+        log.info("SIGHUP: %d policies are in force", len(entries))

@@ -1,0 +1,217 @@
+"""Policies on the real daemon: by operation, key, thread and rate, by item in batches, for lists too; renewed
+by SIGHUP, all or nothing; refusals are counted on the record with the entry that decides."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.harness import Daemon
+from tests.harness.procs import wait_until
+from tests.harness.wire import Reply, b64
+from tests.wire.test_peers import as_user
+
+APP, OTHER = 20_002, 20_003
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can connect as another user")
+
+POLICIES: list[dict[str, Any]] = [
+    {
+        "uid": APP,
+        "operations": ["encrypt", "decrypt", "list_deks", "describe_dek", "create_dek", "reencrypt"],
+    },
+    {"uid": APP, "threads": ["room-*"]},
+    {"gid": APP, "keys": ["k_*"]},
+]
+
+
+def serve(workers: int, policies: list[dict[str, Any]]) -> Daemon:
+    daemon = Daemon({"policies": policies}, workers=workers).start()
+    daemon.home.chmod(0o755)
+    daemon.socket.chmod(0o666)
+    with daemon.session() as kms:
+        for key_id, thread in (("k_1", "room-1"), ("k_2", "hall"), ("x_3", "room-3"), ("k_4", "room-4")):
+            kms.ok("POST", "/deks", {"key_id": key_id, "thread_id": thread}, 201)
+    return daemon
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    one = serve(2, POLICIES)
+    yield one
+    one.close()
+
+
+def ask(daemon: Daemon, method: str, path: str, body: Any = None, uid: int = APP) -> Reply:
+    with as_user(uid):
+        return daemon.request(method, path, body)
+
+
+def encrypt(key_id: str) -> dict[str, str]:
+    return {"key_id": key_id, "plaintext": b64(b"hi")}
+
+
+def entry(reply: Reply) -> str:
+    assert (reply.status, reply.code) == (403, "policy_refused")
+    return str(reply.json()["error"]["message"].rpartition("entry ")[2].rstrip(")"))
+
+
+def test_what_is_allowed_works(daemon: Daemon) -> None:
+    sealed = ask(daemon, "POST", "/encrypt", encrypt("k_1"))
+    assert sealed.status == 200
+    again = ask(daemon, "POST", "/decrypt", {"key_id": "k_1", "ciphertext": sealed.json()["ciphertext"]})
+    assert again.json() == {"plaintext": b64(b"hi")}
+    assert ask(daemon, "POST", "/deks", {"thread_id": "room-9"}).status == 201
+
+
+def test_each_entry_refuses_and_is_named(daemon: Daemon) -> None:
+    assert entry(ask(daemon, "GET", "/get_wrapped?key_id=k_1")) == "1"
+    assert entry(ask(daemon, "DELETE", "/deks/k_1", {"immediately": True})) == "1"
+    assert entry(ask(daemon, "POST", "/encrypt", encrypt("k_2"))) == "2"
+    assert entry(ask(daemon, "POST", "/encrypt", encrypt("x_3"))) == "3"
+    assert entry(ask(daemon, "GET", "/deks/k_2")) == "2"
+    assert entry(ask(daemon, "POST", "/deks", {"thread_id": "cellar"})) == "2"
+    assert entry(ask(daemon, "POST", "/deks", {"thread_id": "room-1", "key_id": "y"})) == "3"
+    move = {"key_id": "k_1", "new_key_id": "k_2", "ciphertext": b64(bytes(28))}
+    assert entry(ask(daemon, "POST", "/reencrypt", move)) == "2"
+
+
+def test_others_are_as_before(daemon: Daemon) -> None:
+    assert ask(daemon, "POST", "/encrypt", encrypt("k_2"), uid=OTHER).status == 200
+    assert ask(daemon, "GET", "/get_wrapped?key_id=k_1", uid=OTHER).status == 200
+    assert ask(daemon, "GET", "/healthz").status == 200
+
+
+def test_a_raw_body_and_an_inline_blob_are_judged_too(daemon: Daemon) -> None:
+    with as_user(APP):
+        raw = daemon.request("POST", "/encrypt?key_id=k_2", b"hi")
+    assert entry(raw) == "2"
+    blob = ask(daemon, "GET", "/get_wrapped?key_id=k_2", uid=OTHER).json()["wrapped"]
+    assert entry(ask(daemon, "POST", "/encrypt", {"wrapped": blob, "plaintext": ""})) == "2"
+    unknown = ask(daemon, "POST", "/wrap", {"dek": b64(bytes(range(32))), "key_id": "k_77"}, uid=OTHER)
+    inline = {"wrapped": unknown.json()["wrapped"], "plaintext": ""}
+    assert entry(ask(daemon, "POST", "/encrypt", inline)) == "2"  # nobody knows its thread
+
+
+def test_batches_are_judged_by_item(daemon: Daemon) -> None:
+    items = [encrypt(key_id) for key_id in ("k_1", "k_2", "k_4", "x_3")]
+    reply = ask(daemon, "POST", "/encrypt_batch", {"items": items})
+    found = [item.get("error", {}).get("code", "ok") for item in reply.json()["items"]]
+    assert reply.status == 200 and found == ["ok", "policy_refused", "ok", "policy_refused"]
+    last = json.loads(daemon.audit_log.read_bytes().splitlines()[-1])["event"]
+    assert (last["op"], last["failed"], last["denied_by"]) == ("encrypt_batch", 2, [2, 3])
+
+
+def test_what_one_may_not_use_one_does_not_see(daemon: Daemon) -> None:
+    seen, cursor = [], ""
+    while True:
+        page = ask(daemon, "GET", f"/deks?limit=1&cursor={cursor}").json()
+        seen += [dek["key_id"] for dek in page["deks"]]
+        if page["next_cursor"] is None:
+            break
+        cursor = page["next_cursor"]
+    everything = [dek["key_id"] for dek in daemon.ok("GET", "/deks")["deks"]]
+    assert {"k_1", "k_4"} <= set(seen) and {"k_2", "x_3"}.isdisjoint(seen)
+    assert set(seen) < set(everything) and len(seen) == len(set(seen))
+
+
+def test_refusals_are_counted_on_the_record(short_tmp: Any) -> None:
+    daemon = serve(1, POLICIES)
+    try:
+        for _ in range(20):
+            assert entry(ask(daemon, "POST", "/encrypt", encrypt("k_2"))) == "2"
+        daemon.stop()
+        records = [json.loads(line)["event"] for line in daemon.audit_log.read_bytes().splitlines()]
+        denied = [event for event in records if event["outcome"] == "refused"]
+        assert [(event["op"], event["policy"], event["count"]) for event in denied] == [
+            ("encrypt", 2, 1),
+            ("encrypt", 2, 19),
+        ]
+        assert {event["uid"] for event in denied} == {APP} and {event["status"] for event in denied} == {403}
+    finally:
+        daemon.close()
+
+
+def test_a_rate_holds_over_workers() -> None:
+    daemon = serve(2, [{"uid": APP, "per_second": 20}])
+    try:
+        answers: list[Reply] = []
+        begun = time.monotonic()
+        for _ in range(30):
+            with as_user(APP):  # each over a connection of its own: both workers serve
+                answers.append(daemon.request("POST", "/encrypt", encrypt("k_1")))
+        seconds = int(time.monotonic() - begun) + 2
+        late = [reply for reply in answers if reply.status == 429]
+        assert {reply.status for reply in answers} <= {200, 429}
+        assert len(answers) - len(late) <= (20 + 1) * seconds
+        assert all(reply.code == "rate_limited" and reply.headers["Retry-After"] == "1" for reply in late)
+        time.sleep(1.1)
+        batch = ask(daemon, "POST", "/encrypt_batch", {"items": [encrypt("k_1")] * 50})
+        codes = [item.get("error", {}).get("code", "ok") for item in batch.json()["items"]]
+        assert codes.count("ok") == 20 and codes.count("rate_limited") == 30
+        assert ask(daemon, "POST", "/encrypt", encrypt("k_1"), uid=OTHER).status == 200
+    finally:
+        daemon.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sighup_renews_them_all_or_nothing(workers: int) -> None:
+    daemon = serve(workers, POLICIES)
+    try:
+        assert ask(daemon, "POST", "/encrypt", encrypt("k_2")).status == 403
+        with as_user(APP):
+            kms = daemon.session()
+            assert kms.request("POST", "/encrypt", encrypt("k_2")).status == 403
+        for config, allowed, told in (
+            ([{"uid": APP, "keys": ["k_1"]}], False, "SIGHUP: 1 policies are in force"),
+            ([{"uid": APP, "key": ["k_2"]}], False, "the policies stay as they were: policies in"),
+            ([], True, "SIGHUP: 0 policies are in force"),
+        ):
+            daemon.write_config({"policies": config})
+            daemon.signal(signal.SIGHUP)
+            wait_until(lambda told=told: told in daemon.stderr, 20, told)  # type: ignore[misc]
+            status = 200 if allowed else 403
+            wait_until(
+                lambda status=status: kms.request("POST", "/encrypt", encrypt("k_2")).status == status,  # type: ignore[misc]
+                20,
+                f"{status} on the connection that is open",
+            )
+        kms.close()
+    finally:
+        daemon.close()
+
+
+# ---- the command ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, code, told",
+    [
+        (["--op", "decrypt"], 0, "every policy that names this peer allows it"),
+        (["--op", "decrypt_batch", "--key-id", "k_1", "--thread-id", "room-1"], 0, "[1, 2]"),
+        (["--op", "unwrap"], 1, "may not unwrap (policies, entry 1)"),
+        (["--op", "decrypt", "--thread-id", "hall"], 1, "entry 2)"),
+        (["--op", "decrypt", "--key-id", "x", "--gid", str(APP), "--thread-id", "room-1"], 1, "entry 3)"),
+        (["--op", "crypt"], 2, "is no operation"),
+    ],
+)
+def test_policy_test(daemon: Daemon, words: list[str], code: int, told: str) -> None:
+    done = daemon.offline("policy", "test", "--uid", str(APP), *words, "--json")
+    assert done.returncode == code and told in (done.stdout + done.stderr).decode(), done
+
+
+def test_policy_test_asks_the_other_rules_first(short_tmp: Any) -> None:
+    daemon = Daemon({"allowed_peer_uids": [0, APP], "admin_peer_uids": [0]}, workers=1)
+    try:
+        stranger = daemon.offline("policy", "test", "--uid", str(OTHER), "--op", "encrypt")
+        assert stranger.returncode == 1 and b"allowed_peer_uids" in stranger.stdout
+        caller = daemon.offline("policy", "test", "--uid", str(APP), "--op", "rotate_kek")
+        assert caller.returncode == 1 and b"admin_peer_uids" in caller.stdout
+        assert daemon.offline("policy", "test", "--uid", str(APP), "--op", "encrypt").returncode == 0
+    finally:
+        daemon.close()
