@@ -22,6 +22,7 @@ LIMIT = 100_000  # max_body_bytes of the daemon here
 POSTS = sorted({route.path for route in ROUTES if route.method == "POST" and "{" not in route.path})
 POSTS.remove("/clock/accept")  # needs no body
 JSON = {"Content-Type": "application/json"}
+NEED_A_BODY = [path for path in POSTS if path != "/clock/accept"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def daemon() -> Iterator[Daemon]:
 
 
 class TestEveryRoute:
-    @pytest.mark.parametrize("path", POSTS)
+    @pytest.mark.parametrize("path", NEED_A_BODY)
     @pytest.mark.parametrize(
         "body", [b"", b"{", b"[]", b'"x"', b"\xff{}", b'{"a":1}}', b"nul", b'{"key_id":"a","key_id":"b"}']
     )
@@ -54,7 +55,7 @@ class TestEveryRoute:
         reply = kms.request("POST", path, b"{}", {"Content-Type": kind})
         assert (reply.status, reply.code) == (415, "unsupported_media_type")
 
-    @pytest.mark.parametrize("path", POSTS)
+    @pytest.mark.parametrize("path", NEED_A_BODY)
     def test_json_with_a_charset_is_json(self, kms: Session, path: str) -> None:
         reply = kms.request("POST", path, b"{}", {"Content-Type": "Application/JSON; charset=utf-8"})
         assert reply.status == 201 if path == "/deks" else reply.code.startswith("missing_")
