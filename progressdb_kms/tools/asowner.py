@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Optional
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
-    from ..config.load import Loaded
+    from ..config.load import Loaded, Settings
 
 
 def of(path: Path) -> int:
@@ -112,6 +112,19 @@ def load_config(flags: Mapping[str, Optional[str]], *, need_key: bool = True, fi
         raise
 
 
+PACKAGED_CONFIG = "/etc/progressdb-kms/progressdb-kms.yaml"
+PACKAGED_USER = "progressdb-kms"
+
+
+def daemon_user(settings: Settings) -> int:
+    """Whose the data-dir is. Before the first start there is none: then the packages' user for their
+    configuration."""
+    if not settings.data_dir.exists() and settings.config_file == PACKAGED_CONFIG:
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(PACKAGED_USER).pw_uid
+    return of(settings.data_dir)
+
+
 def _daemon_user(flags: Mapping[str, Optional[str]]) -> int:
     """Whose the configuration is, or else the data-dir that it names; 0 where that is not to be had."""
     from ..config.load import load
@@ -120,5 +133,5 @@ def _daemon_user(flags: Mapping[str, Optional[str]]) -> int:
     if path and of(Path(path)) != 0:
         return of(Path(path))
     with contextlib.suppress(ConfigError), load(flags, os.environ, need_key=False) as loaded:
-        return of(loaded.settings.data_dir)
+        return daemon_user(loaded.settings)
     return 0

@@ -14,8 +14,10 @@ import importlib
 import json
 import os
 import resource
+import shutil
 import sqlite3
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -32,15 +34,16 @@ from ..crypto.memory import PAGE, LockedBuffer
 from ..errors import KMSError
 from ..process import hardening
 from ..process.streams import DEPENDENCIES
-from ..service.clock import RELEASED, REMEDY, Clock, judge, kept
+from ..service.clock import RELEASED, REMEDY
 from ..service.plan import Configured, ConfiguredKey, plan
 from ..service.rotation import RETIRED_KEK, retired
 from ..store.seal import STATE, StoreState
 from ..store.sqlite import FILE_NAME as STORE
-from ..store.sqlite import SqliteReader, check_schema
+from ..store.sqlite import check_schema
 from ..wire.server import SPARE_FILES, WAITING, WORKING
 from ..wire.slab import size_of
-from . import asowner, datadir
+from . import asowner, rehearsal
+from .asowner import PACKAGED_CONFIG
 from .console import safe
 from .keyfiles import RESUME, KeyFiles
 
@@ -74,8 +77,8 @@ class Patient:
         self.trouble: Optional[KMSError] = None
         self.keys: Optional[Configured] = None
         self.server_uid: Optional[int] = getattr(args, "server_uid", None)
-        self.older: Optional[str] = None
-        """Why the store was put back; None where that could not be looked at."""
+        self.rehearsal: Optional[rehearsal.Rehearsal] = None
+        self.unrehearsed = "its keys are not to be had here"
         flags = {"socket": args.socket, "data_dir": args.data_dir, "config": args.config}
         self.settings = self._settings(flags)
         self.status: Optional[dict[str, Any]] = None
@@ -92,7 +95,7 @@ class Patient:
                     ConfiguredKey(fingerprint(pending), loaded.pending_source) if pending else None,
                     loaded.settings.allow_missing_keks,
                 )
-                self.older = self._look_for_older(loaded)
+                self.rehearse(loaded)
                 return loaded.settings
         except KMSError as error:
             self.trouble = error
@@ -100,15 +103,15 @@ class Patient:
             return loaded.settings
         return None
 
-    def _look_for_older(self, loaded: Loaded) -> Optional[str]:
-        data_dir = loaded.settings.data_dir
-        with (
-            contextlib.suppress(KMSError, OSError),
-            contextlib.closing(SqliteReader(data_dir)) as reader,
-            datadir.keys(loaded) as keys,
-        ):
-            return datadir.put_back(data_dir, reader, keys)
-        return None
+    def rehearse(self, loaded: Loaded) -> None:
+        """While the keys are here."""
+        if not loaded.settings.data_dir.exists():
+            self.unrehearsed = ""
+            return
+        try:
+            self.rehearsal = rehearsal.rehearse(loaded)
+        except (KMSError, OSError, sqlite3.Error) as error:
+            self.unrehearsed = str(error)
 
     @property
     def data_dir(self) -> Path:
@@ -117,10 +120,9 @@ class Patient:
 
     @property
     def owner(self) -> int:
-        """Whose the data-dir is: the daemon runs as this user."""
-        with contextlib.suppress(OSError):
-            return self.data_dir.stat().st_uid
-        return os.geteuid()
+        """The daemon runs as this user."""
+        assert self.settings is not None
+        return asowner.daemon_user(self.settings)
 
 
 Findings = Iterable[Finding]
@@ -161,12 +163,12 @@ def _hardening(patient: Patient) -> Findings:
 
 
 def _memory(patient: Patient) -> Findings:
-    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    limit, of_unit = _memory_limit(patient)
     shown = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit >> 10} KiB"
+    shown += ", the unit's" if of_unit else ", this shell's"
     workers = patient.settings.workers if patient.settings is not None else 1
     need = PAGE * 2 + workers * size_of(WAITING + WORKING)  # the keyring, and the workers' connections
-    with LockedBuffer(need) as memory:
-        kind = memory.kind
+    kind = _lockable(patient, need, limit)
     required = patient.settings is not None and patient.settings.memory_lock == "require"
     raise_it = "LimitMEMLOCK=infinity in the unit, or `ulimit -l unlimited` before the start"
     if kind == "memfd_secret":
@@ -177,6 +179,38 @@ def _memory(patient: Patient) -> Findings:
     else:
         told = f"the {need >> 10} KiB that keys and connections need can't be locked (limit {shown})"
         yield Finding(FAIL if required else WARN, told, raise_it)
+
+
+def _memory_limit(patient: Patient) -> tuple[int, bool]:
+    """Bytes, and whether it is the unit's word."""
+    settings = patient.settings
+    if settings is not None and settings.config_file == PACKAGED_CONFIG and shutil.which("systemctl"):
+        command = ["systemctl", "show", "--value", "--property=LimitMEMLOCK", "progressdb-kms.service"]
+        found = subprocess.run(command, capture_output=True, timeout=10, check=False).stdout.decode().strip()
+        if found == "infinity" or found.isdigit():
+            return resource.RLIM_INFINITY if found == "infinity" else int(found), True
+    return resource.getrlimit(resource.RLIMIT_MEMLOCK)[1], False
+
+
+def _lockable(patient: Patient, need: int, limit: int) -> str:
+    """What the daemon's memory would be, tried in a child: within the limit and as the daemon's user, since
+    root may lock what others may not."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
+            if os.geteuid() == 0 and patient.settings is not None:
+                os.setresuid(*[patient.owner] * 3)
+            with LockedBuffer(need) as memory:
+                os.write(writer, memory.kind.encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as answer:
+        kind = answer.read().decode()
+    os.waitpid(child, 0)
+    return kind or "unlocked"
 
 
 def _ptrace(patient: Patient) -> Findings:
@@ -210,8 +244,8 @@ def _clock(patient: Patient) -> Findings:
     if now < RELEASED:
         yield Finding(FAIL, f"the clock shows {_day(now)}", "set it: records and deletion times come from it")
         return
-    if held := _held(patient.data_dir):
-        yield Finding(WARN, f"scheduled deletions are held: {held}", REMEDY)
+    if patient.rehearsal is not None and patient.rehearsal.held:
+        yield Finding(WARN, f"scheduled deletions are held: {patient.rehearsal.held}", REMEDY)
         return
     files = [patient.data_dir / name for name in (STORE, STORE + "-wal", AUDIT_LOG)]
     newest = max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
@@ -221,13 +255,6 @@ def _clock(patient: Patient) -> Findings:
         )
     else:
         yield Finding(OK, f"the clock shows {_day(now)}")
-
-
-def _held(data_dir: Path) -> str:
-    """What a daemon that was started now would say of the clock; "" where the store can't be read."""
-    with contextlib.suppress(KMSError), contextlib.closing(SqliteReader(data_dir)) as reader:
-        return judge(kept(reader), Clock().reading()).held
-    return ""
 
 
 def _day(seconds: float) -> str:
@@ -357,10 +384,13 @@ def _disk(patient: Patient) -> Findings:
 def _store(patient: Patient) -> Findings:
     path = patient.data_dir / STORE
     if not path.exists():
-        yield Finding(OK, "there is no store yet: the first start makes it")
+        if not (patient.data_dir / AUDIT_LOG).exists():
+            yield Finding(OK, "there is no store yet: the first start makes it")
         return
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=5)) as db:
+        # Without a write-ahead log SQLite would make one, and root's would lock the daemon out.
+        mode = "mode=ro" if path.with_name(STORE + "-wal").exists() else "mode=ro&immutable=1"
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=5)) as db:
             yield from _store_findings(patient, path, db)
     except sqlite3.OperationalError as error:
         yield Finding(WARN, f"{path} can't be read: {error}", "run doctor as root or the daemon's user")
@@ -410,6 +440,29 @@ def _row(db: sqlite3.Connection, name: str) -> dict[str, Any]:
     return found
 
 
+def _start(patient: Patient) -> Findings:
+    """The start's own checks, run on a copy."""
+    found = patient.rehearsal
+    if found is None:
+        if patient.unrehearsed:
+            todo = "run doctor as root or the daemon's user, where the key is to be had"
+            yield Finding(WARN, f"whether it starts was not tried: {patient.unrehearsed}", todo)
+        return
+    if found.refusal is not None:
+        yield Finding(FAIL, f"it would not start: {found.refusal.message}", found.refusal.hint)
+        return
+    if found.fault:
+        todo = "`progressdb-kms audit verify` shows it; find out who wrote there"
+        yield Finding(FAIL, f"the audit log has a fault: {found.fault}", todo)
+    if found.erasures:
+        todo = "something reads the store without a pause (Litestream?), or the disk is full: `status` counts"
+        yield Finding(WARN, f"{found.erasures} shredded DEKs: a copy of their wrapped bytes may remain", todo)
+    for text, todo in found.left_out:
+        yield Finding(WARN, text, todo)
+    if not (found.fault or found.erasures or found.left_out):
+        yield Finding(OK, "a start on a copy of the store worked, and the audit log verifies")
+
+
 def _audit(patient: Patient) -> Findings:
     path = patient.data_dir / AUDIT_LOG
     if not path.exists():
@@ -418,13 +471,6 @@ def _audit(patient: Patient) -> Findings:
                 WARN, f"{path} is gone", "where is it? `progressdb-kms audit verify` tells what is missing"
             )
         return
-    if patient.older:
-        todo = "use `progressdb-kms restore FILE`, which keeps shredded keys shredded"
-        yield Finding(FAIL, f"{patient.older}: it was put back", todo)
-    elif patient.older is None:
-        yield Finding(
-            WARN, "whether the store is as new as its log can't be told here", "see the findings above"
-        )
     size = path.stat().st_size
     if size > LARGE_LOG:
         yield Finding(
@@ -496,6 +542,7 @@ CHECKS: tuple[Check, ...] = (
     Check("disk", _disk),
     Check("store", _store),
     Check("audit log", _audit),
+    Check("start", _start),
     Check("clock", _clock),
     Check("socket", _socket),
     Check("daemon", _daemon),

@@ -17,10 +17,10 @@ from contextlib import suppress
 
 from ..errors import ConfigError
 from . import asowner
+from .asowner import PACKAGED_CONFIG
 from .commandtable import DEFAULT_SOCKET
 from .console import CommandFailed
 
-PACKAGED_CONFIG = "/etc/progressdb-kms/progressdb-kms.yaml"
 PACKAGED_SOCKET = "/run/progressdb-kms/kms.sock"
 
 

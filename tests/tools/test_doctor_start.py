@@ -1,0 +1,141 @@
+"""What `doctor` passes starts, and what does not start it has failed: on data-dirs of real daemons."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pwd
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+from progressdb_kms.tools import asowner, doctor
+from tests.conftest import MakeDaemon
+from tests.harness import Daemon
+from tests.harness.daemon import write_secret
+
+
+@pytest.fixture
+def stopped(make_daemon: MakeDaemon) -> Daemon:
+    """A daemon that has served, with its store as it was before the last start beside it."""
+    daemon = make_daemon(workers=1)
+    for _ in range(3):
+        daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})
+    daemon.stop()
+    shutil.copy(daemon.data_dir / "kms.db", daemon.home / "old.db")
+    daemon.start()
+    daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})
+    daemon.stop()
+    return daemon
+
+
+def report(daemon: Daemon, **options: Any) -> dict[str, list[dict[str, str]]]:
+    done = daemon.offline("doctor", "--socket", str(daemon.socket), "--json", **options)
+    found = json.loads(done.stdout)
+    assert done.returncode == (1 if found["failed"] else 0), done.stderr
+    return {
+        level: [row for row in found["checks"] if row["level"] == level] for level in ("fail", "warn", "ok")
+    }
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_it_passes_starts(stopped: Daemon) -> None:
+    before = files(stopped.data_dir)
+    found = report(stopped)
+    assert found["fail"] == [] and "start" in [row["check"] for row in found["ok"]]
+    assert files(stopped.data_dir) == before  # nothing is changed, nothing is left
+    stopped.start()
+    assert report(stopped)["fail"] == []
+    stopped.stop()
+
+
+def put_back(daemon: Daemon) -> None:
+    shutil.copy(daemon.home / "old.db", daemon.data_dir / "kms.db")
+
+
+def delete(daemon: Daemon) -> None:
+    (daemon.data_dir / "kms.db").unlink()
+
+
+def swap_keys(daemon: Daemon) -> None:
+    write_secret(daemon.kek_file, os.urandom(32).hex().encode())
+
+
+def damage_audit_key(daemon: Daemon) -> None:
+    with closing(sqlite3.connect(daemon.data_dir / "kms.db")) as db:
+        db.execute(
+            "UPDATE kms SET value = replace(value, '\"wrapped\"', '\"wrapping\"') WHERE key = 'audit:key'"
+        )
+        db.commit()
+
+
+@pytest.mark.parametrize("harm", [put_back, delete, swap_keys, damage_audit_key])
+def test_what_would_not_start_is_told_before(stopped: Daemon, harm: Callable[[Daemon], None]) -> None:
+    harm(stopped)
+    found = report(stopped)
+    assert found["fail"], "doctor saw nothing"
+    refused = stopped.copy().refusal()
+    assert refused.code == 1
+    message = refused.stderr.splitlines()[-1].partition(": ")[2][:40]
+    home = str(stopped.home)
+    texts = [row["text"].replace(home, "HOME") for row in found["fail"]]
+    assert any("would not start" in text for text in texts), (texts, message)
+
+
+def test_an_edited_audit_line(stopped: Daemon) -> None:
+    text = stopped.audit_log.read_text()
+    edited = text.replace('"outcome":"ok"', '"outcome":"refused"', 1)
+    assert edited != text
+    stopped.audit_log.write_text(edited)
+    (found,) = report(stopped)["fail"]
+    assert found["check"] == "start" and "the audit log has a fault" in found["text"]
+
+
+def test_erasures_that_are_due(stopped: Daemon) -> None:
+    stopped.start()
+    key = stopped.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
+    with closing(sqlite3.connect(stopped.data_dir / "kms.db")) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM deks").fetchall()
+        assert stopped.cli("shred", key, "--now").returncode == 1
+        assert any("1 shredded DEKs" in row["text"] for row in report(stopped)["warn"])
+    stopped.stop()
+
+
+def test_too_little_locked_memory(stopped: Daemon) -> None:
+    with stopped.config_file.open("a") as file:
+        file.write("memory_lock: require\n")
+    wrapper = ["sh", "-c", 'ulimit -l 64; exec "$@"', "sh"]
+    if os.geteuid() == 0:  # root locks what it likes: as the data-dir's owner it may not
+        for path in (stopped.home, stopped.data_dir, *stopped.data_dir.iterdir(), stopped.kek_file):
+            os.chown(path, 12345, 12345)
+    found = [row for row in report(stopped, wrapper=wrapper)["fail"] if row["check"] == "memory"]
+    assert found and "need can't be locked (limit 64 KiB, this shell's)" in found[0]["text"]
+
+
+@pytest.mark.root
+def test_before_the_first_start_of_a_package(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key is the daemon's, the data-dir is not there yet, and it is root who asks."""
+    config, key = short_tmp / "c.yaml", short_tmp / "kek"
+    write_secret(key, os.urandom(32).hex().encode())
+    os.chown(key, 12345, 12345)
+    short_tmp.chmod(0o755)
+    write_secret(config, b"master_key_file: kek\ndata_dir: data\nsocket: s\n")
+    config.chmod(0o644)
+    row = pwd.struct_passwd(("progressdb-kms", "x", 12345, 12345, "", "/", "/"))
+    monkeypatch.setattr(asowner, "PACKAGED_CONFIG", str(config))
+    monkeypatch.setattr(asowner.pwd, "getpwnam", lambda name: row)
+    patient = doctor.Patient(argparse.Namespace(socket=None, data_dir=None, config=str(config)))
+    assert patient.owner == 12345 and patient.trouble is None
+    failed = [
+        f for check in (doctor._config, doctor._key_file) for f in check(patient) if f.level != doctor.OK
+    ]
+    assert failed == []
