@@ -36,7 +36,7 @@ from ..service.lock import Claim, claim
 from ..service.metrics import Metrics
 from ..service.plan import Configured, ConfiguredKey
 from ..service.rates import Rates
-from ..wire.server import SPARE_FILES, WAITING, WORKING
+from ..wire.server import SPARE_FILES, THREADS
 from ..wire.slab import Slab
 from . import hardening, inherited
 from .board import Board
@@ -75,7 +75,7 @@ def serve(
     name = Name(settings, listener, ours, ends)
     region = LockedBuffer(REGION_SIZE + STAGING_SLOTS * KEY_SIZE, settings.memory_lock)
     try:
-        slabs = [Slab(settings.memory_lock, WAITING + WORKING) for _ in range(settings.workers)]
+        slabs = [Slab(settings.memory_lock, THREADS) for _ in range(settings.workers)]
         kinds = {region.kind, *(slab.kind for slab in slabs)}
         if kinds != {"memfd_secret"}:
             _warn_of_memory(settings, "unlocked" if "unlocked" in kinds else "mlock")

@@ -40,7 +40,7 @@ from ..service.rotation import RETIRED_KEK, retired
 from ..store.seal import STATE, StoreState
 from ..store.sqlite import FILE_NAME as STORE
 from ..store.sqlite import check_schema
-from ..wire.server import SPARE_FILES, WAITING, WORKING
+from ..wire.server import SPARE_FILES, THREADS
 from ..wire.slab import size_of
 from . import asowner, rehearsal
 from .asowner import PACKAGED_CONFIG
@@ -167,7 +167,7 @@ def _memory(patient: Patient) -> Findings:
     shown = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit >> 10} KiB"
     shown += ", the unit's" if of_unit else ", this shell's"
     workers = patient.settings.workers if patient.settings is not None else 1
-    need = PAGE * 2 + workers * size_of(WAITING + WORKING)  # the keyring, and the workers' connections
+    need = PAGE * 2 + workers * size_of(THREADS)  # the keyring, and the workers' connections
     kind = _lockable(patient, need, limit)
     required = patient.settings is not None and patient.settings.memory_lock == "require"
     raise_it = "LimitMEMLOCK=infinity in the unit, or `ulimit -l unlimited` before the start"

@@ -773,7 +773,7 @@ ROUTES = (
         "Version, KEK, counts, memory protection, progress of a rotation",
         waits=True,
     ),
-    Route("GET", "/metrics", "", metrics, "Prometheus metrics"),
+    Route("GET", "/metrics", "", metrics, "Prometheus metrics", waits=True),
     Route("GET", "/openapi.json", "", openapi_document, "This API as OpenAPI 3.1"),
     Route(
         "POST",

@@ -54,6 +54,12 @@ WAITING, WORKING = 64, 1
 """Threads of a worker that wait for the keeper, and that do long work: more of these would only take the
 interpreter from the thread that waits for all connections."""
 
+ASKING = 4
+"""Threads for what is no key operation (readyz, status, metrics): changes wait 30 s for a keeper that hangs,
+and who asks how it is must not stand behind them."""
+
+THREADS = WAITING + WORKING + ASKING
+
 INLINE, INLINE_BATCH = 64 * 1024, 32 * 1024
 """Bytes of a body that is served at once: a message of 50 kB takes 150 us, a page of chat 1 ms, the worst
 page 7 ms. What is longer goes to a working thread."""
@@ -219,7 +225,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._meter: Optional[Meter] = None
         self._round = 0
         self._waiting = Lane("waiting", slab.threads[:WAITING])
-        self._working = Lane("working", slab.threads[WAITING:])
+        self._working = Lane("working", slab.threads[WAITING : WAITING + WORKING])
+        self._asking = Lane("asking", slab.threads[WAITING + WORKING :])
         self._reader = Reader(self._judge)  # of requests that are whole when they are read first
         self._current: Any = None  # the connection whose bytes are read now
         self._connections: dict[int, Connection] = {}
@@ -530,7 +537,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         connection.phase = IDLE
         long = len(request.body) > (INLINE_BATCH if route.batch else INLINE)
         if long or route.waits:
-            return self._hand_over(connection, route, request, self._working if long else self._waiting)
+            lane = self._working if long else self._waiting if route.op else self._asking
+            return self._hand_over(connection, route, request, lane)
         locked = self.slab.waiter
         call = Call(
             request.head, request.body, connection.peer, connection.fragment, *locked, connection.rights
