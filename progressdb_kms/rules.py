@@ -7,6 +7,7 @@ asks for, so that one more policy never gives anybody more.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Optional, Protocol
@@ -16,29 +17,36 @@ from .errors import PeerRefused, PolicyRefused, RateLimited
 # ---- peers ---------------------------------------------------------------------------------------
 
 
+TCP = "tcp"
+
+
 class Peer(NamedTuple):
     """Credentials of a connected process, as the kernel took them down at connect().
 
-    A pid is told for the record only: it may belong to another process by now.
+    A pid is told for the record only: it may belong to another process by now. Over TCP the kernel knows the
+    UID alone, and `via` says so.
     """
 
     uid: int
-    gid: int
-    pid: int
+    gid: int = -1
+    pid: int = 0
+    via: str = ""
 
 
 class PeerRules(NamedTuple):
-    """`None`: whoever the socket's permissions let in."""
+    """`None`: whoever the socket's permissions let in; over TCP, which has none, only `own`."""
 
     callers: Optional[frozenset[int]] = None
     admins: Optional[frozenset[int]] = None
+    own: frozenset[int] = frozenset((0, os.geteuid()))
 
     def check(self, peer: Peer, admin: bool) -> None:
         """Raises PeerRefused. An admin UID is a caller too."""
         if admin and self.admins is not None:
             if peer.uid not in self.admins:
                 raise PeerRefused(f"uid {peer.uid} may not make this call (admin_peer_uids)")
-        elif self.callers is not None and peer.uid not in self.callers | (self.admins or frozenset()):
+        callers = self.own if self.callers is None and peer.via == TCP else self.callers
+        if callers is not None and peer.uid not in callers | (self.admins or frozenset()):
             raise PeerRefused(f"uid {peer.uid} is not served (allowed_peer_uids)")
 
 
@@ -94,7 +102,8 @@ class Policy(NamedTuple):
         )
 
     def names(self, peer: Peer) -> bool:
-        return peer.uid == self.uid if self.uid is not None else peer.gid == self.gid
+        """Over TCP nobody knows a peer's groups, and whoever is in one must not get around its policy so."""
+        return peer.uid == self.uid if self.uid is not None else peer.gid == self.gid or peer.via == TCP
 
     def allows_operation(self, op: str) -> bool:
         return not self.operations or BATCHES.get(op, op) in self.operations
