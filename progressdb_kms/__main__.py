@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Optional
 
-SERVE_FLAGS = {"--socket": "socket", "--data-dir": "data_dir", "--config": "config"}
+SERVE_FLAGS = {"--socket": "socket", "--data-dir": "data_dir", "--config": "config", "--addr": "tcp_address"}
 
 
 def serve_flags(words: Sequence[str]) -> Optional[dict[str, Optional[str]]]:

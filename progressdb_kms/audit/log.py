@@ -87,8 +87,12 @@ def key_fragment(key_id: str, thread_id: str = "") -> Fragment:
     return Fragment(f',"key_id":{_quote(key_id)}{thread}')
 
 
-def peer_fragment(uid: int, gid: int, pid: int) -> Fragment:
-    """To be cached per connection. The credentials are those at connect(): a pid is no identity."""
+def peer_fragment(uid: int, gid: int, pid: int, via: str = "") -> Fragment:
+    """To be cached per connection. The credentials are those at connect(): a pid is no identity. `via`: by
+    another way than the socket, where gid and pid are not known, and of a stranger not even the UID (-1)."""
+    if via:
+        who = f',"actor":"peer_uid:{uid:d}","uid":{uid:d}' if uid >= 0 else ',"actor":"unknown"'
+        return Fragment(f'{who},"via":{_quote(via)}')
     return Fragment(f',"actor":"peer_uid:{uid:d}","uid":{uid:d},"gid":{gid:d},"pid":{pid:d}')
 
 

@@ -65,6 +65,7 @@ class Settings:
     socket: Path
     socket_mode: int
     socket_group: Optional[int]
+    tcp_address: Optional[str]
     data_dir: Path
     allowed_peer_uids: Optional[frozenset[int]]
     admin_peer_uids: Optional[frozenset[int]]

@@ -9,6 +9,7 @@ what was expected, and never quotes the value: it may be a key that went into th
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Callable, NamedTuple, Optional, Union
@@ -184,6 +185,28 @@ _NO_PATHS = (
     (re.compile(r"[^/]*:[0-9]+$"), "an address is none; write a path, such as /run/progressdb-kms/kms.sock"),
 )
 """What would make a file of a strange name, and the daemon say that it is ready."""
+
+
+def _loopback(value: Value, option: Option) -> str:
+    """HOST:PORT, of this host alone."""
+    text = _text(value, option)
+    try:
+        host, port = host_and_port(text)
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        raise option.wrong() from None
+    right = text.startswith("[::1]:") if address.version == 6 else address.is_loopback
+    if not right or not 1 <= port <= 65535:
+        raise option.wrong()
+    return text
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    """`127.0.0.1:6820` or `[::1]:6820`. Raises ValueError."""
+    host, _, port = text.rpartition(":")
+    if not _WHOLE.fullmatch(port):
+        raise ValueError("no port")
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host, int(port)
 
 
 def _uids(value: Value, option: Option) -> list[int]:
@@ -362,6 +385,12 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "socket_group", _group, "the name or number of a group",
         "Group of the socket: with socket_mode 0660 its members may connect.",
+    ),
+    Option(
+        "tcp_address", _loopback, "127.0.0.1:PORT or [::1]:PORT",
+        "Also listen there. A peer is known by its UID as the kernel tells it; without allowed_peer_uids only "
+        "the daemon's own UID and root are served. Absent: no TCP.",
+        flag="--addr",
     ),
     Option(
         "data_dir", _text, "a path",

@@ -42,7 +42,7 @@ from . import hardening, inherited
 from .board import Board
 from .serving import Notifier, Shared, Worker, open_keeper, reopen_keeper
 from .signals import SignalPipe
-from .socket import Name, handover_pair, listen
+from .socket import Name, handover_pair, listen, listen_tcp
 from .supervisor import Supervisor
 
 log = logging.getLogger("progressdb_kms")
@@ -71,6 +71,7 @@ def serve(
     lock = claim(settings.data_dir)
     listener, ours = listen(settings)
     listener.setblocking(False)  # all workers share the flag; a copy of a blocking socket would set it back
+    tcp = listen_tcp(settings)
     ends, handovers = zip(*(handover_pair() for _ in range(settings.workers)))
     name = Name(settings, listener, ours, ends)
     region = LockedBuffer(REGION_SIZE + STAGING_SLOTS * KEY_SIZE, settings.memory_lock)
@@ -84,7 +85,7 @@ def serve(
         inbox, outbox = channel.channel()
         staging = region.view[REGION_SIZE:]
         metrics = Metrics(settings.workers + 1)
-        sockets = (inbox, outbox, listener, name, handovers)
+        sockets = (inbox, outbox, listener, tcp, name, handovers)
         made = (measures, time.monotonic(), slabs, descriptors, _cores())
         narrowing = (Board(settings), Rates(settings.workers))
         shared = Shared(settings, keys, region, keyring, staging, metrics, *sockets, *made, *narrowing)
@@ -93,6 +94,8 @@ def serve(
     finally:
         region.wipe()
         listener.close()
+        if tcp is not None:
+            tcp.close()
         lock.close()
 
 

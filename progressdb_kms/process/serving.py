@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Optional
 
 from .. import __version__
 from ..audit.log import FILE_NAME as AUDIT_LOG
@@ -25,12 +25,13 @@ from ..service.rates import Rates
 from ..service.worker import Service
 from ..store.pause import Pause
 from ..store.sqlite import SqliteReader
+from ..wire import loopback
 from ..wire.call import App
 from ..wire.server import Door, Limits, Server, peer_of
 from ..wire.slab import Slab
 from . import hardening, streams, systemd
 from .board import Board
-from .socket import Name, take_over
+from .socket import Name, hosts, take_over
 
 log = logging.getLogger("progressdb_kms")
 
@@ -58,6 +59,7 @@ class Shared(NamedTuple):
     inbox: socket.socket
     outbox: socket.socket
     listener: socket.socket
+    tcp: Optional[socket.socket]
     name: Name
     handovers: Sequence[socket.socket]
     measures: list[dict[str, Any]]
@@ -100,7 +102,7 @@ class Worker:
         )
         share = STAGING_SLOTS // settings.workers
         slots = StagingSlots(shared.staging, (slot - 1) * share, share)
-        app = App(self._service, slots, shared.metrics, settings.max_body_bytes)
+        app = App(self._service, slots, shared.metrics, settings.max_body_bytes, hosts(settings))
         limits = Limits(
             settings.max_connections,
             settings.idle_timeout,
@@ -111,6 +113,8 @@ class Worker:
         self._handover = shared.handovers[slot - 1]
         self._listener = shared.listener.dup()
         doors = [Door(self._listener, peer_of)]
+        if shared.tcp is not None:
+            doors.append(Door(shared.tcp, loopback.Peers().identify))
         slab = shared.slabs[slot - 1]
         self.server = Server(doors, app, limits, self._counters, shared.metrics, slab)
         self._anchoring = Pause(0, 0)
@@ -199,8 +203,9 @@ class Notifier:
         self._said = True
         active = self._shared.keyring.active
         settings = self._shared.settings
+        tcp = f" tcp={settings.tcp_address}" if self._shared.tcp is not None else ""
         announce(
-            f"progressdb-kms {__version__} ready: socket={settings.socket} kek_id={active.kek_id} "
+            f"progressdb-kms {__version__} ready: socket={settings.socket}{tcp} kek_id={active.kek_id} "
             f"kek_version={active.version} workers={settings.workers} memory={self._shared.region.kind}"
         )
         systemd.notify(f"READY=1\nSTATUS=KEK {active.kek_id}, {settings.workers} workers")

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Optional
 
 from ..config.load import Settings
+from ..config.options import host_and_port
 from ..errors import AlreadyRunning, ConfigError, KMSError
+from ..wire import loopback
 from ..wire.server import BACKLOG
 from . import systemd
 
@@ -53,6 +55,56 @@ def bind(settings: Settings) -> socket.socket:
         _hand_to_group(settings)
     sock.listen(BACKLOG)
     return sock
+
+
+def listen_tcp(settings: Settings) -> Optional[socket.socket]:
+    """The port of `tcp_address`; None where there is none, or where the kernel does not tell who connects.
+
+    Accepted sockets inherit TCP_NODELAY. Raises ConfigError where the port can't be had.
+    """
+    if settings.tcp_address is None:
+        return None
+    host, port = host_and_port(settings.tcp_address)
+    try:
+        loopback.check(host)
+    except (KMSError, OSError) as error:
+        log.error(
+            "no TCP: the kernel does not tell who connects to %s (%s); it needs tcp_diag, and the unit the "
+            "drop-in tcp.conf", settings.tcp_address, error,
+        )  # fmt: skip
+        return None
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(
+            f"tcp_address {settings.tcp_address} can't be bound: {error.strerror}",
+            hint="another program listens there (`ss -ltnp`), or the unit lacks the drop-in tcp.conf",
+        ) from error
+    sock.setblocking(False)
+    _tell_who_is_served(settings)
+    return sock
+
+
+def _tell_who_is_served(settings: Settings) -> None:
+    if settings.allowed_peer_uids is None:
+        served = settings.peer_rules.own | (settings.admin_peer_uids or frozenset())
+        log.warning(
+            "over TCP only uid %s are served: a port has no file permissions (set allowed_peer_uids)",
+            ", ".join(map(str, sorted(served))),
+        )
+
+
+def hosts(settings: Settings) -> frozenset[str]:
+    """What a Host header may say over TCP."""
+    if settings.tcp_address is None:
+        return frozenset()
+    port = settings.tcp_address.rpartition(":")[2]
+    return frozenset((settings.tcp_address, f"localhost:{port}"))
 
 
 def _hand_to_group(settings: Settings) -> None:

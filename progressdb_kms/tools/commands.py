@@ -56,7 +56,12 @@ def serve(args: argparse.Namespace) -> int:
     from ..config.load import load
     from ..process import serve
 
-    flags = {"socket": args.socket, "data_dir": args.data_dir, "config": args.config}
+    flags = {
+        "socket": args.socket,
+        "data_dir": args.data_dir,
+        "config": args.config,
+        "tcp_address": args.addr,
+    }
     with load(flags, os.environ) as loaded:
         forced = {"allow_retired": args.allow_retired_kek, "accept_older": args.accept_older_store}
         return serve.serve(loaded, forced)

@@ -92,6 +92,7 @@ COMMANDS: tuple[Command, ...] = (
             SOCKET,
             DATA_DIR,
             CONFIG,
+            Arg(("--addr",), "also listen on TCP, on this host alone: 127.0.0.1:6820", "text", "ADDRESS"),
             Arg(
                 ("--allow-retired-kek",),
                 "take a master key that a rotation had replaced, for this start",

@@ -111,6 +111,8 @@ class App(NamedTuple):
     max_body_bytes: int
     denied: Callable[[Call, KMSError], None] = lambda call, error: None
     """puts on record that a policy refused a call; many such are one record"""
+    hosts: frozenset[str] = frozenset()
+    """what may stand in Host where the request came over TCP"""
 
 
 Handler = Callable[[App, Call], Reply]

@@ -913,6 +913,8 @@ _request_numbers = itertools.count(1)
 def admit(app: App, route: Route, head: Head, peer: Peer, rights: Optional[Rights]) -> None:
     """Judge a request by its head, before its body is read. Raises PeerRefused (also as PolicyRefused and
     RateLimited), UnsupportedMediaType, LengthRequired."""
+    if peer.via:
+        _no_browser(app, head)
     if route.admin:
         app.service.rules.check(peer, True)
     if rights and route.op:
@@ -925,6 +927,18 @@ def admit(app: App, route: Route, head: Head, peer: Peer, rights: Optional[Right
         raise UnsupportedMediaType("send the body as it is, without Content-Encoding")
     if route.secret and head.chunked:
         raise LengthRequired("a body with a key in it must have a Content-Length")
+
+
+def _no_browser(app: App, head: Head) -> None:
+    """A page of another site can make a browser on this host connect. It can't leave out Origin or Sec-Fetch-*,
+    nor send another Host than its own name, nor a Content-Type of ours without asking first."""
+    for name in head.headers:
+        if name == "origin" or name.startswith("sec-fetch-"):
+            raise PeerRefused("a browser is not served", code="browser_refused")
+    if head.headers.get("host", "").lower() not in app.hosts:
+        raise PeerRefused("the Host header names another address than tcp_address", code="host_refused")
+    if head.method in ("POST", "DELETE") and not head.content_type:
+        raise UnsupportedMediaType("over TCP each POST and DELETE must have a Content-Type")
 
 
 def dispatch(app: App, route: Route, call: Call) -> Reply:

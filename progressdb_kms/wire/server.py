@@ -39,7 +39,7 @@ from typing import Any, Callable, NamedTuple, Optional
 from ..audit.log import Fragment, peer_fragment
 from ..encoding import wall
 from ..errors import KMSError, Overloaded, PeerRefused, RequestTimeout
-from ..rules import Meter, Peer, Policy, Rights, rights_of
+from ..rules import TCP, Meter, Peer, Policy, Rights, rights_of
 from ..service.metrics import Block, Metrics
 from . import routes
 from .admission import BODIES, Bodies, Refusals, Shares
@@ -106,6 +106,10 @@ _NOTHING: list[memoryview] = []
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _IN, _OUT = select.POLLIN, select.POLLOUT  # the same numbers as EPOLLIN and EPOLLOUT
 _OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+STRANGER = Peer(-1, via=TCP)
+"""Of whom the kernel does not tell the UID. Over a Unix socket it always does."""
 
 
 class Limits(NamedTuple):
@@ -810,7 +814,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 self._pause(fd, 0.001)
                 return
             try:
-                request, peer = self._accept(door)
+                request, _ = door.listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -818,28 +822,23 @@ class Server(socketserver.ThreadingUnixStreamServer):
                     self._starved(fd, door, error)
                     return
                 continue  # it was gone before it was let in
-            if self.verify_request(request, peer):
-                self.process_request(request, peer)
-
-    def _accept(self, door: Door) -> tuple[socket.socket, Peer]:
-        request, _ = door.listener.accept()
-        try:
             request.setblocking(False)
-            return request, door.identify(request)
-        except BaseException:
-            request.close()
-            raise
+            self._greet(door, request)
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Is this UID served at all? It is answered here if not."""
+    def _greet(self, door: Door, request: socket.socket) -> None:
+        """Who is it, and is this UID served at all? It is answered here if not."""
+        peer = STRANGER
         try:
-            self.app.service.rules.check(client_address, False)
+            peer = door.identify(request)
+            self.app.service.rules.check(peer, False)
         except PeerRefused as error:
             self._counters.request("service", error.status, 0.0)
-            self._refusals.add(client_address, error)
-            self._show_out(request, client_address, error)
-            return False
-        return True
+            self._refusals.add(peer, error)
+            self._show_out(request, peer, error)
+        except OSError:
+            request.close()  # it was gone before it was let in
+        else:
+            self.process_request(request, peer)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """The waiter serves it from now on, and gives to threads what would hold it up."""

@@ -91,6 +91,9 @@ RIGHT: list[tuple[str, Value, Any]] = [
     ("admin_peer_uids", [number("4294967294")], [4294967294]),
     ("allow_missing_keks", Scalar("true", "bool"), True),
     ("open_embedded_messages", Scalar("true", "bool"), True),
+    ("tcp_address", text("127.0.0.1:6820"), "127.0.0.1:6820"),
+    ("tcp_address", text("[::1]:65535"), "[::1]:65535"),
+    ("tcp_address", text("127.1.2.3:1"), "127.1.2.3:1"),
     ("allow_missing_keks", Scalar("false", ANY), False),
     ("workers", text("auto"), "auto"),
     ("workers", number("1"), 1),
@@ -173,6 +176,14 @@ WRONG: list[tuple[str, Value, str]] = [
     ("admin_peer_uids", [Scalar("root", ANY)], "a list of at most"),
     ("allow_missing_keks", text("yes"), "true or false"),
     ("open_embedded_messages", text("yes"), "true or false"),
+    *(
+        ("tcp_address", text(word), "127.0.0.1:PORT or [::1]:PORT")
+        for word in (
+            "0.0.0.0:6820", "10.0.0.1:6820", "[::]:6820", "[fe80::1]:6820", "[::ffff:127.0.0.1]:6820", "::1:6820",
+            "localhost:6820", "127.0.0.1", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:+1",
+            "[127.0.0.1]:6820", "127.1:6820", ":6820", "6820", "kms.example:6820", "127.0.0.1:06820",
+        )
+    ),
     ("allow_missing_keks", ["true"], "true or false"),
     ("workers", number("0"), "auto or a whole number from 1 to 64"),
     ("workers", number("65"), "auto or a whole number from 1 to 64"),
@@ -232,7 +243,7 @@ def test_the_keys_are_those_of_the_contract() -> None:
     assert [option.name for option in OPTIONS] == [
         *("master_key_hex", "master_key_file", "master_key_credential", "previous_master_keys"),
         *("allow_missing_keks", "open_embedded_messages"),
-        *("socket", "socket_mode", "socket_group", "data_dir"),
+        *("socket", "socket_mode", "socket_group", "tcp_address", "data_dir"),
         *("allowed_peer_uids", "admin_peer_uids"),
         "policies",
         *("workers", "memory_lock", "max_body_bytes", "max_connections", "idle_timeout", "request_timeout"),

@@ -62,9 +62,10 @@ class TestIdentified:
 
     @ROOT
     def test_another_uid(self, listener: socket.socket, peers: Peers) -> None:
+        host, port = listener.getsockname()[:2]
         code = (
-            "import encodings.idna, os, socket, sys; os.setuid(%d); c = socket.create_connection((%r, %d)); sys.stdin.read()"
-            % (NOBODY, *listener.getsockname()[:2])
+            f"import encodings.idna, os, socket, sys; os.setuid({NOBODY}); "
+            f"c = socket.create_connection(({host!r}, {port})); sys.stdin.read()"
         )
         with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as child:
             accepted, _ = listener.accept()
@@ -137,8 +138,8 @@ class TestRefused:
             "subprocess.run(['ip', 'link', 'set', 'lo', 'up'], check=True)\n"
             "s = socket.create_server(('127.0.0.1', 0)); c = socket.create_connection(s.getsockname())\n"
             "a, _ = s.accept()\n"
-            "socket.send_fds(socket.socket(fileno=%d), [b'x'], [a.fileno()]); sys.stdin.read()\n"
-            % theirs.fileno()
+            f"socket.send_fds(socket.socket(fileno={theirs.fileno()}), [b'x'], [a.fileno()])\n"
+            "sys.stdin.read()\n"
         )
         if not hasattr(socket, "send_fds") or shutil.which("ip") is None:
             pytest.skip("needs ip, and Python 3.9")
