@@ -388,8 +388,8 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "tcp_address", _loopback, "127.0.0.1:PORT or [::1]:PORT",
-        "Also listen there. A peer is known by its UID as the kernel tells it; without allowed_peer_uids only "
-        "the daemon's own UID and root are served. Absent: no TCP.",
+        "Also listen there. A peer is known by its UID as the kernel tells it; without allowed_peer_uids "
+        "only the daemon's own UID and root are served. Absent: no TCP.",
         flag="--addr",
     ),
     Option(

@@ -1,14 +1,14 @@
 """Who is at the other end of a TCP connection on this host.
 
-TCP has no peer credentials. The kernel's socket table has: NETLINK_SOCK_DIAG (sock_diag(7)) tells which UID owns
-the socket at the other end, in one exact look-up, unprivileged. It answers for more than was asked, so an answer
-counts only where
+TCP has no peer credentials. The kernel's socket table has: NETLINK_SOCK_DIAG (sock_diag(7)) tells which UID
+owns the socket at the other end, in one exact look-up, unprivileged. It answers for more than was asked, so
+an answer counts only where
 
-- the four-tuple is exactly the one that was asked: after a reset the kernel may name a *listener* on that port;
+- the four-tuple is exactly the one that was asked: after a reset the kernel may name a *listener* there;
 - the inode is not 0: a socket that its process has closed is told as uid 0, and what it sent before is still
   here to be read, and would be root's;
 - the state is one of a connection that was made;
-- our own end is still connected after the look-up, so that nobody else can have made the same four-tuple since.
+- our own end is still connected after the look-up: nobody else can have made the same four-tuple since.
 
 Whoever forwards (ssh -L, a container's proxy) is the peer. pid and gid are not known here.
 """

@@ -930,8 +930,8 @@ def admit(app: App, route: Route, head: Head, peer: Peer, rights: Optional[Right
 
 
 def _no_browser(app: App, head: Head) -> None:
-    """A page of another site can make a browser on this host connect. It can't leave out Origin or Sec-Fetch-*,
-    nor send another Host than its own name, nor a Content-Type of ours without asking first."""
+    """A page of another site can make a browser on this host connect. It can't leave out Origin or
+    Sec-Fetch-*, nor send another Host than its own name, nor a Content-Type of ours without asking first."""
     for name in head.headers:
         if name == "origin" or name.startswith("sec-fetch-"):
             raise PeerRefused("a browser is not served", code="browser_refused")

@@ -43,6 +43,12 @@ def address(request: pytest.FixtureRequest) -> Address:
         pytest.skip(f"no {request.param} here: {error}")
 
 
+@pytest.fixture
+def fresh(address: Address) -> Address:
+    """For a daemon of the test's own."""
+    return free_port(address[0])
+
+
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "workers"])
 def daemon(request: pytest.FixtureRequest, address: Address) -> Iterator[Daemon]:
     with on_tcp(address, workers=request.param) as running:
@@ -202,11 +208,11 @@ class TestStrangers:
 
 
 @ROOT
-def test_a_list_lets_others_in_and_nobody_else(address: Address) -> None:
-    with on_tcp(address, workers=1, allowed_peer_uids=[NOBODY, 0], admin_peer_uids=[77]) as daemon:
-        assert as_user(NOBODY, address).startswith("200 ") and "only uid" not in daemon.stderr
-        assert as_user(77, address).startswith("200 ") and as_user(78, address).startswith("403 ")
-        with Session(address) as kms:
+def test_a_list_lets_others_in_and_nobody_else(fresh: Address) -> None:
+    with on_tcp(fresh, workers=1, allowed_peer_uids=[NOBODY, 0], admin_peer_uids=[77]) as daemon:
+        assert as_user(NOBODY, fresh).startswith("200 ") and "only uid" not in daemon.stderr
+        assert as_user(77, fresh).startswith("200 ") and as_user(78, fresh).startswith("403 ")
+        with Session(fresh) as kms:
             assert kms.request("POST", "/deks/k/disable", {}).status == 403
 
 
@@ -218,20 +224,20 @@ def test_a_port_that_is_taken(address: Address) -> None:
         assert refused.code == 1 and "can't be bound" in refused.stderr and "ss -ltnp" in refused.stderr
 
 
-def test_a_restart_takes_the_port_again(address: Address) -> None:
-    with on_tcp(address, workers=2) as daemon:
+def test_a_restart_takes_the_port_again(fresh: Address) -> None:
+    with on_tcp(fresh, workers=2) as daemon:
         for _ in range(2):
-            with Session(address) as kms:
+            with Session(fresh) as kms:
                 kms.create_dek("t")
                 daemon.stop()
             daemon.start()
-        assert request(address, "GET", "/healthz").status == 200
+        assert request(fresh, "GET", "/healthz").status == 200
 
 
-def test_the_flag(address: Address) -> None:
-    daemon = Daemon(workers=1, args=["--addr", host_of(address)])
+def test_the_flag(fresh: Address) -> None:
+    daemon = Daemon(workers=1, args=["--addr", host_of(fresh)])
     with daemon:
-        assert request(address, "GET", "/healthz").status == 200
+        assert request(fresh, "GET", "/healthz").status == 200
 
 
 def test_two_servers_over_tcp(daemon: Daemon, address: Address) -> None:
@@ -252,7 +258,7 @@ def test_two_servers_over_tcp(daemon: Daemon, address: Address) -> None:
     assert done == [50, 50]
 
 
-def test_where_the_kernel_does_not_tell_there_is_no_tcp(tmp_path: Any, address: Address) -> None:
+def test_where_the_kernel_does_not_tell_there_is_no_tcp(tmp_path: Any, fresh: Address) -> None:
     """As under a filter that knows no AF_NETLINK."""
     site = tmp_path / "site"
     site.mkdir()
@@ -264,10 +270,10 @@ def test_where_the_kernel_does_not_tell_there_is_no_tcp(tmp_path: Any, address: 
         "        super().__init__(family, *args, **more)\n"
         "socket.socket = Filtered\n"
     )
-    daemon = on_tcp(address, workers=1)
+    daemon = on_tcp(fresh, workers=1)
     daemon.env["PYTHONPATH"] = os.pathsep.join((str(site), daemon.environment()["PYTHONPATH"]))
     with daemon:
         assert re.search(r"no TCP: the kernel does not tell who connects to .* tcp\.conf", daemon.stderr)
         assert "tcp=" not in daemon.stdout
         with pytest.raises(OSError):
-            socket.create_connection(address, 5)
+            socket.create_connection(fresh, 5)
