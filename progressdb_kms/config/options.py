@@ -195,7 +195,7 @@ def _loopback(value: Value, option: Option) -> str:
         address = ipaddress.ip_address(host)
     except ValueError:
         raise option.wrong() from None
-    right = text.startswith("[::1]:") if address.version == 6 else address.is_loopback
+    right = text.startswith("[::1]:") if address.version == 6 else address.is_loopback and text[0] != "["
     if not right or not 1 <= port <= 65535:
         raise option.wrong()
     return text

@@ -102,7 +102,7 @@ class Worker:
         )
         share = STAGING_SLOTS // settings.workers
         slots = StagingSlots(shared.staging, (slot - 1) * share, share)
-        app = App(self._service, slots, shared.metrics, settings.max_body_bytes, hosts(settings))
+        app = App(self._service, slots, shared.metrics, settings.max_body_bytes, hosts=hosts(settings))
         limits = Limits(
             settings.max_connections,
             settings.idle_timeout,

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from .console import UsageError
 
 TOPICS: Mapping[str, str] = {
-    "progressdb": "which release speaks what, both sides' configuration, moving its data",
     "secrets": "where each secret may be, and until when",
     "decisions": "why it is as it is",
+    "progressdb": "its releases, and how its data comes over",
 }
 """Each is `manual/<topic>.md` in the package."""
 
