@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
 
@@ -21,6 +22,7 @@ from progressdb_kms.process.socket import listen_tcp
 from progressdb_kms.rules import PeerRules
 from tests.harness import Daemon, Session
 from tests.harness.dialects import GENERATIONS
+from tests.harness.procs import wait_until
 from tests.harness.wire import host_of, raw, request
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
@@ -69,6 +71,12 @@ def as_user(uid: int, address: Address, path: str = "/healthz") -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def is_stopped(pid: int) -> bool:
+    """All of its threads: one that is running goes on for a moment."""
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 def records(daemon: Daemon) -> list[dict[str, Any]]:
@@ -181,6 +189,7 @@ class TestStrangers:
         stopped = daemon.pids()
         for pid in stopped:  # so that all of them are gone before one is accepted
             os.kill(pid, 19)
+        wait_until(lambda: all(map(is_stopped, stopped)), 20, "the daemon to stand still")
         try:
             for number in range(20):
                 sock = socket.create_connection(address)
