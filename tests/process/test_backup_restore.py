@@ -308,7 +308,7 @@ class TestRestore:
         assert traces(site.daemon.data_dir, site.wrapped[dead]) == []
         site.daemon.start()
         assert state(site.daemon, dead) == state(site.daemon, late) == "shredded"
-        assert state(site.daemon, scheduled) == "enabled"  # as it was when the backup was taken
+        assert state(site.daemon, scheduled) == "pending_deletion"  # what was closed since stays so
         assert site.daemon.request("POST", "/deks", {"thread_id": "t", "key_id": dead}).status == 410
         opens(site.daemon, {key_id: site.boxes[key_id] for key_id in live})
         site.daemon.stop()
