@@ -42,9 +42,8 @@ class PeerRules(NamedTuple):
 
     def check(self, peer: Peer, admin: bool) -> None:
         """Raises PeerRefused. An admin UID is a caller too."""
-        if admin and self.admins is not None:
-            if peer.uid not in self.admins:
-                raise PeerRefused(f"uid {peer.uid} may not make this call (admin_peer_uids)")
+        if admin and self.admins is not None and peer.uid not in self.admins:
+            raise PeerRefused(f"uid {peer.uid} may not make this call (admin_peer_uids)")
         callers = self.own if self.callers is None and peer.via == TCP else self.callers
         if callers is not None and peer.uid not in callers | (self.admins or frozenset()):
             raise PeerRefused(f"uid {peer.uid} is not served (allowed_peer_uids)")
