@@ -314,3 +314,49 @@ def test_an_abort_leaves_no_core() -> None:
         found = [path for folder in (daemon.home, Path("/tmp")) for path in folder.glob("core*")]
         assert all(kek.value not in path.read_bytes() for path in found if path.is_file())
         assert not list(daemon.home.rglob("core*"))
+
+
+# ---- secret routes while a request is under way ------------------------------------------------------------
+
+
+def _chunked(new: bytes, size: int) -> bytes:
+    body = rotation(new).partition(b"\r\n\r\n")[2]
+    return CHUNKED + b"".join(b"%x\r\n%b\r\n" % (len(c), c) for c in _cut(body, size))
+
+
+def _cut(data: bytes, size: int) -> list[bytes]:
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_new_kek_on_its_way_has_no_copy(workers: int) -> None:
+    """By every framing, with the last piece missing: nothing of it may stand in readable memory meanwhile."""
+    with Daemon(workers=workers) as daemon, contextlib.ExitStack() as held:
+        secrets = [Secret("KEK", daemon.kek)]
+        for name, size, make in (
+            ("whole", 4096, lambda new: rotation(new)[:-1]),
+            ("byte by byte", 1, lambda new: rotation(new)[:-1]),
+            ("head, then body", 60, lambda new: rotation(new)[:-1]),
+            (
+                "asked for",
+                4096,
+                lambda new: rotation(new).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")[:-1],
+            ),
+            ("a chunk", 4096, lambda new: _chunked(new, 4096)),
+            ("small chunks", 4096, lambda new: _chunked(new, 5)),
+            ("chunks byte by byte", 1, lambda new: _chunked(new, 30)),
+            (
+                "behind another request",
+                4096,
+                lambda new: b"GET /healthz HTTP/1.1\r\nHost: u\r\n\r\n" + rotation(new)[:-1],
+            ),
+        ):
+            new = os.urandom(32)
+            secrets.append(Secret(name, new))
+            sock = held.enter_context(connect(daemon.socket))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # 411 may come first
+                for piece in _cut(make(new), size):
+                    sock.sendall(piece)
+                    time.sleep(0.001)
+        time.sleep(0.5)
+        scan(daemon.pids(), secrets).assert_clean()
