@@ -16,7 +16,7 @@ from ..errors import KMSError, Overloaded
 from ..rules import Peer
 from ..service.metrics import SECONDS, Block, Metrics
 
-BODIES = 3
+BODIES = 2
 """Bodies of full length that all workers together may hold at a time; more is 503."""
 
 NAMED = 64

@@ -10,18 +10,17 @@ gap. Where the RFC lets a server be lenient, this one isn't, and every refusal c
 `Reader` is the machine; the server and the tests both run it. Between a head and its body it asks its owner
 for the `Room` that the body gets, so that who, what and how much are decided before a byte of it is read.
 
-The grammar is in the expressions below, each under its rule. A short head is judged once: `_remembered`
-keeps the last thousand, because a keep-alive client sends the same head again and again.
+The grammar is in the expressions below, each under its rule. A short head is judged once: `Reader` knows the
+last thousand, because a keep-alive client sends the same head again and again.
 """
 
 from __future__ import annotations
 
-import functools
 import ipaddress
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Callable, NamedTuple, Optional, Protocol, Union
+from typing import Any, Callable, NamedTuple, Optional, Protocol, Union
 
 from ..encoding import Buffer
 from ..errors import (
@@ -181,9 +180,6 @@ def parse_head(raw: bytes) -> Head:
     coded = headers.get("content-encoding", "identity").lower() != "identity"  # RFC 9110, 8.4
     rest = (length, chunked, keep, expects, content_type, coded)
     return Head(method, target, path, query, version, headers, *rest)
-
-
-_remembered = functools.lru_cache(maxsize=1024)(parse_head)
 
 
 def _request_line(line: bytes) -> tuple[str, str, str]:
@@ -416,6 +412,10 @@ class Room(NamedTuple):
     """asked before so many more bytes are kept; may raise"""
     store: Optional[Callable[[int], memoryview]] = None
     """where a body that comes in pieces lies, by its length; None: on the heap"""
+    lasts: bool = False
+    """the same head gets the same room again, whoever sends it"""
+    route: Any = None
+    """the judge's own"""
 
 
 _NO_ROOM = Room(0)
@@ -426,16 +426,24 @@ class Request(NamedTuple):
 
     head: Head
     body: Union[memoryview, bytes]
+    room: Room
+
+
+Known = dict[bytes, tuple[Head, Room]]
+"""Short heads that were judged, for all readers of one judge."""
+
+KNOWN = 1024
 
 
 class Reader:
     """The requests of one connection, one after another. `judge` gives a head's body its room; what it raises
     leaves `feed`, with `head` and `head_size` telling of which request."""
 
-    __slots__ = ("_body", "_chunked", "_filled", "_judge", "_room", "_seen", "head", "head_size")
+    __slots__ = ("_body", "_chunked", "_filled", "_judge", "_known", "_room", "_seen", "head", "head_size")
 
-    def __init__(self, judge: Callable[[Head], Room]) -> None:
+    def __init__(self, judge: Callable[[Head], Room], known: Optional[Known] = None) -> None:
         self._judge = judge
+        self._known: Known = {} if known is None else known
         self.reset()
 
     def reset(self) -> None:
@@ -461,23 +469,34 @@ class Reader:
             if at < 0:
                 self._seen = end - start
                 return 0, None
-            raw = data[start:at]
-            self.head = head = _remembered(raw) if at - start <= REMEMBERED else parse_head(raw)
             self.head_size = at - start
-            room = self._judge(head)
+            raw = data[start:at]
+            known = self._known.get(raw)
+            head, room = known if known is not None else self._meet(raw)
             length = head.content_length
             if length > room.limit:
+                self.head = head
                 raise BodyTooLarge(f"the body has {length} bytes; here at most {room.limit} are taken")
             if at + length <= end and not head.chunked:  # all of it is here: nothing to remember
                 self.head, self._seen = None, 0
-                return at + length - start, Request(head, view[at : at + length] if length else b"")
-            self._room = room
+                return at + length - start, Request(head, view[at : at + length] if length else b"", room)
+            self.head, self._room = head, room
         taken, body = (self._feed_chunked if head.chunked else self._feed_length)(view[at:end], head)
         at += taken
         if body is None:
             return at - start, None
+        room = self._room
         self.reset()
-        return at - start, Request(head, body)
+        return at - start, Request(head, body, room)
+
+    def _meet(self, raw: bytes) -> tuple[Head, Room]:
+        self.head = head = parse_head(raw)
+        room = self._judge(head)
+        if room.lasts and len(raw) <= REMEMBERED:
+            if len(self._known) >= KNOWN:
+                self._known.clear()
+            self._known[raw] = head, room
+        return head, room
 
     def _feed_chunked(self, view: memoryview, head: Head) -> tuple[int, Optional[memoryview]]:
         if self._chunked is None:
@@ -521,8 +540,9 @@ class Reader:
         body = self._whole(size, head.content_length)
         if body is None:
             return None
+        room = self._room
         self.reset()
-        return Request(head, body)
+        return Request(head, body, room)
 
     def wipe(self) -> None:
         """What came of a body that nobody will take. It may hold plaintext or a key."""

@@ -44,7 +44,7 @@ from ..service.metrics import Block, Metrics
 from . import routes
 from .admission import BODIES, Bodies, Refusals, Shares
 from .call import App, Call, Reply, Route
-from .http1 import Head, Reader, Request, Room
+from .http1 import Head, Known, Reader, Request, Room
 from .lanes import Lane
 from .slab import ANSWER, RECEIVED, Slab
 
@@ -231,7 +231,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._waiting = Lane("waiting", slab.threads[:WAITING])
         self._working = Lane("working", slab.threads[WAITING : WAITING + WORKING])
         self._asking = Lane("asking", slab.threads[WAITING + WORKING :])
-        self._reader = Reader(self._judge)  # of requests that are whole when they are read first
+        self._known: Known = {}
+        self._reader = Reader(self._judge, self._known)  # of requests that are whole when they are read first
         self._current: Any = None  # the connection whose bytes are read now
         self._connections: dict[int, Connection] = {}
         self._turned_away: OrderedDict[int, Connection] = OrderedDict()
@@ -465,7 +466,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             connection.kept = memoryview(bytes(self._view[at:fill]))
         if reader is self._reader:
             connection.reader = reader
-            self._reader = Reader(self._judge)
+            self._reader = Reader(self._judge, self._known)
         phase = HEAD if reader.head is None else BODY
         if phase != connection.phase:
             connection.phase = phase
@@ -522,7 +523,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _room(self, route: Route) -> Room:
         place = self._secret_place if route.secret else None
-        return Room(route.body_limit(self.app), self._reserve_body, place)
+        return Room(route.body_limit(self.app), self._reserve_body, place, not route.admin, route)
 
     def _reserve_body(self, size: int) -> None:
         self._bodies.take(size)
@@ -536,8 +537,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _carry_out(self, connection: Connection, request: Request) -> int:
         """NEXT: it was answered, and the next may come; or AWAY."""
-        route = connection.route
-        assert route is not None
+        route: Route = request.room.route
         connection.phase = IDLE
         long = len(request.body) > (INLINE_BATCH if route.batch else INLINE)
         if long or route.waits:
@@ -561,7 +561,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         ):
             self._flush()
             return self._answer(connection, head, reply)
-        self._out.append((connection, render_head(reply, True, head.version) + reply.lead + reply.body))
+        self._out.append(
+            (connection, b"".join((render_head(reply, True, head.version), reply.lead, reply.body)))
+        )
         if len(self._out) >= TOGETHER:
             self._flush()
         return NEXT if connection.phase == IDLE else AWAY
@@ -659,7 +661,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         """To a thread. The connection is its alone until it lies in `_back`."""
         try:
             body = self._own_body(connection, route, request.body)
-            job = self._job(connection, route, Request(request.head, body), lane is self._working)
+            job = self._job(connection, route, request._replace(body=body), lane is self._working)
             connection.phase = BUSY
             self._poll.unregister(connection.request.fileno())
             lane.submit(connection.peer.uid, job)
