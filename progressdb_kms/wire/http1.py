@@ -10,7 +10,7 @@ gap. Where the RFC lets a server be lenient, this one isn't, and every refusal c
 `Reader` is the machine; the server and the tests both run it. Between a head and its body it asks its owner
 for the `Room` that the body gets, so that who, what and how much are decided before a byte of it is read.
 
-The grammar is in the expressions below, each under its rule. A short head is judged once: `Reader` knows the
+The grammar is in the expressions below, each under its rule. A short head is parsed once: `Reader` knows the
 last thousand, because a keep-alive client sends the same head again and again.
 """
 
@@ -412,8 +412,6 @@ class Room(NamedTuple):
     """asked before so many more bytes are kept; may raise"""
     store: Optional[Callable[[int], memoryview]] = None
     """where a body that comes in pieces lies, by its length; None: on the heap"""
-    lasts: bool = False
-    """the same head gets the same room again, whoever sends it"""
     route: Any = None
     """the judge's own"""
 
@@ -429,8 +427,8 @@ class Request(NamedTuple):
     room: Room
 
 
-Known = dict[bytes, tuple[Head, Room]]
-"""Short heads that were judged, for all readers of one judge."""
+Known = dict[bytes, Head]
+"""Short heads that were parsed."""
 
 KNOWN = 1024
 
@@ -471,16 +469,15 @@ class Reader:
                 return 0, None
             self.head_size = at - start
             raw = data[start:at]
-            known = self._known.get(raw)
-            head, room = known if known is not None else self._meet(raw)
+            self.head = head = self._known.get(raw) or self._parse(raw)
+            room = self._judge(head)
             length = head.content_length
             if length > room.limit:
-                self.head = head
                 raise BodyTooLarge(f"the body has {length} bytes; here at most {room.limit} are taken")
             if at + length <= end and not head.chunked:  # all of it is here: nothing to remember
                 self.head, self._seen = None, 0
                 return at + length - start, Request(head, view[at : at + length] if length else b"", room)
-            self.head, self._room = head, room
+            self._room = room
         taken, body = (self._feed_chunked if head.chunked else self._feed_length)(view[at:end], head)
         at += taken
         if body is None:
@@ -489,14 +486,13 @@ class Reader:
         self.reset()
         return at - start, Request(head, body, room)
 
-    def _meet(self, raw: bytes) -> tuple[Head, Room]:
-        self.head = head = parse_head(raw)
-        room = self._judge(head)
-        if room.lasts and len(raw) <= REMEMBERED:
+    def _parse(self, raw: bytes) -> Head:
+        head = parse_head(raw)
+        if len(raw) <= REMEMBERED:
             if len(self._known) >= KNOWN:
                 self._known.clear()
-            self._known[raw] = head, room
-        return head, room
+            self._known[raw] = head
+        return head
 
     def _feed_chunked(self, view: memoryview, head: Head) -> tuple[int, Optional[memoryview]]:
         if self._chunked is None:

@@ -239,6 +239,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._ahead: deque[Connection] = deque()
         self._back: deque[tuple[Connection, bool, list[memoryview]]] = deque()
         self._out: list[tuple[Connection, bytes]] = []
+        self._behind = False  # is more here behind the request?
         self._open_doors(doors)
         self._gap = 1.0  # seconds that were waited for the last event
         self._spare = False
@@ -313,6 +314,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._take_back(*self._back.popleft())
         for _ in range(len(self._ahead)):
             self._go_ahead(self._ahead.popleft())
+        if self._out:
             self._flush()
         for fd in doors:
             self._let_in(fd)
@@ -430,6 +432,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if not size:
             self._close(connection)
             return True
+        self._behind = False
         request = reader.placed(size)
         if request is not None and self._carry_out(connection, request) == NEXT:
             self._rest(connection)
@@ -450,6 +453,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             except KMSError as error:
                 used, step = self._refuse(connection, reader, error, fill - at)
             else:
+                self._behind = at + used < fill
                 step = MORE if request is None else self._carry_out(connection, request)
             at += used
         if step == MORE:
@@ -499,8 +503,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._work(connection, len(kept))
 
     def _rest(self, connection: Connection) -> None:
-        """A request was answered, and nothing of the next is here."""
-        if connection.kept is not None:
+        """A request was answered: go on with what is here of the next."""
+        if connection.kept_piece is not None:
             connection.phase = AHEAD
             self._ahead.append(connection)
             return
@@ -523,7 +527,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _room(self, route: Route) -> Room:
         place = self._secret_place if route.secret else None
-        return Room(route.body_limit(self.app), self._reserve_body, place, not route.admin, route)
+        return Room(route.body_limit(self.app), self._reserve_body, place, route)
 
     def _reserve_body(self, size: int) -> None:
         self._bodies.take(size)
@@ -550,7 +554,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         reply = routes.dispatch(self.app, route, call)
         head = request.head
         if (
-            len(reply.body) > LARGE
+            self._behind
+            or len(reply.body) > LARGE
             or reply.close
             or reply.secret
             or self.draining
@@ -559,7 +564,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
             or connection.reserved
             or connection.body_piece is not None
         ):
-            self._flush()
             return self._answer(connection, head, reply)
         self._out.append(
             (connection, b"".join((render_head(reply, True, head.version), reply.lead, reply.body)))
@@ -569,8 +573,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         return NEXT if connection.phase == IDLE else AWAY
 
     def _flush(self) -> None:
-        """Send answers that were made in this turn. Together, since each alone would wake its peer, which
-        takes the core; but not so many that the first waits long."""
+        """Send answers that were made in this turn, at most one a connection, with nothing behind it.
+        Together, since each alone would wake its peer, which takes the core."""
         out, self._out = self._out, []
         for connection, whole in out:
             try:
@@ -809,9 +813,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     # ---- coming in ---------------------------------------------------------------------------------
 
-    def _let_in(self, fd: int) -> None:
+    def _let_in(self, fd: int, most: int = EVENTS) -> None:
         door = self._doors[fd]
-        for _ in range(EVENTS):
+        for _ in range(most):
             if self._others_first():
                 self._pause(fd, 0.001)
                 return
@@ -887,6 +891,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _others_first(self) -> bool:
         """Where another worker has fewer connections, it has some moments to be the first."""
+        if self._drain_until:
+            return False
         *workers, _ = self._metrics.gauge("connections")  # the last is the keeper's
         least = min(workers)
         if self._yields >= YIELDS or self._counters.get("connections") <= least + least // 16:
@@ -944,9 +950,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _begin_drain(self) -> None:
         """Let in who was there, then end each connection behind what it has sent."""
-        self._yields = YIELDS
         for fd in self._doors:
-            self._let_in(fd)
+            self._let_in(fd, BACKLOG)
             if self._paused.pop(fd, None) is None:
                 self._poll.unregister(fd)
         self.draining = True
