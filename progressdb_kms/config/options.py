@@ -1,6 +1,6 @@
 """Every key of the configuration, once: what it takes, its limits, its default and the reason for it.
 
-The README's table, the manual page and the sample file are held against OPTIONS. A value comes from YAML, a
+The manual's table, the man page and the sample file are held against OPTIONS. A value comes from YAML, a
 flag or the environment as a `Scalar` (text, and the type that YAML sees in it), a list or a mapping of such;
 `Option.read` gives plain data that fits into JSON, or raises ConfigError. The message names the place and
 what was expected, and never quotes the value: it may be a key that went into the wrong line.

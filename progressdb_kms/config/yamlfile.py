@@ -232,7 +232,7 @@ def _check(tree: Value, path: str) -> dict[str, Any]:
     for name, value in tree.items():
         option = BY_NAME.get(ALIASES.get(name, name))
         if option is None:
-            hint = "the README lists all keys"
+            hint = "`progressdb-kms help configuration` lists all keys"
             raise ConfigError(f"{path}: {unknown(name, (*BY_NAME, *ALIASES))}", hint=hint)
         if option.name in values:
             raise ConfigError(

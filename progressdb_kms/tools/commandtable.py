@@ -1,4 +1,4 @@
-"""Every command as a row of a table: the parser, the man page, the shell completions and the README's check
+"""Every command as a row of a table: the parser, the man page, the shell completions and the manual's check
 are made from it. What a command does stands in `commands`, under the name in `run`.
 """
 

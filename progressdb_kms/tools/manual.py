@@ -13,6 +13,16 @@ from collections.abc import Mapping
 from .console import UsageError
 
 TOPICS: Mapping[str, str] = {
+    "install": "zipapp, packages, container, systemd",
+    "configuration": "every key of the configuration file",
+    "api": "every call, its fields and its answers",
+    "commands": "what each command does",
+    "runbook": "what to do, from a backup to a lost key",
+    "troubleshooting": "what it says, and what to do",
+    "threats": "what is promised, and what is not",
+    "formats": "wrapped DEKs, messages, store, audit log",
+    "structure": "folders, processes, where to begin reading",
+    "speed": "how to measure, and what was measured",
     "secrets": "where each secret may be, and until when",
     "decisions": "why it is as it is",
     "progressdb": "its releases, and how its data comes over",

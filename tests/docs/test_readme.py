@@ -1,23 +1,25 @@
-"""The README agrees with the tables that the program runs on: routes, configuration, commands."""
+"""README and manual agree with the tables that the program runs on: routes, configuration, commands."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from progressdb_kms.config.options import OPTIONS, Option
 from progressdb_kms.tools.commandtable import COMMANDS
+from progressdb_kms.tools.manual import TOPICS
 from progressdb_kms.wire.call import Route
 from progressdb_kms.wire.routes import ROUTES
+from tests.harness.book import ROOT, book
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+BOOK = book()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def rows(heading: str) -> list[list[str]]:
     """The cells of the first table below a heading."""
-    text = README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    text = BOOK.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
 
@@ -54,9 +56,20 @@ def test_the_configuration_table_has_no_key_that_is_not_there() -> None:
 def test_every_environment_variable_is_named() -> None:
     for option in OPTIONS:
         if option.env:
-            assert option.env in README
+            assert option.env in BOOK
 
 
 def test_the_commands_are_those_of_the_program() -> None:
     named = {name for row in rows("Commands") for name in re.findall(r"`([a-z][a-z -]*)`", row[0])}
     assert named == {command.name for command in COMMANDS}
+
+
+def test_the_readme_is_for_five_minutes() -> None:
+    assert len(README.split()) <= 2200
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_readme_names_each_topic_of_the_manual() -> None:
+    named = set(re.findall(r"\(progressdb_kms/manual/([a-z]+)\.md\)", README))
+    assert named == set(TOPICS)

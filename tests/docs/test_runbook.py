@@ -1,4 +1,4 @@
-"""The README's runbook, followed to the letter: each command of each chapter is run, in its order.
+"""The manual's runbook, followed to the letter: each command of each chapter is run, in its order.
 
 The text is read, not copied: what is edited there is what runs here. A chapter is taken apart into commands:
 the lines of its indented blocks, and `progressdb-kms …` (or a command of ours with an argument) in backticks.
@@ -26,11 +26,12 @@ import pytest
 
 from progressdb_kms.tools import cli as command_line
 from progressdb_kms.tools.commandtable import COMMANDS, ONLINE
+from tests.harness.book import book
 from tests.harness.daemon import REPO, Daemon, base_environment, write_secret
 from tests.harness.procs import wait_until
 from tests.tools.test_imports import go_blob
 
-README = (REPO / "README.md").read_text(encoding="utf-8")
+BOOK = book()
 CONFIG = "/etc/progressdb-kms/progressdb-kms.yaml"
 
 GROUPS = {command.name: command.group for command in COMMANDS}
@@ -44,7 +45,7 @@ OTHERS = ("cp", "install", "rm", "litestream", "mv")
 
 
 def chapters() -> dict[str, str]:
-    text = README.split("\n## Runbook\n", 1)[1].split("\n## ", 1)[0]
+    text = BOOK.split("\n## Runbook\n", 1)[1].split("\n## ", 1)[0]
     parts = re.split(r"^### (.+)$", text, flags=re.M)
     return dict(zip(parts[1::2], parts[2::2]))
 
