@@ -57,15 +57,8 @@ BATCHES: Mapping[str, str] = {"encrypt_batch": "encrypt", "decrypt_batch": "decr
 OPERATIONS = frozenset(
     (
         *("create_dek", "get_wrapped", "encrypt", "decrypt", "reencrypt", "wrap", "unwrap", "rewrap"),
-        *(
-            "rotate_kek",
-            "list_deks",
-            "describe_dek",
-            "disable_dek",
-            "enable_dek",
-            "delete_dek",
-            "accept_clock",
-        ),
+        *("rotate_kek", "list_deks", "describe_dek", "disable_dek", "enable_dek", "delete_dek"),
+        "accept_clock",
     )
 )
 """What a policy may name: operations as the audit log has them, but for batches."""

@@ -1,4 +1,4 @@
-"""README and manual agree with the tables that the program runs on: routes, configuration, commands."""
+"""README and manual agree with the tables that the program runs on: routes, keys, commands."""
 
 from __future__ import annotations
 

