@@ -210,8 +210,8 @@ class TestFailingCalls:
             kept.create(kms)
             time.sleep(SYNC_SECONDS)  # it is synced no more often than that
             fault = shim.fail("sync", "kms-audit.log", "EIO", times=1)
-            kept.create(kms)
-            assert fault.hits == 1 and "the audit log can't be written" in daemon.stderr
+            wait_until(lambda: bool(kept.create(kms)) and fault.hits == 1, 30, "a sync")
+            assert "the audit log can't be written" in daemon.stderr
             shim.clear()
             kept.create(kms)
             kept.opens(kms)
