@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from progressdb_kms.errors import PeerRefused
-from progressdb_kms.rules import BATCHES, OPERATIONS, Peer, Policy, Rights, pattern
+from progressdb_kms.rules import BATCHES, OPERATIONS, TCP, Peer, Policy, Rights, pattern
 from progressdb_kms.wire.routes import ROUTES
 
 PEER = Peer(20002, 100, 1)
@@ -64,6 +64,13 @@ def test_operations() -> None:
 def test_a_gid_is_named_too() -> None:
     found = policies({"gid": 100, "operations": ["encrypt"]}, {"gid": 7, "operations": ["decrypt"]})
     assert operation(found, "encrypt") == "" and operation(found, "decrypt") == "1"
+
+
+def test_over_tcp_nobody_gets_around_a_gids_policy() -> None:
+    """Which groups a peer has is not known there."""
+    policy = Policy.of(1, {"gid": 7, "operations": ["decrypt"]})
+    assert policy.names(Peer(20002, via=TCP)) and not policy.names(Peer(20002, 100, 1))
+    assert not Policy.of(1, {"uid": 7}).names(Peer(20002, via=TCP))
 
 
 def test_all_that_name_a_peer_must_allow() -> None:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 from ..audit.log import Fragment
 from ..client import Client
@@ -62,6 +62,12 @@ STORES = (1_000, 100_000, 1_000_000)  # DEKs: rotation is measured on each of th
 DISK = 10 << 10  # bytes that a DEK takes while its store is rotated: two rows, and a snapshot file of 4 KiB
 
 
+MESSAGES = (40, 300, 4096, 50_000)  # bytes of a message or field of ProgressDB
+
+Address = Union[str, tuple[str, int]]
+"""A Unix socket, or (host, port)."""
+
+
 class BenchFailed(OperatorError):
     """The daemon that is measured did not start or gave a wrong answer."""
 
@@ -76,8 +82,9 @@ class Figure(NamedTuple):
 
 
 def run(what: str, *, seconds: int, deks: int, as_json: bool) -> int:
-    """`what`: calls, store, rotate or memory. Prints the figures; returns 0."""
-    measure = {"calls": calls, "store": store, "rotate": rotate, "memory": memory}[what]
+    """`what`: calls, progressdb, store, rotate or memory. Prints the figures; returns 0."""
+    found = {"calls": calls, "progressdb": progressdb, "store": store, "rotate": rotate, "memory": memory}
+    measure = found[what]
     for figure in measure(float(seconds), deks):
         if as_json:
             print(json.dumps(figure._asdict()), flush=True)
@@ -118,6 +125,29 @@ def calls(seconds: float, deks: int) -> Iterator[Figure]:
         yield Figure("encrypt 1 MiB raw, 2 connections", done.rate * RAW / 1e6, "MB a second", done.latency)
 
 
+def progressdb(seconds: float, deks: int) -> Iterator[Figure]:
+    """What ProgressDB does to it: one connection, one message after another, a page by 25 calls in sequence.
+    In its newest dialect, over the socket and over TCP."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        tcp: Address = probe.getsockname()
+    host = f"{tcp[0]}:{tcp[1]}"
+    with _daemon(f"tcp_address: {host}\n") as path, Client(path) as client:
+        key_id = client.create_dek("bench").key_id
+        for way, address in (("socket", path), ("tcp", tcp)):
+            for size in MESSAGES:
+                text = b'"%b"' % (b"m" * (size - 2))
+                kept = b'"%b"' % b64encode(client.encrypt(key_id, text)).encode()
+                sealing = _post("/encrypt", {"key_id": key_id, "plaintext": b64encode(text)}, host)
+                opening = _post("/decrypt", {"key_id": key_id, "ciphertext": b64encode(kept)}, host)
+                for name, request in (("encrypt", sealing), ("decrypt", opening)):
+                    done = load(address, request, 1, seconds)
+                    yield Figure(f"{name} {size} B, {way}", done.rate, "a second", done.latency)
+                if size == 300:
+                    done = load(address, opening, 1, seconds, each=25)
+                    yield Figure(f"page of 25, {way}", done.rate, "pages a second", done.latency)
+
+
 def _cipher_alone(seconds: float) -> float:
     with LockedBuffer(KEY_SIZE) as kek, LockedBuffer(envelope.SCRATCH_SIZE) as scratch:
         _fill(kek.view)
@@ -143,10 +173,16 @@ class Load(NamedTuple):
 
 
 def load(
-    path: str, request: bytes, connections: int, seconds: float, ended: Callable[[], bool] = lambda: False
+    path: Address,
+    request: bytes,
+    connections: int,
+    seconds: float,
+    ended: Callable[[], bool] = lambda: False,
+    each: int = 1,
 ) -> Load:
     """A closed loop: each connection sends the next request when it has the answer. It ends after `seconds`,
-    or earlier, as soon as `ended` says so. Raises BenchFailed at an answer that is not 2xx."""
+    or earlier, as soon as `ended` says so. `each`: so many answers are counted and timed as one. Raises
+    BenchFailed at an answer that is not 2xx."""
     with selectors.DefaultSelector() as selector, ExitStack() as opened, _lost():
         socks = [opened.enter_context(_connect(path)) for _ in range(connections)]
         size = _first_answer(socks[0], request)
@@ -159,7 +195,7 @@ def load(
         while (now := time.perf_counter()) < until and not ended():
             for event, _ in selector.select(0.1):
                 _answered(event, request, size, took)
-    took.sort()
+    took = sorted(map(sum, zip(*([iter(took)] * each))))
     if not took:
         raise BenchFailed("no answer came")
     p50, p99 = (took[int(len(took) * part)] for part in (0.5, 0.99))
@@ -193,8 +229,9 @@ def _received(sock: socket.socket) -> bytes:
     return some
 
 
-def _connect(path: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _connect(path: Address) -> socket.socket:
+    family = socket.AF_UNIX if isinstance(path, str) else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
     sock.settimeout(30)
     sock.connect(path)
     return sock
@@ -215,26 +252,26 @@ def _first_answer(sock: socket.socket, request: bytes) -> int:
     return len(head) + 4 + length
 
 
-def _post(path: str, body: dict[str, Any]) -> bytes:
-    return _request(path, "application/json", json.dumps(body).encode())
+def _post(path: str, body: dict[str, Any], host: str = "unix") -> bytes:
+    return _request(path, "application/json", json.dumps(body).encode(), host)
 
 
-def _request(path: str, kind: str, body: bytes) -> bytes:
+def _request(path: str, kind: str, body: bytes, host: str = "unix") -> bytes:
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: unix\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
 
 
 @contextmanager
-def _daemon() -> Iterator[str]:
+def _daemon(config_lines: str = "") -> Iterator[str]:
     """A daemon of its own on a temporary folder; yields the path of its socket."""
     folder = tempfile.mkdtemp(prefix="kmsbench")
     try:
         socket_path = f"{folder}/s"
         subprocess.run([*_program(), "genkey", f"{folder}/key"], check=True, stdout=subprocess.DEVNULL)
         config = Path(folder, "c.yaml")
-        config.write_text("master_key_file: key\n")
+        config.write_text("master_key_file: key\n" + config_lines)
         config.chmod(0o600)
         command = [*_program(), "--socket", socket_path, "--data-dir", f"{folder}/d", "--config", str(config)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -411,7 +448,12 @@ def _careful(body: bytes) -> Callable[[], bytes]:
     head = parse_head(b"POST /encrypt HTTP/1.1\r\nHost: u\r\nContent-Type: application/json\r\n\r\n")
     locked = scratch.view[: envelope.SCRATCH_SIZE]
     call = Call(head, body, Peer(0, 0, 0), Fragment(""), locked, locked)
-    return lambda: bytes(routes.encrypt(app, call).body)
+
+    def encrypt() -> bytes:
+        call.body = body  # which the route lets go
+        return bytes(routes.encrypt(app, call).body)
+
+    return encrypt
 
 
 # ---- a store to measure with ------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class Command(NamedTuple):
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "bench": ("calls", "store", "rotate", "memory"),
+    "bench": ("calls", "progressdb", "store", "rotate", "memory"),
     "outcome": ("ok", "refused", "failed"),
     "state": ("enabled", "disabled", "pending_deletion", "shredded"),
 }
@@ -553,10 +553,18 @@ COMMANDS: tuple[Command, ...] = (
         OFFLINE,
         "measure this machine",
         "calls: each call over 1, 16 and 64 connections, beside what HTTP alone and the cipher alone "
-        "can do. store: durable creates a second. rotate: rate and memory of a rotation, and p99 beside it. "
-        "memory: what keeping keys out of memory costs. It starts a daemon of its own in a temporary folder.",
+        "can do. progressdb: its load, one message after another, over the socket and TCP. store: durable "
+        "creates a second. rotate: rate and memory of a rotation, and p99 beside it. memory: what keeping "
+        "keys out of memory costs. It starts a daemon of its own in a temporary folder.",
         (
-            Arg(("what",), "calls (default), store, rotate or memory", "bench", "WHAT", "?", default="calls"),
+            Arg(
+                ("what",),
+                "calls (default), progressdb, store, rotate or memory",
+                "bench",
+                "WHAT",
+                "?",
+                default="calls",
+            ),
             Arg(("--seconds",), "how long each figure is measured (default 3)", "count", "N", default=3),
             Arg(
                 ("--deks",),

@@ -76,6 +76,23 @@ def test_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(figure.value > 0 for figure in found.values())
 
 
+def test_progressdb() -> None:
+    found = {figure.name: figure for figure in bench.progressdb(0.1, 0)}
+    assert set(found) == {
+        *(
+            f"{op} {size} B, {way}"
+            for op in ("encrypt", "decrypt")
+            for size in bench.MESSAGES
+            for way in WAYS
+        ),
+        *(f"page of 25, {way}" for way in WAYS),
+    }
+    assert all(figure.value > 0 for figure in found.values())
+
+
+WAYS = ("socket", "tcp")
+
+
 @contextmanager
 def answering(path: Path, *answers: bytes) -> Iterator[str]:
     """A server that gives these answers to its first connection, and no more."""
