@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -37,10 +38,15 @@ def test_first_and_second_generation(program: Path, workers: int) -> None:
         assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
+@pytest.mark.parametrize("tcp", [False, True], ids=["socket", "tcp"])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_third_generation(program: Path, workers: int) -> None:
-    with Daemon(workers=workers) as daemon, subprocess.Popen(
-        [str(program), "third", str(daemon.socket)],
+def test_third_generation(program: Path, workers: int, tcp: bool) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    config = {"tcp_address": address} if tcp else {}
+    with Daemon(config, workers=workers) as daemon, subprocess.Popen(
+        [str(program), "third", address if tcp else str(daemon.socket)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as client:  # fmt: skip
         assert client.stdin is not None and client.stdout is not None
