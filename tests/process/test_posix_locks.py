@@ -17,6 +17,7 @@ import pytest
 from tests.harness import Daemon, Session
 from tests.harness.faults import need_strace, watching
 from tests.harness.kept import Kept
+from tests.harness.procs import wait_until
 
 FILES = ("kms.db", "kms.db-shm")
 
@@ -27,6 +28,10 @@ def locks(pid: int, path: Path) -> int:
     name = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
     lines = (line.split() for line in Path("/proc/locks").read_text().splitlines())
     return sum(1 for words in lines if "POSIX" in words and str(pid) in words and name in words)
+
+
+def has_open(pid: int, path: Path) -> bool:
+    return str(path) in [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
 
 
 def visit(daemon: Daemon) -> None:
@@ -92,6 +97,8 @@ def test_no_process_that_has_the_store_open_opens_or_closes_it_otherwise(daemon:
     visited = daemon.data_dir / "kms.db"
     with daemon.session() as kms:
         kms.create_dek("t")
+        serving = daemon.pids() if len(daemon.pids()) == 1 else daemon.pids()[1:]
+        wait_until(lambda: all(has_open(pid, visited) for pid in serving), 30, "all to have the store open")
         with watching(daemon.pids(), "open", "openat", "openat2", "close", path=visited) as calls:
             for run in OPERATIONS.values():
                 run(daemon, kms)
