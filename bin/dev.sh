@@ -132,11 +132,32 @@ if [ ! -e "$config" ]; then
         'master_key_file: master.key' >"$config"
 fi
 
+# ---- what the table of calls in the README wants, for bash and zsh
+
+{
+    printf 'kms() { curl -sS --unix-socket %s -H "Content-Type: application/json" "http://unix$1" "${@:2}"; }\n' "$(quoted "$socket")"
+    cat <<'END'
+field() { sed "s/.*\"$1\": *\"\([^\"]*\)\".*/\1/"; }
+K=$(kms /create_dek_for_thread -d '{"thread_id":"t1"}' | field key_id)
+N=$(kms /create_dek_for_thread -d '{"thread_id":"t1"}' | field key_id)
+W=$(kms "/get_wrapped?key_id=$K" | field wrapped)
+T=$(kms /encrypt -d '{"key_id":"'$K'","plaintext":"aGVsbG8="}' | field ciphertext)
+hex() { head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n'; }
+(
+    umask 077
+    printf '{"dek":"%s"}' "$(head -c 32 /dev/urandom | base64)" >dek.json
+    printf '{"key_id":"%s","new_kek_hex":"%s"}' "$K" "$(hex)" >rewrap.json
+    printf '{"new_kek_hex":"%s","dry_run":true}' "$(hex)" >rotate.json
+)
+END
+} >"$kms/try.sh"
+
 # ---- serve
 
 echo "socket  $socket"
 echo "kek_id  ${kek_id%% *}"
 echo "try     curl --unix-socket $(quoted "$socket") -H 'Content-Type: application/json' -d '{\"thread_id\":\"t1\"}' http://unix/create_dek_for_thread"
+echo "all     . $(quoted "$kms/try.sh")    # bash, zsh: then every example of the README's table of calls works"
 if [ -n "$mkfile" ]; then
     unset PROGRESSDB_KMS_MASTER_KEY_HEX
     PROGRESSDB_KMS_MASTER_KEY_FILE=$key exec "$bin" serve --socket "$socket" --data-dir "$data"

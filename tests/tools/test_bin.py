@@ -173,6 +173,7 @@ class Served:
         self.process = process
         words = dict(line.split(None, 1) for line in lines)
         self.socket, self.kek_id, self.command = words["socket"], words["kek_id"], words["try"]
+        self.all = words["all"]
 
 
 @contextlib.contextmanager
@@ -180,7 +181,7 @@ def serving(tree: Path, *words: str) -> Iterator[Served]:
     process = dev(tree, "--no-build", *words)
     assert process.stdout is not None and process.stderr is not None
     try:
-        lines = [process.stdout.readline().rstrip("\n") for _ in range(3)]
+        lines = [process.stdout.readline().rstrip("\n") for _ in range(4)]
         assert all(lines), process.stderr.read()
         served = Served(process, lines)
         assert " ready: " in process.stdout.readline()  # the daemon's own line
@@ -262,7 +263,7 @@ class TestDev:
         lines = out.splitlines()
         assert process.returncode == 0 and lines[1] == "kek_id  0011223344556677"
         kms = tree / ".kms"
-        assert lines[3] == f"serve --socket {kms}/kms.sock --data-dir {kms}/data --config {kms}/config.yaml"
+        assert lines[4] == f"serve --socket {kms}/kms.sock --data-dir {kms}/data --config {kms}/config.yaml"
         assert not (tree / ".venv").exists()
 
     def test_a_deep_clone(self, tree: Path, short_tmp: Path) -> None:
