@@ -589,7 +589,12 @@ def _asks_who_listens(command: Command) -> Command:
     return command._replace(args=(*command.args[:at], SERVER_UID, *command.args[at:]))
 
 
-COMMANDS = tuple(map(_asks_who_listens, COMMANDS))
+def _takes_a_configuration(command: Command) -> Command:
+    """All do, so that a script can give the same words to each; `genkey` and the like have no use for it."""
+    return command if CONFIG in command.args else command._replace(args=(*command.args, CONFIG))
+
+
+COMMANDS = tuple(_takes_a_configuration(_asks_who_listens(command)) for command in COMMANDS)
 
 GROUP_TITLES = {
     SERVE: "the daemon",

@@ -12,7 +12,7 @@ import pytest
 
 from progressdb_kms.errors import ConfigError
 from progressdb_kms.tools import finding
-from progressdb_kms.tools.commandtable import COMMANDS, ONLINE
+from progressdb_kms.tools.commandtable import COMMANDS, ONLINE, Command
 from progressdb_kms.tools.console import CommandFailed
 from tests.harness import Daemon
 from tests.harness.daemon import cli
@@ -92,10 +92,10 @@ def test_a_configuration_that_was_named_must_be_right(place: Place) -> None:
         found(config=str(place.folder / "none.yaml"))
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.group == ONLINE], ids=lambda c: str(c.name))
-def test_every_command_for_the_socket_takes_a_configuration(command: object) -> None:
-    names = {name for arg in command.args for name in arg.names}  # type: ignore[attr-defined]
-    assert {"--socket", "--config"} <= names
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: str(command.name))
+def test_every_command_takes_a_configuration(command: Command) -> None:
+    names = {name for arg in command.args for name in arg.names}
+    assert "--config" in names and ("--socket" in names or command.group != ONLINE)
 
 
 def test_by_the_configuration(daemon: Daemon) -> None:
