@@ -1,4 +1,4 @@
-"""README and manual, typed as they stand: the table of calls in bash and zsh, the production set-up as root."""
+"""README and manual, typed as they stand: the calls in bash and zsh, the production set-up as root."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def test_the_table_of_calls(shell: str, daemon: Daemon, tmp_path: Path) -> None:
         )
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
     tour = "\n".join([lines_to_paste(daemon), TOUR])
-    done = subprocess.run([needs(shell), "-c", tour], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [needs(shell), "-c", tour], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.strip() == '{"plaintext":"aGVsbG8="}' and done.stderr == ""
     daemon.stop()
     daemon.start()  # nothing that was typed keeps it from starting
