@@ -674,7 +674,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 connection.phase = IDLE
                 self._poll.register(connection.request.fileno(), _IN)
             if not isinstance(error, Overloaded):
-                error = Overloaded("no thread is left")
+                error = Overloaded("no thread is left", hint="raise TasksMax= and LimitNPROC= in the unit")
             return self._answer(connection, request.head, routes.error_reply(error))
         return AWAY
 

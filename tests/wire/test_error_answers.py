@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -281,3 +282,23 @@ class TestFraming:
         with Daemon({"request_timeout": 1}, workers=1) as daemon:
             answer = raw(daemon.socket, b"GET / HTTP/1.1\r\nHo", end=False)
             assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+NO_THREADS = """
+import sys
+from progressdb_kms.wire import lanes
+def submit(*args):
+    raise RuntimeError("can't start new thread")
+lanes.Lane.submit = submit
+from progressdb_kms.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_where_no_thread_is_left_the_hint_names_its_limit() -> None:
+    """Not max_connections, which has nothing to do with it."""
+    with Daemon(workers=1, command=(sys.executable, "-c", NO_THREADS)) as daemon:
+        reply = daemon.request("POST", "/create_dek_for_thread", {"thread_id": "t"})
+        assert (reply.status, reply.code) == (503, "overloaded")
+        assert b"no thread is left" in reply.body
+        assert b"TasksMax=" in reply.body and b"LimitNPROC=" in reply.body
