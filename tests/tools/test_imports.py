@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -538,8 +539,11 @@ class TestSnapshots:
         daemon, paths, _ = rotated
         ledger = Path(paths[0] + ".ledger")
         ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[:-1]))
-        assert json_of(daemon, "backups", "prune", "--keep", "1")["removed"] == 0
-        assert Path(paths[0]).is_dir()
+        with open(ledger) as held:  # as the rotation that writes it does
+            fcntl.flock(held, fcntl.LOCK_EX)
+            assert json_of(daemon, "backups", "prune", "--keep", "1")["removed"] == 0
+            assert Path(paths[0]).is_dir()
+        assert json_of(daemon, "backups", "prune", "--keep", "1")["paths"] == paths[:1]
 
     def test_an_interrupted_prune_is_finished(self, rotated: Rotated) -> None:
         daemon, paths, _ = rotated
