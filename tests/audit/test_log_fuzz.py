@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from progressdb_kms.audit import verify as auditverify
 from progressdb_kms.audit.log import AuditLog, last_epoch, parse
-from progressdb_kms.audit.verify import recover, shredded, verify
+from progressdb_kms.audit.verify import history, recover, verify
 from progressdb_kms.errors import AuditUnavailable, StoreDamaged
 from tests.harness.auditlogs import (
     KEY,
@@ -301,7 +301,7 @@ def test_any_bytes_give_a_report(data: bytes, partial: bool, receipts: list[str]
         verify([path], KEY, PLAIN.anchors, partial=partial, receipts=receipts)
         last_epoch(path)
         with contextlib.suppress(StoreDamaged):
-            shredded([path], KEY)
+            history([path], KEY)
         for line in data.splitlines():
             with contextlib.suppress(ValueError):
                 parse(line)
