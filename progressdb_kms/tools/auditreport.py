@@ -48,7 +48,8 @@ TOLD = frozenset(
 
 _LINES = re.compile(
     rb'"ts":"([^"\n]{13})([^"\n]*)","op":"([a-z_]+)","outcome":"([a-z]+)","status":[0-9]+'
-    rb'(?:,"key_id":"([^"\n]*)")?(?:,"thread_id":"(?:[^"\\\n]|\\[^\n])*")?(?:,"actor":"[^"\n]*","uid":([0-9]+))?'
+    rb'(?:,"change":[0-9]+)?(?:,"key_id":"([^"\n]*)")?'
+    rb'(?:,"thread_id":"(?:[^"\\\n]|\\[^\n])*")?(?:,"actor":"[^"\n]*","uid":([0-9]+))?'
 ).findall
 _BATCHES = re.compile(rb'"ts":"([^"\n]*)","op":"[a-z_]+","outcome":"ok"[^\n]*,"keys":\[([^\]\n]*)\]').findall
 _TOLD_LINES = re.compile(rb'^\{"event":\{[^\n]*?"op":"(?:%b)"[^\n]*' % "|".join(sorted(TOLD)).encode(), re.M)

@@ -17,6 +17,7 @@ from typing import Callable, NamedTuple
 import pytest
 
 from tests.harness import Daemon, Session
+from tests.harness.daemon import DaemonFailed
 from tests.harness.faults import Step, Steps, kill_at, need_strace, trace_steps
 from tests.harness.kept import Kept
 from tests.harness.wire import UnexpectedReply
@@ -135,7 +136,13 @@ def die_and_recover(site: Site, case: Case, step: Step) -> None:
     daemon.write_config(
         {"workers": 1, "previous_master_keys": [{"hex": NEW.hex()}]}
     )  # whichever is active now
-    daemon.start()
+    try:
+        daemon.start()
+    except DaemonFailed as refused:  # the new one, and the old one is no master any more
+        assert "was rotated out" in str(refused)
+        daemon.write_config({"workers": 1, "previous_master_keys": [{"hex": daemon.kek.hex()}]})
+        daemon.write_kek(NEW)
+        daemon.start()
     with daemon.session() as kms:
         site.kept.opens(kms)
         case.after(kms, site)

@@ -12,8 +12,10 @@ from typing import Any, Callable
 
 import pytest
 
+from progressdb_kms.store.snapshots import UNFINISHED
 from tests.conftest import MakeDaemon
 from tests.harness.daemon import Daemon
+from tests.harness.procs import wait_until
 
 FILES = ("kms.db", "kms.db-wal", "kms.db-shm")
 
@@ -295,11 +297,13 @@ class TestLists:
         treasure = tmp_path / "treasure"
         treasure.mkdir()
         (treasure / "map").write_text("here")
-        row = json.dumps({"snapshot": str(treasure), "new_kek_id": "0" * 16})
-        sql(site.daemon, "INSERT INTO kms VALUES ('kek:rotation', ?)", row)
+        names = [UNFINISHED + name for name in (str(treasure), "../../treasure", "..")]
+        for name in names:
+            sql(site.daemon, f"INSERT INTO kms VALUES ('{name}', ?)", "{}")
         site.daemon.start()
         with site.daemon.session() as kms:
             kms.create_dek("t")
+        gone = f"SELECT * FROM kms WHERE key LIKE '{UNFINISHED}%'"
+        wait_until(lambda: sql(site.daemon, gone) == [], 20, "what is tidied")
         site.daemon.stop()
         assert (treasure / "map").read_text() == "here"
-        assert sql(site.daemon, "SELECT * FROM kms WHERE key = 'kek:rotation'") == []
