@@ -132,6 +132,8 @@ class TestRefused:
     @ROOT
     @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
     def test_another_network_namespace(self, peers: Peers) -> None:
+        if not hasattr(socket, "send_fds") or shutil.which("ip") is None:
+            pytest.skip("needs ip, and Python 3.9")
         ours, theirs = socket.socketpair()
         code = (
             "import socket, subprocess, sys\n"
@@ -141,8 +143,6 @@ class TestRefused:
             f"socket.send_fds(socket.socket(fileno={theirs.fileno()}), [b'x'], [a.fileno()])\n"
             "sys.stdin.read()\n"
         )
-        if not hasattr(socket, "send_fds") or shutil.which("ip") is None:
-            pytest.skip("needs ip, and Python 3.9")
         command = ["unshare", "--net", sys.executable, "-c", code]
         with (
             ours,
