@@ -157,7 +157,7 @@ END
 echo "socket  $socket"
 echo "kek_id  ${kek_id%% *}"
 echo "try     curl --unix-socket $(quoted "$socket") -H 'Content-Type: application/json' -d '{\"thread_id\":\"t1\"}' http://unix/create_dek_for_thread"
-echo "all     . $(quoted "$kms/try.sh")    # bash, zsh: then every example of the README's table of calls works"
+echo "all     . $(quoted "$kms/try.sh")    # bash, zsh: then every example of the manual's page on the API works"
 if [ -n "$mkfile" ]; then
     unset PROGRESSDB_KMS_MASTER_KEY_HEX
     PROGRESSDB_KMS_MASTER_KEY_FILE=$key exec "$bin" serve --socket "$socket" --data-dir "$data"
