@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, Callable, Optional
 
@@ -15,20 +16,20 @@ ROWS = 1000
 Row = dict[str, Any]
 
 
-class SealedReader:
+class SealedReader(ABC):
     """Rows are checked where the key is at hand."""
 
     _seal: Optional[Seal] = None
 
+    @abstractmethod
     def _raw(self, key_id: str) -> Any:
         """The row as it stands, None where there is none."""
-        raise NotImplementedError
 
-    def _raw_page(self, after: str, limit: int, thread_id: Optional[str]) -> list[tuple[str, Any]]:
-        raise NotImplementedError
+    @abstractmethod
+    def _raw_page(self, after: str, limit: int, thread_id: Optional[str]) -> list[tuple[str, Any]]: ...
 
-    def read(self, name: str) -> Optional[Row]:
-        raise NotImplementedError
+    @abstractmethod
+    def read(self, name: str) -> Optional[Row]: ...
 
     def get(self, key_id: str) -> Optional[DekRecord]:
         row = self._raw(key_id)
@@ -83,24 +84,24 @@ class SealedStore(SealedReader):
     mending = False
     """A command is at work that replaces rows which can't be trusted, and counts anew after."""
 
-    def _set(self, key_id: str, row: Row) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _set(self, key_id: str, row: Row) -> None: ...
 
-    def _staged(self, key_id: str) -> Optional[Row]:
-        raise NotImplementedError
+    @abstractmethod
+    def _staged(self, key_id: str) -> Optional[Row]: ...
 
-    def _set_staged(self, rows: list[tuple[str, Row]]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _set_staged(self, rows: list[tuple[str, Row]]) -> None: ...
 
+    @abstractmethod
     def _pairs(self, after: str, limit: int) -> list[tuple[str, Row, Optional[Row]]]:
         """Live rows and their staged ones; of each no more than its MAC."""
-        raise NotImplementedError
 
-    def _swap_tables(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _swap_tables(self) -> None: ...
 
-    def write(self, name: str, value: Row) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def write(self, name: str, value: Row) -> None: ...
 
     # ---- the state ---------------------------------------------------------------------------
 

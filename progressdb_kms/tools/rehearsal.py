@@ -8,7 +8,6 @@ verified. Both only up to a size: `doctor` is to be quick, and says what it left
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import sqlite3
@@ -22,7 +21,7 @@ from ..config.load import Loaded
 from ..errors import KMSError
 from ..service import start
 from ..service.clock import Clock, judge, kept
-from ..service.lock import LOCK_FILE
+from ..service.lock import is_held
 from ..store.sqlite import FILE_NAME as STORE
 from . import datadir
 
@@ -106,7 +105,7 @@ def _copy_end(source: Path, target: Path) -> None:
 
 def _copy_store(data_dir: Path, copy: Path) -> None:
     """While a daemon holds it, by SQLite; else the files, since SQLite would leave others beside them."""
-    if _held(data_dir):
+    if is_held(data_dir):
         uri = f"{(data_dir / STORE).as_uri()}?mode=ro"
         with (
             contextlib.closing(sqlite3.connect(uri, uri=True, timeout=5)) as source,
@@ -117,17 +116,3 @@ def _copy_store(data_dir: Path, copy: Path) -> None:
     for name in (STORE, STORE + "-wal"):
         with contextlib.suppress(FileNotFoundError):
             shutil.copyfile(data_dir / name, copy / name)
-
-
-def _held(data_dir: Path) -> bool:
-    try:
-        descriptor = os.open(data_dir / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False

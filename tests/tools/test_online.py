@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 
@@ -283,14 +283,19 @@ def spawn(*args: str, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*COMMAND, *args], env=base_environment(REPO), **options)
 
 
-def on_terminal(*args: str, stdin: bytes = b"") -> tuple[int, str]:
-    """Run with stdout and stderr on a terminal: exit code, and what it shows."""
+def on_terminal(*args: str, stdin: bytes = b"", typed: Optional[bytes] = None) -> tuple[int, str]:
+    """Run with stdout and stderr on a terminal: exit code, and what it shows. `typed`: stdin is the terminal
+    too, and a person types that, or Ctrl-D where it is empty."""
     leader, follower = pty.openpty()
-    process = spawn(*args, stdin=subprocess.PIPE, stdout=follower, stderr=follower)
+    given = subprocess.PIPE if typed is None else follower
+    process = spawn(*args, stdin=given, stdout=follower, stderr=follower)
     os.close(follower)
-    assert process.stdin is not None
-    process.stdin.write(stdin)
-    process.stdin.close()
+    if typed is not None:
+        os.write(leader, typed or b"\x04")
+    else:
+        assert process.stdin is not None
+        process.stdin.write(stdin)
+        process.stdin.close()
     shown = b""
     while select.select([leader], [], [], 30)[0]:
         try:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
-import select
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ import pytest
 
 from tests.harness.daemon import cli
 from tests.harness.fakekms import FakeKms
-from tests.tools.test_online import spawn
+from tests.tools.test_online import on_terminal
 
 
 @pytest.fixture
@@ -88,17 +85,4 @@ def test_a_person_is_not_asked_for_what_can_be_cancelled(kms: FakeKms) -> None:
 
 
 def asked(kms: FakeKms, answer: bytes, *words: str) -> tuple[int, str]:
-    """On a terminal, where a person types `answer`, or nothing and then Ctrl-D."""
-    leader, follower = pty.openpty()
-    command = ("shred", *words, "--socket", str(kms.path))
-    process = spawn(*command, stdin=follower, stdout=follower, stderr=follower)
-    os.close(follower)
-    os.write(leader, answer or b"\x04")
-    shown = b""
-    while select.select([leader], [], [], 30)[0]:
-        try:
-            shown += os.read(leader, 65536)
-        except OSError:  # EIO: the other side is closed
-            break
-    os.close(leader)
-    return process.wait(20), shown.decode()
+    return on_terminal("shred", *words, "--socket", str(kms.path), typed=answer)
