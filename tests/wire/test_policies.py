@@ -167,21 +167,21 @@ def test_sighup_renews_them_all_or_nothing(workers: int) -> None:
         with as_user(APP):
             kms = daemon.session()
             assert kms.request("POST", "/encrypt", encrypt("k_2")).status == 403
-        for config, allowed, told in (
-            ([{"uid": APP, "keys": ["k_1"]}], False, "SIGHUP: 1 policies are in force"),
-            ([{"uid": APP, "key": ["k_2"]}], False, "the policies stay as they were: policies in"),
-            ([], True, "SIGHUP: 0 policies are in force"),
-        ):
-            daemon.write_config({"policies": config})
-            daemon.signal(signal.SIGHUP)
-            wait_until(lambda told=told: told in daemon.stderr, 20, told)  # type: ignore[misc]
-            status = 200 if allowed else 403
-            wait_until(
-                lambda status=status: kms.request("POST", "/encrypt", encrypt("k_2")).status == status,  # type: ignore[misc]
-                20,
-                f"{status} on the connection that is open",
-            )
-        kms.close()
+        with kms:
+            for config, allowed, told in (
+                ([{"uid": APP, "keys": ["k_1"]}], False, "SIGHUP: 1 policies are in force"),
+                ([{"uid": APP, "key": ["k_2"]}], False, "the policies stay as they were: policies in"),
+                ([], True, "SIGHUP: 0 policies are in force"),
+            ):
+                daemon.write_config({"policies": config})
+                daemon.signal(signal.SIGHUP)
+                wait_until(lambda told=told: told in daemon.stderr, 20, told)  # type: ignore[misc]
+                status = 200 if allowed else 403
+                wait_until(
+                    lambda status=status: kms.request("POST", "/encrypt", encrypt("k_2")).status == status,  # type: ignore[misc]
+                    20,
+                    f"{status} on the connection that is open",
+                )
     finally:
         daemon.close()
 
