@@ -76,7 +76,7 @@ LINGER_SECONDS = 1.0
 TURNED_AWAY = 64
 """Peers that are refused at accept and may read why at a time; where there are more, the oldest goes."""
 
-YIELDS = 5
+YIELDS = 10
 """Milliseconds that a worker leaves a new connection to another one that has fewer."""
 
 STARVED_SECONDS, TELL_SECONDS = 0.1, 60.0
