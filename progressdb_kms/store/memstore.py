@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+from ..encoding import json_loads
 from ..errors import StoreUnavailable
 from .seal import Seal, StoreState, Tally
-from .sealed import Row, SealedReader, SealedStore
+from .sealed import Row, SealedReader, SealedStore, Written
 
 
 class State(NamedTuple):
@@ -27,6 +28,10 @@ class State(NamedTuple):
     def copy(self) -> State:
         staged = None if self.staged is None else dict(self.staged)
         return State(dict(self.deks), dict(self.kms), staged, tuple(dict(t) for t in self.retired))
+
+
+def _parsed(rows: list[Written]) -> dict[str, Row]:
+    return {row.key_id: json_loads(row.text) for row in rows}
 
 
 class MemoryReader(SealedReader):
@@ -130,9 +135,12 @@ class MemoryStore(SealedStore, MemoryReader):
             raise StoreUnavailable("no table for rewrapped rows was made")
         return staged
 
-    def _set_staged(self, rows: list[tuple[str, Row]]) -> None:
+    def _set_all(self, rows: list[Written]) -> None:
+        self._writable().deks.update(_parsed(rows))
+
+    def _set_staged(self, rows: list[Written]) -> None:
         self._writable()
-        self._next().update(rows)
+        self._next().update(_parsed(rows))
 
     def _staged(self, key_id: str) -> Optional[Row]:
         return self._next().get(key_id)

@@ -35,10 +35,19 @@ class Seal:
 
     def mac(self, name: str, row: Mapping[str, Any]) -> bytes:
         """Of a row without its own MAC. A name holds no NUL, and JSON has one spelling of a parsed value."""
-        return mac(self._key, b"%b%b\0%b" % (LABEL, name.encode(), json_dumps(row).encode()))
+        return self._mac(name, json_dumps(row))
+
+    def _mac(self, name: str, text: str) -> bytes:
+        return mac(self._key, b"%b%b\0%b" % (LABEL, name.encode(), text.encode()))
 
     def sealed(self, name: str, row: Mapping[str, Any]) -> dict[str, Any]:
         return {**row, "mac": b64encode(self.mac(name, row))}
+
+    def written(self, name: str, row: Mapping[str, Any]) -> tuple[str, int]:
+        """The JSON of `sealed`, and its weight: for many rows, each of which is spelled out once."""
+        text = json_dumps(row)
+        found = self._mac(name, text)
+        return f'{text[:-1]},"mac":"{b64encode(found)}"}}', int.from_bytes(found, "big")
 
     def check(self, name: str, row: Any) -> None:
         """Raises StoreDamaged where the row was not written by us, or under another name."""

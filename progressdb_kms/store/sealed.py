@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from typing import Any, Callable, Optional
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Callable, NamedTuple, Optional
 
 from ..errors import StoreDamaged, StoreUnavailable
 from .contract import DekRecord, counted
@@ -14,6 +14,14 @@ ROWS = 1000
 """Rows of one look at both sides of a rotation."""
 
 Row = dict[str, Any]
+
+
+class Written(NamedTuple):
+    """A row as it goes to the disk."""
+
+    key_id: str
+    text: str
+    weight: int
 
 
 class SealedReader(ABC):
@@ -34,6 +42,10 @@ class SealedReader(ABC):
     def get(self, key_id: str) -> Optional[DekRecord]:
         row = self._raw(key_id)
         return None if row is None else self._record(key_id, row)
+
+    def there(self, key_ids: Sequence[str]) -> set[str]:
+        """Those of the key_ids that have a row, of whatever kind."""
+        return {key_id for key_id in key_ids if self._raw(key_id) is not None}
 
     def page(self, after: str, limit: int, thread_id: Optional[str] = None) -> list[DekRecord]:
         """Up to `limit` records with a key_id behind `after`, in order of key_id."""
@@ -91,7 +103,10 @@ class SealedStore(SealedReader):
     def _staged(self, key_id: str) -> Optional[Row]: ...
 
     @abstractmethod
-    def _set_staged(self, rows: list[tuple[str, Row]]) -> None: ...
+    def _set_all(self, rows: list[Written]) -> None: ...
+
+    @abstractmethod
+    def _set_staged(self, rows: list[Written]) -> None: ...
 
     @abstractmethod
     def _pairs(self, after: str, limit: int) -> list[tuple[str, Row, Optional[Row]]]:
@@ -165,11 +180,25 @@ class SealedStore(SealedReader):
     def put(self, record: DekRecord) -> None:
         old, gone = self._replaced(record.key_id)
         row = self._key.sealed("meta:" + record.key_id, record.to_row())
-        come = weight(row)
         self._set(record.key_id, row)
-        self._book = self._book.counted(gone, come, counted(self._book.keks, old, record))
+        self._count(record, old, gone, weight(row))
+
+    def put_all(self, records: Sequence[DekRecord]) -> None:
+        """Many at once, of a key no more than one."""
+        there = self.there([one.key_id for one in records])
+        old = {key_id: self._replaced(key_id) for key_id in there}
+        rows = [self._written(one) for one in records]
+        self._set_all(rows)
+        for one, row in zip(records, rows):
+            self._count(one, *old.get(one.key_id, (None, 0)), row.weight)
+
+    def _count(self, new: DekRecord, old: Optional[DekRecord], gone: int, come: int) -> None:
+        self._book = self._book.counted(gone, come, counted(self._book.keks, old, new))
         if self._tally is not None:
-            self._tally = self._tally.moved(record.key_id, live=come - gone)
+            self._tally = self._tally.moved(new.key_id, live=come - gone)
+
+    def _written(self, record: DekRecord) -> Written:
+        return Written(record.key_id, *self._key.written("meta:" + record.key_id, record.to_row()))
 
     def _replaced(self, key_id: str) -> tuple[Optional[DekRecord], int]:
         try:
@@ -183,12 +212,12 @@ class SealedStore(SealedReader):
     # ---- a second table for rotation -----------------------------------------------------------
 
     def stage(self, records: Iterable[DekRecord]) -> None:
-        rows = [(one.key_id, self._key.sealed("meta:" + one.key_id, one.to_row())) for one in records]
+        rows = [self._written(one) for one in records]
         if self._tally is not None:
-            for key_id, row in rows:
-                old = self._staged(key_id)
-                more = weight(row) - (weight(old) if old else 0)
-                self._tally = self._tally.moved(key_id, staged=more)
+            for row in rows:
+                old = self._staged(row.key_id)
+                more = row.weight - (weight(old) if old else 0)
+                self._tally = self._tally.moved(row.key_id, staged=more)
         self._set_staged(rows)
 
     def check_staged(self, after: str, limit: int) -> str:

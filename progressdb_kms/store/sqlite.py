@@ -26,7 +26,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 from urllib.parse import quote
@@ -38,7 +38,7 @@ from ..errors import StoreDamaged, StoreUnavailable
 from . import outside
 from .pause import Pause
 from .seal import Seal, StoreState, Tally
-from .sealed import SealedReader, SealedStore
+from .sealed import SealedReader, SealedStore, Written
 from .watch import Watch
 
 FILE_NAME = "kms.db"
@@ -175,6 +175,7 @@ _PAGE_OF_THREAD = (
     f"SELECT key, value FROM \"{DEKS}\" WHERE json_extract(value, '$.thread_id') = ? AND key > ? "  # noqa: S608
     "ORDER BY key LIMIT ?"
 )
+_THERE = f'SELECT key FROM "{DEKS}" WHERE key IN (SELECT value FROM json_each(?))'  # noqa: S608
 _PAIRS = (
     f"SELECT live.key, json_extract(live.value, '$.mac'), json_extract(staged.value, '$.mac') "  # noqa: S608
     f'FROM (SELECT key, value FROM "{DEKS}" WHERE key > ? ORDER BY key LIMIT ?) AS live '
@@ -231,6 +232,10 @@ class SqliteReader(SealedReader):
             return self._deks["meta:" + key_id]
         except KeyError:
             return None
+
+    def there(self, key_ids: Sequence[str]) -> set[str]:
+        names = json_dumps(["meta:" + key_id for key_id in key_ids])
+        return {row[0][5:] for row in self._conn.select(_THERE, (names,))}
 
     def _raw_page(self, after: str, limit: int, thread_id: Optional[str]) -> list[tuple[str, Any]]:
         if thread_id is None:
@@ -501,6 +506,10 @@ class SqliteStore(SealedStore, SqliteReader):
     def _set(self, key_id: str, row: dict[str, Any]) -> None:
         self._deks["meta:" + key_id] = row
 
+    def _set_all(self, rows: list[Written], table: str = DEKS) -> None:
+        values = [("meta:" + row.key_id, row.text) for row in rows]
+        self._conn.executemany(f'REPLACE INTO "{table}" (key, value) VALUES (?, ?)', values)  # noqa: S608
+
     def write(self, name: str, value: dict[str, Any]) -> None:
         self._kms[name] = value
 
@@ -526,9 +535,8 @@ class SqliteStore(SealedStore, SqliteReader):
             self._index(STAGED)
         self._tally = None
 
-    def _set_staged(self, rows: list[tuple[str, dict[str, Any]]]) -> None:
-        values = (("meta:" + key_id, json_dumps(row)) for key_id, row in rows)
-        self._conn.executemany(f'REPLACE INTO "{STAGED}" (key, value) VALUES (?, ?)', values)  # noqa: S608
+    def _set_staged(self, rows: list[Written]) -> None:
+        self._set_all(rows, STAGED)
 
     def _staged(self, key_id: str) -> Optional[dict[str, Any]]:
         row = self._conn.select_one(f'SELECT value FROM "{STAGED}" WHERE key = ?', ("meta:" + key_id,))  # noqa: S608

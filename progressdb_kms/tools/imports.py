@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Callable, NamedTuple, Optional
+from typing import IO, Any, Callable, NamedTuple, Optional, Union
 
 from ..audit.log import key_fragment
 from ..audit.verify import History, history, logs
@@ -41,6 +42,9 @@ Progress = Callable[[int, int], None]
 
 MAX_LINE = 64 * 1024
 """Bytes of one line or file: a row has some 500."""
+
+AT_ONCE = 500
+"""Entries that go to the store together: a query and a statement for all instead of three for each."""
 
 TOLD = 1000
 """Bad lines that are listed; beyond that they are counted."""
@@ -101,6 +105,13 @@ def read_entry(data: bytes, key_id: Optional[str], now: float) -> DekRecord:
     if len(thread_id) > MAX_THREAD_ID:
         raise ValueError(f"has a thread_id of more than {MAX_THREAD_ID} characters")
     return _record(row, found, thread_id, now)
+
+
+def _tried(entry: Entry, now: float) -> Union[DekRecord, ValueError]:
+    try:
+        return read_entry(entry.data, entry.key_id, now)
+    except ValueError as error:
+        return error.with_traceback(None)
 
 
 def _record(row: dict[str, Any], key_id: str, thread_id: str, now: float) -> DekRecord:
@@ -220,33 +231,32 @@ def _lines(file: IO[bytes], name: str, total: int) -> Iterator[Entry]:
 
 def _files(folder: Path) -> Iterator[Entry]:
     """The files of a folder, the newest of several snapshots of a key first. A ledger is none of them."""
-    names = [name for name in os.listdir(folder) if not name.endswith(".ledger")]
-    names.sort(key=lambda name: (_key_of(name) or "", _taken_at(name)), reverse=True)
-    if not any(_key_of(name) for name in names):
+    with os.scandir(folder) as inside:
+        found = [(*_told_by(one.name), one.path) for one in inside if not _is_none(one)]
+    found.sort(reverse=True)
+    if not found or not found[0][0]:
         raise CommandFailed(
             f"there is no DEK in {folder}",
             hint="name the folder kms-deks or kms-deks-backup itself, or a snapshot folder in it",
         )
-    for number, name in enumerate(names, 1):
-        path = folder / name
-        if path.is_dir():
-            continue
+    for number, (key_id, _, path) in enumerate(found, 1):
         with open(path, "rb") as file:
             data = file.read(MAX_LINE + 1)
-        yield Entry(str(path), _key_of(name) or "", data, number, len(names))
+        yield Entry(path, key_id, data, number, len(found))
 
 
-def _key_of(name: str) -> Optional[str]:
-    stem = name[: -len(".json")] if name.endswith(".json") else ""
-    match = _SNAPSHOT.fullmatch(name)
-    found = stem or (match[1] if match else "")
-    return found if KEY_ID.fullmatch(found) else None
+def _is_none(one: os.DirEntry[str]) -> bool:
+    return one.name.endswith(".ledger") or one.is_dir()
 
 
-def _taken_at(name: str) -> str:
-    """The time in a snapshot's name; what has none is the present."""
-    match = _SNAPSHOT.fullmatch(name) if not name.endswith(".json") else None
-    return match[2] if match else "~"
+def _told_by(name: str) -> tuple[str, str]:
+    """Of a file's name: the key_id, "" where it has none, and when it was taken; "~" is the present."""
+    key_id, taken = "", "~"
+    if name.endswith(".json"):
+        key_id = name[: -len(".json")]
+    elif match := _SNAPSHOT.fullmatch(name):
+        key_id, taken = match[1], match[2]
+    return (key_id if KEY_ID.fullmatch(key_id) else ""), taken
 
 
 # ---- storing ---------------------------------------------------------------------------------------------
@@ -261,17 +271,27 @@ class Importer:
         self._active = work.keyring.active
         self._opener = opener
         self._force = force
+        self._there: set[str] = set()
+        self._new: dict[str, DekRecord] = {}
         self.taken: list[tuple[str, str]] = []
         self.unchanged = 0
         self.bad: list[str] = []
         self.distrusted: set[str] = set()
         """Keys whose row was not as the daemon wrote it: their state is not known."""
 
-    def add(self, where: str, record: Callable[[], DekRecord]) -> None:
-        try:
-            self._add(record())
-        except (ValueError, StoreDamaged) as error:
-            self.bad.append(f"{where}: {error}")
+    def add(self, found: Sequence[Entry], now: float) -> None:
+        """Some entries: the store is asked for all at once, and gets all at once."""
+        records = [_tried(entry, now) for entry in found]
+        self._there = self._store.there([one.key_id for one in records if isinstance(one, DekRecord)])
+        for entry, one in zip(found, records):
+            try:
+                if isinstance(one, ValueError):
+                    raise one
+                self._add(one)
+            except (ValueError, StoreDamaged) as error:
+                self.bad.append(f"{entry.where}: {error}")
+        self._store.put_all(list(self._new.values()))
+        self._new.clear()
 
     def _add(self, new: DekRecord) -> None:
         old = self._present_row(new.key_id)
@@ -292,6 +312,8 @@ class Importer:
             self._put(old._replace(wrapped=bound.wrapped, kek_id=bound.kek_id, kek_version=bound.kek_version))
 
     def _present_row(self, key_id: str) -> Optional[DekRecord]:
+        if key_id in self._new or key_id not in self._there:
+            return self._new.get(key_id)
         try:
             return self._store.get(key_id)
         except StoreDamaged:
@@ -326,7 +348,7 @@ class Importer:
         return new._replace(wrapped=blob, kek_id=self._active.kek_id, kek_version=self._active.version)
 
     def _put(self, record: DekRecord) -> None:
-        self._store.put(record)
+        self._new[record.key_id] = record
         if record.delete_at:
             self._store.write(f"deletion:{record.delete_at}|{record.key_id}", {})
         self.taken.append((record.key_id, record.thread_id))
@@ -343,9 +365,10 @@ def take(
         importer = Importer(work, opener, _history(work), force)
         try:
             with work.store.transaction():
-                for entry in found:
-                    importer.add(entry.where, lambda entry=entry: read_entry(entry.data, entry.key_id, now))  # type: ignore[misc]
-                    progress(entry.done, entry.total)
+                rest = iter(found)
+                while some := list(itertools.islice(rest, AT_ONCE)):
+                    importer.add(some, now)
+                    progress(some[-1].done, some[-1].total)
                 if importer.bad and not skip_bad:
                     raise _refused(importer.bad, op)
                 if work.store.mending and importer.taken:

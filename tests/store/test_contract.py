@@ -88,6 +88,24 @@ class TestRows:
         put(store, dek("a", "other"))
         assert reader.get("a") == dek("a", "other") and keys(reader.page("", 9)) == ["a"]
 
+    def test_many_at_once_are_as_many_puts(self, store: AnyStore, reader: AnyReader) -> None:
+        """The same rows, counts, sum and number of changes, over rows that are there already too."""
+        one_by_one = MemoryStore(KEY)
+        first = [dek("a"), dek("b", kek_id=NEW), dek("c:1", state="disabled")]
+        others = [dek("b", "other"), dek("d"), dek("a", state=SHREDDED)._replace(wrapped=b"")]
+        for records in (first, others, []):
+            put(one_by_one, *records)  # type: ignore[arg-type]
+            with store.transaction():
+                store.put_all(records)
+        assert reader.page("", 9) == one_by_one.page("", 9) and len(reader.page("", 9)) == 4
+        assert store.state() == reader.state() == one_by_one.state()
+        assert not store.recount()
+
+    def test_which_are_there(self, store: AnyStore, reader: AnyReader) -> None:
+        put(store, dek("a"), dek("b:2"))
+        for side in (store, reader):
+            assert side.there(["a", "b:2", "c", "meta:a", ""]) == {"a", "b:2"} and side.there([]) == set()
+
     def test_what_is_not_there(self, store: AnyStore, reader: AnyReader) -> None:
         assert reader.get("a") is None and reader.read("x") is None
         assert reader.page("", 9) == [] and reader.names("") == [] and reader.keks() == {}

@@ -18,6 +18,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from progressdb_kms.encoding import b64encode, timestamp
+from progressdb_kms.tools import imports
 from progressdb_kms.tools.imports import MAX_LINE, read_entry
 from tests.conftest import MakeDaemon
 from tests.harness.daemon import REPO, Daemon, write_secret
@@ -208,6 +209,30 @@ class TestImport:
             assert kms.ok("GET", "/deks?thread_id=t2")["deks"][0]["key_id"] == other
         log = [json.loads(text)["event"] for text in site.audit_log.read_text().splitlines()]
         assert [event["key_id"] for event in log if event["op"] == "import"] == ["k_1", other]
+
+    def test_a_key_twice_in_one_source(self, site: Daemon) -> None:
+        """Also where neither is in the store yet: the same DEK is no fault, another one is."""
+        dek = os.urandom(32)
+        rows = [{"key_id": "k_1", "wrapped": go_blob(site.kek, dek)} for _ in range(2)]
+        result = json_of(site, "import", lines(site.home / "in", *rows))
+        assert (result["imported"], result["unchanged"]) == (1, 1)
+        rows = [{"key_id": "k_2", "wrapped": go_blob(site.kek)} for _ in range(2)]
+        error = run(site, "import", lines(site.home / "in", *rows), code=1)[1]
+        assert "in:2: the key_id k_2 is taken by another DEK" in error
+        assert set(stored(site)) == {"k_1"}
+
+    def test_more_than_are_stored_at_once(self, site: Daemon) -> None:
+        """What is wrong is told in the source's order, and what comes behind it is looked at too."""
+        many = 2 * imports.AT_ONCE + 1
+        rows: list[Any] = [{"key_id": f"k_{n}", "wrapped": go_blob(site.kek)} for n in range(many)]
+        result = json_of(site, "import", lines(site.home / "in", *rows))
+        assert result["imported"] == many == len(stored(site))
+        rows[2], rows[5] = "{", {**rows[5], "wrapped": go_blob(site.kek)}
+        rows[-1] = {**rows[-1], "wrapped": b64encode(BLOB)}
+        told = run(site, "import", lines(site.home / "in", *rows), code=1)[1].splitlines()
+        assert [line.split(": ")[0].rpartition(":")[2] for line in told[:3]] == ["3", "6", str(many)]
+        assert told[3].startswith("progressdb-kms: 3 of the entries can't be taken")
+        assert json_of(site, "verify")["result"] == "ok"
 
     def test_its_folders(self, site: Daemon) -> None:
         deks, backups = site.home / "kms-deks", site.home / "kms-deks-backup"
