@@ -11,6 +11,7 @@ import binascii
 import json
 import re
 import time
+from datetime import datetime
 from typing import Any, Callable, Union
 
 Buffer = Union[bytes, bytearray, memoryview]
@@ -147,6 +148,11 @@ def timestamp(now: float) -> str:
     now = min(max(now, 0.0), LATEST)
     whole = int(now)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{int((now - whole) * 1e6):06d}Z"
+
+
+def moment(text: str) -> float:
+    """Seconds since 1970 of what `timestamp` made. Raises ValueError."""
+    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
 
 
 # ---- JSON ----------------------------------------------------------------------------------------

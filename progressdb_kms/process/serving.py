@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import resource
 import socket
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -123,19 +127,44 @@ class Worker:
 
     def _about(self) -> dict[str, Any]:
         shared = self._shared
-        slabs = sum(slab.locked_bytes for slab in shared.slabs)
+        locked = shared.region.locked_bytes + sum(slab.locked_bytes for slab in shared.slabs)
+        disk = os.statvfs(shared.settings.data_dir)
         return {
             "workers": shared.settings.workers,
             "restarts": sum(max(0, n - 1) for n in shared.metrics.gauge("starts")),
             "uptime_seconds": round(time.monotonic() - shared.started, 3),
             "memory": {
                 "kind": shared.region.kind,
-                "locked_bytes": shared.region.locked_bytes + slabs,
+                "locked_bytes": locked,
                 "required": shared.settings.memory_lock == "require",
                 "wipe_on_free": hardening.wipe_on_free_active(),
             },
             "hardening": shared.measures,
+            "limits": self._limits(locked),
+            "disk_free_bytes": disk.f_bavail * disk.f_frsize,
         }
+
+    def _limits(self, locked: int) -> dict[str, dict[str, Optional[int]]]:
+        """What is used of what may be: by all workers together, but open files, which are each process's."""
+        shared, gauge = self._shared, self._shared.metrics.gauge
+        rows = {
+            "connections": (sum(gauge("connections")), shared.settings.max_connections),
+            "open_files": (max(gauge("open_files")), shared.descriptors),
+            "threads": (sum(gauge("threads")), resource.getrlimit(resource.RLIMIT_NPROC)[0]),
+            "body_bytes": (sum(gauge("body_bytes")), self.server.bodies.most),
+            "locked_bytes": (locked, resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]),
+        }
+        unlimited = (resource.RLIM_INFINITY, sys.maxsize)
+        return {
+            name: {"used": used, "limit": None if limit in unlimited else limit}
+            for name, (used, limit) in rows.items()
+        }
+
+    def _take_stock(self) -> None:
+        """For the metrics of all workers, whichever answers."""
+        self._counters.set("threads", threading.active_count())
+        with contextlib.suppress(OSError):
+            self._counters.set("open_files", len(os.listdir("/proc/self/fd")))
 
     def run(self, stop: Callable[[float], bool], hangup: Callable[[], bool]) -> None:
         """Serve until `stop(seconds)`, which waits so long at most, says so."""
@@ -144,6 +173,7 @@ class Worker:
             waiter.start()
         while not stop(ANCHOR_SECONDS):
             self._counters.add("beats", 1)
+            self._take_stock()
             streams.catch_up()
             if take_over(self._handover, self._listener):
                 self.server.renew(self._listener)

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from ..encoding import LATEST, timestamp, wall
+from ..encoding import LATEST, moment, timestamp, wall
 from ..store.contract import Reader, Store
 
 log = logging.getLogger(__name__)
@@ -103,6 +103,16 @@ def judge(anchor: Optional[Anchor], now: Reading) -> Verdict:
     if ahead > AHEAD:
         return Verdict(trusted, f"the clock is {_span(ahead)} ahead of the trusted time")
     return Verdict(trusted, "")
+
+
+def age(begun: str, now: float) -> Optional[float]:
+    """Seconds since that time; None where nobody can tell: none was noted, or a clock was wrong, then or
+    now."""
+    try:
+        since = moment(begun)
+    except ValueError:
+        return None
+    return now - since if RELEASED <= since <= now else None
 
 
 def _span(seconds: float) -> str:

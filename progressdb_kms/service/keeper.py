@@ -723,7 +723,8 @@ class Keeper:
 
     def ready(self) -> dict[str, Any]:
         """What keeps the service from doing all of its work, in words."""
-        reasons: list[str] = list(self._audit.reasons())
+        audit = list(self._audit.reasons())
+        reasons: list[str] = list(audit)
         warnings: list[str] = []
         loaded = {self._keyring.active.kek_id, *self._keyring.kek_ids()}
         for kek_id, row in self._store.keks().items():
@@ -734,7 +735,9 @@ class Keeper:
                 warnings.append(f"{_next_start(kek_id)} ({row.deks} DEKs)")
         if held := self._time.look().held:
             warnings.append(f"scheduled deletions are held: {held} ({REMEDY})")
-        return {"reasons": reasons + self._probe(), "warnings": warnings}
+        store = self._probe()
+        told = {"reasons": reasons + store, "warnings": warnings}
+        return {**told, "audit_writable": not audit, "store_writable": not store}
 
     def _probe(self) -> list[str]:
         """Why no row can be written: a full disk lets an empty transaction pass."""

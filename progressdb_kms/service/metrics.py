@@ -41,7 +41,7 @@ CLASSES = ("2xx", "4xx", "5xx")
 
 _GAUGES = (
     "connections", "audit_lines", "items", "starts", "refused_connections", "beats", "embedded_messages",
-    "body_bytes",
+    "body_bytes", "threads", "open_files", "policy_denials", "refused_peers",
 )  # fmt: skip
 _PER_OP = len(CLASSES) + len(BUCKETS) + 1 + 1  # … and the sum of latencies in ns
 
@@ -54,7 +54,7 @@ OTHERS = 2**32 - 1
 SECONDS = 60
 """So long a UID counts as here after it connected last."""
 
-_HELD = ("connections", "beats", "body_bytes")
+_HELD = ("connections", "beats", "body_bytes", "threads", "open_files")
 """Gauges of what a process holds: nothing, once it is dead."""
 
 _TABLE = len(_GAUGES) + len(OPS) * _PER_OP
@@ -136,6 +136,8 @@ class Metrics:
                 "counter",
                 "Connections refused at max_connections or at a UID's share of them.",
             ),
+            ("policy_denials_total", "counter", "Calls and items of batches that a policy refused."),
+            ("refused_peers_total", "counter", "Connections and calls of peers that are not served."),
         ):
             lines.append(f"{family(gauge, kind, text)} {sum(self.gauge(gauge.removesuffix('_total')))}")
         for extra_name, kind, text, samples in extra:
@@ -163,6 +165,9 @@ class Block:
     def add(self, gauge: str, amount: int) -> None:
         with self._lock:
             self._words[_GAUGE_INDEX[gauge]] += amount
+
+    def set(self, gauge: str, value: int) -> None:
+        self._words[_GAUGE_INDEX[gauge]] = value
 
     def get(self, gauge: str) -> int:
         value: int = self._words[_GAUGE_INDEX[gauge]]

@@ -25,6 +25,7 @@ from ..rules import PeerRules
 from ..store.contract import DekRecord, Reader
 from ..store.policy import refusal
 from .channel import KeeperClient, Staged
+from .clock import age
 from .metrics import Block
 
 MAX_REMEMBERED = 20_000
@@ -43,6 +44,16 @@ class Entry(NamedTuple):
     record: DekRecord
     wrapped: Wrapped
     fragment: Fragment
+
+
+class Readiness(NamedTuple):
+    """Reasons why the service can't do all of its work, none where it can; what the operator should see to
+    before that comes; and whether log and store can be written."""
+
+    reasons: list[str]
+    warnings: list[str]
+    audit_writable: bool
+    store_writable: bool
 
 
 BatchItem = tuple[Union[str, Wrapped], bytes, bytes]
@@ -274,31 +285,46 @@ class Service:
             for kek_id, row in self._reader.keks().items()
         }
 
+    def kek_since(self) -> tuple[Optional[str], Optional[float]]:
+        """When the active KEK became that, and how many seconds ago; None: nobody can tell."""
+        active = self._reader.state().active
+        seconds = age(active.since, wall()) if active else None
+        return active.since if active and seconds is not None else None, seconds
+
+    def deletions(self) -> dict[str, Any]:
+        """How many are scheduled, and for when the next."""
+        count, first = self._reader.span("deletion:")
+        return {"scheduled": count, "next_at": first[9:].partition("|")[0] or None}
+
     def status(self) -> dict[str, Any]:
         active = self.keyring.active
         keks = self.keks()
+        since, seconds = self.kek_since()
         return {
             "kek_id": active.kek_id,
             "kek_version": str(active.version),
+            "kek_since": since,
+            "kek_age_seconds": seconds,
             "deks": {"total": sum(int(row["count"]) for row in keks.values()), "by_kek": keks},
             "audit": {"chain": self.audit.chain, "seq": self.audit.head[1]},
+            "deletions": self.deletions(),
             **self.about(),
             **self.ask("status"),
         }
 
-    def readiness(self) -> tuple[list[str], list[str]]:
-        """Reasons why the service can't do all of its work, empty where it can; and what the operator should
-        see to before that comes."""
-        reasons, warnings = self.audit.reasons(), []
+    def readiness(self) -> Readiness:
+        audit = self.audit.reasons()
+        warnings, writable, store = [], not audit, False
         try:
             told = self.ask("ready")
-            reasons, warnings = reasons + told["reasons"], told["warnings"]
+            reasons, warnings = audit + told["reasons"], told["warnings"]
+            writable, store = writable and told["audit_writable"], told["store_writable"]
         except KMSError as error:
-            reasons.append(error.message)
+            reasons = [*audit, error.message]
         memory = self.about()["memory"]
         if memory["required"] and memory["kind"] == "unlocked":
             reasons.append("memory_lock is 'require', and memory is not locked")
-        return list(dict.fromkeys(reasons)), warnings
+        return Readiness(list(dict.fromkeys(reasons)), warnings, writable, store)
 
 
 def _encrypt_item(cipher: Aead, data: bytes, aad: bytes) -> bytes:

@@ -58,6 +58,10 @@ class MemoryReader(SealedReader):
     def names(self, prefix: str) -> list[str]:
         return sorted(name for name in self._state.kms if name.startswith(prefix))
 
+    def span(self, prefix: str) -> tuple[int, str]:
+        names = self.names(prefix)
+        return len(names), names[0] if names else ""
+
     def close(self) -> None:
         """Nothing is held."""
 

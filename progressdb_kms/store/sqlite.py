@@ -254,6 +254,12 @@ class SqliteReader(SealedReader):
         )
         return [row[0] for row in rows]
 
+    def span(self, prefix: str) -> tuple[int, str]:
+        """How many names there are, and the first of them."""
+        query = "SELECT count(*), ifnull(min(key), '') FROM kms WHERE key >= ? AND key < ?"
+        count, first = self._conn.select_one(query, (prefix, prefix + "\uffff"))
+        return count, first
+
     def close(self) -> None:
         self._conn.close()
 

@@ -65,11 +65,11 @@ class Bodies:
     def __init__(self, metrics: Metrics, block: Block, most: int) -> None:
         self._metrics = metrics
         self._block = block
-        self._most = most
+        self.most = most
 
     def take(self, size: int) -> None:
         """Raises Overloaded."""
-        if sum(self._metrics.gauge("body_bytes")) + size > self._most:
+        if sum(self._metrics.gauge("body_bytes")) + size > self.most:
             raise Overloaded("too many long messages at once", hint="try again, or lower max_body_bytes")
         self._block.add("body_bytes", size)
 
@@ -81,8 +81,9 @@ class Refusals:
     """Peers that are not served at all, or not with what they ask for by a policy, for the audit log: the
     first of each kind at once, then how many in a minute. Who asks without end writes a line a minute."""
 
-    def __init__(self, audit: AuditLog, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, audit: AuditLog, counters: Block, clock: Callable[[], float] = time.monotonic) -> None:
         self._audit = audit
+        self._counters = counters
         self._clock = clock
         self._lock = threading.Lock()
         self._kinds: dict[Optional[_Kind], list[int]] = {}
@@ -90,6 +91,7 @@ class Refusals:
 
     def add(self, peer: Peer, error: KMSError, op: str = "connect") -> None:
         kind = _Kind(peer, op, error.status, error.code, getattr(error, "entry", None))
+        self._counters.add("refused_peers" if kind.policy is None else "policy_denials", 1)
         with self._lock:
             self._next = self._next or self._clock() + EACH
             found = self._kinds.get(kind)

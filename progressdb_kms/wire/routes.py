@@ -7,7 +7,6 @@ the audit record, and only then give the answer back. An error is an answer too.
 from __future__ import annotations
 
 import binascii
-import contextlib
 import itertools
 import logging
 import os
@@ -48,9 +47,9 @@ from ..errors import (
 )
 from ..rules import Peer, Rights
 from ..service.keeper import describe
-from ..service.worker import Batch, BatchItem, Results, Service, wrapped_source
+from ..service.worker import Batch, BatchItem, Results, wrapped_source
 from ..store.contract import DekRecord
-from . import dialect, openapi, secretjson
+from . import dialect, gauges, openapi, secretjson
 from .call import (
     BINARY,
     DEFAULT_PAGE,
@@ -405,7 +404,10 @@ def _permitted(
         except PolicyRefused as error:
             call.denials.add(error.entry)
             results.append(error.bare())
-    return _within_rates(call, results)
+    results = _within_rates(call, results)
+    denied = sum(isinstance(item, (PolicyRefused, RateLimited)) for item in results)
+    app.service.counters.add("policy_denials", denied)
+    return results
 
 
 def _within_rates(call: Call, items: list[Union[T, KMSError]]) -> list[Union[T, KMSError]]:
@@ -693,9 +695,9 @@ def health(app: App, call: Call) -> Reply:
 
 
 def ready(app: App, call: Call) -> Reply:
-    reasons, warnings = app.service.readiness()
-    value = {"ready": not reasons, "reasons": reasons, "warnings": warnings}
-    return answer(value, 503 if reasons else 200)
+    found = app.service.readiness()
+    value = {"ready": not found.reasons, "reasons": found.reasons, "warnings": found.warnings}
+    return answer(value, 503 if found.reasons else 200)
 
 
 def status(app: App, call: Call) -> Reply:
@@ -703,47 +705,7 @@ def status(app: App, call: Call) -> Reply:
 
 
 def metrics(app: App, call: Call) -> Reply:
-    return Reply(200, app.metrics.render(_gauges(app)).encode("ascii"), PROMETHEUS)
-
-
-def _gauges(app: App) -> list[tuple[str, str, str, list[tuple[str, float]]]]:
-    service = app.service
-    about = service.about()
-    keks = service.keks()
-    deks: list[tuple[str, float]] = [
-        (f'{{kek_id="{name}"}}', float(row["count"])) for name, row in keks.items()
-    ]
-    return [
-        ("deks", "gauge", "Stored DEKs, by the KEK that wraps them.", deks),
-        (
-            "kek_version",
-            "gauge",
-            "Rotations of the KEK so far, plus one.",
-            [("", service.keyring.active.version)],
-        ),
-        ("workers", "gauge", "Worker processes.", [("", about["workers"])]),
-        (
-            "worker_restarts_total",
-            "counter",
-            "Workers that died and were replaced.",
-            [("", about["restarts"])],
-        ),
-        (
-            "locked_bytes",
-            "gauge",
-            "Locked memory of this worker and the shared region.",
-            [("", about["memory"]["locked_bytes"])],
-        ),
-        ("erasures_held", "gauge", "1 while scheduled deletions wait for the clock.", _held(service)),
-        ("uptime_seconds", "gauge", "Since the daemon started.", [("", about["uptime_seconds"])]),
-    ]
-
-
-def _held(service: Service) -> list[tuple[str, float]]:
-    """Nothing where the keeper doesn't answer: its absence is told by others."""
-    with contextlib.suppress(KMSError):
-        return [("", float(bool(service.ask("status")["erasures_held"])))]
-    return []
+    return Reply(200, app.metrics.render(gauges.families(app)).encode("ascii"), PROMETHEUS)
 
 
 def openapi_document(app: App, call: Call) -> Reply:
@@ -974,6 +936,7 @@ def refuse(app: App, route: Route, call: Call, error: PeerRefused) -> Reply:
     if isinstance(error, (PolicyRefused, RateLimited)):
         app.denied(call, error)
     elif route.op:
+        app.service.counters.add("refused_peers", 1)
         request_id = f"{_request_prefix}-{next(_request_numbers)}"
         reply = _recorded(app, route, call, reply, "refused", request_id)
     app.service.counters.request(route.op or "service", reply.status, 0.0)

@@ -223,8 +223,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._shares = Shares(metrics, counters, limits.max_connections, own)
         self._rooms = {id(route): self._room(route) for route in routes.ROUTES}
         longest = max(room.limit for room in self._rooms.values())
-        self._bodies = Bodies(metrics, counters, BODIES * longest)
-        self._refusals = Refusals(app.service.audit)
+        self.bodies = Bodies(metrics, counters, BODIES * longest)
+        self._refusals = Refusals(app.service.audit, counters)
         self._policies: Sequence[Policy] = ()
         self._meter: Optional[Meter] = None
         self._round = 0
@@ -530,7 +530,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         return Room(route.body_limit(self.app), self._reserve_body, place, route)
 
     def _reserve_body(self, size: int) -> None:
-        self._bodies.take(size)
+        self.bodies.take(size)
         self._current.reserved += size
 
     def _secret_place(self, length: int) -> memoryview:
@@ -625,7 +625,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if left:
             return self._answer_later(connection, keep, left)
         if connection.reserved:
-            self._bodies.give_back(connection.reserved)
+            self.bodies.give_back(connection.reserved)
             connection.reserved = 0
         if not keep or not connection.keep:
             self._close(connection)
@@ -636,7 +636,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         size = sum(map(len, left))
         try:
             if size > connection.reserved:
-                self._bodies.take(size - connection.reserved)
+                self.bodies.take(size - connection.reserved)
                 connection.reserved = size
         except Overloaded:
             self._close(connection)
@@ -795,7 +795,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         connection.reader = connection.kept = connection.kept_piece = connection.body_piece = None
         connection.pending = []
         if connection.reserved:
-            self._bodies.give_back(connection.reserved)
+            self.bodies.give_back(connection.reserved)
             connection.reserved = 0
 
     def _close(self, connection: Connection) -> None:

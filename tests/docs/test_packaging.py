@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import shlex
@@ -20,7 +19,6 @@ import yaml
 
 from progressdb_kms.config import load
 from progressdb_kms.config.options import BY_NAME, OPTIONS
-from progressdb_kms.service.metrics import CLASSES, OPS, Metrics
 from progressdb_kms.tools.cli import build_parser
 from tests.harness.daemon import write_secret
 
@@ -156,55 +154,6 @@ def test_the_daemon_takes_the_sample(short_tmp: Path) -> None:
         assert loaded.settings.socket_mode == 0o660
 
 
-# ---- monitoring ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def metric_names() -> set[str]:
-    """Names of all metrics: those of a page, and those that the API adds to it."""
-    page = Metrics(1).render(())
-    extra = re.findall(
-        r'\(\s*"([a-z_]+)",\s*"(?:gauge|counter)"', (REPO / "progressdb_kms/wire/routes.py").read_text()
-    )
-    assert "deks" in extra and "uptime_seconds" in extra
-    return {*re.findall(r"^(\w+?)(?:\{| )", page, re.M), *(f"progressdb_kms_{name}" for name in extra)}
-
-
-def expressions() -> dict[str, str]:
-    rules = yaml.safe_load((PACKAGING / "prometheus-rules.yml").read_text())
-    found = {f"alert {r['alert']}": r["expr"] for group in rules["groups"] for r in group["rules"]}
-    board = json.loads((PACKAGING / "grafana-dashboard.json").read_text())
-    for panel in board["panels"]:
-        for target in panel["targets"]:
-            found[f"panel {panel['title']} {target['refId']}"] = target["expr"]
-    return found
-
-
-@pytest.mark.parametrize("where", expressions())
-def test_alerts_and_panels_ask_for_metrics_that_exist(where: str, metric_names: set[str]) -> None:
-    expression = expressions()[where]
-    names = re.findall(r"\bprogressdb_kms_\w+", expression)
-    assert names and set(names) <= metric_names
-    for classes in re.findall(r'status=~?"([^"]+)"', expression):
-        assert set(classes.split("|")) <= set(CLASSES)
-    for ops in re.findall(r'op=~?"([^"]+)"', expression):
-        assert set(ops.split("|")) <= set(OPS)
-    assert expression.count("(") == expression.count(")")
-
-
-def test_each_alert_says_what_to_do() -> None:
-    rules = yaml.safe_load((PACKAGING / "prometheus-rules.yml").read_text())
-    for rule in rules["groups"][0]["rules"]:
-        assert rule["labels"]["severity"] in ("warning", "critical")
-        assert {"summary", "description"} == set(rule["annotations"])
-
-
-def test_the_dashboard_is_in_order() -> None:
-    board = json.loads((PACKAGING / "grafana-dashboard.json").read_text())
-    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
-    assert all(p["gridPos"]["x"] + p["gridPos"]["w"] <= 24 for p in board["panels"])
-
-
 # ---- packages and scripts ------------------------------------------------------------------------------
 
 
@@ -282,12 +231,6 @@ def test_the_image_is_pinned_and_not_run_by_root() -> None:
 def test_hadolint_has_nothing_to_say_about_the_image() -> None:
     done = run("hadolint", str(PACKAGING / "Dockerfile"))
     assert (done.returncode, done.stdout) == (0, "")
-
-
-@needs("promtool")
-def test_prometheus_takes_the_alerts() -> None:
-    done = run("promtool", "check", "rules", str(PACKAGING / "prometheus-rules.yml"))
-    assert done.returncode == 0, done.stdout
 
 
 def test_the_picture_is_what_the_script_draws() -> None:

@@ -111,6 +111,8 @@ class TestAllowedPeers:
             for uid in (STRANGER, STRANGER, CALLER, STRANGER):
                 assert ask(daemon, uid, CALLS[2]).status == 403
             assert [told(event) for event in refusals(daemon)] == [(STRANGER, 1), (CALLER, 1)]
+            page = daemon.request("GET", "/metrics").body
+            assert b"\nprogressdb_kms_refused_peers_total 4\n" in page
             assert {(e["op"], e["status"], e["code"]) for e in refusals(daemon)} == {
                 ("connect", 403, "peer_refused")
             }

@@ -81,6 +81,11 @@ def test_each_entry_refuses_and_is_named(daemon: Daemon) -> None:
     assert entry(ask(daemon, "POST", "/reencrypt", move)) == "2"
 
 
+def counted(daemon: Daemon, name: str) -> int:
+    page = daemon.request("GET", "/metrics").body.decode()
+    return int(page.split(f"\nprogressdb_kms_{name} ")[1].split("\n")[0])
+
+
 def test_others_are_as_before(daemon: Daemon) -> None:
     assert ask(daemon, "POST", "/encrypt", encrypt("k_2"), uid=OTHER).status == 200
     assert ask(daemon, "GET", "/get_wrapped?key_id=k_1", uid=OTHER).status == 200
@@ -100,11 +105,14 @@ def test_a_raw_body_and_an_inline_blob_are_judged_too(daemon: Daemon) -> None:
 
 def test_batches_are_judged_by_item(daemon: Daemon) -> None:
     items = [encrypt(key_id) for key_id in ("k_1", "k_2", "k_4", "x_3")]
+    before = counted(daemon, "policy_denials_total")
     reply = ask(daemon, "POST", "/encrypt_batch", {"items": items})
     found = [item.get("error", {}).get("code", "ok") for item in reply.json()["items"]]
     assert reply.status == 200 and found == ["ok", "policy_refused", "ok", "policy_refused"]
     last = json.loads(daemon.audit_log.read_bytes().splitlines()[-1])["event"]
     assert (last["op"], last["failed"], last["denied_by"]) == ("encrypt_batch", 2, [2, 3])
+    assert entry(ask(daemon, "POST", "/encrypt", encrypt("k_2"))) == "2"
+    assert counted(daemon, "policy_denials_total") == before + 3
 
 
 def test_what_one_may_not_use_one_does_not_see(daemon: Daemon) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from progressdb_kms import __version__
-from tests.harness import Daemon, Session
+from progressdb_kms.wire.gauges import FAMILIES
+from tests.harness import Daemon, Session, procs
 
 RECEIPT = re.compile(r"[0-9]+\.[0-9.]+:[1-9][0-9]*:[0-9a-f]{16}")
 
@@ -58,6 +59,8 @@ class TestNotReady:
         assert daemon.request("GET", "/healthz").status == 200
         made = daemon.request("POST", "/create_dek_for_thread", {"thread_id": "t"})
         assert (made.status, made.code) == (503, "audit_unavailable") and "key_id" not in made.json()
+        found = values(daemon)
+        assert (found["ready"], found["audit_writable"], found["store_writable"]) == (0, 0, 1)
 
     @pytest.mark.parametrize("workers", [1, 2])
     def test_the_audit_log_was_unlinked(self, workers: int) -> None:
@@ -119,14 +122,51 @@ def parsed(text: str) -> dict[str, dict[str, float]]:
     return families
 
 
+def values(daemon: Daemon) -> dict[str, float]:
+    """The samples without a label, by short names."""
+    families = parsed(daemon.request("GET", "/metrics").body.decode())
+    found = {name.replace("progressdb_kms_", ""): samples.get(name) for name, samples in families.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+UNKNOWN = {"threads_limit", "open_files_limit", "locked_bytes_limit"}
+"""Families without a sample where the configuration or the shell sets no limit."""
+
+
 class TestMetrics:
+    def test_what_readyz_and_status_know(self, daemon: Daemon) -> None:
+        key = daemon.ok("POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+        before = values(daemon)
+        daemon.ok("DELETE", f"/deks/{key}", {"pending_days": 30})
+        found, status = values(daemon), daemon.ok("GET", "/status")
+        assert (found["ready"], found["audit_writable"], found["store_writable"]) == (1, 1, 1)
+        assert found["deletions_scheduled"] == before["deletions_scheduled"] + 1
+        assert status["deletions"]["scheduled"] == found["deletions_scheduled"]
+        assert status["deletions"]["next_at"] <= daemon.ok("GET", f"/deks/{key}")["delete_at"]
+        assert (found["rotation_deks"], found["erasures_due"], found["erasures_held"]) == (0, 0, 0)
+        assert 0 < found["kek_age_seconds"] <= status["kek_age_seconds"] < status["uptime_seconds"] + 60
+        assert found["disk_free_bytes"] > 0 and "backup_age_seconds" not in found
+
+    def test_limits_and_what_is_used_of_them(self, daemon: Daemon) -> None:
+        """Of all workers, whichever answers; open files and threads are looked at each half second."""
+        procs.wait_until(lambda: values(daemon)["open_files"] > 5, 60, "the workers to look at their files")
+        with daemon.session() as first, daemon.session() as second:
+            for session in (first, second):
+                assert session.request("GET", "/healthz").status == 200
+            found, limits = values(daemon), daemon.ok("GET", "/status")["limits"]
+        assert found["connections"] >= 2 and found["connections_limit"] == 2048
+        assert found["threads"] > 2 and found["body_bytes_limit"] > found["body_bytes"] >= 0
+        assert limits["connections"]["limit"] == 2048 and limits["locked_bytes"]["used"] > 0
+        for name, use in limits.items():
+            assert (f"{name}_limit" in found) == (use["limit"] is not None)
+
     def test_the_format(self, kms: Session) -> None:
         reply = kms.request("GET", "/metrics")
         assert reply.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
         families = parsed(reply.body.decode())
         names = {name.replace("progressdb_kms_", "") for name in families}
         assert names >= {"requests_total", "request_seconds", "audit_lines_total"}
-        assert names >= {"deks", "kek_version", "workers", "locked_bytes"}
+        assert names >= {*FAMILIES} - UNKNOWN
 
     def test_histograms_add_up(self, kms: Session) -> None:
         kms.create_dek("t")

@@ -1,0 +1,100 @@
+"""What /metrics tells of the service beside what is counted: a table of families, and a value for each.
+
+What isn't known has no sample: the age of a KEK whose beginning nobody noted, a limit that is none, and all
+that the keeper is asked for while it doesn't answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Optional, Union
+
+from ..errors import KMSError
+from .call import App
+
+Value = Union[float, Mapping[str, float], None]
+"""One sample, one for each value of the label, or none."""
+
+LABEL = "kek_id"
+
+LIMITS = {
+    "connections": "Open connections",
+    "open_files": "Open files of the worker that has most",
+    "threads": "Threads of the workers",
+    "body_bytes": "Bytes of messages that are kept while they come and are worked on",
+    "locked_bytes": "Bytes of locked memory",
+}
+"""What `status` tells of as used and limit; the first is counted already."""
+
+FAMILIES = {
+    "deks": "Stored DEKs, by the KEK that wraps them.",
+    "kek_version": "Rotations of the KEK so far, plus one.",
+    "kek_age_seconds": "Since the active KEK became that.",
+    "workers": "Worker processes.",
+    "worker_restarts_total": "Workers that died and were replaced.",
+    "ready": "1 while all work can be done, as /readyz says.",
+    "audit_writable": "1 while the audit log can be written.",
+    "store_writable": "1 while the store can be written.",
+    "erasures_due": "Shredded DEKs of which a copy of the wrapped bytes may remain.",
+    "erasures_held": "1 while scheduled deletions wait for the clock.",
+    "deletions_scheduled": "DEKs that are due to be shredded.",
+    "rotation_done": "DEKs that the rotation under way has rewrapped.",
+    "rotation_deks": "All DEKs of the rotation under way; 0 where there is none.",
+    "disk_free_bytes": "Free for the data-dir.",
+    "uptime_seconds": "Since the daemon started.",
+    **{name: f"{text}." for name, text in LIMITS.items() if name != "connections"},
+    **{f"{name}_limit": f"{text}: what is allowed." for name, text in LIMITS.items()},
+}
+
+
+def families(app: App) -> list[tuple[str, str, str, list[tuple[str, float]]]]:
+    """(name, type, help, [(labels, value)]), as `Metrics.render` takes them."""
+    found = _values(app)
+    return [
+        (name, "counter" if name.endswith("_total") else "gauge", text, samples)
+        for name, text in FAMILIES.items()
+        if (samples := _samples(found.get(name))) is not None
+    ]
+
+
+def _samples(value: Value) -> Optional[list[tuple[str, float]]]:
+    if isinstance(value, Mapping):
+        return [(f'{{{LABEL}="{label}"}}', number) for label, number in value.items()]
+    return None if value is None else [("", value)]
+
+
+def _values(app: App) -> dict[str, Value]:
+    service = app.service
+    about = service.about()
+    values: dict[str, Value] = {
+        "deks": {kek_id: row["count"] for kek_id, row in service.keks().items()},
+        "kek_version": service.keyring.active.version,
+        "kek_age_seconds": service.kek_since()[1],
+        "workers": about["workers"],
+        "worker_restarts_total": about["restarts"],
+        "deletions_scheduled": service.deletions()["scheduled"],
+        "disk_free_bytes": about["disk_free_bytes"],
+        "uptime_seconds": about["uptime_seconds"],
+    }
+    for name, use in about["limits"].items():
+        values.update({name: use["used"], f"{name}_limit": use["limit"]})
+    ready = service.readiness()
+    values.update(
+        ready=not ready.reasons, audit_writable=ready.audit_writable, store_writable=ready.store_writable
+    )
+    return {**values, **_told(app)}
+
+
+def _told(app: App) -> dict[str, Value]:
+    """By the keeper: nothing where it doesn't answer, which `ready` tells."""
+    try:
+        told: dict[str, Any] = app.service.ask("status")
+    except KMSError:
+        return {}
+    rotation = told["rotation"] or {"done": 0, "total": 0}
+    return {
+        "erasures_due": told["erasures_due"],
+        "erasures_held": bool(told["erasures_held"]),
+        "rotation_done": rotation["done"],
+        "rotation_deks": rotation["total"],
+    }
