@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import importlib
 import json
 import os
 import resource
 import shutil
+import socket
 import sqlite3
 import stat
 import subprocess
@@ -29,17 +31,20 @@ from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..client import Client, ClientError
 from ..config import keysource
 from ..config.load import Loaded, Settings
+from ..config.options import host_and_port
 from ..crypto.keyring import fingerprint
 from ..crypto.memory import PAGE, LockedBuffer
 from ..errors import KMSError
 from ..process import hardening
 from ..process.streams import DEPENDENCIES
 from ..service.clock import RELEASED, REMEDY
+from ..service.lock import is_held
 from ..service.plan import Configured, ConfiguredKey, plan
 from ..service.rotation import RETIRED_KEK, retired
 from ..store.seal import STATE, StoreState
 from ..store.sqlite import FILE_NAME as STORE
 from ..store.sqlite import check_schema
+from ..wire import loopback
 from ..wire.server import SPARE_FILES, THREADS
 from ..wire.slab import size_of
 from . import asowner, rehearsal
@@ -60,6 +65,9 @@ LARGE_LOG = 2 << 30
 
 TOLERANCE = 120
 """Seconds by which files may seem to come from the future."""
+
+ANSWER_SECONDS = 10.0
+"""A daemon that is busy answers within this."""
 
 MIN_CRYPTOGRAPHY = 38
 
@@ -183,13 +191,19 @@ def _memory(patient: Patient) -> Findings:
 
 def _memory_limit(patient: Patient) -> tuple[int, bool]:
     """Bytes, and whether it is the unit's word."""
-    settings = patient.settings
-    if settings is not None and settings.config_file == PACKAGED_CONFIG and shutil.which("systemctl"):
-        command = ["systemctl", "show", "--value", "--property=LimitMEMLOCK", "progressdb-kms.service"]
-        found = subprocess.run(command, capture_output=True, timeout=10, check=False).stdout.decode().strip()
-        if found == "infinity" or found.isdigit():
-            return resource.RLIM_INFINITY if found == "infinity" else int(found), True
+    found = _of_unit(patient, "LimitMEMLOCK")
+    if found == "infinity" or found.isdigit():
+        return resource.RLIM_INFINITY if found == "infinity" else int(found), True
     return resource.getrlimit(resource.RLIMIT_MEMLOCK)[1], False
+
+
+def _of_unit(patient: Patient, name: str) -> str:
+    """A property of the packages' unit, where it is what serves this configuration."""
+    settings = patient.settings
+    if settings is None or settings.config_file != PACKAGED_CONFIG or not shutil.which("systemctl"):
+        return ""
+    command = ["systemctl", "show", "--value", f"--property={name}", "progressdb-kms.service"]
+    return subprocess.run(command, capture_output=True, timeout=10, check=False).stdout.decode().strip()
 
 
 def _lockable(patient: Patient, need: int, limit: int) -> str:
@@ -509,6 +523,61 @@ def _socket(patient: Patient) -> Findings:
         yield Finding(OK, f"{path} has mode {about.st_mode & 0o777:04o}")
 
 
+def _tcp(patient: Patient) -> Findings:
+    """Does the kernel tell who connects, does the daemon answer there, or could it, and whom?"""
+    assert patient.settings is not None
+    address, rules = patient.settings.tcp_address, patient.settings.peer_rules
+    if address is None:
+        return
+    host, port = host_and_port(address)
+    try:
+        loopback.check(host)
+    except (KMSError, OSError) as error:
+        todo = "without tcp_diag in the kernel and AF_NETLINK it does not listen there"
+        yield Finding(FAIL, f"the kernel does not tell who connects to {address}: {error}", todo)
+        return
+    families = _of_unit(patient, "RestrictAddressFamilies")
+    if families and "AF_NETLINK" not in families:
+        todo = (
+            "copy tcp.conf from the packages' examples into progressdb-kms.service.d, daemon-reload, restart"
+        )
+        yield Finding(FAIL, f"the unit lets the daemon have no TCP: {families}", todo)
+    yield _answers(host, port, address) if is_held(patient.data_dir) else _bindable(host, port, address)
+    served = {0, patient.owner} if rules.callers is None else rules.callers
+    uids = ", ".join(map(str, sorted(served | (rules.admins or frozenset())))) or "none"
+    level = WARN if rules.callers is None else OK
+    yield Finding(
+        level, f"served there are only the UIDs {uids}", "set allowed_peer_uids: [UID of the server]"
+    )
+
+
+def _answers(host: str, port: int, address: str) -> Finding:
+    """Also 403 is an answer: root may not be one of the callers."""
+    remote = http.client.HTTPConnection(host, port, timeout=ANSWER_SECONDS)
+    try:
+        with contextlib.closing(remote):
+            remote.request("GET", "/healthz", headers={"Host": address})
+            status = remote.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        todo = "its log tells why; with a changed tcp_address, or a new drop-in tcp.conf, restart it"
+        return Finding(FAIL, f"the daemon runs, and nothing answers at {address}: {error}", todo)
+    if status not in (200, 403):
+        return Finding(FAIL, f"{address} answers /healthz with {status}", "is it another program? `ss -ltnp`")
+    return Finding(OK, f"{address} answers" + ("" if status == 200 else f", and refuses uid {os.geteuid()}"))
+
+
+def _bindable(host: str, port: int, address: str) -> Finding:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, port))
+            sock.listen(1)
+        except OSError as error:
+            todo = "another program listens there: `ss -ltnp`"
+            return Finding(FAIL, f"it would not start: {address} can't be bound: {error.strerror}", todo)
+    return Finding(OK, f"{address} can be bound")
+
+
 def _daemon(patient: Patient) -> Findings:
     assert patient.settings is not None
     with Client(patient.settings.socket, timeout=10.0, server_uid=patient.server_uid) as kms:
@@ -545,6 +614,7 @@ CHECKS: tuple[Check, ...] = (
     Check("start", _start),
     Check("clock", _clock),
     Check("socket", _socket),
+    Check("tcp", _tcp),
     Check("daemon", _daemon),
 )
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -279,6 +280,97 @@ class TestDaemon:
         for mode, level in ((0o1777, WARN), (0o777, FAIL)):
             home.chmod(mode)
             assert only(doctor._socket, patient(home)).level == level
+
+
+def listening(host: str = "127.0.0.1") -> socket.socket:
+    sock = socket.socket()
+    sock.bind((host, 0))
+    sock.listen()
+    return sock
+
+
+def address_of(sock: socket.socket) -> str:
+    host, port = sock.getsockname()
+    return f"{host}:{port}"
+
+
+class TestTcp:
+    @pytest.fixture
+    def running(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doctor, "is_held", lambda data_dir: True)
+
+    def test_without_an_address(self, home: Path) -> None:
+        assert levels(doctor._tcp, patient(home)) == []
+
+    def test_it_can_be_bound(self, home: Path) -> None:
+        with listening() as free:
+            address = address_of(free)
+        found = list(doctor._tcp(patient(home, tcp_address=address, allowed_peer_uids="[7, 1234]")))
+        assert [finding.text for finding in found] == [
+            f"{address} can be bound", "served there are only the UIDs 7, 1234"
+        ]  # fmt: skip
+        assert {finding.level for finding in found} == {OK}
+
+    def test_another_program_listens_there(self, home: Path) -> None:
+        with listening() as other:
+            who = patient(home, tcp_address=address_of(other), allowed_peer_uids="[7]")
+            bad = only(doctor._tcp, who)
+        assert bad.level == FAIL and "can't be bound: Address already in use" in bad.text
+
+    def test_who_is_served_without_a_list(self, home: Path) -> None:
+        with listening() as free:
+            address = address_of(free)
+        told = only(doctor._tcp, patient(home, tcp_address=address, admin_peer_uids="[4321]"))
+        assert told.level == WARN and "4321" in told.text and "0, " in told.text
+        assert "allowed_peer_uids" in told.todo
+
+    def test_the_daemon_runs_and_nothing_answers(self, home: Path, running: None) -> None:
+        with listening() as free:
+            address = address_of(free)
+        bad = only(doctor._tcp, patient(home, tcp_address=address, allowed_peer_uids="[7]"))
+        assert bad.level == FAIL and f"nothing answers at {address}" in bad.text and "tcp.conf" in bad.todo
+
+    @pytest.mark.parametrize(
+        ("answer", "level", "told"),
+        [
+            ("200 OK", OK, "answers"),
+            ("403 Forbidden", OK, f"answers, and refuses uid {os.geteuid()}"),
+            ("404 Not Found", FAIL, "answers /healthz with 404"),
+        ],
+    )
+    def test_what_answers(self, home: Path, running: None, answer: str, level: str, told: str) -> None:
+        def once() -> None:
+            peer, _ = server.accept()
+            with peer:
+                while b"\r\n\r\n" not in peer.recv(4096, socket.MSG_PEEK):
+                    pass
+                peer.recv(4096)
+                peer.sendall(f"HTTP/1.1 {answer}\r\nContent-Length: 0\r\n\r\n".encode())
+
+        with listening() as server:
+            address = address_of(server)
+            thread = threading.Thread(target=once)
+            thread.start()
+            found = list(doctor._tcp(patient(home, tcp_address=address, allowed_peer_uids="[7]")))
+            thread.join(30)
+        assert (found[0].level, found[0].text) == (level, f"{address} {told}")
+
+    def test_the_unit_lacks_the_drop_in(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        families = ["AF_UNIX"]
+        monkeypatch.setattr(doctor, "_of_unit", lambda who, name: families[0])
+        with listening() as free:
+            who = patient(home, tcp_address=address_of(free), allowed_peer_uids="[7]")
+        assert "lets the daemon have no TCP: AF_UNIX" in only(doctor._tcp, who).text
+        families[0] = "AF_UNIX AF_INET AF_NETLINK"
+        assert set(levels(doctor._tcp, who)) == {OK}
+
+    def test_the_kernel_does_not_tell(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def silent(host: str) -> None:
+            raise OSError("no such protocol")
+
+        monkeypatch.setattr(doctor.loopback, "check", silent)
+        bad = only(doctor._tcp, patient(home, tcp_address="127.0.0.1:6820"))
+        assert bad.level == FAIL and "does not tell who connects" in bad.text
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import json
 import os
 import pwd
 import shutil
+import socket
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -55,6 +56,22 @@ def test_what_it_passes_starts(stopped: Daemon) -> None:
     stopped.start()
     assert report(stopped)["fail"] == []
     stopped.stop()
+
+
+def test_a_daemon_on_tcp(make_daemon: MakeDaemon) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    daemon = make_daemon({"tcp_address": address, "allowed_peer_uids": [os.geteuid()]}, workers=1)
+
+    def told() -> list[tuple[str, str]]:
+        found = report(daemon)
+        return [(level, row["text"]) for level in found for row in found[level] if row["check"] == "tcp"]
+
+    served = ("ok", f"served there are only the UIDs {os.geteuid()}")
+    assert told() == [("ok", f"{address} answers"), served]
+    daemon.stop()
+    assert told() == [("ok", f"{address} can be bound"), served]
 
 
 def put_back(daemon: Daemon) -> None:
