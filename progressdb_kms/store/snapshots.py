@@ -44,7 +44,7 @@ LINES = "all.lines"
 UNFINISHED = "snapshot:"
 """Rows of the store with the name of a folder whose rotation has not taken place."""
 
-SMALL = 10_000
+SMALL = 5_000
 """Rows up to which a snapshot is a file a key."""
 
 _KEY = re.compile(rb'\{"key_id":"([^"]{1,128})"')

@@ -21,7 +21,7 @@ from tests.harness.daemon import Daemon, write_secret
 from tests.harness.faults import Step, killing, need_strace, steps_of
 from tests.harness.load import Load
 
-ROUNDS = 6
+ROUNDS = 3
 
 Done = subprocess.CompletedProcess[bytes]
 

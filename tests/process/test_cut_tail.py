@@ -13,7 +13,7 @@ from tests.harness.daemon import Daemon
 from tests.harness.load import Load
 
 PROMISE = 1.0
-ROUNDS = 4
+ROUNDS = 3
 
 
 class Record(NamedTuple):

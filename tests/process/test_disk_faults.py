@@ -73,7 +73,8 @@ class TestFullDisk:
             assert kms.request("GET", "/readyz").status == 200
             assert kms.ok("GET", f"/deks/{key}")["state"] == "enabled"  # no refused change was made
 
-    @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
+    @pytest.mark.long
+    @pytest.mark.parametrize("workers", [1, 2])
     def test_however_long_it_lasts(self, disk: Tmpfs, workers: int) -> None:
         """The janitor and the tidying go on failing; and it is well again by itself."""
         kept = Kept()
@@ -248,6 +249,9 @@ class TestSizeLimit:
             kept.create(kms, 2)
             daemon.audit_log.rename(daemon.audit_log.with_suffix(".1"))
             daemon.signal(signal.SIGHUP)
+            wait_until(
+                lambda: "policies are in force" in daemon.stderr, 10, "the configuration to be read anew"
+            )
             before = {pid: resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in daemon.pids()}
             limit = 3 * ROOM
             assert (daemon.data_dir / "kms.db").stat().st_size > 2 * limit

@@ -38,7 +38,7 @@ def test_a_log_that_was_unlinked(make_daemon: MakeDaemon, workers: int) -> None:
     said = [
         line for line in daemon.stderr.splitlines() if " witness: " not in line
     ]  # at the stop, and hourly
-    assert len(said) <= 4, said
+    assert len(said) <= 4, "\n".join(said)
     assert [
         sum(words in line for line in said) for words in ("not ready", "SIGHUP: the audit log", "ready again")
     ] == [

@@ -174,8 +174,8 @@ def survive(run: Run, count: int, seed: int) -> None:
                 raise
 
 
-def test_at_1000_moments(run: Run) -> None:
-    survive(run, 1000, seed=1)
+def test_at_400_moments(run: Run) -> None:
+    survive(run, 400, seed=1)
 
 
 @pytest.mark.long

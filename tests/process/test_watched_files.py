@@ -71,7 +71,19 @@ HARMS: dict[str, tuple[str, Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("harm", HARMS)
+LONG = [(1, harm) for harm in HARMS if harm not in ("unlinked", "the log replaced")]
+"""One process does as two; what differs is who holds which file."""
+
+
+@pytest.mark.parametrize(
+    ("daemon", "harm"),
+    [
+        pytest.param(workers, harm, marks=[pytest.mark.long] if (workers, harm) in LONG else [])
+        for workers in (1, 2)
+        for harm in HARMS
+    ],
+    indirect=["daemon"],
+)
 def test_taken_away(daemon: Daemon, harm: str) -> None:
     file, do, says = HARMS[harm]
     kept = Kept()
@@ -83,7 +95,7 @@ def test_taken_away(daemon: Daemon, harm: str) -> None:
         wait_until(lambda: "restore" in " ".join(reasons(kms)), 10, "the reason")
         assert file in reasons(kms)[0]
         kept.opens(kms)
-        time.sleep(2)
+        time.sleep(1.2)  # it looks each second
     (rescue,) = rescued(daemon)
     assert stat.S_IMODE(rescue.stat().st_mode) == 0o600
     assert f"progressdb-kms restore {rescue}" in daemon.stderr
@@ -199,7 +211,15 @@ def test_commands_beside_it_read_no_other_files(daemon: Daemon, command: tuple[s
 class TestWhatOthersMayDo:
     """A foreign checkpoint cuts the log to nothing, a VACUUM makes the file shorter: both are right."""
 
-    @pytest.mark.parametrize("mode", ["PASSIVE", "FULL", "RESTART", "TRUNCATE"])
+    @pytest.mark.parametrize(
+        "mode",
+        [
+            "PASSIVE",
+            pytest.param("FULL", marks=pytest.mark.long),
+            pytest.param("RESTART", marks=pytest.mark.long),
+            "TRUNCATE",
+        ],
+    )
     def test_a_checkpoint(self, daemon: Daemon, mode: str) -> None:
         self.look(daemon, f"PRAGMA wal_checkpoint({mode})")
 
@@ -210,7 +230,7 @@ class TestWhatOthersMayDo:
         kept = Kept()
         with daemon.session() as kms:
             kms.ok("GET", "/status")
-            for _ in range(3):
+            for _ in range(2):
                 kept.create(kms, 3)
                 for _ in range(60):
                     kms.create_dek("t" * 200)

@@ -259,6 +259,7 @@ class TestData:
         process = spawn(
             "encrypt", "--key-id", key, "--socket", str(kms.path), "-", str(out),
             stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # the tests may run under nohup
         )  # fmt: skip
         assert process.stdin is not None and process.stderr is not None
         process.stdin.write(b"not the end")
