@@ -182,7 +182,7 @@ class Worker:
             self._anchor()
         if not self.server.drain(DRAIN_SECONDS):
             log.warning("connections were cut: they did not end within %g s", DRAIN_SECONDS)
-        self._anchor()
+        self._anchor(last=True)
         self._audit.close()
         self._reader.close()
         self.server.slab.wipe()
@@ -194,9 +194,9 @@ class Worker:
         except KMSError as error:
             log.error("%s (%s)", error.message, error.hint)
 
-    def _anchor(self) -> None:
+    def _anchor(self, last: bool = False) -> None:
         try:
-            self._service.anchor()
+            self._service.anchor(last)
         except KMSError as error:
             if self._anchoring.failed(error.message):
                 log.warning("the head of the audit log is not kept in the store now: %s", error.message)

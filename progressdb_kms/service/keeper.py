@@ -52,7 +52,7 @@ from ..errors import (
     WeakKey,
 )
 from ..store import erasure, snapshots
-from ..store.contract import DekRecord, Store
+from ..store.contract import DekRecord, Store, Usage
 from ..store.pause import Pause
 from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS, refusal
 from ..store.sqlite import FILE_NAME
@@ -61,7 +61,8 @@ from .clock import REMEDY, Clock, TrustedTime
 from .lock import Files, publish
 from .plan import Configured
 from .rotation import Rewrapper, Rotation, Steps
-from .told import Overdue, Readiness
+from .told import NAMED, Overdue, Readiness
+from .usage import LOST, SPENT, near
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +172,8 @@ class Keeper:
         self._own = 0  # how far our own chain is anchored
         self._next_witness = clock.monotonic() + WITNESS_SECONDS
         self._synced = -SYNC_SECONDS
+        self._counted: dict[str, int] = {}  # of each worker, by its chain: the last batch of uses
+        self._told_near: dict[str, bool] = {}
 
     # ---- the loop ------------------------------------------------------------------------------
 
@@ -441,6 +444,8 @@ class Keeper:
     def hello(self, chain: str) -> dict[str, Any]:
         """A worker introduces its audit chain, and gets to know that the keeper is up."""
         self.note("chain_opened", opened=chain)
+        self._store.count([(key_id, Usage(LOST)) for key_id in self._store.heavy()])
+        self._effects.append(self._tell_near)
         return {}
 
     def accept_clock(self) -> dict[str, Any]:
@@ -448,9 +453,19 @@ class Keeper:
         self._effects.append(self._time.reload)
         return self._time.accept()
 
-    def anchor(self) -> dict[str, Any]:
-        """Nothing but the head that came with the job."""
+    def anchor(self, uses: Optional[dict[str, Any]] = None) -> dict[str, Any]:
+        """The head that came with the job, and uses of DEKs, each batch once."""
+        if uses and self._counted.get(uses["chain"]) != uses["number"]:
+            self._store.count((key_id, Usage(*counts)) for key_id, *counts in uses["rows"])
+            self._effects += [lambda: self._counted.update({uses["chain"]: uses["number"]}), self._tell_near]
         return {}
+
+    def _tell_near(self) -> None:
+        """Each DEK that comes near its limit, or is there, is a line of the journal once."""
+        for key_id, count in self._store.heavy().items():
+            if self._told_near.get(key_id) != (end := count >= SPENT):
+                self._told_near[key_id] = end
+                log.warning("%s", *near({key_id: count}))
 
     # ---- DEKs ------------------------------------------------------------------------------------
 
@@ -735,6 +750,7 @@ class Keeper:
                 warnings.append(f"{_next_start(kek_id)} ({row.deks} DEKs)")
         if held := self._time.look().held:
             warnings.append(f"scheduled deletions are held: {held} ({REMEDY})")
+        warnings += near(self._store.heavy())[:NAMED]
         store = self._probe()
         told = {"reasons": reasons + store, "warnings": warnings}
         return {**told, "audit_writable": not audit, "store_writable": not store}

@@ -22,11 +22,12 @@ from ..crypto.keyring import KekNotLoaded, Keyring, KeyringChanged
 from ..encoding import Buffer, new_key_id, wall
 from ..errors import AuthenticationFailed, BadRequest, Conflict, KeyNotFound, KMSError, Unavailable
 from ..rules import PeerRules
-from ..store.contract import DekRecord, Reader
+from ..store.contract import DekRecord, Reader, Usage
 from ..store.policy import refusal
 from .channel import KeeperClient, Staged
 from .clock import age
 from .metrics import Block
+from .usage import NOBODY, Uses, spent
 
 MAX_REMEMBERED = 20_000
 """Wrapped DEKs that a worker remembers: about 20 MB."""
@@ -56,7 +57,10 @@ class Readiness(NamedTuple):
     store_writable: bool
 
 
-BatchItem = tuple[Union[str, Wrapped], bytes, bytes]
+Source = Union[str, Wrapped]
+"""Which DEK: a stored one by its key_id, or one that a caller brings."""
+
+BatchItem = tuple[Source, bytes, bytes]
 """One item of a batch: which DEK, what data, which AAD. No named tuple: making it took as long as a seal."""
 
 Batch = Sequence[Union[BatchItem, KMSError]]
@@ -87,6 +91,7 @@ class Service:
         self._entries: dict[str, Entry] = {}
         self._unknown: dict[str, int] = {}  # key_ids that only a caller's blob names, by generation
         self._anchored = 0
+        self.uses = Uses(audit.chain if audit else "", spent(reader.heavy()))
 
     # ---- finding a DEK -----------------------------------------------------------------------------
 
@@ -136,11 +141,13 @@ class Service:
                 self._unknown.clear()
             self._unknown[key_id] = generation
 
+    def _used(self, source: Source, encrypts: int, decrypts: int, uid: int) -> None:
+        key_id = source if isinstance(source, str) else source.key_id
+        self.uses.add((key_id, encrypts, decrypts, uid))
+
     # ---- working under a DEK -----------------------------------------------------------------------
 
-    def _with_dek(
-        self, source: Union[str, Wrapped], scratch: memoryview, work: Callable[..., T], *args: Any
-    ) -> T:
+    def _with_dek(self, source: Source, scratch: memoryview, work: Callable[..., T], *args: Any) -> T:
         """`work(cipher under the DEK, *args)`; the DEK is in `scratch` meanwhile, and wiped after."""
         for _ in range(ATTEMPTS):
             wrapped = self.entry(source).wrapped if isinstance(source, str) else self._inline(source)
@@ -167,15 +174,26 @@ class Service:
         return wrapped
 
     def encrypt(
-        self, source: Union[str, Wrapped], plaintext: Buffer, aad: bytes, scratch: memoryview
+        self, source: Source, plaintext: Buffer, aad: bytes, scratch: memoryview, uid: int = NOBODY
     ) -> tuple[bytes, bytes]:
-        """(nonce, ciphertext | tag) under the DEK."""
+        """(nonce, ciphertext | tag) under the DEK. Raises Conflict where it has encrypted all it may."""
+        self._check_spent(source)
         nonce = os.urandom(NONCE_SIZE)
-        return nonce, self._with_dek(source, scratch, envelope.encrypt, nonce, plaintext, aad)
+        sealed = self._with_dek(source, scratch, envelope.encrypt, nonce, plaintext, aad)
+        self._used(source, 1, 0, uid)
+        return nonce, sealed
 
-    def decrypt(self, source: Union[str, Wrapped], message: Buffer, aad: bytes, scratch: memoryview) -> bytes:
+    def _check_spent(self, source: Source) -> None:
+        if self.uses.spent:
+            self.uses.check(source if isinstance(source, str) else source.key_id)
+
+    def decrypt(
+        self, source: Source, message: Buffer, aad: bytes, scratch: memoryview, uid: int = NOBODY
+    ) -> bytes:
         """Raises AuthenticationFailed: another DEK, another AAD or a changed bit."""
-        return self._with_dek(source, scratch, envelope.decrypt, message, aad)
+        opened = self._with_dek(source, scratch, envelope.decrypt, message, aad)
+        self._used(source, 0, 1, uid)
+        return opened
 
     def open_embedded(self, message: bytes, scratch: memoryview) -> bytes:
         """What ProgressDB's embedded mode sealed, under any loaded KEK. Raises AuthenticationFailed."""
@@ -197,16 +215,18 @@ class Service:
             return opened
         raise AuthenticationFailed
 
-    def encrypt_many(self, items: Batch, scratch: memoryview) -> Results:
-        return self._many(items, scratch, _encrypt_item)
+    def encrypt_many(self, items: Batch, scratch: memoryview, uid: int = NOBODY) -> Results:
+        return self._many(items, scratch, _encrypt_item, uid)
 
-    def decrypt_many(self, items: Batch, scratch: memoryview) -> Results:
-        return self._many(items, scratch, envelope.decrypt)
+    def decrypt_many(self, items: Batch, scratch: memoryview, uid: int = NOBODY) -> Results:
+        return self._many(items, scratch, envelope.decrypt, uid)
 
-    def _many(self, items: Batch, scratch: memoryview, one: Callable[[Aead, bytes, bytes], bytes]) -> Results:
+    def _many(
+        self, items: Batch, scratch: memoryview, one: Callable[[Aead, bytes, bytes], bytes], uid: int
+    ) -> Results:
         """Each DEK is unwrapped once; an item that fails spoils no other. Results in order: of an item
         that is an error already, that error."""
-        groups: dict[Union[str, Wrapped], list[int]] = {}
+        groups: dict[Source, list[int]] = {}
         results: Results = [_NOT_DONE] * len(items)
         for index, item in enumerate(items):
             if isinstance(item, KMSError):
@@ -215,7 +235,10 @@ class Service:
                 groups.setdefault(item[0], []).append(index)
         for source, indices in groups.items():
             try:
-                self._with_dek(source, scratch, _each, items, indices, one, results)
+                if one is _encrypt_item:
+                    self._check_spent(source)
+                done = self._with_dek(source, scratch, _each, items, indices, one, results)
+                self._used(source, *((done, 0) if one is _encrypt_item else (0, done)), uid)
             except KMSError as error:
                 for index in indices:
                     results[index] = error.bare()
@@ -238,14 +261,16 @@ class Service:
                 continue
         raise Unavailable("the keyring changes too fast", hint="try again")
 
-    def unwrap(self, wrapped: Wrapped, scratch: memoryview) -> memoryview:
+    def unwrap(self, wrapped: Wrapped, scratch: memoryview, uid: int = NOBODY) -> memoryview:
         """The DEK, in `scratch`, which the caller wipes. A DEK that the store knows as disabled or
         shredded stays closed here too."""
         for _ in range(ATTEMPTS):
             self.allow(wrapped.key_id)
             try:
                 with self.keyring.borrow(wrapped.kek_id) as kek:
-                    return envelope.unwrap_into(kek, wrapped, scratch)
+                    dek = envelope.unwrap_into(kek, wrapped, scratch)
+                self._used(wrapped, 0, 0, uid)
+                return dek
             except KeyringChanged:
                 continue
             except KekNotLoaded as missing:
@@ -267,17 +292,32 @@ class Service:
         """A question to the keeper."""
         return self._keeper.call(op, {}, None, 5.0)
 
-    def anchor(self) -> None:
-        """Have the head of this worker's audit chain kept in the store, where it moved since last time."""
-        head = self.audit.head
-        if head[1] != self._anchored:
-            self._keeper.call("anchor", {}, head, 5.0)
+    def anchor(self, last: bool = False) -> None:
+        """Have kept in the store what moved since last time: the head of this worker's audit chain, and what
+        was done under which DEK. `last`: all of that, however much it is."""
+        more = True
+        while more:
+            head, uses = self.audit.head, self.uses.batch(wall())
+            if head[1] == self._anchored and uses is None:
+                return
+            self._keeper.call("anchor", {"uses": uses} if uses else {}, head, 5.0)
             self._anchored = head[1]
+            more = uses is not None and (self.uses.taken(spent(self._reader.heavy())) or last)
 
     # ---- listings ---------------------------------------------------------------------------------------
 
     def page(self, after: str, limit: int, thread_id: Optional[str]) -> list[DekRecord]:
         return self._reader.page(after, limit, thread_id)
+
+    def usage(self, records: Sequence[DekRecord]) -> dict[str, Usage]:
+        """Of these DEKs those that were used; the last second may be missing."""
+        return self._reader.usage([record.key_id for record in records])
+
+    def limits(self) -> tuple[int, int]:
+        """DEKs that come near to what one may encrypt, and those that are there."""
+        heavy = self._reader.heavy()
+        worn = len(spent(heavy))
+        return len(heavy) - worn, worn
 
     def keks(self) -> dict[str, dict[str, Any]]:
         return {
@@ -298,14 +338,19 @@ class Service:
 
     def status(self) -> dict[str, Any]:
         active = self.keyring.active
-        keks = self.keks()
+        keks, (near, worn) = self.keks(), self.limits()
         since, seconds = self.kek_since()
         return {
             "kek_id": active.kek_id,
             "kek_version": str(active.version),
             "kek_since": since,
             "kek_age_seconds": seconds,
-            "deks": {"total": sum(int(row["count"]) for row in keks.values()), "by_kek": keks},
+            "deks": {
+                "total": sum(int(row["count"]) for row in keks.values()),
+                "by_kek": keks,
+                "near_limit": near,
+                "spent": worn,
+            },
             "audit": {"chain": self.audit.chain, "seq": self.audit.head[1]},
             "deletions": self.deletions(),
             **self.about(),
@@ -338,14 +383,17 @@ def _each(
     indices: list[int],
     one: Callable[[Aead, bytes, bytes], bytes],
     results: Results,
-) -> None:
-    """The items of one DEK, each for itself."""
+) -> int:
+    """The items of one DEK, each for itself. How many it worked for."""
+    done = len(indices)
     for index in indices:
         _, data, aad = items[index]  # type: ignore[misc]  # errors are in no group
         try:
             results[index] = one(cipher, data, aad)
         except KMSError as error:
             results[index] = error.bare()
+            done -= 1
+    return done
 
 
 _ZEROS = bytes(envelope.SCRATCH_SIZE)

@@ -7,12 +7,14 @@ both pass the same contract tests. What it holds is gone with the process, so no
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from ..encoding import json_loads
 from ..errors import StoreUnavailable
+from .contract import HEAVY, Usage
+from .policy import SHREDDED
 from .seal import Seal, StoreState, Tally
 from .sealed import Row, SealedReader, SealedStore, Written
 
@@ -22,12 +24,14 @@ class State(NamedTuple):
 
     deks: dict[str, Row]
     kms: dict[str, Row]
+    usage: dict[str, Usage]
     staged: Optional[dict[str, Row]] = None
     retired: tuple[dict[str, Row], ...] = ()
 
     def copy(self) -> State:
         staged = None if self.staged is None else dict(self.staged)
-        return State(dict(self.deks), dict(self.kms), staged, tuple(dict(t) for t in self.retired))
+        left = tuple(dict(t) for t in self.retired)
+        return State(dict(self.deks), dict(self.kms), dict(self.usage), staged, left)
 
 
 def _parsed(rows: list[Written]) -> dict[str, Row]:
@@ -62,6 +66,13 @@ class MemoryReader(SealedReader):
         names = self.names(prefix)
         return len(names), names[0] if names else ""
 
+    def usage(self, key_ids: Sequence[str]) -> dict[str, Usage]:
+        kept = self._state.usage
+        return {key_id: kept[key_id] for key_id in key_ids if key_id in kept}
+
+    def heavy(self) -> dict[str, int]:
+        return {key_id: row.encrypts for key_id, row in self._state.usage.items() if row.encrypts >= HEAVY}
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -71,7 +82,7 @@ class MemoryStore(SealedStore, MemoryReader):
 
     def __init__(self, key: Optional[memoryview] = None) -> None:
         super().__init__(self)
-        self.committed = State({}, {})
+        self.committed = State({}, {}, {})
         self._working: Optional[State] = None
         if key is not None:
             self.unlock(key)
@@ -122,6 +133,15 @@ class MemoryStore(SealedStore, MemoryReader):
     def erase(self, name: str) -> None:
         self._writable().kms.pop(name, None)
 
+    def count(self, rows: Iterable[tuple[str, Usage]]) -> None:
+        usage = self._writable().usage
+        for key_id, more in rows:
+            if self._state.deks.get(key_id, {"state": SHREDDED})["state"] != SHREDDED:
+                usage[key_id] = usage.get(key_id, Usage()).plus(more)
+
+    def _forget_usage(self, key_id: str) -> None:
+        self._writable().usage.pop(key_id, None)
+
     def due(self, now: str, limit: int) -> list[str]:
         return [name for name in self.names("deletion:") if name < f"deletion:{now}"][:limit]
 
@@ -155,7 +175,7 @@ class MemoryStore(SealedStore, MemoryReader):
 
     def _swap_tables(self) -> None:
         state = self._writable()
-        self._working = State(self._next(), state.kms, None, (*state.retired, state.deks))
+        self._working = State(self._next(), state.kms, state.usage, None, (*state.retired, state.deks))
 
     def retire(self, limit: int) -> bool:
         state = self._writable()

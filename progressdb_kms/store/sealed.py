@@ -8,6 +8,7 @@ from typing import Any, Callable, NamedTuple, Optional
 
 from ..errors import StoreDamaged, StoreUnavailable
 from .contract import DekRecord, counted
+from .policy import SHREDDED
 from .seal import END, MODULUS, STATE, KekCount, Seal, StoreState, Tally, weight
 
 ROWS = 1000
@@ -116,6 +117,9 @@ class SealedStore(SealedReader):
     def _swap_tables(self) -> None: ...
 
     @abstractmethod
+    def _forget_usage(self, key_id: str) -> None: ...
+
+    @abstractmethod
     def write(self, name: str, value: Row) -> None: ...
 
     # ---- the state ---------------------------------------------------------------------------
@@ -193,6 +197,8 @@ class SealedStore(SealedReader):
             self._count(one, *old.get(one.key_id, (None, 0)), row.weight)
 
     def _count(self, new: DekRecord, old: Optional[DekRecord], gone: int, come: int) -> None:
+        if new.state == SHREDDED:
+            self._forget_usage(new.key_id)
         self._book = self._book.counted(gone, come, counted(self._book.keks, old, new))
         if self._tally is not None:
             self._tally = self._tally.moved(new.key_id, live=come - gone)

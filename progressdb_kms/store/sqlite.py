@@ -9,6 +9,8 @@ The contract, for every store:
 - Readers see committed state only, and never wait for a writer.
 - `deks` rows are keyed `meta:<key_id>`; the service's own rows (`store:state`, `audit:…`) stand in `kms`.
 - Rows and the state row carry MACs: see `seal`. `unlock` brings the key.
+- What was done under each DEK stands in a table of its own, without MACs, untouched by rotation; it goes with
+  the DEK where that is shredded. It is no change of the store, and decides nothing but that it is too much.
 - `state()` tells the number of the last change, and how many DEKs need each KEK, without counting: it is kept
   with every write. After a COMMIT that failed it is read again from the disk.
 
@@ -36,7 +38,9 @@ from sqlitedict import SqliteDict
 from ..encoding import json_dumps, json_loads
 from ..errors import StoreDamaged, StoreUnavailable
 from . import outside
+from .contract import HEAVY, Usage
 from .pause import Pause
+from .policy import SHREDDED
 from .seal import Seal, StoreState, Tally
 from .sealed import SealedReader, SealedStore, Written
 from .watch import Watch
@@ -182,6 +186,21 @@ _PAIRS = (
     f'LEFT JOIN "{STAGED}" AS staged ON staged.key = live.key ORDER BY live.key'
 )
 
+_USAGE_TABLE = (
+    "CREATE TABLE IF NOT EXISTS usage (key_id TEXT PRIMARY KEY, encrypts INTEGER NOT NULL, decrypts INTEGER "
+    "NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL, uid INTEGER NOT NULL) WITHOUT ROWID"
+)
+USAGE_OF = "SELECT * FROM usage WHERE key_id IN (SELECT value FROM json_each(?))"
+_HEAVY_INDEX = f"CREATE INDEX IF NOT EXISTS usage_heavy ON usage (encrypts) WHERE encrypts >= {HEAVY}"
+_COUNT = (
+    "INSERT INTO usage SELECT ?, ?, ?, ?, ?, ? WHERE EXISTS (SELECT 1 FROM "  # noqa: S608
+    f"\"{DEKS}\" WHERE key = ? AND json_extract(value, '$.state') <> '{SHREDDED}') "
+    "ON CONFLICT (key_id) DO UPDATE SET encrypts = encrypts + excluded.encrypts, "
+    "decrypts = decrypts + excluded.decrypts, "
+    "first = coalesce(min(nullif(first, 0), nullif(excluded.first, 0)), first + excluded.first), "
+    "uid = CASE WHEN excluded.last >= last THEN excluded.uid ELSE uid END, last = max(last, excluded.last)"
+)
+
 
 def check_schema(path: Path, application: int, version: int) -> None:
     """The rule of upgrades and downgrades: a release opens the schema that it writes, and no other; the way
@@ -260,6 +279,16 @@ class SqliteReader(SealedReader):
         count, first = self._conn.select_one(query, (prefix, prefix + "\uffff"))
         return count, first
 
+    def usage(self, key_ids: Sequence[str]) -> dict[str, Usage]:
+        """Of these DEKs those that were used."""
+        rows = self._conn.select(USAGE_OF, (json_dumps(list(key_ids)),))
+        return {key_id: Usage(*counts) for key_id, *counts in rows}
+
+    def heavy(self) -> dict[str, int]:
+        """Encrypts under the DEKs that have HEAVY of them or more."""
+        rows = self._conn.select(f"SELECT key_id, encrypts FROM usage WHERE encrypts >= {HEAVY}")  # noqa: S608
+        return dict(rows)
+
     def close(self) -> None:
         self._conn.close()
 
@@ -329,6 +358,8 @@ class SqliteStore(SealedStore, SqliteReader):
         self._bind()
         if not version:
             self._index(DEKS)
+            for sql in (_USAGE_TABLE, _HEAVY_INDEX):
+                self._conn.execute(sql)
             select(f"PRAGMA user_version={SCHEMA_VERSION}")
         whole = self._checkpointed()  # if not, pages may stand in the log only
         pages, size = select("PRAGMA page_count")[0], select("PRAGMA page_size")[0]
@@ -521,6 +552,13 @@ class SqliteStore(SealedStore, SqliteReader):
 
     def erase(self, name: str) -> None:
         self._kms.pop(name, None)
+
+    def count(self, rows: Iterable[tuple[str, Usage]]) -> None:
+        """Add to what is kept of DEKs. One that is not stored, or shredded, is left out."""
+        self._conn.executemany(_COUNT, ((key_id, *more, "meta:" + key_id) for key_id, more in rows))
+
+    def _forget_usage(self, key_id: str) -> None:
+        self._conn.execute("DELETE FROM usage WHERE key_id = ?", (key_id,))
 
     def due(self, now: str, limit: int) -> list[str]:
         """Rows `deletion:<time>|<key_id>` of a time that has come: a hint where to look, no more."""

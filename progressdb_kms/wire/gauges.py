@@ -28,6 +28,8 @@ LIMITS = {
 
 FAMILIES = {
     "deks": "Stored DEKs, by the KEK that wraps them.",
+    "deks_near_limit": "DEKs with more than 2**31 encrypts of 2**32.",
+    "deks_spent": "DEKs with 2**32 encrypts: they only decrypt.",
     "kek_version": "Rotations of the KEK so far, plus one.",
     "kek_age_seconds": "Since the active KEK became that.",
     "workers": "Worker processes.",
@@ -66,8 +68,11 @@ def _samples(value: Value) -> Optional[list[tuple[str, float]]]:
 def _values(app: App) -> dict[str, Value]:
     service = app.service
     about = service.about()
+    near, spent = service.limits()
     values: dict[str, Value] = {
         "deks": {kek_id: row["count"] for kek_id, row in service.keks().items()},
+        "deks_near_limit": near,
+        "deks_spent": spent,
         "kek_version": service.keyring.active.version,
         "kek_age_seconds": service.kek_since()[1],
         "workers": about["workers"],

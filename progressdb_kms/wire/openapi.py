@@ -91,9 +91,17 @@ _MOVE = _request(
     new_aad=_BASE64,
 )
 _MOVE = _named("Reencrypt", _MOVE)
+_COUNT: Schema = {"type": "integer", "minimum": 0}
+_USAGE = _object(
+    "encrypts decrypts",
+    "first_used_at last_used_at last_uid",
+    **dict.fromkeys(("encrypts", "decrypts", "last_uid"), _COUNT),
+    **dict.fromkeys(("first_used_at", "last_used_at"), _TEXT),
+)
+_USAGE = _named("Usage", _USAGE, "What was done under a DEK, but for the last second or so.")
 _DESCRIPTION = _object(
     "key_id thread_id state kek_id kek_version created_at",
-    "delete_at shredded_at wrapped",
+    "delete_at shredded_at wrapped usage",
     key_id=_KEY_ID,
     thread_id=_TEXT,
     state={"enum": ["enabled", "disabled", "pending_deletion", "shredded"]},
@@ -103,6 +111,7 @@ _DESCRIPTION = _object(
     delete_at=_TEXT,
     shredded_at=_TEXT,
     wrapped=_BASE64,
+    usage=_USAGE,
 )
 _DESCRIPTION = _named("Dek", _DESCRIPTION, "A DEK without its key. Times are RFC 3339 in UTC.")
 
@@ -238,6 +247,7 @@ _QUERIES: dict[str, list[tuple[str, bool, Schema]]] = {
         ("cursor", False, _either({"const": ""}, _KEY_ID)),
         ("limit", False, {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}),
         ("thread_id", False, _THREAD_ID),
+        ("unused_for", False, {"type": "integer", "minimum": 0, "maximum": 9_999_999_999}),
     ],
 }
 

@@ -30,6 +30,8 @@ from ..encoding import (
     hex_decode_into,
     json_dumps,
     new_key_id,
+    timestamp,
+    wall,
 )
 from ..errors import (
     AuthenticationFailed,
@@ -47,8 +49,10 @@ from ..errors import (
 )
 from ..rules import Peer, Rights
 from ..service.keeper import describe
+from ..service.usage import told
 from ..service.worker import Batch, BatchItem, Results, wrapped_source
-from ..store.contract import DekRecord
+from ..store.contract import DekRecord, Usage
+from ..store.policy import SHREDDED
 from . import dialect, gauges, openapi, secretjson
 from .call import (
     BINARY,
@@ -160,6 +164,7 @@ def get_wrapped(app: App, call: Call) -> Reply:
     if key_id is None:
         raise BadRequest.missing("key_id")
     record = _usable(app, call, checked_key_id(key_id))
+    app.service.uses.add((record.key_id, 0, 0, call.peer.uid))
     body = {
         "wrapped": b64encode(record.wrapped),
         "kek_id": record.kek_id,
@@ -181,7 +186,7 @@ def _usable(app: App, call: Call, key_id: str) -> DekRecord:
 
 
 def list_deks(app: App, call: Call) -> Reply:
-    known_query(call, "cursor", "limit", "thread_id")
+    known_query(call, "cursor", "limit", "thread_id", "unused_for")
     cursor, limit, thread_id = (query_value(call, name) for name in ("cursor", "limit", "thread_id"))
     if cursor:
         checked_key_id(cursor, "cursor")
@@ -192,22 +197,42 @@ def list_deks(app: App, call: Call) -> Reply:
         raise BadRequest.invalid("limit", f"must be a whole number from 1 to {MAX_PAGE}")
     if thread_id is not None:
         checked_thread_id(thread_id)
-    shown, following = _visible(app, call, cursor or "", size, thread_id)
-    return answer({"deks": [describe(r) for r in shown], "next_cursor": following})
+    shown, following = _visible(app, call, cursor or "", size, thread_id, _unused_since(call))
+    return answer({"deks": shown, "next_cursor": following})
+
+
+def _unused_since(call: Call) -> Optional[str]:
+    text = query_value(call, "unused_for")
+    if text is None:
+        return None
+    if not re.fullmatch("[0-9]{1,10}", text):
+        raise BadRequest.invalid("unused_for", "must be a whole number of seconds")
+    return timestamp(wall() - int(text))
+
+
+def _unused(record: DekRecord, usage: Optional[Usage], since: str) -> bool:
+    """One that is younger than that time was no use to anybody yet, and is not meant."""
+    used = timestamp(usage.last) if usage else ""
+    return record.state != SHREDDED and max(record.created_at, used) < since
 
 
 def _visible(
-    app: App, call: Call, after: str, size: int, thread_id: Optional[str]
-) -> tuple[list[DekRecord], Optional[str]]:
-    """A page of what the peer may use, and where the next one begins. Where little of much is visible the
-    page is short, or empty, and yet not the last: no call looks through the whole store."""
-    shown: list[DekRecord] = []
+    app: App, call: Call, after: str, size: int, thread_id: Optional[str], since: Optional[str]
+) -> tuple[list[dict[str, Any]], Optional[str]]:
+    """A page of what the peer may use, and where the next one begins; of what was not used `since` then.
+    Where little of much is shown the page is short, or empty, and yet not the last: no call looks through the
+    whole store."""
+    shown: list[dict[str, Any]] = []
     for _ in range(MAX_LOOKS):
         records = app.service.page(after, size + 1, thread_id)
         more, records = len(records) > size, records[:size]
+        usage = app.service.usage(records)
         for record in records:
+            used = usage.get(record.key_id)
+            if since is not None and not _unused(record, used, since):
+                continue
             if not call.rights or call.rights.sees(record.key_id, record.thread_id):
-                shown.append(record)
+                shown.append({**describe(record), **told(record, used)})
                 if len(shown) == size:
                     last = record is records[-1] and not more
                     return shown, None if last else record.key_id
@@ -218,7 +243,8 @@ def _visible(
 
 
 def describe_dek(app: App, call: Call) -> Reply:
-    return answer(describe(app.service.record(path_key_id(app, call))))
+    record = app.service.record(path_key_id(app, call))
+    return answer({**describe(record), **told(record, app.service.usage([record]).get(record.key_id))})
 
 
 def disable_dek(app: App, call: Call) -> Reply:
@@ -274,23 +300,24 @@ _ONE = {field: re.compile(item_pattern(field, b" ?: ?", b" ?, ?")) for field in 
 def encrypt(app: App, call: Call) -> Reply:
     if call.head.content_type == BINARY:
         key_id, aad = _raw_source(app, call)
-        nonce, sealed = app.service.encrypt(key_id, call.body, aad, call.scratch)
+        nonce, sealed = app.service.encrypt(key_id, call.body, aad, call.scratch, call.peer.uid)
         return Reply(200, sealed, BINARY, lead=nonce)
     source, plaintext, aad = _data_request(app, call, "plaintext")
-    nonce, sealed = app.service.encrypt(source, plaintext, aad, call.scratch)
+    nonce, sealed = app.service.encrypt(source, plaintext, aad, call.scratch, call.peer.uid)
     return Reply(200, b'{"ciphertext":"%b"}' % b64encode_bytes(nonce + sealed))
 
 
 def decrypt(app: App, call: Call) -> Reply:
     if call.head.content_type == BINARY:
         key_id, aad = _raw_source(app, call)
-        return Reply(200, app.service.decrypt(key_id, call.body, aad, call.scratch), BINARY)
+        opened = app.service.decrypt(key_id, call.body, aad, call.scratch, call.peer.uid)
+        return Reply(200, opened, BINARY)
     source, ciphertext, aad = _data_request(app, call, "ciphertext")
     if ciphertext[:1] in dialect.FIRST_BYTES:
         reply = _progressdb(app, call, source, ciphertext, aad)
         if reply is not None:
             return reply
-    opened = app.service.decrypt(source, ciphertext, aad, call.scratch)
+    opened = app.service.decrypt(source, ciphertext, aad, call.scratch, call.peer.uid)
     return Reply(200, b'{"plaintext":"%b"}' % b64encode_bytes(opened))
 
 
@@ -302,7 +329,8 @@ def _progressdb(
         return None
     kept = dialect.kept_token(data)
     if kept is not None:
-        return Reply(200, dialect.raw_json(app.service.decrypt(key_id, kept, aad, call.scratch)))
+        opened = app.service.decrypt(key_id, kept, aad, call.scratch, call.peer.uid)
+        return Reply(200, dialect.raw_json(opened))
     sealed = dialect.embedded(data) if not aad else None
     if sealed is None:
         return None
@@ -371,7 +399,7 @@ def decrypt_batch(app: App, call: Call) -> Reply:
     return _batch(app, call, "ciphertext", "plaintext", app.service.decrypt_many)
 
 
-Many = Callable[[Batch, memoryview], Results]
+Many = Callable[[Batch, memoryview, int], Results]
 
 
 def _batch(app: App, call: Call, given: str, wanted: str, work: Many) -> Reply:
@@ -379,7 +407,7 @@ def _batch(app: App, call: Call, given: str, wanted: str, work: Many) -> Reply:
         items = _each(rows, lambda fields: (fields.source(), fields.data(given), fields.aad()))
         if call.rights:
             items = _permitted(app, call, items, lambda item: (item[0],))
-        return items, work(items, call.scratch)
+        return items, work(items, call.scratch, call.peer.uid)
 
     return _batch_reply(app, call, wanted, batch_items(_json(call), given), carry_out)
 
@@ -541,10 +569,10 @@ def _sources(moves: Sequence[Union[_Move, KMSError]]) -> Batch:
 
 def _moved(app: App, call: Call, moves: Sequence[Union[_Move, KMSError]]) -> tuple[Results, int]:
     """(ciphertexts, how many were messages of ProgressDB's embedded mode)."""
-    opened = app.service.decrypt_many(_sources(moves), call.scratch)
+    opened = app.service.decrypt_many(_sources(moves), call.scratch, call.peer.uid)
     embedded = _open_embedded(app, call, moves, opened)
     again = [_again(move, text) for move, text in zip(moves, opened)]
-    return app.service.encrypt_many(again, call.scratch), embedded
+    return app.service.encrypt_many(again, call.scratch, call.peer.uid), embedded
 
 
 def _open_embedded(app: App, call: Call, moves: Sequence[Union[_Move, KMSError]], results: Results) -> int:
@@ -605,7 +633,7 @@ def unwrap(app: App, call: Call) -> Reply:
     _may_use(app, call, wrapped.key_id)
     out = call.answer
     try:
-        dek = app.service.unwrap(wrapped, call.scratch)
+        dek = app.service.unwrap(wrapped, call.scratch, call.peer.uid)
         out[:8] = b'{"dek":"'
         end = 8 + b64encode_into(dek, out[8:])
     finally:

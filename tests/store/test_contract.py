@@ -11,7 +11,7 @@ from typing import Any, Callable, Union
 import pytest
 
 from progressdb_kms.errors import StoreDamaged, StoreUnavailable
-from progressdb_kms.store.contract import DekRecord
+from progressdb_kms.store.contract import HEAVY, DekRecord, Usage
 from progressdb_kms.store.memstore import MemoryReader, MemoryStore
 from progressdb_kms.store.policy import SHREDDED
 from progressdb_kms.store.seal import STATE, KekCount
@@ -121,6 +121,67 @@ class TestRows:
         with store.transaction():
             store.erase("kek:a")
         assert reader.read("kek:a") is None and reader.names("kek:") == ["kek:b"]
+
+
+class TestUsage:
+    """What was done under a DEK: added up, gone with it, and no change of the store."""
+
+    def count(self, store: AnyStore, **rows: Usage) -> None:
+        with store.transaction():
+            store.count(rows.items())
+
+    def test_it_adds_up(self, store: AnyStore, reader: AnyReader) -> None:
+        put(store, dek("a"), dek("b"))
+        before = store.state()
+        assert reader.usage(["a", "b"]) == {}
+        self.count(store, a=Usage(1, 2, 50, 60, 7), b=Usage(0, 1, 10, 10, 0))
+        self.count(store, a=Usage(10, 20, 40, 55, 8))
+        assert reader.usage(["a", "b", "c"]) == {"a": Usage(11, 22, 40, 60, 7), "b": Usage(0, 1, 10, 10, 0)}
+        self.count(store, a=Usage(5, last=60, first=60, uid=9))
+        self.count(store, a=Usage(5))
+        assert reader.usage(["a"]) == {"a": Usage(21, 22, 40, 60, 9)}
+        assert store.state() == before
+
+    def test_a_dek_that_is_not_there_has_none(self, store: AnyStore, reader: AnyReader) -> None:
+        self.count(store, a=Usage(1, 1, 1, 1, 1))
+        assert reader.usage(["a"]) == {} and reader.usage([]) == {}
+
+    def test_it_goes_with_the_dek(self, store: AnyStore, reader: AnyReader) -> None:
+        put(store, dek("a"), dek("b"))
+        self.count(store, a=Usage(HEAVY, 0, 1, 1, 1), b=Usage(1, 0, 1, 1, 1))
+        put(store, dek("a", state=SHREDDED)._replace(wrapped=b""))
+        assert reader.usage(["a", "b"]) == {"b": Usage(1, 0, 1, 1, 1)} and reader.heavy() == {}
+        self.count(store, a=Usage(1, 0, 1, 1, 1))  # it was under way
+        assert reader.usage(["a"]) == {}
+
+    def test_a_rotation_leaves_it(self, store: AnyStore, reader: AnyReader) -> None:
+        put(store, dek("a"))
+        self.count(store, a=Usage(3, 2, 1, 1, 1))
+        with store.transaction():
+            store.staging(True)
+            store.stage([dek("a", kek_id=NEW)])
+            store.swap({NEW: KekCount(2, 1, "")})
+        self.count(store, a=Usage(1, 0, 2, 2, 2))
+        assert reader.usage(["a"]) == {"a": Usage(4, 2, 1, 2, 2)}
+
+    def test_the_heavy_ones_are_found(self, store: AnyStore, reader: AnyReader) -> None:
+        put(store, dek("a"), dek("b"), dek("c"))
+        self.count(store, a=Usage(HEAVY - 1), b=Usage(HEAVY), c=Usage(3 * HEAVY))
+        assert reader.heavy() == {"b": HEAVY, "c": 3 * HEAVY}
+
+    def test_a_failed_transaction_counts_nothing(self, store: AnyStore, reader: AnyReader) -> None:
+        put(store, dek("a"))
+        with contextlib.suppress(Stop), store.transaction():
+            store.count([("a", Usage(1))])
+            raise Stop
+        assert reader.usage(["a"]) == {}
+
+
+def test_heavy_ones_are_found_by_an_index(tmp_path: Path) -> None:
+    SqliteStore(tmp_path, KEY).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "kms.db")) as db:
+        (row,) = db.execute(f"EXPLAIN QUERY PLAN SELECT key_id FROM usage WHERE encrypts >= {HEAVY}")
+    assert "usage_heavy" in row[3]
 
 
 class TestPages:

@@ -11,6 +11,7 @@ from tests.harness import Daemon, Session
 from tests.harness.wire import b64
 
 DESCRIPTION = {"key_id", "thread_id", "kek_id", "kek_version", "created_at", "state"}
+TOLD = DESCRIPTION | {"usage"}
 
 
 def use(kms: Session, key: str) -> int:
@@ -93,7 +94,7 @@ class TestListed:
     def test_of_a_thread(self, kms: Session, keys: list[str]) -> None:
         page = kms.ok("GET", "/deks?thread_id=listed%201")
         assert [row["key_id"] for row in page["deks"]] == keys[1::2] and page["next_cursor"] is None
-        assert all(set(row) == DESCRIPTION for row in page["deks"])  # and so no wrapped bytes
+        assert all(set(row) == TOLD for row in page["deks"])  # and so no wrapped bytes
 
     @pytest.mark.parametrize(
         ("query", "code"),
@@ -106,6 +107,10 @@ class TestListed:
             ("cursor=a/b", "invalid_cursor"),
             ("thread_id=", "invalid_thread_id"),
             ("page=2", "unknown_field"),
+            ("unused_for=", "invalid_unused_for"),
+            ("unused_for=90d", "invalid_unused_for"),
+            ("unused_for=-1", "invalid_unused_for"),
+            ("unused_for=10000000000", "invalid_unused_for"),
         ],
     )
     def test_bad_queries_are_named(self, kms: Session, query: str, code: str) -> None:

@@ -1,0 +1,122 @@
+"""How often each DEK was used, when, and by whom: what a worker has seen and not handed over yet.
+
+Whoever uses a DEK appends four words to a queue: no lock, no system call, no clock. The worker's main loop
+adds them up twice a second, and what it has goes to the keeper with the head of the audit chain, which goes
+then anyway: the same job, the same transaction, no flush of the disk of its own. So the numbers in the store
+are right over all workers and restarts, a second old at most while the keeper keeps up, and what dies with a
+process is what it had not handed over: its last second.
+
+A batch is handed over again, under the same number, until the keeper has answered: it counts none twice. Who
+uses more DEKs at random than ROWS a beat has them wait, up to WAITING of them; past that they are handed over
+as they come.
+
+AES-GCM with random nonces is safe for 2**32 messages under one key (NIST SP 800-38D, 8.3): then the odds of a
+nonce that came twice pass 2**-32. Such a DEK is `spent`: it decrypts, and encrypts no more.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Callable, Optional
+
+from ..encoding import timestamp
+from ..errors import Conflict
+from ..store.contract import DekRecord, Usage
+from ..store.policy import SHREDDED
+
+SPENT = 2**32
+"""Encrypts under one DEK at which it takes no more."""
+
+LOST = 1 << 15
+"""Encrypts that a worker which died may not have handed over: each that starts adds them to heavy DEKs."""
+
+ROWS = 150
+"""DEKs of one job: 26 kB with the longest names."""
+
+WAITING = 20_000
+"""DEKs that wait to be handed over at the most: some 5 MB."""
+
+NOBODY = -1
+"""In the place of a UID that isn't known."""
+
+
+class Uses:
+    """Of one worker. `add` may be called by any thread, the rest by its main loop alone."""
+
+    def __init__(self, chain: str, spent: frozenset[str] = frozenset()) -> None:
+        """`chain` tells this worker's batches from those of others."""
+        self._log: deque[tuple[str, int, int, int]] = deque()
+        self.add: Callable[[tuple[str, int, int, int]], None] = self._log.append
+        """(key_id, encrypts, decrypts, uid)"""
+        self.spent = spent
+        self._chain = chain
+        self._waiting: dict[str, list[int]] = {}
+        self._sent: Sequence[Sequence[Any]] = []
+        self._number = 0
+
+    def check(self, key_id: str) -> None:
+        """Raises Conflict for a DEK that may encrypt no more."""
+        if key_id in self.spent:
+            raise Conflict(
+                f"the key {key_id} has encrypted {SPENT:,} messages, as many as one AES-GCM key may: it "
+                "only decrypts from now on",
+                code="key_spent",
+                hint="make another DEK for its thread, and encrypt under that",
+            )
+
+    def batch(self, now: float) -> Optional[dict[str, Any]]:
+        """What to hand over; None where there is nothing."""
+        waiting, second = self._waiting, int(now)
+        for _ in range(len(self._log)):
+            key_id, encrypts, decrypts, uid = self._log.popleft()
+            row = waiting.get(key_id)
+            if row is None:
+                waiting[key_id] = [encrypts, decrypts, second, second, uid]
+            else:
+                row[0] += encrypts
+                row[1] += decrypts
+                row[3:] = second, uid
+        if not self._sent:
+            names = list(itertools.islice(waiting, ROWS))
+            self._sent = [(name, *waiting.pop(name)) for name in names]
+            self._number += bool(names)
+        return {"chain": self._chain, "number": self._number, "rows": self._sent} if self._sent else None
+
+    def taken(self, spent: frozenset[str]) -> bool:
+        """The last batch is counted. True: too many wait, or there is no later."""
+        self._sent, self.spent = [], spent
+        return len(self._waiting) > WAITING
+
+    @property
+    def left(self) -> bool:
+        return bool(self._waiting or self._sent or self._log)
+
+
+def told(record: DekRecord, usage: Optional[Usage]) -> dict[str, Any]:
+    """For the API: `usage` with what applies of it, and nothing of a DEK that is shredded."""
+    if record.state == SHREDDED:
+        return {}
+    usage = usage or Usage()
+    result: dict[str, Any] = {"encrypts": usage.encrypts, "decrypts": usage.decrypts}
+    if usage.last:
+        result.update(first_used_at=timestamp(usage.first), last_used_at=timestamp(usage.last))
+        if usage.uid != NOBODY:
+            result["last_uid"] = usage.uid
+    return {"usage": result}
+
+
+def near(heavy: dict[str, int]) -> list[str]:
+    """What the operator should know of DEKs with many encrypts, the nearest to the end first."""
+    found = sorted(heavy.items(), key=lambda item: -item[1])
+    return [
+        f"the DEK {key_id} has {count:,} encrypts"
+        + (", which is the end: it only decrypts" if count >= SPENT else f" of {SPENT:,} that it may have")
+        + ": make another one for its thread"
+        for key_id, count in found
+    ]
+
+
+def spent(heavy: dict[str, int]) -> frozenset[str]:
+    return frozenset(key_id for key_id, count in heavy.items() if count >= SPENT)

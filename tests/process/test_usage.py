@@ -1,0 +1,190 @@
+"""Uses of DEKs over a daemon's life: right over workers, kept over stops, and what a kill -9 may take."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from progressdb_kms.service.usage import LOST, SPENT
+from progressdb_kms.store.contract import HEAVY, Usage
+from progressdb_kms.store.sqlite import SqliteStore
+from tests.harness import Daemon
+from tests.harness.procs import wait_until
+from tests.harness.wire import b64
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="reads the store of a daemon that is not dumpable")
+
+
+@pytest.fixture
+def daemon() -> Iterator[Daemon]:
+    with Daemon(workers=2) as daemon:
+        yield daemon
+
+
+def usage(daemon: Daemon, key: str) -> dict[str, Any]:
+    return daemon.ok("GET", "/deks/" + key)["usage"]  # type: ignore[no-any-return]
+
+
+def counts(daemon: Daemon, key: str) -> tuple[int, int]:
+    found = usage(daemon, key)
+    return found["encrypts"], found["decrypts"]
+
+
+def shows(daemon: Daemon, key: str, *wanted: int) -> None:
+    wait_until(lambda: counts(daemon, key) == wanted, 60, f"{key} to have {wanted} uses")
+
+
+def load(daemon: Daemon, key: str, rounds: int) -> tuple[int, int]:
+    """Over several connections, so that each worker has some. How many encrypts and decrypts it was."""
+    for _ in range(rounds):
+        with daemon.session() as kms:
+            sealed = kms.encrypt(key, b"hello")
+            kms.decrypt(key, sealed)
+            items = [{"key_id": key, "plaintext": ""}] * 3
+            kms.ok("POST", "/encrypt_batch", {"items": items})
+            again = {"key_id": key, "new_key_id": key, "ciphertext": b64(sealed)}
+            kms.ok("POST", "/reencrypt", again)
+            raw = kms.request("POST", f"/encrypt?key_id={key}", b"raw").body
+            kms.request("POST", f"/decrypt?key_id={key}", raw)
+            wrapped = kms.get_wrapped(key)["wrapped"]
+            kms.ok("POST", "/encrypt", {"wrapped": wrapped, "plaintext": ""})
+    return 7 * rounds, 3 * rounds
+
+
+def inject(daemon: Daemon, key: str, encrypts: int) -> None:
+    """As if it had been used so often, while the daemon is stopped."""
+    store = SqliteStore(daemon.data_dir)
+    with store.transaction():
+        store.count([(key, Usage(encrypts, 0, 1, 1, 1))])
+    store.close()
+
+
+@pytest.fixture(params=[1, 2], ids=["1 worker", "2 workers"])
+def each(request: pytest.FixtureRequest) -> Iterator[Daemon]:
+    with Daemon(workers=request.param) as daemon:
+        yield daemon
+
+
+def test_right_over_workers_and_kept_over_stops(each: Daemon) -> None:
+    daemon, begun = each, int(time.time()) - 1
+    with daemon.session() as kms:
+        key, other = (kms.create_dek("t")["key_id"] for _ in range(2))
+    done = load(daemon, key, 6)
+    shows(daemon, key, *done)
+    shows(daemon, other, 0, 0)
+    found = usage(daemon, key)
+    assert found["last_uid"] == os.geteuid()
+    assert time.gmtime(begun) <= time.strptime(found["first_used_at"][:19], "%Y-%m-%dT%H:%M:%S")
+    assert found["first_used_at"] <= found["last_used_at"]
+    more = load(daemon, key, 1)  # and at once: what is not handed over yet goes with the stop
+    daemon.stop()
+    daemon.start()
+    assert counts(daemon, key) == (done[0] + more[0], done[1] + more[1])
+    daemon.ok("DELETE", "/deks/" + key, {"immediately": True})
+    assert "usage" not in daemon.ok("GET", "/deks/" + key)
+
+
+def test_a_kill_takes_the_last_second_at_most(daemon: Daemon) -> None:
+    with daemon.session() as kms:
+        key = kms.create_dek("t")["key_id"]
+    done = load(daemon, key, 4)
+    shows(daemon, key, *done)
+    with daemon.session() as kms:
+        for _ in range(50):
+            kms.encrypt(key, b"")
+    daemon.kill()
+    daemon.start()
+    encrypts, decrypts = counts(daemon, key)
+    assert done[0] <= encrypts <= done[0] + 50 and decrypts == done[1]
+    load(daemon, key, 1)
+    shows(daemon, key, encrypts + 7, decrypts + 3)
+
+
+@pytest.mark.parametrize("victim", ["worker", pytest.param("keeper", marks=pytest.mark.long)])
+def test_one_process_dies(victim: str) -> None:
+    with Daemon(workers=2) as daemon:
+        with daemon.session() as kms:
+            key = kms.create_dek("t")["key_id"]
+        done = load(daemon, key, 4)
+        shows(daemon, key, *done)
+        writer, before = daemon.writer, daemon.pids()
+        dies = writer if victim == "keeper" else next(p for p in before[1:] if p != writer)
+        os.kill(dies, signal.SIGKILL)
+        wait_until(lambda: dies not in daemon.pids() and len(daemon.pids()) == len(before), 60, "a new one")
+        wait_until(lambda: daemon.request("GET", "/readyz").status == 200, 60, "the daemon to be ready")
+        assert counts(daemon, key) == done
+        more = load(daemon, key, 2)
+        shows(daemon, key, done[0] + more[0], done[1] + more[1])
+
+
+def test_the_limits(daemon: Daemon) -> None:
+    with daemon.session() as kms:
+        many, most, fresh = (kms.create_dek(name)["key_id"] for name in ("many", "most", "fresh"))
+        sealed = kms.encrypt(most, b"old")
+    shows(daemon, most, 1, 0)
+    daemon.stop()
+    inject(daemon, many, HEAVY)
+    inject(daemon, most, SPENT - 3 - 2 * LOST)  # each of two workers will add that much at its start
+    daemon.start()
+    shows(daemon, many, HEAVY + 2 * LOST, 0)
+    shows(daemon, most, SPENT - 2, 0)
+    with daemon.session() as kms:
+        for _ in range(2):
+            kms.encrypt(most, b"the last")
+
+        def refused() -> bool:
+            reply = kms.request("POST", "/encrypt", {"key_id": most, "plaintext": ""})
+            return reply.status != 200 and (reply.status, reply.code) == (409, "key_spent")
+
+        wait_until(refused, 60, "the DEK to be refused")
+        items = [{"key_id": most, "plaintext": ""}, {"key_id": fresh, "plaintext": ""}]
+        shown = kms.ok("POST", "/encrypt_batch", {"items": items})["items"]
+        assert shown[0]["error"]["code"] == "key_spent" and "ciphertext" in shown[1]
+        assert kms.decrypt(most, sealed) == b"old"
+        moved = kms.ok("POST", "/reencrypt", {"key_id": most, "new_key_id": fresh, "ciphertext": b64(sealed)})
+        assert moved["ciphertext"]
+        warnings = " ".join(kms.ok("GET", "/readyz")["warnings"])
+        assert f"the DEK {most} has" in warnings and "which is the end" in warnings
+        assert f"the DEK {many} has" in warnings and f"of {SPENT:,} that it may have" in warnings
+        deks = kms.ok("GET", "/status")["deks"]
+        assert (deks["near_limit"], deks["spent"]) == (1, 1)
+        metrics = kms.request("GET", "/metrics").body.decode()
+    assert re.search("^progressdb_kms_deks_near_limit 1$", metrics, re.M)
+    assert re.search("^progressdb_kms_deks_spent 1$", metrics, re.M)
+    assert f"the DEK {many} has" in daemon.stderr and f"the DEK {most} has" in daemon.stderr
+    daemon.stop()
+    daemon.start()  # and it stays so
+    reply = daemon.request("POST", "/encrypt", {"key_id": most, "plaintext": ""})
+    assert (reply.status, reply.code) == (409, "key_spent")
+    assert "make another DEK" in json.loads(reply.body)["error"]["hint"]
+
+
+def test_what_was_not_used_is_found() -> None:
+    with Daemon(workers=1) as daemon:
+        with daemon.session() as kms:
+            for name in "abcd":
+                kms.ok("POST", "/deks", {"thread_id": name, "key_id": name}, status=201)
+        daemon.stop()
+        now = int(time.time())
+        store = SqliteStore(daemon.data_dir)
+        with store.transaction():
+            store.count([("a", Usage(1, 0, 1, now - 3600, 1)), ("c", Usage(1, 0, 1, now + 3600, 1))])
+        store.close()
+        daemon.start()
+
+        def unused(seconds: int, more: str = "") -> list[str]:
+            page = daemon.ok("GET", f"/deks?unused_for={seconds}{more}")
+            return [row["key_id"] for row in page["deks"]]
+
+        assert unused(86400) == []  # all are younger than that
+        wait_until(lambda: unused(0) == ["a", "b", "d"], 60, "a second to pass")
+        assert unused(0, "&limit=1") == ["a"] and unused(0, "&thread_id=d") == ["d"]
+        daemon.ok("DELETE", "/deks/b", {"immediately": True})
+        assert unused(0) == ["a", "d"]

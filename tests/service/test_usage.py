@@ -1,0 +1,238 @@
+"""Uses of DEKs on their way from the worker that sees them to the store: each is counted once."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from progressdb_kms.errors import AuthenticationFailed, Conflict, KeyNotFound, StoreUnavailable
+from progressdb_kms.service import usage
+from progressdb_kms.service.usage import SPENT, Uses, near, told
+from progressdb_kms.service.worker import Service
+from progressdb_kms.store.contract import HEAVY, DekRecord, Usage
+from tests.service.test_anchors import Site as KeeperSite
+from tests.service.test_anchors import site as keeper_site  # noqa: F401
+from tests.service.test_worker import TEXT
+from tests.service.test_worker import Site as WorkerSite
+
+
+def rows(uses: Uses, now: float = 100.0) -> dict[str, list[int]]:
+    """The next batch, taken at once."""
+    batch = uses.batch(now)
+    uses.taken(frozenset())
+    return {name: counts for name, *counts in batch["rows"]} if batch else {}
+
+
+def test_uses_of_a_beat_are_one_row() -> None:
+    uses = Uses("1.1")
+    for use in (("a", 1, 0, 7), ("b", 0, 1, 7), ("a", 5, 0, 8), ("a", 0, 2, 9)):
+        uses.add(use)
+    assert uses.left and rows(uses, 100.7) == {"a": [6, 2, 100, 100, 9], "b": [0, 1, 100, 100, 7]}
+    assert not uses.left and uses.batch(101) is None
+
+
+def test_what_waits_keeps_its_first_time_and_is_handed_over_oldest_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(usage, "ROWS", 2)
+    uses = Uses("1.1")
+    for name in "abcd":
+        uses.add((name, 1, 0, 1))
+    assert list(rows(uses, 10)) == ["a", "b"]
+    uses.add(("d", 1, 0, 2))
+    uses.add(("a", 1, 0, 2))
+    assert rows(uses, 20) == {"c": [1, 0, 10, 10, 1], "d": [2, 0, 10, 20, 2]}
+    assert rows(uses, 30) == {"a": [1, 0, 20, 20, 2]} and not uses.left
+
+
+def test_more_than_may_wait_is_handed_over_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "ROWS", 2)
+    monkeypatch.setattr(usage, "WAITING", 3)
+    uses = Uses("1.1")
+    for number in range(8):
+        uses.add((f"k{number}", 1, 0, 1))
+    more = []
+    while uses.batch(1):
+        more.append(uses.taken(frozenset()))
+    assert more == [True, True, False, False]
+
+
+def test_a_batch_comes_again_until_it_is_taken() -> None:
+    uses = Uses("1.1")
+    uses.add(("a", 1, 0, 1))
+    first = uses.batch(1)
+    uses.add(("a", 1, 0, 1))
+    assert uses.batch(2) == first and first is not None
+    uses.taken(frozenset())
+    second = uses.batch(3)
+    assert second is not None and second["number"] == first["number"] + 1
+    assert second["rows"] == [("a", 1, 0, 2, 2, 1)]
+
+
+def test_threads_lose_no_use() -> None:
+    uses = Uses("1.1")
+    begun = threading.Barrier(5)
+
+    def work() -> None:
+        begun.wait()
+        for _ in range(20_000):
+            uses.add(("a", 1, 0, 1))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    begun.wait()
+    counted = 0
+    while any(thread.is_alive() for thread in threads) or uses.left:
+        counted += rows(uses).get("a", [0])[0]
+    assert counted == 80_000
+
+
+def test_what_the_api_tells() -> None:
+    record = DekRecord("a", "t", b"", "", 1, "")
+    assert told(record, None) == {"usage": {"encrypts": 0, "decrypts": 0}}
+    known = told(record, Usage(1, 2, 60, 120, 0))["usage"]
+    assert known == {
+        "encrypts": 1,
+        "decrypts": 2,
+        "first_used_at": "1970-01-01T00:01:00.000000Z",
+        "last_used_at": "1970-01-01T00:02:00.000000Z",
+        "last_uid": 0,
+    }
+    assert "last_uid" not in told(record, Usage(1, 2, 60, 120))["usage"]  # a stranger over TCP
+    assert told(record._replace(state="shredded"), Usage(1)) == {}
+
+
+def test_what_the_operator_hears() -> None:
+    lines = near({"a": HEAVY, "b": SPENT + 5})
+    assert lines[0].startswith("the DEK b has 4,294,967,301 encrypts, which is the end")
+    assert "the DEK a has 2,147,483,648 encrypts of 4,294,967,296" in lines[1]
+
+
+class TestTheService:
+    """Every way to use a DEK is counted, and nothing that failed."""
+
+    @pytest.fixture
+    def service(self) -> WorkerSite:
+        return WorkerSite()
+
+    def test_what_is_a_use(self, service: WorkerSite) -> None:
+        kms, scratch = service.service, service.scratch
+        nonce, sealed = kms.encrypt("k", TEXT, b"", scratch, 7)
+        message = nonce + sealed
+        assert rows(kms.uses) == {"k": [1, 0, 100, 100, 7]}
+        kms.decrypt("k", message, b"", scratch, 8)
+        kms.decrypt(kms.entry("k").wrapped, message, b"", scratch, 9)
+        assert rows(kms.uses) == {"k": [0, 2, 100, 100, 9]}
+        items: Any = [("k", TEXT, b""), ("absent", TEXT, b""), ("k", TEXT, b"")]
+        kms.encrypt_many(items, scratch, 7)
+        kms.decrypt_many([("k", message, b""), ("k", bytes(40), b"")], scratch, 7)
+        assert rows(kms.uses) == {"k": [2, 1, 100, 100, 7]}
+        kms.unwrap(kms.entry("k").wrapped, scratch, 5)  # a use that can't be counted, but is one
+        assert rows(kms.uses) == {"k": [0, 0, 100, 100, 5]}
+        with pytest.raises(AuthenticationFailed):
+            kms.decrypt("k", bytes(60), b"", scratch)
+        with pytest.raises(KeyNotFound):
+            kms.encrypt("absent", TEXT, b"", scratch)
+        assert rows(kms.uses) == {}
+
+    def test_one_that_is_spent_opens_and_seals_no_more(self, service: WorkerSite) -> None:
+        kms, scratch = service.service, service.scratch
+        nonce, sealed = kms.encrypt("k", TEXT, b"", scratch)
+        kms.uses.taken(frozenset(["k"]))
+        for source in ("k", kms.entry("k").wrapped):
+            with pytest.raises(Conflict, match="4,294,967,296 messages") as caught:
+                kms.encrypt(source, TEXT, b"", scratch)
+            assert caught.value.code == "key_spent" and "another DEK" in caught.value.hint
+        (result,) = kms.encrypt_many([("k", TEXT, b"")], scratch)
+        assert isinstance(result, Conflict)
+        assert kms.decrypt("k", nonce + sealed, b"", scratch) == TEXT
+
+    def test_a_worker_that_starts_knows_what_is_spent(self, service: WorkerSite) -> None:
+        with service.store.transaction():
+            service.store.count([("k", Usage(SPENT))])
+        unused: Any = None
+        kms = Service(service.store, service.keyring, unused, unused, unused, unused, dict)
+        with pytest.raises(Conflict):
+            kms.encrypt("k", TEXT, b"", service.scratch)
+
+
+class TestTheKeeper:
+    """What it is handed is in the store once, whatever happens between."""
+
+    @pytest.fixture
+    def site(self, keeper_site: KeeperSite) -> KeeperSite:  # noqa: F811
+        with keeper_site.store.transaction():
+            keeper_site.keeper.create("t", "k")
+        return keeper_site
+
+    def hand_over(self, site: KeeperSite, *args: Any, op: str = "anchor", **fields: Any) -> Any:
+        result: list[Any] = []
+
+        def call() -> None:
+            try:
+                result.append(site.client.call(op, fields, None, 30.0))
+            except StoreUnavailable as error:
+                result.append(error)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        while thread.is_alive():
+            site.keeper.round(0.01)
+        return result[0]
+
+    def batch(self, number: int, *counts: int, chain: str = "1.1", key_id: str = "k") -> dict[str, Any]:
+        return {"chain": chain, "number": number, "rows": [[key_id, *counts]]}
+
+    def kept(self, site: KeeperSite) -> Usage:
+        return site.store.usage(["k"]).get("k", Usage())  # type: ignore[no-any-return]
+
+    def test_a_batch_that_comes_again_is_counted_once(self, site: KeeperSite) -> None:
+        for _ in range(2):
+            self.hand_over(site, uses=self.batch(1, 3, 1, 50, 60, 7))
+        assert self.kept(site) == Usage(3, 1, 50, 60, 7)
+        self.hand_over(site, uses=self.batch(1, 1, 0, 55, 58, 8, chain="1.2"))
+        assert self.kept(site) == Usage(4, 1, 50, 60, 7)
+        self.hand_over(site, uses=self.batch(2, 1, 0, 70, 70, 9))
+        assert self.kept(site) == Usage(5, 1, 50, 70, 9)
+
+    def test_one_whose_commit_failed_is_counted_when_it_comes_again(
+        self, site: KeeperSite, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+
+            def fail(*args: object) -> None:
+                raise StoreUnavailable("the disk is full")
+
+            patch.setattr(site.store, "_settle", fail)
+            assert isinstance(self.hand_over(site, uses=self.batch(1, 3, 1, 50, 60, 7)), StoreUnavailable)
+        assert self.kept(site) == Usage()
+        self.hand_over(site, uses=self.batch(1, 3, 1, 50, 60, 7))
+        assert self.kept(site) == Usage(3, 1, 50, 60, 7)
+
+    def test_the_journal_has_a_line_at_each_limit(
+        self, site: KeeperSite, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        self.hand_over(site, uses=self.batch(1, HEAVY - 1, 0, 1, 1, 1))
+        assert "the DEK k" not in caplog.text and site.keeper.ready()["warnings"] == []
+        for number in (2, 3):
+            self.hand_over(site, uses=self.batch(number, 1, 0, 1, 1, 1))
+        assert caplog.text.count("the DEK k has 2,147,483,648 encrypts of 4,294,967,296") == 1
+        (warning,) = site.keeper.ready()["warnings"]
+        assert "the DEK k has 2,147,483,649 encrypts of" in warning
+        self.hand_over(site, uses=self.batch(4, HEAVY, 0, 1, 1, 1))
+        assert caplog.text.count("the DEK k has") == 2 and "which is the end" in caplog.text
+
+    def test_a_worker_that_starts_adds_what_a_dead_one_may_have_lost(self, site: KeeperSite) -> None:
+        self.hand_over(site, uses=self.batch(1, HEAVY - 1, 2, 50, 60, 7))
+        self.hand_over(site, op="hello", chain="1.1")
+        assert self.kept(site).encrypts == HEAVY - 1
+        self.hand_over(site, uses=self.batch(2, 1, 0, 60, 60, 7))
+        self.hand_over(site, op="hello", chain="1.1.1")
+        assert self.kept(site) == Usage(HEAVY + usage.LOST, 2, 50, 60, 7)
+
+    def test_a_key_that_is_not_stored_gets_no_row(self, site: KeeperSite) -> None:
+        self.hand_over(site, uses=self.batch(1, 3, 1, 50, 60, 7, key_id="of a caller's blob"))
+        assert site.store.usage(["of a caller's blob"]) == {}
