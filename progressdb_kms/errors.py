@@ -298,8 +298,9 @@ class StoreDamaged(OperatorError):
 
 
 class LockRefused(OperatorError):
-    """Memory can't be locked, and the configuration requires it."""
+    """Memory can't be locked, and the configuration requires it. 503 once it serves."""
 
+    status = 503
     default_code = "memory_lock_refused"
 
 

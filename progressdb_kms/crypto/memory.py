@@ -10,12 +10,16 @@ What may live here: KEKs, the audit key, a DEK while it is in use. What must hol
 - Only these pages are locked. `mlockall` would lock every thread's stack.
 
 The three kinds, best first: `memfd_secret`, `mlock` (mmap + mlock + MADV_DONTDUMP), `unlocked`.
+
+The buffers of a daemon that runs (a KEK on its way, a rotation's scratch) are made as its configuration says
+(`settle`), and where none can be locked any more, the log is told once, and once when it's over.
 """
 
 from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import logging
 import mmap
 import os
 import sys
@@ -23,6 +27,8 @@ from types import TracebackType
 from typing import Optional
 
 from ..errors import LockRefused
+
+log = logging.getLogger(__name__)
 
 PAGE = mmap.PAGESIZE
 
@@ -42,6 +48,31 @@ def wipe(view: memoryview) -> None:
         ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(view)), 0, len(view))
 
 
+class _Settled:
+    """For buffers that are made without a word about it: in this process, and those that it forks."""
+
+    mode = "try"
+    short: Optional[bool] = None  # None: nobody is told
+
+
+def settle(mode: str, locked: bool) -> None:
+    """`mode` as for LockedBuffer. `locked`: all was so far, so that the end of it is news."""
+    _Settled.mode, _Settled.short = mode, False if locked else None
+
+
+def _tell(short: bool) -> None:
+    if _Settled.short is None or short == _Settled.short:
+        return
+    _Settled.short = short
+    if short:
+        log.warning(
+            "no memory can be locked any more: what brings or moves a KEK %s (raise LimitMEMLOCK)",
+            "is refused" if _Settled.mode == "require" else "uses memory that may be swapped out",
+        )
+    else:
+        log.info("memory can be locked again")
+
+
 class LockedBuffer:
     """A zero-filled region of whole pages for secrets, shared with processes forked later.
 
@@ -50,12 +81,17 @@ class LockedBuffer:
     no cipher object can outlive its key.
     """
 
-    def __init__(self, size: int, mode: str = "try") -> None:
+    def __init__(self, size: int, mode: str = "") -> None:
         """Map at least `size` bytes. `mode`: `require` (LockRefused where no page can be locked),
-        `try`, or `off`."""
+        `try`, or `off`; empty: as `settle` says."""
         self.size = size
         length = (size + PAGE - 1) // PAGE * PAGE
-        self._map, self.kind = _map_pages(length, mode)
+        try:
+            self._map, self.kind = _map_pages(length, mode or _Settled.mode)
+        except LockRefused:
+            _tell(True)
+            raise
+        _tell(self.kind == "unlocked")
         self._closed = False
         self.view = memoryview(self._map)[:size]
 

@@ -28,7 +28,7 @@ from typing import Any, Callable, Optional
 from ..config.load import Loaded, Settings
 from ..crypto.aead import KEY_SIZE
 from ..crypto.keyring import REGION_SIZE, Keyring
-from ..crypto.memory import LockedBuffer
+from ..crypto.memory import LockedBuffer, settle
 from ..errors import LockRefused
 from ..service import channel
 from ..service.keeper import STAGING_SLOTS
@@ -80,6 +80,7 @@ def serve(
         kinds = {region.kind, *(slab.kind for slab in slabs)}
         if kinds != {"memfd_secret"}:
             _warn_of_memory(settings, "unlocked" if "unlocked" in kinds else "mlock")
+        settle(settings.memory_lock, locked="unlocked" not in kinds)
         keyring = Keyring(region.view)
         keys = _install(loaded, keyring)._replace(**(forced or {}))
         inbox, outbox = channel.channel()

@@ -38,6 +38,27 @@ class Readiness:
         self._kind, self._text = kind, text
 
 
+class Scarcity:
+    """Calls are refused since something ran out. Told at the first of them, and when there was none for a
+    minute: whoever holds and frees it again and again must not write the journal full."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._refused = 0
+        self._last = 0.0
+
+    def refused(self, now: float) -> None:
+        if not self._refused:
+            log.warning("%s: such calls are refused", self._what)
+        self._refused += 1
+        self._last = now
+
+    def look(self, now: float) -> None:
+        if self._refused and now - self._last >= OVERDUE_SECONDS:
+            log.info("over: %s (%d calls were refused)", self._what, self._refused)
+            self._refused = 0
+
+
 class Overdue:
     """Shreds of which a copy remains for long. That they are over is told where the cause is."""
 

@@ -41,6 +41,7 @@ from ..encoding import wall
 from ..errors import KMSError, Overloaded, PeerRefused, RequestTimeout
 from ..rules import TCP, Meter, Peer, Policy, Rights, rights_of
 from ..service.metrics import Block, Metrics
+from ..service.told import Scarcity
 from . import routes
 from .admission import BODIES, Bodies, Refusals, Shares
 from .call import App, Call, Reply, Route
@@ -225,6 +226,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         longest = max(room.limit for room in self._rooms.values())
         self.bodies = Bodies(metrics, counters, BODIES * longest)
         self._refusals = Refusals(app.service.audit, counters)
+        self._scarcity = Scarcity("no locked memory is free for what comes in pieces or ahead")
         self._policies: Sequence[Policy] = ()
         self._meter: Optional[Meter] = None
         self._round = 0
@@ -362,6 +364,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         for connection in [c for c in self._connections.values() if c.deadline <= now]:
             self._late(connection)
         self._refusals.flush()
+        self._scarcity.look(now)
         self._look_around()
         if self._untrimmed and hasattr(_libc, "malloc_trim"):
             self._untrimmed = False
@@ -483,6 +486,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         """Requests were sent ahead: they may hold a key."""
         piece = self.slab.take()
         if piece is None:  # too many do that: this one may ask again
+            self._scarcity.refused(self._now)
             if ours:
                 self._close(connection)
             connection.keep = False
@@ -536,6 +540,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _secret_place(self, length: int) -> memoryview:
         piece = self._current.body_piece = self.slab.take()
         if piece is None:
+            self._scarcity.refused(self._now)
             raise Overloaded("no locked memory is free", hint="send the head and the body at once")
         return piece[:length]
 

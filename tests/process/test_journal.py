@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import resource
+import shutil
 import signal
+import socket
 import sqlite3
 from contextlib import closing
 
 import pytest
 
 from progressdb_kms.service import told
+from progressdb_kms.wire.slab import SPARES
 from tests.conftest import MakeDaemon
 from tests.harness import Daemon
 from tests.harness.procs import wait_until
@@ -81,6 +86,69 @@ def test_a_file_that_may_not_grow(make_daemon: MakeDaemon, workers: int) -> None
     wait_until(lambda: bool(lines(daemon, "ready again")), 10, "it to be over")
     wait_until(lambda: create(daemon) == 200, 10, "it to serve")
     assert len(daemon.stderr.splitlines()) <= 8, daemon.stderr
+
+
+@pytest.mark.parametrize("mode", ["try", "require"])
+def test_memory_that_can_not_be_locked_any_more(make_daemon: MakeDaemon, workers: int, mode: str) -> None:
+    """A limit that was lowered under the daemon, or that others use up: told once, and when it's over."""
+    wrapper: list[str] = []
+    if os.geteuid() == 0:  # whom no limit holds
+        if shutil.which("setpriv") is None:
+            pytest.skip("needs setpriv, to be a root whom limits hold")
+        wrapper = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"]
+    daemon = make_daemon({"memory_lock": mode}, workers=workers, wrapper=wrapper)
+    key = daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
+
+    def rewrap() -> int:
+        kek = os.urandom(32).hex()
+        return daemon.request("POST", "/rewrap", {"key_id": key, "new_kek_hex": kek}).status
+
+    def allow(limit: int) -> None:
+        for pid in daemon.pids():
+            hard = resource.prlimit(pid, resource.RLIMIT_MEMLOCK)[1]
+            resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (limit, hard))
+
+    limit = resource.prlimit(daemon.pids()[0], resource.RLIMIT_MEMLOCK)[0]
+    allow(0)
+    assert {rewrap() for _ in range(5)} == ({200} if mode == "try" else {503})
+    assert len(lines(daemon, "no memory can be locked any more")) == 1
+    told = "is refused" if mode == "require" else "may be swapped out"
+    assert told in lines(daemon, "no memory can be locked")[0]
+    allow(limit)
+    assert {rewrap() for _ in range(5)} == {200}
+    assert len(lines(daemon, "memory can be locked again")) == 1
+    assert len(lines(daemon, "be locked")) == 2
+
+
+def test_no_locked_memory_is_free_for_a_body_in_pieces(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(workers=1)
+    body = b'{"dek":"' + b"A" * 60
+    head = b"POST /wrap HTTP/1.1\r\nHost: u\r\nContent-Type: application/json\r\nContent-Length: 90\r\n\r\n"
+    answers = []
+    with contextlib.ExitStack() as held:
+        for _ in range(SPARES + 5):
+            peer = held.enter_context(socket.socket(socket.AF_UNIX))
+            peer.settimeout(30)
+            peer.connect(str(daemon.socket))
+            peer.sendall(head + body)
+            answers.append(peer)
+        refused = [peer.recv(100) for peer in answers[SPARES:]]
+        assert {reply.split(b" ")[1] for reply in refused} == {b"503"}
+        assert len(lines(daemon, "no locked memory is free")) == 1
+    assert daemon.request("GET", "/healthz").status == 200
+
+
+def test_what_is_scarce_is_told_once_and_when_it_is_over(caplog: pytest.LogCaptureFixture) -> None:
+    scarcity = told.Scarcity("none is left")
+    with caplog.at_level(logging.INFO):
+        for second in range(1000):
+            if 100 <= second < 400 and second % 30 == 0:
+                scarcity.refused(float(second))
+            scarcity.look(float(second))
+    assert [record.getMessage() for record in caplog.records] == [
+        "none is left: such calls are refused",
+        "over: none is left (10 calls were refused)",
+    ]
 
 
 def test_a_shred_beside_a_reader(make_daemon: MakeDaemon, workers: int) -> None:
