@@ -397,7 +397,8 @@ def _one(master: Sequence[Source], file: Optional[ConfigFile], need_key: bool) -
             hint=f"{_MAKE_A_KEY} and put `master_key_file: FILE` into it",
         )
     raise ConfigError(
-        "no master key is given", hint=f"{_MAKE_A_KEY}, then set {FILE_VARIABLE}=FILE or use --config"
+        f"no master key is given, by --config nor by {FILE_VARIABLE}",
+        hint=f"{_MAKE_A_KEY}, then set {FILE_VARIABLE}=FILE or use --config",
     )
 
 

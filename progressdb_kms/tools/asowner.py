@@ -100,6 +100,7 @@ def load_config(flags: Mapping[str, Optional[str]], *, need_key: bool = True, fi
     from ..config.load import load
     from ..config.yamlfile import preload
 
+    flags = _or_packaged(flags)
     try:
         return load(flags, os.environ, need_key=need_key, first=first)
     except ConfigError:
@@ -111,6 +112,21 @@ def load_config(flags: Mapping[str, Optional[str]], *, need_key: bool = True, fi
             return load(flags, os.environ, need_key=need_key, first=first)
         raise
 
+
+def _or_packaged(flags: Mapping[str, Optional[str]]) -> Mapping[str, Optional[str]]:
+    """Where neither a flag nor the environment names anything: the packages' configuration, if it is there."""
+    if (
+        any(flags.values())
+        or any(os.environ.get(name) for name in NAMING)
+        or not os.path.exists(PACKAGED_CONFIG)
+    ):
+        return flags
+    return {**flags, "config": PACKAGED_CONFIG}
+
+
+NAMING = tuple(
+    f"PROGRESSDB_KMS_{name}" for name in ("SOCKET", "DATA_DIR", "MASTER_KEY_FILE", "MASTER_KEY_HEX")
+)
 
 PACKAGED_CONFIG = "/etc/progressdb-kms/progressdb-kms.yaml"
 PACKAGED_USER = "progressdb-kms"

@@ -113,6 +113,8 @@ def test_the_production_set_up(short_tmp: Path) -> None:
         "stat -c '%U %a %n' /run/progressdb-kms/kms.sock /etc/progressdb-kms/kek.key\n"
         "kill $!\n"
         "wait\n"
+        "progressdb-kms verify\n"  # offline, and nothing named: the packages' configuration
+        "progressdb-kms audit verify\n"
     )
     mounts = short_tmp / "mounts"
     mounts.mkdir()
@@ -125,5 +127,6 @@ def test_the_production_set_up(short_tmp: Path) -> None:
         pytest.skip(f"no mounts of its own here: {done.stderr.splitlines()[0]}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 failed" in done.stdout and "\nready\n" in done.stdout
+    assert re.search(r"^deks +1$", done.stdout, re.M) and done.stdout.count("result") == 2
     assert "progressdb-kms 660 /run/progressdb-kms/kms.sock" in done.stdout
     assert "progressdb-kms 600 /etc/progressdb-kms/kek.key" in done.stdout

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from progressdb_kms.errors import ConfigError
-from progressdb_kms.tools import finding
+from progressdb_kms.tools import asowner, finding
 from progressdb_kms.tools.commandtable import COMMANDS, ONLINE, Command
 from progressdb_kms.tools.console import CommandFailed
 from tests.harness import Daemon
@@ -90,6 +90,32 @@ def test_a_configuration_that_was_named_must_be_right(place: Place) -> None:
     place.listen(place.development)
     with pytest.raises(ConfigError, match="can't be read"):
         found(config=str(place.folder / "none.yaml"))
+
+
+def test_offline_commands_take_the_packages_configuration(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody names anything else, and it is there."""
+
+    def data_dir(**flags: str) -> str:
+        with asowner.load_config({"data_dir": None, "config": None, **flags}, need_key=False) as loaded:
+            return str(loaded.settings.data_dir)
+
+    monkeypatch.setattr(asowner, "PACKAGED_CONFIG", str(place.config))
+    for name in asowner.NAMING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(place.folder)
+    own = str(place.folder / "kms-data")
+    assert data_dir() == own
+    place.configure("data_dir: packaged\n")
+    assert data_dir() == str(place.folder / "packaged")
+    assert data_dir(data_dir="mine") == str(place.folder / "mine")
+    mine = place.configure("data_dir: other\n", "mine.yaml")
+    assert data_dir(config=mine) == str(place.folder / "other")
+    for name, value in (("DATA_DIR", own), ("MASTER_KEY_FILE", "F")):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"PROGRESSDB_KMS_{name}", value)
+            assert data_dir() == own
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: str(command.name))
