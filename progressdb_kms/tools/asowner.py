@@ -114,7 +114,7 @@ def load_config(flags: Mapping[str, Optional[str]], *, need_key: bool = True, fi
 
 
 def _or_packaged(flags: Mapping[str, Optional[str]]) -> Mapping[str, Optional[str]]:
-    """Where neither a flag nor the environment names anything: the packages' configuration, if it is there."""
+    """Where neither flag nor environment names anything: the packages' configuration, if there is one."""
     if (
         any(flags.values())
         or any(os.environ.get(name) for name in NAMING)
