@@ -20,7 +20,7 @@ from ..config.load import Settings
 from ..crypto.keyring import Keyring
 from ..crypto.memory import LockedBuffer
 from ..errors import KMSError
-from ..service import channel, start
+from ..service import channel, lastbackup, start
 from ..service.channel import StagingSlots
 from ..service.keeper import STAGING_SLOTS, Keeper
 from ..service.metrics import Metrics
@@ -141,6 +141,7 @@ class Worker:
             },
             "hardening": shared.measures,
             "limits": self._limits(locked),
+            "backup": last._asdict() if (last := lastbackup.read(shared.settings.data_dir)) else None,
             "disk_free_bytes": disk.f_bavail * disk.f_frsize,
         }
 

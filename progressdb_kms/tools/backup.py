@@ -350,7 +350,7 @@ def opened(file: Path, progress: Progress) -> Iterator[Backup]:
     about = os.stat(file)
     if not stat.S_ISREG(about.st_mode):
         raise CommandFailed(f"{file} is no regular file", hint="name a file made by `backup`")
-    contents = _rescued(file) or _last_line(file)
+    contents = _rescued(file) or last_line(file)
     if contents.sealed(file, progress) != contents:
         raise _damaged(file, "its checksum does not fit")
     check_schema(file, APPLICATION_ID, contents.schema)
@@ -384,7 +384,8 @@ def _rescued(file: Path) -> Optional[Contents]:
         raise _damaged(file, str(error)) from None
 
 
-def _last_line(file: Path) -> Contents:
+def last_line(file: Path) -> Contents:
+    """What a backup says of itself. Raises CommandFailed where it is no whole one."""
     with open(file, "rb") as source:
         size = source.seek(0, os.SEEK_END)
         source.seek(max(0, size - MAX_LINE))

@@ -276,15 +276,21 @@ def verify(args: argparse.Namespace) -> None:
 
 def backup(args: argparse.Namespace) -> None:
     _no_stream(args.file, "a backup is checked and synced in its place (`export -` writes to stdout)")
-    from . import drill, storecmd
+    from . import dated, drill, storecmd
 
-    if args.check:
-        with _load(args, need_key=True) as loaded, Progress("backup --check") as bar:
-            result = drill.check(loaded, Path(args.file), bar)
-        show(result, args.json)
-        return
-    with _load(args, need_key=False) as loaded, Progress("backup") as bar:
-        result = storecmd.backup(loaded.settings.data_dir, Path(args.file), progress=bar)
+    target = Path(args.file)
+    if args.keep is not None and (args.check or not target.is_dir()):
+        raise UsageError("--keep goes with a folder that is there, and checks what it makes")
+    with _load(args, need_key=args.check or args.keep is not None) as loaded, Progress("backup") as bar:
+        data_dir = loaded.settings.data_dir
+        if args.check:
+            result = drill.check(loaded, target, bar)
+            dated.note_checked(data_dir, target)
+        elif target.is_dir():
+            result = dated.make(loaded, target, args.keep, bar)
+        else:
+            result = storecmd.backup(data_dir, target, progress=bar)
+            dated.note(data_dir, target)
     show(result, args.json)
 
 

@@ -417,10 +417,13 @@ COMMANDS: tuple[Command, ...] = (
         "A consistent copy, taken while the daemon may run, with a checksum and the kek_ids that it "
         "needs; never over a file that exists. It holds wrapped DEKs only: keep the key files elsewhere. "
         "--check is a drill for the restore: it opens every DEK of FILE with the configured keys and says "
-        "which keys it needs; it needs no store and changes nothing.",
+        "which keys it needs; it needs no store and changes nothing. Where FILE is a folder, the backup gets "
+        "a name with the time there. With --keep it is checked at once, and then the oldest of those that "
+        "were made there so go; one that fails the check is kept under another name, and none goes.",
         (
-            Arg(("file",), "the backup to make", "file", "FILE"),
+            Arg(("file",), "the backup to make, or a folder", "file", "FILE"),
             Arg(("--check",), "make none: open every DEK of FILE", "flag"),
+            Arg(("--keep",), "check it, then keep the newest N of the folder", "count", "N"),
             DATA_DIR,
             CONFIG,
             JSON,
@@ -431,6 +434,7 @@ COMMANDS: tuple[Command, ...] = (
             "--config /etc/progressdb-kms/progressdb-kms.yaml",
             "progressdb-kms backup --check /backup/kms-2026-11-24T02:00:00 "
             "--config /etc/progressdb-kms/progressdb-kms.yaml",
+            "progressdb-kms backup /backup --keep 14 --config /etc/progressdb-kms/progressdb-kms.yaml",
         ),
         keys=True,
     ),

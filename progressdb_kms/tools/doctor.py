@@ -37,7 +37,8 @@ from ..crypto.memory import PAGE, LockedBuffer
 from ..errors import KMSError
 from ..process import hardening
 from ..process.streams import DEPENDENCIES
-from ..service.clock import RELEASED, REMEDY
+from ..service import lastbackup
+from ..service.clock import RELEASED, REMEDY, age
 from ..service.lock import is_held
 from ..service.plan import Configured, ConfiguredKey, plan
 from ..service.rotation import RETIRED_KEK, retired
@@ -62,6 +63,9 @@ LOW_FREE = 256 << 20
 
 LARGE_LOG = 2 << 30
 """Bytes of audit log from which logrotate seems to be missing."""
+
+STALE_BACKUP, STALE_DRILL = 36 * 3600, 8 * 86400
+"""Seconds from which the alerts ring, too."""
 
 TOLERANCE = 120
 """Seconds by which files may seem to come from the future."""
@@ -496,6 +500,26 @@ def _audit(patient: Patient) -> Findings:
         yield Finding(OK, f"{path} has {size >> 10:,} KiB")
 
 
+def _backup(patient: Patient) -> Findings:
+    if not (patient.data_dir / STORE).exists():
+        return
+    todo = "`systemctl enable --now progressdb-kms-backup.timer`, or see `progressdb-kms help runbook`"
+    last = lastbackup.read(patient.data_dir)
+    if last is None:
+        yield Finding(WARN, "no backup of this store was ever made by `progressdb-kms backup`", todo)
+        return
+    seconds, checked = (age(moment, time.time()) for moment in (last.created_at, last.checked_at))
+    if seconds is None or seconds > STALE_BACKUP:
+        yield Finding(WARN, f"the last backup is of {last.created_at[:16]}: {last.file}", todo)
+    elif checked is None or checked > STALE_DRILL:
+        yield Finding(
+            WARN, f"no backup of the last days passed a drill; the last is {last.file}",
+            "`progressdb-kms backup --check` it: that tells what would not come back",
+        )  # fmt: skip
+    else:
+        yield Finding(OK, f"the last backup is of {last.created_at[:16]}, and a drill passed: {last.file}")
+
+
 # ---- the daemon ----------------------------------------------------------------------------------------
 
 
@@ -611,6 +635,7 @@ CHECKS: tuple[Check, ...] = (
     Check("disk", _disk),
     Check("store", _store),
     Check("audit log", _audit),
+    Check("backup", _backup),
     Check("start", _start),
     Check("clock", _clock),
     Check("socket", _socket),

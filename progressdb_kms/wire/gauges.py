@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Optional, Union
 
+from ..encoding import wall
 from ..errors import KMSError
+from ..service.clock import age
 from .call import App
 
 Value = Union[float, Mapping[str, float], None]
@@ -42,6 +44,8 @@ FAMILIES = {
     "deletions_scheduled": "DEKs that are due to be shredded.",
     "rotation_done": "DEKs that the rotation under way has rewrapped.",
     "rotation_deks": "All DEKs of the rotation under way; 0 where there is none.",
+    "backup_age_seconds": "Since `backup` made one last.",
+    "backup_checked_age_seconds": "Since the newest that passed its drill was made.",
     "disk_free_bytes": "Free for the data-dir.",
     "uptime_seconds": "Since the daemon started.",
     **{name: f"{text}." for name, text in LIMITS.items() if name != "connections"},
@@ -67,7 +71,8 @@ def _samples(value: Value) -> Optional[list[tuple[str, float]]]:
 
 def _values(app: App) -> dict[str, Value]:
     service = app.service
-    about = service.about()
+    about, now = service.about(), wall()
+    backup = about["backup"]
     near, spent = service.limits()
     values: dict[str, Value] = {
         "deks": {kek_id: row["count"] for kek_id, row in service.keks().items()},
@@ -78,6 +83,8 @@ def _values(app: App) -> dict[str, Value]:
         "workers": about["workers"],
         "worker_restarts_total": about["restarts"],
         "deletions_scheduled": service.deletions()["scheduled"],
+        "backup_age_seconds": age(backup["created_at"], now) if backup else None,
+        "backup_checked_age_seconds": age(backup["checked_at"], now) if backup else None,
         "disk_free_bytes": about["disk_free_bytes"],
         "uptime_seconds": about["uptime_seconds"],
     }

@@ -127,6 +127,8 @@ WELL = {
     "rotation_deks": "0x{n}",
     "rotation_done": "0x{n}",
     "disk_free_bytes": "1000000000x{n}",
+    "backup_age_seconds": "4000x{n}",
+    "backup_checked_age_seconds": "4000x{n}",
     "worker_restarts_total": "0x{n}",
     "refused_connections_total": "0x{n}",
     "refused_peers_total": "0x{n}",
@@ -158,6 +160,9 @@ FAULTS: dict[str, dict[str, str]] = {
     "KmsLimitNear": {"open_files": "81x{n}"},
     "KmsPolicyDenials": {"policy_denials_total": "0+3x{n}"},
     "KmsPeersRefused": {"refused_peers_total": "0+3x{n}"},
+    "KmsBackupOld": {"backup_age_seconds": "130000x{n}"},
+    "KmsBackupUnchecked": {"backup_checked_age_seconds": "_x{n}"},
+    "KmsNeverBackedUp": {"backup_age_seconds": "_x{n}", "backup_checked_age_seconds": "_x{n}"},
 }
 """What is otherwise where an alert must ring."""
 

@@ -108,6 +108,26 @@ def test_the_timer_s_command_is_one_of_ours() -> None:
     assert args.textfile.startswith(f"/run/{service['RuntimeDirectory'][0]}/")
 
 
+def test_the_backup_s_command_is_one_of_ours_and_may_write_where_it_must() -> None:
+    """Into its own folder, which is not the data-dir, and a note into that."""
+    service = unit("progressdb-kms-backup.service")
+    words = shlex.split(service["ExecStart"][0])
+    args = build_parser().parse_args(words[1:])
+    assert words[0] == "/usr/bin/progressdb-kms" and args.command.name == "backup" and args.keep > 1
+    assert args.file == f"/var/lib/{service['StateDirectory'][0]}"
+    data_dir = yaml.safe_load((PACKAGING / "progressdb-kms.yaml").read_text())["data_dir"]
+    assert service["ReadWritePaths"] == [data_dir]
+    assert args.config in unit("progressdb-kms.service")["ExecStart"][0]
+
+
+@pytest.mark.parametrize("kind", ["backup", "metrics"])
+def test_both_packages_bring_the_timers(kind: str) -> None:
+    for name in (f"progressdb-kms-{kind}.service", f"progressdb-kms-{kind}.timer"):
+        assert (PACKAGING / "rpm/progressdb-kms.spec").read_text().count(f"%{{_unitdir}}/{name}\n") == 2
+        assert name[len("progressdb-kms-") :] in (PACKAGING / "debian/rules").read_text()
+    assert f"--name=progressdb-kms-{kind} " in (PACKAGING / "debian/rules").read_text()
+
+
 def test_the_filter_of_system_calls_lets_the_key_memory_through() -> None:
     rules = unit("progressdb-kms.service")["SystemCallFilter"]
     assert "memfd_secret" in rules[0].split()

@@ -1,0 +1,120 @@
+"""`backup FOLDER --keep N`: what it makes, what it removes and what never, and what the daemon is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from progressdb_kms.service import lastbackup
+from tests.harness.daemon import Daemon
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    with Daemon(workers=1) as running:
+        running.ok("POST", "/deks", {"thread_id": "t"}, 201)
+        yield running
+
+
+@pytest.fixture
+def folder(short_tmp: Path) -> Path:
+    path = short_tmp / "backups"
+    path.mkdir(mode=0o700)
+    return path
+
+
+def run(daemon: Daemon, *words: str) -> Any:
+    done = daemon.offline("backup", *words, "--json")
+    assert (done.returncode, done.stderr) == (0, b"")
+    return json.loads(done.stdout)
+
+
+def gauge(daemon: Daemon, name: str) -> float:
+    page = daemon.request("GET", "/metrics").body.decode()
+    found = re.search(rf"^progressdb_kms_{name} (\S+)$", page, re.M)
+    assert found is not None, name
+    return float(found[1])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def test_the_newest_stay_and_what_was_not_made_here(daemon: Daemon, folder: Path) -> None:
+    first = Path(run(daemon, str(folder))["file"])
+    host = (daemon.data_dir / "kms.host").read_text()[:8]
+    assert re.fullmatch(f"kms-{host}-[0-9]{{8}}T[0-9]{{6}}Z[.]backup", first.name)
+    older = [f"kms-{host}-2025010{day}T020000Z.backup" for day in (1, 2, 3)]
+    other = "kms-00000000-20250101T020000Z.backup"
+    failed, mine = f"{older[0]}.failed", "kms-before-the-migration.backup"
+    for name in (*older, other, failed, mine):
+        shutil.copy(first, folder / name)
+    damaged, link = f"kms-{host}-20240101T000000Z.backup", f"kms-{host}-20240102T000000Z.backup"
+    (folder / damaged).write_bytes(first.read_bytes()[:-1])
+    (folder / link).symlink_to(first)
+    first.rename(folder / f"kms-{host}-20250104T020000Z.backup")
+    done = daemon.offline("backup", str(folder), "--keep", "3", "--json")
+    assert done.returncode == 0 and done.stderr.decode().startswith(f"{folder / damaged} is no whole backup")
+    found = json.loads(done.stdout)
+    assert found["checked"] is True
+    assert found["removed"] == [str(folder / name) for name in (older[1], older[0])]
+    kept = {Path(found["file"]).name, f"kms-{host}-20250104T020000Z.backup", older[2]}
+    assert set(names(folder)) == {*kept, other, failed, mine, damaged, link}
+
+
+def test_one_that_fails_its_drill_removes_none(daemon: Daemon, folder: Path) -> None:
+    """The key that the daemon has is not the one of the configuration any more."""
+    host = (daemon.data_dir / "kms.host").read_text()[:8]
+    old = folder / f"kms-{host}-20250101T020000Z.backup"
+    run(daemon, str(old))
+    right = daemon.kek_file.read_bytes()
+    try:
+        daemon.kek_file.write_text(os.urandom(32).hex())
+        done = daemon.offline("backup", str(folder), "--keep", "1")
+    finally:
+        daemon.kek_file.write_bytes(right)
+    assert done.returncode == 1 and b"is not configured" in done.stderr and b"no older one" in done.stderr
+    assert old.exists()
+    (failed,) = set(names(folder)) - {old.name}
+    assert failed.endswith(".backup.failed") and failed.encode() in done.stderr
+    assert run(daemon, "--check", str(folder / failed))["opened"] == 1, "it is a whole backup all the same"
+
+
+def test_the_daemon_knows_the_last_and_the_last_that_was_checked(daemon: Daemon, folder: Path) -> None:
+    file = folder / "b"
+    run(daemon, str(file))
+    told = daemon.ok("GET", "/status")["backup"]
+    assert told["file"] == str(file) and told["created_at"] != told["checked_at"]
+    assert 0 <= gauge(daemon, "backup_age_seconds") < 3600
+    run(daemon, "--check", str(file))
+    told = daemon.ok("GET", "/status")["backup"]
+    assert told["created_at"] == told["checked_at"]
+    assert 0 <= gauge(daemon, "backup_checked_age_seconds") < 3600
+    assert (daemon.data_dir / lastbackup.FILE_NAME).stat().st_mode & 0o777 == 0o600
+    run(daemon, str(folder / "c"))
+    run(daemon, "--check", str(file))
+    assert daemon.ok("GET", "/status")["backup"]["checked_at"] == told["checked_at"], "an older one passed"
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b'{"file":1}', b'{"file":"f","created_at":1,"sha256":""}']
+)
+def test_a_note_that_is_none_is_no_backup(tmp_path: Path, text: bytes) -> None:
+    assert lastbackup.read(tmp_path) is None
+    (tmp_path / lastbackup.FILE_NAME).write_bytes(text)
+    assert lastbackup.read(tmp_path) is None
+
+
+def test_what_it_can_not_mean(daemon: Daemon, folder: Path) -> None:
+    for words in (("--keep", "3", str(folder / "file")), ("--keep", "3", "--check", str(folder))):
+        done = daemon.offline("backup", *words)
+        assert done.returncode == 2 and b"--keep goes with a folder" in done.stderr
+    done = daemon.offline("backup", str(daemon.data_dir))
+    assert done.returncode == 1 and b"inside the data-dir" in done.stderr
