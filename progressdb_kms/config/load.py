@@ -80,6 +80,7 @@ class Settings:
     master_source: str
     master_key_file: Optional[str]
     pending_key_file: Optional[str] = None
+    kek_max_age_days: Optional[int] = None
     policies: tuple[Mapping[str, Any], ...] = ()
     """Checked entries, as plain data: see `rules.Policy.of`."""
 

@@ -416,6 +416,12 @@ OPTIONS: tuple[Option, ...] = (
         private=True,
     ),
     Option(
+        "kek_max_age_days", _whole, "a whole number of days from {low} to {high}",
+        "After so many days under one KEK the journal reminds once a day of `rotate-kek`, and so do status, "
+        "doctor and the metrics. Absent: nobody is reminded.",
+        unit="days", low=1, high=36500,
+    ),
+    Option(
         "workers", _workers, "auto or a whole number from {low} to {high}",
         "Processes that answer. `auto`: one for each core that this process may use, at most 4; "
         "more share the one writer and gain little.",

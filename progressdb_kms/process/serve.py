@@ -142,7 +142,8 @@ def _install(loaded: Loaded, keyring: Keyring) -> Configured:
         pending = None
         if loaded.pending is not None:
             pending = ConfiguredKey(keyring.install(loaded.pending, 0), loaded.pending_source)
-    return Configured(master, previous, pending, settings.allow_missing_keks)
+    days = settings.kek_max_age_days
+    return Configured(master, previous, pending, settings.allow_missing_keks, max_age_days=days)
 
 
 def _announce(line: str) -> None:

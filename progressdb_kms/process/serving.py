@@ -141,6 +141,7 @@ class Worker:
             },
             "hardening": shared.measures,
             "limits": self._limits(locked),
+            "kek_max_age_days": shared.keys.max_age_days,
             "backup": last._asdict() if (last := lastbackup.read(shared.settings.data_dir)) else None,
             "disk_free_bytes": disk.f_bavail * disk.f_frsize,
         }

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Optional
 
 from ..encoding import LATEST, moment, timestamp, wall
 from ..store.contract import Reader, Store
+from ..store.seal import ActiveKek
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,19 @@ def age(begun: str, now: float) -> Optional[float]:
     except ValueError:
         return None
     return now - since if RELEASED <= since <= now else None
+
+
+def overdue(active: Optional[ActiveKek], now: float, days: Optional[int]) -> str:
+    """Why the KEK should be rotated by now, or ""."""
+    if active is None or days is None:
+        return ""
+    seconds = age(active.since, now)
+    if seconds is None:
+        return f"nobody can tell how old the KEK {active.kek_id} is: a clock was wrong, then or now"
+    if seconds <= days * 86400:
+        return ""
+    told = f"the KEK {active.kek_id} is the active one for {seconds / 86400:.0f} days"
+    return f"{told}, and kek_max_age_days is {days}: `progressdb-kms rotate-kek`"
 
 
 def _span(seconds: float) -> str:

@@ -57,7 +57,7 @@ from ..store.pause import Pause
 from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS, refusal
 from ..store.sqlite import FILE_NAME
 from .channel import Head, Job, answer, receive
-from .clock import REMEDY, Clock, TrustedTime
+from .clock import REMEDY, Clock, TrustedTime, overdue
 from .lock import Files, publish
 from .plan import Configured
 from .rotation import Rewrapper, Rotation, Steps
@@ -95,6 +95,9 @@ SYNC_SECONDS = 0.5
 
 WITNESS_SECONDS = 3600.0
 """How often the number of changes and the heads of the audit chains are told to the journal."""
+
+REMIND_SECONDS = 86400.0
+"""How often the journal is told of a KEK that is older than kek_max_age_days."""
 
 REST = 3
 """After a step of long work during which others wanted this core: the pause, in times of what the step took
@@ -169,6 +172,7 @@ class Keeper:
         self._rest = 0.0
         self._heads: dict[str, Head] = {}
         self._anchoring = Pause(1.0, 60.0)
+        self._next_reminder = 0.0
         self._own = 0  # how far our own chain is anchored
         self._next_witness = clock.monotonic() + WITNESS_SECONDS
         self._synced = -SYNC_SECONDS
@@ -204,6 +208,7 @@ class Keeper:
     def _look(self) -> None:
         """Are the files that are open those that the next start would find? If not, rescue what is open."""
         self._next_look = self._clock.monotonic() + LOOK_SECONDS
+        self._remind()
         why = self._store.lost()
         if why and not self._lost:
             log.error("%s: no change is made", why)
@@ -748,6 +753,8 @@ class Keeper:
                 (warnings if self._keys.allow_missing else reasons).append(absent)
             elif kek_id not in self._keys.kek_ids and kek_id != self._keyring.active.kek_id:
                 warnings.append(f"{_next_start(kek_id)} ({row.deks} DEKs)")
+        if old := self._overdue_kek():
+            warnings.append(old)
         if held := self._time.look().held:
             warnings.append(f"scheduled deletions are held: {held} ({REMEDY})")
         warnings += near(self._store.heavy())[:NAMED]
@@ -782,6 +789,18 @@ class Keeper:
             reasons.append(why)
         self._readiness.tell(reasons)
         self._overdue.tell(self._erasures, self._erasing.why or "others are removed first")
+
+    def _overdue_kek(self) -> str:
+        return overdue(self._store.state().active, self._clock.now(), self._keys.max_age_days)
+
+    def _remind(self) -> None:
+        """Of a KEK that is too old: when it has become that, and each day after."""
+        why, now = self._overdue_kek(), self._clock.monotonic()
+        if not why:
+            self._next_reminder = now
+        elif now >= self._next_reminder:
+            self._next_reminder = now + REMIND_SECONDS
+            log.warning("%s", why)
 
     def close(self) -> None:
         """The last transaction holds the last heads; where the disk takes none, the next start finds that."""

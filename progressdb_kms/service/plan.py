@@ -28,6 +28,7 @@ class Configured(NamedTuple):
     allow_missing: bool = False
     allow_retired: bool = False
     accept_older: bool = False
+    max_age_days: Optional[int] = None
 
     @property
     def kek_ids(self) -> set[str]:

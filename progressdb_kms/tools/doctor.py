@@ -38,7 +38,7 @@ from ..errors import KMSError
 from ..process import hardening
 from ..process.streams import DEPENDENCIES
 from ..service import lastbackup
-from ..service.clock import RELEASED, REMEDY, age
+from ..service.clock import RELEASED, REMEDY, age, overdue
 from ..service.lock import is_held
 from ..service.plan import Configured, ConfiguredKey, plan
 from ..service.rotation import RETIRED_KEK, retired
@@ -430,10 +430,13 @@ def _store_findings(patient: Patient, path: Path, db: sqlite3.Connection) -> Ite
         yield Finding(FAIL, f"{path} is damaged: {answer}", "restore a backup: `progressdb-kms restore FILE`")
         return
     state = StoreState.from_row(_row(db, STATE) or None)
-    active = state.active.kek_id if state.active else "none"
+    active = f"{state.active.kek_id} since {state.active.since[:10]}" if state.active else "none"
     yield Finding(
         OK, f"{path} is whole: {sum(row.deks for row in state.keks.values()):,} DEKs, active KEK {active}"
     )
+    assert patient.settings is not None
+    if old := overdue(state.active, time.time(), patient.settings.kek_max_age_days):
+        yield Finding(WARN, old)
     if patient.keys is not None and state.active is not None:
         yield from _keys_fit(patient.keys, db, state)
 

@@ -131,6 +131,7 @@ idle_timeout: 1.5
 request_timeout: 2
 allow_missing_keks: true
 open_embedded_messages: true
+kek_max_age_days: 365
 """
 )
 
@@ -158,6 +159,7 @@ def test_every_key_in_a_file(place: Place) -> None:
         master_key_file=None,
         allow_missing_keks=True,
         open_embedded_messages=True,
+        kek_max_age_days=365,
     )
 
 

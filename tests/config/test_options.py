@@ -101,6 +101,8 @@ RIGHT: list[tuple[str, Value, Any]] = [
     ("memory_lock", text("require"), "require"),
     ("memory_lock", text("try"), "try"),
     ("memory_lock", Scalar("off", "bool"), "off"),
+    ("kek_max_age_days", number("1"), 1),
+    ("kek_max_age_days", number("36500"), 36500),
     ("max_body_bytes", number("4096"), 4096),
     ("max_body_bytes", number("268435456"), 268435456),
     ("max_connections", number("1"), 1),
@@ -197,6 +199,8 @@ WRONG: list[tuple[str, Value, str]] = [
     ("memory_lock", Scalar("false", "bool"), "require, try or off"),
     ("memory_lock", [text("off")], "require, try or off"),
     ("max_body_bytes", number("4095"), "from 4096 to 268435456"),
+    ("kek_max_age_days", number("0"), "from 1 to 36500"),
+    ("kek_max_age_days", decimal("0.5"), "from 1 to 36500"),
     ("max_body_bytes", number("268435457"), "from 4096 to 268435456"),
     ("max_body_bytes", text("8 MiB"), "from 4096 to 268435456"),
     ("max_connections", number("0"), "from 1 to 65536"),
@@ -246,7 +250,7 @@ def test_the_keys_are_those_of_the_contract() -> None:
         *("allow_missing_keks", "open_embedded_messages"),
         *("socket", "socket_mode", "socket_group", "tcp_address", "data_dir"),
         *("allowed_peer_uids", "admin_peer_uids"),
-        "policies",
+        *("policies", "kek_max_age_days"),
         *("workers", "memory_lock", "max_body_bytes", "max_connections", "idle_timeout", "request_timeout"),
     ]  # fmt: skip
     assert ALIASES == {"master_key": "master_key_hex"}

@@ -119,6 +119,8 @@ WELL = {
     'request_seconds_bucket{op="encrypt",le="1"}': "0+600x{n}",
     'request_seconds_bucket{op="encrypt",le="+Inf"}': "0+600x{n}",
     'deks{kek_id="aa"}': "9x{n}",
+    "kek_age_seconds": "0+60x{n}",
+    "kek_max_age_seconds": "31536000x{n}",
     "deletions_scheduled": "3x{n}",
     "deks_near_limit": "0x{n}",
     "deks_spent": "0x{n}",
@@ -163,6 +165,7 @@ FAULTS: dict[str, dict[str, str]] = {
     "KmsBackupOld": {"backup_age_seconds": "130000x{n}"},
     "KmsBackupUnchecked": {"backup_checked_age_seconds": "_x{n}"},
     "KmsNeverBackedUp": {"backup_age_seconds": "_x{n}", "backup_checked_age_seconds": "_x{n}"},
+    "KmsKekOld": {"kek_age_seconds": "31536001+60x{n}"},
 }
 """What is otherwise where an alert must ring."""
 

@@ -15,10 +15,11 @@ from progressdb_kms.crypto.memory import LockedBuffer
 from progressdb_kms.encoding import LATEST, timestamp, wall
 from progressdb_kms.service import start
 from progressdb_kms.service.channel import channel
-from progressdb_kms.service.clock import AHEAD, Anchor, Clock, Reading, judge
+from progressdb_kms.service.clock import AHEAD, Anchor, Clock, Reading, age, judge, overdue
 from progressdb_kms.service.keeper import JANITOR_SECONDS, Keeper
 from progressdb_kms.service.lock import claim
 from progressdb_kms.service.plan import Configured, ConfiguredKey
+from progressdb_kms.store.seal import ActiveKek
 
 NOW = 1_795_000_000.0
 HOUR, DAY = 3600.0, 86400.0
@@ -83,6 +84,29 @@ def test_a_clock_that_python_has_no_words_for(monkeypatch: pytest.MonkeyPatch) -
     assert wall() == LATEST and Clock().now() == LATEST
 
 
+@pytest.mark.parametrize(
+    ("begun", "seconds"),
+    [
+        (timestamp(NOW - 60), 60.0),
+        (timestamp(NOW), 0.0),
+        (timestamp(NOW + 1), None),  # it would be younger than nothing
+        (timestamp(86400.0), None),  # no right clock showed that
+        ("", None),
+        ("2026", None),
+    ],
+)
+def test_an_age_that_nobody_can_tell_is_none(begun: str, seconds: Optional[float]) -> None:
+    assert age(begun, NOW) == seconds
+
+
+def test_a_kek_is_overdue_by_what_was_configured() -> None:
+    kek = ActiveKek("aa", 1, timestamp(NOW - 30 * DAY))
+    assert overdue(kek, NOW, None) == overdue(kek, NOW, 30) == overdue(None, NOW, 1) == ""
+    why = overdue(kek, NOW, 29)
+    assert "the KEK aa is the active one for 30 days, and kek_max_age_days is 29" in why and "rotate" in why
+    assert "nobody can tell how old the KEK aa is" in overdue(kek._replace(since=""), NOW, 29)
+
+
 # ---- the keeper ----------------------------------------------------------------------------------------
 
 
@@ -109,6 +133,8 @@ class Fake(Clock):
 class Site:
     """A keeper that is driven round by round, and may be started anew."""
 
+    max_age_days: Optional[int] = None
+
     def __init__(self, folder: Path, clock: Fake) -> None:
         self.folder = folder
         self.clock = clock
@@ -120,7 +146,7 @@ class Site:
         self.start()
 
     def start(self) -> None:
-        keys = Configured(ConfiguredKey(self.kek_id, "test"))
+        keys = Configured(ConfiguredKey(self.kek_id, "test"), max_age_days=self.max_age_days)
         self.keeper, _ = start.open_keeper(self.folder, self.keyring, keys, self.staging.view, self.inbox)
 
     def reboot(self, off: float) -> None:
@@ -300,3 +326,30 @@ def test_no_call_fails_for_a_clock(site: Site, wall: float) -> None:
     assert site.state(key_id) == "pending_deletion" and site.warnings
     site.do("accept_clock")
     site.do("transition", key_id=key_id, action="enable")
+
+
+def test_the_journal_reminds_of_an_old_kek_when_it_has_become_that_and_each_day(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    def reminders() -> int:
+        return sum("kek_max_age_days is 90" in record.getMessage() for record in caplog.records)
+
+    site.clock.wall = wall()  # by which the store noted when the KEK became the active one
+    site.reboot(60.0)
+    site.clock.pass_by(91 * DAY)
+    site.round()
+    assert reminders() == 0 and site.warnings == ""
+    site.max_age_days = 90
+    site.reboot(60.0)
+    for _ in range(10):
+        site.round()
+    assert reminders() == 1 and "kek_max_age_days is 90" in site.warnings
+    site.clock.pass_by(DAY)
+    site.round()
+    assert reminders() == 2
+    site.clock.wall -= 30 * DAY  # set back: it isn't that old by this clock
+    site.round()
+    assert reminders() == 2 and "kek_max_age_days" not in site.warnings
+    site.clock.wall += 30 * DAY
+    site.round()
+    assert reminders() == 3

@@ -17,6 +17,7 @@ from typing import Any, Callable
 
 import pytest
 
+from progressdb_kms.encoding import timestamp
 from progressdb_kms.store.sqlite import APPLICATION_ID, SCHEMA_VERSION
 from progressdb_kms.tools import doctor
 from progressdb_kms.tools.doctor import FAIL, OK, WARN, Finding, Patient
@@ -38,14 +39,14 @@ def home(short_tmp: Path) -> Path:
     return short_tmp
 
 
-def make_store(folder: Path, counts: dict[str, list[Any]], active: str) -> None:
+def make_store(folder: Path, counts: dict[str, list[Any]], active: str, since: str = "2026") -> None:
     write_secret(folder / "kms.db", b"")
     with contextlib.closing(sqlite3.connect(folder / "kms.db")) as db:
         db.execute(f"PRAGMA application_id={APPLICATION_ID}")
         db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         for table in ("kms", "deks"):
             db.execute(f"CREATE TABLE {table} (key TEXT PRIMARY KEY, value BLOB)")
-        state = {"change": 1, "active": [active, 1, "2026"], "keks": counts, "sum": "00"}
+        state = {"change": 1, "active": [active, 1, since], "keks": counts, "sum": "00"}
         rows = [("store:state", state)]
         db.executemany("INSERT INTO kms VALUES (?, ?)", [(name, json.dumps(value)) for name, value in rows])
         db.commit()
@@ -388,7 +389,7 @@ class TestReport:
         done = cli("doctor", "--config", "c.yaml", cwd=home)
         out = done.stdout.decode()
         assert (done.returncode, done.stderr) == (0, b"")
-        assert f"ok    store       {home}/d/kms.db is whole: 0 DEKs, active KEK {A}\n" in out
+        assert f"ok    store       {home}/d/kms.db is whole: 0 DEKs, active KEK {A} since 20" in out
         assert f"warn  daemon      can't connect to {home}/s: there is no such socket\n" in out
         assert out.splitlines()[-1].startswith("0 failed, ")
 
@@ -416,3 +417,34 @@ class TestReport:
         )
         found = list(doctor.examine(patient(home)))
         assert [(name, finding.level) for name, finding in found] == [("x", FAIL), ("clock", OK)]
+
+
+def test_an_old_kek(home: Path) -> None:
+    (home / "d" / "kms.db").unlink()
+    make_store(home / "d", {A: [1, 5, ""]}, A, since="2026-01-01T00:00:00.000000Z")
+    assert levels(doctor._store, patient(home)) == [OK]
+    assert "kek_max_age_days is 30" in only(doctor._store, patient(home, kek_max_age_days="30")).text
+
+
+def test_no_backup_an_old_one_and_one_without_a_drill(home: Path) -> None:
+    note = home / "d" / "kms-backup.json"
+
+    def noted(made: float, checked: float) -> None:
+        text = json.dumps(
+            {
+                "file": "/b/x",
+                "created_at": timestamp(time.time() - made * 3600),
+                "sha256": "00",
+                "checked_at": timestamp(time.time() - checked * 3600),
+            }
+        )
+        write_secret(note, text.encode())
+
+    assert "was ever made" in only(doctor._backup, patient(home)).text
+    noted(48, 48)
+    found = only(doctor._backup, patient(home))
+    assert "/b/x" in found.text and "progressdb-kms-backup.timer" in found.todo
+    noted(2, 24 * 9)
+    assert "--check" in only(doctor._backup, patient(home)).todo
+    noted(2, 24)
+    assert levels(doctor._backup, patient(home)) == [OK]

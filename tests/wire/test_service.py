@@ -129,7 +129,14 @@ def values(daemon: Daemon) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-UNKNOWN = {"threads_limit", "open_files_limit", "locked_bytes_limit"}
+UNKNOWN = {
+    "kek_max_age_seconds",
+    "backup_age_seconds",
+    "backup_checked_age_seconds",
+    "threads_limit",
+    "open_files_limit",
+    "locked_bytes_limit",
+}
 """Families without a sample where the configuration or the shell sets no limit."""
 
 
