@@ -40,7 +40,7 @@ from ..wire.server import SPARE_FILES, THREADS
 from ..wire.slab import Slab
 from . import hardening, inherited
 from .board import Board
-from .serving import Notifier, Shared, Worker, open_keeper, reopen_keeper
+from .serving import BEAT_SECONDS, MOMENT, Notifier, Shared, Worker, open_keeper, reopen_keeper
 from .signals import SignalPipe
 from .socket import Name, handover_pair, listen, listen_tcp
 from .supervisor import Supervisor
@@ -175,7 +175,8 @@ class Alone:
         thread.start()
         notifier = Notifier(shared)
         while thread.is_alive():
-            keeper.round(0.2, signals.fd)
+            settled = up.is_set() and not self._stop.is_set()
+            keeper.round(BEAT_SECONDS / 2 if settled else MOMENT, signals.fd)
             signals.clear()
             if up.is_set():
                 notifier.ready(self._announce)

@@ -48,7 +48,13 @@ ANCHOR_SECONDS = 0.5
 records that may be cut off unnoticed after a sudden death."""
 
 BEAT_SECONDS = 1.0
-"""How often each process shows that its main loop runs."""
+"""How often each process shows that its main loop runs; it turns twice in that time, and for each signal."""
+
+STOCK_SECONDS = 5.0
+"""How often a worker counts its open files and threads."""
+
+MOMENT = 0.05
+"""Seconds of a turn while something is under way: a start, an end, a process that is to be replaced."""
 
 
 class Shared(NamedTuple):
@@ -88,6 +94,7 @@ class Worker:
         self._shared = shared
         self._counters = shared.metrics.block(slot - 1)
         self._counters.clear()
+        self._next_stock = 0.0
         path = settings.data_dir
         keyring = shared.keyring
         self._audit = AuditLog(path / AUDIT_LOG, keyring.audit_key, chain, change=keyring.change)
@@ -163,7 +170,10 @@ class Worker:
         }
 
     def _take_stock(self) -> None:
-        """For the metrics of all workers, whichever answers."""
+        """For the metrics of all workers, whichever answers. Now and then: a thousand files take a moment."""
+        if time.monotonic() < self._next_stock:
+            return
+        self._next_stock = time.monotonic() + STOCK_SECONDS
         self._counters.set("threads", threading.active_count())
         with contextlib.suppress(OSError):
             self._counters.set("open_files", len(os.listdir("/proc/self/fd")))

@@ -22,6 +22,7 @@ from . import hardening
 from .serving import (
     BEAT_SECONDS,
     DRAIN_SECONDS,
+    MOMENT,
     Notifier,
     Shared,
     Worker,
@@ -75,7 +76,7 @@ class Supervisor:
             self._start_worker(child)
         notifier.ready(self._announce)
         while not self._signals.stop:
-            self._signals.wait(BEAT_SECONDS / 4)
+            self._signals.wait(BEAT_SECONDS / 2 if all(child.pid for child in self._children) else MOMENT)
             if self._signals.take_hangup():
                 notifier.reloading()
                 self._shared.board.renew()
@@ -200,7 +201,7 @@ class Supervisor:
                     child.pid = 0
             if time.monotonic() > deadline:
                 self._tell(signal.SIGKILL, children)
-            self._signals.wait(0.05)
+            self._signals.wait(MOMENT)
 
 
 class StartFailed(OperatorError):
@@ -255,7 +256,7 @@ def _keeper_main(shared: Shared, incarnation: int, report: int) -> None:
     counters = shared.metrics.block(shared.settings.workers)
     counters.clear()
     while not signals.stop:
-        keeper.round(BEAT_SECONDS / 4, signals.fd)
+        keeper.round(BEAT_SECONDS / 2, signals.fd)
         counters.add("beats", 1)
         catch_up()
         signals.clear()

@@ -92,21 +92,21 @@ def _values(app: App) -> dict[str, Value]:
     }
     for name, use in about["limits"].items():
         values.update({name: use["used"], f"{name}_limit": use["limit"]})
-    ready = service.readiness()
-    values.update(
-        ready=not ready.reasons, audit_writable=ready.audit_writable, store_writable=ready.store_writable
-    )
     return {**values, **_told(app)}
 
 
 def _told(app: App) -> dict[str, Value]:
-    """By the keeper: nothing where it doesn't answer, which `ready` tells."""
+    """By the keeper. Where it doesn't answer it is not asked again: who scrapes waits for it once."""
     try:
         told: dict[str, Any] = app.service.ask("status")
     except KMSError:
-        return {}
+        return {"ready": 0, "audit_writable": not app.service.audit.reasons(), "store_writable": 0}
+    ready = app.service.readiness()
     rotation = told["rotation"] or {"done": 0, "total": 0}
     return {
+        "ready": not ready.reasons,
+        "audit_writable": ready.audit_writable,
+        "store_writable": ready.store_writable,
         "erasures_due": told["erasures_due"],
         "erasures_held": bool(told["erasures_held"]),
         "rotation_done": rotation["done"],
