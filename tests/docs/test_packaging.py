@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -248,6 +250,38 @@ def test_the_image_is_pinned_and_not_run_by_root() -> None:
     assert re.search(r"^HEALTHCHECK ", last, re.M)
     for package in re.findall(r"^ +(python3\S*) \\$", last, re.M):
         assert "=" in package
+
+
+def test_the_lines_for_a_container_fit_the_image() -> None:
+    """They want an engine, and `test-container` builds and runs the image without one, as they say."""
+    text = (REPO / "progressdb_kms/manual/install.md").read_text().replace("\\\n", " ")
+    build, start = (shlex.split(line, comments=True) for line in re.findall(r"^ {4}(docker .*)$", text, re.M))
+    file, image = build[build.index("-f") + 1], build[build.index("-t") + 1]
+    assert (REPO / file).is_file() and build[-1] == "." and start[-1] == image
+    words = " ".join(start)
+    for flag in ("--read-only", "--cap-drop ALL", "--security-opt no-new-privileges", "--network none"):
+        assert flag in words
+    places = {word.rpartition(":")[2] for word, before in zip(start[1:], start) if before == "-v"}
+    image_text = (REPO / file).read_text()
+    (volumes,) = re.findall(r"^VOLUME (\[.*\])$", image_text, re.M)
+    (command,) = re.findall(r"^CMD (\[.*\])$", image_text, re.M)
+    assert places == {*json.loads(volumes), str(Path(json.loads(command)[-1]).parent)}
+    (uid,) = re.findall(r"^USER (\d+):", image_text, re.M)
+    assert f"uid {uid}" in text and f"group {uid}" in text
+    tried = (PACKAGING / "test-container").read_text()
+    assert (
+        all(place in tried for place in places)
+        and f"--reuid={uid}" in tried
+        and "unshare --mount --net" in tried
+    )
+
+
+def test_what_the_manual_has_pip_install_is_there() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(REPO / "setup.cfg")
+    pages = "".join(path.read_text() for path in (REPO / "progressdb_kms/manual").glob("*.md"))
+    extras = set(re.findall(r"pip install '?progressdb-kms\[(\w+)\]", pages))
+    assert extras and extras <= set(setup["options.extras_require"])
 
 
 @needs("hadolint")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from progressdb_kms import __version__
 from tests.harness import Daemon
 from tests.harness.book import book
 from tests.harness.daemon import REPO
@@ -24,6 +27,7 @@ def section(heading: str) -> str:
 
 
 TOUR = re.findall(r"```sh\n(.*?)```", section("A short tour"), re.S)[0]
+(COMMANDS,) = re.findall(r"On the command line:\n\n```sh\n(.*?)```", BOOK, re.S)
 EXAMPLES = re.findall(r"`(kms [^`]*)` \|$", section("HTTP API"), re.M)
 
 
@@ -64,6 +68,66 @@ def test_the_table_of_calls(shell: str, daemon: Daemon, tmp_path: Path) -> None:
     daemon.start()  # nothing that was typed keeps it from starting
 
 
+PYTHON = re.findall(r"```python\n(.*?)```", BOOK, re.S)
+
+
+def test_the_lines_of_python(daemon: Daemon) -> None:
+    assert len(PYTHON) == 2
+    for block in PYTHON:
+        assert "/run/progressdb-kms/kms.sock" in block
+        exec(block.replace("/run/progressdb-kms/kms.sock", str(daemon.socket)), {})
+    assert daemon.ok("GET", "/deks?thread_id=room-42")["deks"]
+
+
+def test_the_key_of_a_master_key_that_was_hashed(tmp_path: Path) -> None:
+    """The page ProgressDB has the line; what it makes is a key that the daemon takes."""
+    needs("xxd")
+    (line,) = re.findall(r"^ {4}(xxd .*)$", BOOK, re.M)
+    (tmp_path / "old-master.hex").write_text("00ff" * 12 + "\n")
+    subprocess.run([needs("bash"), "-c", line], cwd=tmp_path, check=True, timeout=60)
+    made = tmp_path / "kek.key"
+    assert bytes.fromhex(made.read_text()) == hashlib.sha256(bytes.fromhex("00ff" * 12)).digest()
+    assert made.stat().st_mode & 0o777 == 0o600
+
+
+def test_how_to_see_whether_progressdb_is_served() -> None:
+    """The block of the page ProgressDB, typed on a host with the daemon on its port."""
+    needs("curl")
+    (block,) = re.findall(
+        r"((?:^ {4}\S.*\n)+)", BOOK.split("\n### Check it\n", 1)[1].split("\n#", 1)[0], re.M
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with Daemon({"tcp_address": address, "allowed_peer_uids": [os.geteuid()]}, workers=1) as daemon:
+        daemon.ok("POST", "/deks", {"key_id": "t:1700000000000000000"}, 201)
+        with daemon.config_file.open("a") as file:
+            file.write(f"socket: {daemon.socket}\ndata_dir: {daemon.data_dir}\n")
+        typed = re.sub(r"^ {4}", "", block, flags=re.M).replace("127.0.0.1:6820", address)
+        typed = re.sub(
+            r"(progressdb-kms [^#\n]*?)( *)(#|$)", rf"\1 --config {daemon.config_file} \3", typed, flags=re.M
+        )
+        typed = typed.replace("progressdb-kms ", f"{sys.executable} -m progressdb_kms ")
+        done = subprocess.run(
+            [needs("bash"), "-e", "-c", typed], cwd=REPO, capture_output=True, text=True, timeout=120
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("ok") and "create_dek" in done.stdout
+    assert re.search(rf"^ok +tcp +{address} answers$", done.stdout, re.M)
+
+
+@pytest.mark.long
+def test_the_first_line_of_the_production_set_up(tmp_path: Path) -> None:
+    """An environment and the package in it, by pip and its index: under another path than /opt."""
+    (block,) = re.findall(r"```sh\n(.*?)```", section("Production set-up"), re.S)
+    first = block.splitlines()[0].replace("/opt/progressdb-kms", str(tmp_path / "opt"))
+    copy = tmp_path / "tree"
+    shutil.copytree(REPO, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info"))
+    subprocess.run([needs("sh"), "-c", first], cwd=copy, check=True, timeout=600)
+    made = subprocess.run([tmp_path / "opt/bin/progressdb-kms", "--version"], capture_output=True, text=True)
+    assert made.stdout == f"progressdb-kms {__version__}\n"
+
+
 PRIVATE = """
 set -e
 mount -t tmpfs x "$1"
@@ -101,6 +165,7 @@ def test_the_production_set_up(short_tmp: Path) -> None:
     (block,) = re.findall(r"```sh\n(.*?)```", section("Production set-up"), re.S)
     first, *lines, last = block.strip().splitlines()
     assert first.startswith("python3 bin/venv /opt/progressdb-kms") and " --config " in last
+    commands = COMMANDS.replace("\n", "\n[ $? = 0 ] || echo FAILED\n")
     program = f'#!/bin/sh\nPYTHONPATH={REPO}:{PACKAGES} exec {everybodys_python()} -m progressdb_kms "$@"\n'
     script = short_tmp / "typed"
     script.write_text(
@@ -109,9 +174,11 @@ def test_the_production_set_up(short_tmp: Path) -> None:
         "chmod 755 /opt/progressdb-kms/bin/progressdb-kms\n"
         "export PATH=/usr/local/bin:$PATH\n" + "\n".join(lines) + f"\n{last} & \n"
         "for i in $(seq 100); do progressdb-kms status --ready 2>/dev/null && break; sleep 0.2; done\n"
-        "progressdb-kms create-dek --thread-id t\n"
+        "progressdb-kms create-dek --thread-id room-42\n"
+        "daemon=$!\n"
         "stat -c '%U %a %n' /run/progressdb-kms/kms.sock /etc/progressdb-kms/kek.key\n"
-        "kill $!\n"
+        f"{commands.replace('/backup/', f'{short_tmp}/backup-')}"
+        "kill $daemon\n"
         "wait\n"
         "progressdb-kms verify\n"  # offline, and nothing named: the packages' configuration
         "progressdb-kms audit verify\n"
@@ -126,6 +193,8 @@ def test_the_production_set_up(short_tmp: Path) -> None:
     if "mount:" in done.stderr:
         pytest.skip(f"no mounts of its own here: {done.stderr.splitlines()[0]}")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILED" not in done.stdout, done.stdout + done.stderr
+    assert len(list(short_tmp.glob("backup-kms-*"))) == 1
     assert "0 failed" in done.stdout and "\nready\n" in done.stdout
     assert re.search(r"^deks +1$", done.stdout, re.M) and done.stdout.count("result") == 2
     assert "progressdb-kms 660 /run/progressdb-kms/kms.sock" in done.stdout
