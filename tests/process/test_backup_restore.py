@@ -158,7 +158,6 @@ class TestBackup:
         assert "inside the data-dir" in refused(site.daemon.offline("backup", str(link / "b")))
         assert not (site.daemon.data_dir / "b").exists()
         assert "there is no folder" in refused(site.daemon.offline("backup", str(site.daemon.home / "x/b")))
-        assert "never overwritten" in refused(site.daemon.offline("backup", str(site.daemon.home)))
 
     def test_a_failure_leaves_the_old_one(self, site: Site) -> None:
         before = site.backup.read_bytes()

@@ -92,7 +92,7 @@ class TestCheck:
         """As a defect or a hand would leave it: the checksum fits."""
         configured(site, site.first, site.other)
         bad = short_tmp / "bad"
-        bad.write_bytes(site.backup.read_bytes()[: backups._last_line(site.backup).size])
+        bad.write_bytes(site.backup.read_bytes()[: backups.last_line(site.backup).size])
         with contextlib.closing(sqlite3.connect(bad)) as db, db:
             rows = db.execute("SELECT key, value FROM deks WHERE json_extract(value, '$.state') = 'enabled'")
             (one, text), (two, _), *_ = rows.fetchall()
@@ -137,7 +137,7 @@ class TestSchema:
 
     def test_a_backup_of_a_newer_release(self, site: Site, short_tmp: Path) -> None:
         newer = short_tmp / "newer"
-        contents = backups._last_line(site.backup)
+        contents = backups.last_line(site.backup)
         newer.write_bytes(site.backup.read_bytes()[: contents.size])
         with open(newer, "ab") as file:
             file.write(contents._replace(schema=99, sha256="").sealed(newer, lambda *_: None).line())
