@@ -81,7 +81,12 @@ def status(args: argparse.Namespace) -> int:
     with _client(args) as kms:
         if args.ready:
             return _check_ready(kms, args.json)
-        show(kms.status(), args.json)
+        if args.json:
+            show(kms.status(), True)
+        else:
+            from . import statuscmd
+
+            statuscmd.run(kms)
     return 0
 
 

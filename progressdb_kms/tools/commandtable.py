@@ -117,7 +117,9 @@ COMMANDS: tuple[Command, ...] = (
         "status",
         ONLINE,
         "tell how the daemon is",
-        "Prints version, active KEK, number of DEKs, memory protection, audit log and a rotation under way.",
+        "Prints whether it is ready, the KEK and its age, DEKs, deletions that are due, the last backup, a "
+        "rotation under way, memory protection, and the use of limits. In colour on a terminal, but not "
+        "where NO_COLOR is set. --json gives all of it as GET /status does.",
         (
             SOCKET,
             CONFIG,

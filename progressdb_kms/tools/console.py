@@ -65,6 +65,16 @@ def _word(value: object) -> object:
     return ("no", "yes")[value] if isinstance(value, bool) else value
 
 
+_COLOURS = {"red": "31", "green": "32", "yellow": "33"}
+
+
+def paint(text: str, colour: str) -> str:
+    """For stdout: in colour where that is a terminal that knows any, and nobody asked for none
+    (https://no-color.org)."""
+    off = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    return text if off or not sys.stdout.isatty() else f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
     """Lines, as the rows come: columns are as wide as the widest cell so far, some hundred rows are looked at
     a time, so that a long table needs no memory. The last column is not padded."""
@@ -82,22 +92,16 @@ def show(values: Mapping[str, Any], as_json: bool) -> None:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects as names like `memory.kind`; measures as a list of what is in force and what is not."""
+    """Nested objects as names like `deks.total`; lists on one line."""
     result: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
             result.update(flat(value, f"{prefix}{name}."))
         elif isinstance(value, list):
-            result[prefix + name] = ", ".join(map(_measure, value))
+            result[prefix + name] = ", ".join(map(str, value))
         else:
             result[prefix + name] = value
     return result
-
-
-def _measure(value: Any) -> str:
-    if isinstance(value, Mapping) and "name" in value:
-        return str(value["name"]) if value.get("ok", True) else f"NOT {value['name']}"
-    return str(value)
 
 
 def say(text: str) -> None:

@@ -50,7 +50,7 @@ from ..wire.server import SPARE_FILES, THREADS
 from ..wire.slab import size_of
 from . import asowner, rehearsal
 from .asowner import PACKAGED_CONFIG
-from .console import safe
+from .console import paint, safe
 from .keyfiles import RESUME, KeyFiles
 
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -670,7 +670,8 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps({"failed": failed, "warned": warned, "checks": checks}) + "\n")
     else:
         for name, finding in found:
-            sys.stdout.write(f"{finding.level:4}  {name:10}  {safe(finding.text)}\n")
+            level = paint(f"{finding.level:4}", {OK: "green", WARN: "yellow"}.get(finding.level, "red"))
+            sys.stdout.write(f"{level}  {name:10}  {safe(finding.text)}\n")
             if finding.todo and finding.level != OK:
                 sys.stdout.write(f"{'':18}{safe(finding.todo)}\n")
         sys.stdout.write(f"{failed} failed, {warned} warned, {len(found) - failed - warned} ok\n")

@@ -112,10 +112,10 @@ class TestService:
     def test_status(self, run: Any, kms: FakeKms) -> None:
         done = run("status")
         assert done.code == 0 and done.err == ""
-        assert (
-            "memory.kind          memfd_secret\n" in done.out
-            and f"kek_id               {kms.kek_id}\n" in done.out
-        )
+        first, kek, *_ = done.out.splitlines()
+        assert first == "progressdb-kms 1.0.0: ready, up 12 seconds"
+        assert kek == f"KEK        {kms.kek_id}, version 1, nobody can tell since when"
+        assert "memory     memfd_secret, 16.0 KiB\n" in done.out and "\x1b" not in done.out
         assert json.loads(run("status", "--json").out)["memory"]["kind"] == "memfd_secret"
 
     def test_metrics(self, run: Any, kms: FakeKms, tmp_path: Path) -> None:
