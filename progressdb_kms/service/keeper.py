@@ -677,7 +677,8 @@ class Keeper:
         return StoreUnavailable(
             f"the key {job.args['key_id']} is shredded, and nothing opens it any more; but a copy of its "
             f"wrapped bytes remains: {self._erasing.why or 'others are removed first'}",
-            hint="it is removed as soon as that can be done: `status` tells how many are due",
+            hint=f"it is tried again by itself, after {ERASE_PAUSES[0]:.0f} s, and with growing pauses at least "
+            f"every {ERASE_PAUSES[1]:.0f} s: `status` tells how many are due",
         )
 
     def _janitor(self) -> None:
