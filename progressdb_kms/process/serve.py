@@ -143,7 +143,10 @@ def _install(loaded: Loaded, keyring: Keyring) -> Configured:
         if loaded.pending is not None:
             pending = ConfiguredKey(keyring.install(loaded.pending, 0), loaded.pending_source)
     days = settings.kek_max_age_days
-    return Configured(master, previous, pending, settings.allow_missing_keks, max_age_days=days)
+    file = settings.master_key_file
+    return Configured(
+        master, previous, pending, settings.allow_missing_keks, max_age_days=days, key_file=file
+    )
 
 
 def _announce(line: str) -> None:

@@ -58,6 +58,7 @@ from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS, refusal
 from ..store.sqlite import FILE_NAME
 from .channel import Head, Job, answer, receive
 from .clock import REMEDY, Clock, TrustedTime, overdue
+from .keyfile import KeyFile
 from .lock import Files, publish
 from .plan import Configured
 from .rotation import Rewrapper, Rotation, Steps
@@ -155,6 +156,7 @@ class Keeper:
         self._clock = clock
         self._time = TrustedTime(store, clock)
         self._memory = LockedBuffer(envelope.SCRATCH_SIZE)
+        self._key_file = KeyFile(keys.key_file)
         self._effects: list[Callable[[], None]] = []
         self._brought: set[str] = set()
         self._rotation: Optional[Rotation] = None
@@ -565,11 +567,15 @@ class Keeper:
             "kek_version": version,
             "wrapped": b64encode(record.wrapped),
         }
-        if target != active.kek_id and target not in self._keys.kek_ids:
+        if target != active.kek_id and target not in self._configured():
             result["warning"] = _next_start(target)
             if old.kek_id != target and self._store.keks()[target].deks == 1:  # the first of them
                 self._effects.append(lambda: log.warning("%s", result["warning"]))
         return result
+
+    def _configured(self) -> set[str]:
+        """The KEKs that the next start has, as far as can be known."""
+        return self._keys.kek_ids | self._key_file.kek_ids()
 
     def _version(self, kek_id: str) -> int:
         """The version of a KEK that isn't the active one: 0 where the store never counted it."""
@@ -613,6 +619,9 @@ class Keeper:
                 raise
             log.info("the rotation to the KEK %s is done: %d DEKs", target, result["rewrapped"])
             self.note("rotation_finished", new_kek_id=target, rewrapped=result["rewrapped"])
+            if target not in self._configured():
+                result["warning"] = _next_start(target, master=True)
+                log.warning("%s", result["warning"])
             return result
 
     def _with_new_kek(self, job: Job) -> dict[str, Any]:
@@ -677,8 +686,8 @@ class Keeper:
         return StoreUnavailable(
             f"the key {job.args['key_id']} is shredded, and nothing opens it any more; but a copy of its "
             f"wrapped bytes remains: {self._erasing.why or 'others are removed first'}",
-            hint=f"it is tried again by itself, after {ERASE_PAUSES[0]:.0f} s, and with growing pauses at least "
-            f"every {ERASE_PAUSES[1]:.0f} s: `status` tells how many are due",
+            hint=f"it is tried again by itself, after {ERASE_PAUSES[0]:.0f} s, and with growing pauses at "
+            f"least every {ERASE_PAUSES[1]:.0f} s: `status` tells how many are due",
         )
 
     def _janitor(self) -> None:
@@ -747,12 +756,15 @@ class Keeper:
         audit = list(self._audit.reasons())
         reasons: list[str] = list(audit)
         warnings: list[str] = []
-        loaded = {self._keyring.active.kek_id, *self._keyring.kek_ids()}
+        active, configured = self._keyring.active.kek_id, self._configured()
+        loaded = {active, *self._keyring.kek_ids()}
+        if active not in configured:
+            warnings.append(_next_start(active, master=True))
         for kek_id, row in self._store.keks().items():
             if kek_id not in loaded:
                 absent = f"the KEK {kek_id} is not loaded, and {row.deks} stored DEKs need it"
                 (warnings if self._keys.allow_missing else reasons).append(absent)
-            elif kek_id not in self._keys.kek_ids and kek_id != self._keyring.active.kek_id:
+            elif kek_id not in configured and kek_id != active:
                 warnings.append(f"{_next_start(kek_id)} ({row.deks} DEKs)")
         if old := self._overdue_kek():
             warnings.append(old)
@@ -837,8 +849,11 @@ _READS: dict[str, Callable[..., Outcome]] = {
 }
 
 
-def _next_start(kek_id: str) -> str:
-    return f"the next start needs the KEK {kek_id}: add it to previous_master_keys"
+def _next_start(kek_id: str, master: bool = False) -> str:
+    where = (
+        "no configured file holds it, make it the master key" if master else "add it to previous_master_keys"
+    )
+    return f"the next start needs the KEK {kek_id}: {where}"
 
 
 def describe(record: DekRecord) -> dict[str, Any]:

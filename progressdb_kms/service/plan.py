@@ -29,6 +29,7 @@ class Configured(NamedTuple):
     allow_retired: bool = False
     accept_older: bool = False
     max_age_days: Optional[int] = None
+    key_file: Optional[str] = None  # of the master key, where it has one
 
     @property
     def kek_ids(self) -> set[str]:

@@ -41,6 +41,26 @@ class TestRewrapped:
         done = daemon.cli("doctor", "--config", str(daemon.config_file), "--data-dir", str(daemon.data_dir))
         assert words.encode() in done.stdout
 
+    def test_so_is_a_rotation_that_came_by_the_api(self, make_daemon: MakeDaemon, workers: int) -> None:
+        """Who sends /rotate_kek himself must keep the key himself: until a configured file holds it."""
+        daemon, kek = make_daemon(workers=workers, source="hexfile"), os.urandom(32)
+        rotated = daemon.ok("POST", "/rotate_kek", {"new_kek_hex": kek.hex()})
+        words = f"the next start needs the KEK {kek_id_of(kek)}: no configured file holds it"
+        assert rotated["warning"].startswith(words)
+        assert [warning.startswith(words) for warning in ready(daemon)["warnings"]] == [True]
+        assert daemon.stderr.count(words) == 1
+        daemon.write_kek(kek)
+        assert ready(daemon)["warnings"] == []
+        daemon.stop()
+        daemon.start()
+        assert ready(daemon)["warnings"] == []
+
+    def test_and_not_by_the_command(self, make_daemon: MakeDaemon) -> None:
+        daemon = make_daemon(source="hexfile")
+        done = daemon.cli("rotate-kek", "--generate", "--config", str(daemon.config_file))
+        assert done.returncode == 0, done.stderr
+        assert ready(daemon)["warnings"] == [] and "next start" not in daemon.stderr
+
     def test_nothing_is_told_where_the_key_is_configured(self, make_daemon: MakeDaemon) -> None:
         kek = os.urandom(32)
         daemon = make_daemon({"previous_master_keys": [{"hex": kek.hex()}]})
