@@ -56,6 +56,20 @@ def _named(name: str, schema: Schema, about: str = "") -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
+def _members(text: str, /, optional: str = "", **more: Schema) -> Schema:
+    """An object with all of these members: `kek_id count:integer since:string|null`, and `more` of them; of
+    the `optional` ones each is text."""
+    typed = (word.partition(":") for word in text.split())
+    kinds = {name: (kind or "string").split("|") for name, _, kind in typed}
+    found = {name: {"type": kind if len(kind) > 1 else kind[0]} for name, kind in kinds.items()}
+    left_out = dict.fromkeys(optional.split(), _TEXT)
+    return _object(" ".join((*found, *more)), optional, **found, **more, **left_out)
+
+
+def _map(of: Schema) -> Schema:
+    return {"type": "object", "additionalProperties": of}
+
+
 def _either(*choices: Schema) -> Schema:
     return {"oneOf": list(choices)}
 
@@ -241,6 +255,38 @@ _ANSWERS: dict[str, Schema] = {
     ),
 }
 
+_DEKS = _members(
+    "total:integer near_limit:integer spent:integer",
+    by_kek=_map(_named("KekUse", _members("version:integer count:integer since"))),
+)
+_BACKUP = _named("LastBackup", _members("file created_at sha256 checked_at"), "`checked_at`: see the manual.")
+_ANSWERS["/status"] = _named(
+    "Status",
+    _members(
+        "version state kek_id kek_version kek_since:string|null kek_age_seconds:number|null "
+        "kek_max_age_days:integer|null workers:integer restarts:integer uptime_seconds:number "
+        "disk_free_bytes:integer erasures_due:integer erasures_held",
+        deks=_named("DekCounts", _DEKS),
+        deletions=_named("Deletions", _members("scheduled:integer next_at:string|null")),
+        audit=_named("AuditHead", _members("chain seq:integer")),
+        memory=_named("Memory", _members("kind locked_bytes:integer required:boolean wipe_on_free:boolean")),
+        hardening={"type": "array", "items": _named("Measure", _members("name ok:boolean detail"))},
+        limits=_map(_named("Limit", _members("used:integer limit:integer|null"), "null: unlimited.")),
+        backup={"anyOf": [_BACKUP, _NULL]},
+        rotation={
+            "anyOf": [_named("Rotation", _members("phase done:integer total:integer new_kek_id")), _NULL]
+        },
+    ),
+    "null stands for what is not known, or not there.",
+)
+_REWRAPPED = "status key_id kek_id kek_version wrapped new_kek_id new_kek_version new_wrapped"
+_ANSWERS["/rewrap"] = _named("Rewrapped", _members(_REWRAPPED, "warning"))
+_ROTATED = "status kek_id kek_version rewrapped:integer"
+_ANSWERS["/rotate_kek"] = _either(
+    _named("Rotated", _members(_ROTATED + " backup", "warning")),
+    _named("RotationRehearsed", _members(_ROTATED, by_kek=_map({"type": "integer"})), "A dry run."),
+)
+
 _QUERIES: dict[str, list[tuple[str, bool, Schema]]] = {
     "/get_wrapped": [("key_id", True, _KEY_ID)],
     "GET /deks": [
@@ -321,6 +367,7 @@ _ERRORS = {
     "409": "In conflict with the state of the key or of the service",
     "410": "The key was shredded",
     "413": "The body is too long",
+    "414": "The request target is too long",
     "415": "Neither JSON nor a raw body where one is taken",
     "422": "Does not open: wrong key, wrong AAD or changed data",
     "423": "The key is disabled or scheduled for deletion",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 from progressdb_kms.wire.openapi import document
 from progressdb_kms.wire.routes import ROUTES
+from tests.conftest import MakeDaemon
 
 DOCUMENT = document(ROUTES)
 OPERATIONS = [operation for path in DOCUMENT["paths"].values() for operation in path.values()]
@@ -47,3 +50,68 @@ def test_every_error_is_the_same_model() -> None:
         for status, answer in operation["responses"].items():
             if status >= "400" and (operation["operationId"], status) != ("readyz", "503"):
                 assert answer["content"]["application/json"]["schema"] == error
+
+
+def test_only_what_a_caller_chose_is_an_object_of_any_kind() -> None:
+    """Status, rewrap and rotate answers have models of their own, too."""
+    answers = {
+        operation["operationId"]: answer["content"].get("application/json", {}).get("schema")
+        for operation in OPERATIONS
+        for status, answer in operation["responses"].items()
+        if status < "300"
+    }
+    assert [name for name, schema in answers.items() if schema == {"type": "object"}] == ["openapi"]
+    assert answers["status"] == {"$ref": "#/components/schemas/Status"}
+    assert answers["rewrap"] == {"$ref": "#/components/schemas/Rewrapped"}
+
+
+def fits(value: Any, schema: Any) -> bool:
+    """Enough of JSON Schema for what answers are described with here."""
+    if "$ref" in schema:
+        return fits(value, DOCUMENT["components"]["schemas"][schema["$ref"].rpartition("/")[2]])
+    for word, count in (("anyOf", any), ("oneOf", lambda found: sum(found) == 1)):
+        if word in schema:
+            return bool(count([fits(value, choice) for choice in schema[word]]))
+    kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
+    if not any(KINDS[kind](value) for kind in kinds):
+        return False
+    if isinstance(value, list):
+        return all(fits(item, schema["items"]) for item in value)
+    if isinstance(value, dict):
+        more, known = schema.get("additionalProperties"), schema.get("properties", {})
+        return set(schema.get("required", ())) <= set(value) and all(
+            fits(inner, known.get(name, more)) if known.get(name, more) else False
+            for name, inner in value.items()
+        )
+    return True
+
+
+KINDS = {
+    "object": lambda value: isinstance(value, dict),
+    "array": lambda value: isinstance(value, list),
+    "string": lambda value: isinstance(value, str),
+    "boolean": lambda value: isinstance(value, bool),
+    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+    "null": lambda value: value is None,
+}
+
+
+def test_what_is_answered_is_as_described(make_daemon: MakeDaemon) -> None:
+    """The answers that schemathesis can't have: of a rotation, of a rewrap, of a status with all in it."""
+    daemon = make_daemon({"kek_max_age_days": 9}, workers=1)
+    key = daemon.ok("POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    with tempfile.TemporaryDirectory() as folder:
+        assert daemon.offline("backup", f"{folder}/b").returncode == 0
+    calls = [
+        ("POST", "/rewrap", {"key_id": key, "new_kek_hex": os.urandom(32).hex()}),
+        ("POST", "/rotate_kek", {"new_kek_hex": (new := os.urandom(32).hex()), "dry_run": True}),
+        ("POST", "/rotate_kek", {"new_kek_hex": new}),
+        ("GET", "/status", None),
+    ]
+    for method, path, body in calls:
+        answer = daemon.ok(method, path, body)
+        schema = DOCUMENT["paths"][path][method.lower()]["responses"]["200"]["content"]["application/json"]
+        assert fits(answer, schema["schema"]), (path, answer)
+        assert not fits({**answer, "more": 1}, schema["schema"]) and not fits({}, schema["schema"])
+    assert answer["backup"] and answer["kek_max_age_days"] == 9
