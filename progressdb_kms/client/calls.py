@@ -143,9 +143,10 @@ class Client:
     def describe(self, key_id: str) -> Dek:
         return _dek(self._json("GET", _dek_path(key_id)))
 
-    def list(self, thread_id: Optional[str] = None, page_size: int = 1000) -> Iterator[Dek]:
-        """All DEKs, or those of a thread, in order of key_id. Pages are asked for as they are needed."""
-        cursor: Optional[str] = ""
+    def list(self, thread_id: Optional[str] = None, page_size: int = 1000, after: str = "") -> Iterator[Dek]:
+        """All DEKs, or those of a thread, in order of key_id; those behind the key_id `after`. Pages are
+        asked for as they are needed."""
+        cursor: Optional[str] = after
         while cursor is not None:
             query = {"limit": str(page_size), "cursor": cursor, "thread_id": thread_id}
             wanted = {name: value for name, value in query.items() if value}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import json
 import os
 import signal
 import sys
@@ -22,7 +23,7 @@ from typing import Any, NoReturn, Optional
 from .. import __version__
 from ..process.streams import PROG, die, fail, open_standard_streams, told
 from .commandtable import CHOICES, COMMANDS, EXITS, GROUP_TITLES, SERVE, Arg, Command
-from .console import UsageError, say
+from .console import UsageError, error_detail, say
 
 __all__ = ["COMMANDS", "PROG", "build_parser", "main"]
 
@@ -157,7 +158,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         return _flushed(_run(_with_command(words)))
     except UsageError as error:
-        return fail(str(error), code=2)
+        return _failed(words, error, str(error), 2)
     except KeyboardInterrupt:
         return die(signal.SIGINT)
     except Interrupted as interrupt:
@@ -166,10 +167,21 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         # Whoever read our output has seen enough. stdout goes nowhere, or the interpreter would try again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except UnicodeEncodeError:
-        return fail("an argument is no text in this locale (set LC_ALL=C.UTF-8)", code=2)
+    except UnicodeEncodeError as error:
+        return _failed(words, error, "an argument is no text in this locale (set LC_ALL=C.UTF-8)", 2)
     except Exception as error:
-        return fail(told(error))
+        return _failed(words, error, told(error), 1)
+
+
+def _failed(words: Sequence[str], error: Exception, text: str, code: int) -> int:
+    """One line on stderr, and with --json one of JSON, in the form of the API's errors."""
+    if "--json" not in words:
+        return fail(text, code)
+    detail = {"code": "usage", "message": text} if code == 2 else error_detail(error, text)
+    with contextlib.suppress(OSError):
+        sys.stderr.write(json.dumps({"error": detail}) + "\n")
+        sys.stderr.flush()
+    return code
 
 
 def _with_command(words: list[str]) -> list[str]:

@@ -142,10 +142,15 @@ def create_dek(args: argparse.Namespace) -> None:
 
 
 def list_deks(args: argparse.Namespace) -> None:
+    from .keyids import beginning
+
+    page = min(args.limit or 1000, 1000) if args.state is None else 1000
     with _client(args) as kms:
-        found = (dek for dek in kms.list(args.thread_id) if args.state in (None, dek.state))
-        deks = itertools.islice(found, args.limit)
-        if args.json:
+        named = beginning(kms, args.prefix or "", args.thread_id, page)
+        deks = itertools.islice((dek for dek in named if args.state in (None, dek.state)), args.limit)
+        if args.ids:
+            sys.stdout.writelines(dek.key_id + "\n" for dek in deks)
+        elif args.json:
             for dek in deks:
                 _show_dek(dek, True)
         else:

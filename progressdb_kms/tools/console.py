@@ -91,6 +91,14 @@ def show(values: Mapping[str, Any], as_json: bool) -> None:
     sys.stdout.write(json.dumps(values) + "\n" if as_json else fields(flat(values)))
 
 
+def error_detail(error: Exception, text: str = "") -> dict[str, str]:
+    """`code`, `message` and `hint`, as the API names them. `text`: for an error that has no message."""
+    code = str(getattr(error, "code", "") or "failed")
+    message, hint = getattr(error, "message", None), getattr(error, "hint", "")
+    detail = {"code": code, "message": text if message is None else str(message)}
+    return {**detail, "hint": str(hint)} if message is not None and hint else detail
+
+
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested objects as names like `deks.total`; lists on one line."""
     result: dict[str, Any] = {}

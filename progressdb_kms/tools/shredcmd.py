@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ..client import Client, ClientError, Dek
-from .console import CommandFailed, UsageError, ask, say, show, table
+from .console import CommandFailed, UsageError, ask, error_detail, say, show, table
 
 SHOWN = 10
 """DEKs that are listed before the question; of more, the number is told."""
@@ -76,7 +76,10 @@ def _all(args: argparse.Namespace, kms: Client, deks: Sequence[Dek]) -> None:
             _show(kms.shred(dek.key_id, args.now, args.days), True if args.json else None)
         except ClientError as error:
             failed += 1
-            say(f"{dek.key_id}: {error.message}" + (f" ({error.hint})" if error.hint else ""))
+            if args.json:
+                show({"key_id": dek.key_id, "error": error_detail(error)}, True)
+            else:
+                say(f"{dek.key_id}: {error.message}" + (f" ({error.hint})" if error.hint else ""))
     if failed:
         raise CommandFailed(f"{failed} of {len(deks)} failed", hint="repeating it is safe")
 

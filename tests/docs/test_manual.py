@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -181,6 +182,66 @@ def test_bash_offers_files_and_folders(bash: Shell, short_tmp: Path) -> None:
     assert bash("genkey", start) == both
     assert bash("verify", "--data-dir", start) == {f"{short_tmp}/a folder"}
     assert bash("describe", start) == set()
+
+
+# ---- key_ids, which the daemon is asked for
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A `progressdb-kms` that writes down what it is asked, and answers, with noise on stderr."""
+    stub, log = tmp_path / "progressdb-kms", tmp_path / "asked"
+    stub.write_text(f'#!/bin/sh\necho "$*" >>{log}\necho noise >&2\nprintf "k_1\\nk_2\\nt:1\\n"\n')
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return log
+
+
+ASKS = "list --ids --limit 100"
+
+
+def test_bash_asks_the_daemon_that_is_named(bash: Shell, asked: Path) -> None:
+    assert bash("describe", "k_") == {"k_1", "k_2", "t:1"}, "the daemon chose them by the prefix"
+    bash("shred", "k_1", "--socket", "/run/a b", "")
+    bash("restore", "--config=c.yaml", "--snapshot", "f", "--key", "k")
+    assert asked.read_text().splitlines() == [
+        f"{ASKS} --prefix k_",
+        f"{ASKS} --socket /run/a b",
+        f"{ASKS} --config=c.yaml --prefix k",
+    ]
+
+
+def test_bash_puts_in_what_follows_a_colon(bash: Shell, asked: Path) -> None:
+    """It takes words apart at colons, which ProgressDB's key_ids have."""
+    assert "1" in bash("describe", "t", ":")
+    assert asked.read_text() == f"{ASKS} --prefix t:\n"
+
+
+def test_bash_is_silent_where_no_daemon_answers(bash: Shell, asked: Path) -> None:
+    (asked.parent / "progressdb-kms").write_text("#!/bin/sh\necho no daemon was found >&2\nexit 1\n")
+    assert bash("describe", "k_") == set()  # and `run` asserts that stderr is empty
+
+
+def test_fish_asks_the_daemon_that_is_named(fish: Shell, asked: Path) -> None:
+    assert fish("progressdb-kms describe --socket /s k_") >= {"k_1", "k_2"}
+    assert fish("progressdb-kms encrypt --key-id ") >= {"k_1", "k_2", "t:1"}
+    assert asked.read_text().splitlines()[0] == f"{ASKS} --socket /s --prefix k_"
+
+
+ZSH = """
+_arguments() { :; }; _describe() { :; }; compadd() { print -rl -- $ids; }
+words=(progressdb-kms -h) CURRENT=2
+source $1
+typeset -A opt_args=(--socket '/run/a\\:b')
+PREFIX=k_ _progressdb_kms_keys
+"""
+
+
+def test_zsh_asks_the_daemon_that_is_named(made: Path, asked: Path) -> None:
+    found = run(needs("zsh"), "-fc", ZSH, "zsh", str(made / "_progressdb-kms"))
+    assert found.split() == ["k_1", "k_2", "t:1"]
+    assert asked.read_text() == f"{ASKS} --socket /run/a:b --prefix=k_\n"
+    assert ":KEY_ID:_progressdb_kms_keys'" in (made / "_progressdb-kms").read_text()
 
 
 # ---- fish and zsh

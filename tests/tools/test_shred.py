@@ -56,6 +56,16 @@ def test_a_thread(kms: FakeKms) -> None:
     assert b"nothing to shred" in run(kms, "--thread-id", "nowhere", "--yes").stderr
 
 
+def test_of_several_with_json_each_error_is_a_line(kms: FakeKms) -> None:
+    kms.refuse["/deks/k_0"] = (503, "audit_unavailable", "no room")
+    done = run(kms, "--thread-id", "room", "--yes", "--json")
+    first, *others = [json.loads(line) for line in done.stdout.splitlines()]
+    assert first == {"key_id": "k_0", "error": {"code": "audit_unavailable", "message": "no room"}}
+    assert [dek["state"] for dek in others] == ["pending_deletion"] * 2
+    failed = json.loads(done.stderr)["error"]
+    assert done.returncode == 1 and (failed["code"], failed["message"]) == ("command_failed", "1 of 3 failed")
+
+
 @pytest.mark.parametrize("words", [[], ["k_0", "--thread-id", "room"]])
 def test_either_deks_or_a_thread(kms: FakeKms, words: list[str]) -> None:
     done = run(kms, *words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import subprocess
 from pathlib import Path
@@ -125,6 +126,21 @@ def test_usage_errors(words: list[str], message: str, monkeypatch: Any, capsys: 
     assert (
         shown.out == "" and shown.err.startswith(f"progressdb-kms: {message}") and shown.err.count("\n") == 1
     )
+
+
+def test_with_json_an_error_is_json(capsys: Any) -> None:
+    assert cli.main(["status", "--json", "x"]) == 2
+    found = json.loads(capsys.readouterr().err)
+    assert found["error"]["code"] == "usage" and "unrecognized arguments: x" in found["error"]["message"]
+    for words, code, hint in (
+        (["status", "--json", "--socket", "/nonexistent/s"], "connection_failed", "is it running"),
+        (["audit", "tail", "--json", "--config", "/nonexistent/c.yaml"], "config", None),
+    ):
+        assert cli.main(words) == 1
+        shown = capsys.readouterr()
+        error = json.loads(shown.err)["error"]
+        assert shown.out == "" and shown.err.count("\n") == 1
+        assert error["code"] == code and error["message"] and (hint is None or hint in error["hint"])
 
 
 @pytest.mark.parametrize("word", ["--version", "--help"])
