@@ -37,7 +37,7 @@ from typing import Any, Callable, NewType, NoReturn, Optional, Union
 
 from ..crypto.aead import mac, same
 from ..encoding import b64encode, json_dumps, json_loads, timestamp, wall
-from ..errors import AuditUnavailable
+from ..errors import AuditUnavailable, KMSError
 
 FILE_NAME = "kms-audit.log"
 
@@ -222,6 +222,7 @@ class AuditLog:
         self._ends = 0  # line ends that torn repairs wrote
         self._note = ""  # why the log was reopened, until that is recorded
         self._stopped = ""  # why nothing may be recorded before `reopen`
+        self._held: Optional[KMSError] = None  # why nothing may be recorded before `release`
         self._fd = -1
         self._take(*_open(self.path))
         with contextlib.suppress(OSError):  # a file system that can't sync directories
@@ -244,7 +245,7 @@ class AuditLog:
         """
         with self._lock:
             self._look()
-            if self._stopped or self._torn or self._note:
+            if self._stopped or self._torn or self._note or self._held:
                 self._mend()
             return self._append(op, outcome, status, "".join(fragments))
 
@@ -299,6 +300,16 @@ class AuditLog:
         with self._lock:
             self._torn, self._ends = [*self._torn, *left], self._ends + ends
             self._mend()
+
+    def hold(self, why: KMSError) -> None:
+        """Nothing is recorded until `release`: this chain could not be introduced yet."""
+        self._held = why
+
+    def release(self) -> None:
+        """Raises AuditUnavailable. What lies under the path now is the log, whatever was there before."""
+        with self._lock:
+            self._take(*_open(self.path))
+            self._held, self._stopped = None, ""
 
     def close(self) -> None:
         """Idempotent. Whatever is recorded later raises AuditUnavailable."""
@@ -390,6 +401,8 @@ class AuditLog:
 
     def _mend(self) -> None:
         """Bring the log into order, or raise AuditUnavailable."""
+        if self._held:
+            raise AuditUnavailable(self._held.message, hint=self._held.hint)
         if self._stopped:
             raise AuditUnavailable(
                 _STOPPED[self._stopped],

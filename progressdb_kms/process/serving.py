@@ -98,14 +98,15 @@ class Worker:
         path = settings.data_dir
         keyring = shared.keyring
         self._audit = AuditLog(path / AUDIT_LOG, keyring.audit_key, chain, change=keyring.change)
-        keeper = channel.KeeperClient(shared.outbox)
-        keeper.call("hello", {"chain": chain})
+        self._keeper = channel.KeeperClient(shared.outbox)
+        self._introduced = False
+        self._introduce()
         self._reader = SqliteReader(path, keyring.row_key)
         self._service = Service(
             self._reader,
             shared.keyring,
             self._audit,
-            keeper,
+            self._keeper,
             settings.peer_rules,
             self._counters,
             self._about,
@@ -131,6 +132,16 @@ class Worker:
         self._anchoring = Pause(0, 0)
         self._meter = shared.rates.meter(slot - 1)
         self.server.narrow(shared.board.read(), self._meter)
+
+    def _introduce(self) -> None:
+        """The keeper records the chain of this worker. Where it can't (the log was unlinked, the disk is
+        full) the worker is up all the same, and says why it does nothing; it asks again."""
+        try:
+            self._keeper.call("hello", {"chain": self._audit.chain})
+            self._audit.release()
+            self._introduced = True
+        except KMSError as error:
+            self._audit.hold(error)
 
     def _about(self) -> dict[str, Any]:
         shared = self._shared
@@ -191,16 +202,22 @@ class Worker:
                 self.server.renew(self._listener)
             if hangup():
                 self._reopen()
-            self._anchor()
+            if self._introduced:
+                self._anchor()
+            else:
+                self._introduce()
         if not self.server.drain(DRAIN_SECONDS):
             log.warning("connections were cut: they did not end within %g s", DRAIN_SECONDS)
-        self._anchor(last=True)
+        if self._introduced:
+            self._anchor(last=True)
         self._audit.close()
         self._reader.close()
         self.server.slab.wipe()
 
     def _reopen(self) -> None:
         self.server.narrow(self._shared.board.read(), self._meter)
+        if not self._introduced:
+            return
         try:
             self._audit.reopen()
         except KMSError as error:

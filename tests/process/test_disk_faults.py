@@ -73,6 +73,31 @@ class TestFullDisk:
             assert kms.request("GET", "/readyz").status == 200
             assert kms.ok("GET", f"/deks/{key}")["state"] == "enabled"  # no refused change was made
 
+    def test_a_worker_that_comes_while_the_disk_is_full(self, disk: Tmpfs) -> None:
+        kept = Kept()
+        with Daemon(home=disk.path, workers=2) as daemon:
+            with daemon.session() as kms:
+                kept.create(kms, 5)
+            disk.fill()
+            victim = daemon.pids()[-1]
+            os.kill(victim, signal.SIGKILL)
+            wait_until(lambda: victim not in daemon.pids() and len(daemon.pids()) == 4, 20, "another worker")
+            time.sleep(2)
+            with daemon.session() as kms:
+                for _ in range(64):  # the write-ahead log may have been cut
+                    disk.fill()
+                    reply = kms.request("POST", "/deks", {"thread_id": "t"})
+                    if reply.status != 201:
+                        break
+                refused(reply)
+                assert "Traceback" not in daemon.stderr and len(daemon.stderr.splitlines()) < 6
+                disk.drain()
+                wait_until(lambda: kms.request("GET", "/readyz").status == 200, 30, "readiness")
+            for _ in range(10):
+                with daemon.session() as kms:
+                    kept.opens(kms)
+            kept.verifies(daemon)
+
     @pytest.mark.long
     @pytest.mark.parametrize("workers", [1, 2])
     def test_however_long_it_lasts(self, disk: Tmpfs, workers: int) -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import time
 from contextlib import closing
 
 import pytest
@@ -52,6 +53,30 @@ def test_a_log_that_was_unlinked(make_daemon: MakeDaemon, workers: int) -> None:
         1,
     ]
     assert "SIGHUP or a restart" in said[0]
+
+
+def replaced(daemon: Daemon) -> None:
+    """Kill the newest worker, and wait until another is in its place and has lived for some turns."""
+    victim = daemon.pids()[-1]
+    os.kill(victim, signal.SIGKILL)
+    wait_until(lambda: victim not in daemon.pids() and len(daemon.pids()) == 4, 20, "another worker")
+    time.sleep(2)
+
+
+def test_a_worker_that_comes_while_the_log_is_unlinked(make_daemon: MakeDaemon) -> None:
+    """It is up, refuses what can't be recorded, and goes on with the others: none comes and ends for ever."""
+    daemon = make_daemon(workers=2)
+    assert create(daemon) == 200
+    daemon.audit_log.unlink()
+    wait_until(lambda: bool(lines(daemon, "not ready: the audit log was unlinked")), 10, "it to be told")
+    replaced(daemon)
+    assert {create(daemon) for _ in range(20)} == {503}
+    assert len(lines(daemon, "is replaced")) == 1 and len(daemon.stderr.splitlines()) == 2
+    daemon.signal(signal.SIGHUP)
+    wait_until(lambda: bool(lines(daemon, "ready again, after ")), 10, "it to be over")
+    wait_until(lambda: {create(daemon) for _ in range(20)} == {200}, 20, "all processes to go on")
+    daemon.stop()
+    assert daemon.offline("verify").returncode == 0
 
 
 def test_a_rotation(make_daemon: MakeDaemon, workers: int) -> None:
