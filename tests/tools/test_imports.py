@@ -210,6 +210,29 @@ class TestImport:
         log = [json.loads(text)["event"] for text in site.audit_log.read_text().splitlines()]
         assert [event["key_id"] for event in log if event["op"] == "import"] == ["k_1", other]
 
+    def test_it_goes_on_with_the_number_of_changes(self, site: Daemon) -> None:
+        """Above whatever store and log know of; the log's end tells it, so that an older store is found."""
+
+        def number() -> int:
+            with sqlite3.connect(site.data_dir / "kms.db") as db:
+                (value,) = db.execute("SELECT value FROM kms WHERE key = 'store:state'").fetchone()
+            db.close()
+            return int(json.loads(value)["change"])
+
+        def recorded() -> list[int]:
+            return [json.loads(line)["event"]["change"] for line in site.audit_log.read_bytes().splitlines()]
+
+        run(site, "import", lines(site.home / "in", {"key_id": "k_0", "wrapped": go_blob(site.kek)}))
+        shutil.copytree(site.data_dir, site.home / "older")
+        before = max(number(), *recorded())
+        rows = [{"key_id": f"k_{n}", "wrapped": go_blob(site.kek)} for n in range(1, 4)]
+        run(site, "import", lines(site.home / "in", *rows))
+        assert number() == before + 3 == recorded()[-1]
+        for path in (site.home / "older").glob("kms.db*"):
+            shutil.copy(path, site.data_dir)
+        error = run(site, "import", lines(site.home / "in", *rows), code=1)[1]
+        assert "older" in error or "put back" in error
+
     def test_a_key_twice_in_one_source(self, site: Daemon) -> None:
         """Also where neither is in the store yet: the same DEK is no fault, another one is."""
         dek = os.urandom(32)
