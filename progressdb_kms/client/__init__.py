@@ -11,6 +11,7 @@ from .results import (
     KeyDisabled,
     KeyNotFound,
     KeyShredded,
+    KeySpent,
     PeerRefused,
     RateLimited,
     Readiness,
@@ -18,6 +19,7 @@ from .results import (
     RotationResult,
     ServiceFailed,
     Unavailable,
+    Usage,
     Wrapped,
 )
 from .transport import BadAnswer, ClientError, ConnectionFailed, ListenerRefused
@@ -37,6 +39,7 @@ __all__ = [
     "KeyDisabled",
     "KeyNotFound",
     "KeyShredded",
+    "KeySpent",
     "ListenerRefused",
     "PeerRefused",
     "RateLimited",
@@ -46,5 +49,6 @@ __all__ = [
     "RotationResult",
     "ServiceFailed",
     "Unavailable",
+    "Usage",
     "Wrapped",
 ]

@@ -34,7 +34,7 @@ from ..crypto.aead import KEY_SIZE
 from ..crypto.memory import LockedBuffer
 from ..encoding import Buffer
 from .handle import DekHandle, key_id_of_thread
-from .results import Dek, Readiness, RotationResult, Wrapped, failure
+from .results import Dek, Readiness, RotationResult, Usage, Wrapped, failure
 from .transport import (
     BadAnswer,
     ClientError,
@@ -143,12 +143,20 @@ class Client:
     def describe(self, key_id: str) -> Dek:
         return _dek(self._json("GET", _dek_path(key_id)))
 
-    def list(self, thread_id: Optional[str] = None, page_size: int = 1000, after: str = "") -> Iterator[Dek]:
-        """All DEKs, or those of a thread, in order of key_id; those behind the key_id `after`. Pages are
-        asked for as they are needed."""
+    def list(
+        self,
+        thread_id: Optional[str] = None,
+        page_size: int = 1000,
+        after: str = "",
+        unused_for: Optional[int] = None,
+    ) -> Iterator[Dek]:
+        """All DEKs, or those of a thread, in order of key_id; those behind the key_id `after`; those that are
+        older than so many seconds and were not used since. Pages are asked for as they are needed."""
         cursor: Optional[str] = after
         while cursor is not None:
             query = {"limit": str(page_size), "cursor": cursor, "thread_id": thread_id}
+            if unused_for is not None:
+                query["unused_for"] = str(unused_for)
             wanted = {name: value for name, value in query.items() if value}
             page = self._json("GET", "/deks?" + urlencode(wanted, safe=":"))
             yield from (_dek(row) for row in _field(page, "deks", list))
@@ -451,6 +459,17 @@ def _dek(fields: Mapping[str, Any]) -> Dek:
         str(fields.get("delete_at") or ""),
         str(fields.get("shredded_at") or ""),
         _bytes(fields, "wrapped") if "wrapped" in fields else b"",
+        _usage(_field(fields, "usage", dict)) if "usage" in fields else None,
+    )
+
+
+def _usage(fields: Mapping[str, Any]) -> Usage:
+    return Usage(
+        _field(fields, "encrypts", int),
+        _field(fields, "decrypts", int),
+        str(fields.get("first_used_at") or ""),
+        str(fields.get("last_used_at") or ""),
+        _field(fields, "last_uid", int) if "last_uid" in fields else None,
     )
 
 

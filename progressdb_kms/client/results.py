@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 from .transport import ClientError
 
@@ -24,6 +24,10 @@ class KeyNotFound(RequestRefused):
 
 class Conflict(RequestRefused):
     """409: the request contradicts the state of the service."""
+
+
+class KeySpent(Conflict):
+    """409: the DEK has encrypted all that it may, and only decrypts: make another one."""
 
 
 class KeyShredded(RequestRefused):
@@ -68,6 +72,7 @@ _BY_CODE: Mapping[str, type[ClientError]] = {
     "authentication_failed": AuthenticationFailed,
     "plaintext_not_json": RequestRefused,
     "key_disabled": KeyDisabled,
+    "key_spent": KeySpent,
 }
 
 
@@ -84,9 +89,20 @@ def failure(status: int, error: Any) -> ClientError:
 # ---- results ---------------------------------------------------------------------------------------
 
 
+class Usage(NamedTuple):
+    """What was done under a DEK, but for the last second. Times are RFC 3339 in UTC, "" where it was never
+    used; `last_uid` is None then, and where nobody knows it."""
+
+    encrypts: int
+    decrypts: int
+    first_used_at: str = ""
+    last_used_at: str = ""
+    last_uid: Optional[int] = None
+
+
 class Dek(NamedTuple):
     """A DEK as the service describes it. Times are RFC 3339 in UTC, "" where they don't apply; `wrapped` is
-    filled in by `create_dek` alone."""
+    filled in by `create_dek` alone, `usage` by `describe` and `list`."""
 
     key_id: str
     thread_id: str
@@ -97,6 +113,7 @@ class Dek(NamedTuple):
     delete_at: str = ""
     shredded_at: str = ""
     wrapped: bytes = b""
+    usage: Optional[Usage] = None
 
 
 class Wrapped(NamedTuple):

@@ -186,7 +186,7 @@ _PAIRS = (
     f'LEFT JOIN "{STAGED}" AS staged ON staged.key = live.key ORDER BY live.key'
 )
 
-_USAGE_TABLE = (
+USAGE_TABLE = (
     "CREATE TABLE IF NOT EXISTS usage (key_id TEXT PRIMARY KEY, encrypts INTEGER NOT NULL, decrypts INTEGER "
     "NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL, uid INTEGER NOT NULL) WITHOUT ROWID"
 )
@@ -358,7 +358,7 @@ class SqliteStore(SealedStore, SqliteReader):
         self._bind()
         if not version:
             self._index(DEKS)
-            for sql in (_USAGE_TABLE, _HEAVY_INDEX):
+            for sql in (USAGE_TABLE, _HEAVY_INDEX):
                 self._conn.execute(sql)
             select(f"PRAGMA user_version={SCHEMA_VERSION}")
         whole = self._checkpointed()  # if not, pages may stand in the log only

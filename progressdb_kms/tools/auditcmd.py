@@ -153,7 +153,7 @@ def report(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
     with _read_log(args.log or _logs(data_dir), loaded, False) as read:
         found = read(progress, counts)
     with _reader(data_dir) as reader:
-        held = auditreport.holdings(reader, counts.keys)
+        held = auditreport.holdings(reader, counts.keys, now)
     with output(args.output) as file:
         file.write(auditreport.page(counts, held, found, str(data_dir), timestamp(now)).encode())
     say(f"{args.output}: {counts.lines} records" + (f", FAULT at {found.fault}" if found.fault else ""))

@@ -12,12 +12,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 from .. import __version__
 from ..audit.chain import Report
 from ..audit.log import parse
-from ..store.contract import DekRecord, Reader
+from ..encoding import timestamp
+from ..service.usage import near
+from ..store.contract import DekRecord, Reader, Usage
 from ..store.policy import PENDING_DELETION, SHREDDED
 
 BARS = 96
@@ -25,6 +27,9 @@ BARS = 96
 
 MOST = 20
 """Rows of "used most" and of "never used" that are shown."""
+
+STALE_DAYS = 90
+"""DEKs that were not used for so long are counted: they may be ripe for a shred."""
 
 EVENTS = 200
 """Rotations, shreds and starts that are shown at most, the newest."""
@@ -100,14 +105,21 @@ class Holdings(NamedTuple):
     never: Sequence[str]
     unused: int
     total: int
+    usage: Mapping[str, Usage]  # of those that are named
+    stale: int
+    heavy: Mapping[str, int]
 
 
-def holdings(reader: Reader, used: Mapping[bytes, int]) -> Holdings:
+def holdings(reader: Reader, used: Counter[bytes], now: float) -> Holdings:
     states: Counter[tuple[str, str]] = Counter()
     due: list[DekRecord] = []
     never: list[str] = []
-    unused = 0
-    for record in _records(reader):
+    unused = stale = 0
+    since = timestamp(now - STALE_DAYS * 86400)
+    for record, usage in _records(reader):
+        if record.state != SHREDDED:
+            last = timestamp(usage.last) if usage else ""
+            stale += max(record.created_at, last) < since
         states[record.kek_id, record.state] += 1
         if record.state == PENDING_DELETION:
             due.append(record)
@@ -117,13 +129,16 @@ def holdings(reader: Reader, used: Mapping[bytes, int]) -> Holdings:
                 never.append(record.key_id)
     active = reader.state().active
     due.sort(key=lambda record: record.delete_at)
-    return Holdings(states, active.kek_id if active else "", due, never, unused, sum(states.values()))
+    named = [*never, *(name.decode() for name, _ in used.most_common(MOST))]
+    kept = (reader.usage(named), stale, reader.heavy())
+    return Holdings(states, active.kek_id if active else "", due, never, unused, sum(states.values()), *kept)
 
 
-def _records(reader: Reader) -> Iterator[DekRecord]:
+def _records(reader: Reader) -> Iterator[tuple[DekRecord, Optional[Usage]]]:
     after = ""
     while page := reader.page(after, PAGE):
-        yield from page
+        usage = reader.usage([record.key_id for record in page])
+        yield from ((record, usage.get(record.key_id)) for record in page)
         after = page[-1].key_id
 
 
@@ -178,7 +193,7 @@ def page(counts: Counts, held: Holdings, report: Report, source: str, now: str) 
         _section("Calls by operation", _operations(counts.calls)),
         _section("Callers", _callers(counts.uids)),
         _section("DEKs by KEK and state", _states(held)),
-        _section("DEKs used most", _most(counts.keys)),
+        _section("DEKs used most", _most(counts.keys, held)),
         _section("DEKs never used in these records", _never(held)),
         _section("Deletions due", _due(held.due)),
         _section("Rotations, shreds, starts and the like", _events(counts.told)),
@@ -342,17 +357,31 @@ def _states(held: Holdings) -> str:
         (f"{kek_id} (active)" if kek_id == held.active else kek_id or "-", state, count)
         for (kek_id, state), count in sorted(held.states.items())
     ]
-    return f"<p>{held.total:,} DEKs.</p>" + _table(("KEK", "state", "DEKs"), rows, (2,))
+    stale = f" {held.stale:,} are older than {STALE_DAYS} days and were not used since." if held.stale else ""
+    worn = "".join(f'<p class="bad-text">{esc(line)}</p>' for line in near(dict(held.heavy))[:MOST])
+    return f"<p>{held.total:,} DEKs.{stale}</p>{worn}" + _table(("KEK", "state", "DEKs"), rows, (2,))
 
 
-def _most(keys: Counter[bytes]) -> str:
-    return _table(("key_id", "uses"), [(key.decode(), count) for key, count in keys.most_common(MOST)], (1,))
+def _most(keys: Counter[bytes], held: Holdings) -> str:
+    """Uses in these records, and what the store has counted since the DEK was made."""
+    rows = []
+    for key, count in keys.most_common(MOST):
+        usage = held.usage.get(key.decode(), Usage())
+        uid = usage.uid if usage.uid >= 0 else ""
+        rows.append((key.decode(), count, usage.encrypts, usage.decrypts, _last(usage), f"{uid}"))
+    head = ("key_id", "uses", "encrypts ever", "decrypts ever", "last used (UTC)", "by UID")
+    return _table(head, rows, (1, 2, 3))
+
+
+def _last(usage: Optional[Usage]) -> str:
+    return timestamp(usage.last)[:19] if usage and usage.last else ""
 
 
 def _never(held: Holdings) -> str:
     left = held.unused - len(held.never)
     more = f'<p class="dim">and {left:,} more</p>' if left > 0 else ""
-    return _table(("key_id",), [(name,) for name in held.never]) + more
+    rows = [(name, _last(held.usage.get(name)) or "never") for name in held.never]
+    return _table(("key_id", "last used (UTC)"), rows) + more
 
 
 def _due(due: Sequence[DekRecord]) -> str:

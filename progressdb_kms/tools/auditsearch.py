@@ -84,12 +84,18 @@ def keys_of(event: Mapping[str, Any]) -> set[str]:
     return {str(event[name]) for name in ("key_id", "new_key_id") if name in event} | set(many or ())
 
 
+def seconds_of(text: str) -> Optional[int]:
+    """`90d` in seconds; None where it is no such time."""
+    span = re.fullmatch(r"([0-9]{1,6})([smhdw])", text)
+    return int(span[1]) * UNITS[span[2]] if span else None
+
+
 def moment(text: str, now: float) -> str:
     """A time of the command line as the log writes it: `2h` ago, a date, or RFC 3339 (UTC where it says no
     other). Raises UsageError."""
-    ago = re.fullmatch(r"([0-9]{1,6})([smhdw])", text)
+    ago = seconds_of(text)
     if ago is not None:
-        return timestamp(now - int(ago[1]) * UNITS[ago[2]])
+        return timestamp(now - ago)
     try:
         found = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text))
     except ValueError:

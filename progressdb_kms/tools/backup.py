@@ -1,6 +1,6 @@
 """One file that holds the store: how it is written beside a running daemon, and read without trust.
 
-    SQLite database                          a copy of kms.db: the tables `deks` and `kms`, nothing else
+    SQLite database                          a copy of kms.db: the tables `deks`, `kms`, `usage`, nothing else
     0x0A "{" … "}" 0x0A                      one JSON line: what is in the copy, its length, and the SHA-256
                                              of the copy and of this line with "" in the place of that
 
@@ -28,7 +28,7 @@ import sqlite3
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 from urllib.parse import quote
@@ -37,9 +37,9 @@ from ..crypto.envelope import ROW_KEY
 from ..encoding import json_dumps, json_loads, timestamp
 from ..errors import StoreDamaged
 from ..service.ownkeys import ROWS
-from ..store.contract import DekRecord
+from ..store.contract import DekRecord, Usage
 from ..store.seal import MODULUS, STATE, Seal, StoreState, weight
-from ..store.sqlite import APPLICATION_ID, DEKS, FILE_NAME, SCHEMA_VERSION, check_schema
+from ..store.sqlite import APPLICATION_ID, DEKS, FILE_NAME, SCHEMA_VERSION, USAGE_OF, check_schema
 from . import asowner, datadir
 from .console import CommandFailed, sync_folder
 
@@ -56,7 +56,7 @@ PAGES = 2048
 
 BLOCK = 1 << 20
 
-_TABLES = (DEKS, "kms")
+_TABLES = (DEKS, "kms", "usage")
 
 
 class Contents(NamedTuple):
@@ -294,6 +294,11 @@ class Backup:
             return None
         found = self._json(key_id, row[0])
         return {name: found[name] for name in found if name != "mac"}
+
+    def usage(self, key_ids: Sequence[str]) -> dict[str, Usage]:
+        """What was done under these DEKs, as far as it was counted."""
+        found = self._db.execute(USAGE_OF, (json_dumps(list(key_ids)),))
+        return {key_id: Usage(*counts) for key_id, *counts in found}
 
     @property
     def row_key(self) -> Any:

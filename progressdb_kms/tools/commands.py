@@ -27,6 +27,7 @@ from .console import (
     say,
     show,
     table,
+    told,
     write_binary,
 )
 
@@ -144,9 +145,16 @@ def create_dek(args: argparse.Namespace) -> None:
 def list_deks(args: argparse.Namespace) -> None:
     from .keyids import beginning
 
+    unused_for = None
+    if args.unused_for is not None:
+        from .auditsearch import seconds_of
+
+        unused_for = seconds_of(args.unused_for)
+        if unused_for is None:
+            raise UsageError(f"{args.unused_for[:40]!r} is no time: give 90d, 12h or 30m")
     page = min(args.limit or 1000, 1000) if args.state is None else 1000
     with _client(args) as kms:
-        named = beginning(kms, args.prefix or "", args.thread_id, page)
+        named = beginning(kms, args.prefix or "", args.thread_id, page, unused_for)
         deks = itertools.islice((dek for dek in named if args.state in (None, dek.state)), args.limit)
         if args.ids:
             sys.stdout.writelines(dek.key_id + "\n" for dek in deks)
@@ -154,9 +162,14 @@ def list_deks(args: argparse.Namespace) -> None:
             for dek in deks:
                 _show_dek(dek, True)
         else:
-            head = ("KEY_ID", "STATE", "KEK_ID", "CREATED_AT", "DUE", "THREAD_ID")
-            rows = ((d.key_id, d.state, d.kek_id, d.created_at, d.delete_at[:16], d.thread_id) for d in deks)
-            sys.stdout.writelines(table(head, rows))
+            head = ("KEY_ID", "STATE", "KEK_ID", "CREATED_AT", "LAST_USED", "DUE", "THREAD_ID")
+            sys.stdout.writelines(table(head, map(_row, deks)))
+
+
+def _row(dek: Dek) -> tuple[str, ...]:
+    used = dek.usage.last_used_at[:16] if dek.usage else ""
+    start = (dek.key_id, dek.state, dek.kek_id, dek.created_at)
+    return (*start, used, dek.delete_at[:16], dek.thread_id)
 
 
 def describe(args: argparse.Namespace) -> None:
@@ -183,7 +196,7 @@ def shred(args: argparse.Namespace) -> None:
 
 
 def _show_dek(dek: Dek, as_json: bool) -> None:
-    values = {name: value for name, value in dek._asdict().items() if value not in ("", b"")}
+    values = told(dek)
     if "wrapped" in values:
         import base64
 

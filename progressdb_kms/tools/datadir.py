@@ -26,7 +26,7 @@ from ..errors import AlreadyRunning, AuthenticationFailed, KMSError
 from ..service import ownkeys, start
 from ..service.lock import claim, published
 from ..service.plan import Configured, ConfiguredKey
-from ..store.contract import Reader
+from ..store.contract import Reader, Usage
 from ..store.seal import STATE, StoreState
 from ..store.sqlite import SqliteStore
 from .console import CommandFailed
@@ -104,6 +104,14 @@ def _identity(path: Path) -> Optional[tuple[int, int]]:
     except OSError:
         return None
     return about.st_dev, about.st_ino
+
+
+def beyond(usage: Usage, kept: Optional[Usage]) -> Usage:
+    """What must be counted beside what is kept so that the larger numbers stand."""
+    kept = kept or Usage()
+    return usage._replace(
+        encrypts=max(0, usage.encrypts - kept.encrypts), decrypts=max(0, usage.decrypts - kept.decrypts)
+    )
 
 
 class Work:

@@ -42,6 +42,8 @@ from ..service.clock import RELEASED, REMEDY, age, overdue
 from ..service.lock import is_held
 from ..service.plan import Configured, ConfiguredKey, plan
 from ..service.rotation import RETIRED_KEK, retired
+from ..service.usage import near
+from ..store.contract import HEAVY
 from ..store.seal import STATE, StoreState
 from ..store.sqlite import FILE_NAME as STORE
 from ..store.sqlite import check_schema
@@ -437,6 +439,10 @@ def _store_findings(patient: Patient, path: Path, db: sqlite3.Connection) -> Ite
     assert patient.settings is not None
     if old := overdue(state.active, time.time(), patient.settings.kek_max_age_days):
         yield Finding(WARN, old)
+    if not is_held(patient.data_dir):  # else the daemon tells
+        heavy = dict(db.execute(f"SELECT key_id, encrypts FROM usage WHERE encrypts >= {HEAVY}"))  # noqa: S608
+        for line in near(heavy):
+            yield Finding(WARN, *line.split(": ", 1))
     if patient.keys is not None and state.active is not None:
         yield from _keys_fit(patient.keys, db, state)
 

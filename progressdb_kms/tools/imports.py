@@ -31,12 +31,12 @@ from ..audit.verify import History, history, logs
 from ..config.load import Loaded
 from ..encoding import KEK_ID, KEY_ID, MAX_THREAD_ID, b64decode, json_loads, timestamp
 from ..errors import KMSError, StoreDamaged
-from ..store.contract import DekRecord
+from ..store.contract import DekRecord, Usage
 from ..store.policy import DISABLED, ENABLED, PENDING_DELETION, SHREDDED, STATES
 from ..store.snapshots import LINES, find
 from . import asowner, datadir, pebble
 from .console import CommandFailed, say
-from .datadir import Opener, Work
+from .datadir import Opener, Work, beyond
 
 Progress = Callable[[int, int], None]
 
@@ -52,7 +52,7 @@ TOLD = 1000
 _FIELDS = frozenset(
     (
         "key_id", "id", "thread_id", "thread_key", "wrapped", "kek_id", "kek_version", "created_at", "state",
-        "delete_at", "shredded_at", "format", "wrapped_dek", "version",
+        "delete_at", "shredded_at", "format", "wrapped_dek", "version", "usage",
     )
 )  # fmt: skip
 
@@ -129,8 +129,20 @@ def _record(row: dict[str, Any], key_id: str, thread_id: str, now: float) -> Dek
         "shredded_at" in times
     ):
         raise ValueError(f"is {state}, and its times don't fit that")
+    _usage(row)
     created = _time(row["created_at"]) if row.get("created_at") else _born(key_id, now)
     return DekRecord(key_id, thread_id, blob, kek_id, 0, created, state, **times)
+
+
+def _usage(row: dict[str, Any]) -> Usage:
+    """Where a DEK was used elsewhere, its nonces are used up here too."""
+    value = row.get("usage", {})
+    names = set(Usage._fields)
+    if not isinstance(value, dict) or set(value) not in (set(), names):
+        raise ValueError("has a `usage` of an unknown form")
+    if not all(type(one) is int and -(name == "uid") <= one < 1 << 53 for name, one in value.items()):
+        raise ValueError("has numbers in `usage` that can't be")
+    return Usage(**value)
 
 
 def _blob(row: dict[str, Any]) -> bytes:
@@ -282,15 +294,20 @@ class Importer:
     def add(self, found: Sequence[Entry], now: float) -> None:
         """Some entries: the store is asked for all at once, and gets all at once."""
         records = [_tried(entry, now) for entry in found]
+        used: dict[str, Usage] = {}
         self._there = self._store.there([one.key_id for one in records if isinstance(one, DekRecord)])
         for entry, one in zip(found, records):
             try:
                 if isinstance(one, ValueError):
                     raise one
                 self._add(one)
+                if b'"usage":' in entry.data:
+                    used[one.key_id] = _usage(json_loads(entry.data))
             except (ValueError, StoreDamaged) as error:
                 self.bad.append(f"{entry.where}: {error}")
         self._store.put_all(list(self._new.values()))
+        kept = self._store.usage(list(used))
+        self._store.count((key_id, beyond(one, kept.get(key_id))) for key_id, one in used.items())
         self._new.clear()
 
     def _add(self, new: DekRecord) -> None:

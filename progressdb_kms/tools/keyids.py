@@ -30,10 +30,12 @@ def before(prefix: str) -> Optional[str]:
     return (stem + known[at - 1]).ljust(LONGEST, _OTHERS[-1]) if at else stem
 
 
-def beginning(kms: Client, prefix: str, thread_id: Optional[str], page_size: int) -> Iterator[Dek]:
+def beginning(
+    kms: Client, prefix: str, thread_id: Optional[str], page_size: int, unused_for: Optional[int] = None
+) -> Iterator[Dek]:
     """The DEKs of a prefix, in order."""
     cursor = before(prefix) if prefix else ""
     if cursor is None:
         return iter(())
-    found = kms.list(thread_id, page_size, after=cursor)
+    found = kms.list(thread_id, page_size, cursor, unused_for)
     return itertools.takewhile(lambda dek: dek.key_id.startswith(prefix), found)

@@ -10,6 +10,7 @@ trigger, no free page, no half of a rotation. What is taken from where:
     active KEK           the backup: its DEKs need it
     audit key, row key   the present store where they open, else the backup: they stay over rotations
     audit epoch, heads   the present store, else the backup, and above whatever the log knows of
+    usage                the larger numbers of the present store and the backup
     number of changes    one above the present store, the backup and the log
     deletions            made anew from the DEKs
 
@@ -34,7 +35,7 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 from ..audit import verify
 from ..config.load import Loaded
@@ -46,13 +47,13 @@ from ..service.ownkeys import ROWS, held, wrap
 from ..service.plan import Plan, plan
 from ..service.rotation import RETIRED_KEK, retired
 from ..service.start import RESTORE_FOLDER, RESTORED
-from ..store.contract import DekRecord
+from ..store.contract import DekRecord, Usage
 from ..store.policy import DISABLED, ENABLED, PENDING_DELETION, SHREDDED
-from ..store.sqlite import FILE_NAME, SqliteStore
+from ..store.sqlite import FILE_NAME, SqliteReader, SqliteStore
 from . import asowner, backup, datadir
 from .backup import Backup, Progress
 from .console import CommandFailed, sync_folder
-from .datadir import Keys, Opener
+from .datadir import Keys, Opener, beyond
 
 BATCH = 2000
 """Rows of one transaction while the new store is built."""
@@ -346,6 +347,7 @@ def _build(folder: Path, source: Backup, chosen: Plan, past: Past, keys: Keys, p
     records = source.records()
     with (
         contextlib.closing(SqliteStore(folder, keys.keyring.row_key)) as store,
+        _present_usage(folder.parent) as present,
         Opener(keys.keyring) as opener,
     ):
         while batch := list(itertools.islice(records, BATCH)):
@@ -357,6 +359,10 @@ def _build(folder: Path, source: Backup, chosen: Plan, past: Past, keys: Keys, p
                     whole = genuine and (record.state == SHREDDED or _opens(opener, record))
                     if dead is None and not whole:
                         damaged.append(record.key_id)
+                names = [record.key_id for record, _ in batch]
+                kept = source.usage(names)
+                store.count(kept.items())
+                store.count((name, beyond(used, kept.get(name))) for name, used in present(names).items())
             done += len(batch)
             progress(done, total)
         with store.transaction():
@@ -366,6 +372,24 @@ def _build(folder: Path, source: Backup, chosen: Plan, past: Past, keys: Keys, p
             built = Built(deks, done + len(left) - deks, again, damaged)
             _put_rows(store, source, chosen, past, built)
     return built
+
+
+@contextlib.contextmanager
+def _present_usage(data_dir: Path) -> Iterator[Callable[[Sequence[str]], dict[str, Usage]]]:
+    """Asks the store that will be replaced; one that can't be read tells of none."""
+    try:
+        reader = SqliteReader(data_dir)
+    except KMSError:
+        yield lambda key_ids: {}
+        return
+
+    def usage(key_ids: Sequence[str]) -> dict[str, Usage]:
+        with contextlib.suppress(KMSError):
+            return reader.usage(key_ids)
+        return {}
+
+    with contextlib.closing(reader):
+        yield usage
 
 
 def _closed(record: DekRecord, past: Past, genuine: bool) -> DekRecord:

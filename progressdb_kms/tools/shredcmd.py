@@ -7,11 +7,13 @@ needs `--yes`. A DEK that fails leaves the others to be done; the command ends w
 from __future__ import annotations
 
 import argparse
+import calendar
 import sys
+import time
 from collections.abc import Sequence
 
 from ..client import Client, ClientError, Dek
-from .console import CommandFailed, UsageError, ask, error_detail, say, show, table
+from .console import CommandFailed, UsageError, ask, error_detail, say, show, table, told
 
 SHOWN = 10
 """DEKs that are listed before the question; of more, the number is told."""
@@ -59,7 +61,7 @@ def _confirm(args: argparse.Namespace, deks: Sequence[Dek]) -> None:
             raise UsageError(f"{_count(deks)} would be {_how(args)}: give --yes, or --dry-run to see them")
         return
     for dek in deks[:SHOWN]:
-        say(f"  {dek.key_id}  {dek.thread_id}  ({dek.state})")
+        say(f"  {dek.key_id}  {dek.thread_id}  ({dek.state}{_used(dek)})")
     if len(deks) > SHOWN:
         say(f"  and {len(deks) - SHOWN} more")
     lost = (
@@ -89,13 +91,32 @@ def _show(dek: Dek, form: object) -> None:
     if form is None:
         sys.stdout.write(f"{dek.key_id}  {dek.state}  {dek.delete_at or dek.shredded_at}\n")
     else:
-        values = {name: value for name, value in dek._asdict().items() if value not in ("", b"")}
-        show(values, bool(form))
+        show(told(dek), bool(form))
 
 
 def _list(deks: Sequence[Dek]) -> None:
-    rows = ((dek.key_id, dek.state, dek.created_at, dek.thread_id) for dek in deks)
-    sys.stdout.writelines(table(("KEY_ID", "STATE", "CREATED_AT", "THREAD_ID"), rows))
+    head = ("KEY_ID", "STATE", "CREATED_AT", "USED", "THREAD_ID")
+    rows = ((dek.key_id, dek.state, dek.created_at, _used(dek)[2:], dek.thread_id) for dek in deks)
+    sys.stdout.writelines(table(head, rows))
+
+
+def _used(dek: Dek) -> str:
+    """What the person should know who shreds it."""
+    if dek.usage is None:
+        return ""
+    if not dek.usage.last_used_at:
+        return ", never used"
+    by = f" by uid {dek.usage.last_uid}" if dek.usage.last_uid is not None else ""
+    return f", last used {ago(dek.usage.last_used_at, time.time())} ago{by}"
+
+
+def ago(when: str, now: float) -> str:
+    """How long ago a time of the API is, in the largest unit that fits."""
+    past = max(0, int(now) - calendar.timegm(time.strptime(when[:19], "%Y-%m-%dT%H:%M:%S")))
+    for unit, seconds in (("d", 86400), ("h", 3600), ("min", 60)):
+        if past >= seconds:
+            return f"{past // seconds} {unit}"
+    return f"{past} s"
 
 
 def _count(deks: Sequence[Dek]) -> str:

@@ -24,7 +24,7 @@ from ..encoding import b64encode, json_dumps, json_loads
 from ..errors import StoreDamaged
 from ..service.ownkeys import ROWS
 from ..store import snapshots
-from ..store.contract import DekRecord
+from ..store.contract import DekRecord, Usage
 from ..store.policy import PENDING_DELETION, SHREDDED
 from ..store.seal import MODULUS, STATE, StoreState, weight
 from ..store.snapshots import FOLDER, LINES
@@ -78,12 +78,16 @@ def export(data_dir: Path, file: IO[bytes], progress: Progress) -> int:
     with datadir.beside(data_dir), contextlib.closing(_reader(data_dir)) as reader:
         total = sum(row.deks for row in reader.keks().values())
         for page in _pages(reader):
-            file.writelines(
-                json_dumps({"key_id": record.key_id, **record.to_row()}).encode() + b"\n" for record in page
-            )
+            usage = reader.usage([record.key_id for record in page])
+            file.writelines(_line(record, usage.get(record.key_id)) for record in page)
             done += len(page)
             progress(done, max(done, total))
     return done
+
+
+def _line(record: DekRecord, usage: Optional[Usage]) -> bytes:
+    used = {"usage": usage._asdict()} if usage else {}
+    return json_dumps({"key_id": record.key_id, **record.to_row(), **used}).encode() + b"\n"
 
 
 # ---- verify --------------------------------------------------------------------------------------------

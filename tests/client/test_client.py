@@ -23,10 +23,12 @@ from progressdb_kms.client import (
     KeyDisabled,
     KeyNotFound,
     KeyShredded,
+    KeySpent,
     PeerRefused,
     RequestRefused,
     ServiceFailed,
     Unavailable,
+    Usage,
     transport,
 )
 from progressdb_kms.client import calls as module
@@ -126,6 +128,19 @@ class TestCalls:
         assert [dek.key_id for dek in client.list(page_size=2)] == [f"k_{number:04d}" for number in range(5)]
         assert [dek.thread_id for dek in client.list("even & more", page_size=2)] == ["even & more"] * 3
         assert len(kms.seen) == 5 + 3 + 2
+
+    def test_usage(self, client: Client, kms: FakeKms) -> None:
+        dek = client.create_dek("t")
+        assert dek.usage is None and client.describe(dek.key_id).usage is None
+        kms.deks[dek.key_id]["usage"] = {"encrypts": 1, "decrypts": 2}
+        assert client.describe(dek.key_id).usage == Usage(1, 2)
+        told = {"first_used_at": "a", "last_used_at": "b", "last_uid": 7}
+        kms.deks[dek.key_id]["usage"].update(told)
+        assert [one.usage for one in client.list(unused_for=60)] == [Usage(1, 2, "a", "b", 7)]
+        assert "unused_for=60" in kms.seen[-1].path
+        kms.refuse["/encrypt"] = (409, "key_spent", "the key has encrypted 4,294,967,296 messages")
+        with pytest.raises(KeySpent):
+            client.encrypt(dek.key_id, b"")
 
     def test_states(self, client: Client, kms: FakeKms) -> None:
         key = client.create_dek("t").key_id

@@ -304,6 +304,16 @@ class Shred(World):
         super().finish()
 
 
+class Used(World):
+    def prepare(self) -> None:
+        super().prepare()
+        self.words = {"KEY": next(iter(self.boxes))}
+
+    def finish(self) -> None:
+        assert "DEKs used most" in (self.home / "report.html").read_text()
+        super().finish()
+
+
 class FromGo(World):
     def prepare(self) -> None:
         folder = self.home / "var/lib/old-kms/kms-deks"
@@ -349,6 +359,7 @@ SCENARIOS: dict[str, type[World]] = {
     "Restore on a new host": NewHost,
     "Rotate the KEK": Rotate,
     "A key file was lost": LostKey,
+    "What was used, and what was not": Used,
     "Shred for a deletion request": Shred,
     "Move from the Go service": FromGo,
 }

@@ -8,14 +8,16 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from progressdb_kms.service.usage import LOST, SPENT
 from progressdb_kms.store.contract import HEAVY, Usage
-from progressdb_kms.store.sqlite import SqliteStore
+from progressdb_kms.store.sqlite import SqliteReader, SqliteStore
 from tests.harness import Daemon
+from tests.harness.daemon import cli
 from tests.harness.procs import wait_until
 from tests.harness.wire import b64
 
@@ -164,6 +166,39 @@ def test_the_limits(daemon: Daemon) -> None:
     reply = daemon.request("POST", "/encrypt", {"key_id": most, "plaintext": ""})
     assert (reply.status, reply.code) == (409, "key_spent")
     assert "make another DEK" in json.loads(reply.body)["error"]["hint"]
+
+
+def kept(data_dir: Path, *keys: str) -> list[int]:
+    """Encrypts, by the store of a stopped daemon."""
+    reader = SqliteReader(data_dir)
+    found = reader.usage(keys)
+    reader.close()
+    return [found.get(key, Usage()).encrypts for key in keys]
+
+
+def test_it_goes_along_with_the_deks(short_tmp: Path) -> None:
+    with Daemon(workers=1) as daemon:
+        for name in "abc":
+            daemon.ok("POST", "/deks", {"thread_id": name, "key_id": name}, status=201)
+        daemon.stop()
+
+        def run(*words: str, data_dir: Path = daemon.data_dir) -> None:
+            done = cli(*words, "--data-dir", str(data_dir), "--config", str(daemon.config_file))
+            assert done.returncode == 0, done.stderr
+
+        inject(daemon, "a", 100)
+        inject(daemon, "b", 7)
+        run("backup", str(short_tmp / "backup"))
+        inject(daemon, "a", 50)
+        inject(daemon, "c", 3)
+        run("export", str(short_tmp / "lines"))
+        run("restore", str(short_tmp / "backup"))
+        assert kept(daemon.data_dir, "a", "b", "c") == [150, 7, 3]  # what is lost is lost for no nonce
+        for _ in range(2):  # the second time nothing is new
+            run("import", str(short_tmp / "lines"), data_dir=short_tmp / "other")
+            assert kept(short_tmp / "other", "a", "b", "c") == [150, 7, 3]
+        run("restore", str(short_tmp / "backup"), "--force", data_dir=short_tmp / "empty")
+        assert kept(short_tmp / "empty", "a", "b", "c") == [100, 7, 0]
 
 
 def test_what_was_not_used_is_found() -> None:

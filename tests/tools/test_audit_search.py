@@ -25,7 +25,7 @@ from progressdb_kms.audit.log import (
     request_fragment,
 )
 from progressdb_kms.audit.verify import Reading, in_order, verify
-from progressdb_kms.store.contract import DekRecord
+from progressdb_kms.store.contract import HEAVY, DekRecord, Usage
 from progressdb_kms.store.memstore import MemoryStore
 from progressdb_kms.tools import auditreport, auditsearch
 from progressdb_kms.tools.auditsearch import Hits, Query, moment
@@ -168,6 +168,9 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
+NOW = 1795515000.0  # 2026-11-24
+
+
 def page_of(log: Path) -> str:
     store = MemoryStore(memoryview(bytearray(32)))
     with store.transaction():
@@ -175,10 +178,14 @@ def page_of(log: Path) -> str:
             store.put(
                 DekRecord(name, EVIL, b"w", "a" * 16, 1, "2026-01-01T00:00:00.000000Z", state, "2026-12-01")
             )
+    with store.transaction():
+        store.count(
+            [("k_1", Usage(5_000_000, 17, 1, int(NOW) - 86400, 1000)), ("k_7", Usage(HEAVY, 0, 1, 1))]
+        )
     counts = auditreport.Counts()
     report = verify([log], KEY, {}, partial=True, observe=counts)
     return auditreport.page(
-        counts, auditreport.holdings(store, counts.keys), report, "/data", "2026-11-24T10:00:00Z"
+        counts, auditreport.holdings(store, counts.keys, NOW), report, "/data", "2026-11-24T10:00:00Z"
     )
 
 
@@ -208,6 +215,10 @@ def test_the_page_tells_what_the_log_holds(log: Path) -> None:
     assert re.search(r"k_7", text) and "rotation_finished" in text
     never = text.split("DEKs never used")[1].split("Deletions due")[0]
     assert "k_7" in never and "k_1 " not in never
+    assert re.search(r"k_1\s+\d\s+5,000,000\s+17\s+2026-11-23T\S+\s+1000\s", text)
+    assert re.search(r"k_7\s+1970-01-01T00:00:01", never) and re.search(r"k_8\s+never", never)
+    assert "2 are older than 90 days and were not used since." in text
+    assert "the DEK k_7 has 2,147,483,648 encrypts of 4,294,967,296" in text
 
 
 def test_a_fault_stands_in_the_page(log: Path) -> None:

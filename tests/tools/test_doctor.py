@@ -18,7 +18,7 @@ from typing import Any, Callable
 import pytest
 
 from progressdb_kms.encoding import timestamp
-from progressdb_kms.store.sqlite import APPLICATION_ID, SCHEMA_VERSION
+from progressdb_kms.store.sqlite import APPLICATION_ID, SCHEMA_VERSION, USAGE_TABLE
 from progressdb_kms.tools import doctor
 from progressdb_kms.tools.doctor import FAIL, OK, WARN, Finding, Patient
 from tests.harness.daemon import cli, write_secret
@@ -46,6 +46,7 @@ def make_store(folder: Path, counts: dict[str, list[Any]], active: str, since: s
         db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         for table in ("kms", "deks"):
             db.execute(f"CREATE TABLE {table} (key TEXT PRIMARY KEY, value BLOB)")
+        db.execute(USAGE_TABLE)
         state = {"change": 1, "active": [active, 1, since], "keks": counts, "sum": "00"}
         rows = [("store:state", state)]
         db.executemany("INSERT INTO kms VALUES (?, ?)", [(name, json.dumps(value)) for name, value in rows])
@@ -417,6 +418,13 @@ class TestReport:
         )
         found = list(doctor.examine(patient(home)))
         assert [(name, finding.level) for name, finding in found] == [("x", FAIL), ("clock", OK)]
+
+
+def test_a_dek_that_comes_near_its_end(home: Path) -> None:
+    with contextlib.closing(sqlite3.connect(home / "d" / "kms.db")) as db, db:
+        db.execute("INSERT INTO usage VALUES ('k', ?, 0, 1, 1, 0), ('few', 3, 0, 1, 1, 0)", (2**31,))
+    found = only(doctor._store, patient(home))
+    assert found.text.startswith("the DEK k has 2,147,483,648 encrypts of") and "another" in found.todo
 
 
 def test_an_old_kek(home: Path) -> None:

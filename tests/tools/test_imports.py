@@ -25,6 +25,7 @@ from tests.harness.daemon import REPO, Daemon, write_secret
 
 NOW = 1_790_000_000.0
 BLOB = bytes(60)
+USED = {"encrypts": 1, "decrypts": 2, "first": 3, "last": 4, "uid": -1}
 DEAD = "2025-01-02T03:04:05Z"
 
 
@@ -87,6 +88,11 @@ class TestReadEntry:
         ("data", "why"),
         [
             (line(wrapped_dek=b64encode(BLOB)), "both wrapped and wrapped_dek"),
+            (line(usage=[]), "`usage` of an unknown form"),
+            (line(usage={"encrypts": 1}), "`usage` of an unknown form"),
+            (line(usage={**USED, "decrypts": True}), "numbers in `usage` that can't be"),
+            (line(usage={**USED, "encrypts": -1}), "numbers in `usage` that can't be"),
+            (line(usage={**USED, "last": 1 << 53}), "numbers in `usage` that can't be"),
             (line(wrapped=None, wrapped_dek=7), "unknown form"),
             (line(wrapped=None, wrapped_dek=b64encode(b"[]")), "unknown form"),
             (line(wrapped=None, wrapped_dek={"key_info": {}}), "unknown form"),

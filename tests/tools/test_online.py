@@ -61,8 +61,8 @@ class TestKeys:
         )
         listed = run("list")
         assert listed.out == (
-            "KEY_ID  STATE    KEK_ID            CREATED_AT                   DUE  THREAD_ID\n"
-            f"k_0000  enabled  {kms.kek_id}  2026-11-24T02:13:32.123456Z       t1\n"
+            "KEY_ID  STATE    KEK_ID            CREATED_AT                   LAST_USED  DUE  THREAD_ID\n"
+            f"k_0000  enabled  {kms.kek_id}  2026-11-24T02:13:32.123456Z                  t1\n"
         )
         assert (
             json.loads(run("create-dek", "--thread-id", "t2", "--key-id", "mine", "--json").out)["key_id"]
@@ -74,6 +74,20 @@ class TestKeys:
         run("enable", "mine")
         lines = run("list", "--thread-id", "t2", "--json").out.splitlines()
         assert [json.loads(line)["key_id"] for line in lines] == ["mine"]
+
+    def test_usage(self, run: Any, kms: FakeKms, key: str) -> None:
+        used = {"first_used_at": "2026-11-24T03:00:00.000000Z", "last_used_at": "2026-11-25T04:05:06.000000Z"}
+        kms.deks[key]["usage"] = {"encrypts": 5, "decrypts": 0, **used, "last_uid": 0}
+        told = run("describe", key).out
+        assert (
+            "usage.encrypts       5\nusage.decrypts       0\n" in told and "usage.last_uid       0\n" in told
+        )
+        assert json.loads(run("describe", key, "--json").out)["usage"] == kms.deks[key]["usage"]
+        assert "  2026-11-25T04:05       thread-1\n" in run("list").out
+        run("list", "--unused-for", "90d")
+        assert "unused_for=7776000" in kms.seen[-1].path
+        refused = run("list", "--unused-for", "90")
+        assert refused.code == 2 and "'90' is no time: give 90d, 12h or 30m" in refused.err
 
     def test_states(self, run: Any, kms: FakeKms, key: str) -> None:
         assert "state        disabled\n" in run("disable", key).out

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from progressdb_kms.tools.shredcmd import ago
 from tests.harness.daemon import cli
 from tests.harness.fakekms import FakeKms
 from tests.tools.test_online import on_terminal
@@ -92,6 +94,24 @@ def test_a_person_is_asked(kms: FakeKms, answer: bytes, code: int, state: str) -
 def test_a_person_is_not_asked_for_what_can_be_cancelled(kms: FakeKms) -> None:
     done, shown = asked(kms, b"", "k_0")
     assert done == 0 and "[y/N]" not in shown and states(kms)["k_0"] == "pending_deletion"
+
+
+def test_a_person_hears_when_it_was_used_last(kms: FakeKms) -> None:
+    used = time.strftime("%Y-%m-%dT%H:%M:%S.000000Z", time.gmtime(time.time() - 2.5 * 3600))
+    kms.deks["k_0"]["usage"] = {"encrypts": 5, "decrypts": 1, "last_used_at": used, "last_uid": 1000}
+    kms.deks["k_1"]["usage"] = {"encrypts": 0, "decrypts": 0}
+    _, shown = asked(kms, b"\n", "k_0", "k_1", "k_2", "--now")
+    assert "  k_0  room  (enabled, last used 2 h ago by uid 1000)" in shown
+    assert "  k_1  room  (enabled, never used)" in shown and "  k_2  room  (enabled)" in shown
+    listed = run(kms, "--thread-id", "room", "--dry-run").stdout
+    assert b"last used 2 h ago by uid 1000  room\n" in listed
+
+
+@pytest.mark.parametrize(
+    ("past", "told"), [(0, "0 s"), (59, "59 s"), (60, "1 min"), (7199, "1 h"), (200_000, "2 d"), (-5, "0 s")]
+)
+def test_times_are_told_in_the_largest_unit(past: int, told: str) -> None:
+    assert ago("2026-11-24T02:13:32.123456Z", 1795486412 + past) == told
 
 
 def asked(kms: FakeKms, answer: bytes, *words: str) -> tuple[int, str]:
