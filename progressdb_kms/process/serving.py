@@ -51,7 +51,7 @@ BEAT_SECONDS = 1.0
 """How often each process shows that its main loop runs; it turns twice in that time, and for each signal."""
 
 STOCK_SECONDS = 5.0
-"""How often a worker counts its open files and threads."""
+"""How often a worker counts its open files, threads and audit records."""
 
 MOMENT = 0.05
 """Seconds of a turn while something is under way: a start, an end, a process that is to be replaced."""
@@ -95,6 +95,7 @@ class Worker:
         self._counters = shared.metrics.block(slot - 1)
         self._counters.clear()
         self._next_stock = 0.0
+        self._lines = 0  # audit records that were counted
         path = settings.data_dir
         keyring = shared.keyring
         self._audit = AuditLog(path / AUDIT_LOG, keyring.audit_key, chain, change=keyring.change)
@@ -185,6 +186,8 @@ class Worker:
         if time.monotonic() < self._next_stock:
             return
         self._next_stock = time.monotonic() + STOCK_SECONDS
+        lines, self._lines = self._audit.head[1] - self._lines, self._audit.head[1]
+        self._counters.add("audit_lines", lines)
         self._counters.set("threads", threading.active_count())
         with contextlib.suppress(OSError):
             self._counters.set("open_files", len(os.listdir("/proc/self/fd")))

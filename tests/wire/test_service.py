@@ -175,6 +175,11 @@ class TestMetrics:
         assert names >= {"requests_total", "request_seconds", "audit_lines_total"}
         assert names >= {*FAMILIES} - UNKNOWN
 
+    def test_audit_records_are_counted(self, daemon: Daemon) -> None:
+        """Of all workers, some seconds late: no call waits for it."""
+        daemon.ok("POST", "/deks", {"thread_id": "t"}, 201)
+        procs.wait_until(lambda: values(daemon)["audit_lines_total"] > 0, 60, "them to be counted")
+
     def test_histograms_add_up(self, kms: Session) -> None:
         kms.create_dek("t")
         seconds = parsed(kms.request("GET", "/metrics").body.decode())["progressdb_kms_request_seconds"]
