@@ -5,7 +5,8 @@
 
 Figures of one run compare with each other only. The load comes from one Python process, which takes a share
 of the cores itself; a client in C would show more. Nothing here touches a running daemon: it starts its own
-in a temporary folder.
+in a temporary folder, and in a session of its own, as a unit of systemd runs it: the scheduler shares the
+cores among sessions first, so that in one session with its callers a daemon is measured at half of its rate.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import base64
 import errno
 import json
 import os
+import random
 import selectors
 import shutil
 import socket
@@ -22,11 +24,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple, Optional, Union
 
 from ..audit.log import Fragment
 from ..client import Client
@@ -55,9 +58,11 @@ from ..wire.http1 import parse_head
 
 MESSAGE = 200  # bytes: a chat message
 PAGE = 100  # messages of a page of chat
-RAW = 1 << 20  # bytes of a large payload
 CONNECTIONS = (1, 16, 64)
-START_SECONDS = 15.0
+LARGE = (64 << 10, 1 << 20)  # bytes of raw bodies
+MANY = 40_000  # DEKs: twice of what a worker remembers
+SAMPLE = 200_000  # of them that are asked for, at most
+START_SECONDS = 60.0
 STORES = (1_000, 100_000, 1_000_000)  # DEKs: rotation is measured on each of these
 DISK = 10 << 10  # bytes that a DEK takes while its store is rotated: two rows, and a snapshot file of 4 KiB
 
@@ -81,11 +86,9 @@ class Figure(NamedTuple):
     note: str = ""
 
 
-def run(what: str, *, seconds: int, deks: int, as_json: bool) -> int:
-    """`what`: calls, progressdb, store, rotate or memory. Prints the figures; returns 0."""
-    found = {"calls": calls, "progressdb": progressdb, "store": store, "rotate": rotate, "memory": memory}
-    measure = found[what]
-    for figure in measure(float(seconds), deks):
+def run(what: str, *, seconds: int, deks: Optional[int], as_json: bool) -> int:
+    """`what`: a key of MEASURES. Prints the figures; returns 0."""
+    for figure in MEASURES[what](float(seconds), deks or (MANY if what == "many" else STORES[-1])):
         if as_json:
             print(json.dumps(figure._asdict()), flush=True)
         else:
@@ -120,9 +123,40 @@ def calls(seconds: float, deks: int) -> Iterator[Figure]:
                 done = load(path, request, count, seconds)
                 share = f"{done.rate / http.rate:.0%} of http alone; {done.latency}"
                 yield Figure(f"{name}, {count} connections", done.rate * items, "a second", share)
-        raw = _request(f"/encrypt?key_id={key_id}", "application/octet-stream", os.urandom(RAW))
-        done = load(path, raw, 2, seconds)
-        yield Figure("encrypt 1 MiB raw, 2 connections", done.rate * RAW / 1e6, "MB a second", done.latency)
+        for size in LARGE:
+            alone = _cipher_of(size, min(seconds, 1.0))
+            raw = _request(f"/encrypt?key_id={key_id}", "application/octet-stream", os.urandom(size))
+            done = load(path, raw, 1, seconds)
+            share = f"{done.rate / alone:.0%} of the cipher alone; {done.latency}"
+            rate = done.rate * size / 1e6
+            yield Figure(f"encrypt {size >> 10} KiB raw, 1 connection", rate, "MB a second", share)
+
+
+def many(seconds: float, deks: int) -> Iterator[Figure]:
+    """Encrypts under one DEK, and under DEKs at random of a store that holds more than a worker remembers; a
+    page of 100 messages under one DEK and under 100."""
+    with _daemon(fill=lambda folder: _fill_store(folder, deks)) as path, Client(path) as client:
+        names = [dek.key_id for dek in islice(client.list(), SAMPLE)]
+        text = b64encode(os.urandom(MESSAGE))
+        asked = [_post("/encrypt", {"key_id": name, "plaintext": text}) for name in names]
+        one = load(path, asked[0], 4, seconds)
+        yield Figure("encrypt 200 B, one DEK", one.rate, "a second", one.latency)
+        load(path, asked, 4, seconds)  # as if it had run for a while
+        each = load(path, asked, 4, seconds)
+        share = f"{each.rate / one.rate:.0%} of one DEK; {each.latency}"
+        yield Figure(f"encrypt 200 B, {deks} DEKs at random", each.rate, "a second", share)
+        pages = [_page(client, chosen) for chosen in (names[:1] * PAGE, names[:PAGE])]
+        same, mixed = (load(path, page, 4, seconds) for page in pages)
+        yield Figure("a page of 100 under one DEK", same.rate * PAGE, "messages a second", same.latency)
+        share = f"{mixed.rate / same.rate:.0%} of one DEK; {mixed.latency}"
+        yield Figure("a page of 100 under as many DEKs", mixed.rate * PAGE, "messages a second", share)
+
+
+def _page(client: Client, names: list[str]) -> bytes:
+    items = [
+        {"key_id": name, "ciphertext": b64encode(client.encrypt(name, os.urandom(MESSAGE)))} for name in names
+    ]
+    return _post("/decrypt_batch", {"items": items})
 
 
 def progressdb(seconds: float, deks: int) -> Iterator[Figure]:
@@ -162,6 +196,14 @@ def _cipher_alone(seconds: float) -> float:
         return count / seconds
 
 
+def _cipher_of(size: int, seconds: float) -> float:
+    """Seals of so many bytes a second, on one core."""
+    with LockedBuffer(KEY_SIZE) as dek:
+        _fill(dek.view)
+        cipher, text = Aead(dek.view), bytes(size)
+        return _rate(lambda: cipher.seal(os.urandom(NONCE_SIZE), text, b""), seconds)
+
+
 class Load(NamedTuple):
     rate: float  # answers a second
     p50: float  # seconds
@@ -174,27 +216,29 @@ class Load(NamedTuple):
 
 def load(
     path: Address,
-    request: bytes,
+    request: Union[bytes, Sequence[bytes]],
     connections: int,
     seconds: float,
     ended: Callable[[], bool] = lambda: False,
     each: int = 1,
 ) -> Load:
     """A closed loop: each connection sends the next request when it has the answer. It ends after `seconds`,
-    or earlier, as soon as `ended` says so. `each`: so many answers are counted and timed as one. Raises
-    BenchFailed at an answer that is not 2xx."""
+    or earlier, as soon as `ended` says so. `request`: one, or several with answers of one length, of which
+    each time one is drawn. `each`: so many answers are counted and timed as one. Raises BenchFailed at an
+    answer that is not 2xx."""
+    requests = [request] if isinstance(request, bytes) else request
     with selectors.DefaultSelector() as selector, ExitStack() as opened, _lost():
         socks = [opened.enter_context(_connect(path)) for _ in range(connections)]
-        size = _first_answer(socks[0], request)
+        size = _first_answer(socks[0], requests[0])
         took: list[float] = []
         for sock in socks:
-            sock.sendall(request)
+            sock.sendall(random.choice(requests))  # noqa: S311
             selector.register(sock, selectors.EVENT_READ, [size, time.perf_counter()])
         begun = time.perf_counter()
         until = begun + seconds
         while (now := time.perf_counter()) < until and not ended():
             for event, _ in selector.select(0.1):
-                _answered(event, request, size, took)
+                _answered(event, requests, size, took)
     took = sorted(map(sum, zip(*([iter(took)] * each))))
     if not took:
         raise BenchFailed("no answer came")
@@ -210,7 +254,7 @@ def _lost() -> Iterator[None]:
         raise BenchFailed(f"the daemon that is measured is gone: {error.strerror}") from error
 
 
-def _answered(event: selectors.SelectorKey, request: bytes, size: int, took: list[float]) -> None:
+def _answered(event: selectors.SelectorKey, requests: Sequence[bytes], size: int, took: list[float]) -> None:
     """Take in what came; where the answer is whole, send the next request."""
     sock = event.fileobj
     assert isinstance(sock, socket.socket)
@@ -220,7 +264,7 @@ def _answered(event: selectors.SelectorKey, request: bytes, size: int, took: lis
         now = time.perf_counter()
         took.append(now - state[1])
         state[0], state[1] = size, now
-        sock.sendall(request)
+        sock.sendall(random.choice(requests))  # noqa: S311
 
 
 def _received(sock: socket.socket) -> bytes:
@@ -264,8 +308,9 @@ def _request(path: str, kind: str, body: bytes, host: str = "unix") -> bytes:
 
 
 @contextmanager
-def _daemon(config_lines: str = "") -> Iterator[str]:
-    """A daemon of its own on a temporary folder; yields the path of its socket."""
+def _daemon(config_lines: str = "", fill: Callable[[Path], None] = lambda folder: None) -> Iterator[str]:
+    """A daemon of its own on a temporary folder; yields the path of its socket. `fill` makes the store, in
+    `d` of that folder, for the key in `key`."""
     folder = tempfile.mkdtemp(prefix="kmsbench")
     try:
         socket_path = f"{folder}/s"
@@ -273,14 +318,21 @@ def _daemon(config_lines: str = "") -> Iterator[str]:
         config = Path(folder, "c.yaml")
         config.write_text("master_key_file: key\n" + config_lines)
         config.chmod(0o600)
+        fill(Path(folder))
         command = [*_program(), "--socket", socket_path, "--data-dir", f"{folder}/d", "--config", str(config)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with (
+            open(f"{folder}/said", "w") as said,
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=said, text=True, start_new_session=True
+            ) as process,
+        ):
             timer = threading.Timer(START_SECONDS, process.kill)
             timer.start()
             try:
                 assert process.stdout is not None
                 if not process.stdout.readline():
-                    raise BenchFailed("the daemon that is to be measured did not start")
+                    why = Path(folder, "said").read_text().strip() or "it said nothing"
+                    raise BenchFailed(f"the daemon that is to be measured did not start: {why}")
                 timer.cancel()
                 yield socket_path
             finally:
@@ -303,10 +355,23 @@ def _program() -> list[str]:
 def store(seconds: float, deks: int) -> Iterator[Figure]:
     """Durable creates: alone, each pays for its disk flush; together they share them."""
     with _daemon() as path:
+        flushes = _flushes(Path(path).parent, min(seconds, 1.0))
+        yield Figure("disk flushes alone", flushes, "a second", "4 KiB and fdatasync, one after another")
         request = _post("/create_dek_for_thread", {"thread_id": "bench"})
         for count in (1, 64):
             done = load(path, request, count, seconds)
-            yield Figure(f"durable creates, {count} callers", done.rate, "a second", done.latency)
+            share = f"{done.rate / (flushes * count):.0%} of a flush for each {count}; {done.latency}"
+            yield Figure(f"durable creates, {count} callers", done.rate, "a second", share)
+
+
+def _flushes(folder: Path, seconds: float) -> float:
+    with open(folder / "flushed", "wb", buffering=0) as file:
+
+        def flush() -> None:
+            file.write(bytes(4096))
+            os.fdatasync(file.fileno())
+
+        return _rate(flush, seconds)
 
 
 def rotate(seconds: float, deks: int) -> Iterator[Figure]:
@@ -349,35 +414,19 @@ def _rotation(folder: Path, deks: int, resident: int) -> Iterator[Figure]:
     """A store of `deks` DEKs: time to open it, rate of a rotation, and how far that takes the memory of this
     process above `resident` KiB."""
     folder.mkdir()
-    region = LockedBuffer(REGION_SIZE)  # its pages go with the process: keepers hold views of them
-    inbox, outbox = channel()
-    lock = claim(folder)
-    try:
-        with LockedBuffer(KEY_SIZE) as key, LockedBuffer(KEY_SIZE) as new:
-            _fill(key.view)
-            _fill(new.view)
-            keyring = Keyring(region.view)
-            kek_id = keyring.install(key.view, 1)
-            active = Configured(ConfiguredKey(kek_id, "bench"))
-            open_keeper(folder, keyring, active, new.view, inbox)[0].close()
-            _make_deks(folder, keyring, kek_id, deks)
-            begun = time.perf_counter()
-            keeper, _ = open_keeper(folder, keyring, active, new.view, inbox)
-            yield Figure(f"start-up checks, {deks} DEKs", (time.perf_counter() - begun) * 1e3, "ms")
-            keeper.close()
-            opened = SqliteStore(folder, keyring.row_key)
-            _resident(anew=True)
-            begun = time.perf_counter()
-            for _ in Rotation(opened, keyring, folder, os.urandom).run(new.view):
-                pass
-            yield Figure(f"rotation, {deks} DEKs", deks / (time.perf_counter() - begun), "DEKs a second")
-            yield Figure(f"its memory, {deks} DEKs", max(0, _resident() - resident) / 1024, "MiB")
-            opened.close()
-    finally:
-        region.wipe()
-        lock.close()
-        for end in (inbox, outbox):
-            end.close()
+    with _made(folder, deks, _fill) as made:
+        begun = time.perf_counter()
+        keeper, _ = open_keeper(folder, made.keyring, made.active, made.new, made.inbox)
+        yield Figure(f"start-up checks, {deks} DEKs", (time.perf_counter() - begun) * 1e3, "ms")
+        keeper.close()
+        opened = SqliteStore(folder, made.keyring.row_key)
+        _resident(anew=True)
+        begun = time.perf_counter()
+        for _ in Rotation(opened, made.keyring, folder, os.urandom).run(made.new):
+            pass
+        yield Figure(f"rotation, {deks} DEKs", deks / (time.perf_counter() - begun), "DEKs a second")
+        yield Figure(f"its memory, {deks} DEKs", max(0, _resident() - resident) / 1024, "MiB")
+        opened.close()
 
 
 # ---- what keeping keys out of memory costs ----------------------------------------------------------
@@ -459,6 +508,47 @@ def _careful(body: bytes) -> Callable[[], bytes]:
 # ---- a store to measure with ------------------------------------------------------------------------
 
 
+class Made(NamedTuple):
+    keyring: Keyring
+    active: Configured
+    new: memoryview  # another KEK
+    inbox: socket.socket
+
+
+@contextmanager
+def _made(folder: Path, deks: int, key: Callable[[memoryview], None]) -> Iterator[Made]:
+    """A data-dir with so many DEKs, under the KEK that `key` writes."""
+    region = LockedBuffer(REGION_SIZE)  # its pages go with the process: keepers hold views of them
+    inbox, outbox = channel()
+    lock = claim(folder)
+    try:
+        with LockedBuffer(KEY_SIZE) as kek, LockedBuffer(KEY_SIZE) as new:
+            key(kek.view)
+            _fill(new.view)
+            keyring = Keyring(region.view)
+            kek_id = keyring.install(kek.view, 1)
+            made = Made(keyring, Configured(ConfiguredKey(kek_id, "bench")), new.view, inbox)
+            open_keeper(folder, keyring, made.active, new.view, inbox)[0].close()
+            _make_deks(folder, keyring, kek_id, deks)
+            yield made
+    finally:
+        region.wipe()
+        lock.close()
+        for end in (inbox, outbox):
+            end.close()
+
+
+def _fill_store(folder: Path, deks: int) -> None:
+    """The data-dir `d` of a daemon whose key stands in `key`."""
+    (folder / "d").mkdir(mode=0o700)
+
+    def read(view: memoryview) -> None:
+        view[:] = bytes.fromhex((folder / "key").read_text())
+
+    with _made(folder / "d", deks, read):
+        pass
+
+
 def _make_deks(folder: Path, keyring: Keyring, kek_id: str, count: int) -> None:
     made = SqliteStore(folder, keyring.row_key)
     with LockedBuffer(KEY_SIZE) as dek, keyring.borrow(kek_id) as kek:
@@ -494,3 +584,13 @@ def _resident(anew: bool = False) -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1])
     return 0
+
+
+MEASURES: dict[str, Callable[[float, int], Iterator[Figure]]] = {
+    "calls": calls,
+    "many": many,
+    "progressdb": progressdb,
+    "store": store,
+    "rotate": rotate,
+    "memory": memory,
+}

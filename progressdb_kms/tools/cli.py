@@ -89,7 +89,7 @@ def _options(arg: Arg) -> dict[str, Any]:
     if arg.kind in CHOICES:
         options["choices"] = CHOICES[arg.kind]
     if arg.nargs:
-        options["nargs"] = arg.nargs
+        options["nargs"] = int(arg.nargs) if arg.nargs.isdigit() else arg.nargs
     if arg.required:
         options["required"] = True
     return options

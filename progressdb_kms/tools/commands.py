@@ -437,5 +437,8 @@ def manual(args: argparse.Namespace) -> None:
 
 def bench(args: argparse.Namespace) -> int:
     from . import bench as measure
+    from . import benchcompare
 
+    if args.compare:
+        return benchcompare.show(*args.compare, as_json=args.json)
     return measure.run(args.what, seconds=args.seconds, deks=args.deks, as_json=args.json)

@@ -19,7 +19,7 @@ class Arg(NamedTuple):
     help: str
     kind: str = "text"
     metavar: str = ""
-    nargs: str = ""  # as argparse has it: ? * +
+    nargs: str = ""  # as argparse has it: ? * + or a number
     required: bool = False
     default: Any = None
 
@@ -44,7 +44,7 @@ class Command(NamedTuple):
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "bench": ("calls", "progressdb", "store", "rotate", "memory"),
+    "bench": ("calls", "many", "progressdb", "store", "rotate", "memory"),
     "outcome": ("ok", "refused", "failed"),
     "state": ("enabled", "disabled", "pending_deletion", "shredded"),
 }
@@ -566,13 +566,15 @@ COMMANDS: tuple[Command, ...] = (
         OFFLINE,
         "measure this machine",
         "calls: each call over 1, 16 and 64 connections, beside what HTTP alone and the cipher alone "
-        "can do. progressdb: its load, one message after another, over the socket and TCP. store: durable "
+        "can do. many: more DEKs than a worker remembers, and pages over many. progressdb: its load, one "
+        "message after another, over the socket and TCP. store: durable "
         "creates a second. rotate: rate and memory of a rotation, and p99 beside it. memory: what keeping "
-        "keys out of memory costs. It starts a daemon of its own in a temporary folder.",
+        "keys out of memory costs. It starts a daemon of its own in a temporary folder. --compare holds two "
+        "runs against each other, and fails where a figure is worse by a tenth.",
         (
             Arg(
                 ("what",),
-                "calls (default), progressdb, store, rotate or memory",
+                "calls (default), many, progressdb, store, rotate or memory",
                 "bench",
                 "WHAT",
                 "?",
@@ -581,15 +583,21 @@ COMMANDS: tuple[Command, ...] = (
             Arg(("--seconds",), "how long each figure is measured (default 3)", "count", "N", default=3),
             Arg(
                 ("--deks",),
-                "DEKs of the largest store, for rotate (default 1000000, which takes minutes and 10 GB)",
+                "DEKs of the largest store: for many (default 40000), for rotate (default 1000000, which "
+                "takes minutes and 10 GB)",
                 "count",
                 "N",
-                default=1_000_000,
             ),
+            Arg(("--compare",), "two files with the output of --json, the older first", "file", "FILE", "2"),
             JSON,
         ),
         "bench",
-        ("progressdb-kms bench", "progressdb-kms bench rotate --deks 100000"),
+        (
+            "progressdb-kms bench",
+            "progressdb-kms bench rotate --deks 100000",
+            "progressdb-kms bench --compare before.json after.json",
+        ),
+        exits=((1, "it failed, or a figure is worse"),),
     ),
 )
 

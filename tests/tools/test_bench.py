@@ -29,7 +29,7 @@ def figures(*args: str) -> dict[str, dict[str, Any]]:
 
 def test_store() -> None:
     found = figures("store")
-    assert list(found) == ["durable creates, 1 callers", "durable creates, 64 callers"]
+    assert list(found) == ["disk flushes alone", "durable creates, 1 callers", "durable creates, 64 callers"]
     assert all(row["value"] > 0 and row["unit"] == "a second" for row in found.values())
 
 
@@ -71,9 +71,48 @@ def test_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "CONNECTIONS", (1, 2))
     found = {figure.name: figure for figure in bench.calls(0.1, 0)}
     each = ("http alone", "encrypt 200 B", "decrypt 200 B", "decrypt a page of 100, messages", "create a DEK")
-    ends = ("cipher alone: unwrap and encrypt 200 B", "encrypt 1 MiB raw, 2 connections")
+    large = ("encrypt 64 KiB raw, 1 connection", "encrypt 1024 KiB raw, 1 connection")
+    ends = ("cipher alone: unwrap and encrypt 200 B", *large)
     assert set(found) == {*ends, *(f"{name}, {count} connections" for name in each for count in (1, 2))}
     assert all(figure.value > 0 for figure in found.values())
+
+
+def test_many() -> None:
+    found = {figure.name: figure for figure in bench.many(0.1, 300)}
+    assert list(found) == [
+        "encrypt 200 B, one DEK",
+        "encrypt 200 B, 300 DEKs at random",
+        "a page of 100 under one DEK",
+        "a page of 100 under as many DEKs",
+    ]
+    assert all(figure.value > 0 for figure in found.values())
+
+
+def written(path: Path, **values: tuple[float, str]) -> str:
+    rows = [{"name": name, "value": value, "unit": unit} for name, (value, unit) in values.items()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_two_runs_are_compared(tmp_path: Path) -> None:
+    rate, time = "a second", "us"
+    before = written(tmp_path / "a", up=(100, rate), down=(100, rate), slow=(10, time), gone=(1, rate))
+    after = written(tmp_path / "b", up=(120, rate), down=(95, rate), slow=(20, time), new=(1, rate))
+    done = cli("bench", "--compare", before, after, "--json")
+    rows = {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert {name: (row["ratio"], row["verdict"]) for name, row in rows.items()} == {
+        "up": (1.2, "better"),
+        "down": (0.95, ""),
+        "slow": (0.5, "worse"),
+    }
+    assert done.returncode == 1 and cli("bench", "--compare", before, before).returncode == 0
+
+
+@pytest.mark.parametrize("text", ["", "no figures", '{"name": 1}', '{"name":"x","value":"?","unit":""}'])
+def test_what_is_no_run(tmp_path: Path, text: str) -> None:
+    (tmp_path / "b").write_text(text)
+    done = cli("bench", "--compare", written(tmp_path / "a", up=(1, "us")), str(tmp_path / "b"))
+    assert done.returncode == 1 and (b"no output of" in done.stderr or b"in common" in done.stderr)
 
 
 def test_progressdb() -> None:
