@@ -45,7 +45,7 @@ OWNED = {
 
 NEVER_SERVED = ("client", "tools")
 
-MAX_SERVED = 10_640
+MAX_SERVED = 10_650
 """Lines of code (no blanks, comments, docstrings) that are loaded to serve."""
 
 

@@ -770,8 +770,8 @@ class Keeper:
             warnings.append(old)
         if held := self._time.look().held:
             warnings.append(f"scheduled deletions are held: {held} ({REMEDY})")
-        warnings += near(self._store.heavy())[:NAMED]
-        store = self._probe()
+        if not (store := self._probe()):  # else it may not be readable either
+            warnings += near(self._store.heavy())[:NAMED]
         told = {"reasons": reasons + store, "warnings": warnings}
         return {**told, "audit_writable": not audit, "store_writable": not store}
 

@@ -12,6 +12,7 @@ from typing import Any, Optional, Union
 from ..encoding import wall
 from ..errors import KMSError
 from ..service.clock import age
+from ..service.worker import Service
 from .call import App
 
 Value = Union[float, Mapping[str, float], None]
@@ -74,17 +75,11 @@ def _values(app: App) -> dict[str, Value]:
     service = app.service
     about, now = service.about(), wall()
     backup = about["backup"]
-    near, spent = service.limits()
     values: dict[str, Value] = {
-        "deks": {kek_id: row["count"] for kek_id, row in service.keks().items()},
-        "deks_near_limit": near,
-        "deks_spent": spent,
         "kek_version": service.keyring.active.version,
-        "kek_age_seconds": service.kek_since()[1],
         "kek_max_age_seconds": days * 86400 if (days := about["kek_max_age_days"]) else None,
         "workers": about["workers"],
         "worker_restarts_total": about["restarts"],
-        "deletions_scheduled": service.deletions()["scheduled"],
         "backup_age_seconds": age(backup["created_at"], now) if backup else None,
         "backup_checked_age_seconds": age(backup["checked_at"], now) if backup else None,
         "disk_free_bytes": about["disk_free_bytes"],
@@ -92,7 +87,22 @@ def _values(app: App) -> dict[str, Value]:
     }
     for name, use in about["limits"].items():
         values.update({name: use["used"], f"{name}_limit": use["limit"]})
-    return {**values, **_told(app)}
+    return {**values, **_stored(service), **_told(app)}
+
+
+def _stored(service: Service) -> dict[str, Value]:
+    """By the store: nothing where it can't be read, which `ready` tells."""
+    try:
+        near, spent = service.limits()
+        return {
+            "deks": {kek_id: row["count"] for kek_id, row in service.keks().items()},
+            "deks_near_limit": near,
+            "deks_spent": spent,
+            "kek_age_seconds": service.kek_since()[1],
+            "deletions_scheduled": service.deletions()["scheduled"],
+        }
+    except KMSError:
+        return {}
 
 
 def _told(app: App) -> dict[str, Value]:

@@ -153,6 +153,8 @@ def test_cut(daemon: Daemon, file: str) -> None:
         os.truncate(daemon.data_dir / file, size // 2)
         assert f"{file} was cut" in refused(kms)
         assert f"{file} was cut" in reasons(kms)[0]
+        page = kms.request("GET", "/metrics")
+        assert page.status == 200 and b"\nprogressdb_kms_ready 0\n" in page.body
         wait_until(lambda: "rescue" in daemon.stderr, 10, "to be told")
         assert daemon.alive
 
