@@ -8,7 +8,7 @@ process is what it had not handed over: its last second.
 
 A batch is handed over again, under the same number, until the keeper has answered: it counts none twice. Who
 uses more DEKs at random than ROWS a beat has them wait, up to WAITING of them; past that they are handed over
-as they come.
+as they come. While the keeper takes nothing, MOST of them wait: uses of further DEKs are lost then.
 
 AES-GCM with random nonces is safe for 2**32 messages under one key (NIST SP 800-38D, 8.3): then the odds of a
 nonce that came twice pass 2**-32. Such a DEK is `spent`: it decrypts, and encrypts no more.
@@ -37,6 +37,9 @@ ROWS = 150
 
 WAITING = 20_000
 """DEKs that wait to be handed over at the most: some 5 MB."""
+
+MOST = 200_000
+"""DEKs that wait while they can't be handed over: some 60 MB."""
 
 NOBODY = -1
 """In the place of a UID that isn't known."""
@@ -72,9 +75,9 @@ class Uses:
         for _ in range(len(self._log)):
             key_id, encrypts, decrypts, uid = self._log.popleft()
             row = waiting.get(key_id)
-            if row is None:
+            if row is None and len(waiting) < MOST:
                 waiting[key_id] = [encrypts, decrypts, second, second, uid]
-            else:
+            elif row is not None:
                 row[0] += encrypts
                 row[1] += decrypts
                 row[3:] = second, uid

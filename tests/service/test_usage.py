@@ -59,6 +59,20 @@ def test_more_than_may_wait_is_handed_over_at_once(monkeypatch: pytest.MonkeyPat
     assert more == [True, True, False, False]
 
 
+def test_while_nothing_is_taken_no_more_than_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "ROWS", 1)
+    monkeypatch.setattr(usage, "MOST", 3)
+    uses = Uses("1.1")
+    for _ in range(2):
+        for number in range(8):
+            uses.add((f"k{number}", 1, 0, 1))
+        uses.batch(1)
+    found = []
+    while uses.left:
+        found += [(name, counts[0]) for name, counts in rows(uses).items()]
+    assert found == [("k0", 1), ("k1", 2), ("k2", 2), ("k0", 1)]
+
+
 def test_a_batch_comes_again_until_it_is_taken() -> None:
     uses = Uses("1.1")
     uses.add(("a", 1, 0, 1))
