@@ -142,8 +142,7 @@ class Service:
             self._unknown[key_id] = generation
 
     def _used(self, source: Source, encrypts: int, decrypts: int, uid: int) -> None:
-        key_id = source if isinstance(source, str) else source.key_id
-        self.uses.add((key_id, encrypts, decrypts, uid))
+        self.uses.add(source if isinstance(source, str) else source.key_id, encrypts, decrypts, uid)
 
     # ---- working under a DEK -----------------------------------------------------------------------
 

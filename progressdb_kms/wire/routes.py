@@ -164,7 +164,7 @@ def get_wrapped(app: App, call: Call) -> Reply:
     if key_id is None:
         raise BadRequest.missing("key_id")
     record = _usable(app, call, checked_key_id(key_id))
-    app.service.uses.add((record.key_id, 0, 0, call.peer.uid))
+    app.service.uses.add(record.key_id, 0, 0, call.peer.uid)
     body = {
         "wrapped": b64encode(record.wrapped),
         "kek_id": record.kek_id,

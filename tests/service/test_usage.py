@@ -28,7 +28,7 @@ def rows(uses: Uses, now: float = 100.0) -> dict[str, list[int]]:
 def test_uses_of_a_beat_are_one_row() -> None:
     uses = Uses("1.1")
     for use in (("a", 1, 0, 7), ("b", 0, 1, 7), ("a", 5, 0, 8), ("a", 0, 2, 9)):
-        uses.add(use)
+        uses.add(*use)
     assert uses.left and rows(uses, 100.7) == {"a": [6, 2, 100, 100, 9], "b": [0, 1, 100, 100, 7]}
     assert not uses.left and uses.batch(101) is None
 
@@ -39,10 +39,10 @@ def test_what_waits_keeps_its_first_time_and_is_handed_over_oldest_first(
     monkeypatch.setattr(usage, "ROWS", 2)
     uses = Uses("1.1")
     for name in "abcd":
-        uses.add((name, 1, 0, 1))
+        uses.add(name, 1, 0, 1)
     assert list(rows(uses, 10)) == ["a", "b"]
-    uses.add(("d", 1, 0, 2))
-    uses.add(("a", 1, 0, 2))
+    uses.add("d", 1, 0, 2)
+    uses.add("a", 1, 0, 2)
     assert rows(uses, 20) == {"c": [1, 0, 10, 10, 1], "d": [2, 0, 10, 20, 2]}
     assert rows(uses, 30) == {"a": [1, 0, 20, 20, 2]} and not uses.left
 
@@ -52,7 +52,7 @@ def test_more_than_may_wait_is_handed_over_at_once(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(usage, "WAITING", 3)
     uses = Uses("1.1")
     for number in range(8):
-        uses.add((f"k{number}", 1, 0, 1))
+        uses.add(f"k{number}", 1, 0, 1)
     more = []
     while uses.batch(1):
         more.append(uses.taken(frozenset()))
@@ -65,7 +65,7 @@ def test_while_nothing_is_taken_no_more_than_that_waits(monkeypatch: pytest.Monk
     uses = Uses("1.1")
     for _ in range(2):
         for number in range(8):
-            uses.add((f"k{number}", 1, 0, 1))
+            uses.add(f"k{number}", 1, 0, 1)
         uses.batch(1)
     found = []
     while uses.left:
@@ -75,9 +75,9 @@ def test_while_nothing_is_taken_no_more_than_that_waits(monkeypatch: pytest.Monk
 
 def test_a_batch_comes_again_until_it_is_taken() -> None:
     uses = Uses("1.1")
-    uses.add(("a", 1, 0, 1))
+    uses.add("a", 1, 0, 1)
     first = uses.batch(1)
-    uses.add(("a", 1, 0, 1))
+    uses.add("a", 1, 0, 1)
     assert uses.batch(2) == first and first is not None
     uses.taken(frozenset())
     second = uses.batch(3)
@@ -92,7 +92,7 @@ def test_threads_lose_no_use() -> None:
     def work() -> None:
         begun.wait()
         for _ in range(20_000):
-            uses.add(("a", 1, 0, 1))
+            uses.add("a", 1, 0, 1)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
