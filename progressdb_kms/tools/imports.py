@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import itertools
 import os
 import re
@@ -172,10 +173,12 @@ def _base64(row: dict[str, Any], name: str) -> bytes:
 
 def _either(row: dict[str, Any], name: str, other: str) -> Optional[str]:
     """The value that stands under one of two names; both may stand there if they say the same."""
-    values = {_text(row, field) for field in (name, other) if row.get(field) is not None}
-    if len(values) > 1:
+    if row.get(other) is None:
+        return None if row.get(name) is None else _text(row, name)
+    found = _text(row, other)
+    if row.get(name) is not None and _text(row, name) != found:
         raise ValueError(f"has {name} and {other}, and they differ")
-    return values.pop() if values else None
+    return found
 
 
 def _text(row: dict[str, Any], name: str) -> str:
@@ -252,9 +255,19 @@ def _files(folder: Path) -> Iterator[Entry]:
             hint="name the folder kms-deks or kms-deks-backup itself, or a snapshot folder in it",
         )
     for number, (key_id, _, path) in enumerate(found, 1):
-        with open(path, "rb") as file:
-            data = file.read(MAX_LINE + 1)
-        yield Entry(path, key_id, data, number, len(found))
+        yield Entry(path, key_id, _read(path), number, len(found))
+
+
+def _read(path: str) -> bytes:
+    """No more than a byte too many. Python's files take four times as long for one so small."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = b""
+        while len(data) <= MAX_LINE and (part := os.read(descriptor, MAX_LINE + 1 - len(data))):
+            data += part
+        return data
+    finally:
+        os.close(descriptor)
 
 
 def _is_none(one: os.DirEntry[str]) -> bool:
@@ -382,10 +395,11 @@ def take(
         importer = Importer(work, opener, _history(work), force)
         try:
             with work.store.transaction():
-                rest = iter(found)
-                while some := list(itertools.islice(rest, AT_ONCE)):
-                    importer.add(some, now)
-                    progress(some[-1].done, some[-1].total)
+                with _uncollected():
+                    rest = iter(found)
+                    while some := list(itertools.islice(rest, AT_ONCE)):
+                        importer.add(some, now)
+                        progress(some[-1].done, some[-1].total)
                 if importer.bad and not skip_bad:
                     raise _refused(importer.bad, op)
                 if work.store.mending and importer.taken:
@@ -397,6 +411,18 @@ def take(
             _note_failure(work, op, error)
             raise
     return Result(len(importer.taken), importer.unchanged, importer.bad[:TOLD])
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Rows make no circles, and to look for some among so many takes a tenth of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _history(work: Work) -> History:
