@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
 from .. import __version__
@@ -147,7 +148,6 @@ class Worker:
     def _about(self) -> dict[str, Any]:
         shared = self._shared
         locked = shared.region.locked_bytes + sum(slab.locked_bytes for slab in shared.slabs)
-        disk = os.statvfs(shared.settings.data_dir)
         return {
             "workers": shared.settings.workers,
             "restarts": sum(max(0, n - 1) for n in shared.metrics.gauge("starts")),
@@ -162,7 +162,7 @@ class Worker:
             "limits": self._limits(locked),
             "kek_max_age_days": shared.keys.max_age_days,
             "backup": last._asdict() if (last := lastbackup.read(shared.settings.data_dir)) else None,
-            "disk_free_bytes": disk.f_bavail * disk.f_frsize,
+            "disk_free_bytes": _free(shared.settings.data_dir),
         }
 
     def _limits(self, locked: int) -> dict[str, dict[str, Optional[int]]]:
@@ -234,6 +234,15 @@ class Worker:
                 log.warning("the head of the audit log is not kept in the store now: %s", error.message)
         else:
             self._anchoring.worked()
+
+
+def _free(folder: Path) -> Optional[int]:
+    """Bytes; None where the folder is gone, of which others tell."""
+    try:
+        about = os.statvfs(folder)
+    except OSError:
+        return None
+    return about.f_bavail * about.f_frsize
 
 
 def open_keeper(shared: Shared, incarnation: int) -> tuple[Keeper, int]:

@@ -128,7 +128,7 @@ def _limits(told: Told, now: float) -> Iterator[str]:
             text = paint(text, "yellow") if part > NEAR else text
         yield _row(title, text)
         title = ""
-    if "disk_free_bytes" in told:
+    if told.get("disk_free_bytes") is not None:
         yield _row("disk", f"{size(told['disk_free_bytes'])} free for the data-dir")
 
 

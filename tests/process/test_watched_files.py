@@ -159,6 +159,20 @@ def test_cut(daemon: Daemon, file: str) -> None:
         assert daemon.alive
 
 
+def test_the_folder_moved_away(daemon: Daemon) -> None:
+    """What is told of it must not need it."""
+    elsewhere = daemon.home / "elsewhere"
+    with daemon.session() as kms:
+        kms.create_dek("t")
+        daemon.data_dir.rename(elsewhere)
+        wait_until(lambda: kms.request("GET", "/readyz").status == 503, 20, "it to be noticed")
+        page = kms.request("GET", "/metrics")
+        assert page.status == 200 and b"\nprogressdb_kms_ready 0\n" in page.body
+        assert b"disk_free_bytes" not in page.body
+        elsewhere.rename(daemon.data_dir)
+        wait_until(lambda: reasons(kms) == [], 60, "readiness")
+
+
 def test_the_lock_removed(daemon: Daemon) -> None:
     """Nobody else starts there, and the daemon says what happened."""
     with daemon.session() as kms:

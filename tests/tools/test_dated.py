@@ -59,6 +59,10 @@ def test_the_newest_stay_and_what_was_not_made_here(daemon: Daemon, folder: Path
     damaged, link = f"kms-{host}-20240101T000000Z.backup", f"kms-{host}-20240102T000000Z.backup"
     (folder / damaged).write_bytes(first.read_bytes()[:-1])
     (folder / link).symlink_to(first)
+    stays = {other, failed, mine, damaged, link}
+    if os.geteuid() == 0:
+        stays.add(strange := f"kms-{host}-20240103T000000Z.backup")
+        os.chown(shutil.copy(first, folder / strange), 1, -1)
     first.rename(folder / f"kms-{host}-20250104T020000Z.backup")
     done = daemon.offline("backup", str(folder), "--keep", "3", "--json")
     assert done.returncode == 0 and done.stderr.decode().startswith(f"{folder / damaged} is no whole backup")
@@ -66,7 +70,7 @@ def test_the_newest_stay_and_what_was_not_made_here(daemon: Daemon, folder: Path
     assert found["checked"] is True
     assert found["removed"] == [str(folder / name) for name in (older[1], older[0])]
     kept = {Path(found["file"]).name, f"kms-{host}-20250104T020000Z.backup", older[2]}
-    assert set(names(folder)) == {*kept, other, failed, mine, damaged, link}
+    assert set(names(folder)) == kept | stays
 
 
 def test_one_that_fails_its_drill_removes_none(daemon: Daemon, folder: Path) -> None:
@@ -110,11 +114,3 @@ def test_a_note_that_is_none_is_no_backup(tmp_path: Path, text: bytes) -> None:
     assert lastbackup.read(tmp_path) is None
     (tmp_path / lastbackup.FILE_NAME).write_bytes(text)
     assert lastbackup.read(tmp_path) is None
-
-
-def test_what_it_can_not_mean(daemon: Daemon, folder: Path) -> None:
-    for words in (("--keep", "3", str(folder / "file")), ("--keep", "3", "--check", str(folder))):
-        done = daemon.offline("backup", *words)
-        assert done.returncode == 2 and b"--keep goes with a folder" in done.stderr
-    done = daemon.offline("backup", str(daemon.data_dir))
-    assert done.returncode == 1 and b"inside the data-dir" in done.stderr

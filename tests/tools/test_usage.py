@@ -117,6 +117,8 @@ def test_defaults_of_the_table_are_those_of_the_options() -> None:
         (["rotate-kek", "--generate", "--resume"], "give one of --generate, --new-key-file and --resume"),
         (["rotate-kek", "--resume", "--dry-run"], "--resume and --dry-run exclude each other"),
         (["backups", "prune"], "give --keep, --older-than or both"),
+        (["backup", "/no/such/folder", "--keep", "3"], "--keep goes with a folder that is there"),
+        (["backup", "/", "--keep", "3", "--check"], "--keep goes with a folder that is there"),
     ],
 )
 def test_usage_errors(words: list[str], message: str, monkeypatch: Any, capsys: Any) -> None:
