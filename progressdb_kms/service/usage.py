@@ -36,8 +36,8 @@ SPENT = 2**32
 LOST = 1 << 15
 """Encrypts that a worker which died may not have handed over: each that starts adds them to heavy DEKs."""
 
-ROWS = 150
-"""DEKs of one job: 26 kB with the longest names."""
+ROWS = 100
+"""DEKs of one job: 17 kB with the longest names; 200 a second and worker, each some 20 us of the keeper's."""
 
 WAITING = 20_000
 """DEKs that wait to be handed over at the most, and rows that are kept for the next use: some 10 MB."""
