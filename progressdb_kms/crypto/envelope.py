@@ -134,7 +134,12 @@ def unwrap_into(kek: memoryview, wrapped: Wrapped, scratch: memoryview) -> memor
 
     Raises AuthenticationFailed, with `scratch` wiped.
     """
-    if Aead(kek).open_into(wrapped.nonce, wrapped.sealed, wrapped.aad, scratch) != KEY_SIZE:
+    return unwrap_by(Aead(kek), wrapped, scratch)
+
+
+def unwrap_by(opener: Aead, wrapped: Wrapped, scratch: memoryview) -> memoryview:
+    """The same with a cipher under the KEK that is there already, for many DEKs in one loan of it."""
+    if opener.open_into(wrapped.nonce, wrapped.sealed, wrapped.aad, scratch) != KEY_SIZE:
         raise AuthenticationFailed
     return scratch[:KEY_SIZE]
 

@@ -232,6 +232,8 @@ class Service:
                 results[index] = item
             else:
                 groups.setdefault(item[0], []).append(index)
+        if len(groups) > 1:
+            groups = self._in_one_loan(groups, items, scratch, one, results, uid)
         for source, indices in groups.items():
             try:
                 if one is _encrypt_item:
@@ -242,6 +244,45 @@ class Service:
                 for index in indices:
                     results[index] = error.bare()
         return results
+
+    def _in_one_loan(
+        self,
+        groups: dict[Source, list[int]],
+        items: Batch,
+        scratch: memoryview,
+        one: Callable[[Aead, bytes, bytes], bytes],
+        results: Results,
+        uid: int,
+    ) -> dict[Source, list[int]]:
+        """Do all whose DEK is stored under the active KEK, for one cipher under that: a third of what a page
+        over many DEKs costs. Returns what is left to be done one by one, errors among it; all of it, where
+        the KEK changed meanwhile."""
+        kek_id = self.keyring.active.kek_id
+        done: list[tuple[Source, int]] = []
+        try:
+            with self.keyring.borrow(kek_id) as kek:
+                opener = Aead(kek)
+                for source, indices in groups.items():
+                    try:
+                        if (
+                            not isinstance(source, str)
+                            or (wrapped := self.entry(source).wrapped).kek_id != kek_id
+                        ):
+                            continue
+                        if one is _encrypt_item:
+                            self._check_spent(source)
+                        dek = envelope.unwrap_by(opener, wrapped, scratch)
+                        done.append((source, _each(Aead(dek), items, indices, one, results)))
+                    except KMSError:
+                        continue  # told when it is done alone
+                    finally:
+                        scratch[:] = _ZEROS
+        except (KeyringChanged, KekNotLoaded):
+            return groups
+        for source, count in done:
+            self._used(source, *((count, 0) if one is _encrypt_item else (0, count)), uid)
+        finished = {source for source, _ in done}
+        return {source: indices for source, indices in groups.items() if source not in finished}
 
     # ---- wrapping DEKs that the caller holds --------------------------------------------------------
 

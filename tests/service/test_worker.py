@@ -74,6 +74,7 @@ class TestWiped:
 
     STEPS = [
         (envelope, "unwrap_into"),
+        (envelope, "unwrap_by"),
         (envelope, "encrypt"),
         (envelope, "decrypt"),
         (worker, "Aead"),
@@ -82,11 +83,14 @@ class TestWiped:
 
     def works(self, site: Site) -> list[Callable[[], object]]:
         sealed = site.encrypt()
+        site.put("other")
         return [
             lambda: site.service.encrypt("k", TEXT, b"", site.scratch),
             lambda: site.service.decrypt("k", sealed, b"", site.scratch),
             lambda: site.service.encrypt_many([("k", TEXT, b"")], site.scratch),
             lambda: site.service.decrypt_many([("k", sealed, b"")], site.scratch),
+            lambda: site.service.encrypt_many([("k", TEXT, b""), ("other", TEXT, b"")], site.scratch),
+            lambda: site.service.decrypt_many([("k", sealed, b""), ("other", sealed, b"")], site.scratch),
         ]
 
     @pytest.mark.parametrize(("where", "name"), STEPS, ids=[name for _, name in STEPS])
@@ -218,3 +222,47 @@ class TestChanges:
         monkeypatch.setattr(envelope, "unwrap_into", rotating)
         sealed = site.encrypt()
         assert rotated and site.service.decrypt("k", sealed, b"", site.scratch) == TEXT
+
+    def test_a_kek_that_is_replaced_under_a_page(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Between the first DEK of a page and its second."""
+        names = ["k", "second", "third"]
+        for name in names[1:]:
+            site.put(name)
+        new = memoryview(bytearray(os.urandom(32)))
+        real, calls = envelope.unwrap_by, 0
+
+        def rotating(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                old, site.kek = site.kek_id, new
+                site.kek_id = site.keyring.install(new, 2)
+                for name in names:
+                    site.put(name)
+                site.keyring.activate(site.kek_id, 2)
+                site.keyring.remove(old)
+            return real(*args)
+
+        monkeypatch.setattr(envelope, "unwrap_by", rotating)
+        sealed = site.service.encrypt_many([(name, TEXT, b"") for name in names], site.scratch)
+        page = [(name, message, b"") for name, message in zip(names, sealed)]
+        assert calls > 2 and site.service.decrypt_many(page, site.scratch) == [TEXT] * 3  # type: ignore[arg-type]
+        assert not any(site.scratch)
+
+
+def test_a_page_over_all_kinds_of_deks(site: Site) -> None:
+    """Stored under the active KEK, under one that is still loaded, disabled, absent, brought by the caller:
+    each item gets what it would get alone."""
+    site.put("second")
+    sealed = site.encrypt()
+    inline = parse(site.store.get("k").wrapped)  # type: ignore[union-attr]
+    site.put("off", state="disabled")
+    site.kek = memoryview(bytearray(os.urandom(32)))
+    site.kek_id = site.keyring.install(site.kek, 2)
+    site.keyring.activate(site.kek_id, 2)
+    site.put("new")
+    sources = ["k", "new", "off", "none", inline, "second", "new"]
+    results = site.service.decrypt_many([(source, sealed, b"") for source in sources], site.scratch)
+    wrong = site.service.decrypt_many([("new", bytes(40), b""), ("k", sealed, b"")], site.scratch)
+    said = [result if isinstance(result, bytes) else type(result) for result in [*results, *wrong]]
+    assert said == [TEXT, TEXT, KeyDisabled, KeyNotFound, TEXT, TEXT, TEXT, AuthenticationFailed, TEXT]
