@@ -45,7 +45,7 @@ OWNED = {
 
 NEVER_SERVED = ("client", "tools")
 
-MAX_SERVED = 10_690
+MAX_SERVED = 10_770
 """Lines of code (no blanks, comments, docstrings) that are loaded to serve."""
 
 

@@ -49,6 +49,10 @@ class Wrapped(NamedTuple):
     sealed: bytes
     """The encrypted DEK and its tag, 48 bytes."""
 
+    @property
+    def blob(self) -> bytes:
+        return self.aad + self.nonce + self.sealed
+
 
 def binding(kek_id: str, key_id: str) -> bytes:
     """What stands before the nonce: the AAD of the wrap."""

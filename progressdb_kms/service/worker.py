@@ -29,8 +29,8 @@ from .clock import age
 from .metrics import Block
 from .usage import NOBODY, Uses, spent
 
-MAX_REMEMBERED = 20_000
-"""Wrapped DEKs that a worker remembers: about 20 MB."""
+YOUNG = 25_000
+"""Wrapped DEKs that a worker remembers before it begins to forget, and at most twice as many: 40 MB."""
 
 ATTEMPTS = 5
 """How often an operation is tried while KEKs change under it. Twice is rare, three times unheard of."""
@@ -39,10 +39,11 @@ T = TypeVar("T")
 
 
 class Entry(NamedTuple):
-    """What is remembered of a DEK."""
+    """What is remembered of a DEK that may be used."""
 
     generation: int
-    record: DekRecord
+    thread_id: str
+    kek_version: int
     wrapped: Wrapped
     fragment: Fragment
 
@@ -88,7 +89,8 @@ class Service:
         self.counters = counters
         self.about = about
         self._embedded = embedded
-        self._entries: dict[str, Entry] = {}
+        self._young: dict[str, Entry] = {}
+        self._old: dict[str, Entry] = {}  # what was young before; whatever is asked for is young again
         self._unknown: dict[str, int] = {}  # key_ids that only a caller's blob names, by generation
         self._anchored = 0
         self.uses = Uses(audit.chain if audit else "", spent(reader.heavy()))
@@ -99,19 +101,25 @@ class Service:
         """The DEK of this id, usable. Raises KeyNotFound, KeyDisabled, KeyShredded, and AuthenticationFailed
         where the row holds a DEK that is bound to another id."""
         generation = self.keyring.generation
-        found = self._entries.get(key_id)
+        found = self._young.get(key_id)
         if found is not None and found.generation == generation:
             return found
+        found = self._old.get(key_id)
+        if found is None or found.generation != generation:
+            found = self._looked_up(generation, key_id)
+        if len(self._young) >= YOUNG:
+            self._young, self._old = {}, self._young
+        self._young[key_id] = found
+        return found
+
+    def _looked_up(self, generation: int, key_id: str) -> Entry:
         record = self.record(key_id)
         error = refusal(key_id, record.state)
         if error is not None:
             raise error
         wrapped = envelope.stored(key_id, record.wrapped)
-        entry = Entry(generation, record, wrapped, key_fragment(key_id, record.thread_id))
-        if len(self._entries) >= MAX_REMEMBERED:
-            self._entries.clear()
-        self._entries[key_id] = entry
-        return entry
+        fragment = key_fragment(key_id, record.thread_id)
+        return Entry(generation, record.thread_id, record.kek_version, wrapped, fragment)
 
     def record(self, key_id: str) -> DekRecord:
         """The row of this id, in whatever state. Raises KeyNotFound."""
@@ -122,9 +130,9 @@ class Service:
 
     def thread_of(self, key_id: str) -> Optional[str]:
         """The thread of a DEK in whatever state; None where the store doesn't know it."""
-        found = self._entries.get(key_id)
+        found = self._young.get(key_id)
         if found is not None and found.generation == self.keyring.generation:
-            return found.record.thread_id
+            return found.thread_id
         record = self._reader.get(key_id)
         return record.thread_id if record is not None else None
 
@@ -137,7 +145,7 @@ class Service:
         try:
             self.entry(key_id)
         except KeyNotFound:
-            if len(self._unknown) >= MAX_REMEMBERED:
+            if len(self._unknown) >= YOUNG:
                 self._unknown.clear()
             self._unknown[key_id] = generation
 

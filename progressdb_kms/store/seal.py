@@ -23,6 +23,10 @@ from ..errors import StoreDamaged
 
 MODULUS = 1 << 256
 LABEL = b"progressdb-kms row v1\0"
+_TAIL = ',"mac":"'
+_MAC = 46
+"""Characters of a MAC in base64, and of what ends the row after it."""
+
 STATE = "store:state"
 """The name of the state row."""
 
@@ -48,6 +52,16 @@ class Seal:
         text = json_dumps(row)
         found = self._mac(name, text)
         return f'{text[:-1]},"mac":"{b64encode(found)}"}}', int.from_bytes(found, "big")
+
+    def wrote(self, name: str, text: str) -> bool:
+        """Whether this JSON is what `written` made, letter by letter. False proves nothing: `check` judges.
+        True also says that no name stands twice in it."""
+        end = len(text) - len(_TAIL) - _MAC
+        if text[end : end + len(_TAIL)] != _TAIL:
+            return False
+        return same(
+            text[end + len(_TAIL) : -2].encode(), b64encode(self._mac(name, text[:end] + "}")).encode()
+        )
 
     def check(self, name: str, row: Any) -> None:
         """Raises StoreDamaged where the row was not written by us, or under another name."""

@@ -50,7 +50,7 @@ from ..errors import (
 from ..rules import Peer, Rights
 from ..service.keeper import describe
 from ..service.usage import told
-from ..service.worker import Batch, BatchItem, Results, wrapped_source
+from ..service.worker import Batch, BatchItem, Entry, Results, wrapped_source
 from ..store.contract import DekRecord, Usage
 from ..store.policy import SHREDDED
 from . import dialect, gauges, openapi, secretjson
@@ -163,17 +163,17 @@ def get_wrapped(app: App, call: Call) -> Reply:
     key_id = query_value(call, "key_id")
     if key_id is None:
         raise BadRequest.missing("key_id")
-    record = _usable(app, call, checked_key_id(key_id))
-    app.service.uses.add(record.key_id, 0, 0, call.peer.uid)
+    entry = _usable(app, call, checked_key_id(key_id))
+    app.service.uses.add(key_id, 0, 0, call.peer.uid)
     body = {
-        "wrapped": b64encode(record.wrapped),
-        "kek_id": record.kek_id,
-        "kek_version": str(record.kek_version),
+        "wrapped": b64encode(entry.wrapped.blob),
+        "kek_id": entry.wrapped.kek_id,
+        "kek_version": str(entry.kek_version),
     }
     return answer(body)
 
 
-def _usable(app: App, call: Call, key_id: str) -> DekRecord:
+def _usable(app: App, call: Call, key_id: str) -> Entry:
     try:
         entry = app.service.entry(key_id)
     except KMSError:
@@ -181,8 +181,8 @@ def _usable(app: App, call: Call, key_id: str) -> DekRecord:
         raise
     call.key = entry.fragment
     if call.rights:
-        call.rights.check_key(key_id, entry.record.thread_id)
-    return entry.record
+        call.rights.check_key(key_id, entry.thread_id)
+    return entry
 
 
 def list_deks(app: App, call: Call) -> Reply:

@@ -188,7 +188,7 @@ class Soak:
         while not self.over.wait((0.5 + chance.random()) * min(6, self.seconds / 10)):
             with self.living:
                 children = self.daemon.pids()[1:]
-                if children and chance.random() < 0.8:
+                if self.daemon.config["workers"] > 1 and chance.random() < 0.8:
                     os.kill(victim := chance.choice(children), signal.SIGKILL)
                     wait_until(lambda: self.is_whole(victim), 40, "another process")  # noqa: B023
                 else:

@@ -250,6 +250,25 @@ class TestChanges:
         assert not any(site.scratch)
 
 
+def test_it_forgets_bit_by_bit(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked for of late is remembered; never more than twice YOUNG."""
+    monkeypatch.setattr(worker, "YOUNG", 4)
+    for name in (names := [f"k{n}" for n in range(20)]):
+        site.put(name)
+    looked: list[str] = []
+    real = site.store.get
+    monkeypatch.setattr(site.store, "get", lambda key_id: looked.append(key_id) or real(key_id))  # type: ignore[func-returns-value]
+    for name in names:
+        site.service.entry(name)
+        site.service.entry("k0")
+        assert len(site.service._young) + len(site.service._old) <= 8
+    assert looked == names
+    site.service.entry(names[-2])
+    assert looked == names
+    site.service.entry(names[1])
+    assert looked == [*names, names[1]]
+
+
 def test_a_page_over_all_kinds_of_deks(site: Site) -> None:
     """Stored under the active KEK, under one that is still loaded, disabled, absent, brought by the caller:
     each item gets what it would get alone."""

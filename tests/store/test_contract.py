@@ -645,6 +645,26 @@ class TestFile:
         with contextlib.closing(sqlite3.connect(tmp_path / "kms.db")) as db, db:
             db.executescript(statement)
 
+    def test_a_row_that_is_spelled_otherwise(self, tmp_path: Path) -> None:
+        """What it says is what the daemon wrote: it is judged by that. What is no row at all is refused."""
+        store = SqliteStore(tmp_path, KEY)
+        put(store, dek("a"))
+        self.sql(tmp_path, "UPDATE deks SET value = replace(value, ',', ' , ')")
+        assert store.get("a") == dek("a")
+        for value in ("7", "NULL", "x'7b7d'", "''", "'{}'"):
+            self.sql(tmp_path, f"UPDATE deks SET value = {value}")
+            with pytest.raises(StoreDamaged):
+                store.get("a")
+        store.close()
+
+    def test_a_name_that_stands_twice(self, tmp_path: Path) -> None:
+        store = SqliteStore(tmp_path, KEY)
+        put(store, dek("a", state="disabled"))
+        self.sql(tmp_path, 'UPDATE deks SET value = \'{"state":"enabled",\' || substr(value, 2)')
+        with pytest.raises(StoreDamaged):
+            store.get("a")
+        store.close()
+
     @pytest.mark.parametrize(
         ("statement", "says", "hint"),
         [
