@@ -190,11 +190,11 @@ def discard(path: Path, limit: int) -> bool:
     """Remove up to `limit` files of a snapshot whose rotation did not happen. True: there are more. The
     ledger goes last: by it an interrupted removal is known."""
     with _write_errors(path):
-        if path.is_dir():
+        with contextlib.suppress(FileNotFoundError):  # the folder, which `backups prune` has taken
             with os.scandir(path) as entries:
-                some = [entry.path for entry in itertools.islice(entries, limit)]
-            for name in some:
-                os.unlink(name)
+                some = [Path(entry) for entry in itertools.islice(entries, limit)]
+            for file in some:
+                file.unlink(missing_ok=True)
             if some:
                 return True
             path.rmdir()
@@ -203,17 +203,18 @@ def discard(path: Path, limit: int) -> bool:
 
 
 def forget(data_dir: Path, key_id: str) -> None:
-    """Remove every snapshot of a shredded key; its bytes are overwritten before they are unlinked."""
+    """Remove every snapshot of a shredded key; its bytes are overwritten before they are unlinked. What
+    `backups prune` removes meanwhile is gone as well."""
     root = data_dir / FOLDER
     with _write_errors(root):
         ours = [folder / f"{key_id}.json" for folder in folders(data_dir)]
         for path in (*ours, *_go_service(root, key_id)):
-            if path.exists():
+            with contextlib.suppress(FileNotFoundError):
                 _overwrite(path)
                 path.unlink()
         for folder in folders(data_dir):
-            if (lines := folder / LINES).exists():
-                _blank(lines, key_id)
+            with contextlib.suppress(FileNotFoundError):
+                _blank(folder / LINES, key_id)
 
 
 def folders(data_dir: Path) -> list[Path]:

@@ -329,10 +329,11 @@ def backups_prune(data_dir: Path, keep: Optional[int], older_than_days: Optional
 
 
 def _remove(snapshot: SnapshotFolder) -> None:
-    """The ledger goes last: while it is there, an interrupted removal is found and finished."""
+    """The ledger goes last: while it is there, an interrupted removal is found and finished. A daemon may be
+    at work: what it removed meanwhile (the file of a key that is shredded) is gone already."""
     for name in _names(snapshot.path):
-        (snapshot.path / name).unlink()
-    if snapshot.path.is_dir():
+        (snapshot.path / name).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
         snapshot.path.rmdir()
     snapshot.ledger.unlink(missing_ok=True)
 

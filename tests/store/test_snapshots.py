@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from progressdb_kms.encoding import b64encode
 from progressdb_kms.errors import StoreUnavailable
 from progressdb_kms.store import snapshots
 from progressdb_kms.store.contract import DekRecord
@@ -122,3 +123,33 @@ def test_too_few_inodes_are_told_with_the_number(tmp_path: Path, monkeypatch: py
         made(tmp_path, NAMES)
     monkeypatch.setattr(snapshots, "SMALL", 10)
     made(tmp_path, NAMES).close()
+
+
+@pytest.mark.parametrize("small", [10, 10_000], ids=["lines", "files"])
+def test_a_shred_beside_a_prune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int) -> None:
+    """The command takes away what the daemon is about to overwrite."""
+    monkeypatch.setattr(snapshots, "SMALL", small)
+    gone, kept = made(tmp_path, NAMES), made(tmp_path, NAMES)
+    name = "_blank" if small == 10 else "_overwrite"
+    real, taken = getattr(snapshots, name), []
+
+    def late(path: Path, *more: str) -> None:
+        if path.parent == gone.path:
+            path.unlink()
+            taken.append(path)
+        real(path, *more)
+
+    monkeypatch.setattr(snapshots, name, late)
+    forget(tmp_path, NAMES[3])
+    assert len(taken) == 1
+    wrapped = b64encode(dek(NAMES[3]).wrapped).encode()
+    assert all(wrapped not in path.read_bytes() for path in kept.path.iterdir())
+
+
+def test_a_discard_beside_a_prune(tmp_path: Path) -> None:
+    snapshot = made(tmp_path, NAMES)
+    for path in snapshot.path.iterdir():
+        path.unlink()
+    snapshot.path.rmdir()
+    assert snapshots.discard(snapshot.path, 5) is False
+    assert not snapshots.ledger(snapshot.path).exists()
