@@ -130,6 +130,8 @@ def test_a_shred_beside_a_prune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     """The command takes away what the daemon is about to overwrite."""
     monkeypatch.setattr(snapshots, "SMALL", small)
     gone, kept = made(tmp_path, NAMES), made(tmp_path, NAMES)
+    gone.close()
+    kept.close()
     name = "_blank" if small == 10 else "_overwrite"
     real, taken = getattr(snapshots, name), []
 
@@ -148,6 +150,7 @@ def test_a_shred_beside_a_prune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_a_discard_beside_a_prune(tmp_path: Path) -> None:
     snapshot = made(tmp_path, NAMES)
+    snapshot.close()
     for path in snapshot.path.iterdir():
         path.unlink()
     snapshot.path.rmdir()
