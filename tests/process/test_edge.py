@@ -247,7 +247,7 @@ class TestDescriptors:
             socks = [stack.enter_context(connect(daemon.socket)) for _ in range(400)]
             assert {status(sock) for sock in socks} == {200}
 
-    @pytest.mark.parametrize("workers", [1, 2])
+    @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
     def test_too_few_end_nothing(self, workers: int) -> None:
         """They ended the daemon, or a worker in its anchor, and accept spun."""
         with Daemon(workers=workers, wrapper=["prlimit", "--nofile=128:128"]) as daemon:

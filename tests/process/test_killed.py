@@ -164,7 +164,7 @@ def die_and_recover(site: Site, case: Case, step: Step) -> bool:
 def test_killed_at_some_steps(site: Site, name: str) -> None:
     steps = steps_of(site, CASES[name]).spread(ROUNDS)
     died = [step for step in steps if die_and_recover(site, CASES[name], step)]
-    assert len(died) > len(steps) // 2
+    assert 2 * len(died) >= len(steps)
 
 
 @pytest.mark.long
@@ -172,4 +172,4 @@ def test_killed_at_some_steps(site: Site, name: str) -> None:
 def test_killed_at_every_step(site: Site, name: str) -> None:
     steps = list(steps_of(site, CASES[name]))
     died = [step for step in steps if die_and_recover(site, CASES[name], step)]
-    assert len(died) > len(steps) // 2
+    assert 2 * len(died) >= len(steps)

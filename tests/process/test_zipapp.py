@@ -210,7 +210,7 @@ dek=$("$python" kms.pyz create-dek --socket s --thread-id t)
 printf 'what a chat says' | "$python" kms.pyz encrypt --socket s --key-id "$dek" >e
 "$python" kms.pyz decrypt --socket s --key-id "$dek" <e
 echo
-"$python" kms.pyz status --json --socket s | grep -o wipe_on_free
+"$python" kms.pyz status --json --socket s | grep -o wipe_on_free | sort -u
 find . /dev/shm -name '*.so*'
 kill -TERM $daemon
 wait $daemon

@@ -61,6 +61,7 @@ def test_rotate_asks_for_room_before_it_begins(tmp_path: Path, monkeypatch: pyte
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.long
 def test_memory() -> None:
     naive, careful = figures("memory").values()
     assert naive["value"] > 0 and careful["value"] > 0  # which of them is faster is no matter of a test
