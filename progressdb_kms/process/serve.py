@@ -179,7 +179,7 @@ class Alone:
         notifier = Notifier(shared)
         while thread.is_alive():
             settled = up.is_set() and not self._stop.is_set()
-            keeper.round(BEAT_SECONDS / 2 if settled else MOMENT, signals.fd)
+            keeper.round(BEAT_SECONDS if settled else MOMENT, signals.fd)
             signals.clear()
             if up.is_set():
                 notifier.ready(self._announce)

@@ -49,7 +49,7 @@ ANCHOR_SECONDS = 0.5
 records that may be cut off unnoticed after a sudden death."""
 
 BEAT_SECONDS = 1.0
-"""How often each process shows that its main loop runs; it turns twice in that time, and for each signal."""
+"""How often each process shows that its main loop runs; it turns as often, and for each signal and job."""
 
 STOCK_SECONDS = 5.0
 """How often a worker counts its open files, threads and audit records."""

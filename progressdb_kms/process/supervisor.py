@@ -76,7 +76,7 @@ class Supervisor:
             self._start_worker(child)
         notifier.ready(self._announce)
         while not self._signals.stop:
-            self._signals.wait(BEAT_SECONDS / 2 if all(child.pid for child in self._children) else MOMENT)
+            self._signals.wait(BEAT_SECONDS if all(child.pid for child in self._children) else MOMENT)
             if self._signals.take_hangup():
                 notifier.reloading()
                 self._shared.board.renew()
@@ -256,7 +256,7 @@ def _keeper_main(shared: Shared, incarnation: int, report: int) -> None:
     counters = shared.metrics.block(shared.settings.workers)
     counters.clear()
     while not signals.stop:
-        keeper.round(BEAT_SECONDS / 2, signals.fd)
+        keeper.round(BEAT_SECONDS, signals.fd)
         counters.add("beats", 1)
         catch_up()
         signals.clear()
