@@ -308,8 +308,9 @@ class AuditLog:
     def release(self) -> None:
         """Raises AuditUnavailable. What lies under the path now is the log, whatever was there before."""
         with self._lock:
-            self._take(*_open(self.path))
-            self._held, self._stopped = None, ""
+            if self._held:
+                self._take(*_open(self.path))
+                self._held, self._stopped = None, ""
 
     def close(self) -> None:
         """Idempotent. Whatever is recorded later raises AuditUnavailable."""

@@ -130,7 +130,7 @@ class Service:
 
     def thread_of(self, key_id: str) -> Optional[str]:
         """The thread of a DEK in whatever state; None where the store doesn't know it."""
-        found = self._young.get(key_id)
+        found = self._young.get(key_id) or self._old.get(key_id)
         if found is not None and found.generation == self.keyring.generation:
             return found.thread_id
         record = self._reader.get(key_id)
