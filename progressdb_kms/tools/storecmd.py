@@ -250,9 +250,8 @@ class SnapshotFolder(NamedTuple):
     @property
     def deks(self) -> int:
         """How many are there: shredded ones are gone."""
-        if (lines := self.path / LINES).is_file():
-            with open(lines, "rb") as file:
-                return sum(b'"wrapped":' in line for line in file)
+        with contextlib.suppress(FileNotFoundError), open(self.path / LINES, "rb") as file:
+            return sum(b'"wrapped":' in line for line in file)
         return sum(name.endswith(".json") for name in _names(self.path))
 
 
@@ -278,7 +277,10 @@ def _age(folder: Path) -> int:
 
 
 def _names(root: Path) -> list[str]:
-    return os.listdir(root) if root.is_dir() else []
+    """None where it is no folder, or was taken away a moment ago: by the daemon, or by another prune."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return os.listdir(root)
+    return []
 
 
 def _spelled(time_of_name: str) -> str:
@@ -349,8 +351,9 @@ def _check_ledgers(data_dir: Path, reader: SqliteReader, keys: Keys, faults: _Fa
             totals = one.totals["totals"]
             sig = b64encode(mac(key, json_dumps(totals).encode()))
             fits = same(sig.encode(), str(one.totals["sig"]).encode())
-            if not fits or totals.get("sha256") != _digest(one.ledger):
-                faults.add(f"{one.ledger}: the ledger is not the one that was signed")
+            with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
+                if not fits or totals.get("sha256") != _digest(one.ledger):
+                    faults.add(f"{one.ledger}: the ledger is not the one that was signed")
     return len(finished)
 
 

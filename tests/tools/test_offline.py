@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from progressdb_kms.tools.storecmd import SnapshotFolder, backups_list
 from tests.harness.daemon import Daemon, cli, write_secret
 from tests.harness.fakekms import kek_id_of
 
@@ -169,3 +170,12 @@ def test_root_leaves_the_files_to_the_daemon(stopped: Daemon) -> None:
             assert {path.stat().st_uid for path in copy.data_dir.rglob("*")} == {12345}, words
     finally:
         copy.close()
+
+
+def test_a_snapshot_that_goes_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prune, or the daemon, takes it away between a look and the next."""
+    for look in ("is_dir", "is_file", "exists"):
+        monkeypatch.setattr(Path, look, lambda self: True)
+    gone = SnapshotFolder("n", tmp_path / "gone", "2026", "00" * 8, {})
+    assert gone.deks == 0
+    assert backups_list(tmp_path / "none") == []
