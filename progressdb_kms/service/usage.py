@@ -7,8 +7,8 @@ off the list first and reads it then, so that a use between is seen now or liste
 
 That happens twice a second, and what was read goes to the keeper with the head of the audit chain, which goes
 then anyway: the same job, the same transaction, no flush of the disk of its own. So the numbers in the store
-are right over all workers and restarts, a second old at most while the keeper keeps up, and what dies with a
-process is what it had not handed over: its last second.
+are right over all workers and restarts, a second old while no more than ROWS a beat are used, and what dies
+with a process is what it had not handed over: its last second, or what waited.
 
 A batch is handed over again, under the same number, until the keeper has answered: it counts none twice. Who
 uses more DEKs at random than ROWS a beat has them wait, up to WAITING of them; past that they are handed over
@@ -34,7 +34,8 @@ SPENT = 2**32
 """Encrypts under one DEK at which it takes no more."""
 
 LOST = 1 << 15
-"""Encrypts that a worker which died may not have handed over: each that starts adds them to heavy DEKs."""
+"""Encrypts of a second, which a worker that died may not have handed over: each that starts adds them to
+DEKs that are heavy."""
 
 ROWS = 100
 """DEKs of one job: 17 kB with the longest names; 200 a second and worker, each some 20 us of the keeper's."""
