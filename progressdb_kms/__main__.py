@@ -10,16 +10,15 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Optional
 
 SERVE_FLAGS = {"--socket": "socket", "--data-dir": "data_dir", "--config": "config", "--addr": "tcp_address"}
 
 
-def serve_flags(words: Sequence[str]) -> Optional[dict[str, Optional[str]]]:
+def serve_flags(words: Sequence[str]) -> dict[str, str | None] | None:
     """The flags of a plain `serve`, by the names of the configuration; None where it is something else."""
     if words and not words[0].startswith("-") and words[0] != "serve":
         return None
-    found: dict[str, Optional[str]] = dict.fromkeys(SERVE_FLAGS.values())
+    found: dict[str, str | None] = dict.fromkeys(SERVE_FLAGS.values())
     rest = list(words[words[:1] == ["serve"] :])
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
@@ -29,7 +28,7 @@ def serve_flags(words: Sequence[str]) -> Optional[dict[str, Optional[str]]]:
     return found
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     flags = serve_flags(words)
@@ -59,7 +58,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return fail(told(error))
 
 
-def _serve(words: Sequence[str], flags: dict[str, Optional[str]]) -> int:
+def _serve(words: Sequence[str], flags: dict[str, str | None]) -> int:
     from .process import hardening
 
     hardening.prepare(words, os.environ)  # first of all: it starts the program anew

@@ -40,7 +40,7 @@ _LAST = {1: b"AQgw", 2: b"AEIMQUYcgkosw048"}  # by the bytes in the last group
 _NOT_BASE64 = "not base64 (standard alphabet, with padding)"
 
 
-def b64decode(text: Union[str, Buffer]) -> bytes:
+def b64decode(text: str | Buffer) -> bytes:
     """Decode strict base64. Raises ValueError on any other spelling (white space, URL alphabet, …)."""
     raw = text.encode("ascii", "replace") if isinstance(text, str) else text
     try:
@@ -173,7 +173,7 @@ _COMPACT = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _STRICT = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
 
 
-def json_loads(data: Union[str, bytes]) -> Any:
+def json_loads(data: str | bytes) -> Any:
     """Parse JSON (RFC 8259) from UTF-8. Raises ValueError; refuses NaN, duplicate names, deep nesting."""
     text = data if isinstance(data, str) else data.decode("utf-8")
     try:

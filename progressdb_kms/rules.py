@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Optional, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .errors import PeerRefused, PolicyRefused, RateLimited
 
@@ -36,8 +36,8 @@ class Peer(NamedTuple):
 class PeerRules(NamedTuple):
     """`None`: whoever the socket's permissions let in; over TCP, which has none, only `own`."""
 
-    callers: Optional[frozenset[int]] = None
-    admins: Optional[frozenset[int]] = None
+    callers: frozenset[int] | None = None
+    admins: frozenset[int] | None = None
     own: frozenset[int] = frozenset((0, os.geteuid()))
 
     def check(self, peer: Peer, admin: bool) -> None:
@@ -73,8 +73,8 @@ class Policy(NamedTuple):
     """One entry of `policies`. What is empty or 0 narrows nothing. `number` counts from 1."""
 
     number: int
-    uid: Optional[int] = None
-    gid: Optional[int] = None
+    uid: int | None = None
+    gid: int | None = None
     operations: frozenset[str] = frozenset()
     threads: tuple[re.Pattern[str], ...] = ()
     keys: tuple[re.Pattern[str], ...] = ()
@@ -100,12 +100,12 @@ class Policy(NamedTuple):
     def allows_operation(self, op: str) -> bool:
         return not self.operations or BATCHES.get(op, op) in self.operations
 
-    def allows_key(self, key_id: str, thread_id: Optional[str]) -> bool:
+    def allows_key(self, key_id: str, thread_id: str | None) -> bool:
         """`thread_id` None: nobody knows it, and then no pattern of threads fits."""
         return _fits(self.keys, key_id) and _fits(self.threads, thread_id)
 
 
-def _fits(patterns: Sequence[re.Pattern[str]], text: Optional[str]) -> bool:
+def _fits(patterns: Sequence[re.Pattern[str]], text: str | None) -> bool:
     return not patterns or (text is not None and any(pattern.fullmatch(text) for pattern in patterns))
 
 
@@ -122,7 +122,7 @@ class Rights:
 
     __slots__ = ("_meter", "policies")
 
-    def __init__(self, policies: Sequence[Policy] = (), meter: Optional[Meter] = None) -> None:
+    def __init__(self, policies: Sequence[Policy] = (), meter: Meter | None = None) -> None:
         self.policies = tuple(policies)
         self._meter = meter
 
@@ -132,7 +132,7 @@ class Rights:
             if not policy.allows_operation(op):
                 raise PolicyRefused(_who(policy, f"may not {op}"), entry=policy.number)
 
-    def check_key(self, key_id: str, thread_id: Optional[str]) -> None:
+    def check_key(self, key_id: str, thread_id: str | None) -> None:
         """As soon as it is known which DEK is meant. Raises PolicyRefused."""
         for policy in self.policies:
             if not policy.allows_key(key_id, thread_id):
@@ -142,7 +142,7 @@ class Rights:
         """What one may not use one does not see, either."""
         return all(policy.allows_key(key_id, thread_id) for policy in self.policies)
 
-    def spend(self, count: int) -> tuple[int, Optional[RateLimited]]:
+    def spend(self, count: int) -> tuple[int, RateLimited | None]:
         """(how many of `count` operations may be done, the error for the others)."""
         allowed, error = count, None
         for policy in self.policies:
@@ -154,7 +154,7 @@ class Rights:
         return allowed, error
 
 
-def rights_of(peer: Peer, policies: Sequence[Policy], meter: Optional[Meter] = None) -> Optional[Rights]:
+def rights_of(peer: Peer, policies: Sequence[Policy], meter: Meter | None = None) -> Rights | None:
     """None: no policy names this peer."""
     named = [policy for policy in policies if policy.names(peer)]
     return Rights(named, meter) if named else None

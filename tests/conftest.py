@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import pytest
 
@@ -72,7 +72,7 @@ def short_tmp() -> Iterator[Path]:
 def _time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
     limit = LONG_LIMIT if request.node.get_closest_marker("long") else LIMIT
 
-    def expired(number: int, frame: Optional[FrameType]) -> None:
+    def expired(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"the test was still running after {limit} s")
 
     before = signal.signal(signal.SIGALRM, expired)

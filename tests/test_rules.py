@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -30,7 +30,7 @@ def operation(found: Rights, op: str) -> str:
     return ""
 
 
-def key(found: Rights, key_id: str, thread_id: Optional[str]) -> str:
+def key(found: Rights, key_id: str, thread_id: str | None) -> str:
     try:
         found.check_key(key_id, thread_id)
     except PeerRefused as error:

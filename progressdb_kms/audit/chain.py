@@ -18,7 +18,7 @@ from binascii import b2a_base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple, NoReturn, Optional
+from typing import Any, NamedTuple, NoReturn
 
 from ..crypto.aead import mac
 from ..encoding import b64decode
@@ -57,7 +57,7 @@ class Report:
     unchecked: int = 0
     chains: dict[str, tuple[int, int]] = field(default_factory=dict)
     shredded: dict[str, str] = field(default_factory=dict)
-    fault: Optional[Fault] = None
+    fault: Fault | None = None
 
     @property
     def ok(self) -> bool:
@@ -112,7 +112,7 @@ class Verifier:
         self._chains: dict[bytes, _Chain] = {}
         self.loose: list[_Loose] = []
         self._named: set[Torn] = set()  # a keeper that starts may name what a worker names too
-        self._blank: Optional[tuple[str, int]] = None  # the first blank line
+        self._blank: tuple[str, int] | None = None  # the first blank line
         self.spare = 0  # line ends beyond those of records and named repairs: must come out as 0
         self._blind = False  # a torn record stands in a file that was not given
         self._files = 0
@@ -332,7 +332,7 @@ class Verifier:
         return "the signature does not fit: the line was edited, or the audit key is another"
 
 
-def _without(run: bytes, named: Torn) -> Optional[list[bytes]]:
+def _without(run: bytes, named: Torn) -> list[bytes] | None:
     """What is left of torn bytes when the named piece is taken out; None if it isn't there.
 
     Several processes may have left theirs side by side, and each piece begins as a record does.

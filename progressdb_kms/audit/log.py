@@ -33,7 +33,7 @@ import resource
 import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Callable, NewType, NoReturn, Optional, Union
+from typing import Any, Callable, NewType, NoReturn
 
 from ..crypto.aead import mac, same
 from ..encoding import b64encode, json_dumps, json_loads, timestamp, wall
@@ -108,7 +108,7 @@ def _head(op: str, outcome: str, status: int) -> str:
     return f'"op":"{op}","outcome":"{outcome}","status":{status:d}'
 
 
-def parse(line: Union[str, bytes]) -> dict[str, Any]:
+def parse(line: str | bytes) -> dict[str, Any]:
     """A line as a dict: the event's fields and `sig`. Not verified. Raises ValueError if it is none."""
     outer = json_loads(line)
     if not isinstance(outer, dict) or set(outer) != {"event", "sig"} or not isinstance(outer["event"], dict):
@@ -124,7 +124,7 @@ def genuine(key: memoryview, record: re.Match[bytes]) -> bool:
     return same(b64encode(mac(key, record[1])).encode(), record[6])
 
 
-def pieces(line: bytes, key: memoryview) -> Iterator[tuple[bytes, Optional[re.Match[bytes]]]]:
+def pieces(line: bytes, key: memoryview) -> Iterator[tuple[bytes, re.Match[bytes] | None]]:
     """Split a line of the file: whole records that verify, each with its match, and what stands between."""
     done = at = misses = 0
     while (at := line.find(MARK, at)) >= 0 and misses < MISSES:
@@ -197,7 +197,7 @@ class AuditLog:
 
     def __init__(
         self,
-        path: Union[str, os.PathLike[str]],
+        path: str | os.PathLike[str],
         key: memoryview,
         chain: str,
         clock: Callable[[], float] = wall,
@@ -222,7 +222,7 @@ class AuditLog:
         self._ends = 0  # line ends that torn repairs wrote
         self._note = ""  # why the log was reopened, until that is recorded
         self._stopped = ""  # why nothing may be recorded before `reopen`
-        self._held: Optional[KMSError] = None  # why nothing may be recorded before `release`
+        self._held: KMSError | None = None  # why nothing may be recorded before `release`
         self._fd = -1
         self._take(*_open(self.path))
         with contextlib.suppress(OSError):  # a file system that can't sync directories
@@ -444,7 +444,7 @@ class AuditLog:
             self._fail(OSError(errno.EFBIG, f"files may have {limit} bytes"))
 
 
-def last_epoch(path: Union[str, os.PathLike[str]]) -> Optional[int]:
+def last_epoch(path: str | os.PathLike[str]) -> int | None:
     """The latest start that the end of a log file knows of; None without a record there. Not verified."""
     try:
         with open(path, "rb") as file:

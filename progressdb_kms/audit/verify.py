@@ -17,7 +17,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, Callable, NamedTuple, Optional, Union
+from typing import BinaryIO, Callable, NamedTuple, Union
 
 from ..encoding import b64decode
 from ..errors import StoreDamaged
@@ -137,8 +137,8 @@ def verify(
     receipts: Iterable[str] = (),
     partial: bool = False,
     sort: bool = True,
-    progress: Optional[Callable[[int, int], None]] = None,
-    observe: Optional[Observer] = None,
+    progress: Callable[[int, int], None] | None = None,
+    observe: Observer | None = None,
 ) -> Report:
     """Verify the log in `paths` (.gz too), up to the first fault.
 
@@ -164,11 +164,11 @@ def verify(
 class Reading:
     """One pass over the files of a report, in order."""
 
-    def __init__(self, report: Report, progress: Optional[Callable[[int, int], None]]) -> None:
+    def __init__(self, report: Report, progress: Callable[[int, int], None] | None) -> None:
         self._report = report
         self._progress = progress
 
-    def through(self, machine: Optional[Verifier], observe: Optional[Observer]) -> None:
+    def through(self, machine: Verifier | None, observe: Observer | None) -> None:
         """Raises Found at a fault where nobody observes; else notes it, and goes on without the machine."""
         total = sum(os.path.getsize(path) for path in self._report.files if os.path.exists(path))
         done = 0
@@ -285,7 +285,7 @@ def logs(data_dir: Path) -> list[Path]:
     return sorted(data_dir.glob(FILE_NAME + "*"))
 
 
-def floor(paths: Iterable[Name], key: memoryview) -> Optional[Floor]:
+def floor(paths: Iterable[Name], key: memoryview) -> Floor | None:
     """From the end of the newest file that has a signed record; None where none has. Every record carries the
     number, so that a few are enough; what is not signed doesn't count."""
     for path in reversed(in_order(paths)):
@@ -298,7 +298,7 @@ def floor(paths: Iterable[Name], key: memoryview) -> Optional[Floor]:
     return None
 
 
-def _records(path: str, size: Optional[int]) -> bytes:
+def _records(path: str, size: int | None) -> bytes:
     """The last bytes of a file, of a packed one all that it holds."""
     try:
         file, raw = _opened(path)
@@ -310,7 +310,7 @@ def _records(path: str, size: Optional[int]) -> bytes:
         return b""
 
 
-def _floor(data: bytes, key: memoryview) -> Optional[Floor]:
+def _floor(data: bytes, key: memoryview) -> Floor | None:
     found = [record for record in RECORD.finditer(data) if genuine(key, record)]
     if not found:
         return None

@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Optional, Union
+from typing import Any, Union
 from urllib.parse import quote, urlencode
 
 from ..crypto.aead import KEY_SIZE
@@ -89,12 +89,12 @@ class Client:
 
     def __init__(
         self,
-        socket_path: Union[str, os.PathLike[str]] = DEFAULT_SOCKET,
+        socket_path: str | os.PathLike[str] = DEFAULT_SOCKET,
         *,
-        timeout: Optional[float] = TIMEOUT,
+        timeout: float | None = TIMEOUT,
         max_response: int = MAX_RESPONSE,
         retry_seconds: float = 0.0,
-        server_uid: Optional[int] = None,
+        server_uid: int | None = None,
     ) -> None:
         path = os.fspath(socket_path)
         self.socket_path = path[len("unix://") :] if path.startswith("unix://") else path
@@ -112,9 +112,9 @@ class Client:
 
     def __exit__(
         self,
-        kind: Optional[type[BaseException]],
-        value: Optional[BaseException],
-        trace: Optional[TracebackType],
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -131,7 +131,7 @@ class Client:
 
     # ---- keys --------------------------------------------------------------------------------------
 
-    def create_dek(self, thread_id: str, key_id: Optional[str] = None) -> Dek:
+    def create_dek(self, thread_id: str, key_id: str | None = None) -> Dek:
         """Make a DEK. Without a key_id each call makes a new one, so it is never repeated after a lost
         connection; with one, the same thread gets the DEK that is there already."""
         fields = {"thread_id": thread_id, **({} if key_id is None else {"key_id": key_id})}
@@ -145,14 +145,14 @@ class Client:
 
     def list(
         self,
-        thread_id: Optional[str] = None,
+        thread_id: str | None = None,
         page_size: int = 1000,
         after: str = "",
-        unused_for: Optional[int] = None,
+        unused_for: int | None = None,
     ) -> Iterator[Dek]:
         """All DEKs, or those of a thread, in order of key_id; those behind the key_id `after`; those that are
         older than so many seconds and were not used since. Pages are asked for as they are needed."""
-        cursor: Optional[str] = after
+        cursor: str | None = after
         while cursor is not None:
             query = {"limit": str(page_size), "cursor": cursor, "thread_id": thread_id}
             if unused_for is not None:
@@ -170,7 +170,7 @@ class Client:
         """Take a disabled key into use again; cancels a scheduled deletion."""
         return _dek(self._json("POST", _dek_path(key_id) + "/enable", {}))
 
-    def shred(self, key_id: str, immediately: bool = False, pending_days: Optional[int] = None) -> Dek:
+    def shred(self, key_id: str, immediately: bool = False, pending_days: int | None = None) -> Dek:
         """Schedule a crypto-shred (in 7 days, or in 1 to 365 `pending_days`), or do it at once, for good."""
         fields: dict[str, Any] = {"immediately": True} if immediately else {}
         if pending_days is not None:
@@ -196,15 +196,11 @@ class Client:
         """Raises AuthenticationFailed for another key, another AAD, or a changed bit."""
         return self._crypt("decrypt", "ciphertext", "plaintext", key, ciphertext, aad)
 
-    def encrypt_batch(
-        self, items: Iterable[Union[tuple[Key, Buffer], tuple[Key, Buffer, bytes]]]
-    ) -> BatchResult:
+    def encrypt_batch(self, items: Iterable[tuple[Key, Buffer] | tuple[Key, Buffer, bytes]]) -> BatchResult:
         """Encrypt (key, plaintext[, aad]) items, in as few requests as the daemon's limits allow."""
         return self._batch("/encrypt_batch", "plaintext", "ciphertext", items)
 
-    def decrypt_batch(
-        self, items: Iterable[Union[tuple[Key, Buffer], tuple[Key, Buffer, bytes]]]
-    ) -> BatchResult:
+    def decrypt_batch(self, items: Iterable[tuple[Key, Buffer] | tuple[Key, Buffer, bytes]]) -> BatchResult:
         """Decrypt (key, ciphertext[, aad]) items. One that fails leaves the others alone."""
         return self._batch("/decrypt_batch", "ciphertext", "plaintext", items)
 
@@ -214,7 +210,7 @@ class Client:
         new_key_id: str,
         ciphertext: Buffer,
         aad: bytes = b"",
-        new_aad: Optional[bytes] = None,
+        new_aad: bytes | None = None,
     ) -> bytes:
         """Move data from one key to another inside the daemon. `new_aad`: as `aad` where not given."""
         fields = {"key_id": key_id, "new_key_id": new_key_id, "ciphertext": _b64(ciphertext)}
@@ -225,7 +221,7 @@ class Client:
             fields["new_aad"] = _b64(target)
         return _bytes(self._json("POST", "/reencrypt", fields), "ciphertext")
 
-    def wrap(self, dek: Buffer, key_id: Optional[str] = None) -> Wrapped:
+    def wrap(self, dek: Buffer, key_id: str | None = None) -> Wrapped:
         """Wrap a 32-byte DEK of the caller's, bound to `key_id` (generated where not given)."""
         fields = {"dek": _b64(dek), **({} if key_id is None else {"key_id": key_id})}
         return _wrapped(self._json("POST", "/wrap", fields))
@@ -314,7 +310,7 @@ class Client:
         return results
 
     def _json(
-        self, method: str, path: str, fields: Optional[Mapping[str, Any]] = None, *, repeatable: bool = True
+        self, method: str, path: str, fields: Mapping[str, Any] | None = None, *, repeatable: bool = True
     ) -> dict[str, Any]:
         body = None if fields is None else json.dumps(fields, separators=(",", ":")).encode()
         headers = {} if body is None else {"Content-Type": "application/json"}
@@ -387,7 +383,7 @@ def _item(name: str, key: Key, data: Buffer, aad: bytes = b"") -> dict[str, str]
     return fields
 
 
-def _result(answer: Any, name: str) -> Union[bytes, ClientError]:
+def _result(answer: Any, name: str) -> bytes | ClientError:
     if not isinstance(answer, dict):
         raise bad_answer("one of its items is not an object")
     return failure(0, answer["error"]) if "error" in answer else _bytes(answer, name)

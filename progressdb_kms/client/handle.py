@@ -26,12 +26,8 @@ class Calls(Protocol):
     def last_receipt(self) -> str: ...
     def encrypt(self, key: str, plaintext: Buffer, aad: bytes = b"") -> bytes: ...
     def decrypt(self, key: str, ciphertext: Buffer, aad: bytes = b"") -> bytes: ...
-    def encrypt_batch(
-        self, items: Iterable[tuple[str, Buffer, bytes]]
-    ) -> list[Union[bytes, ClientError]]: ...
-    def decrypt_batch(
-        self, items: Iterable[tuple[str, Buffer, bytes]]
-    ) -> list[Union[bytes, ClientError]]: ...
+    def encrypt_batch(self, items: Iterable[tuple[str, Buffer, bytes]]) -> list[bytes | ClientError]: ...
+    def decrypt_batch(self, items: Iterable[tuple[str, Buffer, bytes]]) -> list[bytes | ClientError]: ...
     def describe(self, key_id: str) -> Dek: ...
 
 
@@ -68,11 +64,11 @@ class DekHandle:
         """Raises AuthenticationFailed for another key, another AAD, or a changed bit."""
         return self._calls.decrypt(self.key_id, ciphertext, aad)
 
-    def encrypt_many(self, items: Iterable[Item]) -> list[Union[bytes, ClientError]]:
+    def encrypt_many(self, items: Iterable[Item]) -> list[bytes | ClientError]:
         """A page in as few requests as the limits allow; one result an item, in order."""
         return self._calls.encrypt_batch(self._items(items))
 
-    def decrypt_many(self, items: Iterable[Item]) -> list[Union[bytes, ClientError]]:
+    def decrypt_many(self, items: Iterable[Item]) -> list[bytes | ClientError]:
         """Likewise; an item that fails is an error in its place and spoils no other."""
         return self._calls.decrypt_batch(self._items(items))
 

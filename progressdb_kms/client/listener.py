@@ -22,12 +22,11 @@ import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Optional
 
 MAX_LINKS = 40  # as the kernel has it
 
 
-def of(sock: socket.socket) -> Optional[int]:
+def of(sock: socket.socket) -> int | None:
     """The UID of the process that listens; None where the system does not tell."""
     if not hasattr(socket, "SO_PEERCRED"):
         return None
@@ -35,7 +34,7 @@ def of(sock: socket.socket) -> Optional[int]:
     return int(uid)
 
 
-def distrust(uid: Optional[int], path: str, server_uid: Optional[int]) -> str:
+def distrust(uid: int | None, path: str, server_uid: int | None) -> str:
     """Why nothing is sent to this UID at this path; "" where it is good."""
     if uid is None or uid in (0, os.geteuid(), server_uid):
         return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from .transport import ClientError
 
@@ -97,7 +97,7 @@ class Usage(NamedTuple):
     decrypts: int
     first_used_at: str = ""
     last_used_at: str = ""
-    last_uid: Optional[int] = None
+    last_uid: int | None = None
 
 
 class Dek(NamedTuple):
@@ -113,7 +113,7 @@ class Dek(NamedTuple):
     delete_at: str = ""
     shredded_at: str = ""
     wrapped: bytes = b""
-    usage: Optional[Usage] = None
+    usage: Usage | None = None
 
 
 class Wrapped(NamedTuple):

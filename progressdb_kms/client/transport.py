@@ -16,7 +16,7 @@ import select
 import socket
 from collections import deque
 from collections.abc import Mapping
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple
 
 from . import listener
 
@@ -62,9 +62,9 @@ class Request(NamedTuple):
 
     method: str
     path: str
-    body: Optional[Union[bytes, memoryview]] = None
+    body: bytes | memoryview | None = None
     headers: Mapping[str, str] = {}
-    timeout: Optional[float] = None
+    timeout: float | None = None
     repeatable: bool = True
 
 
@@ -82,7 +82,7 @@ class Reply(NamedTuple):
 class Pool:
     """Connections to one socket. Lock-free, so that a fork can't leave a lock held: deques are atomic."""
 
-    def __init__(self, path: str, max_response: int, server_uid: Optional[int] = None) -> None:
+    def __init__(self, path: str, max_response: int, server_uid: int | None = None) -> None:
         self._path = path
         self._server_uid = server_uid
         self._max_response = max_response
@@ -123,7 +123,7 @@ class Pool:
             conn.close()
         return reply
 
-    def _take(self) -> Optional[_Connection]:
+    def _take(self) -> _Connection | None:
         """The connection that was used last, unless it is stale: then the others are, too."""
         while self._idle:
             try:
@@ -153,7 +153,7 @@ class _NotAnswered(Exception):
 
 
 class _Connection(http.client.HTTPConnection):
-    def __init__(self, path: str, server_uid: Optional[int]) -> None:
+    def __init__(self, path: str, server_uid: int | None) -> None:
         super().__init__("unix")
         self._path = path
         self._server_uid = server_uid
@@ -176,7 +176,7 @@ class _Connection(http.client.HTTPConnection):
             )
         self.sock = sock
 
-    def open(self, timeout: Optional[float]) -> None:
+    def open(self, timeout: float | None) -> None:
         """Connect where need be, and set the time limit. Raises ConnectionFailed, which names the socket."""
         self.timeout = timeout
         if self.sock is None:

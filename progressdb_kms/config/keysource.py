@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping, MutableMapping
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple
 
 from ..crypto.memory import wipe
 from ..encoding import hex_decode_into
@@ -133,7 +133,7 @@ def _read_file(path: str, label: str, scratch: memoryview, out: memoryview, *, c
         os.close(descriptor)
 
 
-def distrust(about: os.stat_result, uid: int, credential: bool) -> Optional[str]:
+def distrust(about: os.stat_result, uid: int, credential: bool) -> str | None:
     """Why a key file can't be trusted or is no secret, or None.
 
     systemd lets the user of a service in by an ACL, which shows as mode 0440 on a file of root.

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 from ..crypto.memory import LockedBuffer, wipe
 from ..errors import ConfigError, WeakKey
@@ -61,14 +61,14 @@ class Settings:
     Sizes are in bytes, times in seconds. `None` for peer rules: whoever the socket's permissions let in.
     """
 
-    config_file: Optional[str]
+    config_file: str | None
     socket: Path
     socket_mode: int
-    socket_group: Optional[int]
-    tcp_address: Optional[str]
+    socket_group: int | None
+    tcp_address: str | None
     data_dir: Path
-    allowed_peer_uids: Optional[frozenset[int]]
-    admin_peer_uids: Optional[frozenset[int]]
+    allowed_peer_uids: frozenset[int] | None
+    admin_peer_uids: frozenset[int] | None
     workers: int
     memory_lock: str
     allow_missing_keks: bool
@@ -78,9 +78,9 @@ class Settings:
     idle_timeout: float
     request_timeout: float
     master_source: str
-    master_key_file: Optional[str]
-    pending_key_file: Optional[str] = None
-    kek_max_age_days: Optional[int] = None
+    master_key_file: str | None
+    pending_key_file: str | None = None
+    kek_max_age_days: int | None = None
     policies: tuple[Mapping[str, Any], ...] = ()
     """Checked entries, as plain data: see `rules.Policy.of`."""
 
@@ -96,7 +96,7 @@ class Loaded:
     `pending` is the key of an unfinished `rotate-kek`. Without keys (`need_key=False`) `master` is empty.
     """
 
-    def __init__(self, settings: Settings, keys: Optional[_Keys] = None) -> None:
+    def __init__(self, settings: Settings, keys: _Keys | None = None) -> None:
         self.settings = settings
         self._keys = keys
         self.master = keys.master if keys else memoryview(b"")
@@ -120,9 +120,9 @@ class Loaded:
 
     def __exit__(
         self,
-        kind: Optional[type[BaseException]],
-        value: Optional[BaseException],
-        trace: Optional[TracebackType],
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         # While an exception travels, its frames may still hold slices: the wipe is what counts then.
         with contextlib.suppress(BufferError) if kind else contextlib.nullcontext():
@@ -133,7 +133,7 @@ class Loaded:
 
 
 def load(
-    flags: Mapping[str, Optional[str]],
+    flags: Mapping[str, str | None],
     environ: Mapping[str, str],
     *,
     need_key: bool = True,
@@ -253,7 +253,7 @@ _Setting = Union[str, int, float, list[int], None]
 
 
 def _merge(
-    flags: Mapping[str, Optional[str]], file: Optional[ConfigFile], environ: Mapping[str, str]
+    flags: Mapping[str, str | None], file: ConfigFile | None, environ: Mapping[str, str]
 ) -> dict[str, Any]:
     """The value of each option that names no key."""
     keys = (*MASTER_KEYS, "previous_master_keys")
@@ -261,7 +261,7 @@ def _merge(
 
 
 def _choose(
-    option: Option, flags: Mapping[str, Optional[str]], file: Optional[ConfigFile], environ: Mapping[str, str]
+    option: Option, flags: Mapping[str, str | None], file: ConfigFile | None, environ: Mapping[str, str]
 ) -> _Setting:
     given = flags.get(option.name) if option.flag else None
     if given is not None:
@@ -319,7 +319,7 @@ def _group_id(group: str, label: str) -> int:
         ) from None
 
 
-def _settings(values: Mapping[str, Any], file: Optional[ConfigFile], master: Optional[Source]) -> Settings:
+def _settings(values: Mapping[str, Any], file: ConfigFile | None, master: Source | None) -> Settings:
     everybody = values["socket_mode"] & stat.S_IRWXO
     if everybody and values["allowed_peer_uids"] is None:
         raise ConfigError(
@@ -343,14 +343,14 @@ def _settings(values: Mapping[str, Any], file: Optional[ConfigFile], master: Opt
 _UIDS = ("allowed_peer_uids", "admin_peer_uids")
 
 
-def _set(uids: Optional[list[int]]) -> Optional[frozenset[int]]:
+def _set(uids: list[int] | None) -> frozenset[int] | None:
     return None if uids is None else frozenset(uids)
 
 
 # ---- where the keys are ----------------------------------------------------------------------------
 
 
-def _sources(file: Optional[ConfigFile], environ: Mapping[str, str]) -> tuple[list[Source], list[Source]]:
+def _sources(file: ConfigFile | None, environ: Mapping[str, str]) -> tuple[list[Source], list[Source]]:
     """All places of a master key that are given, and those of previous keys."""
     if file is None:
         return _environment_sources(environ), []
@@ -364,7 +364,7 @@ def _sources(file: Optional[ConfigFile], environ: Mapping[str, str]) -> tuple[li
     return master, [_source(form, value, label, file) for label, (form, value) in zip(labels, entries)]
 
 
-def _source(form: str, value: Optional[str], name: str, file: ConfigFile) -> Source:
+def _source(form: str, value: str | None, name: str, file: ConfigFile) -> Source:
     if form == HEX or value is None:
         return Source(HEX, "", f"{name} in {file.path}")
     place = os.path.abspath(os.path.join(os.path.dirname(file.path), value)) if form == "file" else value
@@ -383,7 +383,7 @@ def _environment_sources(environ: Mapping[str, str]) -> list[Source]:
     return found
 
 
-def _one(master: Sequence[Source], file: Optional[ConfigFile], need_key: bool) -> Optional[Source]:
+def _one(master: Sequence[Source], file: ConfigFile | None, need_key: bool) -> Source | None:
     """The master key's source. Raises ConfigError unless there is exactly one."""
     if len(master) > 1:
         names = " and ".join(source.label for source in master)
@@ -409,16 +409,14 @@ def _one(master: Sequence[Source], file: Optional[ConfigFile], need_key: bool) -
 class _Keys:
     """The locked buffer: master | pending | previous … | scratch."""
 
-    def __init__(
-        self, lock: str, previous: int, file: Optional[ConfigFile], environ: Mapping[str, str]
-    ) -> None:
+    def __init__(self, lock: str, previous: int, file: ConfigFile | None, environ: Mapping[str, str]) -> None:
         start = (2 + previous) * KEY_SIZE
         self.memory = LockedBuffer(start + keysource.SCRATCH_SIZE, lock)
         self.master = self.memory.view[:KEY_SIZE]
         self._next = self.memory.view[KEY_SIZE : 2 * KEY_SIZE]
         self._slots = [self.memory.view[at : at + KEY_SIZE] for at in range(2 * KEY_SIZE, start, KEY_SIZE)]
         self._scratch = self.memory.view[start:]
-        self.pending: Optional[memoryview] = None
+        self.pending: memoryview | None = None
         self.previous: list[tuple[memoryview, str]] = []
         self._file = file
         self._environ = environ
@@ -438,7 +436,7 @@ class _Keys:
             else:
                 self.previous.append((slot, source.label))
 
-    def load_pending(self, key_file: Optional[str]) -> Optional[str]:
+    def load_pending(self, key_file: str | None) -> str | None:
         """The file `F.next` beside the master_key_file F, where there is one. Returns its path."""
         path = f"{key_file}{PENDING_SUFFIX}"
         if key_file is None or not os.path.lexists(path):

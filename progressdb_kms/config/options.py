@@ -12,7 +12,7 @@ import difflib
 import ipaddress
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Callable, NamedTuple, Optional, Union
+from typing import Any, Callable, NamedTuple, Union
 
 from ..encoding import hex_decode_into
 from ..errors import ConfigError
@@ -126,7 +126,7 @@ def _seconds(value: Value, option: Option) -> float:
     return float(value.text)
 
 
-def _workers(value: Value, option: Option) -> Union[int, str]:
+def _workers(value: Value, option: Option) -> int | str:
     return "auto" if isinstance(value, Scalar) and value.text == "auto" else _whole(value, option)
 
 
@@ -472,7 +472,7 @@ _FORMS = {form: BY_NAME[f"master_key_{form}"] for form in _KEY_FORMS}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,30}")
 
 
-def shown(name: str) -> Optional[str]:
+def shown(name: str) -> str | None:
     """The name of a key as a message may repeat it, or None: what stands in its place may be a secret."""
     return name if _NAME.fullmatch(name) else None
 

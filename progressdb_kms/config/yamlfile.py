@@ -25,7 +25,7 @@ import stat
 from collections.abc import Iterable
 from io import FileIO
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..encoding import json_dumps
 from ..errors import ConfigError, KMSError
@@ -70,9 +70,9 @@ class ConfigFile:
 
     def __exit__(
         self,
-        kind: Optional[type[BaseException]],
-        value: Optional[BaseException],
-        trace: Optional[TracebackType],
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -135,7 +135,7 @@ def _open(path: str) -> tuple[FileIO, int]:
     return FileIO(descriptor), about.st_mode
 
 
-def _check_mode(path: str, mode: int, secret: Optional[str]) -> None:
+def _check_mode(path: str, mode: int, secret: str | None) -> None:
     if secret is not None and mode & 0o077:
         raise ConfigError(
             f"{secret} in {path}: a file with a key in it is open to others (mode {mode & 0o7777:04o})",
@@ -205,7 +205,7 @@ def _slurp(path: str, descriptor: int) -> bytes:
     return data
 
 
-def _secret(values: dict[str, Any]) -> Optional[str]:
+def _secret(values: dict[str, Any]) -> str | None:
     """The name of a key of the file that holds a secret."""
     if "master_key_hex" in values:
         return "master_key_hex"

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from ..errors import Conflict
 from .aead import KEY_SIZE, mac
@@ -219,9 +219,9 @@ class Borrowed:
 
     def __exit__(
         self,
-        kind: Optional[type[BaseException]],
-        value: Optional[BaseException],
-        trace: Optional[TracebackType],
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         word, name, _ = self._place
         if self._words[word] != self._stamp or self._words[word + 1] != name:

@@ -24,7 +24,6 @@ import mmap
 import os
 import sys
 from types import TracebackType
-from typing import Optional
 
 from ..errors import LockRefused
 
@@ -52,7 +51,7 @@ class _Settled:
     """For buffers that are made without a word about it: in this process, and those that it forks."""
 
     mode = "try"
-    short: Optional[bool] = None  # None: nobody is told
+    short: bool | None = None  # None: nobody is told
 
 
 def settle(mode: str, locked: bool) -> None:
@@ -123,9 +122,9 @@ class LockedBuffer:
 
     def __exit__(
         self,
-        kind: Optional[type[BaseException]],
-        value: Optional[BaseException],
-        trace: Optional[TracebackType],
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         # While an exception travels, its frames may still hold slices: wiping is what counts.
         self.wipe()
@@ -159,7 +158,7 @@ def _map_pages(length: int, mode: str) -> tuple[mmap.mmap, str]:
     return region, "unlocked"
 
 
-def _memfd_secret(length: int) -> Optional[mmap.mmap]:
+def _memfd_secret(length: int) -> mmap.mmap | None:
     """Pages that the kernel itself can't read any more; None where it has none or the limit forbids."""
     if not sys.platform.startswith("linux"):
         return None

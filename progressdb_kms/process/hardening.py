@@ -37,7 +37,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 HEX_VARIABLE = "PROGRESSDB_KMS_MASTER_KEY_HEX"
 FD_VARIABLE = "PROGRESSDB_KMS_MASTER_KEY_FD"
@@ -102,7 +102,7 @@ def prepare(argv: Sequence[str], environ: Mapping[str, str]) -> None:
             os.close(pipe)
 
 
-def new_environment(environ: Mapping[str, str], pid: int, *, wipes: bool) -> Optional[dict[str, str]]:
+def new_environment(environ: Mapping[str, str], pid: int, *, wipes: bool) -> dict[str, str] | None:
     """The environment to start with, without a key in it, or None where this one will do.
 
     `wipes`: the C library and the interpreter know how to wipe on free.
@@ -146,7 +146,7 @@ def _can_wipe_on_free() -> bool:
         return False
 
 
-def _command_line() -> Optional[list[str]]:
+def _command_line() -> list[str] | None:
     """How this process was started: interpreter, its options, program, arguments. None where nobody knows."""
     if not sys.executable:
         return None

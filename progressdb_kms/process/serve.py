@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 from ..config.load import Loaded, Settings
 from ..crypto.aead import KEY_SIZE
@@ -51,7 +51,7 @@ log = logging.getLogger("progressdb_kms")
 
 
 def serve(
-    loaded: Loaded, forced: Optional[dict[str, Any]] = None, ready: Optional[Callable[[str], None]] = None
+    loaded: Loaded, forced: dict[str, Any] | None = None, ready: Callable[[str], None] | None = None
 ) -> int:
     """Run the daemon until SIGTERM. Returns the exit code. Raises OperatorError where it can't start.
 
@@ -166,7 +166,7 @@ class Alone:
         self._announce = announce
         self._stop = threading.Event()
         self._hangup = threading.Event()
-        self._failure: Optional[BaseException] = None
+        self._failure: BaseException | None = None
 
     def run(self) -> int:
         shared = self._shared

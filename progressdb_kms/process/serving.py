@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 
 from .. import __version__
 from ..audit.log import FILE_NAME as AUDIT_LOG
@@ -70,7 +70,7 @@ class Shared(NamedTuple):
     inbox: socket.socket
     outbox: socket.socket
     listener: socket.socket
-    tcp: Optional[socket.socket]
+    tcp: socket.socket | None
     name: Name
     handovers: Sequence[socket.socket]
     measures: list[dict[str, Any]]
@@ -165,7 +165,7 @@ class Worker:
             "disk_free_bytes": _free(shared.settings.data_dir),
         }
 
-    def _limits(self, locked: int) -> dict[str, dict[str, Optional[int]]]:
+    def _limits(self, locked: int) -> dict[str, dict[str, int | None]]:
         """What is used of what may be: by all workers together, but open files, which are each process's."""
         shared, gauge = self._shared, self._shared.metrics.gauge
         rows = {
@@ -236,7 +236,7 @@ class Worker:
             self._anchoring.worked()
 
 
-def _free(folder: Path) -> Optional[int]:
+def _free(folder: Path) -> int | None:
     """Bytes; None where the folder is gone, of which others tell."""
     try:
         about = os.statvfs(folder)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Optional
 
 from ..config.load import Settings
 from ..config.options import host_and_port
@@ -57,7 +56,7 @@ def bind(settings: Settings) -> socket.socket:
     return sock
 
 
-def listen_tcp(settings: Settings) -> Optional[socket.socket]:
+def listen_tcp(settings: Settings) -> socket.socket | None:
     """The port of `tcp_address`; None where there is none, or where the kernel does not tell who connects.
 
     Accepted sockets inherit TCP_NODELAY. Raises ConfigError where the port can't be had.
@@ -176,7 +175,7 @@ class Name:
         self._next = 0.0
         self._told = False
 
-    def _look(self) -> Optional[tuple[int, int]]:
+    def _look(self) -> tuple[int, int] | None:
         with suppress(OSError):
             about = self._path.lstat()
             return about.st_dev, about.st_ino

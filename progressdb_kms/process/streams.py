@@ -16,7 +16,7 @@ import socket
 import stat
 import sys
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from ..errors import KMSError
 
@@ -150,7 +150,7 @@ def told(error: Exception) -> str:
     return f"internal error: {type(error).__name__} at {place} (please report it)"
 
 
-def ran_out(error: BaseException) -> Optional[str]:
+def ran_out(error: BaseException) -> str | None:
     """The limit of the system that this error is about, and how it is raised."""
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return "no thread can be started (raise TasksMax=, LimitNPROC= and LimitAS=, or `ulimit -u` and `-v`)"

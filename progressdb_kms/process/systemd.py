@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import suppress
-from typing import Optional
 
 from ..errors import ConfigError
 
@@ -29,7 +28,7 @@ def notify(state: str) -> bool:
     return False
 
 
-def listen_socket() -> Optional[socket.socket]:
+def listen_socket() -> socket.socket | None:
     """The socket that systemd listens on for us, or None where we bind ourselves.
 
     Raises ConfigError where it hands over anything but one listening Unix stream socket.
@@ -54,7 +53,7 @@ def listen_socket() -> Optional[socket.socket]:
 _REMEDY = "the .socket unit needs one ListenStream=/PATH, and Accept=no"
 
 
-def watchdog_seconds() -> Optional[float]:
+def watchdog_seconds() -> float | None:
     """Within how many seconds systemd wants to hear `WATCHDOG=1`; None where it does not watch."""
     micros = os.environ.get("WATCHDOG_USEC", "")
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from .. import errors
 from ..crypto.aead import KEY_SIZE
@@ -43,7 +43,7 @@ Head = tuple[str, int, str]
 class Job(NamedTuple):
     op: str
     args: dict[str, Any]
-    head: Optional[Head]
+    head: Head | None
     reply: socket.socket
 
     @property
@@ -74,9 +74,9 @@ class KeeperClient:
         self,
         op: str,
         args: dict[str, Any],
-        head: Optional[Head] = None,
-        timeout: Optional[float] = 30.0,
-        new_kek: Optional[Staged] = None,
+        head: Head | None = None,
+        timeout: float | None = 30.0,
+        new_kek: Staged | None = None,
     ) -> dict[str, Any]:
         """Have it done. Raises the error that the keeper answered, or StoreUnavailable where it is silent.
 
@@ -124,14 +124,14 @@ SEND_SECONDS = 30.0
 """How long a job of no limited time may wait for room in the queue."""
 
 
-def _ready(sock: socket.socket, event: int, deadline: Optional[float]) -> bool:
+def _ready(sock: socket.socket, event: int, deadline: float | None) -> bool:
     """Wait until the socket is ready for it; False after the deadline."""
     poller = select.poll()
     poller.register(sock, event)
     return bool(poller.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000))
 
 
-def _read(sock: socket.socket, deadline: Optional[float] = None) -> bytes:
+def _read(sock: socket.socket, deadline: float | None = None) -> bytes:
     parts: list[bytes] = []
     while _ready(sock, select.POLLIN, deadline):
         if not (part := sock.recv(65536)):
@@ -156,7 +156,7 @@ def _unpack(answer: bytes) -> dict[str, Any]:
     return result
 
 
-def receive(inbox: socket.socket) -> Optional[Job]:
+def receive(inbox: socket.socket) -> Job | None:
     """The next job, or None where none waits."""
     room = socket.CMSG_LEN(_INT.itemsize)
     try:  # not socket.recv_fds: before Python 3.13 it forgets its flags
@@ -214,7 +214,7 @@ class Staged:
     def __init__(self, slot: int, view: memoryview) -> None:
         self.slot = slot
         self.view = view
-        self.waiting: Optional[socket.socket] = None
+        self.waiting: socket.socket | None = None
 
     def leave(self, reply: socket.socket) -> None:
         """Give up on the answer: the keeper sees it, and won't begin any more; the slot stays the job's."""

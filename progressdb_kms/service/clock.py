@@ -17,7 +17,7 @@ import contextlib
 import logging
 import time
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from ..encoding import LATEST, moment, timestamp, wall
 from ..store.contract import Reader, Store
@@ -83,7 +83,7 @@ class Clock:
         return Reading(self.now(), self._boot, time.clock_gettime(boottime))
 
 
-def judge(anchor: Optional[Anchor], now: Reading) -> Verdict:
+def judge(anchor: Anchor | None, now: Reading) -> Verdict:
     """Hold the clocks against what was kept."""
     if now.wall < RELEASED:
         return Verdict(anchor.trusted if anchor else now.wall, f"the clock shows {timestamp(now.wall)[:10]}")
@@ -106,7 +106,7 @@ def judge(anchor: Optional[Anchor], now: Reading) -> Verdict:
     return Verdict(trusted, "")
 
 
-def age(begun: str, now: float) -> Optional[float]:
+def age(begun: str, now: float) -> float | None:
     """Seconds since that time; None where nobody can tell: none was noted, or a clock was wrong, then or
     now."""
     try:
@@ -116,7 +116,7 @@ def age(begun: str, now: float) -> Optional[float]:
     return now - since if RELEASED <= since <= now else None
 
 
-def overdue(active: Optional[ActiveKek], now: float, days: Optional[int]) -> str:
+def overdue(active: ActiveKek | None, now: float, days: int | None) -> str:
     """Why the KEK should be rotated by now, or ""."""
     if active is None or days is None:
         return ""
@@ -135,7 +135,7 @@ def _span(seconds: float) -> str:
     return f"{seconds / 86400:.0f} days"
 
 
-def kept(store: Reader) -> Optional[Anchor]:
+def kept(store: Reader) -> Anchor | None:
     row = store.read(ROW)
     return Anchor(**row) if row else None
 
@@ -163,7 +163,7 @@ class TrustedTime:
         self._held = found.held
         return found
 
-    def due(self) -> Optional[float]:
+    def due(self) -> float | None:
         """Deletions of up to this time are due; None: they are held."""
         found = self.look()
         return None if found.held else min(found.trusted, self._clock.now())

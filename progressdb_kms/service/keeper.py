@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional, Union
+from typing import Any, Callable, NamedTuple, Union
 
 from ..audit.log import AuditLog
 from ..config.load import check_master_key
@@ -159,8 +159,8 @@ class Keeper:
         self._key_file = KeyFile(keys.key_file)
         self._effects: list[Callable[[], None]] = []
         self._brought: set[str] = set()
-        self._rotation: Optional[Rotation] = None
-        self._task: Optional[tuple[Steps, Job]] = None
+        self._rotation: Rotation | None = None
+        self._task: tuple[Steps, Job] | None = None
         self._retiring = True  # an earlier run may have left rows
         self._erasures: dict[str, bytes] = {}  # shredded, and copies may remain: key_id and blob, if known
         self._erasing, self._tidying = Pause(*ERASE_PAUSES), Pause(*TIDY_PAUSES)
@@ -169,7 +169,7 @@ class Keeper:
         self._readiness, self._overdue = Readiness(), Overdue()
         self._next_janitor = self._next_look = self._next_watch = 0.0
         self._lost = self._rescued = ""
-        self._rescuer: Optional[threading.Thread] = None
+        self._rescuer: threading.Thread | None = None
         self._published: Files = {}
         self._rest = 0.0
         self._heads: dict[str, Head] = {}
@@ -236,7 +236,7 @@ class Keeper:
             self._rescued = f"what the daemon holds can't be rescued ({error.message}): `restore` a backup"
         log.error("%s", self._rescued)
 
-    def _due_work(self) -> Optional[Callable[[], None]]:
+    def _due_work(self) -> Callable[[], None] | None:
         """What is to be done beside the jobs, of what isn't left alone for a while because it failed."""
         if self._erasures and self._erasing.over():
             return self._erase_later
@@ -460,7 +460,7 @@ class Keeper:
         self._effects.append(self._time.reload)
         return self._time.accept()
 
-    def anchor(self, uses: Optional[dict[str, Any]] = None) -> dict[str, Any]:
+    def anchor(self, uses: dict[str, Any] | None = None) -> dict[str, Any]:
         """The head that came with the job, and uses of DEKs, each batch once."""
         if uses and self._counted.get(uses["chain"]) != uses["number"]:
             self._store.count((key_id, Usage(*counts)) for key_id, *counts in uses["rows"])
@@ -476,7 +476,7 @@ class Keeper:
 
     # ---- DEKs ------------------------------------------------------------------------------------
 
-    def create(self, thread_id: Optional[str] = None, key_id: Optional[str] = None) -> dict[str, Any]:
+    def create(self, thread_id: str | None = None, key_id: str | None = None) -> dict[str, Any]:
         """Make a DEK, or give the one that this thread has under this key_id already: a caller that died
         between our answer and its own write asks again. Without a thread_id the DEK is its own thread."""
         now = self._clock.now()
@@ -733,7 +733,7 @@ class Keeper:
         log.error("the entry %s is not borne out by the row of that key: removed", name[:200])
         self._store.erase(name)
 
-    def _row(self, key_id: str) -> Optional[DekRecord]:
+    def _row(self, key_id: str) -> DekRecord | None:
         """A DEK that an entry beside the rows names: its own row decides. None where it can't."""
         try:
             return self._store.get(key_id)

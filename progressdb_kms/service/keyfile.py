@@ -6,7 +6,6 @@ A file is read again where it has changed; only the kek_id is remembered.
 from __future__ import annotations
 
 import os
-from typing import Optional
 
 from ..config import keysource
 from ..config.load import PENDING_SUFFIX
@@ -17,7 +16,7 @@ from ..errors import KMSError
 
 
 class KeyFile:
-    def __init__(self, path: Optional[str]) -> None:
+    def __init__(self, path: str | None) -> None:
         self._paths = (path, path + PENDING_SUFFIX) if path else ()
         self._seen: dict[str, tuple[tuple[int, ...], str]] = {}
 

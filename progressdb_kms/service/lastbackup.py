@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from ..encoding import json_loads
 
@@ -27,7 +27,7 @@ class LastBackup(NamedTuple):
     checked_at: str = ""
 
 
-def read(data_dir: Path) -> Optional[LastBackup]:
+def read(data_dir: Path) -> LastBackup | None:
     """None: none was noted, or the note can't be read."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with contextlib.suppress(OSError, ValueError, TypeError):

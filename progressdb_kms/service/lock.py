@@ -15,7 +15,7 @@ import stat
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..encoding import json_dumps, timestamp, wall
@@ -133,7 +133,7 @@ def publish(data_dir: Path, files: Files) -> None:
         os.close(descriptor)
 
 
-def published(data_dir: Path) -> Optional[Files]:
+def published(data_dir: Path) -> Files | None:
     """What a running daemon has open; None where none runs, or where it hasn't told yet."""
     if not is_held(data_dir):
         return None

@@ -8,7 +8,7 @@ is said by a word of its own: `allow_missing_keks`, and `--allow-retired-kek` fo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from ..errors import KeyMismatch
 from ..store.seal import KekCount
@@ -24,12 +24,12 @@ class Configured(NamedTuple):
 
     master: ConfiguredKey
     previous: Sequence[ConfiguredKey] = ()
-    pending: Optional[ConfiguredKey] = None
+    pending: ConfiguredKey | None = None
     allow_missing: bool = False
     allow_retired: bool = False
     accept_older: bool = False
-    max_age_days: Optional[int] = None
-    key_file: Optional[str] = None  # of the master key, where it has one
+    max_age_days: int | None = None
+    key_file: str | None = None  # of the master key, where it has one
 
     @property
     def kek_ids(self) -> set[str]:
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-    stored: Optional[tuple[str, int]],
+    stored: tuple[str, int] | None,
     keks: Mapping[str, KekCount],
     keys: Configured,
     retired: Mapping[str, str],

@@ -22,7 +22,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 
 from ..crypto import envelope
 from ..crypto.aead import NONCE_SIZE, same
@@ -153,8 +153,8 @@ class Rotation:
         self._keyring = keyring
         self._data_dir = data_dir
         self._random = random
-        self.progress: Optional[Progress] = None
-        self._rewrapper: Optional[Rewrapper] = None
+        self.progress: Progress | None = None
+        self._rewrapper: Rewrapper | None = None
 
     def mirror(self, record: DekRecord) -> None:
         """Called by the keeper inside each transaction that changes a row while a rotation is under way."""
@@ -271,7 +271,7 @@ class Rotation:
         self._store.activate(new_id, version, timestamp(now))
         self._store.swap({new_id: KekCount(version, count, timestamp(now))} if count else {})
 
-    def _active_on_disk(self) -> Optional[str]:
+    def _active_on_disk(self) -> str | None:
         try:
             with self._store.transaction():
                 active = self._store.state().active
@@ -279,7 +279,7 @@ class Rotation:
             return None
         return active.kek_id if active else ""
 
-    def _end(self, new_id: str, committed: bool, snapshot: Optional[Snapshot]) -> None:
+    def _end(self, new_id: str, committed: bool, snapshot: Snapshot | None) -> None:
         if self._rewrapper is not None:
             self._rewrapper.close()
             self._rewrapper = None

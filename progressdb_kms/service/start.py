@@ -12,7 +12,7 @@ import re
 import shutil
 import socket
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from ..audit import verify
 from ..audit.log import FILE_NAME as AUDIT_LOG
@@ -76,7 +76,7 @@ def open_keeper(
 
 
 def open_store(
-    data_dir: Path, keyring: Keyring, keys: Configured, incarnation: int = 0, command: Optional[str] = None
+    data_dir: Path, keyring: Keyring, keys: Configured, incarnation: int = 0, command: str | None = None
 ) -> Opened:
     """What `open_keeper` does short of the keeper, for whoever holds the lock: an offline `command` too."""
     shutil.rmtree(data_dir / RESTORE_FOLDER, ignore_errors=True)
@@ -134,7 +134,7 @@ def _note_restore(store: Store, book: AuditLog) -> None:
             store.erase(RESTORED)
 
 
-def _plan(store: Store, active: Optional[tuple[str, int]], keys: Configured) -> Plan:
+def _plan(store: Store, active: tuple[str, int] | None, keys: Configured) -> Plan:
     rows = {name: store.read(name) for name in store.names(RETIRED_KEK)}
     return plan(active, store.keks(), keys, retired(rows))
 
@@ -186,7 +186,7 @@ def _heads(store: Store, epochs: range) -> dict[str, list[object]]:
     return result
 
 
-def _floor(store: Store, log_path: Path, keyring: Keyring) -> Optional[verify.Floor]:
+def _floor(store: Store, log_path: Path, keyring: Keyring) -> verify.Floor | None:
     """How far the store was, by the audit log: whatever is before that was put back."""
     if not store.state().change and last_epoch(log_path) is not None:
         raise StoreDamaged(

@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 from ..encoding import timestamp
 from ..errors import Conflict
@@ -112,7 +112,7 @@ class Uses:
                 hint="make another DEK for its thread, and encrypt under that",
             )
 
-    def batch(self, now: float) -> Optional[dict[str, Any]]:
+    def batch(self, now: float) -> dict[str, Any] | None:
         """What to hand over; None where there is nothing."""
         waiting, second = self._waiting, int(now)
         for _ in range(len(self._listed)):
@@ -141,7 +141,7 @@ class Uses:
         return bool(self._waiting or self._sent or self._listed)
 
 
-def told(record: DekRecord, usage: Optional[Usage]) -> dict[str, Any]:
+def told(record: DekRecord, usage: Usage | None) -> dict[str, Any]:
     """For the API: `usage` with what applies of it, and nothing of a DEK that is shredded."""
     if record.state == SHREDDED:
         return {}

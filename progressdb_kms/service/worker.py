@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
+from typing import Any, Callable, NamedTuple, TypeVar, Union
 
 from ..audit.log import AuditLog, Fragment, key_fragment
 from ..crypto import envelope
@@ -128,7 +128,7 @@ class Service:
             raise KeyNotFound(f"there is no key {key_id}")
         return record
 
-    def thread_of(self, key_id: str) -> Optional[str]:
+    def thread_of(self, key_id: str) -> str | None:
         """The thread of a DEK in whatever state; None where the store doesn't know it."""
         found = self._young.get(key_id) or self._old.get(key_id)
         if found is not None and found.generation == self.keyring.generation:
@@ -294,7 +294,7 @@ class Service:
 
     # ---- wrapping DEKs that the caller holds --------------------------------------------------------
 
-    def wrap(self, dek: memoryview, key_id: Optional[str]) -> tuple[bytes, str, int, str]:
+    def wrap(self, dek: memoryview, key_id: str | None) -> tuple[bytes, str, int, str]:
         """(blob, kek_id, kek_version, key_id). Without a key_id, a generated one is bound."""
         if key_id is not None:
             self.allow(key_id)
@@ -330,7 +330,7 @@ class Service:
     # ---- changes: the keeper makes them ---------------------------------------------------------------
 
     def change(
-        self, op: str, timeout: Optional[float] = 30.0, new_kek: Optional[Staged] = None, **args: Any
+        self, op: str, timeout: float | None = 30.0, new_kek: Staged | None = None, **args: Any
     ) -> dict[str, Any]:
         """A job for the keeper. Refused before it is begun where it could not be recorded."""
         self.audit.check()
@@ -354,7 +354,7 @@ class Service:
 
     # ---- listings ---------------------------------------------------------------------------------------
 
-    def page(self, after: str, limit: int, thread_id: Optional[str]) -> list[DekRecord]:
+    def page(self, after: str, limit: int, thread_id: str | None) -> list[DekRecord]:
         return self._reader.page(after, limit, thread_id)
 
     def usage(self, records: Sequence[DekRecord]) -> dict[str, Usage]:
@@ -373,7 +373,7 @@ class Service:
             for kek_id, row in self._reader.keks().items()
         }
 
-    def kek_since(self) -> tuple[Optional[str], Optional[float]]:
+    def kek_since(self) -> tuple[str | None, float | None]:
         """When the active KEK became that, and how many seconds ago; None: nobody can tell."""
         active = self._reader.state().active
         seconds = age(active.since, wall()) if active else None
@@ -448,7 +448,7 @@ _ZEROS = bytes(envelope.SCRATCH_SIZE)
 _NOT_DONE = Conflict("not done")
 
 
-def wrapped_source(blob: bytes, key_id: Optional[str]) -> Wrapped:
+def wrapped_source(blob: bytes, key_id: str | None) -> Wrapped:
     """A blob that came inline. Raises BadRequest; a key_id given beside it must be the one in it."""
     try:
         wrapped = envelope.parse(blob)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from ..encoding import json_loads
 from ..errors import StoreUnavailable
@@ -25,7 +25,7 @@ class State(NamedTuple):
     deks: dict[str, Row]
     kms: dict[str, Row]
     usage: dict[str, Usage]
-    staged: Optional[dict[str, Row]] = None
+    staged: dict[str, Row] | None = None
     retired: tuple[dict[str, Row], ...] = ()
 
     def copy(self) -> State:
@@ -41,7 +41,7 @@ def _parsed(rows: list[Written]) -> dict[str, Row]:
 class MemoryReader(SealedReader):
     """Sees what the store has committed."""
 
-    def __init__(self, store: MemoryStore, key: Optional[memoryview] = None) -> None:
+    def __init__(self, store: MemoryStore, key: memoryview | None = None) -> None:
         self._store = store
         self._seal = Seal(key) if key is not None else None
 
@@ -52,11 +52,11 @@ class MemoryReader(SealedReader):
     def _raw(self, key_id: str) -> Any:
         return self._state.deks.get(key_id)
 
-    def _raw_page(self, after: str, limit: int, thread_id: Optional[str]) -> list[tuple[str, Any]]:
+    def _raw_page(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]:
         rows = ((key_id, row) for key_id, row in sorted(self._state.deks.items()) if key_id > after)
         return [(key_id, row) for key_id, row in rows if thread_id in (None, row["thread_id"])][:limit]
 
-    def read(self, name: str) -> Optional[dict[str, Any]]:
+    def read(self, name: str) -> dict[str, Any] | None:
         return self._state.kms.get(name)
 
     def names(self, prefix: str) -> list[str]:
@@ -80,10 +80,10 @@ class MemoryReader(SealedReader):
 class MemoryStore(SealedStore, MemoryReader):
     """The writer. One thread at a time, as with the keeper."""
 
-    def __init__(self, key: Optional[memoryview] = None) -> None:
+    def __init__(self, key: memoryview | None = None) -> None:
         super().__init__(self)
         self.committed = State({}, {}, {})
-        self._working: Optional[State] = None
+        self._working: State | None = None
         if key is not None:
             self.unlock(key)
 
@@ -115,7 +115,7 @@ class MemoryStore(SealedStore, MemoryReader):
 
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:
-        before: tuple[StoreState, Optional[Tally]] = self._book, self._tally
+        before: tuple[StoreState, Tally | None] = self._book, self._tally
         working = self._writable().copy()
         try:
             yield
@@ -166,10 +166,10 @@ class MemoryStore(SealedStore, MemoryReader):
         self._writable()
         self._next().update(_parsed(rows))
 
-    def _staged(self, key_id: str) -> Optional[Row]:
+    def _staged(self, key_id: str) -> Row | None:
         return self._next().get(key_id)
 
-    def _pairs(self, after: str, limit: int) -> list[tuple[str, Row, Optional[Row]]]:
+    def _pairs(self, after: str, limit: int) -> list[tuple[str, Row, Row | None]]:
         staged = self._next()
         return [(key_id, row, staged.get(key_id)) for key_id, row in self._raw_page(after, limit, None)]
 

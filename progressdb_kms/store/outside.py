@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Optional
 
 PATIENCE = 120.0
 """Seconds for a look; reading a file of 1 GB takes about one."""
@@ -38,12 +37,12 @@ for _ in range(100):
 """
 
 
-def holds(path: Path, pieces: Iterable[bytes]) -> Optional[bool]:
+def holds(path: Path, pieces: Iterable[bytes]) -> bool | None:
     """Does any of these pieces of text stand in the file? None where that could not be found out."""
     return {"True": True, "False": False}.get(_look(_FIND, path, *pieces))
 
 
-def cut(path: Path) -> Optional[bool]:
+def cut(path: Path) -> bool | None:
     """Is the write-ahead log of this database shorter than the frames that its index (-shm) counts demand? A
     checkpoint that cuts it to nothing first sets the count to 0, so no program does that rightly. None as
     above.

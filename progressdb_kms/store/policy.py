@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from ..errors import KeyDisabled, KeyShredded, KMSError
 
@@ -34,7 +34,7 @@ TRANSITIONS: Mapping[str, Transition] = {
 }
 
 
-def refusal(key_id: str, state: str) -> Optional[KMSError]:
+def refusal(key_id: str, state: str) -> KMSError | None:
     """Why a DEK in this state can't be used, or None where it can."""
     if state == ENABLED:
         return None

@@ -15,7 +15,7 @@ chains) has no MAC and decides nothing about a DEK.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from ..crypto.aead import mac, same
 from ..encoding import b64decode, b64encode, json_dumps
@@ -100,7 +100,7 @@ class StoreState(NamedTuple):
     """The state row. `change` 0: a store that was never used."""
 
     change: int = 0
-    active: Optional[ActiveKek] = None
+    active: ActiveKek | None = None
     keks: Mapping[str, KekCount] = {}  # noqa: RUF012  # never edited: each change makes a new one
     total: int = 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 
 from ..errors import StoreDamaged, StoreUnavailable
 from .contract import DekRecord, counted
@@ -28,19 +28,19 @@ class Written(NamedTuple):
 class SealedReader(ABC):
     """Rows are checked where the key is at hand."""
 
-    _seal: Optional[Seal] = None
+    _seal: Seal | None = None
 
     @abstractmethod
     def _raw(self, key_id: str) -> Any:
         """The row as it stands, None where there is none."""
 
     @abstractmethod
-    def _raw_page(self, after: str, limit: int, thread_id: Optional[str]) -> list[tuple[str, Any]]: ...
+    def _raw_page(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]: ...
 
     @abstractmethod
-    def read(self, name: str) -> Optional[Row]: ...
+    def read(self, name: str) -> Row | None: ...
 
-    def get(self, key_id: str) -> Optional[DekRecord]:
+    def get(self, key_id: str) -> DekRecord | None:
         row = self._raw(key_id)
         return None if row is None else self._record(key_id, row)
 
@@ -48,15 +48,15 @@ class SealedReader(ABC):
         """Those of the key_ids that have a row, of whatever kind."""
         return {key_id for key_id in key_ids if self._raw(key_id) is not None}
 
-    def page(self, after: str, limit: int, thread_id: Optional[str] = None) -> list[DekRecord]:
+    def page(self, after: str, limit: int, thread_id: str | None = None) -> list[DekRecord]:
         """Up to `limit` records with a key_id behind `after`, in order of key_id."""
         return [self._record(key_id, row) for key_id, row in self._raw_page(after, limit, thread_id)]
 
-    def judged(self, after: str, limit: int) -> list[tuple[str, Optional[DekRecord]]]:
+    def judged(self, after: str, limit: int) -> list[tuple[str, DekRecord | None]]:
         """As `page`, with None for a row that is not as the daemon wrote it."""
         return [(key_id, self._judge(key_id, row)) for key_id, row in self._raw_page(after, limit, None)]
 
-    def _judge(self, key_id: str, row: Any) -> Optional[DekRecord]:
+    def _judge(self, key_id: str, row: Any) -> DekRecord | None:
         try:
             return self._record(key_id, row)
         except StoreDamaged:
@@ -92,7 +92,7 @@ class SealedStore(SealedReader):
     """The writer's side: one object that transactions put back where they fail."""
 
     _book = StoreState()
-    _tally: Optional[Tally] = None
+    _tally: Tally | None = None
     _publish: Callable[[int], None] = staticmethod(_nobody)
     mending = False
     """A command is at work that replaces rows which can't be trusted, and counts anew after."""
@@ -101,7 +101,7 @@ class SealedStore(SealedReader):
     def _set(self, key_id: str, row: Row) -> None: ...
 
     @abstractmethod
-    def _staged(self, key_id: str) -> Optional[Row]: ...
+    def _staged(self, key_id: str) -> Row | None: ...
 
     @abstractmethod
     def _set_all(self, rows: list[Written]) -> None: ...
@@ -110,7 +110,7 @@ class SealedStore(SealedReader):
     def _set_staged(self, rows: list[Written]) -> None: ...
 
     @abstractmethod
-    def _pairs(self, after: str, limit: int) -> list[tuple[str, Row, Optional[Row]]]:
+    def _pairs(self, after: str, limit: int) -> list[tuple[str, Row, Row | None]]:
         """Live rows and their staged ones; of each no more than its MAC."""
 
     @abstractmethod
@@ -196,7 +196,7 @@ class SealedStore(SealedReader):
         for one, row in zip(records, rows):
             self._count(one, *old.get(one.key_id, (None, 0)), row.weight)
 
-    def _count(self, new: DekRecord, old: Optional[DekRecord], gone: int, come: int) -> None:
+    def _count(self, new: DekRecord, old: DekRecord | None, gone: int, come: int) -> None:
         if new.state == SHREDDED:
             self._forget_usage(new.key_id)
         self._book = self._book.counted(gone, come, counted(self._book.keks, old, new))
@@ -206,7 +206,7 @@ class SealedStore(SealedReader):
     def _written(self, record: DekRecord) -> Written:
         return Written(record.key_id, *self._key.written("meta:" + record.key_id, record.to_row()))
 
-    def _replaced(self, key_id: str) -> tuple[Optional[DekRecord], int]:
+    def _replaced(self, key_id: str) -> tuple[DekRecord | None, int]:
         try:
             row = self._raw(key_id)
             return (None, 0) if row is None else (self._record(key_id, row), weight(row))

@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import BinaryIO, Optional
+from typing import BinaryIO
 
 from ..crypto.aead import mac
 from ..encoding import LATEST, b64encode, json_dumps
@@ -139,7 +139,7 @@ class Snapshot:
                 self._ledger.close()
 
 
-def place(data_dir: Path, told: str) -> Optional[Path]:
+def place(data_dir: Path, told: str) -> Path | None:
     """The snapshot folder that a row of the store names: of ours, or None. Nothing else is ever removed."""
     name = os.path.basename(told)
     return data_dir / FOLDER / name if _NAME.fullmatch(name) else None
@@ -230,7 +230,7 @@ def _go_service(root: Path, key_id: str) -> Iterable[Path]:
     return (path for path in root.iterdir() if path.name.rpartition(".")[0] == key_id and path.is_file())
 
 
-def find(lines: Path, key_id: str) -> Optional[tuple[int, bytes]]:
+def find(lines: Path, key_id: str) -> tuple[int, bytes] | None:
     """Where the line of this key begins, and what it holds; by bisection."""
     wanted = key_id.encode()
     with open(lines, "rb") as file:
@@ -261,7 +261,7 @@ def _line_around(file: BinaryIO, place: int) -> tuple[int, bytes]:
     return start, file.readline()
 
 
-def _before(file: BinaryIO, end: int, size: int) -> Optional[bytes]:
+def _before(file: BinaryIO, end: int, size: int) -> bytes | None:
     file.seek(max(0, end - size))
     return file.read(min(end, size)) or None
 

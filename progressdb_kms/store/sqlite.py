@@ -31,7 +31,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 from urllib.parse import quote
 
 from sqlitedict import SqliteDict
@@ -225,7 +225,7 @@ def check_schema(path: Path, application: int, version: int) -> None:
 class SqliteReader(SealedReader):
     """Read-only: for the workers, and for commands beside a running daemon; `key` is the row key."""
 
-    def __init__(self, data_dir: Path, key: Optional[memoryview] = None) -> None:
+    def __init__(self, data_dir: Path, key: memoryview | None = None) -> None:
         self.path = data_dir / FILE_NAME
         self._seal = Seal(key) if key is not None else None
         self._conn = Connection(self.path, "ro")
@@ -254,7 +254,7 @@ class SqliteReader(SealedReader):
         except KeyError:
             return None
 
-    def get(self, key_id: str) -> Optional[DekRecord]:
+    def get(self, key_id: str) -> DekRecord | None:
         """As of any row, but with one look, one parse and one MAC: a worker asks for each DEK that it doesn't
         remember."""
         name = "meta:" + key_id
@@ -269,15 +269,15 @@ class SqliteReader(SealedReader):
         names = json_dumps(["meta:" + key_id for key_id in key_ids])
         return {row[0][5:] for row in self._conn.select(_THERE, (names,))}
 
-    def _raw_page(self, after: str, limit: int, thread_id: Optional[str]) -> list[tuple[str, Any]]:
+    def _raw_page(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]:
         if thread_id is None:
             rows = self._conn.select(_PAGE, ("meta:" + after, limit))
         else:
             rows = self._conn.select(_PAGE_OF_THREAD, (thread_id, "meta:" + after, limit))
         return [(key[5:], _row_of(value)) for key, value in rows]
 
-    def read(self, name: str) -> Optional[dict[str, Any]]:
-        value: Optional[dict[str, Any]] = self._kms.get(name)
+    def read(self, name: str) -> dict[str, Any] | None:
+        value: dict[str, Any] | None = self._kms.get(name)
         return value
 
     def names(self, prefix: str) -> list[str]:
@@ -309,10 +309,10 @@ class SqliteReader(SealedReader):
 class SqliteStore(SealedStore, SqliteReader):
     """The one writer of a data-dir. Raises StoreDamaged where the file is not a store that we know."""
 
-    def __init__(self, data_dir: Path, key: Optional[memoryview] = None) -> None:
+    def __init__(self, data_dir: Path, key: memoryview | None = None) -> None:
         self.path = data_dir / FILE_NAME
         self._reopening = Pause(*REOPEN_PAUSES)
-        self._watch: Optional[Watch] = None
+        self._watch: Watch | None = None
         self._watched: tuple[str, ...] = ()
         self._cut = ""
         self._open("rwc")
@@ -527,7 +527,7 @@ class SqliteStore(SealedStore, SqliteReader):
         self._insist()
         self._committed(before[0])
 
-    def _rollback(self, before: tuple[StoreState, Optional[Tally]]) -> None:
+    def _rollback(self, before: tuple[StoreState, Tally | None]) -> None:
         self._book, self._tally = before
         if self._conn.in_transaction():
             try:
@@ -595,11 +595,11 @@ class SqliteStore(SealedStore, SqliteReader):
     def _set_staged(self, rows: list[Written]) -> None:
         self._set_all(rows, STAGED)
 
-    def _staged(self, key_id: str) -> Optional[dict[str, Any]]:
+    def _staged(self, key_id: str) -> dict[str, Any] | None:
         row = self._conn.select_one(f'SELECT value FROM "{STAGED}" WHERE key = ?', ("meta:" + key_id,))  # noqa: S608
         return _row_of(row[0]) if row else None
 
-    def _pairs(self, after: str, limit: int) -> list[tuple[str, dict[str, Any], Optional[dict[str, Any]]]]:
+    def _pairs(self, after: str, limit: int) -> list[tuple[str, dict[str, Any], dict[str, Any] | None]]:
         found = self._conn.select(_PAIRS, ("meta:" + after, limit))
         return [(key[5:], {"mac": live}, {"mac": other} if other else None) for key, live, other in found]
 

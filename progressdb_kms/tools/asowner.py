@@ -20,7 +20,7 @@ import pkgutil
 import pwd
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 
@@ -95,7 +95,7 @@ def _load_all() -> None:
 # ---- the configuration -------------------------------------------------------------------------------
 
 
-def load_config(flags: Mapping[str, Optional[str]], *, need_key: bool = True, first: bool = False) -> Loaded:
+def load_config(flags: Mapping[str, str | None], *, need_key: bool = True, first: bool = False) -> Loaded:
     """`load` for commands: what only the daemon's user trusts, root reads as that user."""
     from ..config.load import load
     from ..config.yamlfile import preload
@@ -113,7 +113,7 @@ def load_config(flags: Mapping[str, Optional[str]], *, need_key: bool = True, fi
         raise
 
 
-def _or_packaged(flags: Mapping[str, Optional[str]]) -> Mapping[str, Optional[str]]:
+def _or_packaged(flags: Mapping[str, str | None]) -> Mapping[str, str | None]:
     """Where neither flag nor environment names anything: the packages' configuration, if there is one."""
     if (
         any(flags.values())
@@ -141,7 +141,7 @@ def daemon_user(settings: Settings) -> int:
     return of(settings.data_dir)
 
 
-def _daemon_user(flags: Mapping[str, Optional[str]]) -> int:
+def _daemon_user(flags: Mapping[str, str | None]) -> int:
     """Whose the configuration is, or else the data-dir that it names; 0 where that is not to be had."""
     from ..config.load import load
 

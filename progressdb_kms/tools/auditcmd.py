@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from ..audit import verify as auditverify
 from ..audit.log import FILE_NAME
@@ -164,7 +164,7 @@ class LogReader(NamedTuple):
     """Goes through a log once, verifying where `key` is there."""
 
     logs: Sequence[Path]
-    key: Optional[memoryview]
+    key: memoryview | None
     anchors: Anchors
 
     def __call__(self, progress: Progress, observe: auditverify.Observer) -> Report:
@@ -270,7 +270,7 @@ def picture(line: str) -> str:
     return safe(" ".join(str(part) for part in (*parts, *more) if part != ""))
 
 
-def _event(line: str) -> Optional[dict[str, Any]]:
+def _event(line: str) -> dict[str, Any] | None:
     try:
         event = json_loads(line)["event"]
     except (ValueError, TypeError, KeyError):

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from .. import __version__
 from ..audit.chain import Report
@@ -134,7 +134,7 @@ def holdings(reader: Reader, used: Counter[bytes], now: float) -> Holdings:
     return Holdings(states, active.kek_id if active else "", due, never, unused, sum(states.values()), *kept)
 
 
-def _records(reader: Reader) -> Iterator[tuple[DekRecord, Optional[Usage]]]:
+def _records(reader: Reader) -> Iterator[tuple[DekRecord, Usage | None]]:
     after = ""
     while page := reader.page(after, PAGE):
         usage = reader.usage([record.key_id for record in page])
@@ -373,7 +373,7 @@ def _most(keys: Counter[bytes], held: Holdings) -> str:
     return _table(head, rows, (1, 2, 3))
 
 
-def _last(usage: Optional[Usage]) -> str:
+def _last(usage: Usage | None) -> str:
     return timestamp(usage.last)[:19] if usage and usage.last else ""
 
 

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta, timezone
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 
 from ..audit.chain import Report
 from ..audit.log import RECORD, genuine, parse
@@ -35,11 +35,11 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 class Query(NamedTuple):
     """None: whatever it is. `since` and `until` are times as the log writes them; `until` is exclusive."""
 
-    key: Optional[str] = None
-    thread: Optional[str] = None
-    uid: Optional[int] = None
-    op: Optional[str] = None
-    outcome: Optional[str] = None
+    key: str | None = None
+    thread: str | None = None
+    uid: int | None = None
+    op: str | None = None
+    outcome: str | None = None
     since: str = ""
     until: str = ""
     embedded: bool = False
@@ -84,7 +84,7 @@ def keys_of(event: Mapping[str, Any]) -> set[str]:
     return {str(event[name]) for name in ("key_id", "new_key_id") if name in event} | set(many or ())
 
 
-def seconds_of(text: str) -> Optional[int]:
+def seconds_of(text: str) -> int | None:
     """`90d` in seconds; None where it is no such time."""
     span = re.fullmatch(r"([0-9]{1,6})([smhdw])", text)
     return int(span[1]) * UNITS[span[2]] if span else None
@@ -111,9 +111,7 @@ def moment(text: str, now: float) -> str:
 class Hits:
     """Takes blocks of a log and hands on what the query finds, in the order of the files."""
 
-    def __init__(
-        self, query: Query, key: Optional[memoryview], show: Callable[[dict[str, Any]], None]
-    ) -> None:
+    def __init__(self, query: Query, key: memoryview | None, show: Callable[[dict[str, Any]], None]) -> None:
         """`key`: the audit key, where it is at hand. `show` gets the event, with `verified`: True, False, or
         None where nobody can tell."""
         self.found = self.unsigned = 0
@@ -194,7 +192,7 @@ def more(event: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in event.items() if name not in (*COLUMNS, *HIDDEN, "verified")}
 
 
-def _told(verified: Optional[bool]) -> str:
+def _told(verified: bool | None) -> str:
     return {True: "yes", False: "no", None: ""}[verified]
 
 

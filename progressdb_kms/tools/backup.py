@@ -30,7 +30,7 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 from urllib.parse import quote
 
 from ..crypto.envelope import ROW_KEY
@@ -273,7 +273,7 @@ class Backup:
     def __init__(self, file: Path, contents: Contents, db: sqlite3.Connection) -> None:
         self.file = file
         self.contents = contents
-        self._seal: Optional[Seal] = None
+        self._seal: Seal | None = None
         self._db = db
 
     def read(self, name: str) -> Any:
@@ -371,7 +371,7 @@ def _damaged(file: Path, why: str) -> CommandFailed:
     return CommandFailed(f"{file} is damaged: {why}; nothing was changed", hint="take another backup")
 
 
-def _rescued(file: Path) -> Optional[Contents]:
+def _rescued(file: Path) -> Contents | None:
     """A file that the daemon wrote when its own was taken away is a database without a last line. A store in
     use is none: its header says WAL."""
     with open(file, "rb") as source:

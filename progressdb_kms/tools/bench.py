@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Union
 
 from ..audit.log import Fragment
 from ..client import Client
@@ -86,7 +86,7 @@ class Figure(NamedTuple):
     note: str = ""
 
 
-def run(what: str, *, seconds: int, deks: Optional[int], as_json: bool) -> int:
+def run(what: str, *, seconds: int, deks: int | None, as_json: bool) -> int:
     """`what`: a key of MEASURES. Prints the figures; returns 0."""
     for figure in MEASURES[what](float(seconds), deks or (MANY if what == "many" else STORES[-1])):
         if as_json:
@@ -216,7 +216,7 @@ class Load(NamedTuple):
 
 def load(
     path: Address,
-    request: Union[bytes, Sequence[bytes]],
+    request: bytes | Sequence[bytes],
     connections: int,
     seconds: float,
     ended: Callable[[], bool] = lambda: False,

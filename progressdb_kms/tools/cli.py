@@ -18,7 +18,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import Any, NoReturn, Optional
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..process.streams import PROG, die, fail, open_standard_streams, told
@@ -151,7 +151,7 @@ class Interrupted(BaseException):
         self.number = number
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line. Returns the exit code; ends the process by its signal after an interrupt."""
     words = list(sys.argv[1:] if argv is None else argv)
     open_standard_streams()
@@ -229,7 +229,7 @@ def _harden(words: Sequence[str]) -> None:
 def _interrupts() -> Iterator[None]:
     """Let signals that end the process unwind the stack first: temporary files are removed, keys wiped."""
 
-    def interrupt(number: int, frame: Optional[FrameType]) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
     ends = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Optional
+from typing import IO, Any
 
 from ..errors import OperatorError
 
@@ -193,7 +193,7 @@ def _replacement(path: Path) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
-def _nameless(folder: Path) -> Optional[int]:
+def _nameless(folder: Path) -> int | None:
     """A private file that vanishes unless it gets a name (open(2), O_TMPFILE); None where there are none."""
     with contextlib.suppress(OSError, AttributeError):
         os.stat("/proc/self/fd")
@@ -249,7 +249,7 @@ def _is_text(data: bytes) -> bool:
 class Progress:
     """`with Progress("verify") as bar: bar(done, total)`: a bar on stderr, where that is a terminal."""
 
-    def __init__(self, title: str, stream: Optional[IO[str]] = None) -> None:
+    def __init__(self, title: str, stream: IO[str] | None = None) -> None:
         self._title = title
         self._stream = sys.stderr if stream is None else stream
         self.on = self._stream.isatty()
@@ -269,9 +269,9 @@ class Progress:
 
     def __exit__(
         self,
-        kind: Optional[type[BaseException]],
-        value: Optional[BaseException],
-        trace: Optional[TracebackType],
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._drawn:
             self._stream.write("\r\x1b[K")

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 
 from ..audit import verify
 from ..audit.log import AuditLog
@@ -98,7 +98,7 @@ def _compare(data_dir: Path) -> None:
         time.sleep(0.1)
 
 
-def _identity(path: Path) -> Optional[tuple[int, int]]:
+def _identity(path: Path) -> tuple[int, int] | None:
     try:
         about = os.lstat(path)
     except OSError:
@@ -106,7 +106,7 @@ def _identity(path: Path) -> Optional[tuple[int, int]]:
     return about.st_dev, about.st_ino
 
 
-def beyond(usage: Usage, kept: Optional[Usage]) -> Usage:
+def beyond(usage: Usage, kept: Usage | None) -> Usage:
     """What must be counted beside what is kept so that the larger numbers stand."""
     kept = kept or Usage()
     return usage._replace(
@@ -151,7 +151,7 @@ def working(loaded: Loaded, the_keys: Keys, command: str) -> Iterator[Work]:
 
 
 @contextlib.contextmanager
-def own_key(keyring: Keyring, name: str, row: Optional[Mapping[str, Any]]) -> Iterator[Optional[memoryview]]:
+def own_key(keyring: Keyring, name: str, row: Mapping[str, Any] | None) -> Iterator[memoryview | None]:
     """The key of our own that a row holds, in locked memory; None where it does not open."""
     with LockedBuffer(envelope.SCRATCH_SIZE) as memory:
         key = None
@@ -239,7 +239,7 @@ class Opener:
             self._memory.close()
 
 
-def _active(keyring: Keyring) -> Optional[str]:
+def _active(keyring: Keyring) -> str | None:
     try:
         return keyring.active.kek_id
     except KekNotLoaded:

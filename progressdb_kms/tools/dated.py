@@ -17,7 +17,7 @@ import re
 import stat
 import time
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from ..config.load import Loaded
 from ..encoding import json_dumps
@@ -32,7 +32,7 @@ ID = 8
 """Hex digits of the data-dir's id that stand in a name."""
 
 
-def make(loaded: Loaded, folder: Path, keep: Optional[int], progress: Progress) -> dict[str, Any]:
+def make(loaded: Loaded, folder: Path, keep: int | None, progress: Progress) -> dict[str, Any]:
     """A backup of the present time. With `keep` also a drill, after which old ones are removed. Raises
     CommandFailed where one of these fails: nothing was removed then."""
     data_dir = loaded.settings.data_dir

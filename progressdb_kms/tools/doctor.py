@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 
 from .. import __version__
 from ..audit.log import FILE_NAME as AUDIT_LOG
@@ -88,17 +88,17 @@ class Patient:
     """What all checks look at. `settings` is None where the configuration is wrong."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.trouble: Optional[KMSError] = None
-        self.keys: Optional[Configured] = None
-        self.server_uid: Optional[int] = getattr(args, "server_uid", None)
-        self.rehearsal: Optional[rehearsal.Rehearsal] = None
+        self.trouble: KMSError | None = None
+        self.keys: Configured | None = None
+        self.server_uid: int | None = getattr(args, "server_uid", None)
+        self.rehearsal: rehearsal.Rehearsal | None = None
         self.unrehearsed = "its keys are not to be had here"
         flags = {"socket": args.socket, "data_dir": args.data_dir, "config": args.config}
         self.settings = self._settings(flags)
-        self.status: Optional[dict[str, Any]] = None
+        self.status: dict[str, Any] | None = None
         self.unreachable = ""
 
-    def _settings(self, flags: dict[str, Optional[str]]) -> Optional[Settings]:
+    def _settings(self, flags: dict[str, str | None]) -> Settings | None:
         try:
             with asowner.load_config(flags, first=True) as loaded:
                 named = zip(loaded.previous, loaded.previous_sources)

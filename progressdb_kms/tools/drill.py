@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from ..config.load import Loaded
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
@@ -50,7 +50,7 @@ def check(loaded: Loaded, file: Path, progress: Progress) -> dict[str, Any]:
         }
 
 
-def _authentic(source: Backup, key: Optional[memoryview]) -> list[str]:
+def _authentic(source: Backup, key: memoryview | None) -> list[str]:
     """Was it changed after it was made? `key`: its row key."""
     if key is None:
         return ["the row key does not open: nothing tells whether the rows are genuine"]

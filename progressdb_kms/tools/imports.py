@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Callable, NamedTuple, Optional, Union
+from typing import IO, Any, Callable, NamedTuple
 
 from ..audit.log import key_fragment
 from ..audit.verify import History, history, logs
@@ -66,7 +66,7 @@ class Entry(NamedTuple):
     """One piece of a source. `key_id` is what a file's name says; `done` of `total` is for the bar."""
 
     where: str
-    key_id: Optional[str]
+    key_id: str | None
     data: bytes
     done: int
     total: int
@@ -81,7 +81,7 @@ class Result(NamedTuple):
 # ---- reading one entry: pure -----------------------------------------------------------------------------
 
 
-def read_entry(data: bytes, key_id: Optional[str], now: float) -> DekRecord:
+def read_entry(data: bytes, key_id: str | None, now: float) -> DekRecord:
     """A line or file as a record; its `kek_id` counts for nothing yet. ValueError, with words that follow on
     a place, for everything that is not exactly one of the known forms."""
     if len(data) > MAX_LINE:
@@ -108,7 +108,7 @@ def read_entry(data: bytes, key_id: Optional[str], now: float) -> DekRecord:
     return _record(row, found, thread_id, now)
 
 
-def _tried(entry: Entry, now: float) -> Union[DekRecord, ValueError]:
+def _tried(entry: Entry, now: float) -> DekRecord | ValueError:
     try:
         return read_entry(entry.data, entry.key_id, now)
     except ValueError as error:
@@ -171,7 +171,7 @@ def _base64(row: dict[str, Any], name: str) -> bytes:
         raise ValueError(f"has no strict base64 in `{name}`") from None
 
 
-def _either(row: dict[str, Any], name: str, other: str) -> Optional[str]:
+def _either(row: dict[str, Any], name: str, other: str) -> str | None:
     """The value that stands under one of two names; both may stand there if they say the same."""
     if row.get(other) is None:
         return None if row.get(name) is None else _text(row, name)
@@ -212,7 +212,7 @@ def _born(key_id: str, now: float) -> str:
 # ---- sources -----------------------------------------------------------------------------------------------
 
 
-def entries(source: Optional[Path]) -> Iterator[Entry]:
+def entries(source: Path | None) -> Iterator[Entry]:
     """What a file, a folder, or stdin (None) holds. Raises OSError, CommandFailed."""
     if source is None:
         return _lines(sys.stdin.buffer, "stdin", 0)
@@ -341,7 +341,7 @@ class Importer:
             bound = self._bound(new)
             self._put(old._replace(wrapped=bound.wrapped, kek_id=bound.kek_id, kek_version=bound.kek_version))
 
-    def _present_row(self, key_id: str) -> Optional[DekRecord]:
+    def _present_row(self, key_id: str) -> DekRecord | None:
         if key_id in self._new or key_id not in self._there:
             return self._new.get(key_id)
         try:
@@ -455,7 +455,7 @@ def _refused(bad: list[str], op: str) -> CommandFailed:
     )
 
 
-def import_deks(loaded: Loaded, source: Optional[Path], skip_bad: bool, progress: Progress) -> dict[str, Any]:
+def import_deks(loaded: Loaded, source: Path | None, skip_bad: bool, progress: Progress) -> dict[str, Any]:
     """Take the DEKs of a file, a folder or stdin. Raises CommandFailed, AlreadyRunning, OSError."""
     found = _as_owner(entries(source), loaded)
     with (
@@ -476,7 +476,7 @@ def _as_owner(found: Iterable[Entry], loaded: Loaded) -> Iterable[Entry]:
 
 
 def restore_snapshot(
-    loaded: Loaded, folder: Path, key: Optional[str], force: bool, progress: Progress
+    loaded: Loaded, folder: Path, key: str | None, force: bool, progress: Progress
 ) -> dict[str, Any]:
     """Bring one DEK, or all, back from a snapshot folder; over another DEK that opens only with `force`."""
     if not folder.is_dir():

@@ -38,7 +38,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional, Protocol
+from typing import Callable, NamedTuple, Protocol
 
 from ..client import ClientError, RequestRefused, RotationResult
 from ..client.calls import hex_into
@@ -83,7 +83,7 @@ class Active(NamedTuple):
     """The store's active kek_id, and that which a rotation under way leads to (None: no rotation)."""
 
     kek_id: str
-    rotating_to: Optional[str] = None
+    rotating_to: str | None = None
 
 
 class Service(Protocol):
@@ -112,7 +112,7 @@ def kek_id_of(path: Path) -> str:
         return read_key(path, memory.view)
 
 
-def kek_id_if_there(path: Path) -> Optional[str]:
+def kek_id_if_there(path: Path) -> str | None:
     """None where there is no such file. Raises ConfigError for one that holds no key."""
     try:
         return kek_id_of(path) if path.exists() else None
@@ -129,7 +129,7 @@ def random_key(key: memoryview) -> str:
     return fingerprint(key)
 
 
-def write_key(path: Path, key: memoryview, like: Optional[os.stat_result] = None) -> None:
+def write_key(path: Path, key: memoryview, like: os.stat_result | None = None) -> None:
     """Make a key file (0600, hex, synced with its folder), whole or not at all; never over another file.
 
     `like`: a file whose owner and group it gets.
@@ -196,7 +196,7 @@ def _part_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 
-def _write_part(part: Path, key: memoryview, like: Optional[os.stat_result]) -> None:
+def _write_part(part: Path, key: memoryview, like: os.stat_result | None) -> None:
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         if like is not None and (like.st_uid, like.st_gid) != (os.geteuid(), os.getegid()):
@@ -223,7 +223,7 @@ def _overwrite(descriptor: int) -> None:
 # ---- changing over -----------------------------------------------------------------------------------
 
 
-def decide(current: Optional[str], following: Optional[str], active: Active) -> str:
+def decide(current: str | None, following: str | None, active: Active) -> str:
     """The step that leads on: nothing, rotate, wait, replace or drop. See the table above.
 
     Takes kek_ids: of F, of F.next (None: there is none), of the store. Raises CommandFailed.
@@ -259,7 +259,7 @@ def _take_back(path: Path, new_kek_id: str, service: Service) -> None:
         remove_key(path)
 
 
-def rotate_elsewhere(path: Path, key: memoryview, service: Service, beside: Optional[Path]) -> RotationResult:
+def rotate_elsewhere(path: Path, key: memoryview, service: Service, beside: Path | None) -> RotationResult:
     """Rotate where the configuration holds the key itself: the new one is, and stays, in the file `path`.
 
     With `beside` the file is made first, and belongs to whom that file belongs; without, it is there already.
@@ -291,7 +291,7 @@ class ChangeOver:
         service: Service,
         *,
         forget_old: bool = False,
-        owner: Optional[os.stat_result] = None,
+        owner: os.stat_result | None = None,
         step: Step = lambda name: None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -383,7 +383,7 @@ class ChangeOver:
         self._step("rotated")
         return result
 
-    def _replace(self, old_kek_id: Optional[str]) -> None:
+    def _replace(self, old_kek_id: str | None) -> None:
         files = self._files
         if old_kek_id is None:
             os.replace(files.following, files.current)

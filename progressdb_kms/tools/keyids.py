@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import string
 from collections.abc import Iterator
-from typing import Optional
 
 from ..client import Client, Dek
 from ..encoding import KEY_ID
@@ -20,7 +19,7 @@ _FIRST = "".join(sorted(string.ascii_letters + string.digits))
 _OTHERS = "".join(sorted(_FIRST + "-.:_"))
 
 
-def before(prefix: str) -> Optional[str]:
+def before(prefix: str) -> str | None:
     """A cursor: no key_id behind it is less than those that begin so, and all of these are behind it. None
     where no key_id begins so."""
     if not KEY_ID.fullmatch(prefix):
@@ -31,7 +30,7 @@ def before(prefix: str) -> Optional[str]:
 
 
 def beginning(
-    kms: Client, prefix: str, thread_id: Optional[str], page_size: int, unused_for: Optional[int] = None
+    kms: Client, prefix: str, thread_id: str | None, page_size: int, unused_for: int | None = None
 ) -> Iterator[Dek]:
     """The DEKs of a prefix, in order."""
     cursor = before(prefix) if prefix else ""

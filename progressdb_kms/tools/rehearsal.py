@@ -14,7 +14,7 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from ..audit import verify as auditverify
 from ..config.load import Loaded
@@ -37,7 +37,7 @@ class Rehearsal(NamedTuple):
     scheduled deletions are. `erasures`: shreds that may have left a copy. `left_out`: what was not looked at.
     """
 
-    refusal: Optional[KMSError] = None
+    refusal: KMSError | None = None
     fault: str = ""
     held: str = ""
     erasures: int = 0

@@ -35,7 +35,7 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 
 from ..audit import verify
 from ..config.load import Loaded
@@ -128,7 +128,7 @@ def _record(loaded: Loaded, keys: Keys) -> str:
         ) from None
 
 
-def _told(source: Backup, present: Optional[Present], built: Built, chain: str) -> dict[str, Any]:
+def _told(source: Backup, present: Present | None, built: Built, chain: str) -> dict[str, Any]:
     return {
         "file": str(source.file),
         "created_at": source.contents.created_at,
@@ -158,7 +158,7 @@ def _plan(source: Backup, keys: Keys) -> Plan:
     return Plan(*stored, adopt=False)
 
 
-def _trust(source: Backup, key: Optional[memoryview], force: bool) -> None:
+def _trust(source: Backup, key: memoryview | None, force: bool) -> None:
     """Are the rows of the backup ours, and all of them? `key`: its row key."""
     if key is None:
         hint = "add the KEK to previous_master_keys"
@@ -174,7 +174,7 @@ def _trust(source: Backup, key: Optional[memoryview], force: bool) -> None:
             ) from None
 
 
-def _look(data_dir: Path, source: Backup, keys: Keys, force: bool) -> Optional[Present]:
+def _look(data_dir: Path, source: Backup, keys: Keys, force: bool) -> Present | None:
     """Read the present store; None where there is none, or, with `force`, none that can be read."""
     path = data_dir / FILE_NAME
     if not path.exists() or not path.stat().st_size:
@@ -231,7 +231,7 @@ def _read(store: SqliteStore, source: Backup) -> Present:
 def _past(
     data_dir: Path,
     source: Backup,
-    present: Optional[Present],
+    present: Present | None,
     chosen: Plan,
     keys: Keys,
     force: bool,
@@ -314,7 +314,7 @@ def _tombstone(key_id: str, when: str, source: Backup, chosen: Plan) -> DekRecor
     return old._replace(wrapped=b"", state=SHREDDED, delete_at="", shredded_at=old.shredded_at or when)
 
 
-def _begin_anew(rows: dict[str, Any], logs: list[Path], floor: Optional[verify.Floor]) -> None:
+def _begin_anew(rows: dict[str, Any], logs: list[Path], floor: verify.Floor | None) -> None:
     """The next chain's epoch is above all that the logs know. Without a log there is nothing to follow on:
     the heads would only say that it is missing, which the operator knows."""
     epoch = dict(rows.get("audit:epoch") or {"epoch": 0, "since": 0})

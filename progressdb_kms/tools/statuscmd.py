@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
-from typing import Any, Optional
+from typing import Any
 
 from ..client import Client, Readiness
 from .console import paint, picture, safe, say
@@ -176,7 +176,7 @@ def _when(text: str, now: float) -> str:
     return f"{away}, at {text[:10]} {text[11:16]} UTC"
 
 
-def _moment(text: str) -> Optional[float]:
+def _moment(text: str) -> float | None:
     try:
         return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
     except ValueError:

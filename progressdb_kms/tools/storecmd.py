@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Optional
+from typing import IO, Any, NamedTuple
 
 from ..config.load import Loaded
 from ..crypto.aead import mac, same
@@ -85,7 +85,7 @@ def export(data_dir: Path, file: IO[bytes], progress: Progress) -> int:
     return done
 
 
-def _line(record: DekRecord, usage: Optional[Usage]) -> bytes:
+def _line(record: DekRecord, usage: Usage | None) -> bytes:
     used = {"usage": usage._asdict()} if usage else {}
     return json_dumps({"key_id": record.key_id, **record.to_row(), **used}).encode() + b"\n"
 
@@ -314,7 +314,7 @@ def backups_list(data_dir: Path) -> list[dict[str, Any]]:
     ]
 
 
-def backups_prune(data_dir: Path, keep: Optional[int], older_than_days: Optional[int]) -> list[str]:
+def backups_prune(data_dir: Path, keep: int | None, older_than_days: int | None) -> list[str]:
     """Remove snapshots with their ledgers, and what rotations left that did not happen, however new; one
     that is being written is left alone. Returns their paths."""
     left = {path.name for path in snapshots.unfinished(data_dir)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple
 
 from ..audit.log import AuditLog, Fragment, fragment, peer_fragment
 from ..errors import KMSError, Overloaded
@@ -86,7 +86,7 @@ class Refusals:
         self._counters = counters
         self._clock = clock
         self._lock = threading.Lock()
-        self._kinds: dict[Optional[_Kind], list[int]] = {}
+        self._kinds: dict[_Kind | None, list[int]] = {}
         self._next = 0.0
 
     def add(self, peer: Peer, error: KMSError, op: str = "connect") -> None:
@@ -115,7 +115,7 @@ class Refusals:
                 elif count[0]:
                     self._next = self._clock() + EACH
 
-    def _record(self, kind: Optional[_Kind], count: int) -> bool:
+    def _record(self, kind: _Kind | None, count: int) -> bool:
         """False: the log can't be written now, and the count waits."""
         try:
             if kind is None:
@@ -138,7 +138,7 @@ class _Kind(NamedTuple):
     op: str
     status: int
     code: str
-    policy: Optional[int]
+    policy: int | None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Kind) and self._key() == other._key()

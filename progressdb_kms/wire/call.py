@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple, Optional, Union
+from typing import Callable, NamedTuple
 
 from ..audit.log import Fragment
 from ..encoding import (
@@ -36,7 +36,7 @@ class Reply:
     def __init__(
         self,
         status: int,
-        body: Union[bytes, memoryview],
+        body: bytes | memoryview,
         content_type: str = JSON,
         secret: bool = False,
         extra: str = "",
@@ -80,7 +80,7 @@ class Call:
         peer_fragment: Fragment,
         scratch: memoryview,
         answer: memoryview,
-        rights: Optional[Rights] = None,
+        rights: Rights | None = None,
         breathe: Callable[[], None] = lambda: None,
     ) -> None:
         """`scratch` and `answer` are locked memory of the thread: for a DEK in use, and for an answer that

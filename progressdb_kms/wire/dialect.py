@@ -15,8 +15,6 @@ A message of ours is a nonce, a ciphertext and a tag: that it had one of these f
 
 from __future__ import annotations
 
-from typing import Optional
-
 from ..crypto.aead import NONCE_SIZE, TAG_SIZE
 from ..encoding import b64decode, is_json, json_loads
 from ..errors import PlaintextNotJson
@@ -34,12 +32,12 @@ def _parts(text: bytes) -> int:
     return sum(map(text.count, (b"[", b"{", b",")))
 
 
-def kept_token(data: bytes) -> Optional[bytes]:
+def kept_token(data: bytes) -> bytes | None:
     """The message in a kept token; None where it is none."""
     return _message(data[1:-1]) if data[:1] == data[-1:] == b'"' else None
 
 
-def embedded(data: bytes) -> Optional[bytes]:
+def embedded(data: bytes) -> bytes | None:
     """What embedded mode sealed; None where it has another form."""
     if data[:1] != b"{" or data[-1:] != b"}" or _parts(data) > 64:
         return None
@@ -53,7 +51,7 @@ def embedded(data: bytes) -> Optional[bytes]:
     return _message(sealed.encode("utf-8", "replace"))
 
 
-def _message(text: bytes) -> Optional[bytes]:
+def _message(text: bytes) -> bytes | None:
     try:
         data = b64decode(text)
     except ValueError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Optional, Union
+from typing import Any
 
 from ..crypto.envelope import Wrapped
 from ..encoding import (
@@ -60,16 +60,16 @@ class Fields:
     def key_id(self, name: str = "key_id") -> str:
         return checked_key_id(self.text(name), name)
 
-    def optional_key_id(self, name: str = "key_id") -> Optional[str]:
+    def optional_key_id(self, name: str = "key_id") -> str | None:
         return None if self._absent(name) else self.key_id(name)
 
-    def source(self) -> Union[str, Wrapped]:
+    def source(self) -> str | Wrapped:
         """A key_id, or an inline wrapped DEK."""
         if self._absent("wrapped"):
             return self.key_id()
         return wrapped_source(self.data("wrapped"), self.optional_key_id())
 
-    def optional_thread_id(self) -> Optional[str]:
+    def optional_thread_id(self) -> str | None:
         return None if self._absent("thread_id") and self._absent("thread_key") else self.thread_id()
 
     def thread_id(self) -> str:
@@ -96,7 +96,7 @@ class Fields:
             raise BadRequest.invalid(name, "must be true or false")
         return bool(value)
 
-    def items(self) -> Optional[list[Any]]:
+    def items(self) -> list[Any] | None:
         value = self._values.pop("items", None)
         if value is None:
             return None

@@ -7,7 +7,7 @@ that the keeper is asked for while it doesn't answer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 from ..encoding import wall
 from ..errors import KMSError
@@ -65,7 +65,7 @@ def families(app: App) -> list[tuple[str, str, str, list[tuple[str, float]]]]:
     ]
 
 
-def _samples(value: Value) -> Optional[list[tuple[str, float]]]:
+def _samples(value: Value) -> list[tuple[str, float]] | None:
     if isinstance(value, Mapping):
         return [(f'{{{LABEL}="{label}"}}', number) for label, number in value.items()]
     return None if value is None else [("", value)]

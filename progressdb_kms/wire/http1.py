@@ -20,7 +20,7 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Callable, NamedTuple, Optional, Protocol, Union
+from typing import Any, Callable, NamedTuple, Protocol
 
 from ..encoding import Buffer
 from ..errors import (
@@ -270,7 +270,7 @@ def _decode(text: str) -> str:
         raise MalformedRequest("the target is not UTF-8") from None
 
 
-def _query(text: Optional[str]) -> Mapping[str, str]:
+def _query(text: str | None) -> Mapping[str, str]:
     values: dict[str, str] = {}
     for pair in text.split("&") if text else ():
         name, _, value = pair.partition("=")
@@ -410,7 +410,7 @@ class Room(NamedTuple):
     """bytes"""
     reserve: Callable[[int], None] = _granted
     """asked before so many more bytes are kept; may raise"""
-    store: Optional[Callable[[int], memoryview]] = None
+    store: Callable[[int], memoryview] | None = None
     """where a body that comes in pieces lies, by its length; None: on the heap"""
     route: Any = None
     """the judge's own"""
@@ -423,7 +423,7 @@ class Request(NamedTuple):
     """`body` may lie in the buffer that was fed: it is gone when that is overwritten."""
 
     head: Head
-    body: Union[memoryview, bytes]
+    body: memoryview | bytes
     room: Room
 
 
@@ -439,24 +439,24 @@ class Reader:
 
     __slots__ = ("_body", "_chunked", "_filled", "_judge", "_known", "_room", "_seen", "head", "head_size")
 
-    def __init__(self, judge: Callable[[Head], Room], known: Optional[Known] = None) -> None:
+    def __init__(self, judge: Callable[[Head], Room], known: Known | None = None) -> None:
         self._judge = judge
         self._known: Known = {} if known is None else known
         self.reset()
 
     def reset(self) -> None:
         """As before the first byte of a request."""
-        self.head: Optional[Head] = None
+        self.head: Head | None = None
         self.head_size = 0  # bytes
         self._seen = 0
         self._room = _NO_ROOM
-        self._body: Union[None, bytearray, memoryview] = None
+        self._body: None | bytearray | memoryview = None
         self._filled = 0
-        self._chunked: Optional[Chunked] = None
+        self._chunked: Chunked | None = None
 
     def feed(
-        self, data: Searchable, start: int, end: int, view: Optional[memoryview] = None
-    ) -> tuple[int, Optional[Request]]:
+        self, data: Searchable, start: int, end: int, view: memoryview | None = None
+    ) -> tuple[int, Request | None]:
         """(bytes used, a request): None stands for more that is needed. Feed again from behind what was used,
         with more. `view`: of the data, for who has one. Raises HttpError and BodyTooLarge."""
         if view is None:
@@ -494,13 +494,13 @@ class Reader:
             self._known[raw] = head
         return head
 
-    def _feed_chunked(self, view: memoryview, head: Head) -> tuple[int, Optional[memoryview]]:
+    def _feed_chunked(self, view: memoryview, head: Head) -> tuple[int, memoryview | None]:
         if self._chunked is None:
             self._chunked = Chunked(self._room.limit, self._room.reserve)
         taken = self._chunked.feed(view)
         return taken, memoryview(self._chunked.body) if self._chunked.done else None
 
-    def _feed_length(self, view: memoryview, head: Head) -> tuple[int, Optional[memoryview]]:
+    def _feed_length(self, view: memoryview, head: Head) -> tuple[int, memoryview | None]:
         length = head.content_length
         if self._body is None:
             self._body = bytearray() if self._room.store is None else self._room.store(length)
@@ -516,12 +516,12 @@ class Reader:
         self._room.reserve(more)
         self._body += bytes(more)
 
-    def _whole(self, taken: int, length: int) -> Optional[memoryview]:
+    def _whole(self, taken: int, length: int) -> memoryview | None:
         assert self._body is not None
         self._filled += taken
         return memoryview(self._body) if self._filled == length else None
 
-    def place(self) -> Optional[memoryview]:
+    def place(self) -> memoryview | None:
         """Where the rest of a long body may be received without a copy; tell `placed` how much came. Release
         it before."""
         if self.head is None or self._body is None:
@@ -530,7 +530,7 @@ class Reader:
             self._grow(self.head.content_length, self._filled)
         return memoryview(self._body)[self._filled :]
 
-    def placed(self, size: int) -> Optional[Request]:
+    def placed(self, size: int) -> Request | None:
         head = self.head
         assert head is not None
         body = self._whole(size, head.content_length)

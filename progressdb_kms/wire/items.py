@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any
 
 from ..encoding import Buffer, b64decode, json_item, json_loads
 from ..errors import BadRequest
@@ -124,7 +124,7 @@ def _wrong_number() -> BadRequest:
     return BadRequest.invalid("items", f"must be an array of 1 to {MAX_ITEMS} items")
 
 
-def _items(body: Buffer, at: int, plain: Optional[re.Pattern[bytes]], field: str) -> Iterator[Any]:
+def _items(body: Buffer, at: int, plain: re.Pattern[bytes] | None, field: str) -> Iterator[Any]:
     """From behind the bracket. As long as items are written plainly, nothing is decoded but their data."""
     first = at
     while plain is not None and (item := plain.match(body, at)) is not None:

@@ -19,7 +19,6 @@ import os
 import socket
 import struct
 import threading
-from typing import Optional
 
 from ..errors import PeerRefused
 from ..rules import TCP, Peer
@@ -45,7 +44,7 @@ class Peers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._socket: Optional[socket.socket] = None
+        self._socket: socket.socket | None = None
         self._sequence = 0
 
     def identify(self, sock: socket.socket) -> Peer:
@@ -64,7 +63,7 @@ class Peers:
             raise PeerRefused(_UNKNOWN)
         return Peer(uid, via=TCP)
 
-    def _ask(self, family: int, wanted: bytes) -> Optional[int]:
+    def _ask(self, family: int, wanted: bytes) -> int | None:
         """The UID, or None where the kernel knows no such connection. Raises OSError."""
         if self._socket is None:
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _SOCK_DIAG)
@@ -99,7 +98,7 @@ def _tuple(family: int, peer: tuple[str, int], own: tuple[str, int]) -> bytes:
     return _TUPLE.pack(peer[1], own[1], *addresses)
 
 
-def read_answer(kind: int, answer: bytes, family: int, wanted: bytes) -> Optional[int]:
+def read_answer(kind: int, answer: bytes, family: int, wanted: bytes) -> int | None:
     """The UID in an answer to a question for this four-tuple, or None."""
     if kind != _BY_FAMILY or len(answer) < _TOLD.size:
         return None

@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
+from typing import Any, Callable, NamedTuple, TypeVar
 
 from .. import __version__
 from ..audit.log import Fragment, fragment, key_fragment
@@ -93,7 +93,7 @@ def optional_fields_of(call: Call) -> Fields:
     return fields_of(call) if len(call.body) else Fields({})
 
 
-def query_value(call: Call, name: str) -> Optional[str]:
+def query_value(call: Call, name: str) -> str | None:
     return call.head.query.get(name)
 
 
@@ -147,7 +147,7 @@ def create_dek(app: App, call: Call) -> Reply:
 _THIRD = ("key_id", "kek_id", "kek_version", "created_at")
 
 
-def _create(app: App, call: Call, thread_id: Optional[str], key_id: Optional[str] = None) -> dict[str, Any]:
+def _create(app: App, call: Call, thread_id: str | None, key_id: str | None = None) -> dict[str, Any]:
     call.key = key_fragment(key_id, thread_id or "") if key_id else fragment(thread_id=thread_id)
     if call.rights:  # a key_id without a thread is its own thread; one that is made looks like this
         call.rights.check_key(key_id or new_key_id(0, bytes(10)), thread_id or key_id or "")
@@ -201,7 +201,7 @@ def list_deks(app: App, call: Call) -> Reply:
     return answer({"deks": shown, "next_cursor": following})
 
 
-def _unused_since(call: Call) -> Optional[str]:
+def _unused_since(call: Call) -> str | None:
     text = query_value(call, "unused_for")
     if text is None:
         return None
@@ -210,15 +210,15 @@ def _unused_since(call: Call) -> Optional[str]:
     return timestamp(wall() - int(text))
 
 
-def _unused(record: DekRecord, usage: Optional[Usage], since: str) -> bool:
+def _unused(record: DekRecord, usage: Usage | None, since: str) -> bool:
     """One that is younger than that time was no use to anybody yet, and is not meant."""
     used = timestamp(usage.last) if usage else ""
     return record.state != SHREDDED and max(record.created_at, used) < since
 
 
 def _visible(
-    app: App, call: Call, after: str, size: int, thread_id: Optional[str], since: Optional[str]
-) -> tuple[list[dict[str, Any]], Optional[str]]:
+    app: App, call: Call, after: str, size: int, thread_id: str | None, since: str | None
+) -> tuple[list[dict[str, Any]], str | None]:
     """A page of what the peer may use, and where the next one begins; of what was not used `since` then.
     Where little of much is shown the page is short, or empty, and yet not the last: no call looks through the
     whole store."""
@@ -321,9 +321,7 @@ def decrypt(app: App, call: Call) -> Reply:
     return Reply(200, b'{"plaintext":"%b"}' % b64encode_bytes(opened))
 
 
-def _progressdb(
-    app: App, call: Call, key_id: Union[str, Wrapped], data: bytes, aad: bytes
-) -> Optional[Reply]:
+def _progressdb(app: App, call: Call, key_id: str | Wrapped, data: bytes, aad: bytes) -> Reply | None:
     """The answer to a request in ProgressDB's own form, see `dialect`; None where it has another."""
     if not isinstance(key_id, str):
         return None
@@ -339,7 +337,7 @@ def _progressdb(
     return Reply(200, dialect.raw_json(opened))
 
 
-def _data_request(app: App, call: Call, field: str) -> tuple[Union[str, Wrapped], bytes, bytes]:
+def _data_request(app: App, call: Call, field: str) -> tuple[str | Wrapped, bytes, bytes]:
     """(DEK, data, AAD) of a JSON body."""
     one = _ONE[field].fullmatch(call.body) if call.head.content_type == JSON else None
     if one is not None and (data := _plain_base64(_second(one, call.body))) is not None:
@@ -360,7 +358,7 @@ def _second(one: re.Match[bytes], body: Buffer) -> Buffer:
     return one[2] if len(body) < LONG else body[one.start(2) : one.end(2)]
 
 
-def _plain_base64(text: Buffer) -> Optional[bytes]:
+def _plain_base64(text: Buffer) -> bytes | None:
     """None: it is no base64."""
     try:
         return b64decode(text)
@@ -368,7 +366,7 @@ def _plain_base64(text: Buffer) -> Optional[bytes]:
         return None
 
 
-def _source(app: App, call: Call, fields: Fields) -> Union[str, Wrapped]:
+def _source(app: App, call: Call, fields: Fields) -> str | Wrapped:
     source = fields.source()
     if isinstance(source, str):
         _usable(app, call, source)
@@ -415,12 +413,12 @@ def _batch(app: App, call: Call, given: str, wanted: str, work: Many) -> Reply:
 def _permitted(
     app: App,
     call: Call,
-    items: Sequence[Union[T, KMSError]],
-    sources: Callable[[T], Sequence[Union[str, Wrapped]]],
-) -> list[Union[T, KMSError]]:
+    items: Sequence[T | KMSError],
+    sources: Callable[[T], Sequence[str | Wrapped]],
+) -> list[T | KMSError]:
     """The items that the peer's policies allow; in place of the others, the errors. The first item's use was
     counted with the call."""
-    results: list[Union[T, KMSError]] = []
+    results: list[T | KMSError] = []
     for item in items:
         if isinstance(item, KMSError):
             results.append(item)
@@ -438,7 +436,7 @@ def _permitted(
     return results
 
 
-def _within_rates(call: Call, items: list[Union[T, KMSError]]) -> list[Union[T, KMSError]]:
+def _within_rates(call: Call, items: list[T | KMSError]) -> list[T | KMSError]:
     asked = sum(not isinstance(item, KMSError) for item in items)
     assert call.rights is not None
     granted, error = call.rights.spend(asked)
@@ -451,10 +449,10 @@ def _within_rates(call: Call, items: list[Union[T, KMSError]]) -> list[Union[T, 
     return items
 
 
-def _each(rows: list[Any], read: Callable[[Fields], T]) -> list[Union[T, KMSError]]:
+def _each(rows: list[Any], read: Callable[[Fields], T]) -> list[T | KMSError]:
     """What `read` makes of each row; of a malformed one the error, which spoils no other. A row that is read
     already, or found bad, stays as it is."""
-    results: list[Union[T, KMSError]] = []
+    results: list[T | KMSError] = []
     for row in rows:
         if isinstance(row, (tuple, KMSError)):
             results.append(row)  # type: ignore[arg-type]
@@ -496,7 +494,7 @@ def _batch_reply(
     return Reply(200, memoryview(out))
 
 
-def _rendered(lead: bytes, result: Union[bytes, KMSError]) -> bytes:
+def _rendered(lead: bytes, result: bytes | KMSError) -> bytes:
     if isinstance(result, KMSError):
         return _item_error(result)
     return lead + binascii.b2a_base64(result, newline=False) + b'"}'
@@ -563,11 +561,11 @@ def _move(fields: Fields) -> _Move:
     return _Move(source, data, aad, target, fields.aad("new_aad", aad))
 
 
-def _sources(moves: Sequence[Union[_Move, KMSError]]) -> Batch:
+def _sources(moves: Sequence[_Move | KMSError]) -> Batch:
     return [move if isinstance(move, KMSError) else (move.source, move.data, move.aad) for move in moves]
 
 
-def _moved(app: App, call: Call, moves: Sequence[Union[_Move, KMSError]]) -> tuple[Results, int]:
+def _moved(app: App, call: Call, moves: Sequence[_Move | KMSError]) -> tuple[Results, int]:
     """(ciphertexts, how many were messages of ProgressDB's embedded mode)."""
     opened = app.service.decrypt_many(_sources(moves), call.scratch, call.peer.uid)
     embedded = _open_embedded(app, call, moves, opened)
@@ -575,7 +573,7 @@ def _moved(app: App, call: Call, moves: Sequence[Union[_Move, KMSError]]) -> tup
     return app.service.encrypt_many(again, call.scratch, call.peer.uid), embedded
 
 
-def _open_embedded(app: App, call: Call, moves: Sequence[Union[_Move, KMSError]], results: Results) -> int:
+def _open_embedded(app: App, call: Call, moves: Sequence[_Move | KMSError], results: Results) -> int:
     """What did not open under its DEK may be a message of ProgressDB's embedded mode."""
     done = 0
     for index, (move, result) in enumerate(zip(moves, results)):
@@ -587,14 +585,14 @@ def _open_embedded(app: App, call: Call, moves: Sequence[Union[_Move, KMSError]]
     return done
 
 
-def _result(work: Callable[..., bytes], *args: Any) -> Union[bytes, KMSError]:
+def _result(work: Callable[..., bytes], *args: Any) -> bytes | KMSError:
     try:
         return work(*args)
     except KMSError as error:
         return error.with_traceback(None)
 
 
-def _again(move: Union[_Move, KMSError], opened: Union[bytes, KMSError]) -> Union[BatchItem, KMSError]:
+def _again(move: _Move | KMSError, opened: bytes | KMSError) -> BatchItem | KMSError:
     if isinstance(move, KMSError):
         return move
     return opened if isinstance(opened, KMSError) else (move.target, opened, move.new_aad)
@@ -705,7 +703,7 @@ def _span(body: memoryview, spans: Mapping[str, secretjson.Span], name: str) -> 
     return body[start:end]
 
 
-def _plain(body: memoryview, spans: Mapping[str, secretjson.Span], name: str) -> Optional[str]:
+def _plain(body: memoryview, spans: Mapping[str, secretjson.Span], name: str) -> str | None:
     """A value that is no secret."""
     if name not in spans:
         return None
@@ -881,7 +879,7 @@ def find(head: Head) -> Route:
     return route
 
 
-def _find_dynamic(method: str, path: str) -> Optional[Route]:
+def _find_dynamic(method: str, path: str) -> Route | None:
     parts = path.split("/")
     if len(parts) < 3 or parts[1] != "deks" or not parts[2]:
         return None
@@ -900,7 +898,7 @@ _request_prefix = os.urandom(4).hex()
 _request_numbers = itertools.count(1)
 
 
-def admit(app: App, route: Route, head: Head, peer: Peer, rights: Optional[Rights]) -> None:
+def admit(app: App, route: Route, head: Head, peer: Peer, rights: Rights | None) -> None:
     """Judge a request by its head, before its body is read. Raises PeerRefused (also as PolicyRefused and
     RateLimited), UnsupportedMediaType, LengthRequired."""
     if peer.via:

@@ -34,7 +34,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 
 from ..audit.log import Fragment, peer_fragment
 from ..encoding import wall
@@ -178,13 +178,13 @@ class Connection:
         self.phase = IDLE
         self.deadline = 0.0
         self.row = -1  # of the table of shares
-        self.rights: Optional[Rights] = None  # what policies leave this peer, since `round` of them
+        self.rights: Rights | None = None  # what policies leave this peer, since `round` of them
         self.round = -1
-        self.reader: Optional[Reader] = None  # of a request that is not whole
-        self.kept: Optional[memoryview] = None  # bytes that were received and not used yet
-        self.kept_piece: Optional[memoryview] = None  # the spare piece in which they lie
-        self.body_piece: Optional[memoryview] = None  # the one of a secret body
-        self.route: Optional[Route] = None
+        self.reader: Reader | None = None  # of a request that is not whole
+        self.kept: memoryview | None = None  # bytes that were received and not used yet
+        self.kept_piece: memoryview | None = None  # the spare piece in which they lie
+        self.body_piece: memoryview | None = None  # the one of a secret body
+        self.route: Route | None = None
         self.reserved = 0  # bytes of the budget
         self.pending: list[memoryview] = []  # of an answer
         self.keep = True
@@ -228,7 +228,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._refusals = Refusals(app.service.audit, counters)
         self._scarcity = Scarcity("no locked memory is free for what comes in pieces or ahead")
         self._policies: Sequence[Policy] = ()
-        self._meter: Optional[Meter] = None
+        self._meter: Meter | None = None
         self._round = 0
         self._waiting = Lane("waiting", slab.threads[:WAITING])
         self._working = Lane("working", slab.threads[WAITING : WAITING + WORKING])
@@ -755,7 +755,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             return 0, AWAY
         return used, self._answer(connection, head, reply)
 
-    def _refusal(self, connection: Connection, head: Optional[Head], error: KMSError) -> Reply:
+    def _refusal(self, connection: Connection, head: Head | None, error: KMSError) -> Reply:
         route = connection.route
         if isinstance(error, PeerRefused) and head is not None and route is not None:
             call = Call(head, b"", connection.peer, connection.fragment, *self.slab.waiter)
@@ -763,7 +763,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._counters.request("service", error.status, 0.0)
         return routes.error_reply(error)
 
-    def _say(self, connection: Connection, reply: Reply, head: Optional[Head] = None) -> None:
+    def _say(self, connection: Connection, reply: Reply, head: Head | None = None) -> None:
         """A last word, and then the peer has some time to read it (RFC 9112, 9.6)."""
         words = render_head(reply, False, head.version if head else "1.1")
         if head is None or head.method != "HEAD":

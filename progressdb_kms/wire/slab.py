@@ -10,8 +10,6 @@ ahead. An idle connection has none.
 
 from __future__ import annotations
 
-from typing import Optional
-
 from ..crypto.envelope import SCRATCH_SIZE
 from ..crypto.memory import LockedBuffer
 
@@ -52,7 +50,7 @@ class Slab:
     def locked_bytes(self) -> int:
         return self._buffer.locked_bytes
 
-    def take(self) -> Optional[memoryview]:
+    def take(self) -> memoryview | None:
         """A spare piece, or None: all are in use."""
         return self._spares.pop() if self._spares else None
 

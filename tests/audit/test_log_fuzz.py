@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import pytest
 from hypothesis import example, given, settings
@@ -54,7 +54,7 @@ _STEP = st.one_of(
 )
 
 
-def _limited(limit: object, size: int) -> Optional[int]:
+def _limited(limit: object, size: int) -> int | None:
     if isinstance(limit, int):
         return max(0, size + limit) if limit < 0 else limit
     return None

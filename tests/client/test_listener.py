@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Optional
 
 import pytest
 
@@ -70,7 +69,7 @@ def folder_of(parent: Path, uid: int, mode: int) -> Path:
     return path
 
 
-def ask(path: Path, uid: int = ROOT, server_uid: Optional[int] = None) -> str:
+def ask(path: Path, uid: int = ROOT, server_uid: int | None = None) -> str:
     with as_user(uid), Client(path, timeout=10, server_uid=server_uid) as kms:
         return str(kms.status()["kek_id"])
 
@@ -97,14 +96,14 @@ BAD = [
 
 
 @pytest.mark.parametrize(("uid", "owner", "mode", "caller", "named"), GOOD)
-def test_good_ones(safe: Path, uid: int, owner: int, mode: int, caller: int, named: Optional[int]) -> None:
+def test_good_ones(safe: Path, uid: int, owner: int, mode: int, caller: int, named: int | None) -> None:
     path = folder_of(safe, owner, mode) / "s"
     with serving_anywhere(path, uid) as fake:
         assert ask(path, caller, named) == fake.kek_id
 
 
 @pytest.mark.parametrize(("uid", "owner", "mode", "caller", "named"), BAD)
-def test_bad_ones(safe: Path, uid: int, owner: int, mode: int, caller: int, named: Optional[int]) -> None:
+def test_bad_ones(safe: Path, uid: int, owner: int, mode: int, caller: int, named: int | None) -> None:
     path = folder_of(safe, owner, mode) / "s"
     with serving_anywhere(path, uid) as fake:
         with pytest.raises(ListenerRefused, match=f"uid {uid} listens") as caught:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -81,7 +81,7 @@ def test_the_scratch_is_wiped_and_no_slice_of_it_lives(tmp_path: Path) -> None:
         path.write_bytes(content)
         path.chmod(0o600)
         with LockedBuffer(SCRATCH_SIZE + 32, "off") as memory:
-            error: Optional[ConfigError] = None
+            error: ConfigError | None = None
             with memory.view[:SCRATCH_SIZE] as scratch, memory.view[SCRATCH_SIZE:] as out:
                 try:
                     read(Source("file", str(path), "the key"), {}, scratch, out)
@@ -92,7 +92,7 @@ def test_the_scratch_is_wiped_and_no_slice_of_it_lives(tmp_path: Path) -> None:
             assert error is None or error.__traceback__ is not None
 
 
-def _read(form: str, place: str, environ: Optional[dict[str, str]] = None) -> tuple[Optional[bytes], str]:
+def _read(form: str, place: str, environ: dict[str, str] | None = None) -> tuple[bytes | None, str]:
     """The key, or None and the message with its hint."""
     scratch, out = memoryview(bytearray(SCRATCH_SIZE)), memoryview(bytearray(32))
     try:
@@ -135,7 +135,7 @@ FILE = stat.S_IFREG
         (stat.S_IFCHR | 0o600, 0, False, "no regular file"),
     ],
 )
-def test_distrust(mode: int, owner: int, credential: bool, words: Optional[str]) -> None:
+def test_distrust(mode: int, owner: int, credential: bool, words: str | None) -> None:
     found = distrust(_about(mode, owner), 1000, credential)
     assert found is None if words is None else found is not None and words in found
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -55,7 +55,7 @@ class Place:
     def load(
         self,
         text: object,
-        environ: Optional[Mapping[str, str]] = None,
+        environ: Mapping[str, str] | None = None,
         *,
         mode: int = 0o600,
         need_key: bool = True,
@@ -64,7 +64,7 @@ class Place:
         self.put("kms.yaml", text, mode)
         return load({"config": str(self.file), **flags}, environ or {}, need_key=need_key)
 
-    def refused(self, text: object, environ: Optional[Mapping[str, str]] = None, **options: Any) -> str:
+    def refused(self, text: object, environ: Mapping[str, str] | None = None, **options: Any) -> str:
         """The message and hint with which it is refused; no part of a key is in them."""
         return refused(lambda: self.load(text, environ, **options))
 
@@ -814,7 +814,7 @@ sys.stdin.read()
 
 
 @contextlib.contextmanager
-def loading(config_file: Optional[str], **environ: str) -> Iterator[tuple[int, str]]:
+def loading(config_file: str | None, **environ: str) -> Iterator[tuple[int, str]]:
     """A process that has loaded this configuration: its pid, and what it printed."""
     command = [sys.executable, "-c", PROGRAM.format(repo=str(REPO))]
     command += ["--config", config_file] if config_file else []

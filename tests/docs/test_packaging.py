@@ -14,7 +14,7 @@ import sys
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import pytest
 import yaml
@@ -64,7 +64,7 @@ def unit(name: str) -> dict[str, list[str]]:
 
 @needs("systemd-analyze")
 @pytest.mark.parametrize(("drop_in", "limit"), [(None, 0.5), ("tcp.conf", 1.3)], ids=str)
-def test_the_unit_is_hardened(tmp_path: Path, drop_in: Optional[str], limit: float) -> None:
+def test_the_unit_is_hardened(tmp_path: Path, drop_in: str | None, limit: float) -> None:
     """With TCP it sees the host's network: that is all that the drop-in gives away."""
     path = tmp_path / "progressdb-kms.service"
     parts = ["progressdb-kms.service", *([drop_in] if drop_in else [])]

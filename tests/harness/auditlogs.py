@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 from progressdb_kms.audit import log as audit
 from progressdb_kms.audit.log import (
@@ -56,7 +56,7 @@ def encrypt(log: AuditLog, number: int = 0) -> str:
     )
 
 
-def made(path: Path, chains: Iterable[str], clock: Optional[Clock] = None) -> list[AuditLog]:
+def made(path: Path, chains: Iterable[str], clock: Clock | None = None) -> list[AuditLog]:
     clock = clock or Clock()
     return [AuditLog(path, KEY, chain, clock) for chain in chains]
 
@@ -77,11 +77,11 @@ def closed(logs: Iterable[AuditLog]) -> Anchors:
     return anchors
 
 
-def check(path: Union[Path, list[Path]], anchors: Anchors, **options: object) -> Report:
+def check(path: Path | list[Path], anchors: Anchors, **options: object) -> Report:
     return verify(path if isinstance(path, list) else [path], KEY, anchors, **options)  # type: ignore[arg-type]
 
 
-def fault(path: Union[Path, list[Path]], anchors: Anchors, **options: object) -> tuple[int, str]:
+def fault(path: Path | list[Path], anchors: Anchors, **options: object) -> tuple[int, str]:
     """The line and the words of the fault that must be there."""
     found = check(path, anchors, **options).fault
     assert found is not None, "no fault found"
@@ -89,7 +89,7 @@ def fault(path: Union[Path, list[Path]], anchors: Anchors, **options: object) ->
 
 
 @contextlib.contextmanager
-def tearing(*limits: Union[int, None, OSError]) -> Iterator[None]:
+def tearing(*limits: int | None | OSError) -> Iterator[None]:
     """Make writes short, or fail, in this order: bytes taken, None for all of them, or an error."""
     script = list(limits)
     real = audit._write

@@ -28,7 +28,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Optional, Union
+from typing import Any, ClassVar
 
 import yaml
 
@@ -45,7 +45,7 @@ SOURCES = ("hexfile", "rawfile", "yaml", "credential", "env", "none")
 class DaemonFailed(AssertionError):
     """It ended instead of serving, or ended with another exit code than it should."""
 
-    def __init__(self, what: str, code: Optional[int], stderr: str) -> None:
+    def __init__(self, what: str, code: int | None, stderr: str) -> None:
         super().__init__(f"{what} (exit code {code}); its stderr:\n{stderr}")
         self.code = code
         self.stderr = stderr
@@ -71,16 +71,16 @@ class Daemon:
 
     def __init__(
         self,
-        config: Optional[Mapping[str, Any]] = None,
+        config: Mapping[str, Any] | None = None,
         *,
-        kek: Optional[bytes] = None,
+        kek: bytes | None = None,
         source: str = "hexfile",
-        workers: Union[int, str, None] = None,
+        workers: int | str | None = None,
         args: Sequence[str] = (),
-        env: Optional[Mapping[str, str]] = None,
+        env: Mapping[str, str] | None = None,
         command: Sequence[str] = COMMAND,
         wrapper: Sequence[str] = (),
-        home: Optional[Path] = None,
+        home: Path | None = None,
         ready_timeout: float = 60.0,
     ) -> None:
         assert source in SOURCES, f"source is one of {SOURCES}"
@@ -90,7 +90,7 @@ class Daemon:
         self.args, self.command, self.wrapper = list(args), list(command), list(wrapper)
         self.env = dict(env or {})
         self.ready_timeout = ready_timeout
-        self.process: Optional[subprocess.Popen[bytes]] = None
+        self.process: subprocess.Popen[bytes] | None = None
         self._known: set[procs.Proc] = set()
         self._err_start = 0
         self.data_dir.mkdir(mode=0o700, exist_ok=True)
@@ -264,7 +264,7 @@ class Daemon:
         return Session(self.socket, timeout)
 
     def request(
-        self, method: str, path: str, body: Body = None, headers: Optional[Mapping[str, str]] = None
+        self, method: str, path: str, body: Body = None, headers: Mapping[str, str] | None = None
     ) -> Reply:
         return wire.request(self.socket, method, path, body, headers)
 
@@ -357,9 +357,9 @@ class Daemon:
 
     def __exit__(
         self,
-        kind: Optional[type[BaseException]],
-        value: Optional[BaseException],
-        trace: Optional[TracebackType],
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -367,8 +367,8 @@ class Daemon:
 def cli(
     *args: str,
     stdin: bytes = b"",
-    env: Optional[Mapping[str, str]] = None,
-    cwd: Optional[Path] = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
     timeout: float = 60.0,
     wrapper: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[bytes]:

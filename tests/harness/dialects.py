@@ -8,7 +8,7 @@ tokens as they stand in the answer, so it takes the bytes apart and not the valu
 from __future__ import annotations
 
 import json
-from typing import Any, Optional
+from typing import Any
 
 from .wire import Address, Reply, Session, b64
 
@@ -36,7 +36,7 @@ class Dialect:
     def __init__(self, address: Address) -> None:
         self.session = Session(address, TIMEOUT)
 
-    def call(self, method: str, path: str, status: int, body: Optional[dict[str, Any]] = None) -> Reply:
+    def call(self, method: str, path: str, status: int, body: dict[str, Any] | None = None) -> Reply:
         reply = self.session.request(method, path, body)
         assert reply.status == status, f"{method} {path}: {reply.status} {reply.body[:300]!r}"
         return reply

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from cryptography.exceptions import InvalidTag
@@ -65,7 +65,7 @@ class FakeKms:
         self.seen: list[Seen] = []
         self.refuse: dict[str, tuple[int, str, str]] = {}
         self.drop: set[str] = set()  # carry out, and close without an answer
-        self.rotation: Optional[dict[str, Any]] = None
+        self.rotation: dict[str, Any] | None = None
         self.rotation_seconds = 0.0
         self.not_ready: list[str] = []
         self.connections = 0
@@ -159,7 +159,7 @@ class FakeKms:
             "rotation": self.rotation,
         }
 
-    def create(self, thread_id: str, key_id: Optional[str]) -> dict[str, Any]:
+    def create(self, thread_id: str, key_id: str | None) -> dict[str, Any]:
         key_id = key_id or f"k_{len(self.deks):04d}"
         if key_id in self.deks:
             if self.deks[key_id]["thread_id"] != thread_id:

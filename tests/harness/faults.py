@@ -26,7 +26,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import pytest
 
@@ -58,7 +58,7 @@ def need_mount() -> None:
 # ---- strace -e inject ------------------------------------------------------------------------------
 
 
-def injecting(*rules: str, path: Optional[Path] = None) -> list[str]:
+def injecting(*rules: str, path: Path | None = None) -> list[str]:
     """The words to put before a command: `Daemon(wrapper=injecting("fdatasync:error=EIO:when=9"))`.
 
     A rule is that of strace: CALL[,CALL…]:error=E|retval=N|signal=S|delay_enter=US[:when=FIRST[+STEP]].
@@ -76,7 +76,7 @@ class Injection(NamedTuple):
 
 
 @contextlib.contextmanager
-def inject(pids: Sequence[int], *rules: str, path: Optional[Path] = None) -> Iterator[Injection]:
+def inject(pids: Sequence[int], *rules: str, path: Path | None = None) -> Iterator[Injection]:
     """The same for running processes (all their threads) until the block ends. `when` counts from here on.
 
     with inject(daemon.pids(), "fdatasync:error=EIO") as injection: ...
@@ -100,7 +100,7 @@ def _calls_of(rules: Sequence[str]) -> list[str]:
     return [call for rule in rules for call in rule.split(":", 1)[0].split(",")]
 
 
-def _options(rules: Sequence[str], path: Optional[Path]) -> list[str]:
+def _options(rules: Sequence[str], path: Path | None) -> list[str]:
     found = [word for rule in rules for word in ("-e", f"inject={rule}")]
     return found + (["-P", str(path)] if path is not None else [])
 
@@ -331,9 +331,9 @@ class Shim:
 
     def __exit__(
         self,
-        kind: Optional[type[BaseException]],
-        value: Optional[BaseException],
-        trace: Optional[TracebackType],
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -405,8 +405,8 @@ class Tmpfs:
 
     def __exit__(
         self,
-        kind: Optional[type[BaseException]],
-        value: Optional[BaseException],
-        trace: Optional[TracebackType],
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import threading
 from types import TracebackType
-from typing import Callable, Generic, Optional, TypeVar
+from typing import Callable, Generic, TypeVar
 
 from .procs import wait_until
 from .wire import Session, SocketPath
@@ -36,7 +36,7 @@ class Load(Generic[T]):
         work: Work[T],
         *,
         threads: int = 8,
-        count: Optional[int] = None,
+        count: int | None = None,
         keep_going: bool = False,
     ) -> None:
         self.results: list[T] = []
@@ -49,7 +49,7 @@ class Load(Generic[T]):
             threading.Thread(target=self._run, name=f"load-{i}", daemon=True) for i in range(threads)
         ]
 
-    def _next(self) -> Optional[int]:
+    def _next(self) -> int | None:
         with self._lock:
             return None if self._stop.is_set() else next(self._numbers, None)
 
@@ -100,9 +100,9 @@ class Load(Generic[T]):
 
     def __exit__(
         self,
-        kind: Optional[type[BaseException]],
-        value: Optional[BaseException],
-        trace: Optional[TracebackType],
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.stop()
 

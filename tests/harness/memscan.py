@@ -32,7 +32,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from . import aeskeys, procs
 
@@ -318,7 +318,7 @@ class _Process:
 
 def _runs(start: int, entries: memoryview) -> Iterator[tuple[int, int]]:
     """Joined runs of pages that are present (bit 63 of the pagemap entry) or swapped out (bit 62)."""
-    first: Optional[int] = None
+    first: int | None = None
     for number, entry in enumerate(entries):
         if entry >> 62:
             first = number if first is None else first
@@ -434,7 +434,7 @@ def _secret(text: str) -> Secret:
     return Secret(label, data, key=len(data) == 32)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0: nothing found; 1: something; 2: it couldn't look."""
     parser = argparse.ArgumentParser(
         prog="memscan", description="Look for secrets in the memory of processes."

@@ -119,14 +119,14 @@ class Name(NamedTuple):
     """A change of names in `folders`: `remove` goes and `add` comes, together."""
 
     folders: tuple[int, ...]
-    remove: Optional[tuple[int, str]]
-    add: Optional[tuple[int, str, int]]
+    remove: tuple[int, str] | None
+    add: tuple[int, str, int] | None
 
 
 class Sync(NamedTuple):
     """`target` (None: everything) is safe as of ops[:upto]."""
 
-    target: Optional[int]
+    target: int | None
     upto: int
 
 
@@ -190,9 +190,9 @@ class Recording:
         cls,
         argv: Sequence[str],
         folder: Path,
-        driver: Optional[Callable[[Mark, subprocess.Popen[bytes]], None]] = None,
+        driver: Callable[[Mark, subprocess.Popen[bytes]], None] | None = None,
         *,
-        env: Optional[Mapping[str, str]] = None,
+        env: Mapping[str, str] | None = None,
         timeout: float = 120.0,
     ) -> Recording:
         """Run a command to its end, `driver(mark, process)` beside it. Its exit code is not looked at."""
@@ -404,7 +404,7 @@ class _Reader:
         path = _fd_path(call.args)
         return path is not None and self._relative(path) is not None
 
-    def _relative(self, path: str) -> Optional[list[str]]:
+    def _relative(self, path: str) -> list[str] | None:
         """The parts of a path below the folder; None where it lies elsewhere."""
         path = os.path.normpath(os.path.join(self.cwd, path))
         below = os.path.relpath(path, self.r.folder)
@@ -412,14 +412,14 @@ class _Reader:
             return None
         return None if below.startswith("../") else [part for part in below.split("/") if part != "."]
 
-    def _find(self, path: str) -> Optional[int]:
+    def _find(self, path: str) -> int | None:
         parts = self._relative(path)
-        node: Optional[int] = ROOT if parts is not None else None
+        node: int | None = ROOT if parts is not None else None
         for part in parts or ():
             node = self.names.get((node, part)) if node is not None else None
         return node
 
-    def _place(self, path: str) -> Optional[tuple[int, str]]:
+    def _place(self, path: str) -> tuple[int, str] | None:
         """(folder, name) of a path inside; None where it lies elsewhere or is the folder itself."""
         parts = self._relative(path)
         if not parts:
@@ -429,7 +429,7 @@ class _Reader:
             raise Unmodelled(f"{path} stands in a folder whose making was not seen")
         return folder, parts[-1]
 
-    def _open_file(self, call: strace.Call) -> Optional[_Open]:
+    def _open_file(self, call: strace.Call) -> _Open | None:
         """What the first argument, a descriptor inside the folder, is open on; None: a file long unlinked."""
         number, path = int(call.args.split("<", 1)[0]), _fd_path(call.args) or ""
         known = self._table(call.tid).get(number)
@@ -472,7 +472,7 @@ class _Reader:
         return number
 
     def _name(
-        self, call: strace.Call, remove: Optional[tuple[int, str]], add: Optional[tuple[int, str, int]]
+        self, call: strace.Call, remove: tuple[int, str] | None, add: tuple[int, str, int] | None
     ) -> None:
         folders = tuple(dict.fromkeys(place[0] for place in (remove, add) if place is not None))
         if remove is not None:
@@ -598,7 +598,7 @@ class _Reader:
             "socket:" in annotation or "pipe:" in annotation or target.startswith(("1<", "2<"))
         ):
             try:
-                data: Optional[bytes] = b"".join(strace.strings(call.args))
+                data: bytes | None = b"".join(strace.strings(call.args))
             except ValueError:
                 data = None
             self.r.sent.append((self._upto(call), call.time, data))
@@ -618,13 +618,13 @@ _HANDLERS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _path(text: str) -> Optional[str]:
+def _path(text: str) -> str | None:
     """A path from between the brackets that strace -y prints; None for sockets and the like."""
     path = strace.unescape(text).decode("utf-8", "surrogateescape") if text.startswith("\\x") else text
     return path if path.startswith("/") else None
 
 
-def _fd_path(args: str) -> Optional[str]:
+def _fd_path(args: str) -> str | None:
     """The path of the descriptor that the arguments begin with."""
     match = re.match(r"\s*-?\d+\s*<([^>]*)>", args)
     return _path(match[1]) if match else None
@@ -651,11 +651,11 @@ class _Disk:
         self.r, self.mode, self.rng, self.fs = recording, mode, rng, fs
         self.ops = recording.ops[:point]
         self.cut = rng.randrange(point + 1)  # for `prefix`: the moment up to which everything arrived
-        self.safe: dict[Optional[int], int] = {}  # target of a sync -> ops[:n] of it are safe
+        self.safe: dict[int | None, int] = {}  # target of a sync -> ops[:n] of it are safe
         for op in self.ops:
             if isinstance(op, Sync):
                 self.safe[op.target] = max(self.safe.get(op.target, 0), op.upto)
-        self.changes: dict[int, list[tuple[int, Union[Write, Resize]]]] = {}
+        self.changes: dict[int, list[tuple[int, Write | Resize]]] = {}
         for number, change in enumerate(self.ops):
             if isinstance(change, (Write, Resize)):
                 self.changes.setdefault(change.file, []).append((number, change))
@@ -743,7 +743,7 @@ class _Disk:
                 (path / name).chmod(self.r.nodes[node].mode)
 
 
-def _apply(image: bytearray, change: Union[Write, Resize]) -> None:
+def _apply(image: bytearray, change: Write | Resize) -> None:
     if isinstance(change, Resize):
         _fit(image, change.size)
     else:
@@ -757,7 +757,7 @@ def _fit(image: bytearray, size: int) -> None:
     image.extend(bytes(size - len(image)))
 
 
-def _torn(image: bytearray, late: list[Union[Write, Resize]], rng: random.Random) -> bytes:
+def _torn(image: bytearray, late: list[Write | Resize], rng: random.Random) -> bytes:
     """Each sector, and the size, in one of the versions it had since it was last safe."""
     sizes = [len(image)]
     versions: dict[int, list[bytes]] = {}
@@ -781,7 +781,7 @@ def _torn(image: bytearray, late: list[Union[Write, Resize]], rng: random.Random
     return bytes(found)
 
 
-def _span(change: Union[Write, Resize], size: int) -> tuple[int, int]:
+def _span(change: Write | Resize, size: int) -> tuple[int, int]:
     """The bytes that a change touches, `size` being the size before."""
     if isinstance(change, Write):
         return min(change.offset, size), change.offset + len(change.data)

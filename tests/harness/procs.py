@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 
 class Proc(NamedTuple):
@@ -33,7 +33,7 @@ class Proc(NamedTuple):
                 pass
 
 
-def stat(pid: int) -> Optional[list[str]]:
+def stat(pid: int) -> list[str] | None:
     """The fields of /proc/PID/stat from the third (state) on; None where there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
@@ -42,7 +42,7 @@ def stat(pid: int) -> Optional[list[str]]:
     return text.rpartition(")")[2].split()  # the name may hold blanks and brackets
 
 
-def proc(pid: int) -> Optional[Proc]:
+def proc(pid: int) -> Proc | None:
     fields = stat(pid)
     return None if fields is None else Proc(pid, int(fields[19]))
 

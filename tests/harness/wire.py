@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Union
 
 SocketPath = Union[str, Path]
 Address = Union[SocketPath, tuple[str, int]]
@@ -85,7 +85,7 @@ class Session:
         return self._conn.opened
 
     def request(
-        self, method: str, path: str, body: Body = None, headers: Optional[Mapping[str, str]] = None
+        self, method: str, path: str, body: Body = None, headers: Mapping[str, str] | None = None
     ) -> Reply:
         """One call. A dict or list is sent as JSON, bytes as they are. A header given here replaces the
         default of the same name; the value "" leaves it out."""
@@ -98,7 +98,7 @@ class Session:
             self.close()
             raise
 
-    def _send(self, method: str, path: str, data: Optional[bytes], headers: Mapping[str, str]) -> None:
+    def _send(self, method: str, path: str, data: bytes | None, headers: Mapping[str, str]) -> None:
         self._conn.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
         for name, value in headers.items():
             if value:
@@ -121,7 +121,7 @@ class Session:
         path: str,
         body: Body = None,
         status: int = 200,
-        headers: Optional[Mapping[str, str]] = None,
+        headers: Mapping[str, str] | None = None,
     ) -> Any:
         """The JSON of the answer; UnexpectedReply where the status is another."""
         reply = self.request(method, path, body, headers)
@@ -140,7 +140,7 @@ class Session:
         answer: dict[str, str] = self.ok("GET", f"/get_wrapped?key_id={key_id}")
         return answer
 
-    def encrypt(self, key_id: str, plaintext: bytes, aad: Optional[bytes] = None) -> bytes:
+    def encrypt(self, key_id: str, plaintext: bytes, aad: bytes | None = None) -> bytes:
         """nonce ‖ ciphertext ‖ tag."""
         fields = {
             "key_id": key_id,
@@ -149,7 +149,7 @@ class Session:
         }
         return base64.b64decode(self.ok("POST", "/encrypt", fields)["ciphertext"], validate=True)
 
-    def decrypt(self, key_id: str, ciphertext: bytes, aad: Optional[bytes] = None) -> bytes:
+    def decrypt(self, key_id: str, ciphertext: bytes, aad: bytes | None = None) -> bytes:
         fields = {
             "key_id": key_id,
             "ciphertext": b64(ciphertext),
@@ -169,9 +169,9 @@ class Session:
 
     def __exit__(
         self,
-        kind: Optional[type[BaseException]],
-        value: Optional[BaseException],
-        trace: Optional[TracebackType],
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -181,7 +181,7 @@ def request(
     method: str,
     target: str,
     body: Body = None,
-    headers: Optional[Mapping[str, str]] = None,
+    headers: Mapping[str, str] | None = None,
     timeout: float = TIMEOUT,
 ) -> Reply:
     """One call over a connection of its own."""
@@ -189,9 +189,7 @@ def request(
         return session.request(method, target, body, headers)
 
 
-def raw(
-    path: Address, pieces: Union[bytes, Iterable[bytes]], *, end: bool = True, timeout: float = 10.0
-) -> bytes:
+def raw(path: Address, pieces: bytes | Iterable[bytes], *, end: bool = True, timeout: float = 10.0) -> bytes:
     """Send bytes as they are (each piece by a write of its own) and read until the server closes.
 
     `end` shuts our side for writing first, so that a server which waits for more sees that none comes.
@@ -246,7 +244,7 @@ def b64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def _encode(body: Body) -> tuple[Optional[bytes], dict[str, str]]:
+def _encode(body: Body) -> tuple[bytes | None, dict[str, str]]:
     headers = dict(GO_HEADERS)
     if body is None:
         return None, headers

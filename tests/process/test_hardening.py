@@ -13,7 +13,7 @@ import threading
 import zipapp
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 
@@ -71,7 +71,7 @@ wiping = pytest.mark.skipif(not hardening._can_wipe_on_free(), reason="needs CPy
         ({**READY, "OPENSSL_CONF": "/etc/f"}, True, None),
     ],
 )
-def test_new_environment(environ: dict[str, str], wipes: bool, expected: Optional[dict[str, str]]) -> None:
+def test_new_environment(environ: dict[str, str], wipes: bool, expected: dict[str, str] | None) -> None:
     before = dict(environ)
     found = new_environment(environ, 99, wipes=wipes)
     assert found == (None if expected is None else {**expected, MARKER: "99"})
@@ -160,10 +160,10 @@ def test_the_free_threaded_build_is_left_alone(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("answer", [None, "", "musl 1.2", ValueError(), OSError()])
 def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
-    def confstr(name: str) -> Optional[str]:
+    def confstr(name: str) -> str | None:
         if isinstance(answer, Exception):
             raise answer
-        found: Optional[str] = answer
+        found: str | None = answer
         return found
 
     monkeypatch.setattr(os, "confstr", confstr)
@@ -191,7 +191,7 @@ print(json.dumps({{
 """
 
 
-def run(command: list[Any], environ: Optional[dict[str, str]] = None, cwd: Optional[Path] = None) -> Any:
+def run(command: list[Any], environ: dict[str, str] | None = None, cwd: Path | None = None) -> Any:
     """The facts that the program told, with the number of its starts."""
     done = subprocess.run(
         [str(part) if isinstance(part, Path) else part for part in command],

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Optional
 
 import pytest
 
@@ -87,7 +86,7 @@ print("open" if os.path.exists("/proc/self/fd/3") else "closed")
 """
 
 
-def take(third: Optional[int], pid: str = "0", count: str = "1") -> str:
+def take(third: int | None, pid: str = "0", count: str = "1") -> str:
     """What a process says that has `third` as its descriptor 3, and what became of that descriptor."""
 
     result = subprocess.run(
@@ -154,7 +153,7 @@ def test_other_sockets_are_refused_and_left_alone(kind: str, short_tmp: Path) ->
 # ---- the watchdog
 
 
-def watch(monkeypatch: pytest.MonkeyPatch, micros: str, pid: Optional[int]) -> Optional[float]:
+def watch(monkeypatch: pytest.MonkeyPatch, micros: str, pid: int | None) -> float | None:
     monkeypatch.setenv("WATCHDOG_USEC", micros)
     if pid is not None:
         monkeypatch.setenv("WATCHDOG_PID", str(pid))

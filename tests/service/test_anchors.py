@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 
 import pytest
 
@@ -30,9 +30,9 @@ class Site(NamedTuple):
     client: KeeperClient
     store: Any
 
-    def says(self, chain: str, seq: int) -> Optional[KMSError]:
+    def says(self, chain: str, seq: int) -> KMSError | None:
         """A worker tells how far it is. What the keeper answers, at once."""
-        answer: list[Optional[KMSError]] = []
+        answer: list[KMSError | None] = []
 
         def call() -> None:
             try:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 
@@ -49,7 +49,7 @@ JUDGED = [
 
 
 @pytest.mark.parametrize(("wall", "uptime", "trusted", "held"), JUDGED)
-def test_judge(wall: float, uptime: Optional[float], trusted: float, held: str) -> None:
+def test_judge(wall: float, uptime: float | None, trusted: float, held: str) -> None:
     boot, since = ("boot", 1000.0 + uptime) if uptime is not None else ("another", 5.0)
     found = judge(ANCHOR, Reading(NOW + wall, boot, since))
     assert found.trusted == NOW + trusted
@@ -95,7 +95,7 @@ def test_a_clock_that_python_has_no_words_for(monkeypatch: pytest.MonkeyPatch) -
         ("2026", None),
     ],
 )
-def test_an_age_that_nobody_can_tell_is_none(begun: str, seconds: Optional[float]) -> None:
+def test_an_age_that_nobody_can_tell_is_none(begun: str, seconds: float | None) -> None:
     assert age(begun, NOW) == seconds
 
 
@@ -133,7 +133,7 @@ class Fake(Clock):
 class Site:
     """A keeper that is driven round by round, and may be started anew."""
 
-    max_age_days: Optional[int] = None
+    max_age_days: int | None = None
 
     def __init__(self, folder: Path, clock: Fake) -> None:
         self.folder = folder
@@ -142,7 +142,7 @@ class Site:
         self.keyring = Keyring(self.region.view)
         self.kek_id = self.keyring.install(memoryview(bytearray(os.urandom(32))), 1)
         self.inbox, self.outbox = channel()
-        self.keeper: Optional[Keeper] = None
+        self.keeper: Keeper | None = None
         self.start()
 
     def start(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import pytest
 
 from progressdb_kms.errors import KeyMismatch
@@ -38,8 +36,8 @@ FITS = [
     ("stored", "keks", "master", "previous", "pending", "active", "version", "adopt", "notice"), FITS
 )
 def test_fits(
-    stored: Optional[tuple[str, int]], keks: dict[str, int], master: str, previous: list[str],
-    pending: Optional[str], active: str, version: int, adopt: bool, notice: str,
+    stored: tuple[str, int] | None, keks: dict[str, int], master: str, previous: list[str],
+    pending: str | None, active: str, version: int, adopt: bool, notice: str,
 ) -> None:  # fmt: skip
     found = plan(
         stored,

@@ -6,7 +6,7 @@ import os
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -50,7 +50,7 @@ def dek(number: int) -> DekRecord:
     return DekRecord(f"key-{number:06}", "t", b"blob", "00" * 8, 1, "2026-01-02T00:00:00.000000Z")
 
 
-def fill(store: Union[MemoryStore, SqliteStore], count: int) -> None:
+def fill(store: MemoryStore | SqliteStore, count: int) -> None:
     with store.transaction():
         for number in range(count):
             store.put(dek(number))
@@ -126,7 +126,7 @@ def paced(tmp_path: Path, worked: Worked, monkeypatch: pytest.MonkeyPatch) -> It
     lock = claim(tmp_path)
     keyring = Keyring(region.view)
     kek_id = keyring.install(memoryview(bytearray(os.urandom(32))), 1)
-    keeper: Optional[Keeper] = None
+    keeper: Keeper | None = None
     try:
         keeper, _ = open_keeper(
             tmp_path, keyring, Configured(ConfiguredKey(kek_id, "test")), staging.view, inbox

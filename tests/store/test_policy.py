@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import pytest
 
 from progressdb_kms.errors import PeerRefused
@@ -28,7 +26,7 @@ def test_transitions(action: str, state: str) -> None:
 @pytest.mark.parametrize(
     ("state", "status"), [("enabled", None), ("disabled", 423), ("pending_deletion", 423), ("shredded", 410)]
 )
-def test_use(state: str, status: Optional[int]) -> None:
+def test_use(state: str, status: int | None) -> None:
     error = refusal("k_1", state)
     assert (error.status if error else None) == status
     assert error is None or "k_1" in error.message
@@ -50,7 +48,7 @@ def test_use(state: str, status: Optional[int]) -> None:
     ],
 )
 def test_peers(
-    callers: Optional[list[int]], admins: Optional[list[int]], uid: int, may_call: bool, may_administer: bool
+    callers: list[int] | None, admins: list[int] | None, uid: int, may_call: bool, may_administer: bool
 ) -> None:
     rules = PeerRules(
         None if callers is None else frozenset(callers), None if admins is None else frozenset(admins)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 
@@ -197,7 +197,7 @@ def serving(tree: Path, *words: str) -> Iterator[Served]:
         process.stderr.close()
 
 
-def dev(tree: Path, *words: str, env: Optional[dict[str, str]] = None) -> subprocess.Popen[str]:
+def dev(tree: Path, *words: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     command = ["sh", str(tree / "bin" / "dev.sh"), *words]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=env or environment(tree), cwd=tree.parent, **pipes)

@@ -12,7 +12,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -147,7 +147,7 @@ def site(make_daemon: MakeDaemon) -> Daemon:
     return make_daemon(start=False, workers=1)
 
 
-def go_blob(kek: bytes, dek: Optional[bytes] = None) -> str:
+def go_blob(kek: bytes, dek: bytes | None = None) -> str:
     """As the Go service wrapped: nonce, ciphertext, tag; no AAD."""
     nonce = os.urandom(12)
     return base64.b64encode(nonce + AESGCM(kek).encrypt(nonce, dek or os.urandom(32), None)).decode()

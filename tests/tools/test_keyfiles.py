@@ -7,7 +7,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable
 
 import pytest
 
@@ -44,8 +44,8 @@ class Service:
     def __init__(self, kek_id: str = A) -> None:
         self.now = Active(kek_id)
         self.asked: list[bytes] = []
-        self.before: Optional[BaseException] = None
-        self.after: Optional[BaseException] = None
+        self.before: BaseException | None = None
+        self.after: BaseException | None = None
 
     def active(self) -> Active:
         return self.now
@@ -217,7 +217,7 @@ class TestReadKey:
         (A, A, Active(A), "drop"),
     ],
 )
-def test_decide(current: str, following: Optional[str], active: Active, step: str) -> None:
+def test_decide(current: str, following: str | None, active: Active, step: str) -> None:
     assert decide(current, following, active) == step
 
 
@@ -232,7 +232,7 @@ def test_decide(current: str, following: Optional[str], active: Active, step: st
         (A, B, Active(B, C)),
     ],
 )
-def test_decide_refuses(current: str, following: Optional[str], active: Active) -> None:
+def test_decide_refuses(current: str, following: str | None, active: Active) -> None:
     with pytest.raises(CommandFailed) as caught:
         decide(current, following, active)
     assert (active.rotating_to or active.kek_id) in caught.value.message
@@ -479,7 +479,7 @@ class TestElsewhere:
         yield config.with_name("master-key")
         assert not list(config.parent.glob(".*"))
 
-    def rotate(self, path: Path, service: Service, owner: Optional[Path]) -> RotationResult:
+    def rotate(self, path: Path, service: Service, owner: Path | None) -> RotationResult:
         return keyfiles.rotate_elsewhere(path, memoryview(bytearray(NEW)), service, owner)
 
     def test_the_file_is_there_before_the_daemon_is_asked(self, path: Path, config: Path) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 
@@ -298,7 +298,7 @@ def spawn(*args: str, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*COMMAND, *args], env=base_environment(REPO), **options)
 
 
-def on_terminal(*args: str, stdin: bytes = b"", typed: Optional[bytes] = None) -> tuple[int, str]:
+def on_terminal(*args: str, stdin: bytes = b"", typed: bytes | None = None) -> tuple[int, str]:
     """Run with stdout and stderr on a terminal: exit code, and what it shows. `typed`: stdin is the terminal
     too, and a person types that, or Ctrl-D where it is empty."""
     leader, follower = pty.openpty()

@@ -6,7 +6,7 @@ import base64
 import json
 import threading
 from collections.abc import Iterator
-from typing import Any, Union
+from typing import Any
 
 import pytest
 
@@ -188,7 +188,7 @@ def message(size: int) -> bytes:
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 class TestLoad:
-    def test_one_connection_in_sequence(self, daemon: Daemon, generation: type[Union[First, Third]]) -> None:
+    def test_one_connection_in_sequence(self, daemon: Daemon, generation: type[First | Third]) -> None:
         client = generation(daemon.socket)
         client.healthy()
         key = client.create(f"t:load-{generation.__name__}-{daemon.pid}")
@@ -200,7 +200,7 @@ class TestLoad:
         assert client.session.connections == 1
         client.close()
 
-    def test_a_restart_under_it(self, generation: type[Union[First, Third]]) -> None:
+    def test_a_restart_under_it(self, generation: type[First | Third]) -> None:
         """One error at most where it met the stop, then as before: nothing that was acknowledged is lost."""
         with Daemon(workers=1) as daemon:
             client = generation(daemon.socket)
@@ -218,7 +218,7 @@ class TestLoad:
                 kept = [client.encrypt(key, message(size)) for size in (2, 300)]
             client.close()
 
-    def test_two_servers_at_once(self, daemon: Daemon, generation: type[Union[First, Third]]) -> None:
+    def test_two_servers_at_once(self, daemon: Daemon, generation: type[First | Third]) -> None:
         errors: list[BaseException] = []
 
         def serve(number: int) -> None:

@@ -356,7 +356,7 @@ def test_targets(target: str, path: str, query: dict[str, str]) -> None:
         ("1.0", "keep-alive\xa0", False),
     ],
 )
-def test_keep_alive(version: str, connection: Optional[str], keep: bool) -> None:
+def test_keep_alive(version: str, connection: str | None, keep: bool) -> None:
     """RFC 9112, 9.3."""
     found = read(get(*([f"Connection: {connection}"] if connection else []), version=version))
     assert found is not None and found[0].keep_alive is keep

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Union
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -45,7 +43,7 @@ MUTATED = st.tuples(
 ).map(lambda t: t[0][: t[1]] + t[2] + t[0][t[1] + t[3] :])
 
 
-def outcome(data: bytes) -> Union[None, tuple[object, ...], str]:
+def outcome(data: bytes) -> None | tuple[object, ...] | str:
     try:
         used, request = Reader(lambda head: Room(100)).feed(data, 0, len(data))
         return None if request is None else (request.head, bytes(request.body), used)
@@ -54,7 +52,7 @@ def outcome(data: bytes) -> Union[None, tuple[object, ...], str]:
         return "refused"
 
 
-def dripped(data: bytes) -> Union[None, tuple[object, ...], str]:
+def dripped(data: bytes) -> None | tuple[object, ...] | str:
     """A byte at a time, to one machine."""
     machine, at = Reader(lambda head: Room(100)), 0
     try:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 
@@ -129,7 +129,7 @@ class TestAllowedPeers:
 
 class TestAdminPeers:
     @pytest.mark.parametrize("allowed", [None, [CALLER]], ids=["callers: all", "callers: one"])
-    def test_the_rights_of_each(self, allowed: Optional[list[int]]) -> None:
+    def test_the_rights_of_each(self, allowed: list[int] | None) -> None:
         rules: dict[str, Any] = {} if allowed is None else {"allowed_peer_uids": [0, *allowed]}
         with serving(admin_peer_uids=[0, ADMIN], **rules) as daemon:
             for call in ADMIN_CALLS:

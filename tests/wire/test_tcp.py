@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 
@@ -168,7 +168,7 @@ class TestBrowsers:
         ],
     )
     def test_a_content_type_is_needed(
-        self, daemon: Daemon, address: Address, method: str, path: str, body: Optional[bytes]
+        self, daemon: Daemon, address: Address, method: str, path: str, body: bytes | None
     ) -> None:
         with Session(address) as kms:
             for kind, status in (("", 415), ("text/plain", 415), ("application/json", None)):
