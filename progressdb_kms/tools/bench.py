@@ -52,7 +52,7 @@ from ..service.worker import Service
 from ..store.contract import DekRecord
 from ..store.memstore import MemoryStore
 from ..store.sqlite import SqliteStore
-from ..wire import routes
+from ..wire import data
 from ..wire.call import App, Call
 from ..wire.http1 import parse_head
 
@@ -500,7 +500,7 @@ def _careful(body: bytes) -> Callable[[], bytes]:
 
     def encrypt() -> bytes:
         call.body = body  # which the route lets go
-        return bytes(routes.encrypt(app, call).body)
+        return bytes(data.encrypt(app, call).body)
 
     return encrypt
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Callable, NamedTuple
 
 from ..audit.log import Fragment
-from ..encoding import (
-    Buffer,
-)
+from ..encoding import Buffer
 from ..errors import KMSError
 from ..rules import Peer, Rights
 from ..service.channel import StagingSlots

@@ -6,14 +6,8 @@ import re
 from typing import Any
 
 from ..crypto.envelope import Wrapped
-from ..encoding import (
-    KEY_ID,
-    MAX_THREAD_ID,
-    b64decode,
-)
-from ..errors import (
-    BadRequest,
-)
+from ..encoding import KEY_ID, MAX_THREAD_ID, b64decode
+from ..errors import BadRequest
 from ..service.worker import wrapped_source
 
 MAX_ITEMS = 1000

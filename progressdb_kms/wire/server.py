@@ -42,7 +42,7 @@ from ..errors import KMSError, Overloaded, PeerRefused, RequestTimeout
 from ..rules import TCP, Meter, Peer, Policy, Rights, rights_of
 from ..service.metrics import Block, Metrics
 from ..service.told import Scarcity
-from . import routes
+from . import dispatch, routes
 from .admission import BODIES, Bodies, Refusals, Shares
 from .call import App, Call, Reply, Route
 from .http1 import Head, Known, Reader, Request, Room
@@ -375,7 +375,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if phase in (HEAD, BODY):
             what = "head" if phase == HEAD else "body"
             error = RequestTimeout(f"the {what} of the request did not come within the time limit")
-            self._say(connection, routes.error_reply(error))
+            self._say(connection, dispatch.error_reply(error))
         elif phase == REFUSED:
             self._turn_away(connection)
         elif phase not in (BUSY, AHEAD):
@@ -526,7 +526,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if connection.round != self._round:
             connection.rights = rights_of(connection.peer, self._policies, self._meter)
             connection.round = self._round
-        routes.admit(self.app, route, head, connection.peer, connection.rights)
+        dispatch.admit(self.app, route, head, connection.peer, connection.rights)
         return self._rooms[id(route)]
 
     def _room(self, route: Route) -> Room:
@@ -556,7 +556,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         call = Call(
             request.head, request.body, connection.peer, connection.fragment, *locked, connection.rights
         )
-        reply = routes.dispatch(self.app, route, call)
+        reply = dispatch.dispatch(self.app, route, call)
         head = request.head
         if (
             self._behind
@@ -680,7 +680,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 self._poll.register(connection.request.fileno(), _IN)
             if not isinstance(error, Overloaded):
                 error = Overloaded("no thread is left", hint="raise TasksMax= and LimitNPROC= in the unit")
-            return self._answer(connection, request.head, routes.error_reply(error))
+            return self._answer(connection, request.head, dispatch.error_reply(error))
         return AWAY
 
     def _own_body(self, connection: Connection, route: Route, body: Any) -> Any:
@@ -709,7 +709,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             if breathe is not None:
                 call.breathe = breathe
             try:
-                reply = routes.dispatch(self.app, route, call)
+                reply = dispatch.dispatch(self.app, route, call)
                 del call
                 keep = head.keep_alive and not reply.close and not self.draining
                 left = self._send(connection.request, head, reply, keep)
@@ -759,9 +759,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         route = connection.route
         if isinstance(error, PeerRefused) and head is not None and route is not None:
             call = Call(head, b"", connection.peer, connection.fragment, *self.slab.waiter)
-            return routes.refuse(self.app, route, call, error)
+            return dispatch.refuse(self.app, route, call, error)
         self._counters.request("service", error.status, 0.0)
-        return routes.error_reply(error)
+        return dispatch.error_reply(error)
 
     def _say(self, connection: Connection, reply: Reply, head: Head | None = None) -> None:
         """A last word, and then the peer has some time to read it (RFC 9112, 9.6)."""
@@ -879,7 +879,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         connection = Connection(request, peer, Fragment(""))
         connection.phase = REFUSED
         connection.deadline = self._now + LINGER_SECONDS
-        words = render_head(reply := routes.error_reply(error), False, "1.1") + bytes(reply.body)
+        words = render_head(reply := dispatch.error_reply(error), False, "1.1") + bytes(reply.body)
         connection.pending = [memoryview(words)]
         self._enter(connection)
         self._turned_away[request.fileno()] = connection
@@ -935,7 +935,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         with suppress(OSError):
             request, _ = door.listener.accept()
             with request:
-                reply = routes.error_reply(Overloaded("no descriptor is left", hint="try again"))
+                reply = dispatch.error_reply(Overloaded("no descriptor is left", hint="try again"))
                 request.setblocking(False)
                 request.send(render_head(reply, False, "1.1") + bytes(reply.body))
         self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)

@@ -7,9 +7,11 @@ from typing import Any, Callable
 
 import pytest
 
+from progressdb_kms.audit.log import fragment
 from progressdb_kms.crypto import envelope
 from progressdb_kms.crypto.envelope import parse
 from progressdb_kms.crypto.keyring import REGION_SIZE, Keyring
+from progressdb_kms.encoding import b64encode_bytes
 from progressdb_kms.errors import (
     AuthenticationFailed,
     KeyDisabled,
@@ -26,6 +28,7 @@ from progressdb_kms.service.worker import Service
 from progressdb_kms.store.contract import DekRecord
 from progressdb_kms.store.memstore import MemoryStore
 from progressdb_kms.wire import routes
+from progressdb_kms.wire.call import App, Call
 from progressdb_kms.wire.http1 import parse_head
 
 TEXT = b"a message"
@@ -131,17 +134,16 @@ class TestWiped:
         for name in ("wrap", "unwrap", "change"):
             monkeypatch.setattr(site.service, name, failing)
         staging, answer = memoryview(bytearray(64)), memoryview(bytearray(64))
-        app = routes.App(site.service, StagingSlots(staging, 0, 2), Metrics(1), 1 << 20)
+        app = App(site.service, StagingSlots(staging, 0, 2), Metrics(1), 1 << 20)
         blob = site.store.get("k").wrapped  # type: ignore[union-attr]
         body = {
-            "/wrap": b'{"dek":"%b"}' % routes.b64encode_bytes(site.dek),
-            "/unwrap": b'{"wrapped":"%b"}' % routes.b64encode_bytes(blob),
+            "/wrap": b'{"dek":"%b"}' % b64encode_bytes(site.dek),
+            "/unwrap": b'{"wrapped":"%b"}' % b64encode_bytes(blob),
             "/rewrap": b'{"key_id":"k","new_kek_hex":"%b"}' % os.urandom(32).hex().encode(),
             "/rotate_kek": b'{"new_kek_hex":"%b"}' % os.urandom(32).hex().encode(),
         }[path]
         head = parse_head(b"POST %b HTTP/1.1\r\nHost: u\r\n\r\n" % path.encode())
-        fragment = routes.fragment()
-        call = routes.Call(head, bytearray(body), Peer(0, 0, 0), fragment, site.scratch, answer)
+        call = Call(head, bytearray(body), Peer(0, 0, 0), fragment(), site.scratch, answer)
         with pytest.raises(Fault):
             routes.find(head).handler(app, call)
         assert not any(site.scratch) and not any(staging) and not any(answer)

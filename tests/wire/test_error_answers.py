@@ -13,7 +13,8 @@ import pytest
 from progressdb_kms.audit.log import Fragment
 from progressdb_kms.rules import Peer, PeerRules
 from progressdb_kms.service.metrics import Metrics
-from progressdb_kms.wire import routes
+from progressdb_kms.wire import dispatch
+from progressdb_kms.wire.call import App, Call
 from progressdb_kms.wire.http1 import parse_head
 from progressdb_kms.wire.routes import ROUTES
 from tests.harness import Daemon, Session, raw
@@ -243,11 +244,11 @@ class TestRaw:
 def test_an_internal_error_names_a_request_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """A fault of ours: 500, the traceback in the log alone, and the thread goes on."""
     service: Any = SimpleNamespace(rules=PeerRules(), counters=Metrics(1).block(0))
-    app = routes.App(service, Any, Any, 0)  # type: ignore[arg-type]
+    app = App(service, Any, Any, 0)  # type: ignore[arg-type]
     route = ROUTES[0]._replace(handler=lambda app, call: 1 / 0)
     head = parse_head(b"GET /healthz HTTP/1.1\r\nHost: unix\r\n\r\n")
     locked = memoryview(bytearray(64))
-    reply = routes.dispatch(app, route, routes.Call(head, b"", Peer(1, 2, 3), Fragment(""), locked, locked))
+    reply = dispatch.dispatch(app, route, Call(head, b"", Peer(1, 2, 3), Fragment(""), locked, locked))
     error = json.loads(bytes(reply.body))["error"]
     assert reply.status == 500 and error["code"] == "internal"
     (record,) = caplog.records

@@ -1,0 +1,233 @@
+"""Many messages in one call: `encrypt_batch`, `decrypt_batch`, and `reencrypt`, which takes one or many.
+
+Page by page, so that a long batch is never there as text, items and results at once, and lets others in
+between. An item that is malformed or failed has an error in its place; one audit record tells of all.
+"""
+
+from __future__ import annotations
+
+import binascii
+from collections.abc import Iterator, Sequence
+from typing import Any, Callable, NamedTuple, TypeVar
+
+from ..audit.log import Fragment, fragment, key_fragment
+from ..crypto.envelope import Wrapped
+from ..encoding import b64encode_bytes, json_dumps
+from ..errors import AuthenticationFailed, KMSError, PolicyRefused, RateLimited
+from ..service.worker import Batch, BatchItem, Results
+from . import dialect
+from .call import App, Call, Reply
+from .fields import Fields
+from .items import batch_items, is_batch, pages
+from .reading import fields_of, json_body, may_use
+
+T = TypeVar("T")
+
+
+def encrypt_batch(app: App, call: Call) -> Reply:
+    return _batch(app, call, "plaintext", "ciphertext", app.service.encrypt_many)
+
+
+def decrypt_batch(app: App, call: Call) -> Reply:
+    return _batch(app, call, "ciphertext", "plaintext", app.service.decrypt_many)
+
+
+Many = Callable[[Batch, memoryview, int], Results]
+
+
+def _batch(app: App, call: Call, given: str, wanted: str, work: Many) -> Reply:
+    def carry_out(rows: list[Any]) -> tuple[Batch, Results]:
+        items = _each(rows, lambda fields: (fields.source(), fields.data(given), fields.aad()))
+        if call.rights:
+            items = _permitted(app, call, items, lambda item: (item[0],))
+        return items, work(items, call.scratch, call.peer.uid)
+
+    return _batch_reply(app, call, wanted, batch_items(json_body(call), given), carry_out)
+
+
+def _permitted(
+    app: App,
+    call: Call,
+    items: Sequence[T | KMSError],
+    sources: Callable[[T], Sequence[str | Wrapped]],
+) -> list[T | KMSError]:
+    """The items that the peer's policies allow; in place of the others, the errors. The first item's use was
+    counted with the call."""
+    results: list[T | KMSError] = []
+    for item in items:
+        if isinstance(item, KMSError):
+            results.append(item)
+            continue
+        try:
+            for source in sources(item):
+                may_use(app, call, source if isinstance(source, str) else source.key_id)
+            results.append(item)
+        except PolicyRefused as error:
+            call.denials.add(error.entry)
+            results.append(error.bare())
+    results = _within_rates(call, results)
+    denied = sum(isinstance(item, (PolicyRefused, RateLimited)) for item in results)
+    app.service.counters.add("policy_denials", denied)
+    return results
+
+
+def _within_rates(call: Call, items: list[T | KMSError]) -> list[T | KMSError]:
+    asked = sum(not isinstance(item, KMSError) for item in items)
+    assert call.rights is not None
+    granted, error = call.rights.spend(asked)
+    for index, item in enumerate(items):
+        if error is not None and not isinstance(item, KMSError):
+            granted -= 1
+            if granted < 0:
+                call.denials.add(error.entry)
+                items[index] = error.bare()
+    return items
+
+
+def _each(rows: list[Any], read: Callable[[Fields], T]) -> list[T | KMSError]:
+    """What `read` makes of each row; of a malformed one the error, which spoils no other. A row that is read
+    already, or found bad, stays as it is."""
+    results: list[T | KMSError] = []
+    for row in rows:
+        if isinstance(row, (tuple, KMSError)):
+            results.append(row)  # type: ignore[arg-type]
+            continue
+        try:
+            fields = Fields(row)
+            item = read(fields)
+            fields.end()
+            results.append(item)
+        except KMSError as error:
+            results.append(error.bare())
+    return results
+
+
+def _batch_reply(
+    app: App,
+    call: Call,
+    wanted: str,
+    pages: Iterator[list[Any]],
+    carry_out: Callable[[list[Any]], tuple[Batch, Results]],
+) -> Reply:
+    """Page by page, so that a long batch is never there as text, items and results at once, and lets others
+    in between. An item that is malformed or failed has an error in its place. One audit record for all."""
+    out, count, failed = bytearray(b'{"items":['), 0, 0
+    keys: set[str] = set()
+    lead = b'{"%b":"' % wanted.encode("ascii")
+    for rows in pages:
+        items, results = carry_out(rows)
+        sources = {item[0] for item in items if not isinstance(item, KMSError)}
+        keys.update(source if isinstance(source, str) else source.key_id for source in sources)
+        failed += sum([isinstance(result, KMSError) for result in results])
+        count += len(results)
+        out += b",".join([_rendered(lead, result) for result in results]) + b","
+        call.breathe()
+    out[-1:] = b"]}"
+    denied = sorted(call.denials) or None
+    call.details = fragment(count=count, failed=failed, keys=sorted(keys), denied_by=denied)
+    app.service.counters.add("items", count)
+    return Reply(200, memoryview(out))
+
+
+def _rendered(lead: bytes, result: bytes | KMSError) -> bytes:
+    if isinstance(result, KMSError):
+        return _item_error(result)
+    return lead + binascii.b2a_base64(result, newline=False) + b'"}'
+
+
+def _item_error(error: KMSError) -> bytes:
+    return json_dumps({"error": {"code": error.code, "message": error.message}}).encode("ascii")
+
+
+class _Move(NamedTuple):
+    """A ciphertext under one DEK, and the DEK and AAD that it shall be under."""
+
+    source: str
+    data: bytes
+    aad: bytes
+    target: str
+    new_aad: bytes
+
+
+def reencrypt(app: App, call: Call) -> Reply:
+    """From one DEK to another; the plaintext never leaves the process."""
+
+    body = json_body(call)
+    if is_batch(body):
+        return _reencrypt_batch(app, call, batch_items(body, ""))
+    fields = fields_of(call)
+    rows = fields.items()
+    if rows is not None:
+        fields.end()
+        return _reencrypt_batch(app, call, pages(iter(rows)))
+    move = _move(fields)
+    fields.end()
+    call.key = key_fragment(move.source)
+    for key_id in (move.source, move.target):
+        may_use(app, call, key_id)
+    call.details = fragment(new_key_id=move.target)
+    (result,), embedded = _moved(app, call, [move])
+    call.details = Fragment(call.details + fragment(embedded=embedded or None))
+    if isinstance(result, KMSError):
+        raise result
+    return Reply(200, b'{"ciphertext":"%b"}' % b64encode_bytes(result))
+
+
+def _reencrypt_batch(app: App, call: Call, rows: Iterator[list[Any]]) -> Reply:
+    embedded = 0
+
+    def carry_out(page: list[Any]) -> tuple[Batch, Results]:
+        nonlocal embedded
+        moves = _each(page, _move)
+        if call.rights:
+            moves = _permitted(app, call, moves, lambda move: (move.source, move.target))
+        results, opened = _moved(app, call, moves)
+        embedded += opened
+        return _sources(moves), results
+
+    reply = _batch_reply(app, call, "ciphertext", rows, carry_out)
+    call.details = Fragment(call.details + fragment(embedded=embedded or None))
+    return reply
+
+
+def _move(fields: Fields) -> _Move:
+    source, target = fields.key_id(), fields.key_id("new_key_id")
+    data, aad = fields.data("ciphertext"), fields.aad()
+    return _Move(source, data, aad, target, fields.aad("new_aad", aad))
+
+
+def _sources(moves: Sequence[_Move | KMSError]) -> Batch:
+    return [move if isinstance(move, KMSError) else (move.source, move.data, move.aad) for move in moves]
+
+
+def _moved(app: App, call: Call, moves: Sequence[_Move | KMSError]) -> tuple[Results, int]:
+    """(ciphertexts, how many were messages of ProgressDB's embedded mode)."""
+    opened = app.service.decrypt_many(_sources(moves), call.scratch, call.peer.uid)
+    embedded = _open_embedded(app, call, moves, opened)
+    again = [_again(move, text) for move, text in zip(moves, opened)]
+    return app.service.encrypt_many(again, call.scratch, call.peer.uid), embedded
+
+
+def _open_embedded(app: App, call: Call, moves: Sequence[_Move | KMSError], results: Results) -> int:
+    """What did not open under its DEK may be a message of ProgressDB's embedded mode."""
+    done = 0
+    for index, (move, result) in enumerate(zip(moves, results)):
+        if isinstance(move, _Move) and isinstance(result, AuthenticationFailed) and not move.aad:
+            sealed = dialect.embedded(move.data)
+            if sealed is not None:
+                results[index] = _result(app.service.open_embedded, sealed, call.scratch)
+                done += not isinstance(results[index], KMSError)
+    return done
+
+
+def _result(work: Callable[..., bytes], *args: Any) -> bytes | KMSError:
+    try:
+        return work(*args)
+    except KMSError as error:
+        return error.with_traceback(None)
+
+
+def _again(move: _Move | KMSError, opened: bytes | KMSError) -> BatchItem | KMSError:
+    if isinstance(move, KMSError):
+        return move
+    return opened if isinstance(opened, KMSError) else (move.target, opened, move.new_aad)

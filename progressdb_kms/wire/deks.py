@@ -1,0 +1,163 @@
+"""The routes of DEKs: made, shown, listed, disabled, shredded. None of these bodies carries a secret."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ..audit.log import fragment, key_fragment
+from ..encoding import b64encode, new_key_id, timestamp, wall
+from ..errors import BadRequest
+from ..service.keeper import describe
+from ..service.usage import told
+from ..store.contract import DekRecord, Usage
+from ..store.policy import SHREDDED
+from .call import DEFAULT_PAGE, MAX_PAGE, App, Call, Reply
+from .fields import checked_key_id, checked_thread_id
+from .reading import answer, fields_of, known_query, optional_fields_of, path_key_id, query_value, usable
+
+MAX_LOOKS = 20
+"""Pages of the store that one call for a page looks through, where policies hide some of it."""
+
+
+def create_dek_for_thread(app: App, call: Call) -> Reply:
+    fields = fields_of(call)
+    thread_id = fields.thread_id()
+    fields.end()
+    made = _create(app, call, thread_id)
+    return answer({name: made[name] for name in ("key_id", "wrapped", "kek_id", "kek_version")})
+
+
+def create_dek(app: App, call: Call) -> Reply:
+    fields = fields_of(call)
+    key_id = fields.optional_key_id()
+    thread_id = fields.optional_thread_id()
+    fields.end()
+    made = _create(app, call, thread_id, key_id)
+    if thread_id is not None:
+        return answer(made, 201)
+    # ProgressDB's third dialect knows no thread, and keeps `wrapped_dek`, whatever JSON it is.
+    wrapped = {"wrapped_dek": {"ciphertext": made["wrapped"], "key_info": {}}}
+    return answer({**{name: made[name] for name in _THIRD}, **wrapped}, 201)
+
+
+_THIRD = ("key_id", "kek_id", "kek_version", "created_at")
+
+
+def _create(app: App, call: Call, thread_id: str | None, key_id: str | None = None) -> dict[str, Any]:
+    call.key = key_fragment(key_id, thread_id or "") if key_id else fragment(thread_id=thread_id)
+    if call.rights:  # a key_id without a thread is its own thread; one that is made looks like this
+        call.rights.check_key(key_id or new_key_id(0, bytes(10)), thread_id or key_id or "")
+    made = app.service.change("create", thread_id=thread_id, key_id=key_id)
+    call.key = key_fragment(made["key_id"], made["thread_id"])
+    if made.pop("repeated", False):
+        call.details = fragment(repeated=True)
+    return made
+
+
+def get_wrapped(app: App, call: Call) -> Reply:
+    known_query(call, "key_id")
+    key_id = query_value(call, "key_id")
+    if key_id is None:
+        raise BadRequest.missing("key_id")
+    entry = usable(app, call, checked_key_id(key_id))
+    app.service.uses.add(key_id, 0, 0, call.peer.uid)
+    body = {
+        "wrapped": b64encode(entry.wrapped.blob),
+        "kek_id": entry.wrapped.kek_id,
+        "kek_version": str(entry.kek_version),
+    }
+    return answer(body)
+
+
+def list_deks(app: App, call: Call) -> Reply:
+    known_query(call, "cursor", "limit", "thread_id", "unused_for")
+    cursor, limit, thread_id = (query_value(call, name) for name in ("cursor", "limit", "thread_id"))
+    if cursor:
+        checked_key_id(cursor, "cursor")
+    if limit is not None and not re.fullmatch("[0-9]{1,4}", limit):
+        raise BadRequest.invalid("limit", f"must be a whole number from 1 to {MAX_PAGE}")
+    size = int(limit) if limit is not None else DEFAULT_PAGE
+    if not 1 <= size <= MAX_PAGE:
+        raise BadRequest.invalid("limit", f"must be a whole number from 1 to {MAX_PAGE}")
+    if thread_id is not None:
+        checked_thread_id(thread_id)
+    shown, following = _visible(app, call, cursor or "", size, thread_id, _unused_since(call))
+    return answer({"deks": shown, "next_cursor": following})
+
+
+def _unused_since(call: Call) -> str | None:
+    text = query_value(call, "unused_for")
+    if text is None:
+        return None
+    if not re.fullmatch("[0-9]{1,10}", text):
+        raise BadRequest.invalid("unused_for", "must be a whole number of seconds")
+    return timestamp(wall() - int(text))
+
+
+def _unused(record: DekRecord, usage: Usage | None, since: str) -> bool:
+    """One that is younger than that time was no use to anybody yet, and is not meant."""
+    used = timestamp(usage.last) if usage else ""
+    return record.state != SHREDDED and max(record.created_at, used) < since
+
+
+def _visible(
+    app: App, call: Call, after: str, size: int, thread_id: str | None, since: str | None
+) -> tuple[list[dict[str, Any]], str | None]:
+    """A page of what the peer may use, and where the next one begins; of what was not used `since` then.
+    Where little of much is shown the page is short, or empty, and yet not the last: no call looks through the
+    whole store."""
+    shown: list[dict[str, Any]] = []
+    for _ in range(MAX_LOOKS):
+        records = app.service.page(after, size + 1, thread_id)
+        more, records = len(records) > size, records[:size]
+        usage = app.service.usage(records)
+        for record in records:
+            used = usage.get(record.key_id)
+            if since is not None and not _unused(record, used, since):
+                continue
+            if not call.rights or call.rights.sees(record.key_id, record.thread_id):
+                shown.append({**describe(record), **told(record, used)})
+                if len(shown) == size:
+                    last = record is records[-1] and not more
+                    return shown, None if last else record.key_id
+        if not more:
+            return shown, None
+        after = records[-1].key_id
+    return shown, after
+
+
+def describe_dek(app: App, call: Call) -> Reply:
+    record = app.service.record(path_key_id(app, call))
+    return answer({**describe(record), **told(record, app.service.usage([record]).get(record.key_id))})
+
+
+def disable_dek(app: App, call: Call) -> Reply:
+    return _transition(app, call, "disable")
+
+
+def enable_dek(app: App, call: Call) -> Reply:
+    return _transition(app, call, "enable")
+
+
+def _transition(app: App, call: Call, action: str) -> Reply:
+    return answer(app.service.change("transition", key_id=path_key_id(app, call), action=action))
+
+
+def disable_or_enable(app: App, call: Call) -> Reply:
+    optional_fields_of(call).end()
+    return disable_dek(app, call) if call.head.path.endswith("/disable") else enable_dek(app, call)
+
+
+def delete_dek(app: App, call: Call) -> Reply:
+    key_id = path_key_id(app, call)
+    fields = optional_fields_of(call)
+    now = fields.flag("immediately")
+    days = fields.integer("pending_days", 1, 365, 7)
+    fields.end()
+    call.details = fragment(immediately=now)
+    done = app.service.change(
+        "transition", key_id=key_id, action="shred" if now else "schedule_deletion", days=days
+    )
+    call.details = fragment(immediately=now, delete_at=done.get("delete_at"))
+    return answer(done)

@@ -1,0 +1,129 @@
+"""The routes whose body or answer is a key: it is read where it lies, see `secretjson`, and copied into
+locked memory only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..audit.log import fragment, key_fragment
+from ..config.load import check_master_key
+from ..crypto.aead import KEY_SIZE
+from ..encoding import b64decode_into, b64encode, b64encode_into, hex_decode_into, new_key_id
+from ..errors import BadRequest, UnsupportedMediaType, WeakKey
+from ..service.worker import wrapped_source
+from . import secretjson
+from .call import JSON, App, Call, Reply
+from .fields import checked_key_id
+from .reading import answer, fields_of, may_use
+
+
+def wrap(app: App, call: Call) -> Reply:
+    body, spans, _ = _secret_fields(call, strings=("dek", "key_id"))
+    key_id = _plain(body, spans, "key_id")
+    if key_id is not None:
+        call.key = key_fragment(checked_key_id(key_id))
+    if call.rights:
+        may_use(app, call, key_id or new_key_id(0, bytes(10)))
+    dek = call.scratch[:KEY_SIZE]
+    try:
+        b64decode_into(_span(body, spans, "dek"), dek)
+        check_master_key(dek)  # a buffer that nobody filled, or a key that everybody has, protects nothing
+        blob, kek_id, version, name = app.service.wrap(dek, key_id)
+    except WeakKey as error:
+        raise BadRequest.invalid("dek", f"can't be a DEK: {error.message}") from None
+    except ValueError as error:
+        raise BadRequest.invalid("dek", str(error)) from None
+    finally:
+        call.scratch[:] = bytes(len(call.scratch))
+    call.key = key_fragment(name)
+    return answer({"wrapped": b64encode(blob), "kek_id": kek_id, "kek_version": str(version)})
+
+
+def unwrap(app: App, call: Call) -> Reply:
+    fields = fields_of(call)
+    wrapped = wrapped_source(fields.data("wrapped"), fields.optional_key_id())
+    fields.end()
+    call.key = key_fragment(wrapped.key_id)
+    may_use(app, call, wrapped.key_id)
+    out = call.answer
+    try:
+        dek = app.service.unwrap(wrapped, call.scratch, call.peer.uid)
+        out[:8] = b'{"dek":"'
+        end = 8 + b64encode_into(dek, out[8:])
+    finally:
+        call.scratch[:] = bytes(len(call.scratch))
+    out[end : end + 2] = b'"}'
+    return Reply(200, out[: end + 2], secret=True)
+
+
+def rewrap(app: App, call: Call) -> Reply:
+    body, spans, _ = _secret_fields(call, strings=("key_id", "new_kek_hex"))
+    key_id = _plain(body, spans, "key_id")
+    if key_id is None:
+        raise BadRequest.missing("key_id")
+    call.key = key_fragment(checked_key_id(key_id))
+    may_use(app, call, key_id)
+    with app.staging.take() as new_kek:
+        _new_kek(body, spans, new_kek.view)
+        done = app.service.change("rewrap", key_id=key_id, new_kek=new_kek)
+    call.details = fragment(new_kek_id=done["kek_id"])
+    names = {
+        "new_wrapped": done["wrapped"],
+        "new_kek_id": done["kek_id"],
+        "new_kek_version": str(done["kek_version"]),
+    }
+    return answer({"status": "ok", **done, "kek_version": str(done["kek_version"]), **names})
+
+
+def rotate_kek(app: App, call: Call) -> Reply:
+    body, spans, flags = _secret_fields(call, strings=("new_kek_hex",), booleans=("dry_run",))
+    with app.staging.take() as new_kek:
+        _new_kek(body, spans, new_kek.view)
+        dry_run = flags.get("dry_run", False)
+        done = app.service.change("rotate", timeout=None, new_kek=new_kek, dry_run=dry_run)
+    call.details = fragment(
+        new_kek_id=done["kek_id"], rewrapped=done["rewrapped"], dry_run=done["status"] != "ok"
+    )
+    return answer({**done, "kek_version": str(done["kek_version"])})
+
+
+def _new_kek(body: memoryview, spans: Mapping[str, secretjson.Span], view: memoryview) -> None:
+    try:
+        hex_decode_into(_span(body, spans, "new_kek_hex"), view)
+    except ValueError as error:
+        raise BadRequest.invalid("new_kek_hex", str(error)) from None
+
+
+def _secret_fields(
+    call: Call, strings: tuple[str, ...], booleans: tuple[str, ...] = ()
+) -> tuple[memoryview, dict[str, secretjson.Span], dict[str, bool]]:
+    if call.head.content_type not in ("", JSON):
+        raise UnsupportedMediaType(f"send {JSON}")
+    body = memoryview(call.body)
+    try:
+        spans, flags = secretjson.scan(body)
+    except ValueError as error:
+        raise BadRequest(str(error), code="malformed_json") from None
+    for name in (*spans, *flags):
+        if name not in strings and name not in booleans:
+            raise BadRequest("a field of the body is not known here", code="unknown_field")
+        if (name in spans) != (name in strings):
+            raise BadRequest.invalid(name, "must be a string" if name in strings else "must be true or false")
+    return body, spans, flags
+
+
+def _span(body: memoryview, spans: Mapping[str, secretjson.Span], name: str) -> memoryview:
+    if name not in spans:
+        raise BadRequest.missing(name)
+    start, end = spans[name]
+    return body[start:end]
+
+
+def _plain(body: memoryview, spans: Mapping[str, secretjson.Span], name: str) -> str | None:
+    """A value that is no secret."""
+    if name not in spans:
+        return None
+    start, end = spans[name]
+    if end - start > 128:
+        raise BadRequest.invalid(name, "is too long")
+    return bytes(body[start:end]).decode("utf-8", "replace")

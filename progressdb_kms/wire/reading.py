@@ -1,0 +1,67 @@
+"""What the routes share: reading a request, and finding the DEK that it means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..audit.log import key_fragment
+from ..encoding import Buffer, json_dumps
+from ..errors import BadRequest, KMSError, UnsupportedMediaType
+from ..service.worker import Entry
+from .call import JSON, App, Call, Reply
+from .fields import Fields, checked_key_id
+from .items import parsed_json
+
+
+def json_body(call: Call) -> Buffer:
+    """The body, which claims to be JSON."""
+    if call.head.content_type not in ("", JSON):
+        raise UnsupportedMediaType(f"send {JSON}")
+    return call.body
+
+
+def fields_of(call: Call) -> Fields:
+    return Fields(parsed_json(json_body(call)))
+
+
+def optional_fields_of(call: Call) -> Fields:
+    return fields_of(call) if len(call.body) else Fields({})
+
+
+def query_value(call: Call, name: str) -> str | None:
+    return call.head.query.get(name)
+
+
+def known_query(call: Call, *names: str) -> None:
+    for name in call.head.query:
+        if name not in names:
+            raise BadRequest(f"the query parameter {name[:40]!r} is not known here", code="unknown_field")
+
+
+def path_key_id(app: App, call: Call) -> str:
+    key_id = checked_key_id(call.head.path.split("/")[2])
+    call.key = key_fragment(key_id)
+    may_use(app, call, key_id)
+    return key_id
+
+
+def may_use(app: App, call: Call, key_id: str) -> None:
+    """Raises PolicyRefused. The store knows the thread, where it knows the key."""
+    if call.rights:
+        call.rights.check_key(key_id, app.service.thread_of(key_id))
+
+
+def answer(value: Any, status: int = 200) -> Reply:
+    return Reply(status, json_dumps(value).encode("ascii"))
+
+
+def usable(app: App, call: Call, key_id: str) -> Entry:
+    try:
+        entry = app.service.entry(key_id)
+    except KMSError:
+        call.key = key_fragment(key_id)
+        raise
+    call.key = entry.fragment
+    if call.rights:
+        call.rights.check_key(key_id, entry.thread_id)
+    return entry
