@@ -1,0 +1,1 @@
+"""Many hosts, one PostgreSQL: loaded only where `store: postgresql` is configured."""
