@@ -1,22 +1,22 @@
 """What the hosts of a fleet share: a few rows, and what is asked of the engine that keeps them.
 
-No daemon talks to another. What one must know of another is in three tables: `fleet` (one row), `hosts` (a row
-for each daemon that runs), `changes` (a row for each number of `fleet.gen`). The decisions (`lease`, `barrier`,
-`ring`) take these rows and a clock, and return what to do; the engine's side (`Registry`) does it. So the same
-decisions run against PostgreSQL and in the simulation of tests/fleet.
+No daemon talks to another. What one must know of another is in three tables: `fleet` (one row), `hosts` (a
+row for each daemon that runs), `changes` (a row for each number of `fleet.gen`). The decisions (`lease`,
+`barrier`, `ring`) take these rows and a clock, and return what to do; the engine's side (`Registry`) does it.
+So the same decisions run against PostgreSQL and in the simulation of tests/fleet.
 
 What the engine's side must hold, each for a reason that the simulation shows where it is taken away:
 
-- Each call is one transaction that is committed **synchronously** when it returns. Where that isn't known (the
-  connection was lost, or COMMIT came with a WARNING, as it does when the wait for a standby is cancelled), it
-  raises StoreUnavailable: it may have happened, or may happen yet.
-- The key of `hosts` is **(host, inc)**, not host: a daemon that starts again, or a copy of its data-dir, must not
-  take away the row of an incarnation that may still serve. Such a row is fenced in time, like that of any dead
-  host.
-- `beat` changes a row that is there and not fenced, and never makes one: else a host that was fenced while it was
-  stopped would come back with a cache from before.
-- What a call returns was read from **one** snapshot, its `fleet.gen` included, so that an old primary that doesn't
-  know of its end is found by its gen.
+- Each call is one transaction that is committed **synchronously** when it returns. Where that isn't known
+  (the connection was lost, or COMMIT came with a WARNING, as it does when the wait for a standby is
+  cancelled), it raises StoreUnavailable: it may have happened, or may happen yet.
+- The key of `hosts` is **(host, inc)**, not host: a daemon that starts again, or a copy of its data-dir, must
+  not take away the row of an incarnation that may still serve. Such a row is fenced in time, like that of any
+  dead host.
+- `beat` changes a row that is there and not fenced, and never makes one: else a host that was fenced while it
+  was stopped would come back with a cache from before.
+- What a call returns was read from **one** snapshot, its `fleet.gen` included, so that an old primary that
+  doesn't know of its end is found by its gen.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ KEY = "key"
 KEKS = "keks"
 ALL = "all"
 """Kinds of a change: one DEK (disable, enable, shred, rewrap); another active KEK, after a rotation; and
-anything that touches more than one DEK. What a host remembers of a DEK must go with the first, and all that it
-remembers with the others."""
+anything that touches more than one DEK. What a host remembers of a DEK must go with the first, and all that
+it remembers with the others."""
 
 
 class FleetRow(NamedTuple):
@@ -66,8 +66,8 @@ class ChangeRow(NamedTuple):
 
 
 class News(NamedTuple):
-    """What happened after a gen. `changes` in order of gen, at most as many as were asked for: where they don't
-    begin with the next one, they were pruned meanwhile."""
+    """What happened after a gen. `changes` in order of gen, at most as many as were asked for: where they
+    don't begin with the next one, they were pruned meanwhile."""
 
     fleet: FleetRow
     changes: Sequence[ChangeRow]
@@ -90,14 +90,14 @@ class Registry(Protocol):
         """A new row with beat 0 and seen = gen. `gone`: incarnations of this host that surely run no more;
         their rows are deleted, and this host's fenced ones.
 
-        The row of `fleet` is read FOR SHARE first: a change holds that row to its COMMIT, so its gen is either
-        in what is returned, or its barrier sees the new row."""
+        The row of `fleet` is read FOR SHARE first: a change holds that row to its COMMIT, so its gen is
+        either in what is returned, or its barrier sees the new row."""
         ...
 
     def beat(self, host: str, inc: str, seen: int, keks: frozenset[str]) -> bool:
         """In the row of (host, inc) that is not fenced: beat + 1, greatest(seen, …), these keks. False: there
-        is no such row, so this incarnation is fenced. (`greatest`: a beat that was given up for lost may arrive
-        after its successor.)"""
+        is no such row, so this incarnation is fenced. (`greatest`: a beat that was given up for lost may
+        arrive after its successor.)"""
         ...
 
     def news(self, after: int, limit: int) -> News: ...
@@ -105,8 +105,8 @@ class Registry(Protocol):
     def sight(self) -> Sight: ...
 
     def fence(self, host: str, inc: str, beat: int) -> bool:
-        """Compare and set: only where (inc, beat) are these and it is not fenced. False: it lives, or somebody
-        else did it."""
+        """Compare and set: only where (inc, beat) are these and it is not fenced. False: it lives, or
+        somebody else did it."""
         ...
 
     def leave(self, host: str, inc: str) -> None:
