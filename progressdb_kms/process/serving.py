@@ -32,7 +32,8 @@ from ..store.pause import Pause
 from ..store.sqlite import SqliteReader
 from ..wire import loopback
 from ..wire.call import App
-from ..wire.server import Door, Limits, Server, peer_of
+from ..wire.doors import Door, peer_of
+from ..wire.server import Limits, Server
 from ..wire.slab import Slab
 from . import hardening, streams, systemd
 from .board import Board

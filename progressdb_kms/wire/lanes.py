@@ -6,12 +6,17 @@ and a queue that gives each UID its turn: a hundred jobs of one delay another's 
 
 from __future__ import annotations
 
+import ctypes
 import threading
+import time
 from collections import OrderedDict, deque
 from typing import Callable
 
 IDLE_SECONDS = 5.0
 """A thread that had nothing to do for so long ends."""
+
+SLICE, REST = 0.0005, 0.001
+"""Seconds of long work between two breaths, and of each: so short is the waiter kept from the interpreter."""
 
 Job = Callable[[memoryview, memoryview], None]
 """Is given the locked memory of its thread, see `Slab`."""
@@ -67,3 +72,27 @@ class Lane:
             return self._changed.wait_for(lambda: bool(self._jobs), IDLE_SECONDS)
         finally:
             self._idle -= 1
+
+
+# ---- long work
+
+
+class Breath:
+    """Lets the waiter have the interpreter between two slices of long work."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + SLICE
+
+    def __call__(self) -> None:
+        if time.monotonic() >= self._next:
+            time.sleep(REST)
+            self._next = time.monotonic() + SLICE
+
+
+_libc = ctypes.CDLL(None)
+
+
+def trim() -> None:
+    """What a long call took goes back to the system."""
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(ctypes.c_size_t(0))

@@ -1,4 +1,4 @@
-"""The edge: connections, deadlines, limits. The bytes are judged by `http1`, the requests by `routes`.
+"""The edge: connections, deadlines, limits. `doors` lets in, `http1` judges the bytes, `routes` the requests.
 
 One thread a worker waits for all of its connections, and serves by itself every request that is here whole
 and can't take long. A connection is an entry in a table and a descriptor while nothing of a request is here;
@@ -20,14 +20,10 @@ one for the body, however slowly the bytes drip in; one deadline for taking the 
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import logging
-import os
 import select
 import socket
 import socketserver
-import struct
 import sys
 import threading
 import time
@@ -37,16 +33,18 @@ from contextlib import suppress
 from typing import Any, Callable, NamedTuple
 
 from ..audit.log import Fragment, peer_fragment
-from ..encoding import wall
 from ..errors import KMSError, Overloaded, PeerRefused, RequestTimeout
-from ..rules import TCP, Meter, Peer, Policy, Rights, rights_of
+from ..rules import Meter, Peer, Policy, rights_of
 from ..service.metrics import Block, Metrics
 from ..service.told import Scarcity
 from . import dispatch, routes
 from .admission import BODIES, Bodies, Refusals, Shares
+from .answers import last_words, render_head, send_parts
 from .call import App, Call, Reply, Route
+from .connection import AHEAD, ANSWERING, BODY, BUSY, CLOSED, HEAD, IDLE, LINGERING, REFUSED, Connection
+from .doors import EVENTS, STRANGER, Door, Doors
 from .http1 import Head, Known, Reader, Request, Room
-from .lanes import Lane
+from .lanes import SLICE, Breath, Lane, trim
 from .slab import ANSWER, RECEIVED, Slab
 
 log = logging.getLogger("progressdb_kms.server")
@@ -68,29 +66,17 @@ page 7 ms. What is longer goes to a working thread."""
 TURN = 0.002
 """Seconds that a connection which sent requests ahead is served before the others get their turn."""
 
-EVENTS = 64
-"""Connections that are served before new ones are let in, and these before the next."""
-
 LINGER_SECONDS = 1.0
 """After a refusal the peer may still be sending: so long it is listened to, so that it reads the answer."""
 
 TURNED_AWAY = 64
 """Peers that are refused at accept and may read why at a time; where there are more, the oldest goes."""
 
-YIELDS = 10
-"""Milliseconds that a worker leaves a new connection to another one that has fewer."""
-
-STARVED_SECONDS, TELL_SECONDS = 0.1, 60.0
-"""Without a descriptor to accept with: the pause, and how often the log says so."""
-
 TOGETHER = 16
 """Answers that are sent together: the first of them waits half a millisecond."""
 
 LARGE = 64 * 1024
 """Bytes of an answer from which on head and body are not joined before they are sent."""
-
-SLICE, REST = 0.0005, 0.001
-"""Seconds of long work between two breaths, and of each: so short is the waiter kept from the interpreter."""
 
 SPIN = 0.0002
 """Seconds that the waiter looks for the next request of a lone connection before it sleeps: to be woken is
@@ -100,17 +86,10 @@ core to spare."""
 SPARE_FILES = 64
 """Descriptors that a worker needs beside its connections: store, log, jobs for the keeper, a reserve."""
 
-BACKLOG = 4096
-
 _ZEROS = bytes(RECEIVED)
 _NOTHING: list[memoryview] = []
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _IN, _OUT = select.POLLIN, select.POLLOUT  # the same numbers as EPOLLIN and EPOLLOUT
-_OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-
-
-STRANGER = Peer(-1, via=TCP)
-"""Of whom the kernel does not tell the UID. Over a Unix socket it always does."""
 
 
 class Limits(NamedTuple):
@@ -120,75 +99,6 @@ class Limits(NamedTuple):
     descriptors: int = 1 << 20
     """that this process may open"""
     cores: int = 1
-
-
-class Door(NamedTuple):
-    """A listening stream socket that does not block, and how to tell who came in by it."""
-
-    listener: socket.socket
-    identify: Callable[[socket.socket], Peer]
-
-
-# ---- peers -----------------------------------------------------------------------------------------
-
-
-def peer_of(sock: socket.socket) -> Peer:
-    """The credentials of the process at the other end, as they were at connect()."""
-    if hasattr(socket, "SO_PEERCRED"):
-        pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        return Peer(uid, gid, pid)
-    if sys.platform == "darwin":  # struct xucred; LOCAL_PEERPID
-        _, uid, _, gid = struct.unpack_from("=IIhxxI", sock.getsockopt(0, 1, 76))
-        return Peer(uid, gid, struct.unpack("i", sock.getsockopt(0, 2, 4))[0])
-    raise PeerRefused("this platform does not tell who is at the other end of a socket")
-
-
-# ---- one connection ----------------------------------------------------------------------------------
-
-IDLE, HEAD, BODY, AHEAD, BUSY, ANSWERING, LINGERING, REFUSED, CLOSED = range(9)
-
-
-class Connection:
-    """What is known of a peer between two turns. Most of it is empty while it is idle."""
-
-    __slots__ = (
-        "body_piece",
-        "continued",
-        "deadline",
-        "fragment",
-        "keep",
-        "kept",
-        "kept_piece",
-        "peer",
-        "pending",
-        "phase",
-        "reader",
-        "request",
-        "reserved",
-        "rights",
-        "round",
-        "route",
-        "row",
-    )
-
-    def __init__(self, request: socket.socket, peer: Peer, fragment: Fragment) -> None:
-        self.request = request
-        self.peer = peer
-        self.fragment = fragment
-        self.phase = IDLE
-        self.deadline = 0.0
-        self.row = -1  # of the table of shares
-        self.rights: Rights | None = None  # what policies leave this peer, since `round` of them
-        self.round = -1
-        self.reader: Reader | None = None  # of a request that is not whole
-        self.kept: memoryview | None = None  # bytes that were received and not used yet
-        self.kept_piece: memoryview | None = None  # the spare piece in which they lie
-        self.body_piece: memoryview | None = None  # the one of a secret body
-        self.route: Route | None = None
-        self.reserved = 0  # bytes of the budget
-        self.pending: list[memoryview] = []  # of an answer
-        self.keep = True
-        self.continued = False
 
 
 # ---- the waiter ----------------------------------------------------------------------------------------
@@ -259,14 +169,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         for end in (self._bell, self._ring):
             end.setblocking(False)
         self._poll.register(self._bell.fileno(), _IN)
-        self._doors = {door.listener.fileno(): door for door in doors}
-        self._paused: dict[int, float] = {}  # doors, and until when
-        self._renewed: deque[int] = deque()
-        self._yields = 0
-        self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        self._told = -TELL_SECONDS
-        for fd in self._doors:
-            self._poll.register(fd, _IN)
+        self._doors = Doors(doors, self._poll, self._greet, self._others_have_fewer)
 
     def narrow(self, policies: Sequence[Policy], meter: Meter) -> None:
         """From the next request on these policies hold, on connections that are open too."""
@@ -295,8 +198,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         events = self._wait()
         self._now = time.monotonic()
         self._idle_until = self._now + self.limits.idle_timeout
-        if self._paused or self._renewed:
-            self._go_on()
+        if self._doors.resting or self._doors.renewed:
+            self._doors.go_on(self._now)
         doors, connections = [], self._connections
         for fd, _ in events:
             connection = connections.get(fd)
@@ -319,14 +222,14 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if self._out:
             self._flush()
         for fd in doors:
-            self._let_in(fd)
+            self._doors.let_in(fd)
         if self._now >= self._next_tick:
             self._tick()
 
     def _wait(self) -> list[tuple[int, int]]:
         seconds = self._tick_seconds if self._connections else 5.0
-        if self._paused:
-            seconds = max(0.0, min(seconds, min(self._paused.values()) - time.monotonic()))
+        if resting := self._doors.resting:
+            seconds = max(0.0, min(seconds, min(resting.values()) - time.monotonic()))
         if self._ahead or self._back:
             seconds = 0.0
         if not isinstance(self._poll, select.epoll):
@@ -366,9 +269,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._refusals.flush()
         self._scarcity.look(now)
         self._look_around()
-        if self._untrimmed and hasattr(_libc, "malloc_trim"):
+        if self._untrimmed:
             self._untrimmed = False
-            self._working.submit(0, lambda scratch, answer: _libc.malloc_trim(ctypes.c_size_t(0)))
+            self._working.submit(0, lambda scratch, answer: trim())
 
     def _late(self, connection: Connection) -> None:
         phase = connection.phase
@@ -617,7 +520,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             except BlockingIOError:
                 sent = 0
             return _NOTHING if sent == len(whole) else [memoryview(whole)[sent:]]
-        left = _send_parts(sock, parts)
+        left = send_parts(sock, parts)
         if left and reply.secret:
             raise ConnectionResetError  # a peer that leaves its answers lying gets no key
         return left
@@ -654,7 +557,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _send_more(self, connection: Connection) -> None:
         try:
-            connection.pending = _send_parts(connection.request, connection.pending)
+            connection.pending = send_parts(connection.request, connection.pending)
         except OSError:
             self._close(connection)
             return
@@ -765,11 +668,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _say(self, connection: Connection, reply: Reply, head: Head | None = None) -> None:
         """A last word, and then the peer has some time to read it (RFC 9112, 9.6)."""
-        words = render_head(reply, False, head.version if head else "1.1")
-        if head is None or head.method != "HEAD":
-            words += bytes(reply.body)
+        version, head_only = (head.version, head.method == "HEAD") if head else ("1.1", False)
         try:
-            connection.request.send(words)
+            connection.request.send(last_words(reply, version, head_only))
             connection.request.shutdown(socket.SHUT_WR)
         except OSError:
             self._close(connection)
@@ -818,24 +719,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     # ---- coming in ---------------------------------------------------------------------------------
 
-    def _let_in(self, fd: int, most: int = EVENTS) -> None:
-        door = self._doors[fd]
-        for _ in range(most):
-            if self._others_first():
-                self._pause(fd, 0.001)
-                return
-            try:
-                request, _ = door.listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in _OUT_OF:
-                    self._starved(fd, door, error)
-                    return
-                continue  # it was gone before it was let in
-            request.setblocking(False)
-            self._greet(door, request)
-
     def _greet(self, door: Door, request: socket.socket) -> None:
         """Who is it, and is this UID served at all? It is answered here if not."""
         peer = STRANGER
@@ -879,8 +762,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         connection = Connection(request, peer, Fragment(""))
         connection.phase = REFUSED
         connection.deadline = self._now + LINGER_SECONDS
-        words = render_head(reply := dispatch.error_reply(error), False, "1.1") + bytes(reply.body)
-        connection.pending = [memoryview(words)]
+        connection.pending = [memoryview(last_words(dispatch.error_reply(error)))]
         self._enter(connection)
         self._turned_away[request.fileno()] = connection
 
@@ -894,52 +776,15 @@ class Server(socketserver.ThreadingUnixStreamServer):
         connection.phase = LINGERING
         connection.pending = []
 
-    def _others_first(self) -> bool:
-        """Where another worker has fewer connections, it has some moments to be the first."""
-        if self._drain_until:
-            return False
+    def _others_have_fewer(self) -> bool:
         *workers, _ = self._metrics.gauge("connections")  # the last is the keeper's
         least = min(workers)
-        if self._yields >= YIELDS or self._counters.get("connections") <= least + least // 16:
-            self._yields = 0
-            return False
-        self._yields += 1
-        return True
-
-    def _pause(self, fd: int, seconds: float) -> None:
-        self._poll.unregister(fd)
-        self._paused[fd] = time.monotonic() + seconds
-
-    def _go_on(self) -> None:
-        for fd in [fd for fd, until in self._paused.items() if until <= self._now]:
-            del self._paused[fd]
-            self._poll.register(fd, _IN)
-        while self._renewed:
-            fd = self._renewed.popleft()
-            if fd not in self._paused:
-                with suppress(OSError):  # it went with the socket that it was
-                    self._poll.unregister(fd)
-                self._poll.register(fd, _IN)
+        return self._counters.get("connections") > least + least // 16
 
     def renew(self, listener: socket.socket) -> None:
         """The descriptor of this door leads to another socket now."""
-        self._renewed.append(listener.fileno())
+        self._doors.renew(listener)
         self._wake()
-
-    def _starved(self, fd: int, door: Door, error: OSError) -> None:
-        """No descriptor is left: who waits longest hears so by the one in reserve, and the door rests."""
-        if self._now - self._told >= TELL_SECONDS:
-            self._told = self._now
-            log.error("no connection can be accepted (%s): raise LimitNOFILE", error.strerror)
-        os.close(self._reserve)
-        with suppress(OSError):
-            request, _ = door.listener.accept()
-            with request:
-                reply = dispatch.error_reply(Overloaded("no descriptor is left", hint="try again"))
-                request.setblocking(False)
-                request.send(render_head(reply, False, "1.1") + bytes(reply.body))
-        self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        self._pause(fd, STARVED_SECONDS)
 
     # ---- the end -----------------------------------------------------------------------------------
 
@@ -955,99 +800,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _begin_drain(self) -> None:
         """Let in who was there, then end each connection behind what it has sent."""
-        for fd in self._doors:
-            self._let_in(fd, BACKLOG)
-            if self._paused.pop(fd, None) is None:
-                self._poll.unregister(fd)
+        self._doors.close()
         self.draining = True
         for connection in self._connections.values():
             if connection.phase in (IDLE, HEAD, BODY):
                 with suppress(OSError):
                     connection.request.shutdown(socket.SHUT_RD)
-
-
-def _send_parts(sock: socket.socket, parts: list[memoryview]) -> list[memoryview]:
-    """Send without joining; what is left."""
-    try:
-        sent = sock.sendmsg(parts)
-    except BlockingIOError:
-        return parts
-    left = []
-    for part in parts:
-        if sent < len(part):
-            left.append(part[sent:])
-        sent = max(0, sent - len(part))
-    return left
-
-
-class Breath:
-    """Lets the waiter have the interpreter between two slices of long work."""
-
-    def __init__(self) -> None:
-        self._next = time.monotonic() + SLICE
-
-    def __call__(self) -> None:
-        if time.monotonic() >= self._next:
-            time.sleep(REST)
-            self._next = time.monotonic() + SLICE
-
-
-_libc = ctypes.CDLL(None)
-"""For malloc_trim: what a long call took goes back to the system."""
-
-
-# ---- answer heads --------------------------------------------------------------------------------------
-
-_PHRASES = {
-    200: "OK",
-    201: "Created",
-    400: "Bad Request",
-    403: "Forbidden",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    408: "Request Timeout",
-    409: "Conflict",
-    410: "Gone",
-    411: "Length Required",
-    413: "Content Too Large",
-    414: "URI Too Long",
-    415: "Unsupported Media Type",
-    417: "Expectation Failed",
-    422: "Unprocessable Content",
-    423: "Locked",
-    429: "Too Many Requests",
-    431: "Request Header Fields Too Large",
-    500: "Internal Server Error",
-    501: "Not Implemented",
-    503: "Service Unavailable",
-    505: "HTTP Version Not Supported",
-}
-_starts: dict[tuple[int, str, bool, str], bytes] = {}
-_second = 0
-
-
-def _start(status: int, content_type: str, keep: bool, version: str) -> bytes:
-    """All that answers of a kind have in common in this second (Date: RFC 9110, 5.6.7)."""
-    date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(_second))
-    connection = (
-        ("" if version == "1.1" else "Connection: keep-alive\r\n") if keep else "Connection: close\r\n"
-    )
-    return (
-        f"HTTP/1.1 {status} {_PHRASES[status]}\r\nDate: {date}\r\nContent-Type: {content_type}\r\n"
-        f"Cache-Control: no-store\r\n{connection}"
-    ).encode("ascii")
-
-
-def render_head(reply: Reply, keep: bool, version: str) -> bytes:
-    global _second
-    now = int(wall())
-    if now != _second:
-        _second = now
-        _starts.clear()
-    kind = (reply.status, reply.content_type, keep, version)
-    start = _starts.get(kind)
-    if start is None:
-        start = _starts[kind] = _start(*kind)
-    receipt = f"X-KMS-Audit: {reply.receipt}\r\n" if reply.receipt else ""
-    size = len(reply.lead) + len(reply.body)
-    return start + f"Content-Length: {size}\r\n{receipt}{reply.extra}\r\n".encode("ascii")

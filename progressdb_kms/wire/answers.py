@@ -1,0 +1,82 @@
+"""An answer as bytes: its head, made once a second for all answers of a kind, and sending without a copy."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+from ..encoding import wall
+from .call import Reply
+
+_PHRASES = {
+    200: "OK",
+    201: "Created",
+    400: "Bad Request",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    409: "Conflict",
+    410: "Gone",
+    411: "Length Required",
+    413: "Content Too Large",
+    414: "URI Too Long",
+    415: "Unsupported Media Type",
+    417: "Expectation Failed",
+    422: "Unprocessable Content",
+    423: "Locked",
+    429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    501: "Not Implemented",
+    503: "Service Unavailable",
+    505: "HTTP Version Not Supported",
+}
+_starts: dict[tuple[int, str, bool, str], bytes] = {}
+_second = 0
+
+
+def _start(status: int, content_type: str, keep: bool, version: str) -> bytes:
+    """All that answers of a kind have in common in this second (Date: RFC 9110, 5.6.7)."""
+    date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(_second))
+    connection = (
+        ("" if version == "1.1" else "Connection: keep-alive\r\n") if keep else "Connection: close\r\n"
+    )
+    return (
+        f"HTTP/1.1 {status} {_PHRASES[status]}\r\nDate: {date}\r\nContent-Type: {content_type}\r\n"
+        f"Cache-Control: no-store\r\n{connection}"
+    ).encode("ascii")
+
+
+def render_head(reply: Reply, keep: bool, version: str) -> bytes:
+    global _second
+    now = int(wall())
+    if now != _second:
+        _second = now
+        _starts.clear()
+    kind = (reply.status, reply.content_type, keep, version)
+    start = _starts.get(kind)
+    if start is None:
+        start = _starts[kind] = _start(*kind)
+    receipt = f"X-KMS-Audit: {reply.receipt}\r\n" if reply.receipt else ""
+    size = len(reply.lead) + len(reply.body)
+    return start + f"Content-Length: {size}\r\n{receipt}{reply.extra}\r\n".encode("ascii")
+
+
+def send_parts(sock: socket.socket, parts: list[memoryview]) -> list[memoryview]:
+    """Send without joining; what is left."""
+    try:
+        sent = sock.sendmsg(parts)
+    except BlockingIOError:
+        return parts
+    left = []
+    for part in parts:
+        if sent < len(part):
+            left.append(part[sent:])
+        sent = max(0, sent - len(part))
+    return left
+
+
+def last_words(reply: Reply, version: str = "1.1", head_only: bool = False) -> bytes:
+    """All of an answer behind which the connection is closed."""
+    return render_head(reply, False, version) + (b"" if head_only else bytes(reply.body))

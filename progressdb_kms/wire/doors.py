@@ -1,0 +1,154 @@
+"""The doors of a worker: sockets that all workers listen on, who comes in by them, and who of the workers
+lets a peer in.
+
+A door rests for a moment where another worker has fewer connections, or where no descriptor is left to accept
+with: whoever waits longest hears so then, by one that is held in reserve.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import socket
+import struct
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Callable, NamedTuple
+
+from ..errors import Overloaded, PeerRefused
+from ..rules import TCP, Peer
+from .answers import last_words
+from .dispatch import error_reply
+
+log = logging.getLogger("progressdb_kms.server")
+
+BACKLOG = 4096
+
+EVENTS = 64
+"""Connections that are served before new ones are let in, and these before the next."""
+
+YIELDS = 10
+"""Milliseconds that a worker leaves a new connection to another one that has fewer."""
+
+STARVED_SECONDS, TELL_SECONDS = 0.1, 60.0
+"""Without a descriptor to accept with: the pause, and how often the log says so."""
+
+STRANGER = Peer(-1, via=TCP)
+"""Of whom the kernel does not tell the UID. Over a Unix socket it always does."""
+
+_OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+def peer_of(sock: socket.socket) -> Peer:
+    """The credentials of the process at the other end, as they were at connect()."""
+    if hasattr(socket, "SO_PEERCRED"):
+        pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return Peer(uid, gid, pid)
+    if sys.platform == "darwin":  # struct xucred; LOCAL_PEERPID
+        _, uid, _, gid = struct.unpack_from("=IIhxxI", sock.getsockopt(0, 1, 76))
+        return Peer(uid, gid, struct.unpack("i", sock.getsockopt(0, 2, 4))[0])
+    raise PeerRefused("this platform does not tell who is at the other end of a socket")
+
+
+class Door(NamedTuple):
+    """A listening stream socket that does not block, and how to tell who came in by it."""
+
+    listener: socket.socket
+    identify: Callable[[socket.socket], Peer]
+
+
+class Doors:
+    """Belongs to the waiter's thread, but for `renew`."""
+
+    def __init__(
+        self,
+        doors: Sequence[Door],
+        poll: Any,
+        greet: Callable[[Door, socket.socket], None],
+        others_have_fewer: Callable[[], bool],
+    ) -> None:
+        self._doors = {door.listener.fileno(): door for door in doors}
+        self._poll = poll
+        self._greet = greet
+        self._others_have_fewer = others_have_fewer
+        self.resting: dict[int, float] = {}  # doors, and until when
+        self.renewed: deque[int] = deque()
+        self._yields = 0
+        self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._told = -TELL_SECONDS
+        for fd in self._doors:
+            self._poll.register(fd, select.POLLIN)
+
+    def __contains__(self, fd: int) -> bool:
+        return fd in self._doors
+
+    def let_in(self, fd: int, most: int = EVENTS, closing: bool = False) -> None:
+        door = self._doors[fd]
+        for _ in range(most):
+            if not closing and self._others_first():
+                self._rest(fd, 0.001)
+                return
+            try:
+                request, _ = door.listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _OUT_OF:
+                    self._starved(fd, door, error)
+                    return
+                continue  # it was gone before it was let in
+            request.setblocking(False)
+            self._greet(door, request)
+
+    def _others_first(self) -> bool:
+        """Where another worker has fewer connections, it has some moments to be the first."""
+        if self._yields >= YIELDS or not self._others_have_fewer():
+            self._yields = 0
+            return False
+        self._yields += 1
+        return True
+
+    def _rest(self, fd: int, seconds: float) -> None:
+        self._poll.unregister(fd)
+        self.resting[fd] = time.monotonic() + seconds
+
+    def go_on(self, now: float) -> None:
+        """Doors that have rested, and those that lead elsewhere by now, are listened at again."""
+        for fd in [fd for fd, until in self.resting.items() if until <= now]:
+            del self.resting[fd]
+            self._poll.register(fd, select.POLLIN)
+        while self.renewed:
+            fd = self.renewed.popleft()
+            if fd not in self.resting:
+                with suppress(OSError):  # it went with the socket that it was
+                    self._poll.unregister(fd)
+                self._poll.register(fd, select.POLLIN)
+
+    def renew(self, listener: socket.socket) -> None:
+        """The descriptor of this door leads to another socket now. Any thread may say so."""
+        self.renewed.append(listener.fileno())
+
+    def _starved(self, fd: int, door: Door, error: OSError) -> None:
+        if time.monotonic() - self._told >= TELL_SECONDS:
+            self._told = time.monotonic()
+            log.error("no connection can be accepted (%s): raise LimitNOFILE", error.strerror)
+        os.close(self._reserve)
+        with suppress(OSError):
+            request, _ = door.listener.accept()
+            with request:
+                request.setblocking(False)
+                request.send(last_words(error_reply(Overloaded("no descriptor is left", hint="try again"))))
+        self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._rest(fd, STARVED_SECONDS)
+
+    def close(self) -> None:
+        """Let in who is there, and nobody after that."""
+        for fd in self._doors:
+            self.let_in(fd, BACKLOG, closing=True)
+            if self.resting.pop(fd, None) is None:
+                self._poll.unregister(fd)
