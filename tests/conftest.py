@@ -4,6 +4,7 @@
     make_daemon     make_daemon(config, workers=2, …): as many as the test wants, of any configuration
     shared_daemon   one running daemon a module: for tests that only add keys of their own
     workers         runs the test with one process and with two: `make_daemon(workers=workers)`
+    postgres_server one PostgreSQL server for the whole run of this process; skipped where there is none
     short_tmp       a folder directly under /tmp, for socket paths
 
 A test that waits for something that never comes is ended after LIMIT seconds (marked `long`: LONG_LIMIT).
@@ -22,6 +23,7 @@ from typing import Any, Callable
 
 import pytest
 
+from tests.harness import postgres
 from tests.harness.daemon import Daemon
 
 LIMIT = 180
@@ -59,6 +61,14 @@ def shared_daemon() -> Iterator[Daemon]:
 def workers(request: pytest.FixtureRequest) -> int:
     count: int = request.param
     return count
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[postgres.Postgres]:
+    if why := postgres.missing():
+        pytest.skip(why)
+    with postgres.Postgres() as server:
+        yield server
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ OWNED = {
     "yaml": "config",
     "_yaml": "config",
     "sqlitedict": "store",
+    "psycopg": "fleet",
     "argparse": "tools",
 }
 """Modules of others that one room alone may import."""

@@ -1,0 +1,305 @@
+"""A PostgreSQL server of the tests' own, in a temporary folder.
+
+    with Postgres() as server:
+        server.sql("CREATE ROLE …")
+        database = server.database()      # fresh, of the role `kms`, over the Unix socket
+
+It runs as an unprivileged user where the tests are root, listens on a Unix socket, and on 127.0.0.1 alone
+where `tls` names a certificate. It doesn't wait for the disk unless told to (`durable`): what is tried is
+what a killed process leaves, not what a power cut does. `missing()` says why there can't be one here.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+LEAST = 14
+STARTED_SECONDS = 60
+
+
+@functools.cache
+def binaries() -> Path | None:
+    """The folder of the newest server that is installed."""
+    found = [Path(path).parent for path in glob.glob("/usr/lib/postgresql/*/bin/initdb")]
+    found += [Path(os.path.realpath(path)).parent for path in [shutil.which("initdb")] if path]
+    known = [(version, folder) for folder in found if (version := _version(folder)) >= LEAST]
+    return max(known)[1] if known else None
+
+
+def _version(folder: Path) -> int:
+    answer = subprocess.run([folder / "postgres", "--version"], capture_output=True, text=True, check=False)
+    digits = answer.stdout.split()[2].split(".")[0] if answer.stdout else ""
+    return int(digits) if digits.isdigit() else 0
+
+
+def missing() -> str:
+    """Why no server can be started here; "" where one can."""
+    try:
+        import psycopg  # noqa: F401
+    except ImportError as error:
+        return f"needs psycopg 3 ({error})"
+    if binaries() is None:
+        return f"needs PostgreSQL {LEAST} or newer (initdb)"
+    if os.geteuid() == 0 and shutil.which("setpriv") is None:
+        return "needs setpriv: no server runs as root"
+    return ""
+
+
+class Database(NamedTuple):
+    """Where a database is, as the configuration says it."""
+
+    hosts: list[str]
+    name: str
+    user: str
+
+    def block(self, **more: Any) -> dict[str, Any]:
+        return {"hosts": self.hosts, "database": self.name, "user": self.user, **more}
+
+
+class Postgres:
+    """One server. `hba`: the lines of pg_hba.conf; by default everybody is believed over the socket."""
+
+    def __init__(
+        self,
+        settings: dict[str, str] | None = None,
+        hba: str = "local all all trust",
+        tls: tuple[Path, Path] | None = None,
+        initdb: tuple[str, ...] = (),
+        durable: bool = False,
+    ) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="kms-pg-", dir="/tmp"))
+        self.data = self.folder / "data"
+        self.log = self.folder / "log"
+        self.port = _free_port() if tls else 5432
+        self.user = "nobody" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
+        self.hba = hba
+        self._process: subprocess.Popen[bytes] | None = None
+        self._made = 0
+        self._durable = durable
+        self._settings = {
+            "unix_socket_directories": str(self.folder),
+            "listen_addresses": "127.0.0.1" if tls else "",
+            "port": str(self.port),
+            "max_connections": "40",
+            "shared_buffers": "16MB",
+            "autovacuum": "off",
+            "logging_collector": "off",
+            **({} if durable else {"fsync": "off", "full_page_writes": "off"}),
+            **(settings or {}),
+        }
+        self._initdb = initdb
+        self._tls = tls
+
+    # ---- its life -------------------------------------------------------------------------------
+
+    def run(self, program: str, *words: str | Path) -> None:
+        """One of the server's own programs, as the user that the server runs as."""
+        done = subprocess.run(self.words(program, *words), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{program}: {done.stderr or done.stdout}")
+
+    def words(self, program: str, *words: str | Path) -> list[str]:
+        folder = binaries()
+        assert folder is not None, missing()
+        line = [str(folder / program), *map(str, words)]
+        if os.geteuid():
+            return line
+        about = pwd.getpwnam(self.user)
+        return ["setpriv", f"--reuid={about.pw_uid}", f"--regid={about.pw_gid}", "--clear-groups", *line]
+
+    def make(self) -> Postgres:
+        self._own(self.folder)
+        self.run("initdb", "-D", self.data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C",
+                 "--no-sync", "--no-instructions", *self._initdb)  # fmt: skip
+        return self
+
+    def start(self) -> Postgres:
+        if not self.data.exists():
+            self.make()
+        if self._tls:
+            for source, name in zip(self._tls, ("server.crt", "server.key")):
+                shutil.copy(source, self.data / name)
+                (self.data / name).chmod(0o600)
+                self._own(self.data / name)
+            self._settings["ssl"] = "on"
+        (self.data / "pg_hba.conf").write_text("local all postgres trust\n" + self.hba + "\n")
+        options = [word for name, value in self._settings.items() for word in ("-c", f"{name}={value}")]
+        with open(self.log, "ab") as log:
+            self._process = subprocess.Popen(
+                self.words("postgres", "-D", self.data, *options),
+                stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, cwd=self.folder,
+            )  # fmt: skip
+        self._wait()
+        return self
+
+    def _wait(self) -> None:
+        """Until it takes connections, or is the standby that takes them read-only."""
+        assert self._process is not None
+        deadline = time.monotonic() + STARTED_SECONDS
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"PostgreSQL did not start: {self.log.read_text()[-2000:]}")
+            time.sleep(0.02)
+
+    def _answers(self) -> bool:
+        import psycopg
+
+        try:
+            self.connect().close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def _own(self, path: Path) -> None:
+        if os.geteuid() == 0:
+            about = pwd.getpwnam(self.user)
+            os.chown(path, about.pw_uid, about.pw_gid)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def stop(self, number: int = signal.SIGINT) -> None:
+        """SIGINT is its fast shutdown, SIGQUIT one without a checkpoint. SIGKILL: its children end by
+        themselves."""
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait(STARTED_SECONDS)
+            self._process = None
+
+    def close(self) -> None:
+        self.stop(signal.SIGQUIT)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Postgres:
+        try:
+            return self.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- as its administrator ---------------------------------------------------------------------
+
+    def connect(self, database: str = "postgres", user: str = "postgres") -> Any:
+        import psycopg
+
+        return psycopg.connect(
+            host=str(self.folder),
+            port=self.port,
+            dbname=database,
+            user=user,
+            autocommit=True,
+            connect_timeout=10,
+        )
+
+    def sql(self, *statements: str, database: str = "postgres") -> list[tuple[Any, ...]]:
+        """Each a transaction of its own. Returns the rows of the last."""
+        rows: list[tuple[Any, ...]] = []
+        with self.connect(database) as db:
+            for statement in statements:
+                cursor = db.execute(statement)
+                rows = cursor.fetchall() if cursor.description else []
+        return rows
+
+    def database(self) -> Database:
+        """A fresh one, that belongs to the role `kms`."""
+        self._made += 1
+        name = f"kms{self._made}"
+        if self._made == 1:
+            self.sql("CREATE ROLE kms LOGIN PASSWORD 'open sesame'")
+        self.sql(f"CREATE DATABASE {name} OWNER kms")
+        return Database([str(self.folder)], name, "kms")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+# ---- certificates ----------------------------------------------------------------------------------
+
+
+class Authority:
+    """A CA that is made for a test: `issue` writes a certificate and its key."""
+
+    def __init__(self, folder: Path, name: str = "ca") -> None:
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        self.folder = folder
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = name
+        self._number = 0
+        self._certificate = self._sign(name, self._key.public_key(), authority=True)
+        self.file = self._write(f"{name}.pem", self._certificate)
+
+    def _sign(self, name: str, public: Any, authority: bool = False, client: bool = False) -> Any:
+        import datetime
+        import ipaddress
+
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes
+        from cryptography.x509.oid import NameOID
+
+        now = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
+        issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, self._name)])
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        self._number += 1
+        built = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer)
+            .public_key(public)
+            .serial_number(self._number)
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=2))
+            .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+        )
+        if not authority and not client:
+            try:
+                names: x509.GeneralName = x509.IPAddress(ipaddress.ip_address(name))
+            except ValueError:
+                names = x509.DNSName(name)
+            built = built.add_extension(x509.SubjectAlternativeName([names]), critical=False)
+        return built.sign(self._key, hashes.SHA256())
+
+    def issue(self, name: str, client: bool = False) -> tuple[Path, Path]:
+        """The files of a certificate for a server's name or address, or for a role, and of its key."""
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = self._write(f"{name}.crt", self._sign(name, key.public_key(), client=client))
+        text = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        file = self.folder / f"{name}.key"
+        file.touch(0o600)
+        file.write_bytes(text)
+        return certificate, file
+
+    def _write(self, name: str, certificate: Any) -> Path:
+        from cryptography.hazmat.primitives import serialization
+
+        path = self.folder / name
+        path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        return path
