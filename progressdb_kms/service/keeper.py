@@ -51,7 +51,7 @@ from ..errors import (
     Unavailable,
     WeakKey,
 )
-from ..store import erasure, snapshots
+from ..store import erasure, heads, snapshots
 from ..store.contract import DekRecord, Store, Usage
 from ..store.pause import Pause
 from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS, refusal
@@ -410,10 +410,8 @@ class Keeper:
         self._syncing.worked()
         self._synced = now
         for chain, seq, sig in due:
-            name, row = f"audit:head:{chain}", {"seq": seq, "sig": sig}
-            # What the store has is looked up: what was remembered may have been rolled back.
-            if seq and self._store.read(name) != row:
-                self._store.write(name, row)
+            if seq:
+                heads.anchor(self._store, chain, heads.Head(seq, sig))
 
     def _anchor_own(self) -> None:
         """Our own records, where no job came along since."""

@@ -21,6 +21,7 @@ from ..crypto.keyring import Keyring
 from ..encoding import timestamp, wall
 from ..errors import ConfigError, StoreDamaged, StoreUnavailable
 from ..store.contract import Store
+from ..store.heads import forget, heads
 from ..store.sqlite import SqliteStore
 from . import ownkeys
 from .clock import Clock
@@ -35,6 +36,9 @@ HOST_FILE = "kms.host"
 
 RESTORE_FOLDER = ".kms-restore"
 """Where `restore` builds the store that is to come. What a crash leaves of one is thrown away."""
+
+EPOCH = "audit:epoch"
+"""The row that numbers the runs of the daemon, and of the commands that write."""
 
 RESTORED = "audit:restore"
 """The row of a restored store that owes the audit log its `restore` event."""
@@ -92,16 +96,16 @@ def open_store(
         store.unlock(keyring.row_key, keyring.publish)
         keyring.activate(chosen.active, chosen.version)
         _drop_unneeded(keyring, store, keys)
-        row = store.read("audit:epoch") or {"epoch": 0, "since": 0}
-        epoch, since = int(row["epoch"]) + 1, int(row["since"])
+        epoch = int((store.read(EPOCH) or {"epoch": 0})["epoch"]) + 1
         log_path = data_dir / AUDIT_LOG
         floor = _floor(store, log_path, keyring)
         older = floor.above(epoch - 1, store.state().change) if floor else ""
         if older and (incarnation or not keys.accept_older):
             raise StoreDamaged(older, hint=verify.OLDER_HINT)
+        store.vouch()
         was = store.state().change
         epoch = max(epoch, floor.epoch + 1) if floor else epoch
-        previous = _heads(store, range(since, epoch))
+        previous = heads(store)
         with store.transaction():
             if floor and older:
                 store.advance(floor.change)
@@ -112,7 +116,7 @@ def open_store(
                 store.activate(chosen.active, chosen.version, timestamp(wall()))
             for name, key in ours.items():
                 store.write(ownkeys.ROWS[name], key)
-            store.write("audit:epoch", {"epoch": epoch, "since": since if incarnation else epoch})
+            store.write(EPOCH, {"epoch": epoch})
         book = AuditLog(log_path, keyring.audit_key, f"{epoch}.0", change=keyring.change)
         verify.recover(book)
         details = {"kek_id": chosen.active, "kek_version": chosen.version, "command": command}
@@ -121,8 +125,17 @@ def open_store(
             log.warning("%s: taken as it is, as --accept-older-store says", older)
             book.note("older_store_accepted", "ok", {"store": was, "log": floor.change})
         _note_restore(store, book)
+        if not incarnation:
+            _begin_run(store, book, epoch)
         undo.pop_all()
     return Opened(store, book, epoch)
+
+
+def _begin_run(store: Store, book: AuditLog, epoch: int) -> None:
+    """The record that names the heads of the run before is on the disk: from here on it vouches for them."""
+    book.sync()
+    with store.transaction():
+        forget(store, epoch)
 
 
 def _note_restore(store: Store, book: AuditLog) -> None:
@@ -172,17 +185,6 @@ def _load_keys(store: Store, keyring: Keyring, chosen: Plan) -> dict[str, dict[s
             result[name] = ownkeys.wrap(keyring, chosen.active, name, into)
         else:
             result[name] = dict(ownkeys.load(keyring, name, row, chosen.active, into))
-    return result
-
-
-def _heads(store: Store, epochs: range) -> dict[str, list[object]]:
-    """The heads that the chains of the last run had when it ended."""
-    result: dict[str, list[object]] = {}
-    for epoch in epochs:
-        for name in store.names(f"audit:head:{epoch}."):
-            row = store.read(name)
-            if row is not None:
-                result[name[len("audit:head:") :]] = [row["seq"], row["sig"]]
     return result
 
 

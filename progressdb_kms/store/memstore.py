@@ -56,7 +56,7 @@ class MemoryReader(SealedReader):
         rows = ((key_id, row) for key_id, row in sorted(self._state.deks.items()) if key_id > after)
         return [(key_id, row) for key_id, row in rows if thread_id in (None, row["thread_id"])][:limit]
 
-    def read(self, name: str) -> dict[str, Any] | None:
+    def _read(self, name: str) -> Any:
         return self._state.kms.get(name)
 
     def names(self, prefix: str) -> list[str]:
@@ -127,10 +127,10 @@ class MemoryStore(SealedStore, MemoryReader):
     def _set(self, key_id: str, row: Row) -> None:
         self._writable().deks[key_id] = row
 
-    def write(self, name: str, value: dict[str, Any]) -> None:
-        self._writable().kms[name] = value
+    def _write(self, name: str, row: dict[str, Any]) -> None:
+        self._writable().kms[name] = row
 
-    def erase(self, name: str) -> None:
+    def _erase(self, name: str) -> None:
         self._writable().kms.pop(name, None)
 
     def count(self, rows: Iterable[tuple[str, Usage]]) -> None:

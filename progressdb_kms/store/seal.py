@@ -5,11 +5,13 @@
 - The state row carries one too. It holds what must be true of all rows together: the number of the last
   change, the counts by KEK, the active KEK, and the sum of the rows' MACs modulo 2**256. So a row that was
   deleted, or replaced by an older one that is genuine, is found by whoever adds up: `verify`, and a rotation.
+- So do the few rows of the service's own that decide something (OWN): how far each audit chain was, the list
+  of retired KEKs, the trusted time. They have a sum of their own, which each start adds up.
 - The number grows with each change of a row, and each audit record carries the last one that is on disk. So
   an older store that is put back beside its log is found at the start.
 
-What stands beside these rows (the list of deletions that are due, notes of erasures, heads of the audit
-chains) has no MAC and decides nothing about a DEK.
+What stands beside these rows (the list of deletions that are due, notes of erasures) has no MAC and decides
+nothing about a DEK.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ _MAC = 46
 
 STATE = "store:state"
 """The name of the state row."""
+
+OWN = ("audit:", "clock:", "kek:", "row:")
+"""Rows of the service's own that carry a MAC, by how their names begin."""
 
 
 class Seal:
@@ -67,7 +72,7 @@ class Seal:
         """Raises StoreDamaged where the row was not written by us, or under another name."""
         try:
             found = b64decode(row["mac"])
-            genuine = same(found, self.mac(name, {member: row[member] for member in row if member != "mac"}))
+            genuine = same(found, self.mac(name, without_mac(row)))
         except (KeyError, TypeError, ValueError, AttributeError):
             genuine = False
         if not genuine:
@@ -80,6 +85,10 @@ class Seal:
 def weight(row: Mapping[str, Any]) -> int:
     """What a row that was checked adds to the sum."""
     return int.from_bytes(b64decode(row["mac"]), "big")
+
+
+def without_mac(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {member: row[member] for member in row if member != "mac"}
 
 
 class KekCount(NamedTuple):
@@ -103,6 +112,8 @@ class StoreState(NamedTuple):
     active: ActiveKek | None = None
     keks: Mapping[str, KekCount] = {}  # noqa: RUF012  # never edited: each change makes a new one
     total: int = 0
+    own: int = 0
+    """The sum of the MACs of the rows OWN."""
 
     def to_row(self) -> dict[str, Any]:
         return {
@@ -110,6 +121,7 @@ class StoreState(NamedTuple):
             "active": list(self.active) if self.active else None,
             "keks": {kek_id: list(row) for kek_id, row in self.keks.items()},
             "sum": f"{self.total:064x}",
+            "own": f"{self.own:064x}",
         }
 
     @classmethod
@@ -120,7 +132,7 @@ class StoreState(NamedTuple):
         try:
             active = ActiveKek(*row["active"]) if row["active"] else None
             keks = {kek_id: KekCount(*count) for kek_id, count in row["keks"].items()}
-            return cls(int(row["change"]), active, keks, int(row["sum"], 16))
+            return cls(int(row["change"]), active, keks, int(row["sum"], 16), int(row["own"], 16))
         except (KeyError, TypeError, ValueError, AttributeError):
             raise StoreDamaged(
                 f"the row {STATE} can't be read", hint="restore a backup: `progressdb-kms restore FILE`"

@@ -9,10 +9,13 @@ from typing import Any, Callable, NamedTuple
 from ..errors import StoreDamaged, StoreUnavailable
 from .contract import DekRecord, counted
 from .policy import SHREDDED
-from .seal import END, MODULUS, STATE, KekCount, Seal, StoreState, Tally, weight
+from .seal import END, MODULUS, OWN, STATE, KekCount, Seal, StoreState, Tally, weight, without_mac
 
 ROWS = 1000
 """Rows of one look at both sides of a rotation."""
+
+LOOKS = 100
+"""A writer moves its rows a few times a second, and a look at all of them takes a millisecond."""
 
 Row = dict[str, Any]
 
@@ -38,7 +41,16 @@ class SealedReader(ABC):
     def _raw_page(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]: ...
 
     @abstractmethod
-    def read(self, name: str) -> Row | None: ...
+    def _read(self, name: str) -> Any:
+        """A row of the service's own as it stands, None where there is none."""
+
+    @abstractmethod
+    def names(self, prefix: str) -> list[str]: ...
+
+    def read(self, name: str) -> Row | None:
+        """A row of the service's own. Those that carry a MAC are held against it all at once: see `vouch`."""
+        row = self._read(name)
+        return without_mac(row) if name.startswith(OWN) and isinstance(row, dict) else row
 
     def get(self, key_id: str) -> DekRecord | None:
         row = self._raw(key_id)
@@ -63,9 +75,27 @@ class SealedReader(ABC):
             return None
 
     def state(self) -> StoreState:
-        row = self.read(STATE)
+        row = self._read(STATE)
         self.check(STATE, row)
         return StoreState.from_row(row)
+
+    def vouch(self) -> None:
+        """Raises StoreDamaged where a row of the service's own was edited, deleted or replaced by an older
+        one. Beside a writer the state is read before and after."""
+        for _ in range(LOOKS):
+            own = SealedReader.state(self).own
+            rows = [(name, self._read(name)) for prefix in OWN for name in self.names(prefix)]
+            if SealedReader.state(self).own == own:
+                break
+        else:
+            raise StoreUnavailable("the rows of the service's own don't stand still", hint="try again")
+        for name, row in rows:
+            self.check(name, row)
+        if sum(weight(row) for _, row in rows) % MODULUS != own:
+            raise StoreDamaged(
+                "the rows of the service's own don't add up: one was deleted, or an older one was put back",
+                hint="the audit log may have been cut: see `progressdb-kms help troubleshooting`",
+            )
 
     def keks(self) -> Mapping[str, KekCount]:
         return self.state().keks
@@ -120,7 +150,10 @@ class SealedStore(SealedReader):
     def _forget_usage(self, key_id: str) -> None: ...
 
     @abstractmethod
-    def write(self, name: str, value: Row) -> None: ...
+    def _write(self, name: str, row: Row) -> None: ...
+
+    @abstractmethod
+    def _erase(self, name: str) -> None: ...
 
     # ---- the state ---------------------------------------------------------------------------
 
@@ -151,11 +184,36 @@ class SealedStore(SealedReader):
     def _settle(self, before: StoreState) -> None:
         """At the end of a transaction."""
         if self._book is not before:
-            self.write(STATE, self._key.sealed(STATE, self._book.to_row()))
+            self._write(STATE, self._key.sealed(STATE, self._book.to_row()))
 
     def _committed(self, before: StoreState) -> None:
         if self._book is not before:
             self._publish(self._book.change)
+
+    # ---- rows of the service's own -------------------------------------------------------------
+
+    def write(self, name: str, value: Row) -> None:
+        if name.startswith(OWN):
+            value = self._key.sealed(name, value)
+            self._owns(name, weight(value))
+        self._write(name, value)
+
+    def erase(self, name: str) -> None:
+        if name.startswith(OWN):
+            self._owns(name, 0)
+        self._erase(name)
+
+    def _owns(self, name: str, come: int) -> None:
+        """What was edited meanwhile is not reckoned out: the sum tells of it at the next start."""
+        old = self._read(name)
+        try:
+            self.check(name, old)
+            gone = weight(old) if old is not None else 0
+        except StoreDamaged:
+            gone = 0
+        self._book = self._book._replace(own=(self._book.own - gone + come) % MODULUS)
+
+    # ---- the state, continued ------------------------------------------------------------------
 
     def activate(self, kek_id: str, version: int, since: str) -> None:
         """Another active KEK."""

@@ -47,7 +47,7 @@ from .sealed import SealedReader, SealedStore, Written
 from .watch import Watch
 
 FILE_NAME = "kms.db"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x4B4D5331  # "KMS1", in the header of our database files
 
 TRACES = (FILE_NAME + "-wal", "kms-audit.log", "kms-deks-backup")
@@ -276,7 +276,7 @@ class SqliteReader(SealedReader):
             rows = self._conn.select(_PAGE_OF_THREAD, (thread_id, "meta:" + after, limit))
         return [(key[5:], _row_of(value)) for key, value in rows]
 
-    def read(self, name: str) -> dict[str, Any] | None:
+    def _read(self, name: str) -> Any:
         value: dict[str, Any] | None = self._kms.get(name)
         return value
 
@@ -560,10 +560,10 @@ class SqliteStore(SealedStore, SqliteReader):
         values = [("meta:" + row.key_id, row.text) for row in rows]
         self._conn.executemany(f'REPLACE INTO "{table}" (key, value) VALUES (?, ?)', values)  # noqa: S608
 
-    def write(self, name: str, value: dict[str, Any]) -> None:
-        self._kms[name] = value
+    def _write(self, name: str, row: dict[str, Any]) -> None:
+        self._kms[name] = row
 
-    def erase(self, name: str) -> None:
+    def _erase(self, name: str) -> None:
         self._kms.pop(name, None)
 
     def count(self, rows: Iterable[tuple[str, Usage]]) -> None:

@@ -15,12 +15,14 @@ from ..audit import verify as auditverify
 from ..audit.log import FILE_NAME
 from ..audit.verify import Report
 from ..crypto import envelope
-from ..crypto.envelope import AUDIT_KEY
+from ..crypto.envelope import AUDIT_KEY, ROW_KEY
 from ..crypto.keyring import KekNotLoaded, Keyring
 from ..crypto.memory import LockedBuffer
 from ..encoding import json_loads, timestamp
 from ..errors import AuthenticationFailed, KeyMismatch, StoreDamaged
 from ..service import ownkeys
+from ..service.ownkeys import ROWS
+from ..store.heads import Head, heads
 from ..store.sqlite import SqliteReader
 from . import asowner, auditreport, datadir
 from .auditsearch import Hits, Query, as_csv, as_json, as_table, moment, summary
@@ -29,7 +31,6 @@ from .console import CommandFailed, Progress, output, safe, say, show
 if TYPE_CHECKING:
     from ..config.load import Loaded
 
-Anchors = Mapping[str, tuple[int, str]]
 
 BLOCK = 64 * 1024
 """Bytes a read, from the end of the log backwards."""
@@ -87,16 +88,21 @@ def _tell(report: Report, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _audit_key(loaded: Loaded) -> Iterator[tuple[memoryview, Anchors]]:
-    """The audit key in locked memory, and the heads of the chains, both from the store."""
-    with _reader(loaded.settings.data_dir) as reader:
-        row = reader.read("audit:key")
-        anchors = {name[len("audit:head:") :]: reader.read(name) for name in reader.names("audit:head:")}
-    if row is None:
-        raise StoreDamaged("the store has no audit key", hint="is data_dir the right folder?")
+def _audit_key(loaded: Loaded) -> Iterator[tuple[memoryview, Mapping[str, Head]]]:
+    """The audit key in locked memory, and the heads of the chains, both from the store. Raises StoreDamaged
+    where they are not all that the daemon wrote."""
     with datadir.keys(loaded) as keys, LockedBuffer(envelope.SCRATCH_SIZE) as memory:
+        with _reader(loaded.settings.data_dir) as reader:
+            row = reader.read(ROWS[AUDIT_KEY])
+            with datadir.own_key(keys.keyring, ROW_KEY, reader.read(ROWS[ROW_KEY])) as row_key:
+                if row_key is not None:  # else the audit key tells what is wrong
+                    reader.unlock(row_key)
+                    reader.vouch()
+            anchors = heads(reader)
+        if row is None:
+            raise StoreDamaged("the store has no audit key", hint="is data_dir the right folder?")
         key = _unwrap(keys.keyring, row, memory.view)
-        yield key, {chain: (head["seq"], head["sig"]) for chain, head in anchors.items() if head}
+        yield key, anchors
         key.release()
 
 
@@ -165,7 +171,7 @@ class LogReader(NamedTuple):
 
     logs: Sequence[Path]
     key: memoryview | None
-    anchors: Anchors
+    anchors: Mapping[str, Head]
 
     def __call__(self, progress: Progress, observe: auditverify.Observer) -> Report:
         if self.key is None:

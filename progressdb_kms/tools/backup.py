@@ -38,7 +38,7 @@ from ..encoding import json_dumps, json_loads, timestamp
 from ..errors import StoreDamaged
 from ..service.ownkeys import ROWS
 from ..store.contract import DekRecord, Usage
-from ..store.seal import MODULUS, STATE, Seal, StoreState, weight
+from ..store.seal import MODULUS, OWN, STATE, Seal, StoreState, weight, without_mac
 from ..store.sqlite import APPLICATION_ID, DEKS, FILE_NAME, SCHEMA_VERSION, USAGE_OF, check_schema
 from . import asowner, datadir
 from .console import CommandFailed, sync_folder
@@ -279,21 +279,20 @@ class Backup:
     def read(self, name: str) -> Any:
         """A row of the service's own, or None."""
         text = _value(self._db, name)
-        return None if text is None else self._json(name, text)
+        return None if text is None else self._plain(name, text)
 
     def rows(self, prefix: str) -> dict[str, Any]:
         found = self._db.execute(
             "SELECT key, value FROM kms WHERE key >= ? AND key < ?", (prefix, prefix + "\uffff")
         )
-        return {key: self._json(key, value) for key, value in found}
+        return {key: self._plain(key, value) for key, value in found}
 
     def get(self, key_id: str) -> Any:
         """A DEK's row without its MAC, or None."""
         row = self._db.execute(f"SELECT value FROM {DEKS} WHERE key = ?", ("meta:" + key_id,)).fetchone()  # noqa: S608
         if row is None:
             return None
-        found = self._json(key_id, row[0])
-        return {name: found[name] for name in found if name != "mac"}
+        return self._plain(key_id, row[0])
 
     def usage(self, key_ids: Sequence[str]) -> dict[str, Usage]:
         """What was done under these DEKs, as far as it was counted."""
@@ -311,7 +310,7 @@ class Backup:
     def unlock(self, key: memoryview) -> None:
         """From now on rows are held against their MACs. Raises StoreDamaged for a wrong state row."""
         self._seal = Seal(key)
-        self._seal.check(STATE, self.read(STATE))
+        self._seal.check(STATE, self._json(STATE, _value(self._db, STATE)))
 
     def check_all(self) -> None:
         """Raises StoreDamaged for a row that isn't as it was written, and where one is missing or older."""
@@ -323,6 +322,19 @@ class Backup:
             total += weight(row)
         if total % MODULUS != self.state().total:
             raise StoreDamaged("the rows don't add up: one was deleted, or an older one was put back")
+        self._check_own()
+
+    def _check_own(self) -> None:
+        """The same for the rows of the service's own."""
+        total = 0
+        for name, value in self._db.execute("SELECT key, value FROM kms"):
+            if name.startswith(OWN):
+                row = self._json(name, value)
+                if self._seal is not None:
+                    self._seal.check(name, row)
+                total += weight(row)
+        if total % MODULUS != self.state().own:
+            raise StoreDamaged("the rows of the service's own don't add up: one was deleted or replaced")
 
     def records(self) -> Iterator[tuple[DekRecord, bool]]:
         """All DEKs, in order of key_id, and whether each is as it was written."""
@@ -341,6 +353,9 @@ class Backup:
         except StoreDamaged:
             return False
         return True
+
+    def _plain(self, name: str, text: Any) -> Any:
+        return without_mac(self._json(name, text))
 
     def _json(self, name: str, text: Any) -> Any:
         try:

@@ -27,6 +27,7 @@ from ..service import ownkeys, start
 from ..service.lock import claim, published
 from ..service.plan import Configured, ConfiguredKey
 from ..store.contract import Reader, Usage
+from ..store.heads import Head, anchor
 from ..store.seal import STATE, StoreState
 from ..store.sqlite import SqliteStore
 from .console import CommandFailed
@@ -126,7 +127,7 @@ class Work:
         """Inside a transaction: what was recorded is on the disk, and the store knows its end."""
         self.audit.sync()
         chain, seq, sig = self.audit.head
-        self.store.write(f"audit:head:{chain}", {"seq": seq, "sig": sig})
+        anchor(self.store, chain, Head(seq, sig))
 
     def close(self) -> None:
         self.audit.note("stop", "ok", {})
@@ -169,7 +170,7 @@ def put_back(data_dir: Path, reader: Reader, the_keys: Keys) -> str:
     """Why the store was put back: the audit log knows of changes that it has not. "" where all is well."""
     with own_key(the_keys.keyring, AUDIT_KEY, reader.read(ownkeys.ROWS[AUDIT_KEY])) as key:
         floor = verify.floor(verify.logs(data_dir), key) if key is not None else None
-    epoch = reader.read("audit:epoch") or {"epoch": 0}  # read after the log, which is never ahead
+    epoch = reader.read(start.EPOCH) or {"epoch": 0}  # read after the log, which is never ahead
     state = StoreState.from_row(reader.read(STATE))
     return floor.above(int(epoch["epoch"]), state.change) if floor is not None else ""
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from ..errors import KMSError
 from ..service import start
 from ..service.clock import Clock, judge, kept
 from ..service.lock import is_held
+from ..store.heads import Head, heads
 from ..store.sqlite import FILE_NAME as STORE
 from . import datadir
 
@@ -57,14 +58,12 @@ def rehearse(loaded: Loaded) -> Rehearsal:
         except KMSError as error:
             return Rehearsal(refusal=error)
         with contextlib.closing(store), contextlib.closing(book):
-            heads = {name[len("audit:head:") :]: store.read(name) for name in store.names("audit:head:")}
-            anchors = {chain: (head["seq"], head["sig"]) for chain, head in heads.items() if head}
-            return _with_log(data_dir, keys.keyring.audit_key, anchors)._replace(
+            return _with_log(data_dir, keys.keyring.audit_key, heads(store))._replace(
                 held=judge(kept(store), Clock().reading()).held, erasures=len(store.names("erasure:"))
             )
 
 
-def _with_log(data_dir: Path, key: memoryview, anchors: dict[str, tuple[int, str]]) -> Rehearsal:
+def _with_log(data_dir: Path, key: memoryview, anchors: Mapping[str, Head]) -> Rehearsal:
     logs = auditverify.logs(data_dir)
     size = sum(path.stat().st_size for path in logs)
     if size > MAX_LOG:

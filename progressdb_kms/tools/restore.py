@@ -46,7 +46,8 @@ from ..service.clock import ROW as TRUSTED_CLOCK
 from ..service.ownkeys import ROWS, held, wrap
 from ..service.plan import Plan, plan
 from ..service.rotation import RETIRED_KEK, retired
-from ..service.start import RESTORE_FOLDER, RESTORED
+from ..service.start import EPOCH, RESTORE_FOLDER, RESTORED
+from ..store import heads
 from ..store.contract import DekRecord, Usage
 from ..store.policy import DISABLED, ENABLED, PENDING_DELETION, SHREDDED
 from ..store.sqlite import FILE_NAME, SqliteReader, SqliteStore
@@ -186,6 +187,7 @@ def _look(data_dir: Path, source: Backup, keys: Keys, force: bool) -> Present | 
         ):
             if key is not None:
                 store.unlock(key)
+                store.vouch()
             elif store.state().change:
                 raise ValueError("its row key opens under none of the configured KEKs")
             present = _read(store, source)
@@ -288,12 +290,7 @@ def _verify(
     logs: list[Path], key: memoryview, rows: Mapping[str, Any], force: bool, progress: Progress
 ) -> None:
     """A line that was taken out of the log might be the one that says that a key was shredded."""
-    anchors = {
-        name[len("audit:head:") :]: (row["seq"], row["sig"])
-        for name, row in rows.items()
-        if name.startswith("audit:head:")
-    }
-    report = verify.verify(logs, key, anchors, partial=True, progress=progress)
+    report = verify.verify(logs, key, heads.of_rows(rows), partial=True, progress=progress)
     if logs and report.fault is not None and not force:
         raise CommandFailed(
             f"the audit log has a fault, so what was shredded is not sure: {report.fault}",
@@ -317,12 +314,12 @@ def _tombstone(key_id: str, when: str, source: Backup, chosen: Plan) -> DekRecor
 def _begin_anew(rows: dict[str, Any], logs: list[Path], floor: verify.Floor | None) -> None:
     """The next chain's epoch is above all that the logs know. Without a log there is nothing to follow on:
     the heads would only say that it is missing, which the operator knows."""
-    epoch = dict(rows.get("audit:epoch") or {"epoch": 0, "since": 0})
+    epoch = dict(rows.get(EPOCH) or {"epoch": 0})
     epoch["epoch"] = max(int(epoch["epoch"]), floor.epoch if floor else 0)
     if not logs:
-        for name in [name for name in rows if name.startswith("audit:head:")]:
-            del rows[name]
-    rows["audit:epoch"] = epoch
+        for chain in heads.of_rows(rows):
+            del rows[heads.HEAD + chain]
+    rows[EPOCH] = epoch
 
 
 # ---- building and swapping -------------------------------------------------------------------------------

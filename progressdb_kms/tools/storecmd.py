@@ -165,6 +165,10 @@ def _check_file(data_dir: Path, reader: SqliteReader, faults: _Faults) -> None:
         rows = db.select(f"SELECT json_extract(value, '$.mac') FROM {DEKS}")  # noqa: S608
         if sum(_weight(row[0]) for row in rows) % MODULUS != state.total:
             faults.add(f"{FILE_NAME}: a row was deleted, or an older one was put back: they don't add up")
+        try:
+            reader.vouch()
+        except StoreDamaged as error:
+            faults.add(f"{FILE_NAME}: {error.message}")
         for row in db.select(_UNINDEXED, (PENDING_DELETION,)):
             faults.add(f"{row[0][5:]}: is to be deleted, but the janitor's list does not have it")
         db.execute("COMMIT")

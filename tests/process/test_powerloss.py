@@ -26,6 +26,7 @@ from progressdb_kms.crypto.memory import LockedBuffer
 from progressdb_kms.errors import KMSError
 from progressdb_kms.service import start
 from progressdb_kms.service.plan import Configured, ConfiguredKey
+from progressdb_kms.store.heads import heads
 from progressdb_kms.store.sqlite import SqliteStore
 from tests.harness import Daemon
 from tests.harness.faults import need_strace
@@ -115,9 +116,7 @@ def recover(run: Run, folder: Path, acknowledged: list[str], mode: str) -> None:
     second, *others = (ConfiguredKey(kek_id, name) for kek_id, name in zip(keks, names))
     store, book, _ = start.open_store(folder, keyring, Configured(second, others))
     with contextlib.closing(store), contextlib.closing(book):
-        heads = {name[len("audit:head:") :]: store.read(name) for name in store.names("audit:head:")}
-        anchors = {chain: (int(row["seq"]), str(row["sig"])) for chain, row in heads.items() if row}
-        report = verify.verify([folder / AUDIT_LOG], keyring.audit_key, anchors)
+        report = verify.verify([folder / AUDIT_LOG], keyring.audit_key, heads(store))
         assert report.fault is None or mode not in IN_ORDER, report.fault
         if "rotated" in acknowledged:
             begun = {label.split(" ")[1] for label in acknowledged if label.startswith("begun")}

@@ -271,6 +271,69 @@ class TestEditedRows:
         assert "kms.db is empty" in refused(site.daemon)
 
 
+class TestOwnRows:
+    """What the service keeps for itself: heads of the audit chains, retired KEKs, the trusted time."""
+
+    def cut(self, site: Site) -> None:
+        lines = site.daemon.audit_log.read_bytes().splitlines(keepends=True)
+        site.daemon.audit_log.write_bytes(b"".join(lines[:-3]))
+
+    def found(self, site: Site) -> None:
+        """By whoever looks."""
+        for words in (["verify"], ["audit", "verify"], ["doctor"]):
+            done = site.daemon.offline(*words)
+            assert done.returncode == 1 and b"the service's own" in done.stdout + done.stderr, words
+        assert "the service's own don't add up" in refused(site.daemon)
+
+    def test_no_head_can_be_removed_to_cut_the_log(self, site: Site) -> None:
+        assert len(sql(site.daemon, "DELETE FROM kms WHERE key LIKE 'audit:head:%' RETURNING key")) > 1
+        self.cut(site)
+        self.found(site)
+
+    def test_nor_one_of_them(self, site: Site) -> None:
+        (last,) = sql(site.daemon, "SELECT key FROM kms WHERE key LIKE 'audit:head:%' ORDER BY key")[-1]
+        sql(site.daemon, "DELETE FROM kms WHERE key = ?", last)
+        self.cut(site)
+        self.found(site)
+
+    def test_nor_an_older_one_be_put_back(self, site: Site) -> None:
+        with contextlib.closing(sqlite3.connect(site.kept / "kms.db")) as old:
+            rows = old.execute("SELECT value, key FROM kms WHERE key LIKE 'audit:head:%'").fetchall()
+        for value, key in rows:
+            sql(site.daemon, "INSERT OR REPLACE INTO kms VALUES (?, ?)", key, value)
+        assert rows
+        self.found(site)
+
+    @pytest.mark.parametrize("name", ["audit:head:1.0", "audit:epoch", "clock:trusted", "kek:retired:00"])
+    def test_none_can_be_made_or_edited(self, site: Site, name: str) -> None:
+        found = sql(site.daemon, "SELECT value FROM kms WHERE key = ?", name)
+        row = json.loads(found[0][0]) if found else {}
+        edited = json.dumps({**row, "since": "2020-01-01T00:00:00Z"})
+        sql(site.daemon, "INSERT OR REPLACE INTO kms VALUES (?, ?)", name, edited)
+        assert f"the row {name} of the store is not as the daemon wrote it" in refused(site.daemon)
+
+    def test_a_backup_tells_too_and_is_the_way_out(self, site: Site, tmp_path: Path) -> None:
+        sql(site.daemon, "DELETE FROM kms WHERE key LIKE 'audit:head:%'")
+        copy = str(tmp_path / "copy.backup")
+        assert site.daemon.offline("backup", copy).returncode == 0
+        done = site.daemon.offline("restore", copy)
+        assert done.returncode == 1 and b"the service's own" in done.stderr
+        done = site.daemon.offline("restore", copy, "--force")
+        assert done.returncode == 0, done.stderr
+        site.daemon.start()
+        assert site.states() == CLOSED
+        with site.daemon.session() as kms:
+            assert kms.decrypt(site.other, site.box) == b"text"
+
+    def test_heads_of_older_runs_are_forgotten(self, site: Site) -> None:
+        for _ in range(3):
+            site.daemon.start()
+            site.daemon.stop()
+        names = [name for (name,) in sql(site.daemon, "SELECT key FROM kms WHERE key LIKE 'audit:head:%'")]
+        assert len({name.partition(".")[0] for name in names}) == 1
+        assert site.daemon.offline("audit", "verify").returncode == 0
+
+
 class TestLists:
     """What stands beside the rows shreds nothing."""
 

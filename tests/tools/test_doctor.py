@@ -47,7 +47,7 @@ def make_store(folder: Path, counts: dict[str, list[Any]], active: str, since: s
         for table in ("kms", "deks"):
             db.execute(f"CREATE TABLE {table} (key TEXT PRIMARY KEY, value BLOB)")
         db.execute(USAGE_TABLE)
-        state = {"change": 1, "active": [active, 1, since], "keks": counts, "sum": "00"}
+        state = {"change": 1, "active": [active, 1, since], "keks": counts, "sum": "00", "own": "00"}
         rows = [("store:state", state)]
         db.executemany("INSERT INTO kms VALUES (?, ?)", [(name, json.dumps(value)) for name, value in rows])
         db.commit()
