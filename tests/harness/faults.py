@@ -113,9 +113,11 @@ def _attached(
     *options: str,
     follow: bool = True,
     forks: bool = True,
+    deadly: bool = False,
 ) -> Iterator[None]:
     """strace on running processes. `follow=False`: on the main thread of each alone; `forks=False`: on the
-    threads that there are, and on nothing that is started later."""
+    threads that there are, and on nothing that is started later; `deadly`: strace may end at once, because
+    what it does kills the process as soon as it is there."""
     words = ["strace", "-qq", *(["-f"] if follow and forks else []), *options, "-o", str(log)]
     wanted = [thread for pid in pids for thread in (procs.threads(pid) if follow else [pid])]
     targets = [word for pid in (pids if forks else wanted) for word in ("-p", str(pid))]
@@ -123,14 +125,16 @@ def _attached(
         [*words, "-e", "trace=" + ",".join(calls), *targets], stderr=subprocess.PIPE
     ) as tracer:
         try:
-            procs.wait_until(lambda: _all_traced(wanted, tracer), 30, "strace to attach")
+            procs.wait_until(lambda: _all_traced(wanted, tracer, deadly), 30, "strace to attach")
             yield
         finally:
             tracer.terminate()  # it detaches and ends
             tracer.communicate(timeout=30)
 
 
-def _all_traced(threads: Sequence[int], tracer: subprocess.Popen[bytes]) -> bool:
+def _all_traced(threads: Sequence[int], tracer: subprocess.Popen[bytes], deadly: bool) -> bool:
+    if tracer.poll() == 0 and deadly:
+        return True
     if tracer.poll() is not None:
         raise AssertionError(f"strace ended: {tracer.communicate()[1].decode()}")
     return all(procs.status(thread, "TracerPid") in ("", str(tracer.pid)) for thread in threads)
@@ -203,7 +207,8 @@ def kill_at(pid: int, step: Step) -> Iterator[None]:
         session.rotate(new_kek)
     daemon.wait(code=-signal.SIGKILL)  # with `workers: 1`; else the supervisor starts another writer
     """
-    with _log_file() as log, _attached(log, [pid], [step.name], "-e", f"inject={step.rule}", follow=False):
+    options = ("-e", f"inject={step.rule}")
+    with _log_file() as log, _attached(log, [pid], [step.name], *options, follow=False, deadly=True):
         yield
 
 

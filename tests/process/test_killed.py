@@ -129,8 +129,9 @@ def steps_of(site: Site, case: Case) -> Steps:
 def die_and_recover(site: Site, case: Case, step: Step) -> bool:
     """Returns whether it died at that step; else it went another way, and is killed after its answer."""
     site, daemon = begin(site), site.daemon
-    with kill_at(daemon.pid, step), daemon.session() as kms:
-        with contextlib.suppress(OSError, http.client.HTTPException, UnexpectedReply):
+    with kill_at(daemon.pid, step):
+        gone = contextlib.suppress(OSError, http.client.HTTPException, UnexpectedReply)
+        with gone, daemon.session() as kms:
             case.run(kms, site)
         assert daemon.process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
