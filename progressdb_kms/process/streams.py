@@ -154,9 +154,14 @@ def ran_out(error: BaseException) -> str | None:
     """The limit of the system that this error is about, and how it is raised."""
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return "no thread can be started (raise TasksMax=, LimitNPROC= and LimitAS=, or `ulimit -u` and `-v`)"
-    memory = "failed to map segment", "annot allocate memory"
-    if isinstance(error, (MemoryError, SystemError)) or (  # an import that runs out of it may say either
-        isinstance(error, (ImportError, OSError)) and any(words in str(error) for words in memory)
+    bare = (
+        "without setting an exception",
+        "without exception",
+    )  # an import that runs out of it may say these too
+    memory = "failed to map segment", "annot allocate memory", *bare
+    kinds = ImportError, OSError, SystemError
+    if isinstance(error, MemoryError) or (
+        isinstance(error, kinds) and any(words in str(error) for words in memory)
     ):
         return "memory ran out (raise LimitAS= and MemoryMax= in the unit, or `ulimit -v`)"
     return None
