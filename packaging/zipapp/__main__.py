@@ -132,7 +132,7 @@ def prepare(words):
     from progressdb_kms.__main__ import serve_flags
 
     if serve_flags(words) is None:
-        from progressdb_kms.tools.commandtable import COMMANDS
+        from progressdb_kms.tools.commands import COMMANDS
 
         name = " ".join(words[: 2 if words[:1] == ["audit"] else 1])
         if not any(command.keys and command.name == name for command in COMMANDS):

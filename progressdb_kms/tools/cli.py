@@ -3,7 +3,8 @@
 - Exit codes: 0 it was done, 1 it failed, 2 the command line is wrong. An interrupt ends the process by its
   signal, as shells expect.
 - An error is one line on stderr: `progressdb-kms: what is wrong (what to do)`. There is never a traceback.
-- What a command does stands in `commands`, and is imported after the arguments are known to be right.
+- What a command does stands below its row in `commands`; what it needs is imported once the arguments are
+  known to be right.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..process.streams import PROG, die, fail, open_standard_streams, told
-from .commandtable import CHOICES, COMMANDS, EXITS, GROUP_TITLES, SERVE, Arg, Command
+from .command import CHOICES, EXITS, GROUP_TITLES, SERVE, Arg, Command
+from .commands import COMMANDS
 from .console import UsageError, error_detail, say
 
 __all__ = ["COMMANDS", "PROG", "build_parser", "main"]
@@ -206,13 +208,8 @@ def _run(words: list[str]) -> int:
         raise UsageError(f"unrecognized arguments: {more} (see `{PROG} {command.name} --help`)")
     if command.keys:
         _harden(words)
-    from . import commands
-
-    function = getattr(commands, command.run)
-    if command.group == SERVE:
-        return int(function(args))
-    with _interrupts():
-        return int(function(args) or 0)
+    with contextlib.nullcontext() if command.group == SERVE else _interrupts():
+        return command.run(args) or 0
 
 
 def _harden(words: Sequence[str]) -> None:

@@ -15,10 +15,10 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 
+from ..client import DEFAULT_SOCKET
 from ..errors import ConfigError
 from . import asowner
 from .asowner import PACKAGED_CONFIG
-from .commandtable import DEFAULT_SOCKET
 from .console import CommandFailed
 
 PACKAGED_SOCKET = "/run/progressdb-kms/kms.sock"

@@ -13,7 +13,8 @@ from typing import Callable
 import pytest
 
 from progressdb_kms.config.options import OPTIONS, Option
-from progressdb_kms.tools.commandtable import CHOICES, COMMANDS, ENVIRONMENT, Command
+from progressdb_kms.tools.command import CHOICES, ENVIRONMENT, Command
+from progressdb_kms.tools.commands import COMMANDS
 from progressdb_kms.tools.manual import TOPICS, text_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from progressdb_kms.config.options import OPTIONS, Option
-from progressdb_kms.tools.commandtable import COMMANDS
+from progressdb_kms.tools.commands import COMMANDS
 from progressdb_kms.tools.manual import TOPICS
 from progressdb_kms.wire.call import Route
 from progressdb_kms.wire.routes import ROUTES

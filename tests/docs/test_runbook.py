@@ -25,7 +25,8 @@ from typing import Callable, NamedTuple, Union
 import pytest
 
 from progressdb_kms.tools import cli as command_line
-from progressdb_kms.tools.commandtable import COMMANDS, ONLINE
+from progressdb_kms.tools.command import ONLINE
+from progressdb_kms.tools.commands import COMMANDS
 from tests.harness.book import book
 from tests.harness.daemon import REPO, Daemon, base_environment, write_secret
 from tests.harness.procs import wait_until

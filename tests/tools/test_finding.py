@@ -12,7 +12,8 @@ import pytest
 
 from progressdb_kms.errors import ConfigError
 from progressdb_kms.tools import asowner, finding
-from progressdb_kms.tools.commandtable import COMMANDS, ONLINE, Command
+from progressdb_kms.tools.command import ONLINE, Command
+from progressdb_kms.tools.commands import COMMANDS
 from progressdb_kms.tools.console import CommandFailed
 from tests.harness import Daemon
 from tests.harness.daemon import cli
