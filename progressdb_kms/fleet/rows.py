@@ -15,8 +15,13 @@ What the engine's side must hold, each for a reason that the simulation shows wh
   dead host.
 - `beat` changes a row that is there and not fenced, and never makes one: else a host that was fenced while it
   was stopped would come back with a cache from before.
-- What a call returns was read from **one** snapshot, its `fleet.gen` included, so that an old primary that
-  doesn't know of its end is found by its gen.
+- What a call returns was read from **one** snapshot, its `Point` included. An old primary that nobody told of
+  its end goes on to answer reads, and may show commits that nobody acknowledged (their wait for a standby was
+  cancelled, or it was started anew): its gens are no prefix of ours. So a gen counts with the engine's
+  **timeline**, which grows with each promotion, and what a host remembers goes with it.
+- A transaction that finds everything as it should be already (a create or a change that is repeated) **writes
+  something** all the same: one that wrote nothing commits without waiting for a standby, and would
+  acknowledge what a failover loses.
 """
 
 from __future__ import annotations
@@ -32,8 +37,16 @@ anything that touches more than one DEK. What a host remembers of a DEK must go 
 it remembers with the others."""
 
 
+class Point(NamedTuple):
+    """A place in the history of a database; a later one is greater. `timeline` is the engine's: with it,
+    `gen` is the number of a change, without it only one of two changes that a split brain may have made."""
+
+    timeline: int
+    gen: int
+
+
 class FleetRow(NamedTuple):
-    """The one row of the table `fleet`."""
+    """The one row of the table `fleet`, and the timeline on which it was read."""
 
     fleet: str  # a random id, for life
     epoch: int  # grows with each restore
@@ -43,6 +56,11 @@ class FleetRow(NamedTuple):
     version: int  # of the active KEK
     rotating: bool
     owner: str  # the host that rotates, "" for none
+    timeline: int  # no column: of the server that answered
+
+    @property
+    def point(self) -> Point:
+        return Point(self.timeline, self.gen)
 
 
 class HostRow(NamedTuple):
@@ -94,10 +112,11 @@ class Registry(Protocol):
         either in what is returned, or its barrier sees the new row."""
         ...
 
-    def beat(self, host: str, inc: str, seen: int, keks: frozenset[str]) -> bool:
-        """In the row of (host, inc) that is not fenced: beat + 1, greatest(seen, …), these keks. False: there
-        is no such row, so this incarnation is fenced. (`greatest`: a beat that was given up for lost may
-        arrive after its successor.)"""
+    def beat(self, host: str, inc: str, seen: Point, keks: frozenset[str]) -> bool:
+        """In the row of (host, inc) that is not fenced, and only if this server is on that timeline: beat +
+        1, greatest(seen, …), these keks. False: nothing was changed, so this incarnation is fenced, or has
+        seen what isn't the history here. (`greatest`: a beat that was given up for lost may arrive after its
+        successor.)"""
         ...
 
     def news(self, after: int, limit: int) -> News: ...
@@ -115,9 +134,14 @@ class Registry(Protocol):
 
     def wait(self, seconds: float) -> bool:
         """Until something was notified, or so long. A hint and no more: it may be wrong both ways. Also ends
-        at once when `wake` is called by another thread."""
+        at once when `wake` is called by another thread, or was since the last wait. Never raises: without a
+        connection it only waits."""
         ...
 
     def wake(self) -> None: ...
+
+    def drop(self) -> None:
+        """This connection leads to an engine that is behind: find the primary anew at the next call."""
+        ...
 
     def close(self) -> None: ...
