@@ -30,6 +30,10 @@ class KeySpent(Conflict):
     """409: the DEK has encrypted all that it may, and only decrypts: make another one."""
 
 
+class KekSpent(Conflict):
+    """409: the KEK has wrapped all that it may, and only unwraps: rotate it."""
+
+
 class KeyShredded(RequestRefused):
     """410: the key is gone for ever."""
 
@@ -73,6 +77,7 @@ _BY_CODE: Mapping[str, type[ClientError]] = {
     "plaintext_not_json": RequestRefused,
     "key_disabled": KeyDisabled,
     "key_spent": KeySpent,
+    "kek_spent": KekSpent,
 }
 
 

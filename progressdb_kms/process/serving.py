@@ -114,6 +114,7 @@ class Worker:
             self._counters,
             self._about,
             settings.open_embedded_messages,
+            settings.workers,
         )
         share = STAGING_SLOTS // settings.workers
         slots = StagingSlots(shared.staging, (slot - 1) * share, share)

@@ -52,7 +52,7 @@ from ..errors import (
     WeakKey,
 )
 from ..store import erasure, heads, snapshots
-from ..store.contract import DekRecord, Store, Usage
+from ..store.contract import KEK_ROW, DekRecord, Store, Usage
 from ..store.pause import Pause
 from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS, refusal
 from ..store.sqlite import FILE_NAME
@@ -63,7 +63,8 @@ from .lock import Files, publish
 from .plan import Configured
 from .rotation import Rewrapper, Rotation, Steps
 from .told import NAMED, Overdue, Readiness
-from .usage import LOST, SPENT, near
+from .usage import LOST, SPENT, USING, dead, near
+from .usage import refusal as spent
 
 log = logging.getLogger(__name__)
 
@@ -449,7 +450,11 @@ class Keeper:
     def hello(self, chain: str) -> dict[str, Any]:
         """A worker introduces its audit chain, and gets to know that the keeper is up."""
         self.note("chain_opened", opened=chain)
-        self._store.count([(key_id, Usage(LOST)) for key_id in self._store.heavy()])
+        lost = dead(chain, [name[len(USING) :] for name in self._store.names(USING)])
+        self._store.count([(name, Usage(LOST * len(lost))) for name in self._store.heavy() if lost])
+        for name in lost:
+            self._store.erase(USING + name)
+        self._store.write(USING + chain, {})
         self._effects.append(self._tell_near)
         return {}
 
@@ -458,15 +463,18 @@ class Keeper:
         self._effects.append(self._time.reload)
         return self._time.accept()
 
-    def anchor(self, uses: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The head that came with the job, and uses of DEKs, each batch once."""
+    def anchor(self, uses: dict[str, Any] | None = None, closed: str = "") -> dict[str, Any]:
+        """The head that came with the job, and uses of keys, each batch once. `closed`: the chain of a worker
+        that has none left."""
+        if closed:
+            self._store.erase(USING + closed)
         if uses and self._counted.get(uses["chain"]) != uses["number"]:
             self._store.count((key_id, Usage(*counts)) for key_id, *counts in uses["rows"])
             self._effects += [lambda: self._counted.update({uses["chain"]: uses["number"]}), self._tell_near]
         return {}
 
     def _tell_near(self) -> None:
-        """Each DEK that comes near its limit, or is there, is a line of the journal once."""
+        """Each key that comes near its limit, or is there, is a line of the journal once."""
         for key_id, count in self._store.heavy().items():
             if self._told_near.get(key_id) != (end := count >= SPENT):
                 self._told_near[key_id] = end
@@ -482,6 +490,7 @@ class Keeper:
             return {**described(_same(old, thread_id or key_id)), "repeated": True}
         key_id = key_id or new_key_id(int(now * 1000), os.urandom(10))
         active = self._keyring.active
+        self._check_wraps(active.kek_id)
         dek = self._memory.view[:KEY_SIZE]
         try:
             random_into(dek)
@@ -492,6 +501,11 @@ class Keeper:
         record = DekRecord(key_id, thread_id or key_id, blob, active.kek_id, active.version, timestamp(now))
         self._put(record)
         return described(record)
+
+    def _check_wraps(self, kek_id: str) -> None:
+        """Raises Conflict for a KEK that has wrapped all it may."""
+        if self._store.heavy().get(KEK_ROW + kek_id, 0) >= SPENT:
+            raise spent(KEK_ROW + kek_id)
 
     def transition(self, key_id: str, action: str, days: int = 7) -> dict[str, Any]:
         """Disable, enable, schedule a deletion or shred; see policy.TRANSITIONS."""
@@ -545,6 +559,7 @@ class Keeper:
                 )
             active = self._keyring.active
             target = fingerprint(new_kek.view)
+            self._check_wraps(target)
             version = active.version if target == active.kek_id else self._version(target)
             if target not in self._keyring.kek_ids():
                 self._brought.add(self._keyring.install(new_kek.view, version))

@@ -36,11 +36,12 @@ from ..errors import (
     StoreUnavailable,
     Unavailable,
 )
-from ..store.contract import DekRecord, Store
+from ..store.contract import KEK_ROW, DekRecord, Store
 from ..store.policy import SHREDDED
 from ..store.seal import KekCount
 from ..store.snapshots import UNFINISHED, Snapshot
 from . import ownkeys
+from .usage import SPENT, refusal
 
 STEP_SECONDS = 0.005
 """Work of one step, as near as can be foreseen: so long a create waits for it. It is time of the processor:
@@ -170,6 +171,8 @@ class Rotation:
                 code="kek_in_use",
                 hint=_FRESH,
             )
+        if self._store.heavy().get(KEK_ROW + new_id, 0) >= SPENT:
+            raise refusal(KEK_ROW + new_id)
         absent = sorted(set(self._store.keks()) - set(self._keyring.kek_ids()))
         if absent:
             raise Unavailable(

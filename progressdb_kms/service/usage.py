@@ -1,144 +1,180 @@
-"""How often each DEK was used, when, and by whom: what a worker has seen and not handed over yet.
+"""How often each DEK was used, when, and by whom; how often each KEK wrapped: what a worker has seen and not
+handed over yet.
 
-Whoever uses a DEK counts in the DEK's row: no lock, no system call, no clock, no memory taken (a queue of
-uses, tried first, cost 5 % of the rate). `next` of a counter is one step of the interpreter, so no thread
-loses a count. A row that was used is listed, by its user, behind the count; the worker's main loop takes it
-off the list first and reads it then, so that a use between is seen now or listed again.
+A use is one name at the end of a list: no lock, no system call, no clock, nothing that the caches hold no
+more. Twice a second the worker's main loop takes the lists' beginnings off and has C count them: a use costs
+0.5 us, where a row that each counts in cost 2.2 over 20,000 DEKs at random.
 
-That happens twice a second, and what was read goes to the keeper with the head of the audit chain, which goes
-then anyway: the same job, the same transaction, no flush of the disk of its own. So the numbers in the store
-are right over all workers and restarts, a second old while no more than ROWS a beat are used, and what dies
-with a process is what it had not handed over: its last second, or what waited.
-
-A batch is handed over again, under the same number, until the keeper has answered: it counts none twice. Who
-uses more DEKs at random than ROWS a beat has them wait, up to WAITING of them; past that they are handed over
-as they come. While the keeper takes nothing, MOST of them wait: uses of further DEKs are lost then.
+What was counted waits, the oldest first, and goes to the keeper with the head of the audit chain, which goes
+then anyway: the same job, the same transaction, no flush of the disk of its own; ROWS at most, over all
+workers. A batch is handed over again, under the same number, until the keeper has answered: it counts
+none twice. While MOST wait, uses of further DEKs are lost, but for those with BUSY of them in a beat.
 
 AES-GCM with random nonces is safe for 2**32 messages under one key (NIST SP 800-38D, 8.3): then the odds of a
-nonce that came twice pass 2**-32. Such a DEK is `spent`: it decrypts, and encrypts no more.
+nonce that came twice pass 2**-32. Such a DEK is `spent`: it decrypts, and encrypts no more. A KEK wraps
+with random nonces too, under itself and no key derived from it, so that the same bound holds for it; its
+wraps are counted like a DEK's encrypts, in a row of its name. Creates, rewraps and rotations are counted by
+the store as it writes them; what `/wrap` makes comes from here. Not counted: our own two keys, two wraps a
+rotation, and what ProgressDB's embedded mode sealed before the KEK was ours.
+
+**What a kill -9 takes.** Of one key, a worker holds what it saw since the last beat, and what waits or is on
+its way: below SOON of it, else it goes ahead of all others, and so does each use of a heavy key. With a beat
+of half a second, another for the answer, and the 5 s that a job may take, at 300,000 encrypts a second (pages
+of 1,000 short items; single calls reach a tenth of that), that is SOON + 6 s * 300,000 = 1.83 million: LOST.
+So much is added to each heavy key for each worker that didn't stop in order. Only where the keeper can't
+write, which /readyz tells, more may wait.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..encoding import timestamp
 from ..errors import Conflict
-from ..store.contract import DekRecord, Usage
+from ..store.contract import KEK_ROW, DekRecord, Usage
 from ..store.policy import SHREDDED
 
 SPENT = 2**32
-"""Encrypts under one DEK at which it takes no more."""
+"""Encrypts under one DEK, and wraps under one KEK, at which it takes no more."""
 
-LOST = 1 << 15
-"""Encrypts of a second, which a worker that died may not have handed over: each that starts adds them to
-DEKs that are heavy."""
+LOST = 1 << 21
+"""Encrypts under one DEK that a worker may not have handed over when it died; see the module."""
 
-ROWS = 100
-"""DEKs of one job: 17 kB with the longest names; 200 a second and worker, each some 20 us of the keeper's."""
+SOON = 1 << 15
+"""Encrypts under one DEK that wait: it goes ahead of others. A second has few of such."""
 
-WAITING = 20_000
-"""DEKs that wait to be handed over at the most, and rows that are kept for the next use: some 10 MB."""
+ROWS = 150
+"""Rows of a beat, over all workers: 300 a second, each some 20 us of the keeper's. With the longest names
+they are 28 kB, and fit one job."""
 
-MOST = 200_000
-"""DEKs that wait while they can't be handed over: some 60 MB."""
+LEAST = 10
+"""Rows of a beat and worker, however many these are."""
+
+MOST = 100_000
+"""Keys that wait: some 25 MB, and two seconds of the keeper's at a stop."""
+
+BUSY = 16
+"""Uses in a beat, for which a key that doesn't wait yet takes the place of the newest that does."""
+
+USING = "uses:"
+"""Before a worker's chain: the name of a row that stands while the worker may have uses to hand over."""
 
 NOBODY = -1
 """In the place of a UID that isn't known."""
 
 
-class Row:
-    """Uses of one DEK. A counter that is read has counted one more."""
-
-    __slots__ = ("decrypts", "encrypts", "key_id", "listed", "read", "uid")
-
-    def __init__(self, key_id: str) -> None:
-        self.key_id = key_id
-        self.encrypts, self.decrypts = itertools.count(), itertools.count()
-        self.uid = NOBODY
-        self.listed = False
-        self.read = (0, 0)
-
-    def taken(self) -> tuple[int, int]:
-        """Encrypts and decrypts since it was read last."""
-        self.listed = False
-        before, now = self.read, (next(self.encrypts), next(self.decrypts))
-        self.read = now[0] + 1, now[1] + 1
-        return now[0] - before[0], now[1] - before[1]
+Seen = tuple[list[str], list[str], list[str]]
+"""The names of what one UID encrypted under, decrypted under and used otherwise, in order. Any thread
+appends, the main loop takes off what was there when it came: neither step can be seen half done."""
 
 
 class Uses:
-    """Of one worker. `add` may be called by any thread, the rest by its main loop alone."""
+    """Of one worker. `add` and `check` may be called by any thread, the rest by its main loop alone."""
 
-    def __init__(self, chain: str, spent: frozenset[str] = frozenset()) -> None:
-        """`chain` tells this worker's batches from those of others."""
-        self._rows: dict[str, Row] = {}
-        self._listed: deque[Row] = deque()
-        self.spent = spent
+    def __init__(self, chain: str, heavy: Mapping[str, int], workers: int = 1) -> None:
+        """`chain` tells this worker's batches from those of others. `heavy`: as the store knows them."""
+        self._seen: dict[int, Seen] = {}
         self._chain = chain
-        self._waiting: dict[str, list[int]] = {}
-        self._sent: Sequence[Sequence[Any]] = []
+        self._rows = max(LEAST, ROWS // workers)
+        self._first: dict[str, int] = {}  # of all that wait, the oldest first: seconds since 1970
+        self._last: dict[str, tuple[int, int]] = {}  # the same and the UID
+        self._encrypts: Counter[str] = Counter()
+        self._decrypts: Counter[str] = Counter()
+        self._soon: dict[str, None] = {}
+        self._sent: list[tuple[Any, ...]] = []
         self._number = 0
+        self._learn(heavy)
 
     def add(self, key_id: str, encrypts: int, decrypts: int, uid: int) -> None:
-        row = self._rows.get(key_id) or self._row(key_id)
-        if encrypts == 1 and not decrypts:
-            next(row.encrypts)
-        elif decrypts == 1 and not encrypts:
-            next(row.decrypts)
+        encrypted, decrypted, touched = self._seen.get(uid) or self._seen.setdefault(uid, ([], [], []))
+        if encrypts == 1:
+            encrypted.append(key_id)
+        elif encrypts or decrypts:
+            encrypted.extend(itertools.repeat(key_id, encrypts))
+            decrypted.extend(itertools.repeat(key_id, decrypts))
         else:
-            deque(itertools.islice(row.encrypts, encrypts), 0)
-            deque(itertools.islice(row.decrypts, decrypts), 0)
-        row.uid = uid
-        if not row.listed:
-            row.listed = True
-            self._listed.append(row)
+            touched.append(key_id)
 
-    def _row(self, key_id: str) -> Row:
-        if len(self._rows) >= WAITING:
-            self._rows.clear()  # those that are listed stay so
-        return self._rows.setdefault(key_id, Row(key_id))
-
-    def check(self, key_id: str) -> None:
-        """Raises Conflict for a DEK that may encrypt no more."""
-        if key_id in self.spent:
-            raise Conflict(
-                f"the key {key_id} has encrypted {SPENT:,} messages, as many as one AES-GCM key may: it "
-                "only decrypts from now on",
-                code="key_spent",
-                hint="make another DEK for its thread, and encrypt under that",
-            )
+    def check(self, name: str) -> None:
+        """Raises Conflict for a DEK that may encrypt no more, or a KEK that may wrap no more."""
+        if name in self.spent:
+            raise refusal(name)
 
     def batch(self, now: float) -> dict[str, Any] | None:
         """What to hand over; None where there is nothing."""
-        waiting, second = self._waiting, int(now)
-        for _ in range(len(self._listed)):
-            used = self._listed.popleft()
-            encrypts, decrypts = used.taken()
-            row = waiting.get(used.key_id)
-            if row is None and len(waiting) < MOST:
-                waiting[used.key_id] = [encrypts, decrypts, second, second, used.uid]
-            elif row is not None:
-                row[0] += encrypts
-                row[1] += decrypts
-                row[3:] = second, used.uid
-        if not self._sent:
-            names = list(itertools.islice(waiting, ROWS))
-            self._sent = [(name, *waiting.pop(name)) for name in names]
-            self._number += bool(names)
+        for uid, seen in list(self._seen.items()):
+            for names, counter in zip(seen, (self._encrypts, self._decrypts, Counter[str]())):
+                some = names[:]
+                del names[: len(some)]
+                self._wait(some, counter, (int(now), uid))
+        if not self._sent and self._first:
+            self._sent = [self._row(name) for name in self._next()]
+            self._number += 1
         return {"chain": self._chain, "number": self._number, "rows": self._sent} if self._sent else None
 
-    def taken(self, spent: frozenset[str]) -> bool:
-        """The last batch is counted. True: too many wait, or there is no later."""
-        self._sent, self.spent = [], spent
-        return len(self._waiting) > WAITING
+    def _wait(self, names: list[str], counter: Counter[str], stamp: tuple[int, int]) -> None:
+        fresh = dict.fromkeys(names, stamp)
+        if len(self._first) + len(fresh) > MOST:
+            fresh = self._fitting(fresh, Counter(names))
+            names = [name for name in names if name in fresh]
+        counter.update(names)
+        deque(map(self._first.setdefault, fresh, itertools.repeat(stamp[0])), 0)
+        self._last.update(fresh)
+        if counter is self._encrypts:
+            early = [name for name in fresh if counter[name] >= SOON]
+            self._soon.update(dict.fromkeys([*early, *(self._heavy.keys() & fresh.keys())]))
 
-    @property
-    def left(self) -> bool:
-        return bool(self._waiting or self._sent or self._listed)
+    def _fitting(self, fresh: dict[str, tuple[int, int]], often: Counter[str]) -> dict[str, tuple[int, int]]:
+        free = MOST - len(self._first)
+        found = {}
+        for name, stamp in fresh.items():
+            if name not in self._first:
+                if free <= 0 and often[name] < BUSY:
+                    continue
+                if free <= 0:
+                    self._row(next(reversed(self._first)))
+                free -= 1
+            found[name] = stamp
+        return found
+
+    def _next(self) -> list[str]:
+        ahead = list(itertools.islice(self._soon, self._rows))
+        others = (name for name in self._first if name not in self._soon)
+        return ahead + list(itertools.islice(others, self._rows - len(ahead)))
+
+    def _row(self, name: str) -> tuple[Any, ...]:
+        """Of one key that waits, which it does no more."""
+        self._soon.pop(name, None)
+        counts = self._encrypts.pop(name, 0), self._decrypts.pop(name, 0)
+        return (name, *counts, self._first.pop(name), *self._last.pop(name))
+
+    def taken(self, heavy: Mapping[str, int]) -> None:
+        """The last batch is counted."""
+        self._sent = []
+        self._learn(heavy)
+
+    def _learn(self, heavy: Mapping[str, int]) -> None:
+        self._heavy = heavy
+        self.spent = frozenset(name for name, count in heavy.items() if count + self._encrypts[name] >= SPENT)
+
+
+def refusal(name: str) -> Conflict:
+    if name.startswith(KEK_ROW):
+        return Conflict(
+            f"the KEK {name[len(KEK_ROW) :]} has wrapped {SPENT:,} DEKs, as many as one AES-GCM key may: it "
+            "only unwraps from now on",
+            code="kek_spent",
+            hint="rotate it: `progressdb-kms rotate-kek --generate`",
+        )
+    return Conflict(
+        f"the key {name} has encrypted {SPENT:,} messages, as many as one AES-GCM key may: it only decrypts "
+        "from now on",
+        code="key_spent",
+        hint="make another DEK for its thread, and encrypt under that",
+    )
 
 
 def told(record: DekRecord, usage: Usage | None) -> dict[str, Any]:
@@ -154,16 +190,35 @@ def told(record: DekRecord, usage: Usage | None) -> dict[str, Any]:
     return {"usage": result}
 
 
-def near(heavy: dict[str, int]) -> list[str]:
-    """What the operator should know of DEKs with many encrypts, the nearest to the end first."""
-    found = sorted(heavy.items(), key=lambda item: -item[1])
+def near(heavy: Mapping[str, int]) -> list[str]:
+    """What the operator should know of keys that are used much, the nearest to the end first."""
+    return [_near(name, count) for name, count in sorted(heavy.items(), key=lambda item: -item[1])]
+
+
+def _near(name: str, count: int) -> str:
+    if name.startswith(KEK_ROW):
+        text, end = f"the KEK {name[len(KEK_ROW) :]} has wrapped {count:,} DEKs", "unwraps"
+        advice = "rotate it: `progressdb-kms rotate-kek --generate`"
+    else:
+        text, end = f"the DEK {name} has {count:,} encrypts", "decrypts"
+        advice = "make another one for its thread"
+    most = f", which is the end: it only {end}" if count >= SPENT else f" of {SPENT:,} that it may have"
+    return f"{text}{most}: {advice}"
+
+
+def counts(heavy: Mapping[str, int]) -> tuple[int, int]:
+    """DEKs that come near to what one may encrypt, and those that are there."""
+    deks = [count for name, count in heavy.items() if not name.startswith(KEK_ROW)]
+    spent = sum(count >= SPENT for count in deks)
+    return len(deks) - spent, spent
+
+
+def dead(chain: str, running: Sequence[str]) -> list[str]:
+    """Of workers that didn't stop in order, by their chains `start.place` or `start.place.number`, those that
+    can't be at work beside the one of this chain: of another start, or in its place."""
+    start, place = chain.split(".")[:2]
     return [
-        f"the DEK {key_id} has {count:,} encrypts"
-        + (", which is the end: it only decrypts" if count >= SPENT else f" of {SPENT:,} that it may have")
-        + ": make another one for its thread"
-        for key_id, count in found
+        name
+        for name in running
+        if name != chain and (name.split(".")[0] != start or name.split(".")[1] == place)
     ]
-
-
-def spent(heavy: dict[str, int]) -> frozenset[str]:
-    return frozenset(key_id for key_id, count in heavy.items() if count >= SPENT)

@@ -22,12 +22,12 @@ from ..crypto.keyring import KekNotLoaded, Keyring, KeyringChanged
 from ..encoding import Buffer, new_key_id, wall
 from ..errors import AuthenticationFailed, BadRequest, Conflict, KeyNotFound, KMSError, Unavailable
 from ..rules import PeerRules
-from ..store.contract import DekRecord, Reader, Usage
+from ..store.contract import KEK_ROW, DekRecord, Reader, Usage
 from ..store.policy import refusal
 from .channel import KeeperClient, Staged
 from .clock import age
 from .metrics import Block
-from .usage import NOBODY, Uses, spent
+from .usage import NOBODY, Uses, counts
 
 YOUNG = 25_000
 """Wrapped DEKs that a worker remembers before it begins to forget, and at most twice as many: 40 MB."""
@@ -79,6 +79,7 @@ class Service:
         counters: Block,
         about: Callable[[], dict[str, Any]],
         embedded: bool = False,
+        workers: int = 1,
     ) -> None:
         """`about` tells what only the daemon knows, for `status`: workers, memory, uptime."""
         self._reader = reader
@@ -93,7 +94,7 @@ class Service:
         self._old: dict[str, Entry] = {}  # what was young before; whatever is asked for is young again
         self._unknown: dict[str, int] = {}  # key_ids that only a caller's blob names, by generation
         self._anchored = 0
-        self.uses = Uses(audit.chain if audit else "", spent(reader.heavy()))
+        self.uses = Uses(audit.chain if audit else "", reader.heavy(), workers)
 
     # ---- finding a DEK -----------------------------------------------------------------------------
 
@@ -294,16 +295,19 @@ class Service:
 
     # ---- wrapping DEKs that the caller holds --------------------------------------------------------
 
-    def wrap(self, dek: memoryview, key_id: str | None) -> tuple[bytes, str, int, str]:
-        """(blob, kek_id, kek_version, key_id). Without a key_id, a generated one is bound."""
+    def wrap(self, dek: memoryview, key_id: str | None, uid: int = NOBODY) -> tuple[bytes, str, int, str]:
+        """(blob, kek_id, kek_version, key_id). Without a key_id, a generated one is bound. Raises Conflict
+        where the KEK has wrapped all it may."""
         if key_id is not None:
             self.allow(key_id)
         name = key_id or new_key_id(int(wall() * 1000), os.urandom(10))
         for _ in range(ATTEMPTS):
             active = self.keyring.active
+            self.uses.check(KEK_ROW + active.kek_id)
             try:
                 with self.keyring.borrow(active.kek_id) as kek:
                     blob = envelope.wrap(kek, active.kek_id, name, os.urandom(NONCE_SIZE), dek)
+                self.uses.add(KEK_ROW + active.kek_id, 1, 0, uid)
                 return blob, active.kek_id, active.version, name
             except (KeyringChanged, KekNotLoaded):
                 continue
@@ -342,15 +346,17 @@ class Service:
 
     def anchor(self, last: bool = False) -> None:
         """Have kept in the store what moved since last time: the head of this worker's audit chain, and what
-        was done under which DEK. `last`: all of that, however much it is."""
+        was done under which key. `last`: all of that, however much it is, and that it is all."""
         more = True
         while more:
             head, uses = self.audit.head, self.uses.batch(wall())
-            if head[1] == self._anchored and uses is None:
+            more = last and uses is not None
+            if head[1] == self._anchored and uses is None and not last:
                 return
-            self._keeper.call("anchor", {"uses": uses} if uses else {}, head, 5.0)
+            ended = {"closed": head[0]} if last and not more else {}
+            self._keeper.call("anchor", {"uses": uses, **ended} if uses else ended, head, 5.0)
             self._anchored = head[1]
-            more = uses is not None and (self.uses.taken(spent(self._reader.heavy())) or last)
+            self.uses.taken(self._reader.heavy())
 
     # ---- listings ---------------------------------------------------------------------------------------
 
@@ -363,9 +369,12 @@ class Service:
 
     def limits(self) -> tuple[int, int]:
         """DEKs that come near to what one may encrypt, and those that are there."""
-        heavy = self._reader.heavy()
-        worn = len(spent(heavy))
-        return len(heavy) - worn, worn
+        return counts(self._reader.heavy())
+
+    def wraps(self) -> int:
+        """DEKs that the active KEK has wrapped, but for the last second's."""
+        name = KEK_ROW + self.keyring.active.kek_id
+        return self._reader.usage([name]).get(name, Usage()).encrypts
 
     def keks(self) -> dict[str, dict[str, Any]]:
         return {
@@ -393,6 +402,7 @@ class Service:
             "kek_version": str(active.version),
             "kek_since": since,
             "kek_age_seconds": seconds,
+            "kek_wraps": self.wraps(),
             "deks": {
                 "total": sum(int(row["count"]) for row in keks.values()),
                 "by_kek": keks,

@@ -15,7 +15,11 @@ from .seal import KekCount, StoreState
 FORMAT = 1  # of one row
 
 HEAVY = 2**31
-"""Encrypts under one DEK from which on the store finds it without a search, and the operator is warned."""
+"""Encrypts under one DEK, or wraps under one KEK, from which on the store finds it without a search, and the
+operator is warned."""
+
+KEK_ROW = ":kek:"
+"""Before a kek_id: the name of a KEK's row of usage, which no key_id can be; its wraps stand for encrypts."""
 
 
 class Usage(NamedTuple):

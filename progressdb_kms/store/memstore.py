@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..encoding import json_loads
 from ..errors import StoreUnavailable
-from .contract import HEAVY, Usage
+from .contract import HEAVY, KEK_ROW, Usage
 from .policy import SHREDDED
 from .seal import Seal, StoreState, Tally
 from .sealed import Row, SealedReader, SealedStore, Written
@@ -136,7 +136,8 @@ class MemoryStore(SealedStore, MemoryReader):
     def count(self, rows: Iterable[tuple[str, Usage]]) -> None:
         usage = self._writable().usage
         for key_id, more in rows:
-            if self._state.deks.get(key_id, {"state": SHREDDED})["state"] != SHREDDED:
+            state = self._state.deks.get(key_id, {"state": SHREDDED})["state"]
+            if key_id.startswith(KEK_ROW) or state != SHREDDED:
                 usage[key_id] = usage.get(key_id, Usage()).plus(more)
 
     def _forget_usage(self, key_id: str) -> None:

@@ -114,6 +114,7 @@ class StoreState(NamedTuple):
     total: int = 0
     own: int = 0
     """The sum of the MACs of the rows OWN."""
+    wraps: Mapping[str, int] = {}  # noqa: RUF012  # by kek_id, in this transaction so far: in no row
 
     def to_row(self) -> dict[str, Any]:
         return {
@@ -140,6 +141,9 @@ class StoreState(NamedTuple):
 
     def activated(self, kek_id: str, version: int, since: str) -> StoreState:
         return self._replace(change=self.change + 1, active=ActiveKek(kek_id, version, since))
+
+    def wrapped(self, kek_id: str) -> StoreState:
+        return self._replace(wraps={**self.wraps, kek_id: self.wraps.get(kek_id, 0) + 1})
 
     def counted(self, gone: int, come: int, keks: Mapping[str, KekCount]) -> StoreState:
         """After a row was replaced: the weights of the old (0: there was none) and of the new one."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Callable, NamedTuple
 
 from ..errors import StoreDamaged, StoreUnavailable
-from .contract import DekRecord, counted
+from .contract import KEK_ROW, DekRecord, Usage, counted
 from .policy import SHREDDED
 from .seal import END, MODULUS, OWN, STATE, KekCount, Seal, StoreState, Tally, weight, without_mac
 
@@ -147,6 +147,10 @@ class SealedStore(SealedReader):
     def _swap_tables(self) -> None: ...
 
     @abstractmethod
+    def count(self, rows: Iterable[tuple[str, Usage]]) -> None:
+        """Add to what is kept of DEKs and KEKs. A DEK that is not stored, or shredded, is left out."""
+
+    @abstractmethod
     def _forget_usage(self, key_id: str) -> None: ...
 
     @abstractmethod
@@ -183,6 +187,9 @@ class SealedStore(SealedReader):
 
     def _settle(self, before: StoreState) -> None:
         """At the end of a transaction."""
+        if self._book.wraps:
+            self.count((KEK_ROW + kek_id, Usage(wraps)) for kek_id, wraps in self._book.wraps.items())
+            self._book = self._book._replace(wraps={})
         if self._book is not before:
             self._write(STATE, self._key.sealed(STATE, self._book.to_row()))
 
@@ -258,6 +265,8 @@ class SealedStore(SealedReader):
         if new.state == SHREDDED:
             self._forget_usage(new.key_id)
         self._book = self._book.counted(gone, come, counted(self._book.keks, old, new))
+        if new.wrapped and (old is None or new.wrapped != old.wrapped):
+            self._book = self._book.wrapped(new.kek_id)
         if self._tally is not None:
             self._tally = self._tally.moved(new.key_id, live=come - gone)
 
@@ -276,7 +285,11 @@ class SealedStore(SealedReader):
     # ---- a second table for rotation -----------------------------------------------------------
 
     def stage(self, records: Iterable[DekRecord]) -> None:
-        rows = [self._written(one) for one in records]
+        rows = []
+        for one in records:
+            rows.append(self._written(one))
+            if one.wrapped:
+                self._book = self._book.wrapped(one.kek_id)
         if self._tally is not None:
             for row in rows:
                 old = self._staged(row.key_id)

@@ -39,7 +39,7 @@ from sqlitedict import SqliteDict
 from ..encoding import json_dumps, json_loads
 from ..errors import StoreDamaged, StoreUnavailable
 from . import outside
-from .contract import HEAVY, DekRecord, Usage
+from .contract import HEAVY, KEK_ROW, DekRecord, Usage
 from .pause import Pause
 from .policy import SHREDDED
 from .seal import Seal, StoreState, Tally
@@ -195,8 +195,8 @@ USAGE_TABLE = (
 USAGE_OF = "SELECT * FROM usage WHERE key_id IN (SELECT value FROM json_each(?))"
 _HEAVY_INDEX = f"CREATE INDEX IF NOT EXISTS usage_heavy ON usage (encrypts) WHERE encrypts >= {HEAVY}"
 _COUNT = (
-    "INSERT INTO usage SELECT ?, ?, ?, ?, ?, ? WHERE EXISTS (SELECT 1 FROM "  # noqa: S608
-    f"\"{DEKS}\" WHERE key = ? AND json_extract(value, '$.state') <> '{SHREDDED}') "
+    f"INSERT INTO usage SELECT ?1, ?2, ?3, ?4, ?5, ?6 WHERE substr(?1, 1, {len(KEK_ROW)}) = '{KEK_ROW}' OR "  # noqa: S608
+    f"EXISTS (SELECT 1 FROM \"{DEKS}\" WHERE key = ?7 AND json_extract(value, '$.state') <> '{SHREDDED}') "
     "ON CONFLICT (key_id) DO UPDATE SET encrypts = encrypts + excluded.encrypts, "
     "decrypts = decrypts + excluded.decrypts, "
     "first = coalesce(min(nullif(first, 0), nullif(excluded.first, 0)), first + excluded.first), "
@@ -567,7 +567,6 @@ class SqliteStore(SealedStore, SqliteReader):
         self._kms.pop(name, None)
 
     def count(self, rows: Iterable[tuple[str, Usage]]) -> None:
-        """Add to what is kept of DEKs. One that is not stored, or shredded, is left out."""
         self._conn.executemany(_COUNT, ((key_id, *more, "meta:" + key_id) for key_id, more in rows))
 
     def _forget_usage(self, key_id: str) -> None:

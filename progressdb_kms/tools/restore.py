@@ -48,7 +48,7 @@ from ..service.plan import Plan, plan
 from ..service.rotation import RETIRED_KEK, retired
 from ..service.start import EPOCH, RESTORE_FOLDER, RESTORED
 from ..store import heads
-from ..store.contract import DekRecord, Usage
+from ..store.contract import KEK_ROW, DekRecord, Usage
 from ..store.policy import DISABLED, ENABLED, PENDING_DELETION, SHREDDED
 from ..store.sqlite import FILE_NAME, SqliteReader, SqliteStore
 from . import asowner, backup, datadir
@@ -365,6 +365,7 @@ def _build(folder: Path, source: Backup, chosen: Plan, past: Past, keys: Keys, p
         with store.transaction():
             for tombstone in left.values():
                 store.put(tombstone)
+            _carry_wraps(store, chosen.active, source.usage, present)
             deks = sum(row.deks for row in store.keks().values())
             built = Built(deks, done + len(left) - deks, again, damaged)
             _put_rows(store, source, chosen, past, built)
@@ -387,6 +388,14 @@ def _present_usage(data_dir: Path) -> Iterator[Callable[[Sequence[str]], dict[st
 
     with contextlib.closing(reader):
         yield usage
+
+
+def _carry_wraps(store: SqliteStore, active: str, *kept: Callable[[Sequence[str]], dict[str, Usage]]) -> None:
+    """What KEKs had wrapped before, of which this store counted a part as it was written."""
+    names = [KEK_ROW + kek_id for kek_id in {*store.keks(), active}]
+    for usage in kept:
+        more = [(name, beyond(used, store.usage([name]).get(name))) for name, used in usage(names).items()]
+        store.count(more)
 
 
 def _closed(record: DekRecord, past: Past, genuine: bool) -> DekRecord:

@@ -14,6 +14,8 @@ from datetime import datetime
 from typing import Any
 
 from ..client import Client, Readiness
+from ..service.usage import SPENT
+from ..store.contract import HEAVY
 from .console import paint, picture, safe, say
 
 NEAR = 0.8
@@ -25,6 +27,7 @@ LIMITS = {
     "threads": "threads",
     "body_bytes": "messages under way",
     "locked_bytes": "locked memory",
+    "kek_wraps": "wraps by the KEK",
 }
 
 Told = Mapping[str, Any]
@@ -54,6 +57,14 @@ def _row(title: str, text: str) -> str:
 
 
 def _kek(told: Told, now: float) -> Iterator[str]:
+    yield from _age(told)
+    wraps = told.get("kek_wraps", 0)
+    if wraps >= HEAVY:
+        of = f"it has wrapped {wraps:,} DEKs of {SPENT:,} that it may: `progressdb-kms rotate-kek --generate`"
+        yield _row("", paint(of, "yellow"))
+
+
+def _age(told: Told) -> Iterator[str]:
     seconds, most = told.get("kek_age_seconds"), told.get("kek_max_age_days")
     text = f"{safe(told.get('kek_id', '?'))}, version {safe(told.get('kek_version', '?'))}"
     if seconds is None:
@@ -119,7 +130,8 @@ def _memory(told: Told, now: float) -> Iterator[str]:
 
 def _limits(told: Told, now: float) -> Iterator[str]:
     title = "limits"
-    for name, use in told.get("limits", {}).items():
+    wraps = {"kek_wraps": {"used": told["kek_wraps"], "limit": SPENT}} if "kek_wraps" in told else {}
+    for name, use in {**told.get("limits", {}), **wraps}.items():
         shown = size if name.endswith("bytes") else "{:,}".format
         text = f"{LIMITS.get(name, safe(name)):18}  {shown(use['used'])}"
         if use["limit"]:

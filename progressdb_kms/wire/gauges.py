@@ -34,6 +34,7 @@ FAMILIES = {
     "deks_near_limit": "DEKs with more than 2**31 encrypts of 2**32.",
     "deks_spent": "DEKs with 2**32 encrypts: they only decrypt.",
     "kek_version": "Rotations of the KEK so far, plus one.",
+    "kek_wraps": "DEKs that the active KEK has wrapped, again and again too: 2**32 are allowed.",
     "kek_age_seconds": "Since the active KEK became that.",
     "kek_max_age_seconds": "What kek_max_age_days allows.",
     "workers": "Worker processes.",
@@ -98,6 +99,7 @@ def _stored(service: Service) -> dict[str, Value]:
             "deks": {kek_id: row["count"] for kek_id, row in service.keks().items()},
             "deks_near_limit": near,
             "deks_spent": spent,
+            "kek_wraps": service.wraps(),
             "kek_age_seconds": service.kek_since()[1],
             "deletions_scheduled": service.deletions()["scheduled"],
         }

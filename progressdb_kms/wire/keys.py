@@ -28,7 +28,7 @@ def wrap(app: App, call: Call) -> Reply:
     try:
         b64decode_into(_span(body, spans, "dek"), dek)
         check_master_key(dek)  # a buffer that nobody filled, or a key that everybody has, protects nothing
-        blob, kek_id, version, name = app.service.wrap(dek, key_id)
+        blob, kek_id, version, name = app.service.wrap(dek, key_id, call.peer.uid)
     except WeakKey as error:
         raise BadRequest.invalid("dek", f"can't be a DEK: {error.message}") from None
     except ValueError as error:

@@ -265,7 +265,7 @@ _ANSWERS["/status"] = _named(
     _members(
         "version state kek_id kek_version kek_since:string|null kek_age_seconds:number|null "
         "kek_max_age_days:integer|null workers:integer restarts:integer uptime_seconds:number "
-        "disk_free_bytes:integer|null erasures_due:integer erasures_held",
+        "disk_free_bytes:integer|null erasures_due:integer erasures_held kek_wraps:integer",
         deks=_named("DekCounts", _DEKS),
         deletions=_named("Deletions", _members("scheduled:integer next_at:string|null")),
         audit=_named("AuditHead", _members("chain seq:integer")),

@@ -20,6 +20,7 @@ from progressdb_kms.client import (
     Conflict,
     ConnectionFailed,
     Dek,
+    KekSpent,
     KeyDisabled,
     KeyNotFound,
     KeyShredded,
@@ -141,6 +142,9 @@ class TestCalls:
         kms.refuse["/encrypt"] = (409, "key_spent", "the key has encrypted 4,294,967,296 messages")
         with pytest.raises(KeySpent):
             client.encrypt(dek.key_id, b"")
+        kms.refuse["/deks"] = (409, "kek_spent", "the KEK aa has wrapped 4,294,967,296 DEKs")
+        with pytest.raises(KekSpent):
+            client.create_dek("t")
 
     def test_states(self, client: Client, kms: FakeKms) -> None:
         key = client.create_dek("t").key_id

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import random
 import threading
 from typing import Any
 
 import pytest
 
+from progressdb_kms.encoding import json_dumps
 from progressdb_kms.errors import AuthenticationFailed, Conflict, KeyNotFound, StoreUnavailable
+from progressdb_kms.process.serving import ANCHOR_SECONDS
 from progressdb_kms.service import usage
-from progressdb_kms.service.usage import SPENT, Uses, near, told
+from progressdb_kms.service.channel import MAX_JOB
+from progressdb_kms.service.usage import SPENT, Uses, counts, dead, near, told
 from progressdb_kms.service.worker import Service
-from progressdb_kms.store.contract import HEAVY, DekRecord, Usage
+from progressdb_kms.store.contract import HEAVY, KEK_ROW, DekRecord, Usage
 from tests.service.test_anchors import Site as KeeperSite
 from tests.service.test_anchors import site as keeper_site  # noqa: F401
 from tests.service.test_worker import TEXT
@@ -21,72 +26,136 @@ from tests.service.test_worker import Site as WorkerSite
 def rows(uses: Uses, now: float = 100.0) -> dict[str, list[int]]:
     """The next batch, taken at once."""
     batch = uses.batch(now)
-    uses.taken(frozenset())
+    uses.taken({})
     return {name: counts for name, *counts in batch["rows"]} if batch else {}
 
 
+def some(workers: int = 1, **heavy: int) -> Uses:
+    return Uses("1.1", heavy, workers)
+
+
 def test_uses_of_a_beat_are_one_row() -> None:
-    uses = Uses("1.1")
-    for use in (("a", 1, 0, 7), ("b", 0, 1, 7), ("a", 5, 0, 8), ("a", 0, 2, 9)):
+    uses = some()
+    for use in (("a", 1, 0, 7), ("b", 0, 1, 7), ("a", 5, 0, 8), ("a", 0, 2, 9), ("c", 0, 0, 9)):
         uses.add(*use)
-    assert uses.left and rows(uses, 100.7) == {"a": [6, 2, 100, 100, 9], "b": [0, 1, 100, 100, 7]}
-    assert not uses.left and uses.batch(101) is None
+    assert rows(uses, 100.7) == {
+        "a": [6, 2, 100, 100, 9],
+        "b": [0, 1, 100, 100, 7],
+        "c": [0, 0, 100, 100, 9],
+    }
+    assert uses.batch(101) is None
 
 
 def test_what_waits_keeps_its_first_time_and_is_handed_over_oldest_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(usage, "ROWS", 2)
-    uses = Uses("1.1")
+    monkeypatch.setattr(usage, "LEAST", 2)
+    uses = some(workers=1000)
     for name in "abcd":
         uses.add(name, 1, 0, 1)
     assert list(rows(uses, 10)) == ["a", "b"]
     uses.add("d", 1, 0, 2)
     uses.add("a", 1, 0, 2)
     assert rows(uses, 20) == {"c": [1, 0, 10, 10, 1], "d": [2, 0, 10, 20, 2]}
-    assert rows(uses, 30) == {"a": [1, 0, 20, 20, 2]} and not uses.left
+    assert rows(uses, 30) == {"a": [1, 0, 20, 20, 2]} and not rows(uses)
 
 
-def test_more_than_may_wait_is_handed_over_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usage, "ROWS", 2)
-    monkeypatch.setattr(usage, "WAITING", 3)
-    uses = Uses("1.1")
-    for number in range(8):
-        uses.add(f"k{number}", 1, 0, 1)
-    more = []
-    while uses.batch(1):
-        more.append(uses.taken(frozenset()))
-    assert more == [True, True, False, False]
+def test_what_is_used_much_goes_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "LEAST", 2)
+    monkeypatch.setattr(usage, "SOON", 4)
+    uses = some(1000, heavy=HEAVY)
+    for name in (*"abcdef", "heavy"):
+        uses.add(name, 1, 0, 1)
+    uses.add("e", 2, 0, 1)
+    assert list(rows(uses)) == ["heavy", "a"]
+    uses.add("e", 1, 0, 1)
+    assert rows(uses) == {"e": [4, 0, 100, 100, 1], "b": [1, 0, 100, 100, 1]}
+    assert list(rows(uses)) == ["c", "d"] and list(rows(uses)) == ["f"] and not rows(uses)
+
+
+def test_of_one_key_no_more_than_that_can_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else is used: what a worker holds of a key at any time is below SOON and the uses of two
+    beats, of which one is on its way."""
+    monkeypatch.setattr(usage, "LEAST", 2)
+    monkeypatch.setattr(usage, "SOON", 50)
+    uses, chance = some(1000), random.Random(5)
+    counted = used = 0
+    for beat in range(400):
+        for number in range(20):
+            uses.add(f"other{beat % 50}.{number}", 1, 0, 1)
+        more = chance.choice((0, 3, 40))
+        uses.add("a", more, 0, 1)
+        used += more
+        batch = uses.batch(beat)
+        assert used - counted < 50 + 2 * 40
+        counted += sum(row[1] for row in (batch or {"rows": ()})["rows"] if row[0] == "a")
+        uses.taken({})
+        assert used - counted < 50
+
+
+def test_lost_is_what_the_machine_may_do_meanwhile() -> None:
+    """A beat, another for the answer, and a job's 5 s, at 300,000 a second."""
+    assert usage.LOST >= usage.SOON + (2 * ANCHOR_SECONDS + 5) * 300_000
+
+
+def test_500_rows_a_second_at_most_over_all_workers() -> None:
+    for workers in (1, 2, 4, 8):
+        uses = some(workers)
+        for number in range(1000):
+            uses.add(f"k{number}", 1, 0, 1)
+        assert len(rows(uses)) * workers / ANCHOR_SECONDS <= 500
+
+
+def test_the_longest_names_fit_a_job() -> None:
+    uses = some()
+    for number in range(200):
+        uses.add(f"{number:0128}", 1, 0, 2**32 - 2)
+    batch = uses.batch(2e9)
+    assert batch is not None and len(json_dumps(batch)) + 20 * len(batch["rows"]) < MAX_JOB - 1000
 
 
 def test_while_nothing_is_taken_no_more_than_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usage, "ROWS", 1)
+    monkeypatch.setattr(usage, "LEAST", 1)
     monkeypatch.setattr(usage, "MOST", 3)
-    uses = Uses("1.1")
+    monkeypatch.setattr(usage, "BUSY", 2)
+    uses = some(1000)
     for _ in range(2):
         for number in range(8):
             uses.add(f"k{number}", 1, 0, 1)
         uses.batch(1)
+    uses.add("busy", 2, 0, 1)  # takes the place of the newest
     found = []
-    while uses.left:
-        found += [(name, counts[0]) for name, counts in rows(uses).items()]
-    assert found == [("k0", 1), ("k1", 2), ("k2", 2), ("k0", 1)]
+    while more := rows(uses):
+        found += [(name, counts[0]) for name, counts in more.items()]
+    assert found == [("k0", 1), ("k1", 2), ("k2", 2), ("busy", 2)]
 
 
 def test_a_batch_comes_again_until_it_is_taken() -> None:
-    uses = Uses("1.1")
+    uses = some()
     uses.add("a", 1, 0, 1)
     first = uses.batch(1)
     uses.add("a", 1, 0, 1)
     assert uses.batch(2) == first and first is not None
-    uses.taken(frozenset())
+    uses.taken({})
     second = uses.batch(3)
     assert second is not None and second["number"] == first["number"] + 1
     assert second["rows"] == [("a", 1, 0, 2, 2, 1)]
 
 
+def test_what_waits_counts_for_the_limit() -> None:
+    uses = some()
+    uses.add("a", 3, 0, 1)
+    uses.batch(1)  # on its way
+    uses.add("a", 3, 0, 1)
+    uses.batch(1)
+    uses.taken({"a": SPENT - 4})
+    assert uses.spent == frozenset()
+    uses.taken({"a": SPENT - 3})
+    assert uses.spent == {"a"}
+
+
 def test_threads_lose_no_use() -> None:
-    uses = Uses("1.1")
+    uses = some()
     begun = threading.Barrier(5)
 
     def work() -> None:
@@ -99,9 +168,17 @@ def test_threads_lose_no_use() -> None:
         thread.start()
     begun.wait()
     counted = 0
-    while any(thread.is_alive() for thread in threads) or uses.left:
+    while any(thread.is_alive() for thread in threads):
         counted += rows(uses).get("a", [0])[0]
+    counted += rows(uses).get("a", [0])[0]
     assert counted == 80_000
+
+
+def test_who_is_dead_by_now() -> None:
+    running = ["1.1", "1.2", "2.1", "2.2.1", "2.1.1"]
+    assert dead("3.1", running) == running
+    assert dead("2.1.1", running) == ["1.1", "1.2", "2.1"]
+    assert dead("2.3", running) == ["1.1", "1.2"]
 
 
 def test_what_the_api_tells() -> None:
@@ -123,6 +200,9 @@ def test_what_the_operator_hears() -> None:
     lines = near({"a": HEAVY, "b": SPENT + 5})
     assert lines[0].startswith("the DEK b has 4,294,967,301 encrypts, which is the end")
     assert "the DEK a has 2,147,483,648 encrypts of 4,294,967,296" in lines[1]
+    (kek,) = near({KEK_ROW + "aa": HEAVY})
+    assert kek.startswith("the KEK aa has wrapped 2,147,483,648 DEKs of") and "rotate-kek --generate" in kek
+    assert counts({KEK_ROW + "aa": SPENT, "a": HEAVY, "b": SPENT}) == (1, 1)
 
 
 class TestTheService:
@@ -155,7 +235,7 @@ class TestTheService:
     def test_one_that_is_spent_opens_and_seals_no_more(self, service: WorkerSite) -> None:
         kms, scratch = service.service, service.scratch
         nonce, sealed = kms.encrypt("k", TEXT, b"", scratch)
-        kms.uses.taken(frozenset(["k"]))
+        kms.uses.taken({"k": SPENT})
         for source in ("k", kms.entry("k").wrapped):
             with pytest.raises(Conflict, match="4,294,967,296 messages") as caught:
                 kms.encrypt(source, TEXT, b"", scratch)
@@ -171,6 +251,18 @@ class TestTheService:
         kms = Service(service.store, service.keyring, unused, unused, unused, unused, dict)
         with pytest.raises(Conflict):
             kms.encrypt("k", TEXT, b"", service.scratch)
+
+    def test_wraps_are_uses_of_the_kek(self, service: WorkerSite) -> None:
+        kms, name = service.service, KEK_ROW + service.kek_id
+        dek = memoryview(bytearray(os.urandom(32)))
+        kms.wrap(dek, None, 7)
+        kms.wrap(dek, "k", 8)
+        assert rows(kms.uses) == {name: [2, 0, 100, 100, 8]}
+        kms.uses.taken({name: SPENT})
+        with pytest.raises(Conflict, match="wrapped 4,294,967,296 DEKs") as caught:
+            kms.wrap(dek, None)
+        assert caught.value.code == "kek_spent" and "rotate-kek" in caught.value.hint
+        kms.encrypt("k", TEXT, b"", service.scratch)  # what was wrapped serves on
 
 
 class TestTheKeeper:
@@ -188,7 +280,7 @@ class TestTheKeeper:
         def call() -> None:
             try:
                 result.append(site.client.call(op, fields, None, 30.0))
-            except StoreUnavailable as error:
+            except (StoreUnavailable, Conflict) as error:
                 result.append(error)
 
         thread = threading.Thread(target=call)
@@ -240,12 +332,51 @@ class TestTheKeeper:
         assert caplog.text.count("the DEK k has") == 2 and "which is the end" in caplog.text
 
     def test_a_worker_that_starts_adds_what_a_dead_one_may_have_lost(self, site: KeeperSite) -> None:
-        self.hand_over(site, uses=self.batch(1, HEAVY - 1, 2, 50, 60, 7))
         self.hand_over(site, op="hello", chain="1.1")
+        self.hand_over(site, op="hello", chain="1.2")
+        self.hand_over(site, uses=self.batch(1, HEAVY - 1, 2, 50, 60, 7))
+        self.hand_over(site, op="hello", chain="1.1.1")
         assert self.kept(site).encrypts == HEAVY - 1
         self.hand_over(site, uses=self.batch(2, 1, 0, 60, 60, 7))
-        self.hand_over(site, op="hello", chain="1.1.1")
+        self.hand_over(site, op="hello", chain="1.1.2")
         assert self.kept(site) == Usage(HEAVY + usage.LOST, 2, 50, 60, 7)
+        self.hand_over(site, closed="1.1.2")
+        self.hand_over(site, op="hello", chain="2.1")  # 1.2 didn't stop in order
+        assert self.kept(site).encrypts == HEAVY + 2 * usage.LOST
+        self.hand_over(site, closed="2.1")
+        self.hand_over(site, op="hello", chain="3.1")
+        assert self.kept(site).encrypts == HEAVY + 2 * usage.LOST
+
+    def wraps(self, site: KeeperSite) -> int:
+        name = KEK_ROW + site.keeper._keyring.active.kek_id
+        return site.store.usage([name]).get(name, Usage()).encrypts  # type: ignore[no-any-return]
+
+    def test_wraps_are_counted_as_they_are_made(self, site: KeeperSite) -> None:
+        assert self.wraps(site) == 1
+        self.hand_over(site, op="create", thread_id="t", key_id="other")
+        self.hand_over(site, op="create", thread_id="t", key_id="other")  # is there: wraps nothing
+        self.hand_over(site, op="transition", key_id="k", action="disable")
+        self.hand_over(site, op="transition", key_id="k", action="shred")
+        assert self.wraps(site) == 2
+        name = KEK_ROW + site.keeper._keyring.active.kek_id
+        self.hand_over(site, uses=self.batch(1, 5, 0, 50, 60, 7, key_id=name))
+        assert self.wraps(site) == 7
+
+    def test_a_kek_that_is_spent_wraps_no_more(
+        self, site: KeeperSite, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        name = KEK_ROW + site.keeper._keyring.active.kek_id
+        with site.store.transaction():
+            site.store.count([(name, Usage(HEAVY))])
+        self.hand_over(site, op="create", thread_id="t")
+        (warning,) = site.keeper.ready()["warnings"]
+        assert "has wrapped 2,147,483,650 DEKs of" in warning and "rotate-kek --generate" in warning
+        with site.store.transaction():
+            site.store.count([(name, Usage(HEAVY))])
+        refused = self.hand_over(site, op="create", thread_id="t")
+        assert isinstance(refused, Conflict) and refused.code == "kek_spent"
+        self.hand_over(site, uses=self.batch(1, 1, 0, 50, 60, 7))
+        assert "which is the end: it only unwraps" in caplog.text
 
     def test_a_key_that_is_not_stored_gets_no_row(self, site: KeeperSite) -> None:
         self.hand_over(site, uses=self.batch(1, 3, 1, 50, 60, 7, key_id="of a caller's blob"))
