@@ -11,6 +11,7 @@ import binascii
 import json
 import re
 import time
+from binascii import a2b_base64, b2a_base64
 from datetime import datetime
 from typing import Any, Callable, Union
 
@@ -43,21 +44,23 @@ _NOT_BASE64 = "not base64 (standard alphabet, with padding)"
 def b64decode(text: str | Buffer) -> bytes:
     """Decode strict base64. Raises ValueError on any other spelling (white space, URL alphabet, …)."""
     raw = text.encode("ascii", "replace") if isinstance(text, str) else text
+    size = len(raw)
     try:
-        data = binascii.a2b_base64(raw) if len(raw) <= PART else _in_parts(binascii.a2b_base64, raw)
+        data = a2b_base64(raw) if size <= PART else _in_parts(a2b_base64, raw)
     except binascii.Error:
         raise ValueError(_NOT_BASE64) from None
     # a2b_base64 skips what it does not know and ends at the padding: a full length shows that it did neither.
-    tail = len(data) % 3
-    if len(raw) != (len(data) + 2) // 3 * 4 or (tail and raw[tail - 4] not in _LAST[tail]):
+    come = len(data)
+    tail = come % 3
+    if size != (come + 2) // 3 * 4 or (tail and raw[tail - 4] not in _LAST[tail]):
         raise ValueError(_NOT_BASE64)
     return data
 
 
 def b64encode_bytes(data: Buffer) -> bytes:
     if len(data) > PART:
-        return _in_parts(lambda part: binascii.b2a_base64(part, newline=False), data)
-    return binascii.b2a_base64(data, newline=False)
+        return _in_parts(lambda part: b2a_base64(part, newline=False), data)
+    return b2a_base64(data, newline=False)
 
 
 def _in_parts(convert: Callable[[Buffer], bytes], data: Buffer) -> bytes:
@@ -67,7 +70,7 @@ def _in_parts(convert: Callable[[Buffer], bytes], data: Buffer) -> bytes:
 
 
 def b64encode(data: Buffer) -> str:
-    return binascii.b2a_base64(data, newline=False).decode("ascii")
+    return b2a_base64(data, newline=False).decode("ascii")
 
 
 _B64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
@@ -138,9 +141,10 @@ LATEST = 253402300799.0
 def wall() -> float:
     """The wall clock, whatever it shows. Python has no words for times after 2262."""
     try:
-        return min(max(time.time(), 0.0), LATEST)
+        now = time.time()
     except OverflowError:
         return LATEST
+    return now if 0.0 <= now <= LATEST else min(max(now, 0.0), LATEST)
 
 
 def timestamp(now: float) -> str:

@@ -36,7 +36,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, NewType, NoReturn
 
 from ..crypto.aead import mac, same
-from ..encoding import b64encode, json_dumps, json_loads, timestamp, wall
+from ..encoding import b64encode, b64encode_bytes, json_dumps, json_loads, timestamp, wall
 from ..errors import AuditUnavailable, KMSError
 
 FILE_NAME = "kms-audit.log"
@@ -217,6 +217,7 @@ class AuditLog:
         self._lock = threading.Lock()
         self._last = (0, "")  # seq and sig of the chain's last line
         self._tick, self._ts = (-1, "")  # the clock's last millisecond, and how it is written
+        self._second = ""  # of it, written down to the point
         self._number, self._mark = -1, ""  # the last change, and how it is written
         self._torn: list[Torn] = []  # torn records of ours that no recovery event names yet
         self._ends = 0  # line ends that torn repairs wrote
@@ -330,7 +331,7 @@ class AuditLog:
         seq += 1
         tick = int(self._clock() * 1000)
         if tick != self._tick:
-            self._tick, self._ts = (tick, f"{timestamp(tick // 1000)[:20]}{tick % 1000:03d}Z")
+            self._set_time(tick)
         if (number := self._change()) != self._number:
             self._number, self._mark = number, f',"change":{number:d}'
         event = (
@@ -338,15 +339,21 @@ class AuditLog:
             f"{_head(op, outcome, status)}{self._mark}{extra}}}"
         ).encode("ascii")  # an error for what never went through `fragment`
         digest = mac(self.key, event)
-        sig = b64encode(digest)
-        line = b'%b{"event":%b,"sig":"%b"}\n' % (lead, event, sig.encode())
+        sig = b64encode_bytes(digest)
+        line = b"".join((lead, b'{"event":', event, b',"sig":"', sig, b'"}\n'))
         size = self._put(line)
         self._size += size
         if size >= len(line) - 1:  # whole, perhaps without its line end
-            self._last = (seq, sig)
+            self._last = (seq, sig.decode())
         if size < len(line):
             self._tear(line[:size], lead)
         return f"{self.chain}:{seq}:{digest[:8].hex()}"
+
+    def _set_time(self, tick: int) -> None:
+        second, thousandths = divmod(tick, 1000)
+        if second != self._tick // 1000:
+            self._second = timestamp(second)[:20]
+        self._tick, self._ts = tick, f"{self._second}{thousandths:03d}Z"
 
     def _put(self, data: bytes) -> int:
         """One write of all the data: with O_APPEND, the lines of several processes don't mix."""

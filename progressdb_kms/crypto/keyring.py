@@ -67,7 +67,7 @@ class Keyring:
             raise ValueError(f"the keyring's region must have {REGION_SIZE} bytes")
         self._region = region
         self._words = region[:REGION_SIZE].cast("Q")
-        self._places: dict[str, _Place] = {}  # by kek_id: a hint, checked at each use
+        self._loans: dict[str, Loan] = {}  # by kek_id: where it was last seen, checked at each use
 
     # ---- reading -----------------------------------------------------------------------------
 
@@ -101,15 +101,15 @@ class Keyring:
     def kek_ids(self) -> list[str]:
         return [self._kek_id(slot) for slot in range(1, SLOTS + 1) if self._used(slot)]
 
-    def borrow(self, kek_id: str) -> Borrowed:
+    def borrow(self, kek_id: str) -> Loan:
         """`with keyring.borrow(kek_id) as key:` the 32 bytes of the KEK, in place.
 
         Raises KekNotLoaded; on leaving, KeyringChanged where the slot changed meanwhile.
         """
-        place = self._places.get(kek_id)
-        if place is None or self._words[place.word + 1] != place.name:
-            place = self._place(kek_id)
-        return Borrowed(self._words, place)
+        loan = self._loans.get(kek_id)
+        if loan is None or not loan.good():
+            loan = self._loan(kek_id)
+        return loan
 
     # ---- writing: the keeper only -----------------------------------------------------------------
 
@@ -151,9 +151,9 @@ class Keyring:
             raise ValueError("the active KEK can't be removed")
         start = _HEADER + (slot - 1) * _SLOT
         self._words[start // 8] += 1
-        self._words[start // 8 + 1] = 0  # first: see Borrowed.__exit__
+        self._words[start // 8 + 1] = 0  # first: see Loan
         self._region[start + 16 : start + _SLOT] = bytes(_SLOT - 16)
-        self._places.pop(kek_id, None)
+        self._loans.pop(kek_id, None)
 
     def publish(self, change: int) -> None:
         """This change is on disk."""
@@ -165,7 +165,7 @@ class Keyring:
 
     def release(self) -> None:
         """Give the region's views back, so that it can be closed."""
-        self._places.clear()
+        self._loans.clear()
         self._words.release()
 
     # ---- slots ---------------------------------------------------------------------------------
@@ -183,39 +183,39 @@ class Keyring:
                 return slot
         raise KekNotLoaded(kek_id)
 
-    def _place(self, kek_id: str) -> _Place:
+    def _loan(self, kek_id: str) -> Loan:
         start = _HEADER + (self._find(kek_id) - 1) * _SLOT
-        name = int.from_bytes(bytes.fromhex(kek_id), sys.byteorder)
-        place = _Place(start // 8, name, self._region[start + _KEY : start + _KEY + KEY_SIZE])
-        self._places[kek_id] = place
-        return place
+        key = self._region[start + _KEY : start + _KEY + KEY_SIZE]
+        loan = Loan(self._words, start // 8, int.from_bytes(bytes.fromhex(kek_id), sys.byteorder), key)
+        if not loan.good():
+            raise KeyringChanged  # between the look and now
+        self._loans[kek_id] = loan
+        return loan
 
     def __repr__(self) -> str:
         return f"<Keyring of {len(self.kek_ids())} KEKs>"
 
 
-class _Place(NamedTuple):
-    """Where a KEK was last seen."""
+class Loan:
+    """A KEK on loan; see Keyring.borrow. It never changes, so that all who borrow this KEK may share one: it
+    is good as long as its slot has the stamp that it had before the kek_id was read there. Whether it was
+    good is known at the end: nothing that was made before leaves."""
 
-    word: int  # index of the slot's stamp
-    name: int  # its kek_id as a word
-    key: memoryview
+    __slots__ = ("_key", "_name", "_stamp", "_word", "_words")
 
-
-class Borrowed:
-    """A KEK on loan; see Keyring.borrow."""
-
-    __slots__ = ("_place", "_stamp", "_words")
-
-    def __init__(self, words: memoryview, place: _Place) -> None:
+    def __init__(self, words: memoryview, word: int, name: int, key: memoryview) -> None:
         self._words = words
-        self._place = place
-        self._stamp = words[place.word]
+        self._word = word  # index of the slot's stamp; its kek_id is the next word
+        self._stamp = words[word]
+        self._name = name
+        self._key = key
+
+    def good(self) -> bool:
+        words, word = self._words, self._word
+        return bool(words[word] == self._stamp and words[word + 1] == self._name)
 
     def __enter__(self) -> memoryview:
-        if self._words[self._place.word + 1] != self._place.name:  # replaced since it was looked up
-            raise KeyringChanged
-        return self._place.key
+        return self._key
 
     def __exit__(
         self,
@@ -223,6 +223,5 @@ class Borrowed:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        word, name, _ = self._place
-        if self._words[word] != self._stamp or self._words[word + 1] != name:
+        if not self.good():
             raise KeyringChanged from None

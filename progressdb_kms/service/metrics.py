@@ -43,7 +43,9 @@ _GAUGES = (
     "connections", "audit_lines", "items", "starts", "refused_connections", "beats", "embedded_messages",
     "body_bytes", "threads", "open_files", "policy_denials", "refused_peers",
 )  # fmt: skip
-_PER_OP = len(CLASSES) + len(BUCKETS) + 1 + 1  # … and the sum of latencies in ns
+_PER_CLASS = len(BUCKETS) + 1
+_PER_OP = len(CLASSES) * _PER_CLASS + 1
+"""A histogram for each class of status, whose sum is how many there were; then the sum of latencies in ns."""
 
 UIDS = 64
 """UIDs whose connections a process counts one by one; what others hold is counted in one more row."""
@@ -62,7 +64,7 @@ _BLOCK = _TABLE + (UIDS + 1) * 3
 
 _OP_INDEX = {op: len(_GAUGES) + i * _PER_OP for i, op in enumerate(OPS)}
 _GAUGE_INDEX = {name: i for i, name in enumerate(_GAUGES)}
-_CLASS_INDEX = {2: 0, 4: 1, 5: 2}
+_CLASS_INDEX = {2: 0, 4: _PER_CLASS, 5: 2 * _PER_CLASS}
 
 
 class Holding(NamedTuple):
@@ -97,8 +99,8 @@ class Metrics:
                     break
                 yield Holding(name - 1, self._words[at + 1], self._words[at + 2])
 
-    def _sum(self, offset: int) -> int:
-        return sum(self._words[i * _BLOCK + offset] for i in range(self.processes))
+    def _sum(self, *offsets: int) -> int:
+        return sum(self._words[i * _BLOCK + offset] for i in range(self.processes) for offset in offsets)
 
     def render(self, extra: Sequence[tuple[str, str, str, Sequence[tuple[str, float]]]]) -> str:
         """Prometheus text format 0.0.4. `extra`: (name, type, help, [(labels, value)]) of the service."""
@@ -111,16 +113,18 @@ class Metrics:
 
         name = family("requests_total", "counter", "Requests answered, by operation and class of status.")
         for op, at in _OP_INDEX.items():
-            lines += [f'{name}{{op="{op}",status="{c}"}} {self._sum(at + i)}' for i, c in enumerate(CLASSES)]
+            for i, c in enumerate(CLASSES):
+                first = at + i * _PER_CLASS
+                lines.append(
+                    f'{name}{{op="{op}",status="{c}"}} {self._sum(*range(first, first + _PER_CLASS))}'
+                )
         name = family("request_seconds", "histogram", "Time from the whole request to the answer.")
         for op, at in _OP_INDEX.items():
-            total, first = 0, at + len(CLASSES)
-            for i, bound in enumerate(BUCKETS):
-                total += self._sum(first + i)
-                lines.append(f'{name}_bucket{{op="{op}",le="{bound:g}"}} {total}')
-            total += self._sum(first + len(BUCKETS))
-            lines.append(f'{name}_bucket{{op="{op}",le="+Inf"}} {total}')
-            lines.append(f'{name}_sum{{op="{op}"}} {self._sum(first + len(BUCKETS) + 1) / 1e9:.9f}')
+            total, end = 0, at + _PER_OP - 1
+            for i, bound in enumerate((*map("{:g}".format, BUCKETS), "+Inf")):
+                total += self._sum(*range(at + i, end, _PER_CLASS))
+                lines.append(f'{name}_bucket{{op="{op}",le="{bound}"}} {total}')
+            lines.append(f'{name}_sum{{op="{op}"}} {self._sum(end) / 1e9:.9f}')
             lines.append(f'{name}_count{{op="{op}"}} {total}')
         for gauge, kind, text in (
             ("connections", "gauge", "Open connections."),
@@ -154,13 +158,11 @@ class Block:
         self._lock = threading.Lock()
 
     def request(self, op: str, status: int, seconds: float) -> None:
-        words = self._words
-        at = _OP_INDEX[op]
-        bucket = at + 3 + bisect_left(BUCKETS, seconds)
+        words, at = self._words, _OP_INDEX[op]
+        count = at + _CLASS_INDEX.get(status // 100, 2 * _PER_CLASS) + bisect_left(BUCKETS, seconds)
         with self._lock:
-            words[at + _CLASS_INDEX.get(status // 100, 2)] += 1
-            words[bucket] += 1
-            words[at + 4 + len(BUCKETS)] += int(seconds * 1e9)
+            words[count] += 1
+            words[at + _PER_OP - 1] += int(seconds * 1e9)
 
     def add(self, gauge: str, amount: int) -> None:
         with self._lock:

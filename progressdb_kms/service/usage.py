@@ -92,6 +92,8 @@ class Uses:
         encrypted, decrypted, touched = self._seen.get(uid) or self._seen.setdefault(uid, ([], [], []))
         if encrypts == 1:
             encrypted.append(key_id)
+        elif decrypts == 1 and not encrypts:
+            decrypted.append(key_id)
         elif encrypts or decrypts:
             encrypted.extend(itertools.repeat(key_id, encrypts))
             decrypted.extend(itertools.repeat(key_id, decrypts))

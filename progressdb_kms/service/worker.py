@@ -39,10 +39,10 @@ T = TypeVar("T")
 
 
 class Entry(NamedTuple):
-    """What is remembered of a DEK that may be used."""
+    """What is remembered of a DEK that may be used. Of one that a caller brings nobody knows the thread."""
 
     generation: int
-    thread_id: str
+    thread_id: str | None
     kek_version: int
     wrapped: Wrapped
     fragment: Fragment
@@ -151,56 +151,63 @@ class Service:
             self._unknown[key_id] = generation
 
     def _used(self, source: Source, encrypts: int, decrypts: int, uid: int) -> None:
-        self.uses.add(source if isinstance(source, str) else source.key_id, encrypts, decrypts, uid)
+        self.uses.add(_name(source), encrypts, decrypts, uid)
+
+    def _check_spent(self, source: Source) -> None:
+        if self.uses.spent:
+            self.uses.check(_name(source))
 
     # ---- working under a DEK -----------------------------------------------------------------------
 
-    def _with_dek(self, source: Source, scratch: memoryview, work: Callable[..., T], *args: Any) -> T:
+    def dek(self, source: Source) -> Entry:
+        """The DEK that is meant, usable. Raises what `entry` and `allow` raise."""
+        if isinstance(source, str):
+            return self.entry(source)
+        self.allow(source.key_id)
+        return Entry(self.keyring.generation, None, 0, source, key_fragment(source.key_id))
+
+    def _again(self, dek: Entry) -> Entry:
+        return self.dek(dek.wrapped if dek.thread_id is None else dek.wrapped.key_id)
+
+    def _with_dek(self, dek: Entry, scratch: memoryview, work: Callable[..., T], *args: Any) -> T:
         """`work(cipher under the DEK, *args)`; the DEK is in `scratch` meanwhile, and wiped after."""
         for _ in range(ATTEMPTS):
-            wrapped = self.entry(source).wrapped if isinstance(source, str) else self._inline(source)
             try:
-                with self.keyring.borrow(wrapped.kek_id) as kek:
-                    dek = envelope.unwrap_into(kek, wrapped, scratch)
-                return work(Aead(dek), *args)
+                with self.keyring.borrow(dek.wrapped.kek_id) as kek:
+                    key = envelope.unwrap_into(kek, dek.wrapped, scratch)
+                return work(Aead(key), *args)
             except KeyringChanged:
-                continue
+                dek = self._again(dek)
             except KekNotLoaded as missing:
-                if isinstance(source, str) and self.entry(source).wrapped.kek_id != missing.kek_id:
-                    continue
-                raise Unavailable(
-                    f"the KEK {missing.kek_id} that wraps this DEK is not loaded",
-                    code="kek_not_loaded",
-                    hint="add it to previous_master_keys",
-                ) from None
+                dek = self._again(dek)
+                if dek.wrapped.kek_id == missing.kek_id:
+                    raise Unavailable(
+                        f"the KEK {missing.kek_id} that wraps this DEK is not loaded",
+                        code="kek_not_loaded",
+                        hint="add it to previous_master_keys",
+                    ) from None
             finally:
                 scratch[:] = _ZEROS
         raise Unavailable("the keyring changes too fast", hint="try again")
 
-    def _inline(self, wrapped: Wrapped) -> Wrapped:
-        self.allow(wrapped.key_id)
-        return wrapped
-
     def encrypt(
-        self, source: Source, plaintext: Buffer, aad: bytes, scratch: memoryview, uid: int = NOBODY
+        self, dek: Entry, plaintext: Buffer, aad: bytes, scratch: memoryview, uid: int = NOBODY
     ) -> tuple[bytes, bytes]:
         """(nonce, ciphertext | tag) under the DEK. Raises Conflict where it has encrypted all it may."""
-        self._check_spent(source)
+        key_id = dek.wrapped.key_id
+        if self.uses.spent:
+            self.uses.check(key_id)
         nonce = os.urandom(NONCE_SIZE)
-        sealed = self._with_dek(source, scratch, envelope.encrypt, nonce, plaintext, aad)
-        self._used(source, 1, 0, uid)
+        sealed = self._with_dek(dek, scratch, envelope.encrypt, nonce, plaintext, aad)
+        self.uses.add(key_id, 1, 0, uid)
         return nonce, sealed
 
-    def _check_spent(self, source: Source) -> None:
-        if self.uses.spent:
-            self.uses.check(source if isinstance(source, str) else source.key_id)
-
     def decrypt(
-        self, source: Source, message: Buffer, aad: bytes, scratch: memoryview, uid: int = NOBODY
+        self, dek: Entry, message: Buffer, aad: bytes, scratch: memoryview, uid: int = NOBODY
     ) -> bytes:
         """Raises AuthenticationFailed: another DEK, another AAD or a changed bit."""
-        opened = self._with_dek(source, scratch, envelope.decrypt, message, aad)
-        self._used(source, 0, 1, uid)
+        opened = self._with_dek(dek, scratch, envelope.decrypt, message, aad)
+        self.uses.add(dek.wrapped.key_id, 0, 1, uid)
         return opened
 
     def open_embedded(self, message: bytes, scratch: memoryview) -> bytes:
@@ -247,7 +254,7 @@ class Service:
             try:
                 if one is _encrypt_item:
                     self._check_spent(source)
-                done = self._with_dek(source, scratch, _each, items, indices, one, results)
+                done = self._with_dek(self.dek(source), scratch, _each, items, indices, one, results)
                 self._used(source, *((done, 0) if one is _encrypt_item else (0, done)), uid)
             except KMSError as error:
                 for index in indices:
@@ -428,6 +435,10 @@ class Service:
         if memory["required"] and memory["kind"] == "unlocked":
             reasons.append("memory_lock is 'require', and memory is not locked")
         return Readiness(list(dict.fromkeys(reasons)), warnings, writable, store)
+
+
+def _name(source: Source) -> str:
+    return source if isinstance(source, str) else source.key_id
 
 
 def _encrypt_item(cipher: Aead, data: bytes, aad: bytes) -> bytes:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 
-from ..audit.log import fragment, key_fragment
-from ..crypto.envelope import Wrapped
+from ..audit.log import fragment
 from ..encoding import Buffer, b64decode, b64encode_bytes
 from ..errors import BadRequest
+from ..service.worker import Entry
 from . import dialect
 from .call import BINARY, JSON, App, Call, Reply
-from .fields import Fields, checked_key_id
+from .fields import checked_key_id
 from .items import item_pattern
-from .reading import fields_of, known_query, may_use, query_value, usable
+from .reading import fields_of, known_query, query_value, usable
 
 # What clients send most, read without a JSON parser: the key_id, then the data, nothing else. Whatever does
 # not look exactly so goes the long way, and so does what is not base64 as it stands.
@@ -24,36 +24,29 @@ _ONE = {field: re.compile(item_pattern(field, b" ?: ?", b" ?, ?")) for field in 
 
 
 def encrypt(app: App, call: Call) -> Reply:
+    dek, plaintext, aad = _read(app, call, "plaintext")
+    nonce, sealed = app.service.encrypt(dek, plaintext, aad, call.scratch, call.peer.uid)
     if call.head.content_type == BINARY:
-        key_id, aad = _raw_source(app, call)
-        nonce, sealed = app.service.encrypt(key_id, call.body, aad, call.scratch, call.peer.uid)
         return Reply(200, sealed, BINARY, lead=nonce)
-    source, plaintext, aad = _data_request(app, call, "plaintext")
-    nonce, sealed = app.service.encrypt(source, plaintext, aad, call.scratch, call.peer.uid)
     return Reply(200, b'{"ciphertext":"%b"}' % b64encode_bytes(nonce + sealed))
 
 
 def decrypt(app: App, call: Call) -> Reply:
-    if call.head.content_type == BINARY:
-        key_id, aad = _raw_source(app, call)
-        opened = app.service.decrypt(key_id, call.body, aad, call.scratch, call.peer.uid)
-        return Reply(200, opened, BINARY)
-    source, ciphertext, aad = _data_request(app, call, "ciphertext")
-    if ciphertext[:1] in dialect.FIRST_BYTES:
-        reply = _progressdb(app, call, source, ciphertext, aad)
+    dek, message, aad = _read(app, call, "ciphertext")
+    raw = call.head.content_type == BINARY
+    if not raw and message[:1] in dialect.FIRST_BYTES and dek.thread_id is not None:
+        reply = _progressdb(app, call, dek, bytes(message), aad)
         if reply is not None:
             return reply
-    opened = app.service.decrypt(source, ciphertext, aad, call.scratch, call.peer.uid)
-    return Reply(200, b'{"plaintext":"%b"}' % b64encode_bytes(opened))
+    opened = app.service.decrypt(dek, message, aad, call.scratch, call.peer.uid)
+    return Reply(200, opened, BINARY) if raw else Reply(200, b'{"plaintext":"%b"}' % b64encode_bytes(opened))
 
 
-def _progressdb(app: App, call: Call, key_id: str | Wrapped, data: bytes, aad: bytes) -> Reply | None:
+def _progressdb(app: App, call: Call, dek: Entry, data: bytes, aad: bytes) -> Reply | None:
     """The answer to a request in ProgressDB's own form, see `dialect`; None where it has another."""
-    if not isinstance(key_id, str):
-        return None
     kept = dialect.kept_token(data)
     if kept is not None:
-        opened = app.service.decrypt(key_id, kept, aad, call.scratch, call.peer.uid)
+        opened = app.service.decrypt(dek, kept, aad, call.scratch, call.peer.uid)
         return Reply(200, dialect.raw_json(opened))
     sealed = dialect.embedded(data) if not aad else None
     if sealed is None:
@@ -63,20 +56,21 @@ def _progressdb(app: App, call: Call, key_id: str | Wrapped, data: bytes, aad: b
     return Reply(200, dialect.raw_json(opened))
 
 
-def _data_request(app: App, call: Call, field: str) -> tuple[str | Wrapped, bytes, bytes]:
-    """(DEK, data, AAD) of a JSON body."""
-    one = _ONE[field].fullmatch(call.body) if call.head.content_type == JSON else None
-    if one is not None and (data := _plain_base64(_second(one, call.body))) is not None:
-        key_id = one[1].decode("ascii")
-        usable(app, call, key_id)
-        call.body = b""  # 8 MiB that need not stay while the answer is made
-        return key_id, data, b""
+def _read(app: App, call: Call, field: str) -> tuple[Entry, Buffer, bytes]:
+    """(DEK, data, AAD) of a request, each read once."""
+    kind, body = call.head.content_type, call.body
+    if kind == JSON:
+        one = _ONE[field].fullmatch(body)
+        if one is not None and (data := _plain_base64(_second(one, body))) is not None:
+            call.body = b""  # 8 MiB that need not stay while the answer is made
+            return usable(app, call, one[1].decode("ascii")), data, b""
+    elif kind == BINARY:
+        return _read_raw(app, call)
     fields = fields_of(call)
-    source = _source(app, call, fields)
-    data = fields.data(field)
-    aad = fields.aad()
+    dek = usable(app, call, fields.source())
+    found = dek, fields.data(field), fields.aad()
     fields.end()
-    return source, data, aad
+    return found
 
 
 def _second(one: re.Match[bytes], body: Buffer) -> Buffer:
@@ -92,24 +86,14 @@ def _plain_base64(text: Buffer) -> bytes | None:
         return None
 
 
-def _source(app: App, call: Call, fields: Fields) -> str | Wrapped:
-    source = fields.source()
-    if isinstance(source, str):
-        usable(app, call, source)
-    else:
-        call.key = key_fragment(source.key_id)
-        may_use(app, call, source.key_id)
-    return source
-
-
-def _raw_source(app: App, call: Call) -> tuple[str, bytes]:
+def _read_raw(app: App, call: Call) -> tuple[Entry, Buffer, bytes]:
     """Raw bodies: the key_id is in the query, the AAD as base64 in the header X-KMS-AAD."""
     known_query(call, "key_id")
     key_id = query_value(call, "key_id")
     if key_id is None:
         raise BadRequest.missing("key_id")
-    usable(app, call, checked_key_id(key_id))
+    dek = usable(app, call, checked_key_id(key_id))
     try:
-        return key_id, b64decode(call.head.headers.get("x-kms-aad", ""))
+        return dek, call.body, b64decode(call.head.headers.get("x-kms-aad", ""))
     except ValueError as error:
         raise BadRequest.invalid("aad", f"(header X-KMS-AAD) is {error}") from None

@@ -7,7 +7,7 @@ from typing import Any
 from ..audit.log import key_fragment
 from ..encoding import Buffer, json_dumps
 from ..errors import BadRequest, KMSError, UnsupportedMediaType
-from ..service.worker import Entry
+from ..service.worker import Entry, Source
 from .call import JSON, App, Call, Reply
 from .fields import Fields, checked_key_id
 from .items import parsed_json
@@ -55,13 +55,18 @@ def answer(value: Any, status: int = 200) -> Reply:
     return Reply(status, json_dumps(value).encode("ascii"))
 
 
-def usable(app: App, call: Call, key_id: str) -> Entry:
+def usable(app: App, call: Call, source: Source) -> Entry:
+    """The DEK that is meant, looked up once; it is named in the audit record whatever comes of it."""
+    if not isinstance(source, str):
+        call.key = key_fragment(source.key_id)
+        may_use(app, call, source.key_id)
+        return app.service.dek(source)
     try:
-        entry = app.service.entry(key_id)
+        dek = app.service.entry(source)
     except KMSError:
-        call.key = key_fragment(key_id)
+        call.key = key_fragment(source)
         raise
-    call.key = entry.fragment
+    call.key = dek.fragment
     if call.rights:
-        call.rights.check_key(key_id, entry.thread_id)
-    return entry
+        call.rights.check_key(source, dek.thread_id)
+    return dek

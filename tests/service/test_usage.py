@@ -214,11 +214,11 @@ class TestTheService:
 
     def test_what_is_a_use(self, service: WorkerSite) -> None:
         kms, scratch = service.service, service.scratch
-        nonce, sealed = kms.encrypt("k", TEXT, b"", scratch, 7)
+        nonce, sealed = kms.encrypt(kms.dek("k"), TEXT, b"", scratch, 7)
         message = nonce + sealed
         assert rows(kms.uses) == {"k": [1, 0, 100, 100, 7]}
-        kms.decrypt("k", message, b"", scratch, 8)
-        kms.decrypt(kms.entry("k").wrapped, message, b"", scratch, 9)
+        kms.decrypt(kms.dek("k"), message, b"", scratch, 8)
+        kms.decrypt(kms.dek(kms.entry("k").wrapped), message, b"", scratch, 9)
         assert rows(kms.uses) == {"k": [0, 2, 100, 100, 9]}
         items: Any = [("k", TEXT, b""), ("absent", TEXT, b""), ("k", TEXT, b"")]
         kms.encrypt_many(items, scratch, 7)
@@ -227,22 +227,22 @@ class TestTheService:
         kms.unwrap(kms.entry("k").wrapped, scratch, 5)  # a use that can't be counted, but is one
         assert rows(kms.uses) == {"k": [0, 0, 100, 100, 5]}
         with pytest.raises(AuthenticationFailed):
-            kms.decrypt("k", bytes(60), b"", scratch)
+            kms.decrypt(kms.dek("k"), bytes(60), b"", scratch)
         with pytest.raises(KeyNotFound):
-            kms.encrypt("absent", TEXT, b"", scratch)
+            kms.encrypt(kms.dek("absent"), TEXT, b"", scratch)
         assert rows(kms.uses) == {}
 
     def test_one_that_is_spent_opens_and_seals_no_more(self, service: WorkerSite) -> None:
         kms, scratch = service.service, service.scratch
-        nonce, sealed = kms.encrypt("k", TEXT, b"", scratch)
+        nonce, sealed = kms.encrypt(kms.dek("k"), TEXT, b"", scratch)
         kms.uses.taken({"k": SPENT})
         for source in ("k", kms.entry("k").wrapped):
             with pytest.raises(Conflict, match="4,294,967,296 messages") as caught:
-                kms.encrypt(source, TEXT, b"", scratch)
+                kms.encrypt(kms.dek(source), TEXT, b"", scratch)
             assert caught.value.code == "key_spent" and "another DEK" in caught.value.hint
         (result,) = kms.encrypt_many([("k", TEXT, b"")], scratch)
         assert isinstance(result, Conflict)
-        assert kms.decrypt("k", nonce + sealed, b"", scratch) == TEXT
+        assert kms.decrypt(kms.dek("k"), nonce + sealed, b"", scratch) == TEXT
 
     def test_a_worker_that_starts_knows_what_is_spent(self, service: WorkerSite) -> None:
         with service.store.transaction():
@@ -250,7 +250,7 @@ class TestTheService:
         unused: Any = None
         kms = Service(service.store, service.keyring, unused, unused, unused, unused, dict)
         with pytest.raises(Conflict):
-            kms.encrypt("k", TEXT, b"", service.scratch)
+            kms.encrypt(kms.dek("k"), TEXT, b"", service.scratch)
 
     def test_wraps_are_uses_of_the_kek(self, service: WorkerSite) -> None:
         kms, name = service.service, KEK_ROW + service.kek_id
@@ -262,7 +262,7 @@ class TestTheService:
         with pytest.raises(Conflict, match="wrapped 4,294,967,296 DEKs") as caught:
             kms.wrap(dek, None)
         assert caught.value.code == "kek_spent" and "rotate-kek" in caught.value.hint
-        kms.encrypt("k", TEXT, b"", service.scratch)  # what was wrapped serves on
+        kms.encrypt(kms.dek("k"), TEXT, b"", service.scratch)  # what was wrapped serves on
 
 
 class TestTheKeeper:

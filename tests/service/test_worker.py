@@ -63,7 +63,7 @@ class Site:
         self.keyring.touch()
 
     def encrypt(self) -> bytes:
-        nonce, sealed = self.service.encrypt("k", TEXT, b"", self.scratch)
+        nonce, sealed = self.service.encrypt(self.service.dek("k"), TEXT, b"", self.scratch)
         return nonce + sealed
 
 
@@ -88,8 +88,8 @@ class TestWiped:
         sealed = site.encrypt()
         site.put("other")
         return [
-            lambda: site.service.encrypt("k", TEXT, b"", site.scratch),
-            lambda: site.service.decrypt("k", sealed, b"", site.scratch),
+            lambda: site.service.encrypt(site.service.dek("k"), TEXT, b"", site.scratch),
+            lambda: site.service.decrypt(site.service.dek("k"), sealed, b"", site.scratch),
             lambda: site.service.encrypt_many([("k", TEXT, b"")], site.scratch),
             lambda: site.service.decrypt_many([("k", sealed, b"")], site.scratch),
             lambda: site.service.encrypt_many([("k", TEXT, b""), ("other", TEXT, b"")], site.scratch),
@@ -121,7 +121,7 @@ class TestWiped:
 
     def test_a_wrong_tag(self, site: Site) -> None:
         with pytest.raises(AuthenticationFailed):
-            site.service.decrypt("k", bytes(60), b"", site.scratch)
+            site.service.decrypt(site.service.dek("k"), bytes(60), b"", site.scratch)
         assert not any(site.scratch)
 
     @pytest.mark.parametrize("path", ["/wrap", "/unwrap", "/rewrap", "/rotate_kek"])
@@ -180,7 +180,7 @@ class TestChanges:
         site.keyring.touch()
         for key_id in ("k", "other"):
             with pytest.raises(AuthenticationFailed):
-                site.service.encrypt(key_id, TEXT, b"", site.scratch)
+                site.service.encrypt(site.service.dek(key_id), TEXT, b"", site.scratch)
             assert isinstance(site.service.decrypt_many([(key_id, b"", b"")], site.scratch)[0], KMSError)
 
     @pytest.mark.parametrize("at", [*range(10), 11, 15, 30, -1])
@@ -196,7 +196,7 @@ class TestChanges:
 
     def test_no_such_dek(self, site: Site) -> None:
         with pytest.raises(KeyNotFound, match="k_absent"):
-            site.service.encrypt("k_absent", TEXT, b"", site.scratch)
+            site.service.encrypt(site.service.dek("k_absent"), TEXT, b"", site.scratch)
 
     def test_a_kek_that_is_not_loaded(self, site: Site) -> None:
         other = site.keyring.install(memoryview(bytearray(os.urandom(32))), 2)
@@ -223,7 +223,7 @@ class TestChanges:
 
         monkeypatch.setattr(envelope, "unwrap_into", rotating)
         sealed = site.encrypt()
-        assert rotated and site.service.decrypt("k", sealed, b"", site.scratch) == TEXT
+        assert rotated and site.service.decrypt(site.service.dek("k"), sealed, b"", site.scratch) == TEXT
 
     def test_a_kek_that_is_replaced_under_a_page(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
         """Between the first DEK of a page and its second."""
