@@ -72,6 +72,13 @@ def postgres_server() -> Iterator[postgres.Postgres]:
 
 
 @pytest.fixture
+def fleet_database(postgres_server: postgres.Postgres) -> Iterator[postgres.Fleet]:
+    """A fleet of this test alone, in that server."""
+    with postgres.Fleet(postgres_server) as fleet:
+        yield fleet
+
+
+@pytest.fixture
 def short_tmp() -> Iterator[Path]:
     folder = tempfile.mkdtemp(prefix="kms-", dir="/tmp")
     yield Path(folder)

@@ -100,6 +100,10 @@ class Session(psycopg.Connection[tuple[Any, ...]]):
                 wanted = gen.send(got)
         except StopIteration as done:
             return done.value
+        except BaseException:
+            with contextlib.suppress(psycopg.Error):
+                gen.close()  # its own tidying asks the connection, too
+            raise
 
     def _silent(self) -> psycopg.OperationalError:
         self.pgconn.finish()
@@ -325,7 +329,9 @@ def translated(where: Where, error: psycopg.Error) -> KMSError:
         )
     if isinstance(error, (sqlstate.QueryCanceled, sqlstate.LockNotAvailable)):
         return StoreUnavailable(f"{where} is too busy: it gave up waiting", hint=_TRIED)
-    if error.sqlstate is None or error.sqlstate[:2] in ("08", "57", "25"):
+    if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
+        return StoreUnavailable(f"the connection to {where} was lost", code=UNREACHABLE, hint=_TRIED)
+    if (error.sqlstate or "")[:2] in ("08", "57", "25"):
         return StoreUnavailable(f"the connection to {where} was lost", code=UNREACHABLE, hint=_TRIED)
     kind = type(error).__name__
     return StoreUnavailable(

@@ -143,12 +143,13 @@ class Store(Reader, Protocol):
 
 
 def counted(keks: Mapping[str, KekCount], old: DekRecord | None, new: DekRecord) -> dict[str, KekCount]:
-    """The counts after `old` (None: nothing) was replaced by `new`. A shredded DEK needs no KEK."""
+    """The counts after `old` (None: nothing) was replaced by `new`. A shredded DEK needs no KEK. One host of
+    a fleet may count below zero: it replaced what another had counted."""
     result = dict(keks)
     if old is not None and old.state != SHREDDED:
-        row = result[old.kek_id]
+        row = result.get(old.kek_id, KekCount(old.kek_version, 0, old.created_at))
         result[old.kek_id] = row._replace(deks=row.deks - 1)
     if new.state != SHREDDED:
         row = result.get(new.kek_id, KekCount(new.kek_version, 0, new.created_at))
         result[new.kek_id] = row._replace(deks=row.deks + 1, since=min(row.since, new.created_at))
-    return {kek_id: row for kek_id, row in result.items() if row.deks > 0}
+    return {kek_id: row for kek_id, row in result.items() if row.deks}

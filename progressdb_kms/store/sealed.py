@@ -165,11 +165,14 @@ class SealedStore(SealedReader):
         """From now on rows are checked, and may be written. Raises StoreDamaged."""
         self._seal, self._publish = Seal(key), publish
         self._look()
-        if not self._book.change and self._raw_page("", 1, None):
+        if self._unused() and self._raw_page("", 1, None):
             raise StoreDamaged(
                 f"the row {STATE} of the store is missing",
                 hint="restore a backup: `progressdb-kms restore FILE`",
             )
+
+    def _unused(self) -> bool:
+        return not self._book.change
 
     def _look(self) -> None:
         """Take the state from the disk."""
@@ -301,10 +304,10 @@ class SealedStore(SealedReader):
         """See that each of up to `limit` rows behind the key_id `after` is staged. Returns the last key_id,
         or "" at the end. Raises StoreUnavailable where one is missing, StoreDamaged where the live rows are
         not those that the state tells of."""
+        pairs = self._pairs(after, limit)
         tally = Tally() if not after else self._tally
         if tally is None:
             raise StoreUnavailable("the store was opened anew meanwhile", hint="begin the rotation again")
-        pairs = self._pairs(after, limit)
         if missing := sum(staged is None for _, _, staged in pairs):
             raise StoreUnavailable(f"{missing} rewrapped rows are missing: nothing was changed")
         live = sum(weight(row) for _, row, _ in pairs)

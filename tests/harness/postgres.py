@@ -87,6 +87,8 @@ class Postgres:
         self.hba = hba
         self._process: subprocess.Popen[bytes] | None = None
         self._made = 0
+        self.fleets: Database | None = None
+        self.emptied = False
         self._durable = durable
         self._settings = {
             "unix_socket_directories": str(self.folder),
@@ -227,6 +229,69 @@ class Postgres:
             self.sql("CREATE ROLE kms LOGIN PASSWORD 'open sesame'")
         self.sql(f"CREATE DATABASE {name} OWNER kms")
         return Database([str(self.folder)], name, "kms")
+
+
+class Fleet:
+    """An empty fleet in a database of the server, the same one for all tests of a process, made anew each
+    time. Its stores belong to hosts that are registered."""
+
+    def __init__(self, server: Postgres) -> None:
+        from progressdb_kms.fleet import schema
+        from progressdb_kms.fleet.engine import Link
+        from progressdb_kms.fleet.settings import Where
+
+        self.server = server
+        if server.fleets is None:
+            server.fleets = server.database()
+        self.where = Where((), server.fleets.hosts[0], server.fleets.name, server.fleets.user)
+        self._links: list[Link] = []
+        self._admin = server.connect(self.where.database)
+        if not server.emptied:
+            self.sql("DROP SCHEMA IF EXISTS kms CASCADE")
+            schema.create(self.link())
+
+    def link(self) -> Any:
+        from progressdb_kms.fleet.engine import Link
+
+        self._links.append(Link(self.where))
+        return self._links[-1]
+
+    def store(self, key: memoryview | None = None, host: str = "one", inc: str = "1") -> Any:
+        from progressdb_kms.fleet.store import FleetStore
+
+        self.sql(f"INSERT INTO kms.hosts VALUES ('{host}', '{inc}', '', 0, 0, '{{}}', false)")
+        return FleetStore(self.link(), host, inc, key)
+
+    def reader(self, key: memoryview | None = None, host: str = "one") -> Any:
+        from progressdb_kms.fleet.reader import FleetReader
+
+        return FleetReader(self.link(), host, key)
+
+    def sql(self, *statements: str) -> list[tuple[Any, ...]]:
+        rows: list[tuple[Any, ...]] = []
+        for statement in statements:
+            cursor = self._admin.execute(statement)
+            rows = cursor.fetchall() if cursor.description else []
+        return rows
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Where the tables are those that `schema` made, emptying them is quicker than to make them again."""
+        for link in self._links:
+            link.close()
+        tables = {row[0] for row in self.sql("SELECT tablename FROM pg_tables WHERE schemaname = 'kms'")}
+        self.server.emptied = tables == {"fleet", "deks", "kms", "usage", "hosts", "changes", "touched"}
+        self.server.emptied &= not self.sql("SELECT 1 FROM pg_class WHERE relname = 'deks_next_pkey'")
+        if self.server.emptied:
+            self.sql(
+                "DELETE FROM kms.deks; DELETE FROM kms.kms; DELETE FROM kms.usage; DELETE FROM kms.hosts; "
+                "DELETE FROM kms.changes; DELETE FROM kms.touched; "
+                "UPDATE kms.fleet SET fleet = md5(random()::text), epoch = 1, schema = 1, gen = 0, "
+                "active_kek = '', version = 0, rotating = false, owner = ''"
+            )
+        self._admin.close()
 
 
 def _free_port() -> int:

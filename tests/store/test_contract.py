@@ -1,4 +1,5 @@
-"""What every store must do: SQLite on disk and the twin in memory, held against the same tests."""
+"""What every store must do: SQLite on disk, the twin in memory and a fleet's PostgreSQL, held against the
+same tests."""
 
 from __future__ import annotations
 
@@ -28,12 +29,16 @@ class Stop(Exception):
     """Raised in a transaction to see it undone."""
 
 
-@pytest.fixture(params=["sqlite", "memory"])
+@pytest.fixture(params=["sqlite", "memory", "postgresql"])
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[AnyStore, AnyReader]]:
     """A writer, and a reader of what it commits."""
     if request.param == "memory":
         memory = MemoryStore(KEY)
         yield memory, MemoryReader(memory, KEY)
+        return
+    if request.param == "postgresql":
+        fleet = request.getfixturevalue("fleet_database")
+        yield fleet.store(KEY), fleet.reader(KEY)
         return
     store = SqliteStore(tmp_path, KEY)
     reader = SqliteReader(tmp_path, KEY)
@@ -457,6 +462,12 @@ class TestAuthentic:
             elif isinstance(store, MemoryStore):
                 rows = store._writable().deks
                 rows.update(d=rows["c"]) if how == "added" else rows.pop("c")
+            elif not isinstance(store, SqliteStore):
+                store._inside().execute(
+                    "INSERT INTO deks SELECT 'a0', thread_id, value, kek_id, rev FROM deks WHERE key_id = 'a'"
+                    if how == "added"
+                    else "DELETE FROM deks WHERE key_id = 'c'"
+                )
             elif how == "added":
                 store._conn.execute("INSERT INTO deks SELECT 'meta:a0', value FROM deks WHERE key='meta:a'")
             else:

@@ -1,0 +1,158 @@
+"""The reader's side of a fleet's store: the contract of `store.contract` over PostgreSQL.
+
+Each question is one statement, and sees what was committed when it began. A worker has a reader of its own,
+which connects when it first misses its cache: a hundred hosts with four workers each are more than an engine
+takes by default.
+
+The state row is one a host, so that none is hot: the store's is their sum (`combined`). What a row of a host
+counts may be negative: it shredded what another had created. `change` is the host's own number, the one that
+its audit log is held against; the active KEK is that of the newest version.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..encoding import json_loads
+from ..errors import StoreDamaged
+from ..store.contract import HEAVY, DekRecord, Usage
+from ..store.seal import MODULUS, STATE, KekCount, Seal, StoreState
+from ..store.sealed import SealedReader
+from .engine import Link
+
+OWN = ("store:", "audit:", "clock:", "snapshot:", "probe")
+"""Beginnings of the names of rows that each host has for itself. All others are the fleet's."""
+
+WRITES = "store:writes"
+"""The row that counts a host's transactions: see `store`."""
+
+_PREFIX = "host = ANY(%s) AND name >= %s AND name < %s"
+STATES = "SELECT host, value FROM kms WHERE name = 'store:state'"
+
+
+def row_of(value: str) -> Any:
+    try:
+        return json_loads(value)
+    except ValueError:
+        raise StoreDamaged(
+            "a row of the store is not JSON", hint="run `progressdb-kms verify`, then restore a backup"
+        ) from None
+
+
+def combined(rows: Iterable[StoreState], own: StoreState) -> StoreState:
+    """The sum of all hosts' states, `own` among them."""
+    keks: dict[str, KekCount] = {}
+    active, total = None, 0
+    for state in rows:
+        total += state.total
+        if state.active and (active is None or state.active.version > active.version):
+            active = state.active
+        for kek_id, row in state.keks.items():
+            keks[kek_id] = plus(keks.get(kek_id), row)
+    return StoreState(own.change, active, {k: row for k, row in keks.items() if row.deks}, total % MODULUS)
+
+
+def plus(one: KekCount | None, other: KekCount) -> KekCount:
+    if one is None:
+        return other
+    return one._replace(deks=one.deks + other.deks, since=min(one.since, other.since))
+
+
+def without(whole: StoreState, others: StoreState) -> StoreState:
+    """What is left of the sum for one host."""
+    keks = dict(whole.keks)
+    for kek_id, row in others.keks.items():
+        keks[kek_id] = plus(keks.get(kek_id, row._replace(deks=0)), row._replace(deks=-row.deks))
+    left = {kek_id: row for kek_id, row in keks.items() if row.deks}
+    return whole._replace(keks=left, total=(whole.total - others.total) % MODULUS)
+
+
+class FleetReader(SealedReader):
+    """`host`: whose own rows are read; `key`: the row key."""
+
+    def __init__(self, link: Link, host: str, key: memoryview | None = None) -> None:
+        self._link = link
+        self.host = host
+        self._seal = Seal(key) if key is not None else None
+
+    def _select(self, sql: str, args: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        with self._link.session() as session:
+            return session.execute(sql, args).fetchall()
+
+    def _owner(self, name: str) -> str:
+        return self.host if name.startswith(OWN) else ""
+
+    # ---- DEKs ----------------------------------------------------------------------------------
+
+    def _raw(self, key_id: str) -> Any:
+        rows = self._select("SELECT value FROM deks WHERE key_id = %s", (key_id,))
+        return row_of(rows[0][0]) if rows else None
+
+    def get(self, key_id: str) -> DekRecord | None:
+        """As of any row, but with one parse and one MAC where it is spelled as we write it."""
+        rows = self._select("SELECT value FROM deks WHERE key_id = %s", (key_id,))
+        return self._read(key_id, rows[0][0]) if rows else None
+
+    def _read(self, key_id: str, text: str) -> DekRecord:
+        if self._seal is not None and self._seal.wrote("meta:" + key_id, text):
+            return DekRecord.from_row(key_id, json.loads(text))
+        return self._record(key_id, row_of(text))
+
+    def there(self, key_ids: Sequence[str]) -> set[str]:
+        rows = self._select("SELECT key_id FROM deks WHERE key_id = ANY(%s)", (list(key_ids),))
+        return {row[0] for row in rows}
+
+    def _raw_page(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]:
+        thread = "" if thread_id is None else "AND thread_id = %s "
+        args = (after, limit) if thread_id is None else (after, thread_id, limit)
+        sql = f"SELECT key_id, value FROM deks WHERE key_id > %s {thread}ORDER BY key_id LIMIT %s"  # noqa: S608
+        return [(key_id, row_of(value)) for key_id, value in self._select(sql, args)]
+
+    # ---- rows of the service -------------------------------------------------------------------
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        rows = self._select("SELECT value FROM kms WHERE host = %s AND name = %s", (self._owner(name), name))
+        return row_of(rows[0][0]) if rows else None
+
+    def names(self, prefix: str) -> list[str]:
+        """In order."""
+        sql = f"SELECT name FROM kms WHERE {_PREFIX} ORDER BY name"  # noqa: S608
+        return [row[0] for row in self._select(sql, ([self.host, ""], prefix, prefix + "\uffff"))]
+
+    def span(self, prefix: str) -> tuple[int, str]:
+        sql = f"SELECT count(*), coalesce(min(name), '') FROM kms WHERE {_PREFIX}"  # noqa: S608
+        ((count, first),) = self._select(sql, ([self.host, ""], prefix, prefix + "\uffff"))
+        return count, first
+
+    # ---- usage ---------------------------------------------------------------------------------
+
+    def usage(self, key_ids: Sequence[str]) -> dict[str, Usage]:
+        rows = self._select("SELECT * FROM usage WHERE key_id = ANY(%s)", (list(key_ids),))
+        return {key_id: Usage(*counts) for key_id, *counts in rows}
+
+    def heavy(self) -> dict[str, int]:
+        return dict(self._select(f"SELECT key_id, encrypts FROM usage WHERE encrypts >= {HEAVY}"))  # noqa: S608
+
+    # ---- the state -----------------------------------------------------------------------------
+
+    def state(self) -> StoreState:
+        return self._combined(self._select(STATES))[0]
+
+    def _combined(self, rows: Sequence[tuple[Any, ...]]) -> tuple[StoreState, StoreState]:
+        """The fleet's state, and that of all hosts but this one. Raises StoreDamaged."""
+        states = {}
+        for host, text in rows:
+            row = row_of(text)
+            self.check(STATE, row)
+            states[host] = StoreState.from_row(row)
+        own = states.get(self.host, StoreState())
+        others = [state for host, state in states.items() if host != self.host]
+        return combined(states.values(), own), combined(others, StoreState())
+
+    def keks(self) -> Mapping[str, KekCount]:
+        return self.state().keks
+
+    def close(self) -> None:
+        self._link.close()

@@ -1,0 +1,128 @@
+"""The tables of a fleet, and the rule of releases: one knows its own schema, and says what to do about
+another's.
+
+All of it stands in the schema `kms`, which belongs to the role that the daemons log in as: a rotation makes a
+table and renames it, which only an owner may. Nothing in it is secret: DEKs are wrapped, and rows are
+authentic by their MACs, not by who may write here. Who writes here can destroy rows, and can't make or change
+one unnoticed.
+
+    deks      one row a DEK. `value` is the row of every store, JSON with its MAC, as text. The columns beside
+    it are
+              for finding it, and decide nothing: `thread_id`; `kek_id`, empty once shredded; `rev`, which
+              counts the row's writes: a change names the one that it saw, so that none is lost.
+    kms       rows of the service: of the fleet (host ''), and of each host (its state row, audit heads,
+    clock). usage     what was done under each DEK: no MAC, untouched by rotation. fleet     one row: who is
+    the fleet, the number of its last change, the active KEK, who rotates. hosts     a row for each daemon
+    that runs; see `rows`. changes   what the hosts must hear of, by number. touched   while a rotation is
+    under way: which DEKs were written since it began, and how much the sum moved.
+
+Two releases run side by side while hosts are upgraded one by one. So a step of the schema must leave what the
+release before it needs: it adds, and what it makes useless goes with the step after it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ..errors import ConfigError, StoreDamaged
+from .engine import SCHEMA, Link, Session
+from .rows import FleetRow
+
+VERSION = 1
+"""The schema that this release writes, and the only one that it knows yet."""
+
+HEAVY_INDEX = "usage_heavy"
+
+TABLES = (
+    """CREATE TABLE fleet (
+        one boolean PRIMARY KEY DEFAULT true CHECK (one),
+        fleet text NOT NULL, epoch bigint NOT NULL, schema integer NOT NULL,
+        gen bigint NOT NULL, active_kek text NOT NULL, version integer NOT NULL,
+        rotating boolean NOT NULL, owner text NOT NULL)""",
+    """CREATE TABLE deks (
+        key_id text COLLATE "C" PRIMARY KEY, thread_id text COLLATE "C" NOT NULL, value text NOT NULL,
+        kek_id text COLLATE "C" NOT NULL, rev bigint NOT NULL)""",
+    "CREATE INDEX ON deks (thread_id, key_id)",
+    """CREATE TABLE kms (
+        host text COLLATE "C" NOT NULL, name text COLLATE "C" NOT NULL, value text NOT NULL,
+        PRIMARY KEY (host, name))""",
+    """CREATE TABLE usage (
+        key_id text COLLATE "C" PRIMARY KEY, encrypts bigint NOT NULL, decrypts bigint NOT NULL,
+        first bigint NOT NULL, last bigint NOT NULL, uid bigint NOT NULL)""",
+    f"CREATE INDEX {HEAVY_INDEX} ON usage (encrypts) WHERE encrypts >= 2147483648",
+    """CREATE TABLE hosts (
+        host text COLLATE "C" NOT NULL, inc text COLLATE "C" NOT NULL, name text NOT NULL,
+        beat bigint NOT NULL, seen bigint NOT NULL, keks text[] NOT NULL, fenced boolean NOT NULL,
+        PRIMARY KEY (host, inc))""",
+    "CREATE TABLE changes (gen bigint PRIMARY KEY, kind text NOT NULL, key_id text NOT NULL)",
+    'CREATE TABLE touched (key_id text COLLATE "C" NOT NULL, was text NOT NULL, now text NOT NULL)',
+)
+
+MIGRATIONS: dict[int, tuple[str, ...]] = {}
+"""From each older version: what leads to the next one."""
+
+_THERE = "SELECT count(*) FROM pg_tables WHERE schemaname = %s AND tablename = 'fleet'"
+_ROW = "SELECT fleet, epoch, schema, gen, active_kek, version, rotating, owner FROM fleet"
+_MAKE = "INSERT INTO fleet VALUES (true, %s, 1, %s, 0, '', 0, false, '')"
+_LOCK = "SELECT pg_advisory_xact_lock(hashtext('progressdb-kms schema'))"
+
+
+def fleet_row(session: Session) -> FleetRow:
+    """As it is, whatever its schema."""
+    ((row),) = session.execute(_ROW).fetchall()
+    return FleetRow(*row)
+
+
+def check(link: Link) -> FleetRow:
+    """Raises StoreDamaged where there is no fleet, or one of a schema that this release doesn't know."""
+    with link.session() as session:
+        found = fleet_row(session)
+    if found.schema > VERSION:
+        raise StoreDamaged(
+            f"{link.where} has schema {found.schema}, and this release knows {VERSION}",
+            hint="install the release that the other hosts have",
+        )
+    if found.schema < VERSION:
+        raise StoreDamaged(
+            f"{link.where} has schema {found.schema}, and this release writes {VERSION}",
+            hint="run `progressdb-kms store migrate`: the release before this one goes on beside it",
+        )
+    return found
+
+
+def create(link: Link) -> FleetRow:
+    """Make the tables of a new fleet. Raises ConfigError where there is one already."""
+    with link.session() as session, session.transaction():
+        session.execute(_LOCK)
+        if _is_there(session):
+            raise ConfigError(
+                f"{link.where} holds a fleet already: nothing was changed",
+                hint="`progressdb-kms store status` shows it; another fleet needs another database",
+            )
+        session.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
+        for statement in TABLES:
+            _execute(session, statement)
+        session.execute(_MAKE, (os.urandom(16).hex(), VERSION))
+    return check(link)
+
+
+def migrate(link: Link) -> tuple[int, int]:
+    """Bring an older schema up to this release's. Returns the versions before and after. Raises StoreDamaged
+    for a newer one."""
+    with link.session() as session, session.transaction():
+        session.execute(_LOCK)
+        was = fleet_row(session).schema
+        for version in range(was, VERSION):
+            for statement in MIGRATIONS[version]:
+                _execute(session, statement)
+            session.execute("UPDATE fleet SET schema = %s", (version + 1,))
+    return was, check(link).schema
+
+
+def _is_there(session: Session) -> bool:
+    return bool(session.execute(_THERE, (SCHEMA,)).fetchall()[0][0])
+
+
+def _execute(session: Session, statement: str) -> Any:
+    return session.execute(statement.encode())  # bytes: no placeholders are looked for

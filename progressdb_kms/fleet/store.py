@@ -1,0 +1,761 @@
+"""The writer's side of a fleet's store. Each host has one: its keeper.
+
+**A transaction is gathered first, and sent at its end.** What is written waits here; a read looks there
+first, then asks the engine, and remembers which `rev` it saw. At the end all goes out in one pipeline with
+one Sync, which makes it one implicit transaction, READ COMMITTED. In this order:
+
+    guard     this host's count of transactions goes from n to n + 1, and nobody else's did meanwhile
+    deks      new rows; changed ones, each as long as its `rev` is the one that was seen
+    touched   SELECT … FROM fleet WHERE rotating: after the rows, whose table lock a rotation's beginning
+    waits for kms       rows of the service, this host's state row among them, as long as it is the one that
+    was read changes   of rows that were there before: a number from the fleet's row, which is held to the
+    COMMIT, so that the
+              order of numbers is the order of commits; a NOTIFY, which is a hint. Creates make no change.
+    fence     the active KEK is ours, and this incarnation of this host is registered and not fenced. Its row
+    is
+              held to the COMMIT, so that who fences us either comes before this, or waits for it
+
+Each condition is an error of its own where it doesn't hold (a division by zero, a logarithm, a root), because
+an error is what aborts the rest. Nothing is locked while this host thinks, so one that is stopped stops
+nobody.
+
+**Rotation works inside**: its statements depend on each other, so the first of them opens a real transaction
+(`_inside`), and what waited is sent into it. COMMIT is then looked at: it answers ROLLBACK, without an error,
+where the transaction had failed.
+
+**Unknown outcomes.** The connection may be lost at the end, or the engine warns that it has not waited for
+its standby. Then the same is sent again. The guard decides: if it fails and the count is what we were about
+to make it, the first try took place. An old one that is still under way holds the guard's row, so the second
+waits for it, or gives up and says so; before the next transaction all is read anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import psycopg
+from psycopg import errors as sqlstate
+
+from ..encoding import b64encode, json_dumps
+from ..errors import StoreUnavailable
+from ..store.contract import DekRecord, Usage
+from ..store.policy import SHREDDED
+from ..store.seal import STATE, KekCount, StoreState, weight
+from ..store.sealed import SealedStore, Written
+from .engine import UNREACHABLE, Link, Session, translated
+from .reader import STATES, WRITES, FleetReader, combined, row_of, without
+from .rows import ALL, KEKS, KEY
+
+log = logging.getLogger(__name__)
+
+MANY = 64
+"""Changes of one transaction that are told one by one; of more the hosts hear that all may have changed."""
+
+LOCK_MILLISECONDS = 500
+"""How long a rotation waits for the table at its beginning and its end; then it is tried again later."""
+
+CHANNEL = "kms"
+
+RETIRED = "deks_old_"  # and a number: what rotations left, which is their snapshot
+
+
+class Contended(StoreUnavailable):
+    """503: another host changed the same rows meanwhile. Nothing took place; to begin anew is safe."""
+
+    default_code = "store_contended"
+
+
+class Taken(Contended):
+    """503: likewise, and it was this host's count of transactions that changed."""
+
+
+class Fenced(StoreUnavailable):
+    """503: this host is no longer in the fleet, or the fleet has another active KEK. Nothing took place."""
+
+    default_code = "fenced"
+
+
+class Unknown(Exception):
+    """It may have taken place."""
+
+
+# ---- statements ----------------------------------------------------------------------------------------
+
+_GUARD = (
+    "WITH done AS (INSERT INTO kms AS k VALUES (%s, 'store:writes', %s) ON CONFLICT (host, name) "
+    "DO UPDATE SET value = excluded.value WHERE k.value = %s RETURNING 1) SELECT ln(count(*)) FROM done"
+)
+_STATE = (
+    "WITH done AS (INSERT INTO kms AS k VALUES (%s, 'store:state', %s) ON CONFLICT (host, name) "
+    "DO UPDATE SET value = excluded.value WHERE k.value = %s RETURNING 1) SELECT sqrt(count(*) - 1) FROM done"
+)
+_INSERT = (
+    "WITH done AS (INSERT INTO deks SELECT *, 1 FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[]) "
+    "ON CONFLICT (key_id) DO NOTHING RETURNING 1) SELECT sqrt((count(*) = %s)::int - 1) FROM done"
+)
+_UPDATE = (
+    "WITH done AS (UPDATE deks AS d SET thread_id = n.thread_id, value = n.value, kek_id = n.kek_id, "
+    "rev = n.rev + 1 FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::bigint[]) "
+    "AS n (key_id, thread_id, value, kek_id, rev) WHERE d.key_id = n.key_id AND d.rev = n.rev RETURNING 1) "
+    "SELECT sqrt((count(*) = %s)::int - 1) FROM done"
+)
+_TOUCHED = (
+    "INSERT INTO touched SELECT n.key_id, CASE WHEN owner = n.host THEN '' ELSE n.was END, "
+    "CASE WHEN owner = n.host THEN '' ELSE n.now END FROM fleet, "
+    "unnest(%s::text[], %s::text[], %s::text[], %s::text[]) AS n (key_id, was, now, host) WHERE rotating"
+)
+_WRITE = (
+    "INSERT INTO kms SELECT * FROM unnest(%s::text[], %s::text[], %s::text[]) "
+    "ON CONFLICT (host, name) DO UPDATE SET value = excluded.value"
+)
+_ERASE = (
+    "DELETE FROM kms USING unnest(%s::text[], %s::text[]) AS n (host, name) "
+    "WHERE kms.host = n.host AND kms.name = n.name"
+)
+_COUNT = (
+    "INSERT INTO usage AS u SELECT n.* FROM "
+    "unnest(%s::text[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[]) "
+    "AS n (key_id, encrypts, decrypts, first, last, uid) "
+    "JOIN deks AS d ON d.key_id = n.key_id AND d.kek_id <> '' "
+    "ON CONFLICT (key_id) DO UPDATE SET encrypts = u.encrypts + excluded.encrypts, "
+    "decrypts = u.decrypts + excluded.decrypts, "
+    "first = coalesce(least(nullif(u.first, 0), nullif(excluded.first, 0)), 0), "
+    "uid = CASE WHEN excluded.last >= u.last THEN excluded.uid ELSE u.uid END, "
+    "last = greatest(u.last, excluded.last)"
+)
+_FORGET_USAGE = "DELETE FROM usage WHERE key_id = ANY(%s)"
+_ACTIVATE = (
+    "WITH done AS (UPDATE fleet SET active_kek = %s, version = %s WHERE active_kek = %s RETURNING 1) "
+    "SELECT sqrt(count(*) - 1) FROM done"
+)
+_CHANGES = (
+    "WITH next AS (UPDATE fleet SET gen = gen + %s RETURNING gen) INSERT INTO changes "
+    "SELECT gen - %s + n.at, n.kind, n.key_id FROM next, "
+    "unnest(%s::text[], %s::text[]) WITH ORDINALITY AS n (kind, key_id, at) RETURNING gen"
+)
+_NOTIFY = "SELECT pg_notify(%s, '')"
+_FENCE = (
+    "SELECT 1 / count(*) FROM (SELECT 1 FROM hosts AS h, fleet AS f "
+    "WHERE h.host = %s AND h.inc = %s AND NOT h.fenced AND f.active_kek = %s FOR SHARE OF h) AS mine"
+)
+
+_STAGED = (
+    "INSERT INTO deks_next SELECT n.*, 1 FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[]) AS n "
+    "ON CONFLICT (key_id) DO UPDATE SET thread_id = excluded.thread_id, value = excluded.value, "
+    "kek_id = excluded.kek_id"
+)
+_PAIRS = (
+    "SELECT live.key_id, live.value::json ->> 'mac', staged.value::json ->> 'mac' FROM "
+    "(SELECT key_id, value FROM deks WHERE key_id > %s ORDER BY key_id LIMIT %s) AS live "
+    "LEFT JOIN deks_next AS staged USING (key_id) ORDER BY live.key_id"
+)
+_TABLES = "SELECT tablename FROM pg_tables WHERE schemaname = 'kms' AND starts_with(tablename, %s)"
+
+Statement = tuple[str, Sequence[Any]]
+
+
+# ---- what waits to be sent -------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A row of `deks` to be written. `rev`: the one that was seen, None for a new row; `was`: its MAC."""
+
+    thread_id: str
+    text: str
+    kek_id: str
+    mac: str
+    rev: int | None
+    was: str
+
+
+class Gathered:
+    """The writes of a transaction, as far as they are not sent."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, tuple[str, int] | None] = {}  # of deks: the text and its rev, as they were read
+        self.rows: dict[str, Row] = {}
+        self.kms: dict[str, str | None] = {}  # None: erased
+        self.staged: dict[str, Row] = {}
+        self.usage: dict[str, Usage] = {}
+        self.unused: set[str] = set()  # their usage goes
+        self.retired: set[str] = set()  # taken out of what rotations left
+        self.activated: tuple[str, str, int] | None = None  # the KEK before, the new one and its version
+
+    def copy(self) -> Gathered:
+        other = Gathered()
+        other.seen, other.activated = self.seen, self.activated
+        for name in ("rows", "kms", "staged", "usage", "unused", "retired"):
+            setattr(other, name, getattr(self, name).copy())
+        return other
+
+
+class FleetStore(SealedStore, FleetReader):
+    """One incarnation `inc` of a host, which must be registered (`Registry`) before it writes.
+
+    `_book` is the state of the whole fleet as far as this host knows it, `_others` the part of it that it
+    read: the difference is its own, and exact."""
+
+    def __init__(self, link: Link, host: str, inc: str, key: memoryview | None = None) -> None:
+        FleetReader.__init__(self, link, host)
+        self.inc = inc
+        self.gen = 0
+        """The number of the last change that a transaction of ours made."""
+        self._acknowledged = 0
+        self._unclear = ""
+        self._stale = False
+        self._now: Gathered | None = None
+        self._changed: list[tuple[str, str]] = []
+        self._open: Session | None = None
+        self._owed: set[str] = set()
+        self._look()
+        self.acting = self._active
+        """The KEK that this host holds for the active one: the fence compares it with the fleet's. It follows
+        a change of our own; after another host's the keeper sets it, who has to have the key."""
+        if key is not None:
+            self.unlock(key)
+
+    # ---- the state ---------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Take from the disk what a transaction goes by. Where one of ours may be under way yet, its row is
+        locked, so this waits for it."""
+        wait = " FOR UPDATE" if self._unclear else ""
+        mine = self._select(_ROW + wait, (self.host, WRITES))
+        rows = self._select(STATES)
+        self._count_row: str | None = mine[0][0] if mine else None
+        self._stored: str | None = dict(rows).get(self.host)
+        self._book, self._others = self._combined(rows)
+        self._used = bool(rows)
+        self._tally, self._owed = None, set()
+        self._unclear, self._stale = "", False
+        self._publish(self._book.change)
+
+    def _look_again(self) -> None:
+        """Raises StoreUnavailable where the engine has lost what it had acknowledged."""
+        known = self._acknowledged
+        self._look()
+        if self._book.change < known:
+            self._stale = True
+            raise StoreUnavailable(
+                f"{self._link.where} is older than what was acknowledged: it has change {self._book.change} "
+                f"of this host, and {known} took place",
+                hint="a failover lost it, or an older database was put back: `progressdb-kms help fleet`",
+            )
+
+    def _unused(self) -> bool:
+        return not self._used
+
+    def state(self) -> StoreState:
+        """With what other hosts did since; inside a transaction as of its beginning."""
+        if self._now is None and not self._unclear:
+            self._refresh()
+        return self._book
+
+    def _refresh(self) -> None:
+        """Read the others' part again. Ours stays: it may be on no disk yet."""
+        own = without(self._book, self._others)
+        _, self._others = self._combined(self._select(STATES))
+        self._book = combined([own, self._others], own)
+
+    @property
+    def _active(self) -> str:
+        return self._book.active.kek_id if self._book.active else ""
+
+    def activate(self, kek_id: str, version: int, since: str) -> None:
+        was = self._gathered.activated[0] if self._gathered.activated else self._active
+        super().activate(kek_id, version, since)
+        self._gathered.activated = (was, kek_id, version)
+
+    def recount(self) -> bool:
+        self._refresh()
+        return super().recount()
+
+    # ---- transactions ------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def transaction(self, durable: bool = True) -> Iterator[None]:
+        """All are durable. Raises Contended, Fenced, StoreUnavailable."""
+        if self._now is not None:
+            raise StoreUnavailable("a transaction is under way")
+        if self._unclear or self._stale:
+            self._look_again()
+        before = self._book, self._others, self._tally
+        stored = self._stored
+        self._now, self._changed, self._fenced_by = Gathered(), [], self.acting
+        with contextlib.ExitStack() as self._until_end:
+            try:
+                yield
+                self._settle(before[0])
+                self._finish()
+            except BaseException:
+                self._book, self._others, self._tally = before
+                self._stored = stored
+                raise
+            finally:
+                self._now = self._open = None
+        self._acknowledged, self.acting = self._book.change, self._fenced_by
+        self._committed(before[0])
+
+    def _settle(self, before: StoreState) -> None:
+        if self._book is not before:
+            own = without(self._book, self._others)
+            self.write(STATE, self._key.sealed(STATE, own.to_row()))
+
+    @contextlib.contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """A part that leaves nothing of what waits. Rotation's own statements have no place in one."""
+        saved, before = self._gathered.copy(), (self._book, self._others, self._tally)
+        try:
+            yield
+        except BaseException:
+            self._now = saved
+            self._book, self._others, self._tally = before
+            raise
+
+    @property
+    def _gathered(self) -> Gathered:
+        if self._now is None:
+            raise StoreUnavailable("a write outside of a transaction")
+        return self._now
+
+    def _finish(self) -> None:
+        statements = self._statements()
+        if not statements and self._open is None:
+            return
+        writes = json.loads(self._count_row)["writes"] if self._count_row else 0
+        count = json_dumps({"writes": writes + 1, "inc": self.inc})
+        guard = (_GUARD, (self.host, count, self._count_row or ""))
+        stored = self._gathered.kms.get(STATE, self._stored)
+        everything = [guard, *statements, *self._told()]
+        try:
+            if self._open is not None:
+                self._end_inside(self._open, everything)
+            else:
+                self._end(everything, count)
+        except Unknown as error:
+            self._unclear = f"nobody knows yet what became of a transaction: {error}"
+            raise StoreUnavailable(self._unclear, code=UNREACHABLE, hint="to repeat it is safe") from None
+        except StoreUnavailable:
+            self._stale = True
+            raise
+        self._count_row, self._stored = count, stored
+
+    def _told(self) -> list[Statement]:
+        """The last statements of a transaction: its changes, and the fence."""
+        result: list[Statement] = []
+        told = self._changed if len(self._changed) <= MANY else [(ALL, "")]
+        if told:
+            kinds, names = [kind for kind, _ in told], [key_id for _, key_id in told]
+            result += [(_CHANGES, (len(told), len(told), kinds, names)), (_NOTIFY, (CHANNEL,))]
+        return [*result, (_FENCE, (self.host, self.inc, self._fenced_by))]
+
+    def _end(self, statements: list[Statement], count: str) -> None:
+        """Send it; and again, where nobody knows what became of the first."""
+        try:
+            self._send(statements)
+        except Unknown as error:
+            log.warning("%s: the transaction is sent again", error)
+            try:
+                self._send(statements)
+            except Taken:
+                if self._select(_ROW, (self.host, WRITES)) != [(count,)]:
+                    raise
+                # The first try took place. Its number isn't known, but it is none above the fleet's.
+                ((self.gen,),) = self._select("SELECT gen FROM fleet")
+
+    def _send(self, statements: list[Statement]) -> None:
+        with self._link.session() as session:
+            session.warning = ""
+            try:
+                with session.pipeline():
+                    cursors = self._all(session, statements)
+            except psycopg.Error as error:
+                raise self._meant(error) from None
+            self._ended(session, statements, cursors)
+
+    def _all(self, session: Session, statements: list[Statement]) -> list[Any]:
+        """Where it fails on our side, the engine must not see the Sync: it would commit the first half."""
+        try:
+            return [session.execute(sql, args) for sql, args in statements]
+        except BaseException as error:
+            if getattr(error, "sqlstate", None) is None:
+                with contextlib.suppress(psycopg.Error):
+                    session.execute("SELECT 1 / 0")
+            raise
+
+    def _end_inside(self, session: Session, statements: list[Statement]) -> None:
+        """Not sent twice: the caller looks what became of it."""
+        try:
+            cursors = [session.execute(sql, args) for sql, args in statements]
+            said = session.execute("COMMIT").statusmessage
+        except psycopg.Error as error:
+            raise self._meant(error) from None
+        if said != "COMMIT":
+            raise StoreUnavailable(f"{self._link.where} answered {said} to COMMIT: nothing took place")
+        self._ended(session, statements, cursors)
+
+    def _ended(self, session: Session, statements: list[Statement], cursors: list[Any]) -> None:
+        if session.warning:
+            raise Unknown(f"{self._link.where} warns: {session.warning}")
+        for (sql, _), cursor in zip(statements, cursors):
+            if sql is _CHANGES:
+                self.gen = max(row[0] for row in cursor.fetchall())
+
+    def _meant(self, error: psycopg.Error) -> Exception:
+        """What an error at the end says."""
+        if isinstance(error, sqlstate.DivisionByZero):
+            return Fenced("this host was put out of the fleet", hint="it registers anew by itself")
+        if isinstance(error, sqlstate.InvalidArgumentForLogarithm):
+            return Taken("another daemon writes as this host, or did", hint="it is tried again")
+        if isinstance(error, _CROSSED):
+            return Contended("another host changed the same meanwhile", hint="to repeat it is safe")
+        if isinstance(error, psycopg.OperationalError) and (error.sqlstate or "08")[:2] in ("08", "57"):
+            self._link.drop()
+            return Unknown(translated(self._link.where, error).message)
+        return translated(self._link.where, error)
+
+    # ---- what is sent --------------------------------------------------------------------------
+
+    def _statements(self) -> list[Statement]:
+        """Of what waits, in the order of the module's list, short of guard, changes and fence."""
+        now = self._gathered
+        new = {key_id: row for key_id, row in now.rows.items() if row.rev is None}
+        old = {key_id: row for key_id, row in now.rows.items() if row.rev is not None}
+        result: list[Statement] = []
+        if new:
+            result.append((_INSERT, (*_columns(new), len(new))))
+        if old:
+            result.append((_UPDATE, (*_columns(old), [row.rev for row in old.values()], len(old))))
+            self._changed += [(KEY, key_id) for key_id in old]
+        if marks := [(k, row.was, row.mac, self.host) for k, row in now.rows.items() if k not in now.staged]:
+            result.append((_TOUCHED, [list(column) for column in zip(*marks)]))
+        if now.staged:
+            result.append((_STAGED, _columns(now.staged)))
+        return result + self._statements_of_kms(now) + self._statements_of_usage(now)
+
+    def _statements_of_kms(self, now: Gathered) -> list[Statement]:
+        result: list[Statement] = []
+        written = {name: text for name, text in now.kms.items() if text is not None}
+        erased = [name for name, text in now.kms.items() if text is None]
+        if STATE in written:
+            result.append((_STATE, (self.host, written.pop(STATE), self._stored or "")))
+        if written:
+            hosts = [self._owner(name) for name in written]
+            result.append((_WRITE, (hosts, list(written), list(written.values()))))
+        if erased:
+            result.append((_ERASE, ([self._owner(name) for name in erased], erased)))
+        if now.activated is not None:
+            was, active, version = now.activated
+            result.append((_ACTIVATE, (active, version, was)))
+            self._changed.append((KEKS, ""))
+            self._fenced_by = active
+        return result
+
+    def _statements_of_usage(self, now: Gathered) -> list[Statement]:
+        result: list[Statement] = []
+        if now.usage:
+            counts = [list(column) for column in zip(*now.usage.values())]
+            result.append((_COUNT, (list(now.usage), *counts)))
+        if now.unused:
+            result.append((_FORGET_USAGE, (list(now.unused),)))
+        if now.retired:
+            for table in self._left():
+                sql = f"DELETE FROM {table} WHERE key_id = ANY(%s)"  # noqa: S608  # a name of ours
+                result.append((sql, (list(now.retired),)))
+        return result
+
+    # ---- reads, with what waits ----------------------------------------------------------------
+
+    def _select(self, sql: str, args: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        if self._open is not None:
+            return self._open.execute(sql, args).fetchall()
+        return super()._select(sql, args)
+
+    def _text(self, key_id: str) -> str | None:
+        now = self._now
+        if now is not None and key_id in now.rows:
+            return now.rows[key_id].text
+        if now is None or key_id not in now.seen:
+            rows = self._select("SELECT value, rev FROM deks WHERE key_id = %s", (key_id,))
+            found = (str(rows[0][0]), int(rows[0][1])) if rows else None
+            if now is None:
+                return found[0] if found else None
+            now.seen[key_id] = found
+        seen = now.seen[key_id]
+        return seen[0] if seen else None
+
+    def _raw(self, key_id: str) -> Any:
+        text = self._text(key_id)
+        return None if text is None else row_of(text)
+
+    def get(self, key_id: str) -> DekRecord | None:
+        text = self._text(key_id)
+        return None if text is None else self._read(key_id, text)
+
+    def there(self, key_ids: Sequence[str]) -> set[str]:
+        """What isn't there is remembered as that: `put_all` asks, and then writes new rows."""
+        found = super().there(key_ids)
+        if self._now is not None:
+            found |= self._now.rows.keys() & set(key_ids)
+            self._now.seen.update({key_id: None for key_id in key_ids if key_id not in found})
+        return found
+
+    def _raw_page(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]:
+        page = super()._raw_page(after, limit, thread_id)
+        waiting = {k: row_of(row.text) for k, row in self._now.rows.items() if k > after} if self._now else {}
+        if not waiting:
+            return page
+        merged = sorted({**dict(page), **waiting}.items())
+        return [(k, row) for k, row in merged if thread_id in (None, row["thread_id"])][:limit]
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        if self._now is not None and name in self._now.kms:
+            text = self._now.kms[name]
+            return None if text is None else row_of(text)
+        return super().read(name)
+
+    def names(self, prefix: str) -> list[str]:
+        found = set(super().names(prefix))
+        for name, text in (self._now.kms if self._now else {}).items():
+            if name.startswith(prefix):
+                found = found | {name} if text is not None else found - {name}
+        return sorted(found)
+
+    def due(self, now: str, limit: int) -> list[str]:
+        """Rows `deletion:<time>|<key_id>` of a time that has come: a hint, no more."""
+        rows = self._select(
+            "SELECT name FROM kms WHERE host = '' AND name >= 'deletion:' AND name < %s "
+            "ORDER BY name LIMIT %s",
+            (f"deletion:{now}", limit),
+        )
+        return [row[0] for row in rows]
+
+    # ---- writes, inside a transaction ----------------------------------------------------------
+
+    def _set(self, key_id: str, row: dict[str, Any]) -> None:
+        now = self._gathered
+        self._text(key_id)
+        before, seen = now.rows.get(key_id), now.seen.get(key_id)
+        was = before.was if before else _mac(row_of(seen[0])) if seen else ""
+        rev = before.rev if before else seen[1] if seen else None
+        kek_id = "" if row.get("state") == SHREDDED else str(row.get("kek_id", ""))
+        now.rows[key_id] = Row(str(row.get("thread_id", "")), json_dumps(row), kek_id, _mac(row), rev, was)
+
+    def _set_all(self, rows: list[Written]) -> None:
+        for row in rows:
+            self._set(row.key_id, json.loads(row.text))
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        self._gathered.kms[name] = json_dumps(value)
+
+    def erase(self, name: str) -> None:
+        self._gathered.kms[name] = None
+
+    def count(self, rows: Iterable[tuple[str, Usage]]) -> None:
+        usage = self._gathered.usage
+        for key_id, more in rows:
+            usage[key_id] = usage.get(key_id, Usage()).plus(more)
+
+    def _forget_usage(self, key_id: str) -> None:
+        self._gathered.unused.add(key_id)
+
+    # ---- rotation ------------------------------------------------------------------------------
+
+    def _inside(self) -> Session:
+        """In a real transaction from now on, which has all that waited."""
+        if self._open is None:
+            session = self._until_end.enter_context(self._link.session())
+            session.warning = ""
+            session.execute("BEGIN")
+            self._open = session
+        try:
+            for sql, args in self._statements():
+                self._open.execute(sql, args)
+        except psycopg.Error as error:
+            raise self._meant(error) from None
+        kept = self._gathered.kms.get(STATE)
+        self._now = Gathered()
+        self._stored = kept or self._stored
+        return self._open
+
+    def staging(self, on: bool) -> None:
+        """Make the empty table that rewrapped rows are built in; drop what an earlier try left of one. Of two
+        hosts one rotates: the other is told so, and leaves its table alone."""
+        session = self._inside()
+        if on:
+            self._lock("SHARE")  # who writes now is done before `rotating` is seen
+        ((owner,),) = session.execute("SELECT owner FROM fleet FOR UPDATE").fetchall()
+        if owner not in ("", self.host) and session.execute(_LIVES, (owner,)).fetchall()[0][0]:
+            if on:
+                raise Contended("another host rotates", hint="`progressdb-kms store status` tells which")
+            return
+        session.execute("DROP TABLE IF EXISTS deks_next")
+        session.execute("DELETE FROM touched")
+        session.execute("UPDATE fleet SET rotating = %s, owner = %s", (on, self.host if on else ""))
+        if on:
+            session.execute("CREATE TABLE deks_next (LIKE deks INCLUDING ALL)")
+        self._tally, self._owed = None, set()
+
+    def _set_staged(self, rows: list[Written]) -> None:
+        for row in rows:
+            fields = json.loads(row.text)
+            kek_id = "" if fields["state"] == SHREDDED else fields["kek_id"]
+            self._gathered.staged[row.key_id] = Row(fields["thread_id"], row.text, kek_id, "", None, "")
+            self._owed.discard(row.key_id)
+
+    def _staged(self, key_id: str) -> dict[str, Any] | None:
+        if self._now and key_id in self._now.staged:
+            return dict(row_of(self._now.staged[key_id].text))
+        rows = self._select("SELECT value FROM deks_next WHERE key_id = %s", (key_id,))
+        return row_of(rows[0][0]) if rows else None
+
+    def _pairs(self, after: str, limit: int) -> list[tuple[str, dict[str, Any], dict[str, Any] | None]]:
+        """In one snapshot with what other hosts touched, and with what their rows add up to: a change is
+        either in the page, or reckoned in by `_drain`. What is to be staged again is not missing, and weighs
+        nothing until then."""
+        with self._snapshot() as session:
+            if not session.execute("SELECT to_regclass('deks_next')::text").fetchall()[0][0]:
+                raise StoreUnavailable("no table for rewrapped rows was made")
+            self._drain(session)
+            rows = session.execute(_PAIRS, (after, limit)).fetchall()
+            self._refresh()
+        result = []
+        for key_id, live, staged in rows:
+            other = {"mac": staged} if staged else {"mac": _WEIGHTLESS} if key_id in self._owed else None
+            result.append((key_id, {"mac": live}, other))
+        return result
+
+    @contextlib.contextmanager
+    def _snapshot(self) -> Iterator[Session]:
+        """The transaction that is open, or one of its own."""
+        if self._now is not None:
+            yield self._inside()
+            return
+        with self._link.session() as session, contextlib.ExitStack() as undo:
+            session.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+            self._open = session
+            undo.callback(setattr, self, "_open", None)
+            yield session
+            session.execute("COMMIT")
+
+    def _drain(self, session: Session) -> None:
+        """What other hosts wrote since the last time: it is to be staged again. Behind the place that the
+        comparison has reached it is in no page any more, so its weight is moved here."""
+        for key_id, was, now in session.execute("DELETE FROM touched RETURNING key_id, was, now").fetchall():
+            self._owed.add(key_id)
+            if self._tally is not None:
+                self._tally = self._tally.moved(key_id, live=_weight(now) - _weight(was))
+
+    def touched(self, limit: int) -> list[DekRecord]:
+        """Up to `limit` rows, as they are now, which other hosts wrote since they were staged."""
+        with self._snapshot() as session:
+            self._drain(session)
+            owed = sorted(self._owed)[:limit]
+            sql = "SELECT key_id, value FROM deks WHERE key_id = ANY(%s) ORDER BY key_id"
+            return [self._read(*row) for row in session.execute(sql, (owed,)).fetchall()]
+
+    def settle(self, restage: Callable[[list[DekRecord]], None]) -> None:
+        """From now to the end of the transaction no host writes. What was touched meanwhile is staged again.
+        Raises StoreUnavailable where the table could not be had soon: nothing was changed."""
+        self._inside()
+        self._lock("ACCESS EXCLUSIVE")
+        while records := self.touched(len(self._owed) or MANY):
+            restage(records)
+        self._refresh()
+
+    def swap(self, keks: Mapping[str, KekCount]) -> None:
+        self.settle(_too_late)
+        super().swap(keks)
+
+    def _lock(self, mode: str) -> None:
+        """While this waits for one host, it holds up all others."""
+        session = self._inside()
+        session.execute(f"SET LOCAL lock_timeout = {LOCK_MILLISECONDS}")
+        session.execute(f"LOCK TABLE deks IN {mode} MODE")
+
+    def _swap_tables(self) -> None:
+        session = self._inside()
+        session.execute(f"ALTER TABLE deks RENAME TO {self._free_name()}")
+        session.execute("ALTER TABLE deks_next RENAME TO deks")
+        session.execute("UPDATE fleet SET rotating = false, owner = ''")
+        self._changed.append((KEKS, ""))
+
+    def _left(self) -> list[str]:
+        return sorted(row[0] for row in self._select(_TABLES, (RETIRED,)))
+
+    def _free_name(self) -> str:
+        return f"{RETIRED}{max((int(name[len(RETIRED) :]) for name in self._left()), default=0) + 1}"
+
+    def retire(self, limit: int) -> bool:
+        """Delete up to `limit` rows that a swap left behind. True: there are more."""
+        session = self._inside()
+        if not (left := self._left()):
+            return False
+        table = left[0]
+        rows = f"SELECT ctid FROM {table} LIMIT %s"  # noqa: S608  # a name of ours
+        session.execute(f"DELETE FROM {table} WHERE ctid = ANY(ARRAY({rows}))", (limit,))  # noqa: S608
+        if not session.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchall():  # noqa: S608
+            session.execute(f"DROP TABLE {table}")
+        return True
+
+    def forget(self, key_id: str) -> None:
+        """Delete a key's row from what a swap left behind: it was shredded."""
+        self._gathered.retired.add(key_id)
+
+    # ---- what only a file needs ------------------------------------------------------------------
+
+    def trouble(self) -> str:
+        """Why no transaction can be begun now, as far as is known; "" where nothing is."""
+        return self._unclear
+
+    def lost(self) -> str:
+        """No file can be taken away."""
+        return ""
+
+    def files(self) -> dict[str, tuple[int, int]]:
+        return {}
+
+    def rescue(self, now: float) -> Path:
+        raise StoreUnavailable("the store of a fleet is no file")
+
+    def compact(self) -> None:
+        """The engine's own work (VACUUM)."""
+
+    def checkpoint(self, patient: bool = True) -> None:
+        """Likewise: what was overwritten stays in its log, see the manual's page on fleets."""
+
+
+_ROW = "SELECT value FROM kms WHERE host = %s AND name = %s"
+_LIVES = "SELECT EXISTS (SELECT 1 FROM hosts WHERE host = %s AND NOT fenced)"
+_WEIGHTLESS = b64encode(bytes(32))
+_CROSSED = (
+    sqlstate.InvalidArgumentForPowerFunction,
+    sqlstate.SerializationFailure,
+    sqlstate.DeadlockDetected,
+)
+
+
+def _too_late(records: list[DekRecord]) -> None:
+    raise Contended(f"{len(records)} rows were written meanwhile, and not staged again", hint="begin anew")
+
+
+def _mac(row: Any) -> str:
+    found = row.get("mac") if isinstance(row, dict) else None
+    return found if isinstance(found, str) else ""
+
+
+def _weight(mac: str) -> int:
+    try:
+        return weight({"mac": mac})
+    except ValueError:
+        return 0
+
+
+def _columns(rows: Mapping[str, Row]) -> list[list[str]]:
+    values = rows.values()
+    return [list(rows), *map(list, zip(*((row.thread_id, row.text, row.kek_id) for row in values)))]
