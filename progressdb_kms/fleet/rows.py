@@ -38,11 +38,16 @@ it remembers with the others."""
 
 
 class Point(NamedTuple):
-    """A place in the history of a database; a later one is greater. `timeline` is the engine's: with it,
-    `gen` is the number of a change, without it only one of two changes that a split brain may have made."""
+    """A place in the history of a database. `timeline` is the engine's: with it, `gen` is the number of a
+    change, without it only one of two changes that a split brain may have made."""
 
     timeline: int
     gen: int
+
+    def covers(self, other: Point) -> bool:
+        """Is all that was acknowledged up to there known here? The order of tuples would not do: a gen of an
+        earlier timeline that was never acknowledged may be higher than one of a later."""
+        return self.timeline >= other.timeline and self.gen >= other.gen
 
 
 class FleetRow(NamedTuple):

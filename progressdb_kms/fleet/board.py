@@ -1,0 +1,173 @@
+"""What all processes of one host know of the fleet: until when they may serve, and which DEKs to forget.
+
+A region of shared memory, made before the first fork. The process that keeps the host's place in the fleet
+writes, the workers read. There is nothing secret in it.
+
+    u64 each:   lease by boot time, lease by the wall clock (ns) | flushes | timeline | seen | to 64 bytes
+    slots:      gen u64 | length u64 | key_id 128                    (SLOTS times, a ring by gen)
+
+- **Any mix of an old and a new lease is good**: while it is renewed, either old word is the earlier end; the
+  boot time is the first to be zeroed.
+- A slot's gen goes first and comes last; who reads compares it before and after. A slot that doesn't hold the
+  gen that is looked for (the ring went round, or the change was of all DEKs) means: forget everything.
+- `seen` is written after its slot, and acknowledged to the engine after that: from then on no process of this
+  host uses what it remembered from before.
+
+What a worker reads of the store brings the `Point` of its snapshot along, which must cover the one
+that was seen when the call began: an old primary that nobody told of its end still answers. And what is
+remembered must be of the same timeline, and not older than what was forgotten last: the ring went past it.
+A new timeline flushes everything."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from typing import Generic, TypeVar
+
+from .lease import NONE, Lease
+from .rows import KEY, ChangeRow, Point
+
+SLOTS = 1024
+"""Changes that a worker may be behind. It looks at each call, so that is a burst within one."""
+
+HEADER = 64
+SLOT = 144
+SIZE = HEADER + SLOTS * SLOT
+_BOOT, _WALL, _FLUSHES, _TIMELINE, _SEEN = range(5)
+_WORD = 8
+
+
+class Board:
+    """A view on the region. Cheap to make; every process has its own."""
+
+    def __init__(self, region: memoryview) -> None:
+        self._region = region[:SIZE]
+        self.words = self._region.cast("Q")
+
+    @classmethod
+    def new(cls) -> Board:
+        return cls(memoryview(mmap.mmap(-1, SIZE)))
+
+    # ---- reading -------------------------------------------------------------------------------
+
+    @property
+    def lease(self) -> Lease:
+        """To be held against the clocks by `lease.holds`, before the work and after it."""
+        return Lease(self.words[_BOOT], self.words[_WALL])
+
+    @property
+    def seen(self) -> Point:
+        return Point(self.words[_TIMELINE], self.words[_SEEN])
+
+    @property
+    def flushes(self) -> int:
+        return self.words[_FLUSHES]
+
+    def key_id(self, gen: int) -> str | None:
+        """Of the DEK that this change was of; None: it isn't known any more, or of more than one."""
+        start = HEADER + gen % SLOTS * SLOT
+        if self.words[start // _WORD] != gen:
+            return None
+        length = self.words[start // _WORD + 1]
+        text = bytes(self._region[start + 16 : start + 16 + min(length, SLOT - 16)])
+        return text.decode("ascii", "replace") if self.words[start // _WORD] == gen else None
+
+    # ---- writing: one thread of one process ------------------------------------------------------
+
+    def grant(self, lease: Lease) -> None:
+        self.words[_WALL] = max(0, lease.wall)
+        self.words[_BOOT] = lease.boot
+
+    def end(self) -> None:
+        """No process begins or ends a call any more, until a lease is granted again."""
+        self.words[_BOOT] = 0
+        self.grant(NONE)
+
+    def flush(self, seen: Point) -> None:
+        """All that is remembered is old. The count grows before and after: whoever looked in between looks
+        again."""
+        self.words[_FLUSHES] += 1
+        self.words[_TIMELINE], self.words[_SEEN] = seen
+        self.words[_FLUSHES] += 1
+
+    def tell(self, change: ChangeRow) -> None:
+        """The next change after `seen`."""
+        start = HEADER + change.gen % SLOTS * SLOT
+        self.words[start // _WORD] = 0
+        if change.kind != KEY:
+            return self.flush(self.seen._replace(gen=change.gen))
+        text = change.key_id.encode("ascii")
+        self.words[start // _WORD + 1] = len(text)
+        self._region[start + 16 : start + 16 + len(text)] = text
+        self.words[start // _WORD] = change.gen
+        self.words[_SEEN] = change.gen
+        return None
+
+
+T = TypeVar("T")
+
+
+class Follower(Generic[T]):
+    """What one worker remembers of the store, by key_id, and how far it has followed the board."""
+
+    def __init__(self, board: Board, room: int) -> None:
+        """`room`: how many DEKs are remembered before the oldest are forgotten; at most twice as many are."""
+        self._board = board
+        self._room = room
+        self._lock = threading.Lock()  # for whatever changes the next four; a hit takes none
+        self._young: dict[str, T] = {}
+        self._old: dict[str, T] = {}
+        self._flushes = board.flushes
+        self._position = board.seen
+
+    def follow(self) -> Point:
+        """Forget what has changed. Returns the point up to which all is known; at the beginning of a call:
+        every change that was answered before is in it, as long as there is a lease."""
+        board = self._board
+        if board.words[_SEEN] != self._position.gen or board.words[_FLUSHES] != self._flushes:
+            with self._lock:
+                self._catch_up()
+        return self._position
+
+    def _catch_up(self) -> None:
+        flushes, seen = self._board.flushes, self._board.seen
+        for key_id in self._changed(flushes, seen):
+            if key_id is None:
+                self._young, self._old = {}, {}
+                break
+            self._young.pop(key_id, None)
+            self._old.pop(key_id, None)
+        self._flushes, self._position = flushes, seen
+
+    def _changed(self, flushes: int, seen: Point) -> list[str | None]:
+        """The DEKs of the changes up to this one; None for all of them."""
+        before = self._position.gen
+        if flushes != self._flushes or not 0 <= seen.gen - before <= SLOTS:
+            return [None]
+        return [self._board.key_id(gen) for gen in range(before + 1, seen.gen + 1)]
+
+    def get(self, key_id: str) -> T | None:
+        """After `follow`."""
+        found = self._young.get(key_id)
+        return found if found is not None else self._rejuvenated(key_id)
+
+    def _rejuvenated(self, key_id: str) -> T | None:
+        with self._lock:
+            found = self._old.pop(key_id, None)
+            if found is not None:
+                self._put(key_id, found)
+            return found
+
+    def remember(self, key_id: str, value: T, read: Point) -> None:
+        """What was read in a snapshot of this point."""
+        with self._lock:
+            if read.timeline == self._position.timeline and read.gen >= self._position.gen:
+                self._put(key_id, value)
+
+    def _put(self, key_id: str, value: T) -> None:
+        if len(self._young) >= self._room:
+            self._young, self._old = {}, self._young
+        self._young[key_id] = value
+
+    def __len__(self) -> int:
+        return len(self._young) + len(self._old)
