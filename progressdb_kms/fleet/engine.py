@@ -66,6 +66,9 @@ SCHEMA = "kms"
 
 UNREACHABLE = "store_unreachable"
 
+TIMELINE = "('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int"
+"""Of the server that answers, in SQL: it grows with each promotion. A standby answers with an error."""
+
 _OPTIONS = (
     f"-c search_path={SCHEMA} -c idle_in_transaction_session_timeout=2s -c lock_timeout=2s "
     f"-c statement_timeout={STATEMENT_SECONDS}s -c default_transaction_isolation=read\\ committed "

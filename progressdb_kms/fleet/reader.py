@@ -18,11 +18,11 @@ from typing import Any
 from ..encoding import json_loads
 from ..errors import StoreDamaged
 from ..store.contract import HEAVY, DekRecord, Usage
-from ..store.seal import MODULUS, STATE, KekCount, Seal, StoreState
-from ..store.sealed import SealedReader
+from ..store.seal import MODULUS, OWN, STATE, KekCount, Seal, StoreState, weight
+from ..store.sealed import OWN_DONT_ADD_UP, OWN_HINT, SealedReader
 from .engine import Link
 
-OWN = ("store:", "audit:", "clock:", "snapshot:", "probe")
+HOSTS = ("store:", "audit:", "clock:", "snapshot:", "probe")
 """Beginnings of the names of rows that each host has for itself. All others are the fleet's."""
 
 WRITES = "store:writes"
@@ -44,14 +44,16 @@ def row_of(value: str) -> Any:
 def combined(rows: Iterable[StoreState], own: StoreState) -> StoreState:
     """The sum of all hosts' states, `own` among them."""
     keks: dict[str, KekCount] = {}
-    active, total = None, 0
+    active, total, owned = None, 0, 0
     for state in rows:
         total += state.total
+        owned += state.own
         if state.active and (active is None or state.active.version > active.version):
             active = state.active
         for kek_id, row in state.keks.items():
             keks[kek_id] = plus(keks.get(kek_id), row)
-    return StoreState(own.change, active, {k: row for k, row in keks.items() if row.deks}, total % MODULUS)
+    keks = {kek_id: row for kek_id, row in keks.items() if row.deks}
+    return own._replace(active=active, keks=keks, total=total % MODULUS, own=owned % MODULUS)
 
 
 def plus(one: KekCount | None, other: KekCount) -> KekCount:
@@ -66,7 +68,8 @@ def without(whole: StoreState, others: StoreState) -> StoreState:
     for kek_id, row in others.keks.items():
         keks[kek_id] = plus(keks.get(kek_id, row._replace(deks=0)), row._replace(deks=-row.deks))
     left = {kek_id: row for kek_id, row in keks.items() if row.deks}
-    return whole._replace(keks=left, total=(whole.total - others.total) % MODULUS)
+    total, own = (whole.total - others.total) % MODULUS, (whole.own - others.own) % MODULUS
+    return whole._replace(keks=left, total=total, own=own)
 
 
 class FleetReader(SealedReader):
@@ -82,7 +85,7 @@ class FleetReader(SealedReader):
             return session.execute(sql, args).fetchall()
 
     def _owner(self, name: str) -> str:
-        return self.host if name.startswith(OWN) else ""
+        return self.host if name.startswith(HOSTS) else ""
 
     # ---- DEKs ----------------------------------------------------------------------------------
 
@@ -93,9 +96,9 @@ class FleetReader(SealedReader):
     def get(self, key_id: str) -> DekRecord | None:
         """As of any row, but with one parse and one MAC where it is spelled as we write it."""
         rows = self._select("SELECT value FROM deks WHERE key_id = %s", (key_id,))
-        return self._read(key_id, rows[0][0]) if rows else None
+        return self._opened(key_id, rows[0][0]) if rows else None
 
-    def _read(self, key_id: str, text: str) -> DekRecord:
+    def _opened(self, key_id: str, text: str) -> DekRecord:
         if self._seal is not None and self._seal.wrote("meta:" + key_id, text):
             return DekRecord.from_row(key_id, json.loads(text))
         return self._record(key_id, row_of(text))
@@ -112,7 +115,11 @@ class FleetReader(SealedReader):
 
     # ---- rows of the service -------------------------------------------------------------------
 
-    def read(self, name: str) -> dict[str, Any] | None:
+    def _named(self, name: str) -> str:
+        """One host's row is no other's, though the sum would be the same."""
+        return f"{name}@{self.host}" if name.startswith(HOSTS) else name
+
+    def _read(self, name: str) -> Any:
         rows = self._select("SELECT value FROM kms WHERE host = %s AND name = %s", (self._owner(name), name))
         return row_of(rows[0][0]) if rows else None
 
@@ -145,11 +152,29 @@ class FleetReader(SealedReader):
         states = {}
         for host, text in rows:
             row = row_of(text)
-            self.check(STATE, row)
+            self._check_of(host, STATE, row)
             states[host] = StoreState.from_row(row)
         own = states.get(self.host, StoreState())
         others = [state for host, state in states.items() if host != self.host]
         return combined(states.values(), own), combined(others, StoreState())
+
+    def _check_of(self, host: str, name: str, row: Any) -> None:
+        if self._seal is not None:
+            self._seal.check(f"{name}@{host}" if host else name, row)
+
+    def vouch(self) -> None:
+        """Of all hosts' rows and the fleet's, in one snapshot."""
+        total = own = 0
+        for host, name, text in self._select("SELECT host, name, value FROM kms ORDER BY host, name"):
+            row = row_of(text)
+            if name == STATE or name.startswith(OWN):
+                self._check_of(host, name, row)
+            if name == STATE:
+                own += StoreState.from_row(row).own
+            elif name.startswith(OWN):
+                total += weight(row)
+        if (total - own) % MODULUS:
+            raise StoreDamaged(OWN_DONT_ADD_UP, hint=OWN_HINT)
 
     def keks(self) -> Mapping[str, KekCount]:
         return self.state().keks

@@ -26,7 +26,7 @@ import os
 from typing import Any
 
 from ..errors import ConfigError, StoreDamaged
-from .engine import SCHEMA, Link, Session
+from .engine import SCHEMA, TIMELINE, Link, Session
 from .rows import FleetRow
 
 VERSION = 1
@@ -63,14 +63,16 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {}
 """From each older version: what leads to the next one."""
 
 _THERE = "SELECT count(*) FROM pg_tables WHERE schemaname = %s AND tablename = 'fleet'"
-_ROW = "SELECT fleet, epoch, schema, gen, active_kek, version, rotating, owner FROM fleet"
+FLEET = f"SELECT fleet, epoch, schema, gen, active_kek, version, rotating, owner, {TIMELINE} FROM fleet"
+"""The columns of a FleetRow."""
+
 _MAKE = "INSERT INTO fleet VALUES (true, %s, 1, %s, 0, '', 0, false, '')"
 _LOCK = "SELECT pg_advisory_xact_lock(hashtext('progressdb-kms schema'))"
 
 
 def fleet_row(session: Session) -> FleetRow:
     """As it is, whatever its schema."""
-    ((row),) = session.execute(_ROW).fetchall()
+    ((row),) = session.execute(FLEET).fetchall()
     return FleetRow(*row)
 
 

@@ -43,13 +43,13 @@ from psycopg import errors as sqlstate
 
 from ..encoding import b64encode, json_dumps
 from ..errors import StoreUnavailable
-from ..store.contract import DekRecord, Usage
+from ..store.contract import KEK_ROW, DekRecord, Usage
 from ..store.policy import SHREDDED
 from ..store.seal import STATE, KekCount, StoreState, weight
 from ..store.sealed import SealedStore, Written
-from .engine import UNREACHABLE, Link, Session, translated
+from .engine import TIMELINE, UNREACHABLE, Link, Session, translated
 from .reader import STATES, WRITES, FleetReader, combined, row_of, without
-from .rows import ALL, KEKS, KEY
+from .rows import ALL, KEKS, KEY, Point
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,8 @@ _COUNT = (
     "INSERT INTO usage AS u SELECT n.* FROM "
     "unnest(%s::text[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[]) "
     "AS n (key_id, encrypts, decrypts, first, last, uid) "
-    "JOIN deks AS d ON d.key_id = n.key_id AND d.kek_id <> '' "
+    "LEFT JOIN deks AS d ON d.key_id = n.key_id "
+    f"WHERE d.kek_id <> '' OR starts_with(n.key_id, '{KEK_ROW}') "
     "ON CONFLICT (key_id) DO UPDATE SET encrypts = u.encrypts + excluded.encrypts, "
     "decrypts = u.decrypts + excluded.decrypts, "
     "first = coalesce(least(nullif(u.first, 0), nullif(excluded.first, 0)), 0), "
@@ -136,7 +137,8 @@ _ACTIVATE = (
 _CHANGES = (
     "WITH next AS (UPDATE fleet SET gen = gen + %s RETURNING gen) INSERT INTO changes "
     "SELECT gen - %s + n.at, n.kind, n.key_id FROM next, "
-    "unnest(%s::text[], %s::text[]) WITH ORDINALITY AS n (kind, key_id, at) RETURNING gen"
+    "unnest(%s::text[], %s::text[]) WITH ORDINALITY AS n (kind, key_id, at) "
+    f"RETURNING {TIMELINE}, gen"
 )
 _NOTIFY = "SELECT pg_notify(%s, '')"
 _FENCE = (
@@ -203,8 +205,8 @@ class FleetStore(SealedStore, FleetReader):
     def __init__(self, link: Link, host: str, inc: str, key: memoryview | None = None) -> None:
         FleetReader.__init__(self, link, host)
         self.inc = inc
-        self.gen = 0
-        """The number of the last change that a transaction of ours made."""
+        self.point = Point(0, 0)
+        """Of the last change that a transaction of ours made: its answer waits until all have seen this."""
         self._acknowledged = 0
         self._unclear = ""
         self._stale = False
@@ -301,10 +303,8 @@ class FleetStore(SealedStore, FleetReader):
         self._acknowledged, self.acting = self._book.change, self._fenced_by
         self._committed(before[0])
 
-    def _settle(self, before: StoreState) -> None:
-        if self._book is not before:
-            own = without(self._book, self._others)
-            self.write(STATE, self._key.sealed(STATE, own.to_row()))
+    def _own_book(self) -> StoreState:
+        return without(self._book, self._others)
 
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:
@@ -324,8 +324,10 @@ class FleetStore(SealedStore, FleetReader):
         return self._now
 
     def _finish(self) -> None:
+        """Who has only looked whether all is as it should be writes its count, too: its COMMIT then waits for
+        the standby that has what it saw."""
         statements = self._statements()
-        if not statements and self._open is None:
+        if not statements and not self._gathered.seen and self._open is None:
             return
         writes = json.loads(self._count_row)["writes"] if self._count_row else 0
         count = json_dumps({"writes": writes + 1, "inc": self.inc})
@@ -366,7 +368,7 @@ class FleetStore(SealedStore, FleetReader):
                 if self._select(_ROW, (self.host, WRITES)) != [(count,)]:
                     raise
                 # The first try took place. Its number isn't known, but it is none above the fleet's.
-                ((self.gen,),) = self._select("SELECT gen FROM fleet")
+                self.point = Point(*self._select(_POINT)[0])
 
     def _send(self, statements: list[Statement]) -> None:
         with self._link.session() as session:
@@ -404,7 +406,7 @@ class FleetStore(SealedStore, FleetReader):
             raise Unknown(f"{self._link.where} warns: {session.warning}")
         for (sql, _), cursor in zip(statements, cursors):
             if sql is _CHANGES:
-                self.gen = max(row[0] for row in cursor.fetchall())
+                self.point = Point(*max(cursor.fetchall()))
 
     def _meant(self, error: psycopg.Error) -> Exception:
         """What an error at the end says."""
@@ -495,7 +497,7 @@ class FleetStore(SealedStore, FleetReader):
 
     def get(self, key_id: str) -> DekRecord | None:
         text = self._text(key_id)
-        return None if text is None else self._read(key_id, text)
+        return None if text is None else self._opened(key_id, text)
 
     def there(self, key_ids: Sequence[str]) -> set[str]:
         """What isn't there is remembered as that: `put_all` asks, and then writes new rows."""
@@ -513,11 +515,11 @@ class FleetStore(SealedStore, FleetReader):
         merged = sorted({**dict(page), **waiting}.items())
         return [(k, row) for k, row in merged if thread_id in (None, row["thread_id"])][:limit]
 
-    def read(self, name: str) -> dict[str, Any] | None:
+    def _read(self, name: str) -> Any:
         if self._now is not None and name in self._now.kms:
             text = self._now.kms[name]
             return None if text is None else row_of(text)
-        return super().read(name)
+        return super()._read(name)
 
     def names(self, prefix: str) -> list[str]:
         found = set(super().names(prefix))
@@ -550,10 +552,10 @@ class FleetStore(SealedStore, FleetReader):
         for row in rows:
             self._set(row.key_id, json.loads(row.text))
 
-    def write(self, name: str, value: dict[str, Any]) -> None:
-        self._gathered.kms[name] = json_dumps(value)
+    def _write(self, name: str, row: dict[str, Any]) -> None:
+        self._gathered.kms[name] = json_dumps(row)
 
-    def erase(self, name: str) -> None:
+    def _erase(self, name: str) -> None:
         self._gathered.kms[name] = None
 
     def count(self, rows: Iterable[tuple[str, Usage]]) -> None:
@@ -657,7 +659,7 @@ class FleetStore(SealedStore, FleetReader):
             self._drain(session)
             owed = sorted(self._owed)[:limit]
             sql = "SELECT key_id, value FROM deks WHERE key_id = ANY(%s) ORDER BY key_id"
-            return [self._read(*row) for row in session.execute(sql, (owed,)).fetchall()]
+            return [self._opened(*row) for row in session.execute(sql, (owed,)).fetchall()]
 
     def settle(self, restage: Callable[[list[DekRecord]], None]) -> None:
         """From now to the end of the transaction no host writes. What was touched meanwhile is staged again.
@@ -731,6 +733,7 @@ class FleetStore(SealedStore, FleetReader):
 
 
 _ROW = "SELECT value FROM kms WHERE host = %s AND name = %s"
+_POINT = f"SELECT {TIMELINE}, gen FROM fleet"
 _LIVES = "SELECT EXISTS (SELECT 1 FROM hosts WHERE host = %s AND NOT fenced)"
 _WEIGHTLESS = b64encode(bytes(32))
 _CROSSED = (

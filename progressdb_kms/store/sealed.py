@@ -17,6 +17,9 @@ ROWS = 1000
 LOOKS = 100
 """A writer moves its rows a few times a second, and a look at all of them takes a millisecond."""
 
+OWN_DONT_ADD_UP = "the rows of the service's own don't add up: one was deleted, or an older one was put back"
+OWN_HINT = "the audit log may have been cut: see `progressdb-kms help troubleshooting`"
+
 Row = dict[str, Any]
 
 
@@ -92,10 +95,7 @@ class SealedReader(ABC):
         for name, row in rows:
             self.check(name, row)
         if sum(weight(row) for _, row in rows) % MODULUS != own:
-            raise StoreDamaged(
-                "the rows of the service's own don't add up: one was deleted, or an older one was put back",
-                hint="the audit log may have been cut: see `progressdb-kms help troubleshooting`",
-            )
+            raise StoreDamaged(OWN_DONT_ADD_UP, hint=OWN_HINT)
 
     def keks(self) -> Mapping[str, KekCount]:
         return self.state().keks
@@ -107,7 +107,11 @@ class SealedReader(ABC):
     def check(self, name: str, row: Any) -> None:
         """Raises StoreDamaged for a row that is not as the daemon wrote it."""
         if self._seal is not None and row is not None:
-            self._seal.check(name, row)
+            self._seal.check(self._named(name), row)
+
+    def _named(self, name: str) -> str:
+        """A row's name as its MAC has it."""
+        return name
 
     def _record(self, key_id: str, row: Any) -> DekRecord:
         self.check("meta:" + key_id, row)
@@ -194,7 +198,11 @@ class SealedStore(SealedReader):
             self.count((KEK_ROW + kek_id, Usage(wraps)) for kek_id, wraps in self._book.wraps.items())
             self._book = self._book._replace(wraps={})
         if self._book is not before:
-            self._write(STATE, self._key.sealed(STATE, self._book.to_row()))
+            self._write(STATE, self._key.sealed(self._named(STATE), self._own_book().to_row()))
+
+    def _own_book(self) -> StoreState:
+        """What the state row is to hold."""
+        return self._book
 
     def _committed(self, before: StoreState) -> None:
         if self._book is not before:
@@ -204,7 +212,7 @@ class SealedStore(SealedReader):
 
     def write(self, name: str, value: Row) -> None:
         if name.startswith(OWN):
-            value = self._key.sealed(name, value)
+            value = self._key.sealed(self._named(name), value)
             self._owns(name, weight(value))
         self._write(name, value)
 

@@ -71,6 +71,28 @@ class TestTwoHosts:
             two.erase("audit:head:1.0")
         assert one.due("2027", 9) == [] and one.read("audit:head:1.0") == {"seq": 1}
 
+    def test_rows_of_the_service_are_authentic(self, one: Any, two: Any, fleet_database: Fleet) -> None:
+        """Each is its host's: two that were exchanged add up, and are found all the same."""
+        for store, sig in ((one, "x"), (two, "y")):
+            with store.transaction():
+                store.write("audit:head:1.0", {"seq": 1, "sig": sig})
+                store.write(f"kek:retired:{sig}", {"since": "2026"})
+        with two.transaction():
+            two.erase("kek:retired:x")
+        one.vouch()
+        row = "kms.kms WHERE name = 'audit:head:1.0' AND host ="
+        rows = fleet_database.sql(f"SELECT host, value FROM {row} ANY('{{one,two}}') ORDER BY host")
+        for statement, says in (
+            ("DELETE FROM kms.kms WHERE name = 'kek:retired:y'", "don't add up"),
+            (f"UPDATE kms.kms SET value = '{rows[1][1]}' WHERE name = 'audit:head:1.0'", "not as the daemon"),
+        ):
+            fleet_database.sql("CREATE TEMP TABLE IF NOT EXISTS kept AS SELECT * FROM kms.kms", statement)
+            for side in (one, two):
+                with pytest.raises(StoreDamaged, match=says):
+                    side.vouch()
+            fleet_database.sql("DELETE FROM kms.kms", "INSERT INTO kms.kms SELECT * FROM kept")
+        one.vouch()
+
     def test_an_active_kek_is_the_fleet_s(self, one: Any, two: Any) -> None:
         with one.transaction():
             one.activate(OLD, 1, "2026")
@@ -177,14 +199,14 @@ class TestChanges:
 
     def test_creates_are_none(self, one: Any, fleet_database: Fleet) -> None:
         put(one, dek("a"), dek("b"))
-        assert self.changes(fleet_database) == [] and one.gen == 0
+        assert self.changes(fleet_database) == [] and one.point == (0, 0)
 
     def test_each_has_a_number(self, one: Any, two: Any, fleet_database: Fleet) -> None:
         put(one, dek("a"), dek("b"))
         put(two, dek("a", state="disabled"))
-        assert two.gen == 1
+        assert two.point == (1, 1)
         put(one, dek("a"), dek("b", state="disabled"), dek("c"))
-        assert one.gen == 3
+        assert one.point == (1, 3)
         assert self.changes(fleet_database) == [(1, "key", "a"), (2, "key", "a"), (3, "key", "b")]
         assert fleet_database.sql("SELECT gen FROM kms.fleet") == [(3,)]
 
@@ -205,6 +227,18 @@ class TestChanges:
             listener.execute("LISTEN kms")
             put(one, dek("a", "other"))
             assert [note.channel for note in listener.notifies(timeout=60, stop_after=1)] == ["kms"]
+
+
+def test_who_only_looks_writes_too(one: Any, fleet_database: Fleet) -> None:
+    """A create that is repeated answers what another one wrote: it waits for the standby as that did."""
+    put(one, dek("a"))
+    count = "SELECT value FROM kms.kms WHERE name = 'store:writes'"
+    before = fleet_database.sql(count)
+    with one.transaction():
+        assert one.get("a") == dek("a")
+    assert fleet_database.sql(count) != before
+    with one.transaction():
+        assert one.read("x") is None
 
 
 class Engine:
@@ -241,7 +275,7 @@ class TestUnknownOutcome:
         put(one, dek("a"))
         engine.plan = [what]
         put(one, dek("a", state="disabled"), dek("b"))
-        assert told == [0, 1, 3] and one.gen == 1
+        assert told == [0, 1, 3] and one.point == (1, 1)
         assert keys(one.page("", 9)) == ["a", "b"] and one.keks()[OLD].deks == 2
         with one.transaction():
             one.count([])
