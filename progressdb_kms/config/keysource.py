@@ -31,14 +31,14 @@ FD_VARIABLE = "PROGRESSDB_KMS_MASTER_KEY_FD"
 """Number of the pipe by which `hardening.prepare` hands on the key that stood in HEX_VARIABLE."""
 
 HEX = "hex"
-"""The form of a key that stands in the configuration file: `yamlfile` hands it over."""
+"""The form of a key that stands in the configuration file: its parser decoded it, see `yamlfile`."""
 
 _SPACE = b" \t\r\n"
 WHICH_FILE = "`progressdb-kms kek-id FILE…` tells which file holds which key"
 
 
 class Source(NamedTuple):
-    """Where one key lies. `form`: a name of READERS, or HEX. `label` is for messages."""
+    """Where one key lies. `form`: a name of READERS. `label` is for messages."""
 
     form: str
     place: str
@@ -61,7 +61,7 @@ def read(source: Source, environ: Mapping[str, str], scratch: memoryview, out: m
         wipe(scratch)
 
 
-# ---- the four places -------------------------------------------------------------------------------
+# ---- the five places -------------------------------------------------------------------------------
 
 
 def _from_file(source: Source, environ: Mapping[str, str], scratch: memoryview, out: memoryview) -> None:
@@ -105,11 +105,17 @@ def _from_variable(source: Source, environ: Mapping[str, str], scratch: memoryvi
     decode_into(scratch, len(text), out, raw=False)
 
 
+def _from_parser(source: Source, environ: Mapping[str, str], scratch: memoryview, out: memoryview) -> None:
+    if os.readv(int(source.place), [out]) != KEY_SIZE:
+        raise ConfigError(f"{source.label} was lost on its way from the parser")
+
+
 READERS: Mapping[str, Callable[[Source, Mapping[str, str], memoryview, memoryview], None]] = {
     "file": _from_file,
     "credential": _from_credential,
     "pipe": _from_pipe,
     "variable": _from_variable,
+    HEX: _from_parser,
 }
 
 

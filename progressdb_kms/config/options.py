@@ -1,485 +1,246 @@
-"""Every key of the configuration, once: what it takes, its limits, its default and the reason for it.
+"""Every key of the configuration, once: its type, what it takes, its limits, its default and the reason for it.
 
-The manual's table, the man page and the sample file are held against OPTIONS. A value comes from YAML, a
-flag or the environment as a `Scalar` (text, and the type that YAML sees in it), a list or a mapping of such;
-`Option.read` gives plain data that fits into JSON, or raises ConfigError. The message names the place and
-what was expected, and never quotes the value: it may be a key that went into the wrong line.
+The loader, the manual's table, the man page and the sample file's check are made from these rows, or held
+against them.
 """
 
 from __future__ import annotations
 
-import difflib
-import ipaddress
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any, Callable, NamedTuple, Union
+import grp
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
-from ..encoding import hex_decode_into
 from ..errors import ConfigError
-from ..rules import OPERATIONS
+from ..rules import PeerRules
+from . import values
+from .values import MAX_POLICIES, MAX_PREVIOUS, MAX_UID, MAX_UIDS, Option
 
-KEY_SIZE = 32
-
-MAX_PREVIOUS = 100
-"""Most previous_master_keys: they and the master key fit into one page of locked memory."""
-
-MAX_UIDS = 1000
-MAX_UID = 2**32 - 2  # (uid_t)-1 means "no user"
-
-MAX_POLICIES = 100
-MAX_PATTERNS = 100
-MAX_PATTERN = 512  # characters: as long as a thread_id
+MIB = 1 << 20
 
 MAX_SOCKET_PATH = 107
 """Bytes of a socket's path: `sun_path` has 108 with the closing NUL (unix(7))."""
 
+MAX_WORKERS = 4
+"""What `workers: auto` makes at most: the one writer is shared by all."""
 
-class Scalar(NamedTuple):
-    """One value as it was written. `type` is YAML's (str, int, float, bool, null, …), or ANY."""
+# ---- where the keys are ------------------------------------------------------------------------------
 
-    text: str
-    type: str
-
-    def __repr__(self) -> str:
-        return "<Scalar>"  # it may be a key
-
-
-ANY = "any"
-"""The type of what comes from a flag or the environment, which know only text."""
-
-Value = Union[Scalar, list[Any], dict[str, Any]]
-
-
-class Wrong(Exception):
-    """A value is not what the option expects. The text completes "NAME …"; it never quotes the value."""
-
-
-class Option(NamedTuple):
-    """One row. `expects` completes "must be …", with {low} and {high} filled in; both are inclusive."""
-
-    name: str
-    parse: Callable[[Value, Option], Any]
-    expects: str
-    doc: str
-    default: Any = None
-    unit: str = ""
-    low: float = 0
-    high: float = 0
-    flag: str = ""
-    env: str = ""
-    private: bool = False  # a secret or a rule about peers: with --config it comes from that file only
-    path: bool = False
-
-    def read(self, value: Value, label: str) -> Any:
-        """Raises ConfigError; `label` says where the value stands, such as `workers in /etc/kms.yaml`."""
-        try:
-            return self.parse(value, self)
-        except Wrong as wrong:
-            raise ConfigError(f"{label} {wrong}") from None
-
-    def wrong(self) -> Wrong:
-        return Wrong(f"must be {self.expects.format(low=self.low, high=self.high)}")
-
-    @property
-    def default_text(self) -> str:
-        """For tables: `8388608 bytes`, `0600`, `(none)`."""
-        if self.default is None:
-            return "(none)"
-        if self.parse is _mode:
-            return f"{self.default:04o}"
-        if isinstance(self.default, bool):
-            return str(self.default).lower()
-        number = f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
-        return f"{number} {self.unit}".strip()
-
-
-# ---- parsers -------------------------------------------------------------------------------------
-
-_WHOLE = re.compile(r"0|[1-9][0-9]{0,18}")
-_DECIMAL = re.compile(r"(?:0|[1-9][0-9]{0,9})(?:\.[0-9]{1,6})?")
-_MODE = re.compile(r"(?:0o?)?[0-7]{3}")
-_CREDENTIAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:-]{0,254}")
-_NUMERIC = ("int", "float", ANY)
-
-
-def _text(value: Value, option: Option) -> str:
-    if not isinstance(value, Scalar) or value.type not in ("str", ANY) or not value.text:
-        raise option.wrong()
-    if not value.text.isprintable():
-        raise Wrong("holds a character that can't be shown")
-    return value.text
-
-
-def _whole(value: Value, option: Option) -> int:
-    if not isinstance(value, Scalar) or value.type not in _NUMERIC or not _WHOLE.fullmatch(value.text):
-        raise option.wrong()
-    if not option.low <= int(value.text) <= option.high:
-        raise option.wrong()
-    return int(value.text)
-
-
-def _seconds(value: Value, option: Option) -> float:
-    if not isinstance(value, Scalar) or value.type not in _NUMERIC or not _DECIMAL.fullmatch(value.text):
-        raise option.wrong()
-    if not option.low <= float(value.text) <= option.high:
-        raise option.wrong()
-    return float(value.text)
-
-
-def _workers(value: Value, option: Option) -> int | str:
-    return "auto" if isinstance(value, Scalar) and value.text == "auto" else _whole(value, option)
-
-
-def _lock(value: Value, option: Option) -> str:
-    """Any type of scalar: YAML 1.1 takes a bare `off` for a truth value."""
-    if not isinstance(value, Scalar) or value.text not in ("require", "try", "off"):
-        raise option.wrong()
-    return value.text
-
-
-def _flag(value: Value, option: Option) -> bool:
-    if not isinstance(value, Scalar) or value.text not in ("true", "false"):
-        raise option.wrong()
-    return value.text == "true"
-
-
-def _mode(value: Value, option: Option) -> int:
-    """0600, "0600", 600 and 0o600 are all meant as octal: nobody means decimal 600, which is 01130."""
-    if (
-        not isinstance(value, Scalar)
-        or value.type not in ("int", "str", ANY)
-        or not _MODE.fullmatch(value.text)
-    ):
-        raise option.wrong()
-    mode = int(value.text[-3:], 8)
-    if mode & ~0o666:
-        raise option.wrong()
-    return mode
-
-
-def _group(value: Value, option: Option) -> str:
-    if isinstance(value, Scalar) and value.type == "int":
-        return str(_whole(value, option._replace(high=MAX_UID)))
-    return _text(value, option)
-
-
-def _socket(value: Value, option: Option) -> str:
-    """A path, or the same as a URL: `unix:///run/kms.sock`."""
-    text = _text(value, option)
-    if text.startswith("unix://"):
-        text = text[len("unix://") :]
-    for pattern, instead in _NO_PATHS:
-        if pattern.match(text):
-            raise Wrong(f"{option.wrong()}: {instead}")
-    if not text or "://" in text:
-        raise option.wrong()
-    return text
-
-
-_NO_PATHS = (
-    (re.compile(r"unix:(?!//)"), "write unix:// and the path behind it, or the path alone"),
-    (
-        re.compile("@"),
-        "an abstract name has no permissions; write a path, such as /run/progressdb-kms/kms.sock",
-    ),
-    (re.compile(r"[^/]*:[0-9]+$"), "an address is none; write a path, such as /run/progressdb-kms/kms.sock"),
-)
-"""What would make a file of a strange name, and the daemon say that it is ready."""
-
-
-def _loopback(value: Value, option: Option) -> str:
-    """HOST:PORT, of this host alone."""
-    text = _text(value, option)
-    try:
-        host, port = host_and_port(text)
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        raise option.wrong() from None
-    right = text.startswith("[::1]:") if address.version == 6 else address.is_loopback and text[0] != "["
-    if not right or not 1 <= port <= 65535:
-        raise option.wrong()
-    return text
-
-
-def host_and_port(text: str) -> tuple[str, int]:
-    """`127.0.0.1:6820` or `[::1]:6820`. Raises ValueError."""
-    host, _, port = text.rpartition(":")
-    if not _WHOLE.fullmatch(port):
-        raise ValueError("no port")
-    return host[1:-1] if host.startswith("[") and host.endswith("]") else host, int(port)
-
-
-def _uids(value: Value, option: Option) -> list[int]:
-    if not isinstance(value, list) or len(value) > MAX_UIDS:
-        raise option.wrong()
-    return sorted({_whole(item, option) for item in value})
-
-
-def _hex(value: Value, option: Option) -> bytearray:
-    """Only the parser of the file calls this, in a process that ends right after it."""
-    if not isinstance(value, Scalar) or value.type not in ("str", *_NUMERIC):
-        raise option.wrong()
-    key = bytearray(KEY_SIZE)
-    try:
-        with memoryview(key) as out:
-            hex_decode_into(value.text.encode("ascii", "replace"), out)
-    except ValueError as error:
-        raise Wrong(str(error)) from None
-    return key
-
-
-def _credential(value: Value, option: Option) -> str:
-    if not _CREDENTIAL.fullmatch(_text(value, option)):
-        raise option.wrong()
-    return _text(value, option)
-
-
-_KEY_FORMS: Mapping[str, Callable[[Value, Option], Any]] = {
-    "hex": _hex,
-    "file": _text,
-    "credential": _credential,
-}
-
-
-def _keys(value: Value, option: Option) -> list[tuple[str, Any]]:
-    if not isinstance(value, list) or len(value) > MAX_PREVIOUS:
-        raise option.wrong()
-    return [_key(item, f"entry {number}", option) for number, item in enumerate(value, 1)]
-
-
-def _key(item: Value, entry: str, option: Option) -> tuple[str, Any]:
-    if not isinstance(item, dict):
-        raise Wrong(f"{entry} must be a mapping such as `file: PATH`")
-    for name in item:
-        if name not in _KEY_FORMS:
-            raise Wrong(f"{entry}: {unknown(name, _KEY_FORMS)}")
-    if len(item) != 1:
-        raise Wrong(f"{entry} must have exactly one of hex, file and credential")
-    ((form, value),) = item.items()
-    try:
-        return form, _KEY_FORMS[form](value, _FORMS[form])
-    except Wrong as wrong:
-        raise Wrong(f"{entry}: {form} {wrong}") from None
-
-
-def _policies(value: Value, option: Option) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or len(value) > MAX_POLICIES:
-        raise option.wrong()
-    return [_policy(item, f"entry {number}", option) for number, item in enumerate(value, 1)]
-
-
-def _policy(item: Value, entry: str, option: Option) -> dict[str, Any]:
-    if not isinstance(item, dict):
-        raise Wrong(f"{entry} must be a mapping such as `uid: 1000` with `operations: [encrypt]`")
-    found: dict[str, Any] = {}
-    for name, value in item.items():
-        if name not in _POLICY_FORMS:
-            raise Wrong(f"{entry}: {unknown(name, _POLICY_FORMS)}")
-        try:
-            found[name] = _POLICY_FORMS[name](value, option)
-        except Wrong as wrong:
-            raise Wrong(f"{entry}: {name} {wrong}") from None
-    if ("uid" in found) == ("gid" in found):
-        raise Wrong(f"{entry} must name either a uid or a gid")
-    if len(found) == 1:
-        raise Wrong(f"{entry} narrows nothing: give {', '.join(list(_POLICY_FORMS)[2:])}")
-    return found
-
-
-def _id(value: Value, option: Option) -> int:
-    try:
-        return _whole(value, option._replace(low=0, high=MAX_UID))
-    except Wrong:
-        raise Wrong("must be a number of a user or group") from None
-
-
-def _operations(value: Value, option: Option) -> list[str]:
-    names = _names(value, "operations")
-    if wrong := sorted(set(names) - OPERATIONS):
-        near = difflib.get_close_matches(wrong[0], OPERATIONS, 1, 0.5)
-        meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(OPERATIONS))}"
-        raise Wrong(f"names what is no operation ({meant})")
-    return sorted(set(names))
-
-
-def _patterns(value: Value, option: Option) -> list[str]:
-    return _names(value, "patterns, in which * stands for any characters")
-
-
-def _names(value: Value, what: str) -> list[str]:
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_PATTERNS:
-        raise Wrong(f"must be a list of 1 to {MAX_PATTERNS} {what}")
-    if not all(isinstance(item, Scalar) and 1 <= len(item.text) <= MAX_PATTERN for item in value):
-        raise Wrong(f"must be a list of {what}, each of 1 to {MAX_PATTERN} characters")
-    return [item.text for item in value]
-
-
-def _rate(value: Value, option: Option) -> int:
-    try:
-        return _whole(value, option._replace(low=1, high=10**9))
-    except Wrong:
-        raise Wrong("must be a whole number of operations, at least 1") from None
-
-
-_POLICY_FORMS: Mapping[str, Callable[[Value, Option], Any]] = {
-    "uid": _id,
-    "gid": _id,
-    "operations": _operations,
-    "threads": _patterns,
-    "keys": _patterns,
-    "per_second": _rate,
-}
-
-
-# ---- the table -----------------------------------------------------------------------------------
-
-MIB = 1 << 20
-
-OPTIONS: tuple[Option, ...] = (
+KEYS: tuple[Option, ...] = (
     Option(
-        "master_key_hex", _hex, "64 hex digits (32 bytes)",
+        "master_key_hex", values.hex_key, values.KEY_FORMS["hex"].expects,
         "The master key itself. The file that holds it must have mode 0600 or 0400.",
         env="PROGRESSDB_KMS_MASTER_KEY_HEX", private=True,
     ),
     Option(
-        "master_key_file", _text, "a path",
+        "master_key_file", values.plain_text, values.KEY_FORMS["file"].expects,
         "A file with the master key: 64 hex digits, white space around them allowed, or exactly 32 raw "
         "bytes; mode 0600 or 0400.",
-        env="PROGRESSDB_KMS_MASTER_KEY_FILE", private=True, path=True,
+        env="PROGRESSDB_KMS_MASTER_KEY_FILE", private=True,
     ),
     Option(
-        "master_key_credential", _credential, "the name of a systemd credential (no slash in it)",
+        "master_key_credential", values.credential_name, values.KEY_FORMS["credential"].expects,
         "Name of a systemd credential (`LoadCredential=`, `LoadCredentialEncrypted=`) with the master key, "
         "read from `$CREDENTIALS_DIRECTORY`.",
         private=True,
     ),
     Option(
-        "previous_master_keys", _keys,
+        "previous_master_keys", values.key_list,
         f"a list of at most {MAX_PREVIOUS} mappings with hex, file or credential",
         "Keys that may unwrap and never wrap: a list of `hex: …`, `file: …` or `credential: …`.",
         private=True,
     ),
-    Option(
-        "allow_missing_keks", _flag, "true or false",
+)  # fmt: skip
+
+MASTER_KEYS = tuple(f"master_key_{form}" for form in values.KEY_FORMS)
+"""Exactly one of them is given."""
+
+
+# ---- what needs the host -----------------------------------------------------------------------------
+
+
+def _absolute(value: str, folder: str, label: str) -> Path:
+    return Path(os.path.abspath(os.path.join(folder, value)))
+
+
+def _socket(value: str, folder: str, label: str) -> Path:
+    path = _absolute(value, folder, label)
+    if (size := len(os.fsencode(path))) > MAX_SOCKET_PATH:
+        raise ConfigError(
+            f"{label} is {size} bytes long as an absolute path; a socket's path has at most {MAX_SOCKET_PATH}",
+            hint="choose a shorter one, such as /run/progressdb-kms/kms.sock",
+        )
+    return path
+
+
+def _group_id(group: str | None, folder: str, label: str) -> int | None:
+    if group is None or group.isdigit():
+        return None if group is None else int(group)
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ConfigError(
+            f"{label} names no group of this host", hint=f"groupadd {group}, or give a number"
+        ) from None
+
+
+def _processes(value: int | str, folder: str, label: str) -> int:
+    return min(cores(), MAX_WORKERS) if isinstance(value, str) else value
+
+
+def cores() -> int:
+    """Cores that this process may use: a container or `taskset` may give it fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _set(value: Sequence[int] | None, folder: str, label: str) -> frozenset[int] | None:
+    return None if value is None else frozenset(value)
+
+
+def _tuple(value: Sequence[Any] | None, folder: str, label: str) -> tuple[Any, ...]:
+    return tuple(value or ())
+
+
+# ---- everything else ---------------------------------------------------------------------------------
+
+
+def _row(*row: Any, **more: Any) -> Any:
+    """The Option of a field, but for its name."""
+    return field(metadata={"option": Option("", *row, **more)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checked and absolute: paths of the file are relative to its folder, others to the working directory.
+
+    Sizes are in bytes, times in seconds. `None` for peer rules: whoever the socket's permissions let in.
+    """
+
+    # fmt: off
+    allow_missing_keks: bool = _row(
+        values.true_or_false, "true or false",
         "Start although DEKs need KEKs that are not configured: those are answered with 503, the others "
         "served. The active KEK is always needed.",
         default=False,
-    ),
-    Option(
-        "open_embedded_messages", _flag, "true or false",
+    )
+    open_embedded_messages: bool = _row(
+        values.true_or_false, "true or false",
         "Let decrypt and reencrypt open what ProgressDB's embedded mode sealed under a master key that is "
         "configured here; see the manual's page progressdb.",
         default=False,
-    ),
-    Option(
-        "socket", _socket, "a path or unix://PATH",
+    )
+    socket: Path = _row(
+        values.socket_path, "a path or unix://PATH",
         f"Where the daemon listens: a path of at most {MAX_SOCKET_PATH} bytes. `unix://PATH` is the same.",
         default="/tmp/progressdb-kms.sock",  # noqa: S108
-        flag="--socket", env="PROGRESSDB_KMS_SOCKET", path=True,
-    ),
-    Option(
-        "socket_mode", _mode, "an octal mode of at most 0666, such as 0660",
+        flag="--socket", env="PROGRESSDB_KMS_SOCKET",
+        settle=_socket,
+    )
+    socket_mode: int = _row(
+        values.file_mode, "an octal mode of at most 0666, such as 0660",
         "Mode of the socket. Write access lets a peer connect; to let everybody in needs allowed_peer_uids.",
         default=0o600,
-    ),
-    Option(
-        "socket_group", _group, "the name or number of a group",
+    )
+    socket_group: int | None = _row(
+        values.group_name, "the name or number of a group",
         "Group of the socket: with socket_mode 0660 its members may connect.",
-    ),
-    Option(
-        "tcp_address", _loopback, "127.0.0.1:PORT or [::1]:PORT",
+        settle=_group_id,
+    )
+    tcp_address: str | None = _row(
+        values.loopback_address, "127.0.0.1:PORT or [::1]:PORT",
         "Also listen there. A peer is known by its UID as the kernel tells it; without allowed_peer_uids "
         "only the daemon's own UID and root are served. Absent: no TCP.",
         flag="--addr",
-    ),
-    Option(
-        "data_dir", _text, "a path",
+    )
+    data_dir: Path = _row(
+        values.plain_text, "a path",
         "Where the store, the audit log and the snapshots are. Mode 0700; made where missing.",
-        default="./kms-data", flag="--data-dir", env="PROGRESSDB_KMS_DATA_DIR", path=True,
-    ),
-    Option(
-        "allowed_peer_uids", _uids, f"a list of at most {MAX_UIDS} user ids (numbers)",
+        default="./kms-data", flag="--data-dir", env="PROGRESSDB_KMS_DATA_DIR",
+        settle=_absolute,
+    )
+    allowed_peer_uids: frozenset[int] | None = _row(
+        values.uid_list, f"a list of at most {MAX_UIDS} user ids (numbers)",
         "Absent: every peer that the socket's permissions let in is served, and its UID is only logged. "
         "A list: others get 403.",
         high=MAX_UID, env="PROGRESSDB_KMS_ALLOWED_UIDS", private=True,
-    ),
-    Option(
-        "admin_peer_uids", _uids, f"a list of at most {MAX_UIDS} user ids (numbers)",
+        settle=_set,
+    )
+    admin_peer_uids: frozenset[int] | None = _row(
+        values.uid_list, f"a list of at most {MAX_UIDS} user ids (numbers)",
         "Absent: the same as callers. A list: rotate, rewrap, unwrap, disable, shred and import need one of "
         "these UIDs.",
         high=MAX_UID, private=True,
-    ),
-    Option(
-        "policies", _policies, f"a list of at most {MAX_POLICIES} mappings",
+        settle=_set,
+    )
+    policies: tuple[Mapping[str, Any], ...] = _row(
+        values.policy_list, f"a list of at most {MAX_POLICIES} mappings",
         "Each narrows what the `uid` or `gid` that it names may do: `operations`, `threads` and `keys` "
         "(patterns, `*` is any run of characters), `per_second`. All that name a peer must allow.",
         private=True,
-    ),
-    Option(
-        "kek_max_age_days", _whole, "a whole number of days from {low} to {high}",
+        settle=_tuple,
+    )
+    kek_max_age_days: int | None = _row(
+        values.whole_number, "a whole number of days from {low} to {high}",
         "After so many days under one KEK the journal reminds once a day of `rotate-kek`, and so do status, "
         "doctor and the metrics. Absent: nobody is reminded.",
         unit="days", low=1, high=36500,
-    ),
-    Option(
-        "workers", _workers, "auto or a whole number from {low} to {high}",
+    )
+    workers: int = _row(
+        values.worker_count, "auto or a whole number from {low} to {high}",
         "Processes that answer. `auto`: one for each core that this process may use, at most 4; "
         "more share the one writer and gain little.",
         default="auto", unit="", low=1, high=64,
-    ),
-    Option(
-        "memory_lock", _lock, "require, try or off",
+        settle=_processes,
+    )
+    memory_lock: str = _row(
+        values.lock_mode, "require, try or off",
         "`require`: refuse to start where the pages of keys can't be locked. `try`: warn. `off`: don't lock.",
         default="try",
-    ),
-    Option(
-        "max_body_bytes", _whole, "a whole number of bytes from {low} to {high}",
+    )
+    max_body_bytes: int = _row(
+        values.whole_number, "a whole number of bytes from {low} to {high}",
         "Longest request body; a longer one gets 413. A batch of some thousand chat messages fits.",
         default=8 * MIB, unit="bytes", low=4096, high=256 * MIB,
-    ),
-    Option(
-        "max_connections", _whole, "a whole number from {low} to {high}",
+    )
+    max_connections: int = _row(
+        values.whole_number, "a whole number from {low} to {high}",
         "Connections served at one time, in all workers; one more gets 503. Each costs a "
         "descriptor.",
         default=2048, unit="connections", low=1, high=65536,
-    ),
-    Option(
-        "idle_timeout", _seconds, "a number of seconds from {low} to {high}",
+    )
+    idle_timeout: float = _row(
+        values.seconds, "a number of seconds from {low} to {high}",
         "How long a connection may wait for its next request. Longer than a client's pool keeps one: Go's "
         "keeps it for 90.",
         default=120.0, unit="seconds", low=0.1, high=86400,
-    ),
-    Option(
-        "request_timeout", _seconds, "a number of seconds from {low} to {high}",
+    )
+    request_timeout: float = _row(
+        values.seconds, "a number of seconds from {low} to {high}",
         "Deadline for the whole head of a request, and again for its whole body: a slow peer gets 408.",
         default=30.0, unit="seconds", low=0.1, high=3600,
-    ),
-)  # fmt: skip
+    )
+    # fmt: on
+
+    config_file: str | None = None
+    master_source: str = ""
+    master_key_file: str | None = None
+
+    @property
+    def peer_rules(self) -> PeerRules:
+        return PeerRules(self.allowed_peer_uids, self.admin_peer_uids)
+
+
+SETTINGS: tuple[Option, ...] = tuple(
+    row.metadata["option"]._replace(name=row.name) for row in fields(Settings) if row.metadata
+)
+
+OPTIONS = (*KEYS, *SETTINGS)
 
 BY_NAME: Mapping[str, Option] = {option.name: option for option in OPTIONS}
 
 ALIASES: Mapping[str, str] = {"master_key": "master_key_hex"}
 """Other spellings, from the Go service's sample files."""
-
-MASTER_KEYS = ("master_key_hex", "master_key_file", "master_key_credential")
-"""Exactly one of them is given."""
-
-_FORMS = {form: BY_NAME[f"master_key_{form}"] for form in _KEY_FORMS}
-
-
-# ---- words for messages ----------------------------------------------------------------------------
-
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,30}")
-
-
-def shown(name: str) -> str | None:
-    """The name of a key as a message may repeat it, or None: what stands in its place may be a secret."""
-    return name if _NAME.fullmatch(name) else None
-
-
-def unknown(name: str, known: Iterable[str]) -> str:
-    """`unknown key 'worker', did you mean 'workers'?`"""
-    if shown(name) is None:
-        return "a key has a name that can't be one (it is not shown here: it may be a secret)"
-    near = difflib.get_close_matches(name, list(known), 1, 0.5)
-    return f"unknown key {name!r}" + (f", did you mean {near[0]!r}?" if near else "")

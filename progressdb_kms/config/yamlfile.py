@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..encoding import json_dumps
 from ..errors import ConfigError, KMSError
-from .keysource import HEX
-from .options import ALIASES, BY_NAME, KEY_SIZE, Scalar, Value, shown, unknown
+from .keysource import HEX, Source
+from .options import ALIASES, BY_NAME
+from .values import Scalar, Value, shown, unknown
 
 if TYPE_CHECKING:
     import yaml
@@ -46,10 +47,10 @@ MAX_DEPTH = 5
 
 
 class ConfigFile:
-    """What a file says. `values` holds plain data by the names of OPTIONS; `read_key` gives the keys.
+    """What a file says. `values` holds plain data by the names of OPTIONS.
 
     A key in hex is not in `values`: `master_key_hex` is None there, and an entry of `previous_master_keys` is
-    ["hex", None].
+    ["hex", None]. Its bytes wait in a pipe, in the order of OPTIONS, for as long as this is open.
     """
 
     def __init__(self, path: str, values: dict[str, Any], keys: FileIO) -> None:
@@ -57,10 +58,13 @@ class ConfigFile:
         self.values = values
         self._keys = keys
 
-    def read_key(self, out: memoryview) -> None:
-        """The next key, in the order of OPTIONS: 32 bytes. Raises ConfigError where the pipe has none."""
-        if os.readv(self._keys.fileno(), [out]) != KEY_SIZE:
-            raise ConfigError(f"{self.path}: a key was lost on its way from the parser")
+    def source(self, form: str, value: str | None, name: str) -> Source:
+        """Where the key lies that stands under this name."""
+        if form == HEX or value is None:
+            return Source(HEX, str(self._keys.fileno()), f"{name} in {self.path}")
+        folder = os.path.dirname(self.path)
+        place = os.path.abspath(os.path.join(folder, value)) if form == "file" else value
+        return Source(form, place, f"{name} {place}")
 
     def close(self) -> None:
         self._keys.close()

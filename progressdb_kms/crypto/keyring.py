@@ -113,7 +113,7 @@ class Keyring:
 
     # ---- writing: the keeper only -----------------------------------------------------------------
 
-    def install(self, key: memoryview, version: int) -> str:
+    def install(self, key: memoryview, version: int = 0) -> str:
         """Copy a KEK into a free slot, or find it there already. Returns its kek_id: that of the copy, since
         what is shown here may change under our eyes. Raises Conflict where no slot is free."""
         free = [slot for slot in range(1, SLOTS + 1) if not self._used(slot)]

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Callable, NamedTuple
 
 from ..config.keysource import distrust
-from ..config.options import unknown
+from ..config.values import unknown
 from ..errors import ConfigError
 
 PORT = 5432

@@ -12,7 +12,8 @@ import mmap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config.load import Settings, read_policies
+from ..config.load import read_policies
+from ..config.options import Settings
 from ..encoding import json_dumps
 from ..errors import ConfigError
 from ..rules import Policy

@@ -16,7 +16,6 @@ what was received is answered, workers end, the keeper writes the last audit hea
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import signal
 import sys
@@ -25,7 +24,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, Callable
 
-from ..config.load import Loaded, Settings
+from ..config.load import Loaded
+from ..config.options import Settings, cores
 from ..crypto.aead import KEY_SIZE
 from ..crypto.keyring import REGION_SIZE, Keyring
 from ..crypto.memory import LockedBuffer, settle
@@ -34,7 +34,7 @@ from ..service import channel
 from ..service.keeper import STAGING_SLOTS
 from ..service.lock import Claim, claim
 from ..service.metrics import Metrics
-from ..service.plan import Configured, ConfiguredKey
+from ..service.plan import Configured
 from ..service.rates import Rates
 from ..wire.server import SPARE_FILES, THREADS
 from ..wire.slab import Slab
@@ -82,12 +82,13 @@ def serve(
             _warn_of_memory(settings, "unlocked" if "unlocked" in kinds else "mlock")
         settle(settings.memory_lock, locked="unlocked" not in kinds)
         keyring = Keyring(region.view)
-        keys = _install(loaded, keyring)._replace(**(forced or {}))
+        with loaded:  # from here on the keys are in the keyring alone
+            keys = Configured.of(loaded, keyring.install)._replace(**(forced or {}))
         inbox, outbox = channel.channel()
         staging = region.view[REGION_SIZE:]
         metrics = Metrics(settings.workers + 1)
         sockets = (inbox, outbox, listener, tcp, name, handovers)
-        made = (measures, time.monotonic(), slabs, descriptors, _cores())
+        made = (measures, time.monotonic(), slabs, descriptors, cores())
         narrowing = (Board(settings), Rates(settings.workers))
         shared = Shared(settings, keys, region, keyring, staging, metrics, *sockets, *made, *narrowing)
         run = Alone if settings.workers == 1 else Supervisor
@@ -108,11 +109,6 @@ def _look_at_second_start(settings: Settings, measures: Sequence[hardening.Measu
             log.warning("%s (%s)", measure.detail, hardening.REMEDY)
 
 
-def _cores() -> int:
-    """That all processes together may use, before workers are pinned to one each."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _descriptors(settings: Settings) -> int:
     """That each process may open; the soft limit was raised. A worker may come to hold all connections."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -130,23 +126,6 @@ def _warn_of_memory(settings: Settings, kind: str) -> None:
         log.info("no memfd_secret on this kernel: keys are in mlock'ed memory, which root can read")
     elif settings.memory_lock != "off":
         log.warning("memory can't be locked: keys may be swapped out (raise LimitMEMLOCK or `ulimit -l`)")
-
-
-def _install(loaded: Loaded, keyring: Keyring) -> Configured:
-    """Move the configured keys into the shared keyring, and wipe where they came from."""
-    with loaded:
-        settings = loaded.settings
-        master = ConfiguredKey(keyring.install(loaded.master, 0), settings.master_source)
-        sources = loaded.previous_sources
-        previous = [ConfiguredKey(keyring.install(k, 0), s) for k, s in zip(loaded.previous, sources)]
-        pending = None
-        if loaded.pending is not None:
-            pending = ConfiguredKey(keyring.install(loaded.pending, 0), loaded.pending_source)
-    days = settings.kek_max_age_days
-    file = settings.master_key_file
-    return Configured(
-        master, previous, pending, settings.allow_missing_keks, max_age_days=days, key_file=file
-    )
 
 
 def _announce(line: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Callable, NamedTuple
 from .. import __version__
 from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..audit.log import AuditLog
-from ..config.load import Settings
+from ..config.options import Settings
 from ..crypto.keyring import Keyring
 from ..crypto.memory import LockedBuffer
 from ..errors import KMSError

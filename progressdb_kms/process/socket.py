@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ..config.load import Settings
-from ..config.options import host_and_port
+from ..config.options import Settings
+from ..config.values import host_and_port
 from ..errors import AlreadyRunning, ConfigError, KMSError
 from ..wire import loopback
 from ..wire.doors import BACKLOG

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple, Union
 
 from ..audit.log import AuditLog
-from ..config.load import check_master_key
+from ..config.weakkeys import check_master_key
 from ..crypto import envelope
 from ..crypto.aead import KEY_SIZE, NONCE_SIZE
 from ..crypto.keyring import KekNotLoaded, Keyring, fingerprint

@@ -8,8 +8,9 @@ is said by a word of its own: `allow_missing_keks`, and `--allow-retired-kek` fo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
+from ..config.load import Loaded
 from ..errors import KeyMismatch
 from ..store.seal import KekCount
 
@@ -30,6 +31,20 @@ class Configured(NamedTuple):
     accept_older: bool = False
     max_age_days: int | None = None
     key_file: str | None = None  # of the master key, where it has one
+
+    @classmethod
+    def of(cls, loaded: Loaded, name: Callable[[memoryview], str]) -> Configured:
+        """`name` gives a key its kek_id: `Keyring.install`, or `fingerprint` where it stays where it is."""
+        settings = loaded.settings
+        previous = zip(loaded.previous, loaded.previous_sources)
+        return cls(
+            ConfiguredKey(name(loaded.master), settings.master_source),
+            [ConfiguredKey(name(key), source) for key, source in previous],
+            ConfiguredKey(name(loaded.pending), loaded.pending_source) if loaded.pending else None,
+            settings.allow_missing_keks,
+            max_age_days=settings.kek_max_age_days,
+            key_file=settings.master_key_file,
+        )
 
     @property
     def kek_ids(self) -> set[str]:

@@ -10,7 +10,7 @@ import mmap
 import threading
 import time
 
-from ..config.options import MAX_POLICIES
+from ..config.values import MAX_POLICIES
 
 
 class Rates:

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
-    from ..config.load import Loaded, Settings
+    from ..config.load import Loaded
+    from ..config.options import Settings
 
 
 def of(path: Path) -> int:

@@ -25,7 +25,7 @@ from ..crypto.memory import LockedBuffer
 from ..errors import AlreadyRunning, AuthenticationFailed, KMSError
 from ..service import ownkeys, start
 from ..service.lock import claim, published
-from ..service.plan import Configured, ConfiguredKey
+from ..service.plan import Configured
 from ..store.contract import Reader, Usage
 from ..store.heads import Head, anchor
 from ..store.seal import STATE, StoreState
@@ -48,13 +48,7 @@ def keys(loaded: Loaded) -> Iterator[Keys]:
     region = LockedBuffer(REGION_SIZE, loaded.settings.memory_lock)
     try:
         keyring = Keyring(region.view)
-        master = ConfiguredKey(keyring.install(loaded.master, 0), loaded.settings.master_source)
-        sources = zip(loaded.previous, loaded.previous_sources)
-        previous = [ConfiguredKey(keyring.install(key, 0), source) for key, source in sources]
-        pending = None
-        if loaded.pending is not None:
-            pending = ConfiguredKey(keyring.install(loaded.pending, 0), loaded.pending_source)
-        yield Keys(keyring, Configured(master, previous, pending, loaded.settings.allow_missing_keks))
+        yield Keys(keyring, Configured.of(loaded, keyring.install))
     finally:
         region.wipe()  # unmapped with the process: views of it may be alive
 

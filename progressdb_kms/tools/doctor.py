@@ -30,8 +30,9 @@ from .. import __version__
 from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..client import Client, ClientError
 from ..config import keysource
-from ..config.load import Loaded, Settings
-from ..config.options import host_and_port
+from ..config.load import Loaded
+from ..config.options import Settings
+from ..config.values import host_and_port
 from ..crypto.keyring import fingerprint
 from ..crypto.memory import PAGE, LockedBuffer
 from ..errors import KMSError
@@ -40,7 +41,7 @@ from ..process.streams import DEPENDENCIES
 from ..service import lastbackup
 from ..service.clock import RELEASED, REMEDY, age, overdue
 from ..service.lock import is_held
-from ..service.plan import Configured, ConfiguredKey, plan
+from ..service.plan import Configured, plan
 from ..service.rotation import RETIRED_KEK, retired
 from ..service.usage import near
 from ..store.contract import HEAVY
@@ -101,14 +102,7 @@ class Patient:
     def _settings(self, flags: dict[str, str | None]) -> Settings | None:
         try:
             with asowner.load_config(flags, first=True) as loaded:
-                named = zip(loaded.previous, loaded.previous_sources)
-                pending = loaded.pending
-                self.keys = Configured(
-                    ConfiguredKey(fingerprint(loaded.master), loaded.settings.master_source),
-                    [ConfiguredKey(fingerprint(key), source) for key, source in named],
-                    ConfiguredKey(fingerprint(pending), loaded.pending_source) if pending else None,
-                    loaded.settings.allow_missing_keks,
-                )
+                self.keys = Configured.of(loaded, fingerprint)
                 self.rehearse(loaded)
                 return loaded.settings
         except KMSError as error:

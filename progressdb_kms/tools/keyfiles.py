@@ -43,7 +43,8 @@ from typing import Callable, NamedTuple, Protocol
 from ..client import ClientError, RequestRefused, RotationResult
 from ..client.calls import hex_into
 from ..config import keysource
-from ..config.load import PENDING_SUFFIX, check_master_key
+from ..config.load import PENDING_SUFFIX
+from ..config.weakkeys import check_master_key
 from ..crypto.aead import KEY_SIZE
 from ..crypto.keyring import fingerprint
 from ..crypto.memory import LockedBuffer

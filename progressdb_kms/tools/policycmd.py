@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..config.load import Settings
+from ..config.options import Settings
 from ..errors import PeerRefused
 from ..rules import BATCHES, OPERATIONS, Peer, Policy, rights_of
 from ..wire.routes import ROUTES

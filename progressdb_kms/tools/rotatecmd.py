@@ -20,7 +20,7 @@ from .console import CommandFailed, Progress, UsageError, say, show
 from .keyfiles import Active, ChangeOver, KeyFiles
 
 if TYPE_CHECKING:
-    from ..config.load import Settings
+    from ..config.options import Settings
 
 REFRESH = 0.2
 """Seconds between two questions how far a rotation is; asked only where a terminal shows it."""

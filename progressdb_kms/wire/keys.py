@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..audit.log import fragment, key_fragment
-from ..config.load import check_master_key
+from ..config.weakkeys import check_master_key
 from ..crypto.aead import KEY_SIZE
 from ..encoding import b64decode_into, b64encode, b64encode_into, hex_decode_into, new_key_id
 from ..errors import BadRequest, UnsupportedMediaType, WeakKey

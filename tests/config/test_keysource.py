@@ -218,8 +218,20 @@ def test_pipe_of_a_number_that_is_none(tmp_path: Path) -> None:
         os.close(descriptor)
 
 
-def test_the_places_are_four() -> None:
-    assert set(READERS) == {"file", "credential", "pipe", "variable"}
+def test_the_places_are_five() -> None:
+    assert set(READERS) == {"file", "credential", "pipe", "variable", "hex"}
+
+
+def test_a_key_that_the_parser_did_not_hand_over() -> None:
+    """Its process died, or the machine is out of pipes: told, and no key of zeros."""
+    ends = os.pipe()
+    os.write(ends[1], bytes(31))
+    with pytest.raises(ConfigError, match="the key was lost on its way from the parser"):
+        read(
+            Source("hex", str(ends[0]), "the key"), {}, memoryview(bytearray(256)), memoryview(bytearray(32))
+        )
+    for end in ends:
+        os.close(end)
 
 
 @pytest.mark.parametrize(

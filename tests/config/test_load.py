@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 
 from progressdb_kms.config import keysource, yamlfile
 from progressdb_kms.config import load as config
-from progressdb_kms.config.load import Loaded, check_master_key, load
-from progressdb_kms.config.options import MAX_PREVIOUS
+from progressdb_kms.config.load import Loaded, load
+from progressdb_kms.config.options import MAX_PREVIOUS, Settings
+from progressdb_kms.config.weakkeys import check_master_key
 from progressdb_kms.errors import ConfigError, KMSError, WeakKey
 from tests.harness.memscan import Secret, cannot_scan, scan
 
@@ -140,7 +141,7 @@ def test_every_key_in_a_file(place: Place) -> None:
     group = grp.getgrgid(0).gr_name
     with place.load(FULL.replace("GROUP", group)) as loaded:
         settings = loaded.settings
-    assert settings == config.Settings(
+    assert settings == Settings(
         config_file=str(place.file),
         socket=place.folder / "run" / "s",  # relative to the file's folder
         socket_mode=0o660,
@@ -160,6 +161,7 @@ def test_every_key_in_a_file(place: Place) -> None:
         allow_missing_keks=True,
         open_embedded_messages=True,
         kek_max_age_days=365,
+        policies=(),
     )
 
 
@@ -361,9 +363,9 @@ def test_each_source_of_a_master_key(place: Place, source: str) -> None:
     }
     with loaded:
         assert loaded.master == A
-        assert loaded.previous == ()
+        assert loaded.previous == []
         assert loaded.pending is None
-        assert loaded.memory_kind in ("memfd_secret", "mlock", "unlocked")
+        assert loaded.memory is not None and loaded.memory.kind in ("memfd_secret", "mlock", "unlocked")
         assert loaded.settings.master_source == labels.get(source, f"master_key_hex in {place.file}")
         expected = (
             str(place.folder / {"file": "key", "raw": "raw"}[source]) if source in ("file", "raw") else None
@@ -402,11 +404,11 @@ def test_previous_keys_in_their_order(place: Place) -> None:
     with place.load(text, {"CREDENTIALS_DIRECTORY": str(place.folder)}) as loaded:
         assert [bytes(view) for view in loaded.previous] == [B, C, D]
         assert loaded.master == A
-        assert loaded.previous_sources == (
+        assert loaded.previous_sources == [
             f"previous_master_keys entry 1 {place.folder}/p",
             f"previous_master_keys entry 2 in {place.file}",
             "previous_master_keys entry 3 p2",
-        )
+        ]
 
 
 def test_a_key_that_stands_twice_is_kept_once(place: Place) -> None:
@@ -441,7 +443,7 @@ def test_pending(place: Place) -> None:
         assert loaded.master == A
         assert loaded.pending is not None
         assert loaded.pending == B
-        assert loaded.settings.pending_key_file == loaded.pending_source == following
+        assert loaded.pending_source == following
 
 
 def test_pending_is_only_looked_for_beside_a_key_file(place: Place) -> None:
@@ -452,7 +454,7 @@ def test_pending_is_only_looked_for_beside_a_key_file(place: Place) -> None:
     for loaded in (place.load(HEX), place.load(text, {"CREDENTIALS_DIRECTORY": str(place.folder)})):
         with loaded:
             assert loaded.pending is None
-            assert loaded.settings.pending_key_file is None
+            assert loaded.pending_source == ""
 
 
 @pytest.mark.parametrize(
@@ -706,11 +708,12 @@ def all_keys(place: Place) -> Loaded:
 def test_close_unmaps(place: Place) -> None:
     before = held()
     loaded = all_keys(place)
-    assert held() != before or loaded.memory_kind == "unlocked"
+    assert loaded.memory is not None
+    assert held() != before or loaded.memory.kind == "unlocked"
     loaded.close()
     loaded.close()
     assert held() == before
-    assert loaded.memory_kind == ""
+    assert loaded.memory is None
 
 
 @pytest.mark.parametrize("hold", [lambda view: view[:], ctypes.c_char.from_buffer], ids=["slice", "pointer"])
@@ -735,7 +738,7 @@ def test_an_exception_in_the_block_wipes(place: Place) -> None:
     assert bytes(mine) == bytes(32)
 
 
-STEPS = ("read_key", "load_master", "load_previous", "load_pending", "check_master_key", "replace")
+STEPS = {"read": keysource, "refuse_weak": config, "_keep": Loaded, "wipe": config, "Source": config}
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -746,11 +749,12 @@ def test_a_failure_at_each_step_leaves_nothing_locked(
     def fail(*args: Any, **options: Any) -> Any:
         raise error
 
-    owner: Any = {"read_key": yamlfile.ConfigFile, "check_master_key": config, "replace": config}
-    monkeypatch.setattr(owner.get(step, config._Keys), step, fail)
+    place.put("key", A.hex())
+    place.put("key.next", B.hex())
+    monkeypatch.setattr(STEPS[step], step, fail)
     before = held()
     with pytest.raises(error) as caught:
-        place.load(HEX + f"previous_master_keys: [{{hex: {B.hex()}}}]")
+        place.load(f"master_key_file: key\nprevious_master_keys: [{{hex: {A.hex()}}}]")
     assert caught.value.__traceback__ is not None
     assert held() == before
 
@@ -771,19 +775,19 @@ def test_memory_that_must_be_locked_and_is_not(place: Place, monkeypatch: pytest
 
 def test_settings_alone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a command does that has no use for keys: it reads none and needs none."""
-    monkeypatch.setattr(config, "_Keys", None)
+    monkeypatch.setattr(Loaded, "read_keys", None)
     place.put("key", b"no key at all", 0o666)
     for text in ("workers: 2", HEX + "workers: 2", "master_key_file: key\nworkers: 2"):
         with place.load(text, need_key=False) as loaded:
             assert loaded.settings.workers == 2
-            assert (len(loaded.master), loaded.previous, loaded.pending) == (0, (), None)
+            assert (len(loaded.master), loaded.previous, loaded.pending) == (0, [], None)
     with load({}, {}, need_key=False) as loaded:
         assert loaded.settings.master_source == ""
 
 
 def test_nothing_secret_is_in_a_repr(place: Place) -> None:
     with place.load(HEX) as loaded:
-        said = f"{loaded!r} {loaded.settings!r} {loaded.master!r} {loaded._keys!r}"
+        said = f"{loaded!r} {loaded.settings!r} {loaded.master!r} {loaded.memory!r}"
     assert A.hex()[:8] not in said
     assert f"master_key_hex in {place.file}" in repr(loaded)
 

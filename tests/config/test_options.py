@@ -6,19 +6,8 @@ from typing import Any
 
 import pytest
 
-from progressdb_kms.config.options import (
-    ALIASES,
-    ANY,
-    BY_NAME,
-    MASTER_KEYS,
-    MAX_PREVIOUS,
-    MAX_UIDS,
-    OPTIONS,
-    Scalar,
-    Value,
-    shown,
-    unknown,
-)
+from progressdb_kms.config.options import ALIASES, BY_NAME, MASTER_KEYS, OPTIONS
+from progressdb_kms.config.values import ANY, MAX_PREVIOUS, MAX_UIDS, Scalar, Value, shown, unknown
 from progressdb_kms.errors import ConfigError
 
 CANARY = "deadbeefcafe"

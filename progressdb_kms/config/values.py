@@ -1,0 +1,357 @@
+"""What a value of the configuration may look like: a parser for each kind.
+
+A value comes from YAML, a flag or the environment as a `Scalar` (text, and the type that YAML sees in it), a
+list or a mapping of such; `Option.read` gives plain data that fits into JSON, or raises ConfigError. The
+message names the place and what was expected, and never quotes the value: it may be a key that went into the
+wrong line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Callable, NamedTuple, Union
+
+from ..encoding import hex_decode_into
+from ..errors import ConfigError
+from ..rules import OPERATIONS
+
+KEY_SIZE = 32
+
+MAX_PREVIOUS = 100
+"""Most previous_master_keys: they and the master key fit into one page of locked memory."""
+
+MAX_UIDS = 1000
+MAX_UID = 2**32 - 2  # (uid_t)-1 means "no user"
+
+MAX_POLICIES = 100
+MAX_PATTERNS = 100
+MAX_PATTERN = 512  # characters: as long as a thread_id
+
+
+class Scalar(NamedTuple):
+    """One value as it was written. `type` is YAML's (str, int, float, bool, null, …), or ANY."""
+
+    text: str
+    type: str
+
+    def __repr__(self) -> str:
+        return "<Scalar>"  # it may be a key
+
+
+ANY = "any"
+"""The type of what comes from a flag or the environment, which know only text."""
+
+Value = Union[Scalar, list[Any], dict[str, Any]]
+
+
+class Wrong(Exception):
+    """A value is not what the option expects. The text completes "NAME …"; it never quotes the value."""
+
+
+Settle = Callable[[Any, str, str], Any]
+"""(value, the folder that a path is relative to, label) -> the setting: for what needs the host."""
+
+
+class Option(NamedTuple):
+    """One key. `expects` completes "must be …", with {low} and {high} filled in; both are inclusive."""
+
+    name: str
+    parse: Callable[[Value, Option], Any]
+    expects: str
+    doc: str = ""
+    default: Any = None
+    unit: str = ""
+    low: float = 0
+    high: float = 0
+    flag: str = ""
+    env: str = ""
+    private: bool = False  # a secret or a rule about peers: with --config it comes from that file only
+    settle: Settle = lambda value, folder, label: value
+
+    def read(self, value: Value, label: str) -> Any:
+        """Raises ConfigError; `label` says where the value stands, such as `workers in /etc/kms.yaml`."""
+        try:
+            return self.parse(value, self)
+        except Wrong as wrong:
+            raise ConfigError(f"{label} {wrong}") from None
+
+    def wrong(self) -> Wrong:
+        return Wrong(f"must be {self.expects.format(low=self.low, high=self.high)}")
+
+    @property
+    def default_text(self) -> str:
+        """For tables: `8388608 bytes`, `0600`, `(none)`."""
+        if self.default is None:
+            return "(none)"
+        if self.parse is file_mode:
+            return f"{self.default:04o}"
+        if isinstance(self.default, bool):
+            return str(self.default).lower()
+        number = f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+        return f"{number} {self.unit}".strip()
+
+
+# ---- parsers -------------------------------------------------------------------------------------
+
+_WHOLE = re.compile(r"0|[1-9][0-9]{0,18}")
+_DECIMAL = re.compile(r"(?:0|[1-9][0-9]{0,9})(?:\.[0-9]{1,6})?")
+_MODE = re.compile(r"(?:0o?)?[0-7]{3}")
+_CREDENTIAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:-]{0,254}")
+_NUMERIC = ("int", "float", ANY)
+
+
+def plain_text(value: Value, option: Option) -> str:
+    if not isinstance(value, Scalar) or value.type not in ("str", ANY) or not value.text:
+        raise option.wrong()
+    if not value.text.isprintable():
+        raise Wrong("holds a character that can't be shown")
+    return value.text
+
+
+def whole_number(value: Value, option: Option) -> int:
+    if not isinstance(value, Scalar) or value.type not in _NUMERIC or not _WHOLE.fullmatch(value.text):
+        raise option.wrong()
+    if not option.low <= int(value.text) <= option.high:
+        raise option.wrong()
+    return int(value.text)
+
+
+def seconds(value: Value, option: Option) -> float:
+    if not isinstance(value, Scalar) or value.type not in _NUMERIC or not _DECIMAL.fullmatch(value.text):
+        raise option.wrong()
+    if not option.low <= float(value.text) <= option.high:
+        raise option.wrong()
+    return float(value.text)
+
+
+def worker_count(value: Value, option: Option) -> int | str:
+    return "auto" if isinstance(value, Scalar) and value.text == "auto" else whole_number(value, option)
+
+
+def lock_mode(value: Value, option: Option) -> str:
+    """Any type of scalar: YAML 1.1 takes a bare `off` for a truth value."""
+    if not isinstance(value, Scalar) or value.text not in ("require", "try", "off"):
+        raise option.wrong()
+    return value.text
+
+
+def true_or_false(value: Value, option: Option) -> bool:
+    if not isinstance(value, Scalar) or value.text not in ("true", "false"):
+        raise option.wrong()
+    return value.text == "true"
+
+
+def file_mode(value: Value, option: Option) -> int:
+    """0600, "0600", 600 and 0o600 are all meant as octal: nobody means decimal 600, which is 01130."""
+    if (
+        not isinstance(value, Scalar)
+        or value.type not in ("int", "str", ANY)
+        or not _MODE.fullmatch(value.text)
+    ):
+        raise option.wrong()
+    mode = int(value.text[-3:], 8)
+    if mode & ~0o666:
+        raise option.wrong()
+    return mode
+
+
+def group_name(value: Value, option: Option) -> str:
+    if isinstance(value, Scalar) and value.type == "int":
+        return str(whole_number(value, option._replace(high=MAX_UID)))
+    return plain_text(value, option)
+
+
+def socket_path(value: Value, option: Option) -> str:
+    """A path, or the same as a URL: `unix:///run/kms.sock`."""
+    text = plain_text(value, option)
+    if text.startswith("unix://"):
+        text = text[len("unix://") :]
+    for pattern, instead in _NO_PATHS:
+        if pattern.match(text):
+            raise Wrong(f"{option.wrong()}: {instead}")
+    if not text or "://" in text:
+        raise option.wrong()
+    return text
+
+
+_NO_PATHS = (
+    (re.compile(r"unix:(?!//)"), "write unix:// and the path behind it, or the path alone"),
+    (
+        re.compile("@"),
+        "an abstract name has no permissions; write a path, such as /run/progressdb-kms/kms.sock",
+    ),
+    (re.compile(r"[^/]*:[0-9]+$"), "an address is none; write a path, such as /run/progressdb-kms/kms.sock"),
+)
+"""What would make a file of a strange name, and the daemon say that it is ready."""
+
+
+def loopback_address(value: Value, option: Option) -> str:
+    """HOST:PORT, of this host alone."""
+    text = plain_text(value, option)
+    try:
+        host, port = host_and_port(text)
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        raise option.wrong() from None
+    right = text.startswith("[::1]:") if address.version == 6 else address.is_loopback and text[0] != "["
+    if not right or not 1 <= port <= 65535:
+        raise option.wrong()
+    return text
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    """`127.0.0.1:6820` or `[::1]:6820`. Raises ValueError."""
+    host, _, port = text.rpartition(":")
+    if not _WHOLE.fullmatch(port):
+        raise ValueError("no port")
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host, int(port)
+
+
+def uid_list(value: Value, option: Option) -> list[int]:
+    """From the environment: with commas between."""
+    if isinstance(value, Scalar) and value.type == ANY:
+        value = [Scalar(part.strip(), ANY) for part in value.text.split(",")]
+    if not isinstance(value, list) or len(value) > MAX_UIDS:
+        raise option.wrong()
+    return sorted({whole_number(item, option) for item in value})
+
+
+def hex_key(value: Value, option: Option) -> bytearray:
+    """Only the parser of the file calls this, in a process that ends right after it."""
+    if not isinstance(value, Scalar) or value.type not in ("str", *_NUMERIC):
+        raise option.wrong()
+    key = bytearray(KEY_SIZE)
+    try:
+        with memoryview(key) as out:
+            hex_decode_into(value.text.encode("ascii", "replace"), out)
+    except ValueError as error:
+        raise Wrong(str(error)) from None
+    return key
+
+
+def credential_name(value: Value, option: Option) -> str:
+    if not _CREDENTIAL.fullmatch(plain_text(value, option)):
+        raise option.wrong()
+    return plain_text(value, option)
+
+
+KEY_FORMS: Mapping[str, Option] = {
+    row.name: row
+    for row in (
+        Option("hex", hex_key, "64 hex digits (32 bytes)"),
+        Option("file", plain_text, "a path"),
+        Option("credential", credential_name, "the name of a systemd credential (no slash in it)"),
+    )
+}
+"""How a key may be given: as master_key_hex and so on, or in an entry of previous_master_keys."""
+
+
+def key_list(value: Value, option: Option) -> list[tuple[str, Any]]:
+    if not isinstance(value, list) or len(value) > MAX_PREVIOUS:
+        raise option.wrong()
+    return [_key(item, f"entry {number}", option) for number, item in enumerate(value, 1)]
+
+
+def _key(item: Value, entry: str, option: Option) -> tuple[str, Any]:
+    if not isinstance(item, dict):
+        raise Wrong(f"{entry} must be a mapping such as `file: PATH`")
+    for name in item:
+        if name not in KEY_FORMS:
+            raise Wrong(f"{entry}: {unknown(name, KEY_FORMS)}")
+    if len(item) != 1:
+        raise Wrong(f"{entry} must have exactly one of hex, file and credential")
+    ((form, value),) = item.items()
+    try:
+        return form, KEY_FORMS[form].parse(value, KEY_FORMS[form])
+    except Wrong as wrong:
+        raise Wrong(f"{entry}: {form} {wrong}") from None
+
+
+def policy_list(value: Value, option: Option) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or len(value) > MAX_POLICIES:
+        raise option.wrong()
+    return [_policy(item, f"entry {number}", option) for number, item in enumerate(value, 1)]
+
+
+def _policy(item: Value, entry: str, option: Option) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise Wrong(f"{entry} must be a mapping such as `uid: 1000` with `operations: [encrypt]`")
+    found: dict[str, Any] = {}
+    for name, value in item.items():
+        if name not in _POLICY_FORMS:
+            raise Wrong(f"{entry}: {unknown(name, _POLICY_FORMS)}")
+        try:
+            found[name] = _POLICY_FORMS[name](value, option)
+        except Wrong as wrong:
+            raise Wrong(f"{entry}: {name} {wrong}") from None
+    if ("uid" in found) == ("gid" in found):
+        raise Wrong(f"{entry} must name either a uid or a gid")
+    if len(found) == 1:
+        raise Wrong(f"{entry} narrows nothing: give {', '.join(list(_POLICY_FORMS)[2:])}")
+    return found
+
+
+def _id(value: Value, option: Option) -> int:
+    try:
+        return whole_number(value, option._replace(low=0, high=MAX_UID))
+    except Wrong:
+        raise Wrong("must be a number of a user or group") from None
+
+
+def _operations(value: Value, option: Option) -> list[str]:
+    names = _names(value, "operations")
+    if wrong := sorted(set(names) - OPERATIONS):
+        near = difflib.get_close_matches(wrong[0], OPERATIONS, 1, 0.5)
+        meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(OPERATIONS))}"
+        raise Wrong(f"names what is no operation ({meant})")
+    return sorted(set(names))
+
+
+def _patterns(value: Value, option: Option) -> list[str]:
+    return _names(value, "patterns, in which * stands for any characters")
+
+
+def _names(value: Value, what: str) -> list[str]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_PATTERNS:
+        raise Wrong(f"must be a list of 1 to {MAX_PATTERNS} {what}")
+    if not all(isinstance(item, Scalar) and 1 <= len(item.text) <= MAX_PATTERN for item in value):
+        raise Wrong(f"must be a list of {what}, each of 1 to {MAX_PATTERN} characters")
+    return [item.text for item in value]
+
+
+def _rate(value: Value, option: Option) -> int:
+    try:
+        return whole_number(value, option._replace(low=1, high=10**9))
+    except Wrong:
+        raise Wrong("must be a whole number of operations, at least 1") from None
+
+
+_POLICY_FORMS: Mapping[str, Callable[[Value, Option], Any]] = {
+    "uid": _id,
+    "gid": _id,
+    "operations": _operations,
+    "threads": _patterns,
+    "keys": _patterns,
+    "per_second": _rate,
+}
+
+
+# ---- words for messages ----------------------------------------------------------------------------
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,30}")
+
+
+def shown(name: str) -> str | None:
+    """The name of a key as a message may repeat it, or None: what stands in its place may be a secret."""
+    return name if _NAME.fullmatch(name) else None
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """`unknown key 'worker', did you mean 'workers'?`"""
+    if shown(name) is None:
+        return "a key has a name that can't be one (it is not shown here: it may be a secret)"
+    near = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f"unknown key {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
