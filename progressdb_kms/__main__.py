@@ -39,13 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .tools.cli import main as commands
 
         return commands(words)
-    from .process.streams import (
-        die,
-        fail,
-        open_standard_streams,
-        told,
-        unblock_standard_streams,
-    )
+    from .process.streams import die, fail, open_standard_streams, told, unblock_standard_streams
 
     open_standard_streams()
     unblock_standard_streams()

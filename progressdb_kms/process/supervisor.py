@@ -19,16 +19,7 @@ from ..service.keeper import STAGING_SLOTS
 from ..service.lock import Claim
 from ..store.pause import Pause
 from . import hardening
-from .serving import (
-    BEAT_SECONDS,
-    DRAIN_SECONDS,
-    MOMENT,
-    Notifier,
-    Shared,
-    Worker,
-    open_keeper,
-    reopen_keeper,
-)
+from .serving import BEAT_SECONDS, DRAIN_SECONDS, MOMENT, Notifier, Shared, Worker, open_keeper, reopen_keeper
 from .signals import END, SignalPipe, Signals
 from .streams import catch_up, ran_out, told
 

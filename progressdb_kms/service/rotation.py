@@ -29,13 +29,7 @@ from ..crypto.aead import NONCE_SIZE, same
 from ..crypto.keyring import Keyring, fingerprint
 from ..crypto.memory import LockedBuffer
 from ..encoding import timestamp, wall
-from ..errors import (
-    AuthenticationFailed,
-    Conflict,
-    StoreDamaged,
-    StoreUnavailable,
-    Unavailable,
-)
+from ..errors import AuthenticationFailed, Conflict, StoreDamaged, StoreUnavailable, Unavailable
 from ..store.contract import KEK_ROW, DekRecord, Store
 from ..store.policy import SHREDDED
 from ..store.seal import KekCount

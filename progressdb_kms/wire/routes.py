@@ -6,19 +6,9 @@ from __future__ import annotations
 
 from .. import __version__
 from ..audit.log import fragment
-from ..errors import (
-    MethodNotAllowed,
-    NotFound,
-)
+from ..errors import MethodNotAllowed, NotFound
 from . import batches, data, deks, gauges, keys, openapi
-from .call import (
-    PROMETHEUS,
-    TEXT,
-    App,
-    Call,
-    Reply,
-    Route,
-)
+from .call import PROMETHEUS, TEXT, App, Call, Reply, Route
 from .fields import MAX_ITEMS
 from .http1 import Head
 from .reading import answer, optional_fields_of
