@@ -1,4 +1,4 @@
-"""Every key of the configuration, once: its type, what it takes, its limits, its default and the reason for it.
+"""Every key of the configuration, once: type, what it takes, its limits, its default and the reason for it.
 
 The loader, the manual's table, the man page and the sample file's check are made from these rows, or held
 against them.

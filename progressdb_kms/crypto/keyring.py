@@ -22,7 +22,7 @@ import sys
 from types import TracebackType
 from typing import NamedTuple
 
-from ..errors import Conflict
+from ..errors import Conflict, Unavailable
 from .aead import KEY_SIZE, mac
 from .memory import wipe
 
@@ -39,11 +39,14 @@ class KeyringChanged(Exception):
     """The key was replaced while it was in use: do the work again."""
 
 
-class KekNotLoaded(Exception):
-    """The keyring holds no KEK of this id."""
+class KekNotLoaded(Unavailable):
+    """503: the keyring holds no KEK of this id."""
+
+    default_code = "kek_not_loaded"
 
     def __init__(self, kek_id: str) -> None:
-        super().__init__(f"no KEK {kek_id} in the keyring")
+        hint = "add it to previous_master_keys"
+        super().__init__(f"the KEK {kek_id} that wraps this DEK is not loaded", hint=hint)
         self.kek_id = kek_id
 
 

@@ -35,7 +35,7 @@ from ..audit.log import AuditLog
 from ..config.weakkeys import check_master_key
 from ..crypto import envelope
 from ..crypto.aead import KEY_SIZE, NONCE_SIZE
-from ..crypto.keyring import KekNotLoaded, Keyring, fingerprint
+from ..crypto.keyring import Keyring, fingerprint
 from ..crypto.memory import LockedBuffer, wipe
 from ..encoding import b64decode, b64encode, new_key_id, timestamp
 from ..errors import (
@@ -48,7 +48,6 @@ from ..errors import (
     KMSError,
     StoreDamaged,
     StoreUnavailable,
-    Unavailable,
     WeakKey,
 )
 from ..store import erasure, heads, snapshots
@@ -566,10 +565,6 @@ class Keeper:
             mover = Rewrapper(self._keyring, target, version, os.urandom)
         try:
             record = mover.records([old])[0]
-        except KekNotLoaded as missing:
-            raise Unavailable(
-                f"the KEK {missing.kek_id} that wraps this DEK is not loaded", code="kek_not_loaded"
-            ) from None
         finally:
             mover.close()
         self._put(record)

@@ -8,8 +8,9 @@ They are no DEKs: see `envelope` for why neither can be taken for the other.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..crypto import envelope
@@ -37,11 +38,23 @@ def parse(name: str, row: Mapping[str, Any]) -> envelope.Wrapped:
         raise AuthenticationFailed from None
 
 
-def unwrap(keyring: Keyring, name: str, row: Mapping[str, Any], scratch: memoryview) -> memoryview:
-    """The key, in `scratch`. Raises AuthenticationFailed, KekNotLoaded."""
-    wrapped = parse(name, row)
-    with keyring.borrow(wrapped.kek_id) as kek:
-        return envelope.unwrap_into(kek, wrapped, scratch)
+@contextlib.contextmanager
+def opened(keyring: Keyring, name: str, row: Mapping[str, Any]) -> Iterator[memoryview]:
+    """The key that a row holds, in locked memory. Raises StoreDamaged where it does not open, KekNotLoaded."""
+    with LockedBuffer(envelope.SCRATCH_SIZE) as memory:
+        try:
+            wrapped = parse(name, row)
+            with keyring.borrow(wrapped.kek_id) as kek:
+                key = envelope.unwrap_into(kek, wrapped, memory.view)
+        except AuthenticationFailed:
+            raise StoreDamaged(
+                f"the store's {ROWS[name]} does not open as that under the KEK that it names",
+                hint="restore a backup: `progressdb-kms restore FILE`",
+            ) from None
+        try:
+            yield key
+        finally:
+            key.release()
 
 
 def wrap(keyring: Keyring, kek_id: str, name: str, key: memoryview) -> dict[str, Any]:
@@ -49,11 +62,9 @@ def wrap(keyring: Keyring, kek_id: str, name: str, key: memoryview) -> dict[str,
     with keyring.borrow(kek_id) as kek:
         blob = envelope.wrap_own(kek, kek_id, name, os.urandom(NONCE_SIZE), key)
     row = {"wrapped": b64encode(blob), "kek_id": kek_id}
-    with LockedBuffer(envelope.SCRATCH_SIZE) as memory:
-        again = unwrap(keyring, name, row, memory.view)
+    with opened(keyring, name, row) as again:
         if not same(again, key):  # type: ignore[arg-type]
             raise StoreDamaged(f"the rewrapped key {name} is not the same")
-        again.release()
     return row
 
 
@@ -64,14 +75,6 @@ def load(
 
     Raises StoreDamaged where it does not open, KekNotLoaded.
     """
-    with LockedBuffer(envelope.SCRATCH_SIZE) as memory:
-        try:
-            key = unwrap(keyring, name, row, memory.view)
-        except AuthenticationFailed:
-            raise StoreDamaged(
-                f"the store's {ROWS[name]} does not open as that under the KEK that it names",
-                hint="restore a backup: `progressdb-kms restore FILE`",
-            ) from None
+    with opened(keyring, name, row) as key:
         into[:KEY_SIZE] = key
-        key.release()
     return row if parse(name, row).kek_id == kek_id else wrap(keyring, kek_id, name, into)

@@ -102,27 +102,20 @@ class Rewrapper:
             for place, old in enumerate(olds):
                 if old.state != SHREDDED:
                     nonce = nonces[place * NONCE_SIZE : (place + 1) * NONCE_SIZE]
-                    moved = self._moved(old.key_id, old.wrapped, nonce)
+                    moved = self._moved(old, nonce)
                     old = old._replace(wrapped=moved, kek_id=self.target, kek_version=self.version)
                 news.append(old)
-        except AuthenticationFailed:
-            raise StoreDamaged(
-                f"the stored DEK of key {old.key_id} does not open under the KEK {old.kek_id} that it names",
-                hint="run `progressdb-kms verify`; bring the key back with `restore --snapshot DIR --key ID`",
-            ) from None
         finally:
             self._memory.wipe()
         return news
 
-    def _moved(self, key_id: str, blob: bytes, nonce: bytes) -> bytes:
-        wrapped = envelope.stored(key_id, blob)
-        with self._keyring.borrow(wrapped.kek_id) as kek:
-            dek = envelope.unwrap_into(kek, wrapped, self._first)
+    def _moved(self, old: DekRecord, nonce: bytes) -> bytes:
+        dek = _open_stored(self._keyring, old, self._first)
         with self._keyring.borrow(self.target) as kek:
-            moved = envelope.wrap(kek, self.target, key_id, nonce, dek)
+            moved = envelope.wrap(kek, self.target, old.key_id, nonce, dek)
             again = envelope.unwrap_into(kek, envelope.parse(moved), self._second)
         if not same(dek, again):  # type: ignore[arg-type]
-            raise StoreDamaged(f"the rewrapped DEK of {key_id} is not the same")
+            raise StoreDamaged(f"the rewrapped DEK of {old.key_id} is not the same")
         return moved
 
     def close(self) -> None:
@@ -303,12 +296,14 @@ def _check_new(keyring: Keyring, new_kek: memoryview) -> str:
     return new_id
 
 
-def _open_stored(keyring: Keyring, record: DekRecord, scratch: memoryview) -> None:
+def _open_stored(keyring: Keyring, record: DekRecord, scratch: memoryview) -> memoryview:
+    """The DEK, in `scratch`. Raises StoreDamaged, KekNotLoaded."""
     try:
         wrapped = envelope.stored(record.key_id, record.wrapped)
         with keyring.borrow(wrapped.kek_id) as kek:
-            envelope.unwrap_into(kek, wrapped, scratch)
+            return envelope.unwrap_into(kek, wrapped, scratch)
     except AuthenticationFailed:
         raise StoreDamaged(
-            f"the DEK of key {record.key_id} does not open under the KEK {record.kek_id} as its own"
+            f"the DEK of key {record.key_id} does not open under the KEK {record.kek_id} that it names",
+            hint="run `progressdb-kms verify`; bring the key back with `restore --snapshot DIR --key ID`",
         ) from None

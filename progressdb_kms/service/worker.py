@@ -181,11 +181,7 @@ class Service:
             except KekNotLoaded as missing:
                 dek = self._again(dek)
                 if dek.wrapped.kek_id == missing.kek_id:
-                    raise Unavailable(
-                        f"the KEK {missing.kek_id} that wraps this DEK is not loaded",
-                        code="kek_not_loaded",
-                        hint="add it to previous_master_keys",
-                    ) from None
+                    raise
             finally:
                 scratch[:] = _ZEROS
         raise Unavailable("the keyring changes too fast", hint="try again")
@@ -332,10 +328,6 @@ class Service:
                 return dek
             except KeyringChanged:
                 continue
-            except KekNotLoaded as missing:
-                raise Unavailable(
-                    f"the KEK {missing.kek_id} that wraps this DEK is not loaded", code="kek_not_loaded"
-                ) from None
         raise Unavailable("the keyring changes too fast", hint="try again")
 
     # ---- changes: the keeper makes them ---------------------------------------------------------------

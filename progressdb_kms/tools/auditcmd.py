@@ -14,12 +14,10 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from ..audit import verify as auditverify
 from ..audit.log import FILE_NAME
 from ..audit.verify import Report
-from ..crypto import envelope
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
-from ..crypto.keyring import KekNotLoaded, Keyring
-from ..crypto.memory import LockedBuffer
+from ..crypto.keyring import KekNotLoaded
 from ..encoding import json_loads, timestamp
-from ..errors import AuthenticationFailed, KeyMismatch, StoreDamaged
+from ..errors import KeyMismatch, StoreDamaged
 from ..service import ownkeys
 from ..service.ownkeys import ROWS
 from ..store.heads import Head, heads
@@ -91,7 +89,7 @@ def _tell(report: Report, as_json: bool) -> None:
 def _audit_key(loaded: Loaded) -> Iterator[tuple[memoryview, Mapping[str, Head]]]:
     """The audit key in locked memory, and the heads of the chains, both from the store. Raises StoreDamaged
     where they are not all that the daemon wrote."""
-    with datadir.keys(loaded) as keys, LockedBuffer(envelope.SCRATCH_SIZE) as memory:
+    with datadir.keys(loaded) as keys, contextlib.ExitStack() as stack:
         with _reader(loaded.settings.data_dir) as reader:
             row = reader.read(ROWS[AUDIT_KEY])
             with datadir.own_key(keys.keyring, ROW_KEY, reader.read(ROWS[ROW_KEY])) as row_key:
@@ -101,9 +99,14 @@ def _audit_key(loaded: Loaded) -> Iterator[tuple[memoryview, Mapping[str, Head]]
             anchors = heads(reader)
         if row is None:
             raise StoreDamaged("the store has no audit key", hint="is data_dir the right folder?")
-        key = _unwrap(keys.keyring, row, memory.view)
+        try:
+            key = stack.enter_context(ownkeys.opened(keys.keyring, AUDIT_KEY, row))
+        except KekNotLoaded as missing:
+            raise KeyMismatch(
+                f"the audit key is wrapped under the KEK {missing.kek_id}, which is not configured",
+                hint="`progressdb-kms kek-id FILE…` finds the key file",
+            ) from None
         yield key, anchors
-        key.release()
 
 
 @contextlib.contextmanager
@@ -111,18 +114,6 @@ def _reader(data_dir: Path) -> Iterator[SqliteReader]:
     """The store, as its owner opens it: SQLite makes files beside it."""
     with asowner.acting_as(asowner.of(data_dir)), contextlib.closing(SqliteReader(data_dir)) as reader:
         yield reader
-
-
-def _unwrap(keyring: Keyring, row: Mapping[str, Any], scratch: memoryview) -> memoryview:
-    try:
-        return ownkeys.unwrap(keyring, AUDIT_KEY, row, scratch)
-    except AuthenticationFailed:
-        raise StoreDamaged("the audit key does not open under the KEK that it names") from None
-    except KekNotLoaded as missing:
-        raise KeyMismatch(
-            f"the audit key is wrapped under the KEK {missing.kek_id}, which is not configured",
-            hint="`progressdb-kms kek-id FILE…` finds the key file",
-        ) from None
 
 
 # ---- search ------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ..crypto.aead import NONCE_SIZE, same
 from ..crypto.envelope import AUDIT_KEY, Wrapped
 from ..crypto.keyring import REGION_SIZE, KekNotLoaded, Keyring
 from ..crypto.memory import LockedBuffer
-from ..errors import AlreadyRunning, AuthenticationFailed, KMSError
+from ..errors import AlreadyRunning, AuthenticationFailed, KMSError, StoreDamaged
 from ..service import ownkeys, start
 from ..service.lock import claim, published
 from ..service.plan import Configured
@@ -148,16 +148,12 @@ def working(loaded: Loaded, the_keys: Keys, command: str) -> Iterator[Work]:
 @contextlib.contextmanager
 def own_key(keyring: Keyring, name: str, row: Mapping[str, Any] | None) -> Iterator[memoryview | None]:
     """The key of our own that a row holds, in locked memory; None where it does not open."""
-    with LockedBuffer(envelope.SCRATCH_SIZE) as memory:
+    with contextlib.ExitStack() as stack:
         key = None
-        with contextlib.suppress(AuthenticationFailed, KekNotLoaded):
+        with contextlib.suppress(StoreDamaged, KekNotLoaded):
             if row is not None:
-                key = ownkeys.unwrap(keyring, name, row, memory.view)
-        try:
-            yield key
-        finally:
-            if key is not None:
-                key.release()
+                key = stack.enter_context(ownkeys.opened(keyring, name, row))
+        yield key
 
 
 def put_back(data_dir: Path, reader: Reader, the_keys: Keys) -> str:
