@@ -69,7 +69,8 @@ def _socket(value: str, folder: str, label: str) -> Path:
     path = _absolute(value, folder, label)
     if (size := len(os.fsencode(path))) > MAX_SOCKET_PATH:
         raise ConfigError(
-            f"{label} is {size} bytes long as an absolute path; a socket takes {MAX_SOCKET_PATH}",
+            f"{label} is {size} bytes long as an absolute path; "
+            f"a socket's path has at most {MAX_SOCKET_PATH}",
             hint="choose a shorter one, such as /run/progressdb-kms/kms.sock",
         )
     return path

@@ -44,9 +44,10 @@ class KekNotLoaded(Unavailable):
 
     default_code = "kek_not_loaded"
 
-    def __init__(self, kek_id: str) -> None:
-        hint = "add it to previous_master_keys"
-        super().__init__(f"the KEK {kek_id} that wraps this DEK is not loaded", hint=hint)
+    def __init__(self, kek_id: str = "", message: str = "", *, code: str = "", hint: str = "") -> None:
+        """`message` and what follows: as another process told it."""
+        told = message or f"the KEK {kek_id} that wraps this DEK is not loaded"
+        super().__init__(told, code=code, hint=hint or "add it to previous_master_keys")
         self.kek_id = kek_id
 
 

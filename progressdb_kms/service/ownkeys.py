@@ -40,7 +40,7 @@ def parse(name: str, row: Mapping[str, Any]) -> envelope.Wrapped:
 
 @contextlib.contextmanager
 def opened(keyring: Keyring, name: str, row: Mapping[str, Any]) -> Iterator[memoryview]:
-    """The key that a row holds, in locked memory. Raises StoreDamaged where it does not open, KekNotLoaded."""
+    """The key that a row holds, in locked memory. Raises StoreDamaged where it doesn't open, KekNotLoaded."""
     with LockedBuffer(envelope.SCRATCH_SIZE) as memory:
         try:
             wrapped = parse(name, row)

@@ -67,8 +67,8 @@ _END = re.compile(r"[ \t\r\n]*\}[ \t\r\n]*")
 
 
 def item_pattern(field: str, colon: bytes, comma: bytes) -> bytes:
-    """Data with an escape in them fit too, and then are no base64 as they stand: `[^"]` is a tight loop of the
-    engine, a class of two characters takes ten times as long."""
+    """Data with an escape in them fit too, and then are no base64 as they stand: `[^"]` is a tight loop of
+    the engine, a class of two characters takes ten times as long."""
     return rb'\{"key_id"%b"(%b)"%b"%b"%b"([^"]*)"\}' % (colon, _KEY_ID, comma, field.encode(), colon)
 
 

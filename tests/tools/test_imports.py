@@ -510,7 +510,7 @@ class TestVerify:
         full.write_kek(os.urandom(32))
         error = run(full, "verify", code=1)[1]
         assert error.count("which is not configured") == 3
-        assert "audit:key does not open" in error
+        assert "the audit key does not open" in error
 
     def test_a_deletion_that_the_janitor_would_miss(self, full: Daemon) -> None:
         with full.start().session() as kms:
