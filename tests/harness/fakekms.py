@@ -19,7 +19,6 @@ import os
 import socket
 import socketserver
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -28,6 +27,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from .procs import wait_until
 
 
 class Seen(NamedTuple):
@@ -66,7 +67,7 @@ class FakeKms:
         self.refuse: dict[str, tuple[int, str, str]] = {}
         self.drop: set[str] = set()  # carry out, and close without an answer
         self.rotation: dict[str, Any] | None = None
-        self.rotation_seconds = 0.0
+        self.may_rotate: Callable[[], bool] = lambda: True  # a rotation goes on until then
         self.not_ready: list[str] = []
         self.connections = 0
         self._server = _Server(str(path), _handler(self))
@@ -253,7 +254,7 @@ class FakeKms:
             }
             return {**answer, "kek_id": new, "rewrapped": len(self.deks)}
         self.rotation = {"phase": "rewrapping", "done": 1, "total": 4, "new_kek_id": new}
-        time.sleep(self.rotation_seconds)
+        wait_until(self.may_rotate, 60, "leave to end the rotation")
         self.kek, self.kek_id, self.version, self.rotation = key, new, self.version + 1, None
         for row in self.deks.values():
             row["kek_id"] = new

@@ -16,7 +16,6 @@ from typing import Any, Callable, NamedTuple
 
 import pytest
 
-from tests.conftest import MakeDaemon
 from tests.harness.daemon import Daemon, write_secret
 from tests.harness.faults import Step, killing, need_strace, steps_of
 from tests.harness.load import Load
@@ -436,7 +435,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "a bit of a row": lambda data: flipped(data, data.index(b'"thread_id"') + 3),
     "a bit of the line": lambda data: flipped(data, len(data) - 40),
     "bytes put in": lambda data: data[:5000] + b"x" + data[5000:],
-    "another schema": lambda data: with_trailer(data, lambda values: values.update(schema=2)),
+    "another schema": lambda data: with_trailer(data, lambda values: values.update(schema=99)),
     "another format": lambda data: with_trailer(data, lambda values: values.update(progressdb_kms_backup=2)),
     "no checksum": lambda data: with_trailer(data, lambda values: values.pop("sha256")),
     "text": lambda data: b"SQLite format 3\0 this is none\n{}\n",

@@ -268,7 +268,6 @@ class TestData:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     def test_an_interrupt(self, kms: FakeKms, key: str, short_tmp: Path, number: int) -> None:
         """It ends by the signal, says nothing, and leaves no file."""
-        kms.rotation_seconds = 0
         out = short_tmp / "out"
         process = spawn(
             "encrypt", "--key-id", key, "--socket", str(kms.path), "-", str(out),

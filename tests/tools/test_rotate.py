@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,7 +135,8 @@ def test_a_weak_key(home: Path, kms: FakeKms) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_while_the_daemon_works(home: Path, kms: FakeKms, number: int) -> None:
-    kms.rotation_seconds = 1.0
+    ended: list[int] = []
+    kms.may_rotate = lambda: bool(ended)
     command = ("rotate-kek", "--config", str(home / "c.yaml"), "--new-key-file", str(home / "new"))
     process = spawn(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while kms.rotation is None:
@@ -143,6 +145,7 @@ def test_interrupted_while_the_daemon_works(home: Path, kms: FakeKms, number: in
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
     assert process.returncode == -number and kms.kek == OLD
+    threading.Timer(0.5, ended.append, [number]).start()  # while the next command waits for it
     told = b"interrupted: run `progressdb-kms rotate-kek --resume` to finish\n"
     assert err == (b"" if number == signal.SIGKILL else told)
     assert files(home) == {"F", "F.next"}
@@ -151,7 +154,7 @@ def test_interrupted_while_the_daemon_works(home: Path, kms: FakeKms, number: in
 
 
 def test_a_bar_on_a_terminal(home: Path, kms: FakeKms) -> None:
-    kms.rotation_seconds = 1.0
+    kms.may_rotate = lambda: sum(seen.path == "/status" for seen in kms.seen) > 4  # it was looked at
     code, shown = on_terminal("rotate-kek", "--config", str(home / "c.yaml"), "--generate")
     assert code == 0 and "\rrotate-kek [######                  ]  25% 1/4\x1b[K" in shown
     assert re.search(r"\r\x1b\[Kstatus +ok\r\n", shown), "the bar must be gone before the result"
