@@ -16,6 +16,7 @@ from typing import Any, Callable, NamedTuple
 
 import pytest
 
+from tests.conftest import MakeDaemon
 from tests.harness.daemon import Daemon, write_secret
 from tests.harness.faults import Step, killing, need_strace, steps_of
 from tests.harness.load import Load
