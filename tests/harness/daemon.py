@@ -290,13 +290,13 @@ class Daemon:
     def signal(self, number: int) -> None:
         self._live().send_signal(number)
 
-    def stop(self, timeout: float = 60.0, code: int = 0) -> None:
+    def stop(self, timeout: float = 120.0, code: int = 0) -> None:
         """SIGTERM. DaemonFailed where it doesn't end, ends with another exit code, or leaves processes."""
         self.pids()
         self.signal(signal.SIGTERM)
         self.wait(timeout, code)
 
-    def wait(self, timeout: float = 60.0, code: int = 0) -> None:
+    def wait(self, timeout: float = 120.0, code: int = 0) -> None:
         """Wait for its end, which came by other means; checks as `stop` does."""
         try:
             found = self._live().wait(timeout)
@@ -369,7 +369,7 @@ def cli(
     stdin: bytes = b"",
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
-    timeout: float = 60.0,
+    timeout: float = 240.0,
     wrapper: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[bytes]:
     """`progressdb-kms ARGS…` to its end, in a clean environment; look at returncode, stdout and stderr."""
