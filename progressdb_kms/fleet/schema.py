@@ -63,7 +63,7 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {}
 """From each older version: what leads to the next one."""
 
 _THERE = "SELECT count(*) FROM pg_tables WHERE schemaname = %s AND tablename = 'fleet'"
-FLEET = f"SELECT fleet, epoch, schema, gen, active_kek, version, rotating, owner, {TIMELINE} FROM fleet"
+FLEET = f"SELECT fleet, epoch, schema, gen, active_kek, version, rotating, owner, {TIMELINE} FROM fleet"  # noqa: S608
 """The columns of a FleetRow."""
 
 _MAKE = "INSERT INTO fleet VALUES (true, %s, 1, %s, 0, '', 0, false, '')"

@@ -118,7 +118,7 @@ _ERASE = (
     "WHERE kms.host = n.host AND kms.name = n.name"
 )
 _COUNT = (
-    "INSERT INTO usage AS u SELECT n.* FROM "
+    "INSERT INTO usage AS u SELECT n.* FROM "  # noqa: S608
     "unnest(%s::text[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[]) "
     "AS n (key_id, encrypts, decrypts, first, last, uid) "
     "LEFT JOIN deks AS d ON d.key_id = n.key_id "
@@ -135,7 +135,7 @@ _ACTIVATE = (
     "SELECT sqrt(count(*) - 1) FROM done"
 )
 _CHANGES = (
-    "WITH next AS (UPDATE fleet SET gen = gen + %s RETURNING gen) INSERT INTO changes "
+    "WITH next AS (UPDATE fleet SET gen = gen + %s RETURNING gen) INSERT INTO changes "  # noqa: S608
     "SELECT gen - %s + n.at, n.kind, n.key_id FROM next, "
     "unnest(%s::text[], %s::text[]) WITH ORDINALITY AS n (kind, key_id, at) "
     f"RETURNING {TIMELINE}, gen"
@@ -733,7 +733,7 @@ class FleetStore(SealedStore, FleetReader):
 
 
 _ROW = "SELECT value FROM kms WHERE host = %s AND name = %s"
-_POINT = f"SELECT {TIMELINE}, gen FROM fleet"
+_POINT = f"SELECT {TIMELINE}, gen FROM fleet"  # noqa: S608
 _LIVES = "SELECT EXISTS (SELECT 1 FROM hosts WHERE host = %s AND NOT fenced)"
 _WEIGHTLESS = b64encode(bytes(32))
 _CROSSED = (
