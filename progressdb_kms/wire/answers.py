@@ -48,19 +48,18 @@ def _start(status: int, content_type: str, keep: bool, version: str) -> bytes:
     ).encode("ascii")
 
 
-def render_head(reply: Reply, keep: bool, version: str) -> bytes:
+def render(reply: Reply, keep: bool, version: str, *body: bytes | memoryview) -> bytes:
+    """The head of an answer, and what of its body shall go out with it."""
     global _second
     now = int(wall())
     if now != _second:
         _second = now
         _starts.clear()
     kind = (reply.status, reply.content_type, keep, version)
-    start = _starts.get(kind)
-    if start is None:
-        start = _starts[kind] = _start(*kind)
+    start = _starts.get(kind) or _starts.setdefault(kind, _start(*kind))
     receipt = f"X-KMS-Audit: {reply.receipt}\r\n" if reply.receipt else ""
-    size = len(reply.lead) + len(reply.body)
-    return start + f"Content-Length: {size}\r\n{receipt}{reply.extra}\r\n".encode("ascii")
+    rest = f"Content-Length: {len(reply.lead) + len(reply.body)}\r\n{receipt}{reply.extra}\r\n"
+    return b"".join((start, rest.encode("ascii"), *body))
 
 
 def send_parts(sock: socket.socket, parts: list[memoryview]) -> list[memoryview]:
@@ -79,4 +78,4 @@ def send_parts(sock: socket.socket, parts: list[memoryview]) -> list[memoryview]
 
 def last_words(reply: Reply, version: str = "1.1", head_only: bool = False) -> bytes:
     """All of an answer behind which the connection is closed."""
-    return render_head(reply, False, version) + (b"" if head_only else bytes(reply.body))
+    return render(reply, False, version, b"" if head_only else reply.body)

@@ -63,7 +63,7 @@ def _permitted(
                 may_use(app, call, source if isinstance(source, str) else source.key_id)
             results.append(item)
         except PolicyRefused as error:
-            call.denials.add(error.entry)
+            call.denials |= {error.entry}
             results.append(error.bare())
     results = _within_rates(call, results)
     denied = sum(isinstance(item, (PolicyRefused, RateLimited)) for item in results)
@@ -79,7 +79,7 @@ def _within_rates(call: Call, items: list[T | KMSError]) -> list[T | KMSError]:
         if error is not None and not isinstance(item, KMSError):
             granted -= 1
             if granted < 0:
-                call.denials.add(error.entry)
+                call.denials |= {error.entry}
                 items[index] = error.bare()
     return items
 

@@ -62,11 +62,9 @@ class Call:
         "details",
         "head",
         "key",
-        "op",
         "peer",
         "peer_fragment",
         "rights",
-        "route",
         "scratch",
     )
 
@@ -91,13 +89,12 @@ class Call:
         self.answer = answer
         self.rights = rights
         self.breathe = breathe
-        self.op = ""
-        self.key = NOTHING
-        self.details = NOTHING
-        self.denials: set[int] = set()  # entries of `policies` that refused items of a batch
+        self.key = self.details = NOTHING
+        self.denials: frozenset[int] = NOBODY  # entries of `policies` that refused items of a batch
 
 
 NOTHING = Fragment("")
+NOBODY: frozenset[int] = frozenset()
 
 
 class App(NamedTuple):
@@ -107,7 +104,7 @@ class App(NamedTuple):
     staging: StagingSlots
     metrics: Metrics
     max_body_bytes: int
-    denied: Callable[[Call, KMSError], None] = lambda call, error: None
+    denied: Callable[[Peer, KMSError, str], None] = lambda peer, error, op: None
     """puts on record that a policy refused a call; many such are one record"""
     hosts: frozenset[str] = frozenset()
     """what may stand in Host where the request came over TCP"""

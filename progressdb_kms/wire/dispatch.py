@@ -65,8 +65,8 @@ def _no_browser(app: App, head: Head) -> None:
 def dispatch(app: App, route: Route, call: Call) -> Reply:
     """Carry a request out. Always an answer, never an exception; the audit record is written before it."""
     started = time.perf_counter()
-    request_id = f"{_request_prefix}-{next(_request_numbers)}"
-    call.op = route.op
+    number = _number()
+    outcome = "failed"
     try:
         reply = route.handler(app, call)
         outcome = "ok"
@@ -74,15 +74,13 @@ def dispatch(app: App, route: Route, call: Call) -> Reply:
         return refuse(app, route, call, error)
     except KMSError as error:
         reply = _answer_error(call, error.bare())
-        outcome = "failed"
     except Exception:
-        log.exception("request %s (%s) failed", request_id, route.path)
-        outcome = "failed"
+        log.exception("request %s (%s) failed", number, route.path)
         reply = _answer_error(
-            call, InternalError(f"an internal error; the daemon's log tells more under {request_id}")
+            call, InternalError(f"an internal error; the daemon's log tells more under {number}")
         )
     if route.op:
-        reply = _recorded(app, route, call, reply, outcome, request_id)
+        reply = _recorded(app, route, call, reply, outcome, number)
     app.service.counters.request(route.op or "service", reply.status, time.perf_counter() - started)
     return reply
 
@@ -90,25 +88,25 @@ def dispatch(app: App, route: Route, call: Call) -> Reply:
 def refuse(app: App, route: Route, call: Call, error: PeerRefused) -> Reply:
     """What dispatch does for a peer that `admit` refused: nothing, on the record. What a policy refuses may
     come in thousands: it is counted, and recorded as one."""
-    call.op = route.op
     reply = _answer_error(call, error)
     if isinstance(error, (PolicyRefused, RateLimited)):
-        app.denied(call, error)
+        app.denied(call.peer, error, route.op or "connect")
     elif route.op:
         app.service.counters.add("refused_peers", 1)
-        request_id = f"{_request_prefix}-{next(_request_numbers)}"
-        reply = _recorded(app, route, call, reply, "refused", request_id)
+        reply = _recorded(app, route, call, reply, "refused", _number())
     app.service.counters.request(route.op or "service", reply.status, 0.0)
     return reply
 
 
-def _recorded(app: App, route: Route, call: Call, reply: Reply, outcome: str, request_id: str) -> Reply:
+def _number() -> str:
+    return f"{_request_prefix}-{next(_request_numbers)}"
+
+
+def _recorded(app: App, route: Route, call: Call, reply: Reply, outcome: str, number: str) -> Reply:
     """The reply with its receipt; an error in its place where it can't be recorded: no record, no answer."""
-    number = Fragment(f',"request_id":"{request_id}"')
+    about = Fragment(f'{call.key}{call.peer_fragment},"request_id":"{number}"{call.details}')
     try:
-        reply.receipt = app.service.audit.record(
-            route.op, outcome, reply.status, call.key, call.peer_fragment, number, call.details
-        )
+        reply.receipt = app.service.audit.record(route.op, outcome, reply.status, about)
     except KMSError as error:
         return error_reply(error)
     return reply

@@ -130,7 +130,7 @@ def find_head_end(buffer: Searchable, start: int, end: int, seen: int = 0) -> in
     Raises as soon as the bytes can't become a request any more, so that nobody waits for the rest of a TLS
     handshake or of a line that ends in a bare LF.
     """
-    found = buffer.find(b"\r\n\r\n", max(start, start + seen - 3), end)
+    found = buffer.find(b"\r\n\r\n", start + seen - 3 if seen > 3 else start, end)
     if found >= 0:
         if found + 4 - start > MAX_HEAD:
             raise HeadTooLarge(f"the head is longer than {MAX_HEAD} bytes")

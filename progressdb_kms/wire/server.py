@@ -39,12 +39,13 @@ from ..service.metrics import Block, Metrics
 from ..service.told import Scarcity
 from . import dispatch, routes
 from .admission import BODIES, Bodies, Refusals, Shares
-from .answers import last_words, render_head, send_parts
+from .answers import last_words, render, send_parts
 from .call import App, Call, Reply, Route
 from .connection import AHEAD, ANSWERING, BODY, BUSY, CLOSED, HEAD, IDLE, LINGERING, REFUSED, Connection
 from .doors import EVENTS, STRANGER, Door, Doors
 from .http1 import Head, Known, Reader, Request, Room
 from .lanes import SLICE, Breath, Lane, trim
+from .lone import SPIN, Lone
 from .slab import ANSWER, RECEIVED, Slab
 
 log = logging.getLogger("progressdb_kms.server")
@@ -77,11 +78,6 @@ TOGETHER = 16
 
 LARGE = 64 * 1024
 """Bytes of an answer from which on head and body are not joined before they are sent."""
-
-SPIN = 0.0002
-"""Seconds that the waiter looks for the next request of a lone connection before it sleeps: to be woken is
-half of a lone call. Only where the last one came as soon, in a daemon without a second connection and with a
-core to spare."""
 
 SPARE_FILES = 64
 """Descriptors that a worker needs beside its connections: store, log, jobs for the keeper, a reserve."""
@@ -123,7 +119,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
     ) -> None:
         super().__init__("", Connection, bind_and_activate=False)  # type: ignore[arg-type]
         self.socket.close()
-        self.app = app._replace(denied=self._denied)
+        self._refusals = Refusals(app.service.audit, counters)
+        self.app = app._replace(denied=self._refusals.add)
         self.limits = limits
         self.slab = slab
         self._view, self._map = slab.received, slab.map
@@ -132,10 +129,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._metrics = metrics
         own = limits.descriptors - SPARE_FILES
         self._shares = Shares(metrics, counters, limits.max_connections, own)
-        self._rooms = {id(route): self._room(route) for route in routes.ROUTES}
+        self._rooms: dict[Any, Room] = {}
+        self._make_rooms()
         longest = max(room.limit for room in self._rooms.values())
         self.bodies = Bodies(metrics, counters, BODIES * longest)
-        self._refusals = Refusals(app.service.audit, counters)
         self._scarcity = Scarcity("no locked memory is free for what comes in pieces or ahead")
         self._policies: Sequence[Policy] = ()
         self._meter: Meter | None = None
@@ -153,7 +150,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._out: list[tuple[Connection, bytes]] = []
         self._behind = False  # is more here behind the request?
         self._open_doors(doors)
-        self._gap = 1.0  # seconds that were waited for the last event
+        self._lone = Lone()
         self._spare = False
         self._untrimmed = False
         self._now = time.monotonic()
@@ -165,6 +162,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _open_doors(self, doors: Sequence[Door]) -> None:
         self._poll: Any = select.epoll() if hasattr(select, "epoll") else select.poll()
+        self._come: Callable[..., list[tuple[int, int]]] = self._poll.poll
+        if not isinstance(self._poll, select.epoll):
+            self._come = lambda seconds, most: self._poll.poll(seconds * 1000)
         self._bell, self._ring = socket.socketpair()
         for end in (self._bell, self._ring):
             end.setblocking(False)
@@ -175,9 +175,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
         """From the next request on these policies hold, on connections that are open too."""
         self._policies, self._meter = policies, meter
         self._round += 1
-
-    def _denied(self, call: Call, error: KMSError) -> None:
-        self._refusals.add(call.peer, error, call.op or "connect")
 
     # ---- turn after turn -------------------------------------------------------------------------
 
@@ -232,31 +229,25 @@ class Server(socketserver.ThreadingUnixStreamServer):
             seconds = max(0.0, min(seconds, min(resting.values()) - time.monotonic()))
         if self._ahead or self._back:
             seconds = 0.0
-        if not isinstance(self._poll, select.epoll):
-            return self._poll.poll(seconds * 1000)  # type: ignore[no-any-return]
-        if len(self._connections) != 1 or self._gap > SPIN or not self._spare:
-            begun = time.monotonic()
-            events = self._poll.poll(seconds, EVENTS)
-            self._gap = time.monotonic() - begun
-            return events
-        return self._spin() or self._poll.poll(seconds, EVENTS)
+        if self._spare and len(self._connections) == 1:
+            return self._wait_for_one(seconds)
+        return self._come(seconds, EVENTS)
 
-    def _spin(self) -> list[tuple[int, int]]:
+    def _wait_for_one(self, seconds: float) -> list[tuple[int, int]]:
         events: list[tuple[int, int]] = []
         begun = now = time.monotonic()
-        if sum(self._metrics.gauge("connections")) == 1:
-            while not events and now - begun < SPIN:
-                events = self._poll.poll(0, EVENTS)
-                now = time.monotonic()
-        self._gap = now - begun
-        if not events:  # it may be the peer itself that was kept from the core: not again in this second
-            self._spare = False
+        while self._lone.spins and not events and now - begun < SPIN:
+            events = self._come(0.0, EVENTS)
+            now = time.monotonic()
+        events = events or self._come(seconds, EVENTS)
+        self._lone.waited(time.monotonic() - begun)
         return events
 
     def _look_around(self) -> None:
-        """Has the machine a core to spare for a spin? Who runs now, of all that want to."""
+        """Is there one connection in all the daemon, and a core to spare to wait for it? Who runs now, of all
+        that want to."""
         self._spare = False
-        if len(self._connections) == 1 and self.limits.cores > 1:
+        if self.limits.cores > 1 and len(self._connections) == 1 == sum(self._metrics.gauge("connections")):
             with suppress(OSError, ValueError), open("/proc/loadavg", "rb") as file:
                 self._spare = int(file.read().split()[3].partition(b"/")[0]) <= self.limits.cores
 
@@ -425,16 +416,20 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _judge(self, head: Head) -> Room:
         connection = self._current
-        connection.route = route = routes.find(head)
+        room = self._rooms.get((head.method, head.path)) or self._rooms[routes.find(head)]
+        connection.route = room.route
         if connection.round != self._round:
             connection.rights = rights_of(connection.peer, self._policies, self._meter)
             connection.round = self._round
-        dispatch.admit(self.app, route, head, connection.peer, connection.rights)
-        return self._rooms[id(route)]
+        dispatch.admit(self.app, room.route, head, connection.peer, connection.rights)
+        return room
 
-    def _room(self, route: Route) -> Room:
-        place = self._secret_place if route.secret else None
-        return Room(route.body_limit(self.app), self._reserve_body, place, route)
+    def _make_rooms(self) -> None:
+        """For each route; and the commonest are found by what stands in the head."""
+        for route in routes.ROUTES:
+            place = self._secret_place if route.secret else None
+            room = Room(route.body_limit(self.app), self._reserve_body, place, route)
+            self._rooms[route] = self._rooms[route.method, route.path] = room
 
     def _reserve_body(self, size: int) -> None:
         self.bodies.take(size)
@@ -449,18 +444,16 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _carry_out(self, connection: Connection, request: Request) -> int:
         """NEXT: it was answered, and the next may come; or AWAY."""
-        route: Route = request.room.route
+        head, body, room = request
+        route: Route = room.route
         connection.phase = IDLE
-        long = len(request.body) > (INLINE_BATCH if route.batch else INLINE)
+        long = len(body) > (INLINE_BATCH if route.batch else INLINE)
         if long or route.waits:
             lane = self._working if long else self._waiting if route.op else self._asking
             return self._hand_over(connection, route, request, lane)
-        locked = self.slab.waiter
-        call = Call(
-            request.head, request.body, connection.peer, connection.fragment, *locked, connection.rights
-        )
+        scratch, answer = self.slab.waiter
+        call = Call(head, body, connection.peer, connection.fragment, scratch, answer, connection.rights)
         reply = dispatch.dispatch(self.app, route, call)
-        head = request.head
         if (
             self._behind
             or len(reply.body) > LARGE
@@ -473,10 +466,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
             or connection.body_piece is not None
         ):
             return self._answer(connection, head, reply)
-        self._out.append(
-            (connection, b"".join((render_head(reply, True, head.version), reply.lead, reply.body)))
-        )
-        if len(self._out) >= TOGETHER:
+        out = self._out
+        out.append((connection, render(reply, True, head.version, reply.lead, reply.body)))
+        if len(out) >= TOGETHER:
             self._flush()
         return NEXT if connection.phase == IDLE else AWAY
 
@@ -507,14 +499,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _send(self, sock: socket.socket, head: Head, reply: Reply, keep: bool) -> list[memoryview]:
         """Send as much as the peer's buffer takes; what is left. Any thread may call this."""
-        lead = render_head(reply, keep, head.version)
         body = reply.body
         if head.method == "HEAD":
-            parts = [memoryview(lead)]
+            parts = [memoryview(render(reply, keep, head.version))]
         elif reply.secret or len(body) > LARGE:
-            parts = [memoryview(lead + reply.lead), memoryview(body)]
+            parts = [memoryview(render(reply, keep, head.version, reply.lead)), memoryview(body)]
         else:
-            whole = lead + reply.lead + body
+            whole = render(reply, keep, head.version, reply.lead, body)
             try:
                 sent = sock.send(whole)
             except BlockingIOError:
