@@ -1,9 +1,9 @@
 """How to wait for the next request of a connection that is alone in the daemon.
 
 To be woken is half of a lone call where a core that has nothing to do is halted. To look without sleeping
-until it comes costs a core, and takes longer where that core is wanted, or is the other half of the peer's. No
-number tells which it is, so it is tried: of ROUND waits the first TRIAL look, as many sleep, and the rest do
-what was clearly quicker. Nobody looks for longer than SPIN, and TRIAL times in ROUND where none comes soon.
+until it comes costs a core, and takes longer where that core is wanted, or is the other half of the peer's.
+No number tells which it is, so it is tried: of ROUND waits the first TRIAL look, as many sleep, and the rest
+do what was clearly quicker. Nobody looks for longer than SPIN.
 """
 
 from __future__ import annotations
