@@ -105,6 +105,10 @@ REST = 3
 of it. It keeps the p99 of an encrypt beside a rotation within three times of its p99 alone; an idle machine
 never waits."""
 
+SHARE = 0.25
+"""Of the time that a round's jobs took, for steps of long work beside them: else shreds, which wait for the disk
+for each snapshot, would leave a rotation a step a second."""
+
 LOOK_SECONDS = 1.0
 """How often the files are looked at beside what each COMMIT does."""
 
@@ -191,11 +195,11 @@ class Keeper:
         busy = self._task is not None or self._due_work() is not None
         watched = [self._inbox.fileno()] + ([wakeup] if wakeup >= 0 else [])
         select.select(watched, [], [], self._rest if busy else timeout)
-        jobs = list(self._waiting())
+        jobs, begun = list(self._waiting()), time.monotonic()
         if jobs:
             self._perform(jobs)
         if busy:
-            self._advance_politely()
+            self._advance_politely(SHARE * (time.monotonic() - begun))
         if self._clock.monotonic() >= self._next_look:
             self._look()
         self._anchor_own()
@@ -329,10 +333,12 @@ class Keeper:
                 outcome = error
         return outcome
 
-    def _advance_politely(self) -> None:
-        """A step, and after it a rest where others wanted the core."""
-        begun, pushed = time.thread_time(), _pushed_aside()
+    def _advance_politely(self, share: float) -> None:
+        """A step, or as many as fit into `share` seconds, and a rest where others wanted the core."""
+        end, begun, pushed = time.monotonic() + share, time.thread_time(), _pushed_aside()
         self._advance()
+        while self._task is not None and time.monotonic() < end and not self._store.trouble():
+            self._advance()
         self._rest = REST * (time.thread_time() - begun) if _pushed_aside() != pushed else 0.0
         if self._store.trouble():
             self._rest = max(self._rest, TROUBLED_SECONDS)

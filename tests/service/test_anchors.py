@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -124,3 +125,22 @@ def test_the_journal_is_a_witness(site: Site, caplog: pytest.LogCaptureFixture) 
     assert (
         f"witness: change {change} of the store, audit 1.1:7:0000000000000000 {chain}:{seq}:" in caplog.text
     )
+
+
+@pytest.mark.parametrize(("seconds", "least", "most"), [(0.0, 1, 1), (0.4, 20, 1 << 30)])
+def test_long_work_gets_its_share_beside_slow_jobs(
+    site: Site, monkeypatch: pytest.MonkeyPatch, seconds: float, least: int, most: int
+) -> None:
+    done: list[int] = []
+
+    def steps() -> Iterator[None]:
+        while True:
+            done.append(1)
+            yield
+
+    monkeypatch.setattr(site.keeper, "_waiting", lambda: [object()] if seconds else [])
+    monkeypatch.setattr(site.keeper, "_perform", lambda jobs: time.sleep(seconds))
+    site.keeper._task = (steps(), None)
+    site.keeper.round(0.0)
+    site.keeper._task = None
+    assert least <= len(done) <= most
