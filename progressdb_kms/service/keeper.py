@@ -106,8 +106,8 @@ of it. It keeps the p99 of an encrypt beside a rotation within three times of it
 never waits."""
 
 SHARE = 0.25
-"""Of the time that a round's jobs took, for steps of long work beside them: else shreds, which wait for the disk
-for each snapshot, would leave a rotation a step a second."""
+"""Of the time that a round's jobs took, for steps of long work beside them: else shreds, which wait for the
+disk for each snapshot, would leave a rotation a step a second."""
 
 LOOK_SECONDS = 1.0
 """How often the files are looked at beside what each COMMIT does."""
