@@ -14,7 +14,7 @@ import socket
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..audit import verify
+from ..audit import tail
 from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..audit.log import AuditLog, last_epoch
 from ..crypto.keyring import Keyring
@@ -101,7 +101,7 @@ def open_store(
         floor = _floor(store, log_path, keyring)
         older = floor.above(epoch - 1, store.state().change) if floor else ""
         if older and (incarnation or not keys.accept_older):
-            raise StoreDamaged(older, hint=verify.OLDER_HINT)
+            raise StoreDamaged(older, hint=tail.OLDER_HINT)
         store.vouch()
         was = store.state().change
         epoch = max(epoch, floor.epoch + 1) if floor else epoch
@@ -118,7 +118,7 @@ def open_store(
                 store.write(ownkeys.ROWS[name], key)
             store.write(EPOCH, {"epoch": epoch})
         book = AuditLog(log_path, keyring.audit_key, f"{epoch}.0", change=keyring.change)
-        verify.recover(book)
+        tail.recover(book)
         details = {"kek_id": chosen.active, "kek_version": chosen.version, "command": command}
         book.note("start", "ok", {"previous": previous, "host": host_id(data_dir), **details})
         if floor and older:
@@ -188,14 +188,14 @@ def _load_keys(store: Store, keyring: Keyring, chosen: Plan) -> dict[str, dict[s
     return result
 
 
-def _floor(store: Store, log_path: Path, keyring: Keyring) -> verify.Floor | None:
+def _floor(store: Store, log_path: Path, keyring: Keyring) -> tail.Floor | None:
     """How far the store was, by the audit log: whatever is before that was put back."""
     if not store.state().change and last_epoch(log_path) is not None:
         raise StoreDamaged(
             f"kms.db is empty, but {log_path} beside it tells that there was a store",
             hint="put the file back, or restore a backup: `progressdb-kms restore FILE`",
         )
-    return verify.floor(verify.logs(log_path.parent), keyring.audit_key)
+    return tail.floor(tail.logs(log_path.parent), keyring.audit_key)
 
 
 def host_id(data_dir: Path) -> str:

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from ..audit import verify as auditverify
 from ..audit.log import FILE_NAME
+from ..audit.tail import in_order
 from ..audit.verify import Report
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
 from ..crypto.keyring import KekNotLoaded
@@ -166,7 +167,7 @@ class LogReader(NamedTuple):
 
     def __call__(self, progress: Progress, observe: auditverify.Observer) -> Report:
         if self.key is None:
-            report = Report(auditverify.in_order(self.logs))
+            report = Report(in_order(self.logs))
             auditverify.Reading(report, progress).through(None, observe)
             return report
         return auditverify.verify(

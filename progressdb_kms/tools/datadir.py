@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
-from ..audit import verify
+from ..audit import tail
 from ..audit.log import AuditLog
 from ..config.load import Loaded
 from ..crypto import envelope
@@ -159,7 +159,7 @@ def own_key(keyring: Keyring, name: str, row: Mapping[str, Any] | None) -> Itera
 def put_back(data_dir: Path, reader: Reader, the_keys: Keys) -> str:
     """Why the store was put back: the audit log knows of changes that it has not. "" where all is well."""
     with own_key(the_keys.keyring, AUDIT_KEY, reader.read(ownkeys.ROWS[AUDIT_KEY])) as key:
-        floor = verify.floor(verify.logs(data_dir), key) if key is not None else None
+        floor = tail.floor(tail.logs(data_dir), key) if key is not None else None
     epoch = reader.read(start.EPOCH) or {"epoch": 0}  # read after the log, which is never ahead
     state = StoreState.from_row(reader.read(STATE))
     return floor.above(int(epoch["epoch"]), state.change) if floor is not None else ""

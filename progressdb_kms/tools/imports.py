@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import IO, Any, Callable, NamedTuple
 
 from ..audit.log import key_fragment
-from ..audit.verify import History, history, logs
+from ..audit.tail import logs
+from ..audit.verify import History, history
 from ..config.load import Loaded
 from ..encoding import KEK_ID, KEY_ID, MAX_THREAD_ID, b64decode, json_loads, timestamp
 from ..errors import KMSError, StoreDamaged

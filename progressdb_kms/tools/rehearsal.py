@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from ..audit import tail
 from ..audit import verify as auditverify
 from ..config.load import Loaded
 from ..errors import KMSError
@@ -64,7 +65,7 @@ def rehearse(loaded: Loaded) -> Rehearsal:
 
 
 def _with_log(data_dir: Path, key: memoryview, anchors: Mapping[str, Head]) -> Rehearsal:
-    logs = auditverify.logs(data_dir)
+    logs = tail.logs(data_dir)
     size = sum(path.stat().st_size for path in logs)
     if size > MAX_LOG:
         todo = "`progressdb-kms audit verify` does it"
@@ -79,7 +80,7 @@ def _copy(data_dir: Path) -> Iterator[Path]:
     where = str(MEMORY) if os.access(MEMORY, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="progressdb-kms-doctor-", dir=where) as name:
         copy = Path(name)
-        for path in auditverify.in_order(auditverify.logs(data_dir))[-2:]:
+        for path in tail.in_order(tail.logs(data_dir))[-2:]:
             _copy_end(Path(path), copy / os.path.basename(path))
         with contextlib.suppress(FileNotFoundError):
             shutil.copyfile(data_dir / start.HOST_FILE, copy / start.HOST_FILE)

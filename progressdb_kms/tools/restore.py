@@ -37,7 +37,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
-from ..audit import verify
+from ..audit import tail, verify
 from ..config.load import Loaded
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
 from ..encoding import timestamp
@@ -243,7 +243,7 @@ def _past(
     rows = dict(present.audit) if present and present.audit else dict(theirs)
     rows = {**source.rows(RETIRED_KEK), **rows}
     rows.pop(RESTORED, None)
-    logs = verify.logs(data_dir)
+    logs = tail.logs(data_dir)
     history, floor = verify.History({}, {}), None
     checked = False
     for holder in (rows, theirs):
@@ -252,7 +252,7 @@ def _past(
                 continue
             if not checked:
                 _verify(logs, key, rows, force, progress)
-                checked, floor = True, verify.floor(logs, key)
+                checked, floor = True, tail.floor(logs, key)
             told = _history(logs, key)
             history.shredded.update(told.shredded)
             history.closed.update(told.closed)
@@ -311,7 +311,7 @@ def _tombstone(key_id: str, when: str, source: Backup, chosen: Plan) -> DekRecor
     return old._replace(wrapped=b"", state=SHREDDED, delete_at="", shredded_at=old.shredded_at or when)
 
 
-def _begin_anew(rows: dict[str, Any], logs: list[Path], floor: verify.Floor | None) -> None:
+def _begin_anew(rows: dict[str, Any], logs: list[Path], floor: tail.Floor | None) -> None:
     """The next chain's epoch is above all that the logs know. Without a log there is nothing to follow on:
     the heads would only say that it is missing, which the operator knows."""
     epoch = dict(rows.get(EPOCH) or {"epoch": 0})

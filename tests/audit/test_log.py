@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_kms.audit import chain
+from progressdb_kms.audit import chain, tail
 from progressdb_kms.audit import log as audit
 from progressdb_kms.audit import verify as auditverify
 from progressdb_kms.audit.log import (
@@ -33,7 +33,8 @@ from progressdb_kms.audit.log import (
     request_fragment,
     torn,
 )
-from progressdb_kms.audit.verify import Fault, Report, history, in_order, recover, verify
+from progressdb_kms.audit.tail import in_order, recover
+from progressdb_kms.audit.verify import Fault, Report, history, verify
 from progressdb_kms.crypto.aead import mac
 from progressdb_kms.encoding import b64encode
 from progressdb_kms.errors import AuditUnavailable
@@ -546,7 +547,7 @@ def test_no_repair_is_begun_without_room(log: AuditLog, path: Path, monkeypatch:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The end of the log has settled."""
-    monkeypatch.setattr(auditverify, "SETTLE", 0)
+    monkeypatch.setattr(tail, "SETTLE", 0)
 
 
 @pytest.mark.parametrize("less", [1, 2, 3, 30, 90, 200, SIZE - 1, SIZE])
@@ -610,7 +611,7 @@ def test_zeros_at_the_end_are_named_like_a_torn_record(path: Path) -> None:
 
 
 def test_only_the_end_of_a_long_log_is_searched(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auditverify, "SCAN", 2000)
+    monkeypatch.setattr(tail, "SCAN", 2000)
     anchors = fill(path, 20)
     with open(path, "ab") as file:
         file.write(b'{"event":{"cha')

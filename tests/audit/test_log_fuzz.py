@@ -14,9 +14,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from progressdb_kms.audit import verify as auditverify
+from progressdb_kms.audit import tail
 from progressdb_kms.audit.log import AuditLog, last_epoch, parse
-from progressdb_kms.audit.verify import history, recover, verify
+from progressdb_kms.audit.tail import recover
+from progressdb_kms.audit.verify import history, verify
 from progressdb_kms.errors import AuditUnavailable, StoreDamaged
 from tests.harness.auditlogs import (
     KEY,
@@ -38,7 +39,7 @@ LONG = settings(max_examples=20_000, deadline=None)
 def _settled() -> Iterator[None]:
     """No other process is writing: nothing to wait for."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(auditverify, "SETTLE", 0)
+        patch.setattr(tail, "SETTLE", 0)
         yield
 
 

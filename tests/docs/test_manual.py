@@ -12,7 +12,8 @@ from typing import Callable
 
 import pytest
 
-from progressdb_kms.config.options import OPTIONS, Option
+from progressdb_kms.config.options import OPTIONS
+from progressdb_kms.config.values import Option
 from progressdb_kms.tools.command import CHOICES, ENVIRONMENT, Command
 from progressdb_kms.tools.commands import COMMANDS
 from progressdb_kms.tools.manual import TOPICS, text_of

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from progressdb_kms.config.options import OPTIONS, Option
+from progressdb_kms.config.options import OPTIONS
+from progressdb_kms.config.values import Option
 from progressdb_kms.tools.commands import COMMANDS
 from progressdb_kms.tools.manual import TOPICS
 from progressdb_kms.wire.call import Route

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from progressdb_kms.audit.chain import Report
 from progressdb_kms.audit.log import ROOM, AuditLog, parse
-from progressdb_kms.audit.verify import Report, recover
+from progressdb_kms.audit.tail import recover
 from progressdb_kms.errors import AuditUnavailable
 from tests.harness import REPO
 from tests.harness.auditlogs import KEY, Anchors, check, encrypt

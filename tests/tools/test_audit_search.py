@@ -24,7 +24,8 @@ from progressdb_kms.audit.log import (
     peer_fragment,
     request_fragment,
 )
-from progressdb_kms.audit.verify import Reading, in_order, verify
+from progressdb_kms.audit.tail import in_order
+from progressdb_kms.audit.verify import Reading, verify
 from progressdb_kms.store.contract import HEAVY, DekRecord, Usage
 from progressdb_kms.store.memstore import MemoryStore
 from progressdb_kms.tools import auditreport, auditsearch
