@@ -52,8 +52,11 @@ class Board:
 
     @property
     def lease(self) -> Lease:
-        """To be held against the clocks by `lease.holds`, before the work and after it."""
         return Lease(self.words[_BOOT], self.words[_WALL])
+
+    def serves(self, boot: int, wall: int) -> bool:
+        """Does the lease hold by these clocks? To be asked before the work and after it."""
+        return boot < self.words[_BOOT] and wall < self.words[_WALL]
 
     @property
     def seen(self) -> Point:

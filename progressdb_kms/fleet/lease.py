@@ -6,7 +6,7 @@ a margin more, before it fences the silent one. Sent comes before seen, so the f
 second, whatever the network did between; the two margins are for clocks of different rates. No time of one
 host is ever held against that of another.
 
-The lease goes by CLOCK_BOOTTIME, which runs on while a machine sleeps. It stands still while a hypervisor has
+The lease goes by CLOCKBOOTTIME, which runs on while a machine sleeps. It stands still while a hypervisor has
 the guest paused. So the lease ends by the wall clock too, which can only shorten it: a wall clock that is set
 forward ends it early (the next heartbeat begins another), one that is set back changes nothing. Not
 protected: a guest that was paused for longer than its lease, and whose wall clock isn't right yet when it
@@ -27,7 +27,7 @@ SPARE = 20
 class Reading(NamedTuple):
     """What the clocks of one host show."""
 
-    boot: int  # CLOCK_BOOTTIME, ns
+    boot: int  # CLOCKBOOTTIME, ns
     wall: int  # ns since 1970
     steady: float  # CLOCK_MONOTONIC, seconds: for the spans that are measured in others
 
@@ -41,14 +41,14 @@ class Lease(NamedTuple):
 
 NONE = Lease(0, 0)
 
-_BOOTTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+BOOTTIME = getattr(time, "CLOCKBOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class Clock:
     """One object, so that a test can set it."""
 
     def read(self) -> Reading:
-        return Reading(time.clock_gettime_ns(_BOOTTIME), time.time_ns(), time.monotonic())
+        return Reading(time.clock_gettime_ns(BOOTTIME), time.time_ns(), time.monotonic())
 
 
 def margin(fence_seconds: float) -> float:
@@ -59,10 +59,6 @@ def granted(before: Reading, fence_seconds: float) -> Lease:
     """By a heartbeat that is committed. `before`: the clocks when it was about to be sent."""
     span = int((fence_seconds - margin(fence_seconds)) * 1e9)
     return Lease(before.boot + span, before.wall + span)
-
-
-def holds(lease: Lease, boot: int, wall: int) -> bool:
-    return boot < lease.boot and wall < lease.wall
 
 
 def silent(since: float, now: float, fence_seconds: float) -> bool:

@@ -20,7 +20,8 @@ from ..errors import StoreDamaged
 from ..store.contract import HEAVY, DekRecord, Usage
 from ..store.seal import MODULUS, OWN, STATE, KekCount, Seal, StoreState, weight
 from ..store.sealed import OWN_DONT_ADD_UP, OWN_HINT, SealedReader
-from .engine import Link
+from .engine import TIMELINE, Link
+from .rows import Point
 
 HOSTS = ("store:", "audit:", "clock:", "snapshot:", "probe")
 """Beginnings of the names of rows that each host has for itself. All others are the fleet's."""
@@ -29,6 +30,7 @@ WRITES = "store:writes"
 """The row that counts a host's transactions: see `store`."""
 
 _PREFIX = "host = ANY(%s) AND name >= %s AND name < %s"
+_AT = f"SELECT {TIMELINE}, gen, (SELECT value FROM deks WHERE key_id = %s) FROM fleet"  # noqa: S608
 STATES = "SELECT host, value FROM kms WHERE name = 'store:state'"
 
 
@@ -102,6 +104,11 @@ class FleetReader(SealedReader):
         if self._seal is not None and self._seal.wrote("meta:" + key_id, text):
             return DekRecord.from_row(key_id, json.loads(text))
         return self._record(key_id, row_of(text))
+
+    def at(self, key_id: str) -> tuple[DekRecord | None, Point]:
+        """A row and the point of the snapshot in which it was read, for whoever remembers it."""
+        ((timeline, gen, text),) = self._select(_AT, (key_id,))
+        return self._read(key_id, text) if text is not None else None, Point(timeline, gen)
 
     def there(self, key_ids: Sequence[str]) -> set[str]:
         rows = self._select("SELECT key_id FROM deks WHERE key_id = ANY(%s)", (list(key_ids),))
@@ -178,6 +185,10 @@ class FleetReader(SealedReader):
 
     def keks(self) -> Mapping[str, KekCount]:
         return self.state().keks
+
+    def drop(self) -> None:
+        """The engine that answers is behind: find the primary anew."""
+        self._link.drop()
 
     def close(self) -> None:
         self._link.close()

@@ -128,7 +128,7 @@ _COUNT = (
     "first = coalesce(least(nullif(u.first, 0), nullif(excluded.first, 0)), 0), "
     "uid = CASE WHEN excluded.last >= u.last THEN excluded.uid ELSE u.uid END, "
     "last = greatest(u.last, excluded.last)"
-)
+)  # noqa: S608  # a constant of ours
 _FORGET_USAGE = "DELETE FROM usage WHERE key_id = ANY(%s)"
 _ACTIVATE = (
     "WITH done AS (UPDATE fleet SET active_kek = %s, version = %s WHERE active_kek = %s RETURNING 1) "
@@ -137,8 +137,7 @@ _ACTIVATE = (
 _CHANGES = (
     "WITH next AS (UPDATE fleet SET gen = gen + %s RETURNING gen) INSERT INTO changes "  # noqa: S608
     "SELECT gen - %s + n.at, n.kind, n.key_id FROM next, "
-    "unnest(%s::text[], %s::text[]) WITH ORDINALITY AS n (kind, key_id, at) "
-    f"RETURNING {TIMELINE}, gen"
+    "unnest(%s::text[], %s::text[]) WITH ORDINALITY AS n (kind, key_id, at)"
 )
 _NOTIFY = "SELECT pg_notify(%s, '')"
 _FENCE = (
@@ -354,7 +353,7 @@ class FleetStore(SealedStore, FleetReader):
         if told:
             kinds, names = [kind for kind, _ in told], [key_id for _, key_id in told]
             result += [(_CHANGES, (len(told), len(told), kinds, names)), (_NOTIFY, (CHANNEL,))]
-        return [*result, (_FENCE, (self.host, self.inc, self._fenced_by))]
+        return [*result, (_POINT, ()), (_FENCE, (self.host, self.inc, self._fenced_by))]
 
     def _end(self, statements: list[Statement], count: str) -> None:
         """Send it; and again, where nobody knows what became of the first."""
@@ -367,7 +366,7 @@ class FleetStore(SealedStore, FleetReader):
             except Taken:
                 if self._select(_ROW, (self.host, WRITES)) != [(count,)]:
                     raise
-                # The first try took place. Its number isn't known, but it is none above the fleet's.
+                # The first try took place, at no point above the fleet's.
                 self.point = Point(*self._select(_POINT)[0])
 
     def _send(self, statements: list[Statement]) -> None:
@@ -405,8 +404,8 @@ class FleetStore(SealedStore, FleetReader):
         if session.warning:
             raise Unknown(f"{self._link.where} warns: {session.warning}")
         for (sql, _), cursor in zip(statements, cursors):
-            if sql is _CHANGES:
-                self.point = Point(*max(cursor.fetchall()))
+            if sql is _POINT:
+                self.point = Point(*cursor.fetchone())
 
     def _meant(self, error: psycopg.Error) -> Exception:
         """What an error at the end says."""

@@ -114,13 +114,7 @@ class Service:
         return found
 
     def _looked_up(self, generation: int, key_id: str) -> Entry:
-        record = self.record(key_id)
-        error = refusal(key_id, record.state)
-        if error is not None:
-            raise error
-        wrapped = envelope.stored(key_id, record.wrapped)
-        fragment = key_fragment(key_id, record.thread_id)
-        return Entry(generation, record.thread_id, record.kek_version, wrapped, fragment)
+        return usable(generation, self.record(key_id))
 
     def record(self, key_id: str) -> DekRecord:
         """The row of this id, in whatever state. Raises KeyNotFound."""
@@ -431,6 +425,16 @@ class Service:
 
 def _name(source: Source) -> str:
     return source if isinstance(source, str) else source.key_id
+
+
+def usable(generation: int, record: DekRecord) -> Entry:
+    """What is remembered of this row. Raises KeyDisabled, KeyShredded, AuthenticationFailed."""
+    error = refusal(record.key_id, record.state)
+    if error is not None:
+        raise error
+    wrapped = envelope.stored(record.key_id, record.wrapped)
+    fragment = key_fragment(record.key_id, record.thread_id)
+    return Entry(generation, record.thread_id, record.kek_version, wrapped, fragment)
 
 
 def _encrypt_item(cipher: Aead, data: bytes, aad: bytes) -> bytes:

@@ -32,7 +32,6 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import Any, Callable, NamedTuple
 
 from progressdb_kms.errors import KMSError, StoreUnavailable
-from progressdb_kms.fleet import lease
 from progressdb_kms.fleet.board import SIZE, Board, Follower
 from progressdb_kms.fleet.host import Host
 from progressdb_kms.fleet.lease import Reading
@@ -306,7 +305,7 @@ class Machine:
         if "lease" in self.fleet.without:
             return True
         clock = self.read()
-        return lease.holds(self.board.lease, clock.boot, clock.wall)
+        return self.board.serves(clock.boot, clock.wall)
 
 
 class Patient(Host):

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from progressdb_kms.fleet import lease
+from progressdb_kms.fleet.board import SIZE, Board
 from progressdb_kms.fleet.lease import Clock, Reading
 
 SECOND = 1_000_000_000
@@ -26,13 +27,12 @@ BEFORE = Reading(1000 * SECOND, 5000 * SECOND, 77.0)
     ],
 )
 def test_a_lease_ends_by_either_clock(boot: float, wall: float, good: bool) -> None:
-    granted = lease.granted(BEFORE, 60.0)
-    now = (BEFORE.boot + int(boot * SECOND), BEFORE.wall + int(wall * SECOND))
-    assert lease.holds(granted, *now) is good
-
-
-def test_no_lease_holds_at_no_time() -> None:
-    assert not lease.holds(lease.NONE, 0, 0)
+    board = Board(memoryview(bytearray(SIZE)))
+    assert not board.serves(0, 0)
+    board.grant(lease.granted(BEFORE, 60.0))
+    assert board.serves(BEFORE.boot + int(boot * SECOND), BEFORE.wall + int(wall * SECOND)) is good
+    board.end()
+    assert not board.serves(0, 0)
 
 
 @pytest.mark.parametrize("waited, given_up", [(0.0, False), (60.0, False), (62.9, False), (63.0, True)])

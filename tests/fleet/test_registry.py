@@ -11,7 +11,7 @@ import pytest
 
 from progressdb_kms.errors import KMSError
 from progressdb_kms.fleet.board import Board
-from progressdb_kms.fleet.lease import Clock, holds
+from progressdb_kms.fleet.lease import Clock
 from progressdb_kms.fleet.rows import KEY, ChangeRow, Point
 from tests.fleet.twin import Service
 from tests.harness import postgres
@@ -172,7 +172,7 @@ class Running:
     @property
     def serves(self) -> bool:
         now = self.clock.read()
-        return holds(self.board.lease, now.boot, now.wall)
+        return self.board.serves(now.boot, now.wall)
 
     def end(self) -> None:
         self.host.end()
