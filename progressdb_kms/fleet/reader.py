@@ -108,7 +108,7 @@ class FleetReader(SealedReader):
     def at(self, key_id: str) -> tuple[DekRecord | None, Point]:
         """A row and the point of the snapshot in which it was read, for whoever remembers it."""
         ((timeline, gen, text),) = self._select(_AT, (key_id,))
-        return self._read(key_id, text) if text is not None else None, Point(timeline, gen)
+        return self._opened(key_id, text) if text is not None else None, Point(timeline, gen)
 
     def there(self, key_ids: Sequence[str]) -> set[str]:
         rows = self._select("SELECT key_id FROM deks WHERE key_id = ANY(%s)", (list(key_ids),))

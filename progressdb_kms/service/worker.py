@@ -107,14 +107,11 @@ class Service:
             return found
         found = self._old.get(key_id)
         if found is None or found.generation != generation:
-            found = self._looked_up(generation, key_id)
+            found = usable(generation, self.record(key_id))
         if len(self._young) >= YOUNG:
             self._young, self._old = {}, self._young
         self._young[key_id] = found
         return found
-
-    def _looked_up(self, generation: int, key_id: str) -> Entry:
-        return usable(generation, self.record(key_id))
 
     def record(self, key_id: str) -> DekRecord:
         """The row of this id, in whatever state. Raises KeyNotFound."""
@@ -429,8 +426,7 @@ def _name(source: Source) -> str:
 
 def usable(generation: int, record: DekRecord) -> Entry:
     """What is remembered of this row. Raises KeyDisabled, KeyShredded, AuthenticationFailed."""
-    error = refusal(record.key_id, record.state)
-    if error is not None:
+    if (error := refusal(record.key_id, record.state)) is not None:
         raise error
     wrapped = envelope.stored(record.key_id, record.wrapped)
     fragment = key_fragment(record.key_id, record.thread_id)
