@@ -118,11 +118,13 @@ def load(
     *,
     need_key: bool = True,
     first: bool = True,
+    fleet: bool = False,
 ) -> Loaded:
     """Read the configuration and the keys. Raises ConfigError, WeakKey, LockRefused.
 
     `flags`: by the names of OPTIONS, and `config`; None for what was not given.
     `need_key=False`: the settings alone; no key is read and none needs to be there.
+    `fleet`: the caller knows what to do with `store: postgresql`.
     `first`: a new key may be the answer where there is none, unless the data-dir holds a store already.
 
     Forks a child where there is a configuration file: call it before any thread is started.
@@ -134,6 +136,7 @@ def load(
         stack.enter_context(_advising(values["data_dir"], first))
         master, previous = _sources(file, environ)
         loaded = Loaded(_settings(values, file, _one(master, file, need_key)))
+        _check_store(loaded.settings, fleet)
         if need_key:
             undo = stack.enter_context(contextlib.ExitStack())
             undo.callback(loaded.close)
@@ -206,6 +209,20 @@ def _settings(values: Mapping[str, Any], file: ConfigFile | None, master: Source
         master_source=master.label if master else "",
         master_key_file=master.place if master and master.form == "file" else None,
     )
+
+
+def _check_store(settings: Settings, fleet: bool) -> None:
+    if settings.store == "sqlite" and settings.postgresql is not None:
+        raise ConfigError(
+            f"postgresql in {settings.config_file} is of no use where the store is sqlite",
+            hint="write `store: postgresql`, or take the block out",
+        )
+    if settings.store == "postgresql" and not fleet:
+        raise ConfigError(
+            f"`store: postgresql` in {settings.config_file}: this release makes and shows a fleet's store, "
+            "and doesn't serve from it yet",
+            hint="`progressdb-kms help fleet` tells what works",
+        )
 
 
 # ---- where the keys are ----------------------------------------------------------------------------

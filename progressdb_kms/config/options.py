@@ -163,6 +163,17 @@ class Settings:
         default="./kms-data", flag="--data-dir", env="PROGRESSDB_KMS_DATA_DIR",
         settle=_absolute,
     )
+    store: str = _row(
+        values.store_kind, "sqlite or postgresql",
+        "Where the DEKs are: `sqlite`, in the data_dir; `postgresql`, in a database that the hosts of a "
+        "fleet share. See the manual's page fleet.",
+        default="sqlite",
+    )
+    postgresql: Mapping[str, Any] | None = _row(
+        values.text_block, "a mapping such as hosts: [db1:5432]",
+        "How the fleet's database is reached: `hosts`, `database`, `user`, `password_file` or `tls_cert` "
+        "with `tls_key_file`, `tls_ca`, `fence_seconds`.",
+    )
     allowed_peer_uids: frozenset[int] | None = _row(
         values.uid_list, f"a list of at most {MAX_UIDS} user ids (numbers)",
         "Absent: every peer that the socket's permissions let in is served, and its UID is only logged. "

@@ -138,6 +138,28 @@ def lock_mode(value: Value, option: Option) -> str:
     return value.text
 
 
+def store_kind(value: Value, option: Option) -> str:
+    if not isinstance(value, Scalar) or value.text not in ("sqlite", "postgresql"):
+        raise option.wrong()
+    return value.text
+
+
+def text_block(value: Value, option: Option) -> dict[str, Any]:
+    """Plain texts, and lists of them: who uses the block checks them, nobody else loads what that takes."""
+    if not isinstance(value, dict):
+        raise option.wrong()
+    return {
+        name: [_plain(one, option) for one in item] if isinstance(item, list) else _plain(item, option)
+        for name, item in value.items()
+    }
+
+
+def _plain(value: Value, option: Option) -> str:
+    if not isinstance(value, Scalar):
+        raise option.wrong()
+    return value.text
+
+
 def true_or_false(value: Value, option: Option) -> bool:
     if not isinstance(value, Scalar) or value.text not in ("true", "false"):
         raise option.wrong()

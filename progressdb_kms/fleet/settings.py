@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Callable, NamedTuple
 
 from ..config.keysource import distrust
+from ..config.options import Settings
 from ..config.values import unknown
 from ..errors import ConfigError
 
@@ -67,9 +68,15 @@ class Where(NamedTuple):
         )
 
 
-def where(block: Mapping[str, Any], config_file: str) -> Where:
-    """Raises ConfigError: something in the block `postgresql:` of this file is wrong."""
+def where(settings: Settings) -> Where:
+    """Raises ConfigError: the block `postgresql:` is not there, or something in it is wrong."""
+    block, config_file = settings.postgresql, settings.config_file or ""
     place = f"postgresql in {config_file}"
+    if block is None:
+        raise ConfigError(
+            f"`store: postgresql` in {config_file} says that there is a fleet, and nothing says where",
+            hint="put a block `postgresql:` beside it: `progressdb-kms help fleet`",
+        )
     for name in block:
         if name not in MEMBERS:
             raise ConfigError(f"{place}: {unknown(name, MEMBERS)}")

@@ -96,21 +96,23 @@ def _load_all() -> None:
 # ---- the configuration -------------------------------------------------------------------------------
 
 
-def load_config(flags: Mapping[str, str | None], *, need_key: bool = True, first: bool = False) -> Loaded:
+def load_config(
+    flags: Mapping[str, str | None], *, need_key: bool = True, first: bool = False, fleet: bool = False
+) -> Loaded:
     """`load` for commands: what only the daemon's user trusts, root reads as that user."""
     from ..config.load import load
     from ..config.yamlfile import preload
 
     flags = _or_packaged(flags)
     try:
-        return load(flags, os.environ, need_key=need_key, first=first)
+        return load(flags, os.environ, need_key=need_key, first=first, fleet=fleet)
     except ConfigError:
         user = _daemon_user(flags) if os.geteuid() == 0 else 0
         if user == 0:
             raise
         preload()
         with contextlib.suppress(ConfigError), acting_as(user):
-            return load(flags, os.environ, need_key=need_key, first=first)
+            return load(flags, os.environ, need_key=need_key, first=first, fleet=fleet)
         raise
 
 

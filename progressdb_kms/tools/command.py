@@ -123,10 +123,10 @@ def command(
 # ---- what the functions share ------------------------------------------------------------------------
 
 
-def load(args: argparse.Namespace, *, need_key: bool) -> Loaded:
-    """The settings, with the keys or without."""
+def load(args: argparse.Namespace, *, need_key: bool, fleet: bool = False) -> Loaded:
+    """The settings, with the keys or without. `fleet`: the command knows what to do with a fleet's store."""
     flags = {name: getattr(args, name, None) for name in ("socket", "data_dir", "config")}
-    return asowner.load_config(flags, need_key=need_key)
+    return asowner.load_config(flags, need_key=need_key, fleet=fleet)
 
 
 @contextlib.contextmanager

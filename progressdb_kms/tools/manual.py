@@ -18,6 +18,7 @@ TOPICS: Mapping[str, str] = {
     "api": "every call, its fields and its answers",
     "commands": "what each command does",
     "runbook": "what to do, from a backup to a lost key",
+    "fleet": "many hosts, one PostgreSQL",
     "monitoring": "metrics, alerts, and how to scrape a Unix socket",
     "troubleshooting": "what it says, and what to do",
     "threats": "what is promised, and what is not",

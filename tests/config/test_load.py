@@ -161,6 +161,8 @@ def test_every_key_in_a_file(place: Place) -> None:
         allow_missing_keks=True,
         open_embedded_messages=True,
         kek_max_age_days=365,
+        store="sqlite",
+        postgresql=None,
         policies=(),
     )
 
@@ -880,3 +882,25 @@ def test_the_look_finds_a_key_in_ordinary_memory(place: Place) -> None:
         report = scan([pid], [Secret("master", A)])
     assert len(report.hits) == 1
     assert report.hits[0].form == "raw"
+
+
+class TestStoreOfAFleet:
+    BLOCK = "postgresql: {hosts: [db1, db2:5433], database: kms, user: kms}\n"
+
+    def test_both_are_handed_on_as_they_stand(self, place: Place) -> None:
+        place.put("kms.yaml", "store: postgresql\n" + self.BLOCK)
+        flags = {"config": str(place.file)}
+        with load(flags, {}, need_key=False, fleet=True) as loaded:
+            assert loaded.settings.store == "postgresql"
+            assert loaded.settings.postgresql == {
+                "hosts": ["db1", "db2:5433"],
+                "database": "kms",
+                "user": "kms",
+            }
+
+    def test_who_can_t_work_with_it_says_so(self, place: Place) -> None:
+        text = place.refused("store: postgresql\n" + self.BLOCK, need_key=False)
+        assert "doesn't serve from it yet" in text and "help fleet" in text
+
+    def test_a_block_that_nobody_reads_is_refused(self, place: Place) -> None:
+        assert "of no use where the store is sqlite" in place.refused(self.BLOCK, need_key=False)

@@ -75,6 +75,13 @@ RIGHT: list[tuple[str, Value, Any]] = [
     ("socket_group", text("adm"), "adm"),
     ("socket_group", number("4"), "4"),
     ("data_dir", text("/var/lib/kms"), "/var/lib/kms"),
+    ("store", text("sqlite"), "sqlite"),
+    ("store", text("postgresql"), "postgresql"),
+    (
+        "postgresql",
+        {"hosts": [text("db1:5432"), text("db2")], "fence_seconds": number("60")},
+        {"hosts": ["db1:5432", "db2"], "fence_seconds": "60"},
+    ),
     ("allowed_peer_uids", [number("1000"), number("0"), number("1000")], [0, 1000]),
     ("allowed_peer_uids", [], []),
     ("admin_peer_uids", [number("4294967294")], [4294967294]),
@@ -103,6 +110,11 @@ RIGHT: list[tuple[str, Value, Any]] = [
 ]
 
 WRONG: list[tuple[str, Value, str]] = [
+    ("store", text("mysql"), "sqlite or postgresql"),
+    ("store", [text("sqlite")], "sqlite or postgresql"),
+    ("postgresql", text("db1"), "a mapping such as"),
+    ("postgresql", {"hosts": {"db1": text("x")}}, "a mapping such as"),
+    ("postgresql", {"hosts": [[text("db1")]]}, "a mapping such as"),
     ("policies", text("all"), "a list of at most 100 mappings"),
     ("policies", [{"uid": number("1"), "keys": [text("a")]}] * 101, "a list of at most 100 mappings"),
     ("policies", [text("uid")], "entry 1 must be a mapping"),
@@ -237,7 +249,7 @@ def test_the_keys_are_those_of_the_contract() -> None:
     assert [option.name for option in OPTIONS] == [
         *("master_key_hex", "master_key_file", "master_key_credential", "previous_master_keys"),
         *("allow_missing_keks", "open_embedded_messages"),
-        *("socket", "socket_mode", "socket_group", "tcp_address", "data_dir"),
+        *("socket", "socket_mode", "socket_group", "tcp_address", "data_dir", "store", "postgresql"),
         *("allowed_peer_uids", "admin_peer_uids"),
         *("policies", "kek_max_age_days"),
         *("workers", "memory_lock", "max_body_bytes", "max_connections", "idle_timeout", "request_timeout"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -13,8 +13,21 @@ TLS = {"hosts": ["db1:5433", "db2"], "database": "kms", "user": "kms", "tls_ca":
 SOCKET = {"hosts": "/run/postgresql", "database": "kms", "user": "kms"}
 
 
+class Given(NamedTuple):
+    """Of Settings, what is looked at."""
+
+    postgresql: dict[str, Any] | None
+    config_file: str = "/etc/kms/kms.yaml"
+
+
 def read(**block: Any) -> Where:
-    return where({name: value for name, value in block.items() if value is not None}, "/etc/kms/kms.yaml")
+    return where(Given({name: value for name, value in block.items() if value is not None}))  # type: ignore[arg-type]
+
+
+def test_no_block() -> None:
+    with pytest.raises(ConfigError, match="nothing says where") as caught:
+        where(Given(None))  # type: ignore[arg-type]
+    assert "postgresql:" in caught.value.hint
 
 
 def test_by_password() -> None:

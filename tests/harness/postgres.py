@@ -85,7 +85,6 @@ class Postgres:
         self.port = _free_port() if tls else 5432
         self.user = "nobody" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
         self.hba = hba
-        self._process: subprocess.Popen[bytes] | None = None
         self._made = 0
         self.fleets: Database | None = None
         self.emptied = False
@@ -110,7 +109,8 @@ class Postgres:
         """One of the server's own programs, as the user that the server runs as."""
         done = subprocess.run(self.words(program, *words), capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"{program}: {done.stderr or done.stdout}")
+            log = self.log.read_text()[-2000:] if self.log.exists() else ""
+            raise RuntimeError(f"{program}: {done.stderr or done.stdout}\n{log}")
 
     def words(self, program: str, *words: str | Path) -> list[str]:
         folder = binaries()
@@ -137,32 +137,23 @@ class Postgres:
                 self._own(self.data / name)
             self._settings["ssl"] = "on"
         (self.data / "pg_hba.conf").write_text("local all postgres trust\n" + self.hba + "\n")
-        options = [word for name, value in self._settings.items() for word in ("-c", f"{name}={value}")]
-        with open(self.log, "ab") as log:
-            self._process = subprocess.Popen(
-                self.words("postgres", "-D", self.data, *options),
-                stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, cwd=self.folder,
-            )  # fmt: skip
-        self._wait()
+        options = " ".join(f"-c {name}='{value}'" for name, value in self._settings.items())
+        # By pg_ctl, so that it is no child of ours: some tests look whether they have any left.
+        self.run(
+            "pg_ctl",
+            "start",
+            "-w",
+            "-t",
+            str(STARTED_SECONDS),
+            "-s",
+            "-D",
+            self.data,
+            "-l",
+            self.log,
+            "-o",
+            options,
+        )
         return self
-
-    def _wait(self) -> None:
-        """Until it takes connections, or is the standby that takes them read-only."""
-        assert self._process is not None
-        deadline = time.monotonic() + STARTED_SECONDS
-        while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"PostgreSQL did not start: {self.log.read_text()[-2000:]}")
-            time.sleep(0.02)
-
-    def _answers(self) -> bool:
-        import psycopg
-
-        try:
-            self.connect().close()
-        except psycopg.OperationalError:
-            return False
-        return True
 
     def _own(self, path: Path) -> None:
         if os.geteuid() == 0:
@@ -171,19 +162,28 @@ class Postgres:
 
     @property
     def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
+        """Of the server; 0 where none runs."""
+        try:
+            return int((self.data / "postmaster.pid").read_text().split()[0])
+        except FileNotFoundError:
+            return 0
 
-    def stop(self, number: int = signal.SIGINT) -> None:
-        """SIGINT is its fast shutdown, SIGQUIT one without a checkpoint. SIGKILL: its children end by
-        themselves."""
-        if self._process is not None:
-            self._process.send_signal(number)
-            self._process.wait(STARTED_SECONDS)
-            self._process = None
+    def stop(self, how: str = "fast") -> None:
+        """`immediate`: without a checkpoint. `kill`: SIGKILL; its children end by themselves."""
+        if not (pid := self.pid):
+            return
+        if how != "kill":
+            self.run("pg_ctl", "stop", "-w", "-s", "-m", how, "-D", self.data)
+            return
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + STARTED_SECONDS
+        while Path(f"/proc/{pid}").exists():
+            if time.monotonic() > deadline:
+                raise RuntimeError("PostgreSQL was killed, and is still there")
+            time.sleep(0.01)
 
     def close(self) -> None:
-        self.stop(signal.SIGQUIT)
+        self.stop("immediate")
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Postgres:
@@ -236,7 +236,6 @@ class Fleet:
     time. Its stores belong to hosts that are registered."""
 
     def __init__(self, server: Postgres) -> None:
-        from progressdb_kms.fleet import schema
         from progressdb_kms.fleet.engine import Link
         from progressdb_kms.fleet.settings import Where
 
@@ -247,8 +246,14 @@ class Fleet:
         self._links: list[Link] = []
         self._admin = server.connect(self.where.database)
         if not server.emptied:
-            self.sql("DROP SCHEMA IF EXISTS kms CASCADE")
-            schema.create(self.link())
+            self.again()
+
+    def again(self) -> None:
+        """Make the tables anew."""
+        from progressdb_kms.fleet import schema
+
+        self.sql("DROP SCHEMA IF EXISTS kms CASCADE")
+        schema.create(self.link())
 
     def link(self) -> Any:
         from progressdb_kms.fleet.engine import Link

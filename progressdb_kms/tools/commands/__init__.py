@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ..command import Command
-from . import audit, daemon, deks, keys, others, store
+from . import audit, daemon, deks, fleet, keys, others, store
 
 COMMANDS = tuple(
     found
-    for group in (daemon, deks, keys, audit, store, others)
+    for group in (daemon, deks, keys, audit, store, fleet, others)
     for found in vars(group).values()
     if isinstance(found, Command)
 )

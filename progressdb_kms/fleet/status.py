@@ -1,0 +1,109 @@
+"""What the operator of a fleet wants to see, in one look: the fleet, its hosts, its engine.
+
+It reads rows as they stand, without any key: what decides is checked by the daemons, by its MACs.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ..store.seal import STATE, StoreState
+from .engine import Link, Session
+from .reader import combined
+from .rows import FleetRow
+from .schema import FLEET
+
+_HOSTS = "SELECT host, inc, name, beat, seen, keks, fenced FROM hosts ORDER BY name, host, inc"
+_STATES = "SELECT value FROM kms WHERE name = %s"
+_ENGINE = (
+    "SELECT current_setting('server_version'), current_setting('synchronous_standby_names'), "
+    "current_setting('synchronous_commit'), current_setting('fsync'), current_setting('full_page_writes'), "
+    "current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int, "
+    "(SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'), "
+    "pg_has_role('pg_read_all_stats', 'MEMBER'), pg_database_size(current_database())"
+)
+_STANDBYS = (
+    "SELECT application_name, state, sync_state, "
+    "coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), flush_lsn), 0)::bigint "
+    "FROM pg_stat_replication ORDER BY 1"
+)
+
+
+def status(link: Link) -> dict[str, Any]:
+    """Raises StoreDamaged where there is no fleet, StoreUnavailable."""
+    with link.session() as session:
+        fleet = FleetRow(*session.execute(FLEET).fetchall()[0])
+        hosts = [_host(fleet, row) for row in session.execute(_HOSTS).fetchall()]
+        states = [
+            StoreState.from_row(json.loads(row[0])) for row in session.execute(_STATES, (STATE,)).fetchall()
+        ]
+        found = {"fleet": fleet._asdict(), "hosts": hosts, "engine": _engine(session)}
+    whole = combined(states, StoreState())
+    found["deks"] = {kek_id: row.deks for kek_id, row in whole.keks.items()}
+    found["warnings"] = list(_warnings(found))
+    return found
+
+
+def _host(fleet: FleetRow, row: tuple[Any, ...]) -> dict[str, Any]:
+    host, inc, name, beat, seen, keks, fenced = row
+    return {
+        "host": host,
+        "incarnation": inc,
+        "name": name,
+        "beats": beat,
+        "behind": fleet.gen - seen,
+        "keks": sorted(keks),
+        "fenced": fenced,
+    }
+
+
+def _engine(session: Session) -> dict[str, Any]:
+    version, standbys, commit, fsync, pages, most, used, sees_all, size = session.execute(_ENGINE).fetchall()[
+        0
+    ]
+    replicas = session.execute(_STANDBYS).fetchall()
+    return {
+        "version": version,
+        "synchronous_standby_names": standbys,
+        "synchronous_commit": commit,
+        "fsync": fsync,
+        "full_page_writes": pages,
+        "connections": used,
+        "connections_limit": most,
+        "bytes": size,
+        "standbys": [
+            {"name": name, "state": state, "synchronous": sync, "bytes_behind": behind}
+            for name, state, sync, behind in replicas
+        ]
+        if sees_all
+        else None,
+    }
+
+
+def _warnings(found: dict[str, Any]) -> Any:
+    """What isn't as it should be; each says what to do."""
+    engine = found["engine"]
+    if not engine["synchronous_standby_names"]:
+        yield (
+            "the engine waits for no standby: what is acknowledged is lost with its disk; set "
+            "synchronous_standby_names, such as 'ANY 1 (db2, db3)'"
+        )
+    elif engine["standbys"] is not None and not any(
+        one["synchronous"] in ("sync", "quorum") for one in engine["standbys"]
+    ):
+        yield "no synchronous standby is connected: each write waits until one is"
+    for name in ("fsync", "full_page_writes"):
+        if engine[name] != "on":
+            yield f"{name} is off: a power cut may damage the engine's files; set it on"
+    if engine["connections"] * 10 > engine["connections_limit"] * 9:
+        yield (
+            f"{engine['connections']} of {engine['connections_limit']} connections are in use: raise "
+            "max_connections; a host takes two and one for each worker"
+        )
+    active = found["fleet"]["active_kek"]
+    for host in found["hosts"]:
+        if host["fenced"]:
+            yield f"{host['name'] or host['host']} is fenced: it was silent; it registers anew when it can"
+        elif active and active not in host["keks"]:
+            yield f"{host['name'] or host['host']} doesn't have the active KEK {active}"

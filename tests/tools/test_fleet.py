@@ -1,0 +1,187 @@
+"""`store init`, `store migrate`, `store status`: the commands of a fleet's tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import cli, postgres
+from tests.harness.postgres import Fleet, Postgres
+
+needs = pytest.mark.skipif(bool(postgres.missing()), reason=postgres.missing() or "")
+
+
+class Place:
+    """A host's configuration, and the fleet that it names."""
+
+    def __init__(self, folder: Path, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.file = folder / "kms.yaml"
+        where = fleet.where
+        self.text = (
+            f"data_dir: {folder}/data\nstore: postgresql\npostgresql:\n  hosts: {where.folder}\n"
+            f"  database: {where.database}\n  user: {where.user}\n"
+        )
+        self.write(self.text)
+
+    def write(self, text: str) -> None:
+        self.file.touch(0o600)
+        self.file.write_text(text)
+
+    def run(self, *words: str) -> Any:
+        return cli("store", *words, "--config", str(self.file))
+
+    def refused(self, *words: str) -> str:
+        done = self.run(*words)
+        assert done.returncode == 1 and done.stdout == b"" and done.stderr.count(b"\n") == 1
+        return str(done.stderr.decode())
+
+
+@pytest.fixture
+def place(tmp_path: Path, fleet_database: Fleet) -> Iterator[Place]:
+    yield Place(tmp_path, fleet_database)
+    if not fleet_database.sql("SELECT 1 FROM pg_tables WHERE schemaname = 'kms'"):
+        fleet_database.again()
+
+
+@needs
+class TestInit:
+    def test_a_fresh_one(self, place: Place) -> None:
+        place.fleet.sql("DROP SCHEMA kms CASCADE")
+        assert "holds no fleet" in place.refused("status")
+        done = place.run("init", "--json")
+        assert done.returncode == 0, done.stderr
+        made = json.loads(done.stdout)
+        assert made["schema"] == 1 and len(made["fleet"]) == 32
+        assert place.fleet.sql("SELECT fleet, gen, active_kek FROM kms.fleet") == [(made["fleet"], 0, "")]
+
+    def test_one_that_is_there_stays(self, place: Place) -> None:
+        before = place.fleet.sql("SELECT * FROM kms.fleet")
+        assert "holds a fleet already: nothing was changed" in place.refused("init")
+        assert place.fleet.sql("SELECT * FROM kms.fleet") == before
+
+    def test_a_database_of_somebody_else(self, place: Place, postgres_server: Postgres) -> None:
+        database = postgres_server.database()
+        postgres_server.sql(f"ALTER DATABASE {database.name} OWNER TO postgres")
+        place.write(
+            place.text.replace(f"database: {place.fleet.where.database}", f"database: {database.name}")
+        )
+        text = place.refused("init")
+        assert "does not let kms do that" in text and "must be kms's" in text
+
+
+@needs
+class TestMigrate:
+    def test_there_is_nothing_to_do(self, place: Place) -> None:
+        done = place.run("migrate", "--json")
+        assert json.loads(done.stdout) == {"schema": 1, "was": 1}
+
+    def test_a_newer_one_is_refused(self, place: Place) -> None:
+        place.fleet.sql("UPDATE kms.fleet SET schema = 2")
+        text = place.refused("migrate")
+        assert "has schema 2, and this release knows 1" in text and "install the release" in text
+
+    def test_an_older_one_is_brought_up(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As the next release will do it: each step in turn, all in one transaction."""
+        from progressdb_kms.errors import StoreDamaged
+        from progressdb_kms.fleet import schema
+
+        monkeypatch.setattr(schema, "VERSION", 3)
+        steps = {1: ("ALTER TABLE hosts ADD COLUMN more text",), 2: ("ALTER TABLE hosts DROP COLUMN more",)}
+        monkeypatch.setattr(schema, "MIGRATIONS", steps)
+        link = place.fleet.link()
+        with pytest.raises(StoreDamaged, match="has schema 1") as caught:
+            schema.check(link)
+        assert "store migrate" in caught.value.hint
+        assert schema.migrate(link) == (1, 3)
+        monkeypatch.setattr(schema, "VERSION", 5)
+        monkeypatch.setattr(schema, "MIGRATIONS", {3: steps[1], 4: ("SELECT nothing",)})
+        with pytest.raises(StoreDamaged):
+            schema.migrate(link)
+        monkeypatch.setattr(schema, "VERSION", 3)
+        assert schema.check(link).schema == 3
+        columns = (
+            "SELECT 1 FROM information_schema.columns WHERE table_name = 'hosts' AND column_name = 'more'"
+        )
+        assert place.fleet.sql(columns) == []
+
+
+@needs
+class TestStatus:
+    def test_of_an_empty_one(self, place: Place) -> None:
+        done = place.run("status")
+        assert done.returncode == 0 and b"PostgreSQL" in done.stdout and b"active_kek" in done.stdout
+        assert b"waits for no standby" in done.stderr and b"fsync is off" in done.stderr
+
+    def test_hosts_and_keks(self, place: Place) -> None:
+        from progressdb_kms.store.seal import KekCount
+        from tests.store.test_contract import KEY, OLD, dek, put
+
+        one, two = place.fleet.store(KEY, "one"), place.fleet.store(KEY, "two")
+        with one.transaction():
+            one.activate(OLD, 1, "2026")
+        two.acting = OLD
+        put(one, dek("a"), dek("b"))
+        put(two, dek("a", state="disabled"))
+        assert one.keks() == {OLD: KekCount(1, 2, dek("a").created_at)}
+        place.fleet.sql(
+            f"UPDATE kms.hosts SET name = 'first', seen = 2, keks = '{{{OLD}}}' WHERE host = 'one'",
+            "UPDATE kms.hosts SET name = 'second', fenced = true WHERE host = 'two'",
+        )
+        done = place.run("status", "--json")
+        found = json.loads(done.stdout)
+        assert (found["fleet"]["active_kek"], found["fleet"]["gen"], found["deks"]) == (OLD, 2, {OLD: 2})
+        assert [(h["name"], h["behind"], h["fenced"], h["keks"]) for h in found["hosts"]] == [
+            ("first", 0, False, [OLD]),
+            ("second", 2, True, []),
+        ]
+        assert any("second is fenced" in warning for warning in found["warnings"])
+        text = place.run("status").stdout.decode()
+        assert "first" in text and "fenced" in text and OLD in text
+
+    def test_a_newer_schema_is_shown(self, place: Place) -> None:
+        place.fleet.sql("UPDATE kms.fleet SET schema = 2")
+        assert json.loads(place.run("status", "--json").stdout)["fleet"]["schema"] == 2
+
+    def test_nobody_there(self, place: Place, tmp_path: Path) -> None:
+        place.write(place.text.replace(place.fleet.where.folder, str(tmp_path)))
+        assert "can't be reached" in place.refused("status")
+
+
+class TestConfiguration:
+    """What needs no database."""
+
+    def refused(self, folder: Path, text: str, *words: str) -> str:
+        file = folder / "kms.yaml"
+        file.touch(0o600)
+        file.write_text(text)
+        done = cli(*(words or ("store", "status")), "--config", str(file))
+        assert done.returncode == 1 and done.stderr.count(b"\n") == 1, done.stderr
+        return done.stderr.decode()
+
+    def test_no_fleet(self, tmp_path: Path) -> None:
+        text = self.refused(tmp_path, f"data_dir: {tmp_path}/data\n")
+        assert "the configuration has no fleet" in text and "store: postgresql" in text
+
+    @needs
+    def test_no_block(self, tmp_path: Path) -> None:
+        assert "nothing says where" in self.refused(tmp_path, "store: postgresql\n")
+
+    @needs
+    def test_a_block_that_is_wrong(self, tmp_path: Path) -> None:
+        block = "store: postgresql\npostgresql: {hosts: [db1], database: kms, user: kms, password_file: p}\n"
+        assert "tls_ca is missing" in self.refused(tmp_path, block)
+
+    @pytest.mark.parametrize("command", ["serve", "verify", "export", "status"])
+    def test_what_does_not_work_says_so(self, tmp_path: Path, command: str) -> None:
+        block = "store: postgresql\npostgresql: {hosts: /run/postgresql, database: kms, user: kms}\n"
+        key = tmp_path / "kek"
+        key.touch(0o600)
+        key.write_bytes(bytes(range(100, 132)))
+        text = self.refused(tmp_path, f"master_key_file: {key}\ndata_dir: {tmp_path}/data\n{block}", command)
+        assert "doesn't serve from it yet" in text
+        assert not (tmp_path / "data").exists()
