@@ -19,7 +19,7 @@ from tests.harness import REPO
 PACKAGE = REPO / "progressdb_kms"
 
 ORDER = (
-    "errors encoding rules",
+    "errors encoding disk rules",
     "crypto",
     "store",
     "audit",
@@ -121,6 +121,23 @@ def test_a_module_of_others_has_one_importer(owned: str) -> None:
         if owned in {name.split(".")[0] for name in imports(module, source)}
     }
     assert users <= {OWNED[owned]}
+
+
+SAID_ONCE = {
+    '"audit:head:': "store.heads",  # the rows of the heads of audit chains
+    "data[os.write(": "disk",  # all of the bytes
+    "envelope.own(": "service.ownkeys",  # the audit key and the row key are opened
+    "loaded.previous_sources": "service.plan",  # a configured key gets its name
+    " that wraps this DEK is not loaded": "crypto.keyring",  # what a peer hears of a KEK that is not there
+    "Option(": "config.options config.values",  # a key of the configuration is a row
+}
+"""What only these modules may say, so that it is done, and changed, in one place."""
+
+
+@pytest.mark.parametrize("words", SAID_ONCE)
+def test_what_is_said_in_one_place(words: str) -> None:
+    places = {f"progressdb_kms.{name}" for name in SAID_ONCE[words].split()}
+    assert {name for name, source in MODULES.items() if words in source} == places
 
 
 LOADED = """

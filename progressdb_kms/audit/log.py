@@ -35,6 +35,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, NewType, NoReturn
 
+from .. import disk
 from ..crypto.aead import mac, same
 from ..encoding import b64encode, b64encode_bytes, json_dumps, json_loads, timestamp, wall
 from ..errors import AuditUnavailable, KMSError
@@ -172,14 +173,6 @@ def _open(path: str) -> tuple[int, os.stat_result]:
         raise
 
 
-def _sync_directory(path: str) -> None:
-    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 # ---- the writer ----------------------------------------------------------------------------------
 
 _STOPPED = {
@@ -227,7 +220,7 @@ class AuditLog:
         self._fd = -1
         self._take(*_open(self.path))
         with contextlib.suppress(OSError):  # a file system that can't sync directories
-            _sync_directory(self.path)
+            disk.sync(os.path.dirname(self.path))
 
     def _take(self, fd: int, status: os.stat_result) -> None:
         if self._fd >= 0:

@@ -131,7 +131,7 @@ def load(
     """
     path = flags.get("config")
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(yamlfile.read(os.path.abspath(path))) if path else None
+        file = stack.enter_context(contextlib.closing(yamlfile.read(os.path.abspath(path)))) if path else None
         values = {option.name: _choose(option, flags, file, environ) for option in SETTINGS}
         stack.enter_context(_advising(values["data_dir"], first))
         master, previous = _sources(file, environ)
@@ -173,7 +173,7 @@ def _is_used(data_dir: Path) -> bool:
 
 def read_policies(path: str) -> Sequence[Mapping[str, Any]]:
     """The policies that a configuration file has now. Raises ConfigError where anything in it is wrong."""
-    with yamlfile.read(path) as file:
+    with contextlib.closing(yamlfile.read(path)) as file:
         return file.values.get("policies") or ()
 
 

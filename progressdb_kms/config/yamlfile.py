@@ -24,9 +24,9 @@ import os
 import stat
 from collections.abc import Iterable
 from io import FileIO
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ..disk import write_all
 from ..encoding import json_dumps
 from ..errors import ConfigError, KMSError
 from .keysource import HEX, Source
@@ -68,17 +68,6 @@ class ConfigFile:
 
     def close(self) -> None:
         self._keys.close()
-
-    def __enter__(self) -> ConfigFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def preload() -> None:
@@ -172,16 +161,11 @@ def _child(path: str, descriptor: int, reply: int, keys: int) -> NoReturn:
     status = 1
     try:
         answer, material = _answer(path, descriptor)
-        _write(keys, material)
-        _write(reply, json_dumps(answer).encode())
+        write_all(keys, material)
+        write_all(reply, json_dumps(answer).encode())
         status = 0
     finally:
         os._exit(status)
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
 
 
 def _answer(path: str, descriptor: int) -> tuple[dict[str, Any], bytes]:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..crypto.aead import mac
+from ..disk import write_all
 from ..encoding import LATEST, b64encode, json_dumps
 from ..errors import StoreUnavailable
 from .contract import DekRecord
@@ -78,7 +79,7 @@ class Snapshot:
         rows = [json_dumps({"key_id": old.key_id, **old.to_row()}).encode() + b"\n" for old, _ in pairs]
         with _write_errors(self.path):
             if self._lines >= 0:
-                _write_all(self._lines, b"".join(rows))
+                write_all(self._lines, b"".join(rows))
             else:
                 for (old, _), row in zip(pairs, rows):
                     self._save_file(old.key_id, row)
@@ -93,7 +94,7 @@ class Snapshot:
     def _save_file(self, key_id: str, row: bytes) -> None:
         fd = self._create(key_id + ".json")
         try:
-            _write_all(fd, row)
+            write_all(fd, row)
         finally:
             os.close(fd)
 
@@ -295,7 +296,7 @@ def _blank(lines: Path, key_id: str) -> None:
 def _overwrite(path: Path) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
     try:
-        _write_all(fd, bytes(os.fstat(fd).st_size))
+        write_all(fd, bytes(os.fstat(fd).st_size))
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -313,23 +314,13 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
-
-
-class _write_errors:
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
     """OSError becomes the StoreUnavailable that the caller of a rotation hears."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, value: object, trace: object) -> None:
-        if isinstance(value, OSError):
-            raise StoreUnavailable(
-                f"{self._path} can't be written: {value.strerror}",
-                hint="make room, or look at the rights of the folder; nothing was changed",
-            ) from value
+    try:
+        yield
+    except OSError as error:
+        raise StoreUnavailable(
+            f"{path} can't be written: {error.strerror}",
+            hint="make room, or look at the rights of the folder; nothing was changed",
+        ) from error

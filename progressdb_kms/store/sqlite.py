@@ -36,6 +36,7 @@ from urllib.parse import quote
 
 from sqlitedict import SqliteDict
 
+from .. import disk
 from ..encoding import json_dumps, json_loads
 from ..errors import StoreDamaged, StoreUnavailable
 from . import outside
@@ -89,15 +90,6 @@ def _unavailable(error: sqlite3.Error) -> StoreUnavailable:
     else:
         hint = "look at the disk and the kernel log, then run `progressdb-kms doctor`"
     return StoreUnavailable(f"the store can't do that now: {text}", hint=hint)
-
-
-def _sync(path: Path) -> None:
-    """Of the folder and a file that no connection is on: closing it costs no lock."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Connection:
@@ -482,9 +474,9 @@ class SqliteStore(SealedStore, SqliteReader):
             with contextlib.ExitStack() as undo:
                 undo.callback(part.unlink)
                 self._conn.execute("VACUUM INTO ?", (str(part),))
-                _sync(part)
+                disk.sync(part)
                 os.link(part, file)  # never over another
-            _sync(self.path.parent)
+            disk.sync(self.path.parent)
         except OSError as error:
             raise StoreUnavailable(f"{file} can't be written: {error.strerror}") from error
         return file

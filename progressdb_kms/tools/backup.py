@@ -34,6 +34,7 @@ from typing import Any, Callable, NamedTuple
 from urllib.parse import quote
 
 from ..crypto.envelope import ROW_KEY
+from ..disk import sync, write_all
 from ..encoding import json_dumps, json_loads, timestamp
 from ..errors import StoreDamaged
 from ..service.ownkeys import ROWS
@@ -41,7 +42,7 @@ from ..store.contract import DekRecord, Usage
 from ..store.seal import MODULUS, OWN, STATE, Seal, StoreState, weight, without_mac
 from ..store.sqlite import APPLICATION_ID, DEKS, FILE_NAME, SCHEMA_VERSION, USAGE_OF, check_schema
 from . import asowner, datadir
-from .console import CommandFailed, sync_folder
+from .console import CommandFailed
 
 Progress = Callable[[int, int], None]
 
@@ -112,10 +113,10 @@ def backup(data_dir: Path, file: Path, progress: Progress) -> dict[str, Any]:
                 f"the backup can't be made: {error}", hint="nothing was left behind"
             ) from None
         os.lseek(descriptor, 0, os.SEEK_END)
-        _write_all(descriptor, contents.line())
+        write_all(descriptor, contents.line())
         os.fsync(descriptor)
         _name(part, file)
-    sync_folder(file.absolute().parent)
+    sync(file.absolute().parent)
     return {"file": str(file), **_shown(contents)}
 
 
@@ -450,8 +451,3 @@ def _value(db: sqlite3.Connection, name: str) -> Any:
 def _connect(path: Path, options: str) -> sqlite3.Connection:
     uri = f"file://{quote(os.fsencode(path.absolute()))}?{options}"
     return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=5)
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]

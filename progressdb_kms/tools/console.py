@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from ..disk import sync
 from ..errors import OperatorError
 
 STDIO = "-"
@@ -161,15 +162,6 @@ def write_binary(name: str, data: bytes) -> None:
         file.write(data)
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def _replacement(path: Path) -> Iterator[IO[bytes]]:
     part = path.with_name(f".{path.name}.part")
@@ -190,7 +182,7 @@ def _replacement(path: Path) -> Iterator[IO[bytes]]:
         if named:
             part.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def _nameless(folder: Path) -> int | None:

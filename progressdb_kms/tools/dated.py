@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from ..config.load import Loaded
+from ..disk import sync
 from ..encoding import json_dumps
 from ..service import lastbackup
 from ..service.lastbackup import LastBackup
 from ..service.start import host_id
 from . import asowner, drill
 from .backup import Progress, backup, last_line
-from .console import CommandFailed, output, say, sync_folder
+from .console import CommandFailed, output, say
 
 ID = 8
 """Hex digits of the data-dir's id that stand in a name."""
@@ -53,7 +54,7 @@ def _drill(loaded: Loaded, file: Path, progress: Progress) -> None:
     except CommandFailed as error:
         aside = file.with_name(f"{file.name}.failed")
         os.rename(file, aside)
-        sync_folder(file.parent)
+        sync(file.parent)
         raise CommandFailed(
             f"{error.message}; it is kept as {aside.name}, and no older one was removed", hint=error.hint
         ) from None
@@ -68,7 +69,7 @@ def _prune(folder: Path, start: str, keep: int) -> list[str]:
     for file in old:
         file.unlink()
     if old:
-        sync_folder(folder)
+        sync(folder)
     return [str(file) for file in old]
 
 

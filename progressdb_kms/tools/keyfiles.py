@@ -48,9 +48,10 @@ from ..config.weakkeys import check_master_key
 from ..crypto.aead import KEY_SIZE
 from ..crypto.keyring import fingerprint
 from ..crypto.memory import LockedBuffer
+from ..disk import sync
 from ..errors import ConfigError
 from . import asowner
-from .console import CommandFailed, sync_folder
+from .console import CommandFailed
 
 POLL = 0.5
 """Seconds between two looks at a rotation that somebody else began."""
@@ -148,7 +149,7 @@ def write_key(path: Path, key: memoryview, like: os.stat_result | None = None) -
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def prove_replaceable(path: Path, probe: Path) -> None:
@@ -183,14 +184,13 @@ def remove_key(path: Path) -> None:
         _overwrite(descriptor)
     finally:
         os.close(descriptor)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def sync_file(path: Path) -> None:
     """Bring a file and its name to the disk."""
-    with open(path, "rb", buffering=0) as file:
-        os.fsync(file.fileno())
-    sync_folder(path.parent)
+    sync(path)
+    sync(path.parent)
 
 
 def _part_of(path: Path) -> Path:
@@ -388,21 +388,21 @@ class ChangeOver:
         files = self._files
         if old_kek_id is None:
             os.replace(files.following, files.current)
-            sync_folder(files.current.parent)
+            sync(files.current.parent)
         elif self._forget_old:
             with open(files.current, "r+b", buffering=0) as old:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(files.kept(old_kek_id))  # an interrupted run without --forget-old
                 os.replace(files.following, files.current)
-                sync_folder(files.current.parent)
+                sync(files.current.parent)
                 _overwrite(old.fileno())
         else:
             with contextlib.suppress(FileExistsError):
                 os.link(files.current, files.kept(old_kek_id))
-            sync_folder(files.current.parent)
+            sync(files.current.parent)
             self._step("kept")
             os.replace(files.following, files.current)
-            sync_folder(files.current.parent)
+            sync(files.current.parent)
         self._step("replaced")
 
     def _remove_parts(self) -> None:

@@ -40,6 +40,7 @@ from typing import Any, Callable, NamedTuple
 from ..audit import tail, verify
 from ..config.load import Loaded
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
+from ..disk import sync
 from ..encoding import timestamp
 from ..errors import AuditUnavailable, KeyMismatch, KMSError, StoreDamaged
 from ..service.clock import ROW as TRUSTED_CLOCK
@@ -53,7 +54,7 @@ from ..store.policy import DISABLED, ENABLED, PENDING_DELETION, SHREDDED
 from ..store.sqlite import FILE_NAME, SqliteReader, SqliteStore
 from . import asowner, backup, datadir
 from .backup import Backup, Progress
-from .console import CommandFailed, sync_folder
+from .console import CommandFailed
 from .datadir import Keys, Opener, beyond
 
 BATCH = 2000
@@ -445,10 +446,9 @@ def _put_rows(store: SqliteStore, source: Backup, chosen: Plan, past: Past, buil
 def _swap(data_dir: Path, folder: Path) -> None:
     """From one store to the other by one rename. The old one's log is in its file by now, or unreadable: left
     in place, SQLite would play it into the new file."""
-    with open(folder / FILE_NAME, "rb") as file:
-        os.fsync(file.fileno())
+    sync(folder / FILE_NAME)
     for name in _SIDE_FILES:
         (data_dir / name).unlink(missing_ok=True)
-    sync_folder(data_dir)
+    sync(data_dir)
     os.replace(folder / FILE_NAME, data_dir / FILE_NAME)
-    sync_folder(data_dir)
+    sync(data_dir)

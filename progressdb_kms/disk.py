@@ -1,0 +1,21 @@
+"""On the way to the disk: all of the bytes written, and a file or the names in a folder synced."""
+
+from __future__ import annotations
+
+import os
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """A pipe, or a disk that fills up, may take less than it is given."""
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Of a file what stands in it, of a folder the names. Raises OSError. Not for a database that is open: to
+    close any descriptor of it gives up the locks that this process has on it (POSIX)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
