@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from .. import __version__
@@ -54,10 +55,13 @@ TOLD = frozenset(
 _LINES = re.compile(
     rb'"ts":"([^"\n]{13})([^"\n]*)","op":"([a-z_]+)","outcome":"([a-z]+)","status":[0-9]+'
     rb'(?:,"change":[0-9]+)?(?:,"key_id":"([^"\n]*)")?'
-    rb'(?:,"thread_id":"(?:[^"\\\n]|\\[^\n])*")?(?:,"actor":"[^"\n]*","uid":([0-9]+))?'
+    rb'(?:,"thread_id":"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*")?(?:,"actor":"[^"\n]*","uid":([0-9]+))?'
 ).findall
 _BATCHES = re.compile(rb'"ts":"([^"\n]*)","op":"[a-z_]+","outcome":"ok"[^\n]*,"keys":\[([^\]\n]*)\]').findall
-_TOLD_LINES = re.compile(rb'^\{"event":\{[^\n]*?"op":"(?:%b)"[^\n]*' % "|".join(sorted(TOLD)).encode(), re.M)
+_TOLD_OPS = re.compile(rb'"op":"(?:%b)","outcome"' % "|".join(sorted(TOLD)).encode()).finditer
+
+
+_CALL, _CALLER = itemgetter(0, 2, 3), itemgetter(5, 3)
 
 
 class Counts:
@@ -71,24 +75,26 @@ class Counts:
         self.told: list[dict[str, Any]] = []
         self.lines = 0
 
-    def __call__(self, path: str, block: bytes) -> None:
+    def __call__(self, block: bytes, verified: bool) -> None:
         low, high = self.since.encode(), self.until.encode()
         rows = _LINES(block)
         if low or high != b"~":
             rows = [row for row in rows if low <= row[0] + row[1] < high]
         self.lines += len(rows)
-        self.calls.update((hour, op, outcome) for hour, _, op, outcome, _, _ in rows)
-        self.uids.update((uid, outcome) for _, _, _, outcome, _, uid in rows if uid)
-        self.keys.update(key for _, _, _, outcome, key, _ in rows if key and outcome == b"ok")
+        self.calls.update(map(_CALL, rows))  # counted by C
+        self.uids.update(map(_CALLER, rows))
+        self.keys.update([row[4] for row in rows if row[3] == b"ok"])
+        self.keys.pop(b"", None)
         for ts, names in _BATCHES(block) if b'"keys":[' in block else ():
             if low <= ts < high:
                 self.keys.update(name.strip(b'"') for name in names.split(b",") if name)
         self._tell(block)
 
     def _tell(self, block: bytes) -> None:
-        for match in _TOLD_LINES.finditer(block):
+        for match in _TOLD_OPS(block):
+            begin, end = block.rfind(b"\n", 0, match.start()) + 1, block.find(b"\n", match.end())
             try:
-                event = parse(match[0])
+                event = parse(block[begin : end if end >= 0 else len(block)])
             except ValueError:
                 continue
             if event.get("op") in TOLD and self.since <= event.get("ts", "") < self.until:
@@ -346,7 +352,8 @@ def _callers(uids: Mapping[tuple[bytes, bytes], int]) -> str:
     rows = [
         (uid.decode(), row[b"ok"], row[b"refused"], row[b"failed"])
         for uid, row in sorted(
-            _outcomes(uids, 0).items(), key=lambda item: (-item[1][b"refused"], -sum(item[1].values()))
+            _outcomes({row: count for row, count in uids.items() if row[0]}, 0).items(),
+            key=lambda item: (-item[1][b"refused"], -sum(item[1].values())),
         )
     ]
     return _table(("UID", "ok", "refused", "failed"), rows, (1, 2, 3))

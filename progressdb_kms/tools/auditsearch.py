@@ -1,8 +1,11 @@
 """`audit search`: records by key, thread, UID, operation, outcome and time, over any number of files.
 
-A regular expression finds candidates in C; each is then parsed and held against the query exactly, because a
-thread_id may hold any text. The chains are verified in the same pass where the audit key is at hand, and each
-record that is shown is checked for itself: a fault is named, and what stands around it is still found.
+The chains are verified in the same pass, where the audit key is at hand. Lines that may be meant are found
+by a search for the rarest text that each must have. Of a block that was verified, each line in a record's
+plain form is one that we wrote: a regular expression decides, and JSON is not parsed. Behind a fault,
+without the key, and where a line is not so plain, it is parsed and held against the query, because a
+thread_id may hold any text, and what is shown is checked for itself: a fault is named, and what stands
+around it is still found.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Any, Callable, NamedTuple
 
 from ..audit.chain import Report
 from ..audit.log import RECORD, genuine, parse
-from ..encoding import json_dumps, timestamp
+from ..encoding import json_dumps, json_loads, timestamp
 from .console import UsageError, safe
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -27,6 +30,13 @@ COLUMNS = ("ts", "chain", "seq", "op", "outcome", "status", "key_id", "thread_id
 """Of a table and of CSV; what a record has beyond them stands in the last column."""
 
 HIDDEN = ("prev", "sig", "actor", "gid")
+
+PLAIN = 2
+"""Braces that open in a line without any within its event."""
+
+_TIMES = re.compile(rb'","ts":"([^"\n]*)"').findall
+
+_PLACED = frozenset((*COLUMNS, *HIDDEN, "verified"))
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What a spreadsheet may take for a formula at the beginning of a cell."""
@@ -57,25 +67,40 @@ class Query(NamedTuple):
         )
 
     def needles(self) -> list[bytes]:
-        """What stands somewhere in each line that is meant."""
+        """What stands somewhere in each line that is meant, the rarest first."""
         found = []
         if self.key is not None:
             found.append(json_dumps(self.key).encode())
         if self.thread is not None:
             found.append(b'"thread_id":' + json_dumps(self.thread).encode())
-        if self.uid is not None:
-            found.append(b'"uid":%d' % self.uid)
         if self.embedded:
             found.append(b'"embedded":')
+        if self.uid is not None:
+            found.append(b'"uid":%d' % self.uid)
+        if self.outcome is not None:
+            found.append(b'"outcome":"%b"' % self.outcome.encode())
+        if self.op is not None:
+            found.append(b'"op":"%b"' % self.op.encode())
         return found
 
-    def candidates(self) -> re.Pattern[bytes]:
-        """Matches a line that may be one of those, in its first fields and anywhere behind them."""
-        op = re.escape(self.op).encode() if self.op else b"[a-z_]+"
-        outcome = re.escape(self.outcome).encode() if self.outcome else b"[a-z]+"
-        ahead = b"".join(rb"(?=[^\n]*%b)" % re.escape(needle) for needle in self.needles())
-        head = rb'^\{"event":\{"chain":"[0-9.]+","seq":[0-9]+,"prev":"[^"\n]*","ts":"([^"\n]*)"'
-        return re.compile(head + rb',"op":"%b","outcome":"%b"%b[^\n]*' % (op, outcome, ahead), re.M)
+    def plain(self) -> Callable[[bytes], re.Match[bytes] | None]:
+        """Matches a whole line that was verified and is meant; groups: event, time, sig. Of what we wrote, a
+        field outside of strings has a comma before it and no backslash; lines with a brace within, which a
+        string may have and a few events of the keeper do, are left to `holds`."""
+        op, outcome = (re.escape(word).encode() if word else b"[a-z_]+" for word in (self.op, self.outcome))
+        ahead = b""
+        if self.key is not None:
+            key = re.escape(json_dumps(self.key)).encode()
+            ahead += rb'(?=[^\n]*,"(?:(?:new_)?key_id":%b|keys":\[[^\]]*%b))' % (key, key)
+        if self.thread is not None:
+            ahead += rb'(?=[^\n]*,"thread_id":%b)' % re.escape(json_dumps(self.thread)).encode()
+        if self.uid is not None:
+            ahead += rb'(?=[^\n]*,"uid":%d[,}])' % self.uid
+        if self.embedded:
+            ahead += rb'(?=[^\n]*,"embedded":)'
+        head = rb'\{"event":(\{"chain":"[0-9.]+","seq":[0-9]+,"prev":"[^"{]*","ts":"([^"{]*)"'
+        tail = rb',"op":"%b","outcome":"%b"%b[^\n{]*\}),"sig":"([^"{]*)"\}' % (op, outcome, ahead)
+        return re.compile(head + tail).fullmatch
 
 
 def keys_of(event: Mapping[str, Any]) -> set[str]:
@@ -108,26 +133,57 @@ def moment(text: str, now: float) -> str:
     return timestamp(max(0.0, since))
 
 
+Show = Callable[[dict[str, Any]], None]
+
+
 class Hits:
     """Takes blocks of a log and hands on what the query finds, in the order of the files."""
 
-    def __init__(self, query: Query, key: memoryview | None, show: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, query: Query, key: memoryview | None, show: Show) -> None:
         """`key`: the audit key, where it is at hand. `show` gets the event, with `verified`: True, False, or
         None where nobody can tell."""
         self.found = self.unsigned = 0
         self._query = query
-        self._search = query.candidates().finditer
         self._needles = query.needles()
+        self._plain = query.plain()
+        self._low, self._high = query.since.encode(), (query.until or "~").encode()
         self._key = key
         self._show = show
 
-    def __call__(self, path: str, block: bytes) -> None:
-        if not all(needle in block for needle in self._needles):
+    def __call__(self, block: bytes, verified: bool) -> None:
+        if not all(needle in block for needle in self._needles) or not self._at_that_time(block):
             return  # most blocks, where a key is seldom used
-        low, high = self._query.since.encode(), (self._query.until or "~").encode()
-        for match in self._search(block):
-            if low <= match[1] < high:
-                self._look(match[0])
+        for line in self._lines(block):
+            match = self._plain(line) if verified else None
+            if match is not None:
+                if self._low <= match[2] < self._high:
+                    self.found += 1
+                    self._show_plain(match)
+            elif not verified or line.count(b"{") != PLAIN:
+                self._look(line)
+
+    def _at_that_time(self, block: bytes) -> bool:
+        if not self._query.since and not self._query.until:
+            return True
+        times = _TIMES(block)
+        return bool(times) and max(times) >= self._low and min(times) < self._high
+
+    def _lines(self, block: bytes) -> Iterator[bytes]:
+        """Those that have the rarest of the needles."""
+        if not self._needles:
+            yield from block.split(b"\n")
+            return
+        needle, end = self._needles[0], 0
+        while (at := block.find(needle, end)) >= 0:
+            begin, end = block.rfind(b"\n", 0, at) + 1, block.find(b"\n", at)
+            end = end if end >= 0 else len(block)
+            yield block[begin:end]
+
+    def _show_plain(self, match: re.Match[bytes]) -> None:
+        if self._show is as_json:  # it stands there already
+            sys.stdout.write((b'%b,"sig":"%b","verified":true}\n' % (match[1][:-1], match[3])).decode())
+        else:
+            self._show({**json_loads(match[1]), "sig": match[3].decode(), "verified": True})
 
     def _look(self, line: bytes) -> None:
         try:
@@ -189,7 +245,7 @@ def cells(event: Mapping[str, Any]) -> Iterator[str]:
 
 
 def more(event: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in event.items() if name not in (*COLUMNS, *HIDDEN, "verified")}
+    return {name: value for name, value in event.items() if name not in _PLACED}
 
 
 def _told(verified: bool | None) -> str:

@@ -52,7 +52,10 @@ class UsageError(Exception):
 
 def safe(text: object) -> str:
     """One line without control characters."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
+    shown = str(text)
+    if shown.isprintable():
+        return shown
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in shown)
 
 
 def fields(values: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -105,6 +106,63 @@ def test_what_is_no_time(text: str) -> None:
         moment(text, 1_790_000_000)
 
 
+WORDS = [
+    "k_1",
+    "k_10",
+    "general",
+    '"',
+    "\\",
+    '\\"',
+    ',"uid":0',
+    '"thread_id":"general"',
+    "{",
+    "}",
+    "]",
+    "[k_1",
+    "\n",
+    "é",
+]
+
+
+def test_the_short_way_finds_what_the_long_way_finds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever a text holds: a verified block, and the same with nobody who vouches for it."""
+    chance, path = random.Random(7), tmp_path / "kms-audit.log"
+    book = AuditLog(path, KEY, "1.1", Clock())
+    for number in range(400):
+        thread = "".join(chance.choices(WORDS, k=chance.randrange(1, 4)))
+        keys = chance.sample(["k_1", "k_10", "k_1.x"], 2)
+        peer = peer_fragment(chance.choice((0, 1, 10)), 0, number)
+        more = [
+            fragment(keys=keys),
+            fragment(embedded=1),
+            fragment(new_key_id=keys[1]),
+            request_fragment(thread.replace("\n", "")),
+        ]
+        op, outcome = chance.choice(("encrypt", "decrypt")), chance.choice(("ok", "failed"))
+        book.record(op, outcome, 200, key_fragment(keys[0], thread), peer, chance.choice(more))
+        if number % 50 == 0:
+            book.note("rotation_finished", "ok", {"nested": {"a": 1, "uid": 10, "key_id": "k_1"}})
+    book.close()
+    block, stamps = path.read_bytes(), re.findall('"ts":"([^"]+)"', path.read_text())
+    wanted: list[dict[str, Any]] = [{}, {"op": "encrypt"}, {"outcome": "failed"}, {"embedded": True}]
+    wanted += [{"key": key} for key in ("k_1", "k_10", "k_1.", "general")]
+    wanted += [{"thread": thread} for thread in (*WORDS, "general{", "k")]
+    wanted += [{"uid": uid} for uid in (0, 1, 10)] + [
+        {"uid": 1, "op": "decrypt", "key": "k_1", "outcome": "ok"}
+    ]
+    wanted += [{"since": stamps[9]}, {"until": stamps[9]}, {"since": stamps[3], "until": stamps[7], "uid": 1}]
+    for one in wanted:
+        ways = []
+        for verified in (True, False):
+            hits = Hits(Query(**one), KEY, auditsearch.as_json)
+            hits(block, verified)
+            ways.append((hits.found, capsys.readouterr().out))
+        assert ways[0] == ways[1], one
+        assert ways[0][0] or "thread" in one or one in ({"key": "k_1."}, {"key": "general"}), one
+
+
 def test_a_damaged_line_is_named_and_is_no_end(log: Path) -> None:
     lines = log.read_bytes().splitlines(keepends=True)
     lines[2] = lines[2].replace(b'"status":422', b'"status":200')
@@ -121,11 +179,11 @@ def test_a_damaged_line_is_named_and_is_no_end(log: Path) -> None:
 def test_a_file_that_is_no_log_or_no_gzip_is_named(log: Path, tmp_path: Path) -> None:
     packed = tmp_path / "kms-audit.log.1.gz"
     packed.write_bytes(gzip.compress(b"not a log\n")[:-4])
-    seen: list[str] = []
+    seen: list[bytes] = []
     report = Report(in_order([log, packed]))
-    Reading(report, None).through(None, lambda path, block: seen.append(path))
+    Reading(report, None).through(None, lambda block, verified: seen.append(block))
     assert isinstance(report.fault, Fault) and report.fault.file == str(packed)
-    assert str(log) in seen
+    assert log.read_bytes() in seen
 
 
 def test_without_a_key_nothing_is_said_to_be_verified(log: Path) -> None:
