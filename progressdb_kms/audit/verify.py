@@ -26,8 +26,8 @@ from .tail import UNREADABLE, Name, in_order, opened
 __all__ = ["Fault", "Report", "history", "verify"]
 
 Observer = Callable[[bytes, bool], None]
-"""Is given a block of whole lines, or at last what stands after the last line end; and whether it was verified:
-then whatever has a record's form in a line of its own is one."""
+"""Is given a block of whole lines, or at last what stands after the last line end; and whether it was
+verified: then whatever has a record's form in a line of its own is one."""
 
 BLOCK = 256 << 10
 """Bytes read at a time: some 600 records. 1 MiB is 8 % slower: what is made of it leaves the cache."""
