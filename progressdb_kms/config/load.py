@@ -17,7 +17,6 @@ import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from ..crypto.memory import LockedBuffer, wipe
@@ -98,12 +97,7 @@ class Loaded:
     def __enter__(self) -> Loaded:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *rest: object) -> None:
         # While an exception travels, its frames may still hold slices: the wipe is what counts then.
         with contextlib.suppress(BufferError) if kind else contextlib.nullcontext():
             self.close()

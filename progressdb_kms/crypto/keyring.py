@@ -19,7 +19,6 @@ Rules:
 from __future__ import annotations
 
 import sys
-from types import TracebackType
 from typing import NamedTuple
 
 from ..errors import Conflict, Unavailable
@@ -221,11 +220,6 @@ class Loan:
     def __enter__(self) -> memoryview:
         return self._key
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *rest: object) -> None:
         if not self.good():
             raise KeyringChanged from None

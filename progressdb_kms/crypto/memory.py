@@ -23,7 +23,6 @@ import logging
 import mmap
 import os
 import sys
-from types import TracebackType
 
 from ..errors import LockRefused
 
@@ -120,12 +119,7 @@ class LockedBuffer:
     def __enter__(self) -> LockedBuffer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *rest: object) -> None:
         # While an exception travels, its frames may still hold slices: wiping is what counts.
         self.wipe()
         if kind is None:

@@ -62,10 +62,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-    stored: tuple[str, int] | None,
-    keks: Mapping[str, KekCount],
-    keys: Configured,
-    retired: Mapping[str, str],
+    stored: tuple[str, int] | None, keks: Mapping[str, KekCount], keys: Configured, retired: Mapping[str, str]
 ) -> Plan:
     """Choose the active KEK. `stored`: the store's active kek_id and version, None in a fresh one.
 

@@ -46,10 +46,7 @@ def _batch(app: App, call: Call, given: str, wanted: str, work: Many) -> Reply:
 
 
 def _permitted(
-    app: App,
-    call: Call,
-    items: Sequence[T | KMSError],
-    sources: Callable[[T], Sequence[str | Wrapped]],
+    app: App, call: Call, items: Sequence[T | KMSError], sources: Callable[[T], Sequence[str | Wrapped]]
 ) -> list[T | KMSError]:
     """The items that the peer's policies allow; in place of the others, the errors. The first item's use was
     counted with the call."""

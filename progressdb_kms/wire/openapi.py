@@ -92,8 +92,7 @@ def _data(name: str, field: str) -> Schema:
 _DETAIL = _object("code message", "hint", code=_TEXT, message=_TEXT, hint=_TEXT)
 _ERROR = _named("Error", _object("error", error=_named("ErrorDetail", _DETAIL, "`code` is stable.")))
 _WRAPPED = _named(
-    "WrappedDek",
-    _object("wrapped kek_id kek_version", wrapped=_BASE64, kek_id=_TEXT, kek_version=_TEXT),
+    "WrappedDek", _object("wrapped kek_id kek_version", wrapped=_BASE64, kek_id=_TEXT, kek_version=_TEXT)
 )
 _MOVE = _request(
     "key_id new_key_id ciphertext",
@@ -177,8 +176,7 @@ _REQUESTS: dict[str, Schema] = {
     "/unwrap": _named("UnwrapRequest", _request("wrapped", "key_id", wrapped=_BASE64, key_id=_KEY_ID)),
     "/rewrap": _named("RewrapRequest", _object("key_id new_kek_hex", key_id=_KEY_ID, new_kek_hex=_HEX_KEY)),
     "/rotate_kek": _named(
-        "RotateRequest",
-        _object("new_kek_hex", "dry_run", new_kek_hex=_HEX_KEY, dry_run={"type": "boolean"}),
+        "RotateRequest", _object("new_kek_hex", "dry_run", new_kek_hex=_HEX_KEY, dry_run={"type": "boolean"})
     ),
     "DELETE /deks/{key_id}": _named(
         "DeleteRequest",

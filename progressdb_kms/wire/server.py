@@ -109,13 +109,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
 
     def __init__(
-        self,
-        doors: Sequence[Door],
-        app: App,
-        limits: Limits,
-        counters: Block,
-        metrics: Metrics,
-        slab: Slab,
+        self, doors: Sequence[Door], app: App, limits: Limits, counters: Block, metrics: Metrics, slab: Slab
     ) -> None:
         super().__init__("", Connection, bind_and_activate=False)  # type: ignore[arg-type]
         self.socket.close()
