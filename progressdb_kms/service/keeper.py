@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import logging
 import os
 import resource
@@ -27,7 +26,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Union
 
@@ -46,11 +45,10 @@ from ..errors import (
     KeyNotFound,
     KeyShredded,
     KMSError,
-    StoreDamaged,
     StoreUnavailable,
     WeakKey,
 )
-from ..store import erasure, heads, snapshots
+from ..store import heads, snapshots
 from ..store.contract import KEK_ROW, DekRecord, Store, Usage
 from ..store.pause import Pause
 from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS, refusal
@@ -61,7 +59,8 @@ from .keyfile import KeyFile
 from .lock import Files, publish
 from .plan import Configured
 from .rotation import Rewrapper, Rotation, Steps
-from .told import NAMED, Overdue, Readiness
+from .shredding import Shredding
+from .told import NAMED, Readiness, attend
 from .usage import LOST, SPENT, USING, dead, near
 from .usage import refusal as spent
 
@@ -73,17 +72,8 @@ MAX_BATCH = 256
 STAGING_SLOTS = 64
 """New KEKs under way at once, over all workers."""
 
-JANITOR_SECONDS = 30.0
-"""How often scheduled deletions are looked at; they are due to the day."""
-
 TIDY_PAUSES = 1.0, 60.0
 """Tidying that failed is tried again after so many seconds, and after twice as many each time; at most."""
-
-ERASE_PAUSES = 5.0, 60.0
-"""The same for erasures: each try rewrites what can be rewritten, and a foreign reader may stay for hours."""
-
-IDLE_SAVE_SECONDS = 600.0
-"""How often the trusted time is kept while nothing else is written."""
 
 WATCH_SECONDS = 1.0
 """How often the keeper looks whether all of the service's work can be done, and tells where that changed."""
@@ -166,12 +156,13 @@ class Keeper:
         self._rotation: Rotation | None = None
         self._task: tuple[Steps, Job] | None = None
         self._retiring = True  # an earlier run may have left rows
-        self._erasures: dict[str, bytes] = {}  # shredded, and copies may remain: key_id and blob, if known
-        self._erasing, self._tidying = Pause(*ERASE_PAUSES), Pause(*TIDY_PAUSES)
-        self._janitor_pause = Pause(*TIDY_PAUSES)
+        self._tidying = Pause(*TIDY_PAUSES)
+        self._shredding = Shredding(
+            store, data_dir, keyring, clock, self._time, self._put, self.note, self._write_anchors
+        )
         self._writing, self._syncing = Pause(*WRITE_PAUSES), Pause(0, 0)
-        self._readiness, self._overdue = Readiness(), Overdue()
-        self._next_janitor = self._next_look = self._next_watch = 0.0
+        self._readiness = Readiness()
+        self._next_look = self._next_watch = 0.0
         self._lost = self._rescued = ""
         self._rescuer: threading.Thread | None = None
         self._published: Files = {}
@@ -205,8 +196,7 @@ class Keeper:
         self._anchor_own()
         if self._clock.monotonic() >= self._next_witness:
             self._witness()
-        if self._clock.monotonic() >= self._next_janitor and self._janitor_pause.over():
-            self._attend("scheduled deletions can't be looked at now", self._janitor, self._janitor_pause)
+        self._shredding.look()
         if time.monotonic() >= self._next_watch:
             self._next_watch = time.monotonic() + WATCH_SECONDS
             self._watch()
@@ -242,22 +232,8 @@ class Keeper:
 
     def _due_work(self) -> Callable[[], None] | None:
         """What is to be done beside the jobs, of what isn't left alone for a while because it failed."""
-        if self._erasures and self._erasing.over():
-            return self._erase_later
-        if self._retiring and self._tidying.over():
-            return self._tidy_later
-        return None
-
-    def _attend(self, what: str, work: Callable[[], None], pause: Pause) -> None:
-        """Work beside the jobs: no failure ends the keeper, each is told once, and tried again."""
-        try:
-            work()
-        except (KMSError, OSError) as error:
-            if pause.failed(str(error)):
-                log.error("%s: %s; it is tried again", what, error)
-        else:
-            if pause.worked():
-                log.info("over: %s", what)
+        tidy = self._tidy_later if self._retiring and self._tidying.over() else None
+        return self._shredding.later() or tidy
 
     def _waiting(self) -> Iterator[Job]:
         for _ in range(MAX_BATCH):
@@ -279,7 +255,7 @@ class Keeper:
         done += [Done(job, self._attempt(job), []) for job in jobs if job.op not in _WRITES]
         followed = [(job, self._follow_up(outcome, effects)) for job, outcome, effects in done]
         if any(_shreds(job) for job, _ in followed):
-            self._erase_now()
+            self._shredding.now()
         for job, outcome in followed:
             if isinstance(outcome, Long):
                 self._task = (outcome.steps, job)
@@ -333,6 +309,12 @@ class Keeper:
                 outcome = error
         return outcome
 
+    def _erased(self, job: Job, outcome: Outcome) -> Outcome:
+        """The answer to a job: of a shred, whether every copy is gone."""
+        if not _shreds(job) or isinstance(outcome, KMSError):
+            return outcome
+        return self._shredding.remains(job.args["key_id"]) or outcome
+
     def _advance_politely(self, share: float) -> None:
         """A step, or as many as fit into `share` seconds, and a rest where others wanted the core."""
         end, begun, pushed = time.monotonic() + share, time.thread_time(), _pushed_aside()
@@ -367,7 +349,7 @@ class Keeper:
         answer(job, outcome)
 
     def _tidy_later(self) -> None:
-        self._attend("what a rotation left can't be removed now", self._tidy, self._tidying)
+        attend("what a rotation left can't be removed now", self._tidy, self._tidying)
 
     def _tidy(self) -> None:
         with self._store.transaction(durable=False):
@@ -426,7 +408,7 @@ class Keeper:
             return
         if self._anchoring.over():
             what = "the end of the audit log can't be kept in the store now"
-            self._attend(what, functools.partial(self._anchor_to, head[1]), self._anchoring)
+            attend(what, functools.partial(self._anchor_to, head[1]), self._anchoring)
 
     def _anchor_to(self, seq: int) -> None:
         before = self._synced
@@ -527,30 +509,17 @@ class Keeper:
         record = old._replace(state=rule.target, delete_at=delete_at)
         if record != old:
             self._put(record)
-            self._index_deletion(old, record)
+            self._shredding.index(old, record)
             self._effects.append(self._keyring.touch)
         return describe(record)
 
     def _shred(self, old: DekRecord, now: float) -> dict[str, Any]:
         """Repeating it makes sure again: the caller may have been told that copies remained."""
-        record = self._mark_shredded(old, now) if old.state != SHREDDED else old
-        if record is not old or self._store.read(f"erasure:{old.key_id}") is not None:
+        record = self._shredding.mark(old, now) if old.state != SHREDDED else old
+        if record is not old or self._shredding.noted(old.key_id):
             self._effects.append(self._keyring.touch)
-            self._effects.append(lambda: self._erase_soon({old.key_id: old.wrapped}))
+            self._effects.append(lambda: self._shredding.soon({old.key_id: old.wrapped}))
         return describe(record)
-
-    def _mark_shredded(self, old: DekRecord, now: float) -> DekRecord:
-        record = old._replace(wrapped=b"", state=SHREDDED, delete_at="", shredded_at=timestamp(now))
-        self._put(record)
-        self._index_deletion(old, record)
-        self._store.write(f"erasure:{old.key_id}", {"since": record.shredded_at})
-        return record
-
-    def _index_deletion(self, old: DekRecord, new: DekRecord) -> None:
-        if old.delete_at:
-            self._store.erase(f"deletion:{old.delete_at}|{old.key_id}")
-        if new.delete_at:
-            self._store.write(f"deletion:{new.delete_at}|{new.key_id}", {})
 
     def rewrap(self, key_id: str, new_kek: LockedBuffer) -> dict[str, Any]:
         """Move one DEK to another KEK, which joins the keyring."""
@@ -666,102 +635,13 @@ class Keeper:
             self._keyring.remove(kek_id)
         self._brought.clear()
 
-    # ---- erasure and the janitor ---------------------------------------------------------------------
-
-    def _erase_soon(self, blobs: Mapping[str, bytes]) -> None:
-        for key_id, blob in blobs.items():
-            self._erasures.setdefault(key_id, blob)
-
-    def _erase(self, patient: bool) -> None:
-        """Finish shreds, all at once: remove every copy, write the audit records, forget that it was due."""
-        due = dict(itertools.islice(self._erasures.items(), MAX_BATCH))
-        erasure.erase(self._store, self._data_dir, due, patient)
-        for key_id in due:
-            self.note("shred", key_id=key_id)
-        with self._store.transaction():
-            for key_id in due:
-                self._store.erase(f"erasure:{key_id}")
-            self._write_anchors()
-        for key_id in due:
-            del self._erasures[key_id]
-
-    def _erase_now(self) -> None:
-        """Somebody waits for it; but where it failed just now, nobody else shall wait for it again."""
-        patient = self._erasing.over()
-        self._attend("copies of shredded DEKs remain", lambda: self._erase(patient), self._erasing)
-
-    def _erase_later(self) -> None:
-        self._attend("copies of shredded DEKs remain", lambda: self._erase(False), self._erasing)
-
-    def _erased(self, job: Job, outcome: Outcome) -> Outcome:
-        """The answer to a job: of a shred, whether every copy is gone."""
-        if not _shreds(job) or isinstance(outcome, KMSError) or job.args["key_id"] not in self._erasures:
-            return outcome
-        return StoreUnavailable(
-            f"the key {job.args['key_id']} is shredded, and nothing opens it any more; but a copy of its "
-            f"wrapped bytes remains: {self._erasing.why or 'others are removed first'}",
-            hint=f"it is tried again by itself, after {ERASE_PAUSES[0]:.0f} s, and with growing pauses at "
-            f"least every {ERASE_PAUSES[1]:.0f} s: `status` tells how many are due",
-        )
-
-    def _janitor(self) -> None:
-        """Shred what is due, and finish what an earlier shred could not."""
-        now = self._clock.now()
-        with self._store.transaction():  # reads too: it is opened again where that has to be
-            dead = self._to_be_erased()
-            due = self._time.due()
-            records = [] if due is None else self._due(timestamp(due))
-            for record in records:
-                self._mark_shredded(record, now)
-            if self._time.unsaved >= IDLE_SAVE_SECONDS:
-                self._write_anchors()
-        self._erase_soon({record.key_id: b"" for record in dead})
-        if records:
-            self._keyring.touch()
-            self._erase_soon({record.key_id: record.wrapped for record in records})
-        self._next_janitor = self._clock.monotonic() + JANITOR_SECONDS
-
-    def _to_be_erased(self) -> list[DekRecord]:
-        """Those whose notes of erasure are borne out by their rows: a note alone erases nothing."""
-        found = []
-        for name in self._store.names("erasure:"):
-            record = self._row(name.partition(":")[2])
-            if record is not None and record.state == SHREDDED:
-                found.append(record)
-            else:
-                self._drop(name)
-        return found
-
-    def _due(self, now: str) -> list[DekRecord]:
-        """A row's own `delete_at` decides, never the list beside the rows."""
-        found = []
-        for name in self._store.due(now, MAX_BATCH):
-            record = self._row(name.rpartition("|")[2])
-            if record is not None and name == f"deletion:{record.delete_at}|{record.key_id}":
-                found.append(record)
-            else:
-                self._drop(name)
-        return found
-
-    def _drop(self, name: str) -> None:
-        log.error("the entry %s is not borne out by the row of that key: removed", name[:200])
-        self._store.erase(name)
-
-    def _row(self, key_id: str) -> DekRecord | None:
-        """A DEK that an entry beside the rows names: its own row decides. None where it can't."""
-        try:
-            return self._store.get(key_id)
-        except StoreDamaged as error:
-            log.error("%s (%s)", error.message, error.hint)
-            return None
-
     # ---- what others ask -------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
         progress = self._rotation.progress if self._rotation else None
         return {
             "rotation": progress._asdict() if progress else None,
-            "erasures_due": len(self._erasures),
+            "erasures_due": len(self._shredding.due),
             "erasures_held": self._time.look().held,
         }
 
@@ -815,7 +695,7 @@ class Keeper:
         if why := self._lost or self._writing.why or self._store.trouble():
             reasons.append(why)
         self._readiness.tell(reasons)
-        self._overdue.tell(self._erasures, self._erasing.why or "others are removed first")
+        self._shredding.tell()
 
     def _overdue_kek(self) -> str:
         return overdue(self._store.state().active, self._clock.now(), self._keys.max_age_days)

@@ -6,6 +6,10 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Sequence
+from typing import Callable
+
+from ..errors import KMSError
+from ..store.pause import Pause
 
 log = logging.getLogger("progressdb_kms")
 
@@ -14,6 +18,18 @@ OVERDUE_SECONDS = 60.0
 
 NAMED = 5
 """Keys that are named in a line."""
+
+
+def attend(what: str, work: Callable[[], None], pause: Pause) -> None:
+    """Work beside the jobs: no failure ends the keeper, each is told once, and tried again."""
+    try:
+        work()
+    except (KMSError, OSError) as error:
+        if pause.failed(str(error)):
+            log.error("%s: %s; it is tried again", what, error)
+    else:
+        if pause.worked():
+            log.info("over: %s", what)
 
 
 class Readiness:

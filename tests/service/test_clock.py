@@ -16,9 +16,10 @@ from progressdb_kms.encoding import LATEST, timestamp, wall
 from progressdb_kms.service import start
 from progressdb_kms.service.channel import channel
 from progressdb_kms.service.clock import AHEAD, Anchor, Clock, Reading, age, judge, overdue
-from progressdb_kms.service.keeper import JANITOR_SECONDS, Keeper
+from progressdb_kms.service.keeper import Keeper
 from progressdb_kms.service.lock import claim
 from progressdb_kms.service.plan import Configured, ConfiguredKey
+from progressdb_kms.service.shredding import JANITOR_SECONDS
 from progressdb_kms.store.seal import ActiveKek
 
 NOW = 1_795_000_000.0

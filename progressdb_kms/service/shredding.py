@@ -1,0 +1,193 @@
+"""Shreds, from the row's mark to the last copy; and the janitor, who marks what is due.
+
+A shred is a tombstone in the DEK's row and an entry `erasure:<key_id>` beside it, in one transaction. From
+then on nothing opens the DEK. Every copy of its wrapped bytes is removed after that, at once where somebody
+waits for it, and again with growing pauses where a copy can't be removed; the entry goes last, so that a
+crash at any point leaves it due. A scheduled deletion is an entry `deletion:<time>|<key_id>`, in order of
+time.
+
+No entry decides anything: a DEK's own row does, and an entry that it does not bear out is removed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Callable
+
+from ..crypto.keyring import Keyring
+from ..encoding import timestamp
+from ..errors import StoreDamaged, StoreUnavailable
+from ..store import erasure
+from ..store.contract import DekRecord, Store
+from ..store.pause import Pause
+from ..store.policy import SHREDDED
+from .clock import Clock, TrustedTime
+from .told import Overdue, attend
+
+log = logging.getLogger(__name__)
+
+MOST = 256
+"""Deletions and erasures that are done at a time."""
+
+JANITOR_SECONDS = 30.0
+"""How often scheduled deletions are looked at; they are due to the day."""
+
+JANITOR_PAUSES = 1.0, 60.0
+ERASE_PAUSES = 5.0, 60.0
+"""What failed is tried again after so many seconds, and after twice as many each time; at most. Each try of
+an erasure rewrites what can be rewritten, and a foreign reader may stay for hours."""
+
+IDLE_SAVE_SECONDS = 600.0
+"""How often the trusted time is kept while nothing else is written."""
+
+
+class Shredding:
+    """The keeper's. `put`, `note` and `anchor` are what it does with a row, for the audit log, and with the
+    heads of that in a transaction."""
+
+    def __init__(
+        self,
+        store: Store,
+        data_dir: Path,
+        keyring: Keyring,
+        clock: Clock,
+        time: TrustedTime,
+        put: Callable[[DekRecord], None],
+        note: Callable[..., None],
+        anchor: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._data_dir = data_dir
+        self._keyring = keyring
+        self._clock, self._time = clock, time
+        self._put, self._note, self._anchor = put, note, anchor
+        self.due: dict[str, bytes] = {}  # shredded, and copies may remain: key_id and blob, if known
+        self._erasing, self._looking = Pause(*ERASE_PAUSES), Pause(*JANITOR_PAUSES)
+        self._overdue = Overdue()
+        self._next = 0.0
+
+    # ---- in a transaction ------------------------------------------------------------------------
+
+    def mark(self, old: DekRecord, now: float) -> DekRecord:
+        """The tombstone, and the note that the erasure is due."""
+        record = old._replace(wrapped=b"", state=SHREDDED, delete_at="", shredded_at=timestamp(now))
+        self._put(record)
+        self.index(old, record)
+        self._store.write(f"erasure:{old.key_id}", {"since": record.shredded_at})
+        return record
+
+    def index(self, old: DekRecord, new: DekRecord) -> None:
+        """Where the time of a scheduled deletion changed."""
+        if old.delete_at:
+            self._store.erase(f"deletion:{old.delete_at}|{old.key_id}")
+        if new.delete_at:
+            self._store.write(f"deletion:{new.delete_at}|{new.key_id}", {})
+
+    def noted(self, key_id: str) -> bool:
+        return self._store.read(f"erasure:{key_id}") is not None
+
+    # ---- after its COMMIT ------------------------------------------------------------------------
+
+    def soon(self, blobs: Mapping[str, bytes]) -> None:
+        for key_id, blob in blobs.items():
+            self.due.setdefault(key_id, blob)
+
+    def now(self) -> None:
+        """Somebody waits for it; but where it failed just now, nobody else shall wait for it again."""
+        patient = self._erasing.over()
+        attend("copies of shredded DEKs remain", lambda: self._erase(patient), self._erasing)
+
+    def later(self) -> Callable[[], None] | None:
+        """What is to be done beside the jobs."""
+        if not self.due or not self._erasing.over():
+            return None
+        return lambda: attend("copies of shredded DEKs remain", lambda: self._erase(False), self._erasing)
+
+    def _erase(self, patient: bool) -> None:
+        """Finish shreds, all at once: remove every copy, write the audit records, forget that it was due."""
+        due = dict(itertools.islice(self.due.items(), MOST))
+        erasure.erase(self._store, self._data_dir, due, patient)
+        for key_id in due:
+            self._note("shred", key_id=key_id)
+        with self._store.transaction():
+            for key_id in due:
+                self._store.erase(f"erasure:{key_id}")
+            self._anchor()
+        for key_id in due:
+            del self.due[key_id]
+
+    def remains(self, key_id: str) -> StoreUnavailable | None:
+        """What a caller hears of a shred that is not finished."""
+        if key_id not in self.due:
+            return None
+        return StoreUnavailable(
+            f"the key {key_id} is shredded, and nothing opens it any more; but a copy of its "
+            f"wrapped bytes remains: {self._erasing.why or 'others are removed first'}",
+            hint=f"it is tried again by itself, after {ERASE_PAUSES[0]:.0f} s, and with growing pauses at "
+            f"least every {ERASE_PAUSES[1]:.0f} s: `status` tells how many are due",
+        )
+
+    def tell(self) -> None:
+        """The journal, of what is due for long."""
+        self._overdue.tell(self.due, self._erasing.why or "others are removed first")
+
+    # ---- the janitor -----------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """In each round of the keeper."""
+        if self._clock.monotonic() >= self._next and self._looking.over():
+            attend("scheduled deletions can't be looked at now", self._tidy_up, self._looking)
+
+    def _tidy_up(self) -> None:
+        """Shred what is due, and finish what an earlier shred could not."""
+        now = self._clock.now()
+        with self._store.transaction():  # reads too: it is opened again where that has to be
+            dead = self._to_be_erased()
+            due = self._time.due()
+            records = [] if due is None else self._past(timestamp(due))
+            for record in records:
+                self.mark(record, now)
+            if self._time.unsaved >= IDLE_SAVE_SECONDS:
+                self._anchor()
+        self.soon({record.key_id: b"" for record in dead})
+        if records:
+            self._keyring.touch()
+            self.soon({record.key_id: record.wrapped for record in records})
+        self._next = self._clock.monotonic() + JANITOR_SECONDS
+
+    def _to_be_erased(self) -> list[DekRecord]:
+        """Those whose notes of erasure are borne out by their rows: a note alone erases nothing."""
+        found = []
+        for name in self._store.names("erasure:"):
+            record = self._row(name.partition(":")[2])
+            if record is not None and record.state == SHREDDED:
+                found.append(record)
+            else:
+                self._drop(name)
+        return found
+
+    def _past(self, now: str) -> list[DekRecord]:
+        """A row's own `delete_at` decides, never the list beside the rows."""
+        found = []
+        for name in self._store.due(now, MOST):
+            record = self._row(name.rpartition("|")[2])
+            if record is not None and name == f"deletion:{record.delete_at}|{record.key_id}":
+                found.append(record)
+            else:
+                self._drop(name)
+        return found
+
+    def _drop(self, name: str) -> None:
+        log.error("the entry %s is not borne out by the row of that key: removed", name[:200])
+        self._store.erase(name)
+
+    def _row(self, key_id: str) -> DekRecord | None:
+        """A DEK that an entry beside the rows names: its own row decides. None where it can't."""
+        try:
+            return self._store.get(key_id)
+        except StoreDamaged as error:
+            log.error("%s (%s)", error.message, error.hint)
+            return None
