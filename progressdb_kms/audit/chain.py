@@ -1,8 +1,8 @@
 """The machine that holds the lines of an audit log against each other: bytes in, the first fault out.
 
-A line that begins as the next of its chain must, and is signed, costs one HMAC and is looked into no further:
-who can sign is who writes them. Everything else goes the slow way, `_line`, and ends there as a fault, or as one of the few things that an
-honest log may hold:
+A line that begins as the next of its chain must, and is signed, costs one HMAC and is looked into no
+further: who can sign is who writes them. Everything else goes the slow way, `_line`, and ends there as a
+fault, or as one of the few things that an honest log may hold:
 
 - a torn record: bytes that a recovery event, further on, names by length and SHA-256. Until then they are
   "loose"; what is loose at the end is a fault.
@@ -28,7 +28,7 @@ LONGEST = 1 << 20
 """Bytes of the longest line that is looked into; a record has 300 to 2,000."""
 
 _NAME, _EVENT, _TAIL = len(MARK), len(b'{"event":'), len(b',"sig":""}') + 44
-"""Where in a line the chain's name begins, where the event does, and how far from the line's end that ends."""
+"""Where in a line the chain's name begins, where its event does, and how far from the end that ends."""
 _BEGUN = re.compile(rb'\{"event":\{"chain":"([0-9.]{3,32})","seq":([0-9]{1,19}),"prev":"([A-Za-z0-9+/=]*)",')
 _SPECIAL = frozenset((b"start", b"shred", b"audit_recovered"))
 _SPECIAL_OP = re.compile(rb'"ts":"[^"]*","op":"(?:%b)"' % b"|".join(_SPECIAL)).match
@@ -130,7 +130,7 @@ class Verifier:
         self._files += 1
 
     def feed(self, block: bytes) -> None:
-        """Take whole lines. What has no watcher, continues its chain byte by byte and is signed is a record."""
+        """Take whole lines. What continues its chain byte by byte, and is signed, is a record."""
         chains, line, tag = self._chains, self.line, self._tag
         for text in block[:-1].split(b"\n"):
             line += 1
