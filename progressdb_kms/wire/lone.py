@@ -1,15 +1,25 @@
-"""How to wait for the next request of a connection that is alone in the daemon.
+"""How to wait for the next request of a connection that is alone in its worker.
 
-To be woken is half of a lone call where a core that has nothing to do is halted. To look without sleeping
-until it comes costs a core, and takes longer where that core is wanted, or is the other half of the peer's.
-No number tells which it is, so it is tried: of ROUND waits the first TRIAL look, as many sleep, and the rest
-do what was clearly quicker. Nobody looks for longer than SPIN.
+    look    without sleeping until it comes: to be woken is half of a lone call where an idle core is halted
+    sleep   until it comes, or somebody else
+    sole    sleep in recv until it comes, for a moment at most: a system call and a turn less. Who comes
+            meanwhile waits as long
+
+To look costs a core, and takes longer where that core is wanted, or is the other half of the peer's. No
+number tells which it is, so it is tried, where no other connection is in the daemon and a core seems to be
+spare: of ROUND waits the first TRIAL look, as many sleep, and then it looks where that was clearly quicker.
 """
 
 from __future__ import annotations
 
-SPIN = 0.0002
-"""Seconds to look for the next request before sleeping."""
+LOOK = 0.0002
+"""Seconds to look at most."""
+
+SOON = 0.002
+"""Seconds to wait for this connection alone."""
+
+STREAK = 32
+"""Requests in a row that came so soon, before it is waited for alone."""
 
 TRIAL, ROUND = 64, 4096
 """Waits."""
@@ -17,29 +27,47 @@ TRIAL, ROUND = 64, 4096
 CLEARLY = 0.9
 """Of the time that sleeping took: what costs a core must pay."""
 
-LONGEST = 5 * SPIN
+LONGEST = 5 * LOOK
 """Seconds that a wait counts for at most: who is idle tells nothing of what is quicker."""
 
 
 class Lone:
-    """`spins`: look before the next wait?"""
+    """`looks`: before the next wait."""
 
     def __init__(self) -> None:
+        self._streak = 0
         self._begin()
 
     def _begin(self) -> None:
-        self.spins = True
+        self.looks = True
         self._waits = 0
         self._looked = self._slept = 0.0
 
-    def waited(self, seconds: float) -> None:
-        """So long until something came."""
+    def waited(self, seconds: float, spare: bool) -> bool:
+        """So long until something came. True: wait for it alone from now on. `spare`: it may be looked."""
+        self._streak = self._streak + 1 if seconds < SOON else 0
+        if spare:
+            self._try(seconds)
+        trying = spare and (self.looks or self._waits < 2 * TRIAL)
+        return self._streak >= STREAK and not trying
+
+    def _try(self, seconds: float) -> None:
         self._waits += 1
         if self._waits <= TRIAL:
             self._looked += min(seconds, LONGEST)
-            self.spins = self._waits < TRIAL
+            self.looks = self._waits < TRIAL
         elif self._waits <= 2 * TRIAL:
             self._slept += min(seconds, LONGEST)
-            self.spins = self._waits == 2 * TRIAL and self._looked < CLEARLY * self._slept
+            self.looks = self._waits == 2 * TRIAL and self._looked < CLEARLY * self._slept
         elif self._waits >= ROUND:
             self._begin()
+
+    def served(self, count: int, more: bool) -> bool:
+        """So many while it was waited for alone. True: no longer."""
+        self._waits += count
+        if not more or self._waits >= ROUND:
+            self._streak = 0
+            if self._waits >= ROUND:
+                self._begin()
+            return True
+        return False

@@ -21,9 +21,11 @@ one for the body, however slowly the bytes drip in; one deadline for taking the 
 from __future__ import annotations
 
 import logging
+import os
 import select
 import socket
 import socketserver
+import struct
 import sys
 import threading
 import time
@@ -45,7 +47,7 @@ from .connection import AHEAD, ANSWERING, BODY, BUSY, CLOSED, HEAD, IDLE, LINGER
 from .doors import EVENTS, STRANGER, Door, Doors
 from .http1 import Head, Known, Reader, Request, Room
 from .lanes import SLICE, Breath, Lane, trim
-from .lone import SPIN, Lone
+from .lone import LOOK, SOON, Lone
 from .slab import ANSWER, RECEIVED, Slab
 
 log = logging.getLogger("progressdb_kms.server")
@@ -84,6 +86,7 @@ SPARE_FILES = 64
 
 _ZEROS = bytes(RECEIVED)
 _NOTHING: list[memoryview] = []
+_SOON = struct.pack("ll", 0, int(SOON * 1e6))
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _IN, _OUT = select.POLLIN, select.POLLOUT  # the same numbers as EPOLLIN and EPOLLOUT
 
@@ -145,6 +148,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._behind = False  # is more here behind the request?
         self._open_doors(doors)
         self._lone = Lone()
+        self._sole: Connection | None = None  # whose socket blocks for a moment
         self._spare = False
         self._untrimmed = False
         self._now = time.monotonic()
@@ -186,6 +190,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._ended.set()
 
     def _turn(self) -> None:
+        if self._sole is not None:
+            self._serve_sole(self._sole)
         events = self._wait()
         self._now = time.monotonic()
         self._idle_until = self._now + self.limits.idle_timeout
@@ -221,21 +227,44 @@ class Server(socketserver.ThreadingUnixStreamServer):
         seconds = self._tick_seconds if self._connections else 5.0
         if resting := self._doors.resting:
             seconds = max(0.0, min(seconds, min(resting.values()) - time.monotonic()))
-        if self._ahead or self._back:
+        if self._ahead or self._back or self._sole is not None:
             seconds = 0.0
-        if self._spare and len(self._connections) == 1:
+        if len(self._connections) == 1:
             return self._wait_for_one(seconds)
         return self._come(seconds, EVENTS)
 
     def _wait_for_one(self, seconds: float) -> list[tuple[int, int]]:
         events: list[tuple[int, int]] = []
         begun = now = time.monotonic()
-        while self._lone.spins and not events and now - begun < SPIN:
+        while self._spare and self._lone.looks and not events and now - begun < LOOK:
             events = self._come(0.0, EVENTS)
             now = time.monotonic()
         events = events or self._come(seconds, EVENTS)
-        self._lone.waited(time.monotonic() - begun)
+        if self._lone.waited(time.monotonic() - begun, self._spare) and self._sole is None:
+            self._enter_sole(*self._connections.values())
         return events
+
+    def _enter_sole(self, connection: Connection) -> None:
+        if connection.phase == IDLE:
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                connection.request.setsockopt(socket.SOL_SOCKET, option, _SOON)
+            os.set_blocking(connection.request.fileno(), True)
+            self._sole = connection
+
+    def _serve_sole(self, connection: Connection) -> None:
+        """Wait in recv for the only connection there is, and look at times who else has come."""
+        served, came, until = 0, True, self._now + SOON
+        while came and connection.phase == IDLE and self._now < until:
+            came = self._receive(connection)
+            if self._out:
+                self._flush()
+            self._now = time.monotonic()
+            self._idle_until = self._now + self.limits.idle_timeout
+            served += 1
+        if self._lone.served(served, came) or connection.phase != IDLE or len(self._connections) != 1:
+            self._sole = None
+            if connection.phase != CLOSED:
+                os.set_blocking(connection.request.fileno(), False)
 
     def _look_around(self) -> None:
         """Is there one connection in all the daemon, and a core to spare to wait for it? Who runs now, of all
@@ -283,24 +312,26 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     # ---- bytes in --------------------------------------------------------------------------------
 
-    def _receive(self, connection: Connection) -> None:
+    def _receive(self, connection: Connection) -> bool:
+        """Did anything come?"""
         if connection.phase == BODY and connection.kept is None and self._receive_long(connection):
-            return
+            return True
         view, kept = self._view, connection.kept
         start = len(kept) if kept is not None else 0
         try:
             size = connection.request.recv_into(view[start:] if start else view)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             size = 0
         if not size:  # the peer is gone
             self._close(connection)
-            return
+            return False
         if kept is not None:
             view[:start] = kept
             connection.kept = None
         self._work(connection, start + size)
+        return True
 
     def _receive_long(self, connection: Connection) -> bool:
         """The next bytes of a body straight to where they belong. False: they must be looked at."""

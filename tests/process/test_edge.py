@@ -282,6 +282,51 @@ class TestLockedMemory:
             assert daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
 
 
+class TestALoneConnection:
+    """It is waited for in recv, which blocks: nobody else may be kept waiting for it, and it for nothing."""
+
+    def alone(self, daemon: Daemon, stack: ExitStack) -> socket.socket:
+        sock = stack.enter_context(connect(daemon.socket))
+        assert [status(sock) for _ in range(200)] == [200] * 200
+        return sock
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_others_are_served_beside_it(self, workers: int) -> None:
+        with Daemon(workers=workers) as daemon, ExitStack() as stack:
+            sock = self.alone(daemon, stack)
+            others = [stack.enter_context(connect(daemon.socket)) for _ in range(4)]
+            for _ in range(50):
+                assert [status(one) for one in (*others, sock)] == [200] * 5
+
+    def test_what_is_long_slow_or_ahead(self) -> None:
+        with Daemon(workers=1) as daemon, ExitStack() as stack:
+            key = daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
+            sock = self.alone(daemon, stack)
+            sock.sendall(GET[:20])
+            time.sleep(0.01)
+            sock.sendall(GET[20:] + GET)  # the rest, and one ahead
+            answers = b""
+            while answers.count(b"HTTP/1.1 200 OK") < 2:
+                answers += sock.recv(4096)
+            head = f"POST /encrypt?key_id={key} HTTP/1.1\r\nHost: unix\r\n"
+            sock.sendall(
+                f"{head}Content-Type: application/octet-stream\r\nContent-Length: 1000000\r\n\r\n".encode()
+            )
+            with daemon.session() as other:  # while it is sent, too
+                assert other.request("GET", "/healthz").status == 200
+            sock.sendall(bytes(1_000_000))
+            got = 0
+            while got < 1_000_000:
+                got += len(sock.recv(1 << 20))
+            assert [status(sock) for _ in range(200)][-1] == 200
+
+    def test_the_end_of_the_daemon_or_of_the_peer(self) -> None:
+        with Daemon(workers=1) as daemon, ExitStack() as stack:
+            self.alone(daemon, stack).close()
+            self.alone(daemon, stack)
+            daemon.stop()
+
+
 def cpu_seconds(daemon: Daemon) -> float:
     ticks = os.sysconf("SC_CLK_TCK")
     stats = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split() for pid in daemon.pids()]

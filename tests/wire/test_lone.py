@@ -1,18 +1,18 @@
-"""Whether the waiter of a lone connection looks or sleeps is found out by trying, again and again."""
+"""How a lone connection is waited for is found out by trying, again and again."""
 
 from __future__ import annotations
 
 import pytest
 
-from progressdb_kms.wire.lone import CLEARLY, ROUND, SPIN, TRIAL, Lone
+from progressdb_kms.wire.lone import CLEARLY, LOOK, ROUND, SOON, STREAK, TRIAL, Lone
 
 
 def waits(lone: Lone, count: int, looking: float, sleeping: float) -> int:
     """So many; how many of them looked."""
     looked = 0
     for _ in range(count):
-        looked += lone.spins
-        lone.waited(looking if lone.spins else sleeping)
+        looked += lone.looks
+        lone.waited(looking if lone.looks else sleeping, spare=True)
     return looked
 
 
@@ -23,7 +23,7 @@ def waits(lone: Lone, count: int, looking: float, sleeping: float) -> int:
         (90e-6, 40e-6, False),
         (40e-6, 40e-6 / CLEARLY * 0.99, False),  # for so little no core is given
         (1.0, 1.0, False),  # an idle one
-        (SPIN * 100, SPIN * 200, False),  # neither is quick
+        (LOOK * 100, LOOK * 200, False),  # neither is quick
     ],
 )
 def test_the_quicker_way_is_taken(looking: float, sleeping: float, rest: bool) -> None:
@@ -39,3 +39,22 @@ def test_it_is_tried_anew() -> None:
     waits(lone, ROUND, 40e-6, 90e-6)
     assert waits(lone, ROUND, 90e-6, 40e-6) == TRIAL
     assert waits(lone, ROUND, 40e-6, 90e-6) == ROUND - TRIAL
+
+
+def test_who_comes_soon_is_waited_for_alone() -> None:
+    lone = Lone()
+    assert [lone.waited(40e-6, spare=False) for _ in range(STREAK)] == [False] * (STREAK - 1) + [True]
+    assert not lone.served(10, more=True)
+    assert lone.served(1, more=False)  # nothing came: others are waited for, too
+    assert not lone.waited(40e-6, spare=False)
+    assert [lone.waited(SOON, spare=False) for _ in range(STREAK * 2)] == [False] * STREAK * 2
+
+
+def test_where_a_core_is_spare_looking_is_tried_first() -> None:
+    lone = Lone()
+    assert not any(lone.waited(90e-6 if lone.looks else 40e-6, spare=True) for _ in range(2 * TRIAL - 1))
+    assert lone.waited(40e-6, spare=True)
+    assert not lone.served(100, more=True)
+    assert lone.served(ROUND, more=True) and lone.looks  # and again at times
+    quicker = Lone()
+    assert not any(quicker.waited(40e-6 if quicker.looks else 90e-6, spare=True) for _ in range(3 * TRIAL))
