@@ -34,17 +34,48 @@ _RAW_JSON: Schema = {
 }
 
 
-def _object(required: str, optional: str = "", /, **properties: Schema) -> Schema:
-    """An object with these members and no other. `required` and `optional`: names, space-separated."""
-    names = required.split()
-    assert {*names, *optional.split()} == set(properties), properties
-    return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
+_COUNT: Schema = {"type": "integer", "minimum": 0}
+_FLAG: Schema = {"type": "boolean"}
+
+_MEMBERS: dict[str, Schema] = {
+    "key_id": _KEY_ID,
+    "new_key_id": _KEY_ID,
+    "thread_id": _THREAD_ID,
+    "thread_key": _THREAD_ID,
+    **dict.fromkeys(("plaintext", "ciphertext", "aad", "new_aad", "wrapped", "new_wrapped"), _BASE64),
+    "dek": _DEK,
+    "new_kek_hex": _HEX_KEY,
+    **dict.fromkeys(("immediately", "dry_run", "ready"), _FLAG),
+    **dict.fromkeys(("encrypts", "decrypts", "last_uid"), _COUNT),
+}
+"""What a member of this name is, wherever it stands. Any other is text, where nothing else is said."""
 
 
-def _request(required: str, optional: str = "", /, **properties: Schema) -> Schema:
+def _object(required: str, optional: str = "", /, **other: Schema) -> Schema:
+    """An object with these members and no other, and `other` ones that need a schema of their own. Names are
+    space-separated, each perhaps with its type behind it: `kek_id count:integer since:string|null`."""
+    properties: dict[str, Schema] = {}
+    names = [word.partition(":") for word in f"{required} {optional}".split()]
+    for name, _, kind in names:
+        kinds = kind.split("|")
+        typed = {"type": kinds if len(kinds) > 1 else kind} if kind else _MEMBERS.get(name, _TEXT)
+        properties[name] = other.get(name, typed)
+    needed = [name for name, _, _ in names[: len(required.split())]]
+    added = {name: schema for name, schema in other.items() if name not in properties}
+    return {
+        "type": "object",
+        "properties": {**properties, **added},
+        "required": needed + list(added),
+        "additionalProperties": False,
+    }
+
+
+def _request(required: str, optional: str = "", /, **other: Schema) -> Schema:
     """As `_object`; null stands for an optional member that was left out."""
-    absent = {name: {"anyOf": [properties[name], {"type": "null"}]} for name in optional.split()}
-    return _object(required, optional, **{**properties, **absent})
+    made = _object(required, optional, **other)
+    for name in optional.split():
+        made["properties"][name] = {"anyOf": [made["properties"][name], _NULL]}
+    return made
 
 
 _NAMED: dict[str, Schema] = {}
@@ -56,18 +87,12 @@ def _named(name: str, schema: Schema, about: str = "") -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _members(text: str, /, optional: str = "", **more: Schema) -> Schema:
-    """An object with all of these members: `kek_id count:integer since:string|null`, and `more` of them; of
-    the `optional` ones each is text."""
-    typed = (word.partition(":") for word in text.split())
-    kinds = {name: (kind or "string").split("|") for name, _, kind in typed}
-    found = {name: {"type": kind if len(kind) > 1 else kind[0]} for name, kind in kinds.items()}
-    left_out = dict.fromkeys(optional.split(), _TEXT)
-    return _object(" ".join((*found, *more)), optional, **found, **more, **left_out)
-
-
 def _map(of: Schema) -> Schema:
     return {"type": "object", "additionalProperties": of}
+
+
+def _list(of: Schema, **more: int) -> Schema:
+    return {"type": "array", "items": of, **more}
 
 
 def _either(*choices: Schema) -> Schema:
@@ -75,96 +100,61 @@ def _either(*choices: Schema) -> Schema:
 
 
 def _items(name: str, item: Schema) -> Schema:
-    items = {"type": "array", "minItems": 1, "maxItems": MAX_ITEMS, "items": item}
-    return _named(name, _object("items", items=items))
+    return _named(name, _object("items", items=_list(item, minItems=1, maxItems=MAX_ITEMS)))
 
 
 def _data(name: str, field: str) -> Schema:
     """Data under a stored DEK, or under one that comes along."""
-    stored = _request(f"key_id {field}", "aad", key_id=_KEY_ID, aad=_BASE64, **{field: _BASE64})
-    inline = _request(
-        f"wrapped {field}", "key_id aad", wrapped=_BASE64, key_id=_KEY_ID, aad=_BASE64, **{field: _BASE64}
-    )
-    choices = (_named(f"{name}Stored", stored), _named(f"{name}Inline", inline))
-    return _named(name, {"anyOf": list(choices)})
+    stored = _named(f"{name}Stored", _request(f"key_id {field}", "aad"))
+    inline = _named(f"{name}Inline", _request(f"wrapped {field}", "key_id aad"))
+    return _named(name, {"anyOf": [stored, inline]})
 
 
-_DETAIL = _object("code message", "hint", code=_TEXT, message=_TEXT, hint=_TEXT)
-_ERROR = _named("Error", _object("error", error=_named("ErrorDetail", _DETAIL, "`code` is stable.")))
-_WRAPPED = _named(
-    "WrappedDek", _object("wrapped kek_id kek_version", wrapped=_BASE64, kek_id=_TEXT, kek_version=_TEXT)
+_DETAIL = _named("ErrorDetail", _object("code message", "hint"), "`code` is stable.")
+_ERROR = _named("Error", _object("error", error=_DETAIL))
+_WRAPPED = _named("WrappedDek", _object("wrapped kek_id kek_version"))
+_MOVE = _named("Reencrypt", _request("key_id new_key_id ciphertext", "aad new_aad"))
+_USAGE = _named(
+    "Usage",
+    _object("encrypts decrypts", "first_used_at last_used_at last_uid"),
+    "What was done under a DEK, but for the last second or so.",
 )
-_MOVE = _request(
-    "key_id new_key_id ciphertext",
-    "aad new_aad",
-    key_id=_KEY_ID,
-    new_key_id=_KEY_ID,
-    ciphertext=_BASE64,
-    aad=_BASE64,
-    new_aad=_BASE64,
+_DESCRIPTION = _named(
+    "Dek",
+    _object(
+        "key_id thread_id state kek_id kek_version created_at",
+        "delete_at shredded_at wrapped usage",
+        thread_id=_TEXT,
+        state={"enum": ["enabled", "disabled", "pending_deletion", "shredded"]},
+        usage=_USAGE,
+    ),
+    "A DEK without its key. Times are RFC 3339 in UTC.",
 )
-_MOVE = _named("Reencrypt", _MOVE)
-_COUNT: Schema = {"type": "integer", "minimum": 0}
-_USAGE = _object(
-    "encrypts decrypts",
-    "first_used_at last_used_at last_uid",
-    **dict.fromkeys(("encrypts", "decrypts", "last_uid"), _COUNT),
-    **dict.fromkeys(("first_used_at", "last_used_at"), _TEXT),
-)
-_USAGE = _named("Usage", _USAGE, "What was done under a DEK, but for the last second or so.")
-_DESCRIPTION = _object(
-    "key_id thread_id state kek_id kek_version created_at",
-    "delete_at shredded_at wrapped usage",
-    key_id=_KEY_ID,
-    thread_id=_TEXT,
-    state={"enum": ["enabled", "disabled", "pending_deletion", "shredded"]},
-    kek_id=_TEXT,
-    kek_version=_TEXT,
-    created_at=_TEXT,
-    delete_at=_TEXT,
-    shredded_at=_TEXT,
-    wrapped=_BASE64,
-    usage=_USAGE,
-)
-_DESCRIPTION = _named("Dek", _DESCRIPTION, "A DEK without its key. Times are RFC 3339 in UTC.")
 
 
 def _done(field: str) -> Schema:
-    return _named(field.title(), _object(field, **{field: _BASE64}))
+    return _named(field.title(), _object(field))
 
 
 def _all_done(field: str) -> Schema:
     """Items in the order of the request; an error is one item's."""
-    items = {"type": "array", "items": _either(_done(field), _ERROR)}
-    return _named(f"{field.title()}Batch", _object("items", items=items))
+    return _named(f"{field.title()}Batch", _object("items", items=_list(_either(_done(field), _ERROR))))
 
 
 _PLAINTEXT, _CIPHERTEXT = _done("plaintext"), _done("ciphertext")
 _PLAINTEXTS, _CIPHERTEXTS = _all_done("plaintext"), _all_done("ciphertext")
 _ENCRYPT, _DECRYPT = _data("EncryptRequest", "plaintext"), _data("DecryptRequest", "ciphertext")
 
-
 _REQUESTS: dict[str, Schema] = {
     "/create_dek_for_thread": _either(
-        _named("ThreadRequest", _request("thread_id", thread_id=_THREAD_ID)),
-        _named("ThreadKeyRequest", _request("thread_key", thread_key=_THREAD_ID)),
+        _named("ThreadRequest", _request("thread_id")), _named("ThreadKeyRequest", _request("thread_key"))
     ),
     "/deks": _either(
-        _named(
-            "CreateRequest",
-            _request(
-                "thread_id", "key_id thread_key", thread_id=_THREAD_ID, key_id=_KEY_ID, thread_key=_NULL
-            ),
-        ),
-        _named(
-            "CreateByThreadKeyRequest",
-            _request(
-                "thread_key", "key_id thread_id", thread_key=_THREAD_ID, key_id=_KEY_ID, thread_id=_NULL
-            ),
-        ),
+        _named("CreateRequest", _request("thread_id", "key_id thread_key", thread_key=_NULL)),
+        _named("CreateByThreadKeyRequest", _request("thread_key", "key_id thread_id", thread_id=_NULL)),
         _named(
             "CreateByKeyRequest",
-            _request("", "key_id thread_id thread_key", key_id=_KEY_ID, thread_id=_NULL, thread_key=_NULL),
+            _request("", "key_id thread_id thread_key", thread_id=_NULL, thread_key=_NULL),
         ),
     ),
     "/encrypt": _ENCRYPT,
@@ -172,19 +162,14 @@ _REQUESTS: dict[str, Schema] = {
     "/encrypt_batch": _items("EncryptBatchRequest", _ENCRYPT),
     "/decrypt_batch": _items("DecryptBatchRequest", _DECRYPT),
     "/reencrypt": {"anyOf": [_MOVE, _items("ReencryptBatchRequest", _MOVE)]},
-    "/wrap": _named("WrapRequest", _object("dek", "key_id", dek=_DEK, key_id=_KEY_ID)),
-    "/unwrap": _named("UnwrapRequest", _request("wrapped", "key_id", wrapped=_BASE64, key_id=_KEY_ID)),
-    "/rewrap": _named("RewrapRequest", _object("key_id new_kek_hex", key_id=_KEY_ID, new_kek_hex=_HEX_KEY)),
-    "/rotate_kek": _named(
-        "RotateRequest", _object("new_kek_hex", "dry_run", new_kek_hex=_HEX_KEY, dry_run={"type": "boolean"})
-    ),
+    "/wrap": _named("WrapRequest", _object("dek", "key_id")),
+    "/unwrap": _named("UnwrapRequest", _request("wrapped", "key_id")),
+    "/rewrap": _named("RewrapRequest", _object("key_id new_kek_hex")),
+    "/rotate_kek": _named("RotateRequest", _object("new_kek_hex", "dry_run")),
     "DELETE /deks/{key_id}": _named(
         "DeleteRequest",
         _request(
-            "",
-            "immediately pending_days",
-            immediately={"type": "boolean"},
-            pending_days={"type": "integer", "minimum": 1, "maximum": 365},
+            "", "immediately pending_days", pending_days={"type": "integer", "minimum": 1, "maximum": 365}
         ),
     ),
     "/deks/{key_id}/disable": (_EMPTY := _named("EmptyRequest", _request(""))),
@@ -196,17 +181,39 @@ _OPTIONAL_BODY = frozenset(
     ("DELETE /deks/{key_id}", "/deks/{key_id}/disable", "/deks/{key_id}/enable", "/clock/accept")
 )
 
-_ANSWERS: dict[str, Schema] = {
-    "/create_dek_for_thread": _named(
-        "NewDek",
+_STATUS = _object(
+    "version state kek_id kek_version kek_since:string|null kek_age_seconds:number|null "
+    "kek_max_age_days:integer|null workers:integer restarts:integer uptime_seconds:number "
+    "disk_free_bytes:integer|null erasures_due:integer erasures_held kek_wraps:integer",
+    deks=_named(
+        "DekCounts",
         _object(
-            "key_id wrapped kek_id kek_version",
-            **{"key_id": _KEY_ID, "wrapped": _BASE64, "kek_id": _TEXT, "kek_version": _TEXT},
+            "total:integer near_limit:integer spent:integer",
+            by_kek=_map(_named("KekUse", _object("version:integer count:integer since"))),
         ),
     ),
+    deletions=_named("Deletions", _object("scheduled:integer next_at:string|null")),
+    audit=_named("AuditHead", _object("chain seq:integer")),
+    memory=_named("Memory", _object("kind locked_bytes:integer required:boolean wipe_on_free:boolean")),
+    hardening=_list(_named("Measure", _object("name ok:boolean detail"))),
+    limits=_map(_named("Limit", _object("used:integer limit:integer|null"), "null: unlimited.")),
+    backup={
+        "anyOf": [
+            _named(
+                "LastBackup", _object("file created_at sha256 checked_at"), "`checked_at`: see the manual."
+            ),
+            _NULL,
+        ]
+    },
+    rotation={"anyOf": [_named("Rotation", _object("phase done:integer total:integer new_kek_id")), _NULL]},
+)
+_ROTATED = "status kek_id kek_version rewrapped:integer"
+
+_ANSWERS: dict[str, Schema] = {
+    "/create_dek_for_thread": _named("NewDek", _object("key_id wrapped kek_id kek_version")),
     "/get_wrapped": _WRAPPED,
     "/wrap": _WRAPPED,
-    "/unwrap": _named("UnwrappedDek", _object("dek", dek=_DEK)),
+    "/unwrap": _named("UnwrappedDek", _object("dek")),
     "/encrypt": _CIPHERTEXT,
     "/decrypt": _named(
         "DecryptedValue",
@@ -215,75 +222,26 @@ _ANSWERS: dict[str, Schema] = {
     ),
     "POST /deks": _either(
         _DESCRIPTION,
-        _named(
-            "ThirdDialectDek",
-            _object(
-                "key_id wrapped_dek kek_id kek_version created_at",
-                key_id=_KEY_ID,
-                wrapped_dek={"type": "object"},
-                kek_id=_TEXT,
-                kek_version=_TEXT,
-                created_at=_TEXT,
-            ),
-        ),
+        _named("ThirdDialectDek", _object("key_id wrapped_dek:object kek_id kek_version created_at")),
     ),
     "/encrypt_batch": _CIPHERTEXTS,
     "/decrypt_batch": _PLAINTEXTS,
     "/reencrypt": {"anyOf": [_CIPHERTEXT, _CIPHERTEXTS]},
-    "GET /deks": _named(
-        "DekPage",
-        _object(
-            "deks next_cursor",
-            deks={"type": "array", "items": _DESCRIPTION},
-            next_cursor={"type": ["string", "null"]},
-        ),
-    ),
-    "/clock/accept": _named(
-        "AcceptedClock",
-        _object("status now trusted held", status={"const": "ok"}, now=_TEXT, trusted=_TEXT, held=_TEXT),
-    ),
+    "GET /deks": _named("DekPage", _object("deks next_cursor:string|null", deks=_list(_DESCRIPTION))),
+    "/clock/accept": _named("AcceptedClock", _object("status now trusted held", status={"const": "ok"})),
     "/readyz": _named(
-        "Readiness",
-        _object(
-            "ready reasons warnings",
-            ready={"type": "boolean"},
-            reasons={"type": "array", "items": _TEXT},
-            warnings={"type": "array", "items": _TEXT},
-        ),
+        "Readiness", _object("ready reasons warnings", reasons=_list(_TEXT), warnings=_list(_TEXT))
+    ),
+    "/status": _named("Status", _STATUS, "null stands for what is not known, or not there."),
+    "/rewrap": _named(
+        "Rewrapped",
+        _object("status key_id kek_id kek_version wrapped new_kek_id new_kek_version new_wrapped", "warning"),
+    ),
+    "/rotate_kek": _either(
+        _named("Rotated", _object(_ROTATED + " backup", "warning")),
+        _named("RotationRehearsed", _object(_ROTATED, by_kek=_map({"type": "integer"})), "A dry run."),
     ),
 }
-
-_DEKS = _members(
-    "total:integer near_limit:integer spent:integer",
-    by_kek=_map(_named("KekUse", _members("version:integer count:integer since"))),
-)
-_BACKUP = _named("LastBackup", _members("file created_at sha256 checked_at"), "`checked_at`: see the manual.")
-_ANSWERS["/status"] = _named(
-    "Status",
-    _members(
-        "version state kek_id kek_version kek_since:string|null kek_age_seconds:number|null "
-        "kek_max_age_days:integer|null workers:integer restarts:integer uptime_seconds:number "
-        "disk_free_bytes:integer|null erasures_due:integer erasures_held kek_wraps:integer",
-        deks=_named("DekCounts", _DEKS),
-        deletions=_named("Deletions", _members("scheduled:integer next_at:string|null")),
-        audit=_named("AuditHead", _members("chain seq:integer")),
-        memory=_named("Memory", _members("kind locked_bytes:integer required:boolean wipe_on_free:boolean")),
-        hardening={"type": "array", "items": _named("Measure", _members("name ok:boolean detail"))},
-        limits=_map(_named("Limit", _members("used:integer limit:integer|null"), "null: unlimited.")),
-        backup={"anyOf": [_BACKUP, _NULL]},
-        rotation={
-            "anyOf": [_named("Rotation", _members("phase done:integer total:integer new_kek_id")), _NULL]
-        },
-    ),
-    "null stands for what is not known, or not there.",
-)
-_REWRAPPED = "status key_id kek_id kek_version wrapped new_kek_id new_kek_version new_wrapped"
-_ANSWERS["/rewrap"] = _named("Rewrapped", _members(_REWRAPPED, "warning"))
-_ROTATED = "status kek_id kek_version rewrapped:integer"
-_ANSWERS["/rotate_kek"] = _either(
-    _named("Rotated", _members(_ROTATED + " backup", "warning")),
-    _named("RotationRehearsed", _members(_ROTATED, by_kek=_map({"type": "integer"})), "A dry run."),
-)
 
 _QUERIES: dict[str, list[tuple[str, bool, Schema]]] = {
     "/get_wrapped": [("key_id", True, _KEY_ID)],
