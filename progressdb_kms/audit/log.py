@@ -97,10 +97,6 @@ def peer_fragment(uid: int, gid: int, pid: int, via: str = "") -> Fragment:
     return Fragment(f',"actor":"peer_uid:{uid:d}","uid":{uid:d},"gid":{gid:d},"pid":{pid:d}')
 
 
-def request_fragment(request_id: str) -> Fragment:
-    return Fragment(f',"request_id":{_quote(request_id)}')
-
-
 @functools.lru_cache(maxsize=1024)
 def _head(op: str, outcome: str, status: int) -> str:
     """The last three fields of the fixed part: the same few, again and again."""

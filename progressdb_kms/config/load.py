@@ -206,17 +206,12 @@ def _settings(values: Mapping[str, Any], file: ConfigFile | None, master: Source
 
 
 def _check_store(settings: Settings, fleet: bool) -> None:
-    if settings.store == "sqlite" and settings.postgresql is not None:
-        raise ConfigError(
-            f"postgresql in {settings.config_file} is of no use where the store is sqlite",
-            hint="write `store: postgresql`, or take the block out",
-        )
+    if settings.postgresql is not None and settings.store == "sqlite":
+        hint = "write `store: postgresql`, or take the block out"
+        raise ConfigError(f"postgresql in {settings.config_file} is of no use for `store: sqlite`", hint=hint)
     if settings.store == "postgresql" and not fleet:
-        raise ConfigError(
-            f"`store: postgresql` in {settings.config_file}: this release makes and shows a fleet's store, "
-            "and doesn't serve from it yet",
-            hint="`progressdb-kms help fleet` tells what works",
-        )
+        hint = "`progressdb-kms help fleet` tells what works"
+        raise ConfigError(f"`store: postgresql` in {settings.config_file} is not served from yet", hint=hint)
 
 
 # ---- where the keys are ----------------------------------------------------------------------------

@@ -164,7 +164,7 @@ class Settings:
         settle=_absolute,
     )
     store: str = _row(
-        values.store_kind, "sqlite or postgresql",
+        values.one_of("sqlite", "postgresql"), "sqlite or postgresql",
         "Where the DEKs are: `sqlite`, in the data_dir; `postgresql`, in a database that the hosts of a "
         "fleet share. See the manual's page fleet.",
         default="sqlite",
@@ -209,7 +209,7 @@ class Settings:
         settle=_processes,
     )
     memory_lock: str = _row(
-        values.lock_mode, "require, try or off",
+        values.one_of("require", "try", "off"), "require, try or off",
         "`require`: refuse to start where the pages of keys can't be locked. `try`: warn. `off`: don't lock.",
         default="try",
     )

@@ -81,18 +81,6 @@ class Option(NamedTuple):
     def wrong(self) -> Wrong:
         return Wrong(f"must be {self.expects.format(low=self.low, high=self.high)}")
 
-    @property
-    def default_text(self) -> str:
-        """For tables: `8388608 bytes`, `0600`, `(none)`."""
-        if self.default is None:
-            return "(none)"
-        if self.parse is file_mode:
-            return f"{self.default:04o}"
-        if isinstance(self.default, bool):
-            return str(self.default).lower()
-        number = f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
-        return f"{number} {self.unit}".strip()
-
 
 # ---- parsers -------------------------------------------------------------------------------------
 
@@ -131,39 +119,32 @@ def worker_count(value: Value, option: Option) -> int | str:
     return "auto" if isinstance(value, Scalar) and value.text == "auto" else whole_number(value, option)
 
 
-def lock_mode(value: Value, option: Option) -> str:
+def one_of(*words: str) -> Callable[[Value, Option], str]:
     """Any type of scalar: YAML 1.1 takes a bare `off` for a truth value."""
-    if not isinstance(value, Scalar) or value.text not in ("require", "try", "off"):
-        raise option.wrong()
-    return value.text
 
+    def parse(value: Value, option: Option) -> str:
+        if not isinstance(value, Scalar) or value.text not in words:
+            raise option.wrong()
+        return value.text
 
-def store_kind(value: Value, option: Option) -> str:
-    if not isinstance(value, Scalar) or value.text not in ("sqlite", "postgresql"):
-        raise option.wrong()
-    return value.text
+    return parse
 
 
 def text_block(value: Value, option: Option) -> dict[str, Any]:
     """Plain texts, and lists of them: who uses the block checks them, nobody else loads what that takes."""
     if not isinstance(value, dict):
         raise option.wrong()
-    return {
-        name: [_plain(one, option) for one in item] if isinstance(item, list) else _plain(item, option)
-        for name, item in value.items()
-    }
+    return {name: _texts(item) for name, item in value.items()}
 
 
-def _plain(value: Value, option: Option) -> str:
-    if not isinstance(value, Scalar):
-        raise option.wrong()
-    return value.text
+def _texts(value: Value) -> Any:
+    if isinstance(value, dict):
+        return {name: _texts(item) for name, item in value.items()}
+    return value.text if isinstance(value, Scalar) else [_texts(item) for item in value]
 
 
 def true_or_false(value: Value, option: Option) -> bool:
-    if not isinstance(value, Scalar) or value.text not in ("true", "false"):
-        raise option.wrong()
-    return value.text == "true"
+    return one_of("true", "false")(value, option) == "true"
 
 
 def file_mode(value: Value, option: Option) -> int:

@@ -42,11 +42,11 @@ import psycopg
 from psycopg import errors as sqlstate
 
 from ..encoding import b64encode, json_dumps
-from ..errors import StoreUnavailable
+from ..errors import StoreDamaged, StoreUnavailable
 from ..store.contract import KEK_ROW, DekRecord, Usage
 from ..store.policy import SHREDDED
-from ..store.seal import STATE, KekCount, StoreState, weight
-from ..store.sealed import SealedStore, Written
+from ..store.seal import STATE, KekCount, Seal, StoreState, weight
+from ..store.sealed import SealedStore, Written, nobody
 from .engine import TIMELINE, UNREACHABLE, Link, Session, translated
 from .reader import STATES, WRITES, FleetReader, combined, row_of, without
 from .rows import ALL, KEKS, KEY, Point
@@ -248,8 +248,15 @@ class FleetStore(SealedStore, FleetReader):
                 hint="a failover lost it, or an older database was put back: `progressdb-kms help fleet`",
             )
 
-    def _unused(self) -> bool:
-        return not self._used
+    def unlock(self, key: memoryview, publish: Callable[[int], None] = nobody) -> None:
+        """As of any store; but a host that joins has no state yet, though there are DEKs."""
+        self._seal, self._publish = Seal(key), publish
+        self._look()
+        if not self._used and self._raw_page("", 1, None):
+            raise StoreDamaged(
+                f"all rows {STATE} of the store are missing",
+                hint="restore a backup: `progressdb-kms restore FILE`",
+            )
 
     def state(self) -> StoreState:
         """With what other hosts did since; inside a transaction as of its beginning."""
@@ -302,8 +309,13 @@ class FleetStore(SealedStore, FleetReader):
         self._acknowledged, self.acting = self._book.change, self._fenced_by
         self._committed(before[0])
 
-    def _own_book(self) -> StoreState:
-        return without(self._book, self._others)
+    def _settle(self, before: StoreState) -> None:
+        if self._book.wraps:
+            self.count((KEK_ROW + kek_id, Usage(wraps)) for kek_id, wraps in self._book.wraps.items())
+            self._book = self._book._replace(wraps={})
+        if self._book is not before:
+            own = without(self._book, self._others)
+            self._write(STATE, self._key.sealed(self._named(STATE), own.to_row()))
 
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:

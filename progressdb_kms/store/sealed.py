@@ -118,7 +118,7 @@ class SealedReader(ABC):
         return DekRecord.from_row(key_id, row)
 
 
-def _nobody(change: int) -> None:
+def nobody(change: int) -> None:
     """Hears of changes where nobody else does."""
 
 
@@ -127,7 +127,7 @@ class SealedStore(SealedReader):
 
     _book = StoreState()
     _tally: Tally | None = None
-    _publish: Callable[[int], None] = staticmethod(_nobody)
+    _publish: Callable[[int], None] = staticmethod(nobody)
     mending = False
     """A command is at work that replaces rows which can't be trusted, and counts anew after."""
 
@@ -165,18 +165,15 @@ class SealedStore(SealedReader):
 
     # ---- the state ---------------------------------------------------------------------------
 
-    def unlock(self, key: memoryview, publish: Callable[[int], None] = _nobody) -> None:
+    def unlock(self, key: memoryview, publish: Callable[[int], None] = nobody) -> None:
         """From now on rows are checked, and may be written. Raises StoreDamaged."""
         self._seal, self._publish = Seal(key), publish
         self._look()
-        if self._unused() and self._raw_page("", 1, None):
+        if not self._book.change and self._raw_page("", 1, None):
             raise StoreDamaged(
                 f"the row {STATE} of the store is missing",
                 hint="restore a backup: `progressdb-kms restore FILE`",
             )
-
-    def _unused(self) -> bool:
-        return not self._book.change
 
     def _look(self) -> None:
         """Take the state from the disk."""
@@ -198,11 +195,7 @@ class SealedStore(SealedReader):
             self.count((KEK_ROW + kek_id, Usage(wraps)) for kek_id, wraps in self._book.wraps.items())
             self._book = self._book._replace(wraps={})
         if self._book is not before:
-            self._write(STATE, self._key.sealed(self._named(STATE), self._own_book().to_row()))
-
-    def _own_book(self) -> StoreState:
-        """What the state row is to hold."""
-        return self._book
+            self._write(STATE, self._key.sealed(self._named(STATE), self._book.to_row()))
 
     def _committed(self, before: StoreState) -> None:
         if self._book is not before:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
+from ..config.values import Option, file_mode
 from .console import UsageError
 
 TOPICS: Mapping[str, str] = {
@@ -77,3 +78,15 @@ def pager() -> list[str]:
     except ValueError:
         wanted = []
     return wanted or next(([name] for name in PAGERS if shutil.which(name)), [])
+
+
+def default_text(option: Option) -> str:
+    """For tables of the configuration: `8388608 bytes`, `0600`, `(none)`."""
+    if option.default is None:
+        return "(none)"
+    if option.parse is file_mode:
+        return f"{option.default:04o}"
+    if isinstance(option.default, bool):
+        return str(option.default).lower()
+    number = f"{option.default:g}" if isinstance(option.default, float) else str(option.default)
+    return f"{number} {option.unit}".strip()

@@ -30,7 +30,6 @@ from progressdb_kms.audit.log import (
     parse,
     peer_fragment,
     pieces,
-    request_fragment,
     torn,
 )
 from progressdb_kms.audit.tail import in_order, recover
@@ -87,7 +86,7 @@ FROZEN = (
 
 def test_the_fragments_make_the_fields_in_their_order() -> None:
     made_of = (
-        key_fragment("k_1", "t") + peer_fragment(0, 1, 2) + request_fragment("r") + fragment(code="x", n=3)
+        key_fragment("k_1", "t") + peer_fragment(0, 1, 2) + fragment(request_id="r") + fragment(code="x", n=3)
     )
     assert made_of == (
         ',"key_id":"k_1","thread_id":"t","actor":"peer_uid:0","uid":0,"gid":1,"pid":2,"request_id":"r","code":"x","n":3'
@@ -98,7 +97,7 @@ def test_the_fragments_make_the_fields_in_their_order() -> None:
 
 @given(st.text(), st.text(), st.dictionaries(st.sampled_from("abcdef"), st.text()))
 def test_no_value_breaks_out_of_its_field(key_id: str, request_id: str, more: dict[str, str]) -> None:
-    text = key_fragment(key_id, "é\n") + request_fragment(request_id) + fragment(**more)
+    text = key_fragment(key_id, "é\n") + fragment(request_id=request_id) + fragment(**more)
     assert text.isascii()
     assert "\n" not in text
     assert json.loads("{" + text[1:] + "}") == {
@@ -454,7 +453,7 @@ def test_nothing_written_is_nothing_lost(log: AuditLog, path: Path) -> None:
 
 
 # A record of the chain's first line, with its line end; and a few places where it may tear.
-SIZE = len(record("1.0", 1, extra=key_fragment("k_0", "thread-1") + PEER + request_fragment("r-0"))) + 1
+SIZE = len(record("1.0", 1, extra=key_fragment("k_0", "thread-1") + PEER + fragment(request_id="r-0"))) + 1
 
 TEARS = [*range(1, 60, 7), *range(60, SIZE - 5, 31), *range(SIZE - 5, SIZE)]
 

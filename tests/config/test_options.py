@@ -9,6 +9,7 @@ import pytest
 from progressdb_kms.config.options import ALIASES, BY_NAME, MASTER_KEYS, OPTIONS
 from progressdb_kms.config.values import ANY, MAX_PREVIOUS, MAX_UIDS, Scalar, Value, shown, unknown
 from progressdb_kms.errors import ConfigError
+from progressdb_kms.tools.manual import default_text
 
 CANARY = "deadbeefcafe"
 
@@ -113,8 +114,7 @@ WRONG: list[tuple[str, Value, str]] = [
     ("store", text("mysql"), "sqlite or postgresql"),
     ("store", [text("sqlite")], "sqlite or postgresql"),
     ("postgresql", text("db1"), "a mapping such as"),
-    ("postgresql", {"hosts": {"db1": text("x")}}, "a mapping such as"),
-    ("postgresql", {"hosts": [[text("db1")]]}, "a mapping such as"),
+    ("postgresql", [text("db1")], "a mapping such as"),
     ("policies", text("all"), "a list of at most 100 mappings"),
     ("policies", [{"uid": number("1"), "keys": [text("a")]}] * 101, "a list of at most 100 mappings"),
     ("policies", [text("uid")], "entry 1 must be a mapping"),
@@ -269,17 +269,17 @@ def test_each_default_is_a_value_that_is_taken() -> None:
     for option in OPTIONS:
         assert option.doc.endswith(".")
         if option.default is None:
-            assert option.default_text == "(none)"
+            assert default_text(option) == "(none)"
         else:
-            shown_value = option.default_text.partition(" ")[0]
+            shown_value = default_text(option).partition(" ")[0]
             assert option.read(Scalar(shown_value, ANY), option.name) == option.default
 
 
 def test_default_texts() -> None:
-    assert BY_NAME["socket_mode"].default_text == "0600"
-    assert BY_NAME["max_body_bytes"].default_text == "8388608 bytes"
-    assert BY_NAME["idle_timeout"].default_text == "120 seconds"
-    assert BY_NAME["workers"].default_text == "auto"
+    assert default_text(BY_NAME["socket_mode"]) == "0600"
+    assert default_text(BY_NAME["max_body_bytes"]) == "8388608 bytes"
+    assert default_text(BY_NAME["idle_timeout"]) == "120 seconds"
+    assert default_text(BY_NAME["workers"]) == "auto"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from progressdb_kms.config.options import OPTIONS
 from progressdb_kms.config.values import Option
 from progressdb_kms.tools.command import CHOICES, ENVIRONMENT, Command
 from progressdb_kms.tools.commands import COMMANDS
-from progressdb_kms.tools.manual import TOPICS, text_of
+from progressdb_kms.tools.manual import TOPICS, default_text, text_of
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATE = ROOT / "packaging" / "generate"
@@ -109,7 +109,7 @@ def test_the_page_has_each_key_of_the_configuration(made: Path, option: Option) 
     at = part.index(f".TP\n{option.name}")
     own = " ".join(part[at : part.find(".TP\n", at + 1)].split())
     assert option.expects.format(low=option.low, high=option.high) in own
-    assert option.default_text == "(none)" or f"Default: {option.default_text}." in own
+    assert default_text(option) == "(none)" or f"Default: {default_text(option)}." in own
 
 
 @pytest.mark.parametrize("page", PAGES)

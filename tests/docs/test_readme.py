@@ -9,7 +9,7 @@ import pytest
 from progressdb_kms.config.options import OPTIONS
 from progressdb_kms.config.values import Option
 from progressdb_kms.tools.commands import COMMANDS
-from progressdb_kms.tools.manual import TOPICS
+from progressdb_kms.tools.manual import TOPICS, default_text
 from progressdb_kms.wire.call import Route
 from progressdb_kms.wire.routes import ROUTES
 from tests.harness.book import ROOT, book
@@ -46,7 +46,7 @@ def test_every_api_row_has_an_example_of_its_path() -> None:
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_every_configuration_key_and_its_default_stand_in_the_table(option: Option) -> None:
     table = {row[0].strip("`"): row[1].strip("`") for row in rows("Configuration")}
-    default = option.default_text.split(" ")[0]
+    default = default_text(option).split(" ")[0]
     assert table[option.name] == ("" if default == "(none)" else default)
 
 

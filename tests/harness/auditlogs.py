@@ -25,9 +25,9 @@ from typing import Any
 from progressdb_kms.audit import log as audit
 from progressdb_kms.audit.log import (
     AuditLog,
+    fragment,
     key_fragment,
     peer_fragment,
-    request_fragment,
 )
 from progressdb_kms.audit.verify import Report, verify
 from progressdb_kms.errors import AuditUnavailable
@@ -52,7 +52,12 @@ class Clock:
 
 def encrypt(log: AuditLog, number: int = 0) -> str:
     return log.record(
-        "encrypt", "ok", 200, key_fragment(f"k_{number}", "thread-1"), PEER, request_fragment(f"r-{number}")
+        "encrypt",
+        "ok",
+        200,
+        key_fragment(f"k_{number}", "thread-1"),
+        PEER,
+        fragment(request_id=f"r-{number}"),
     )
 
 

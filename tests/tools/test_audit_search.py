@@ -23,7 +23,6 @@ from progressdb_kms.audit.log import (
     fragment,
     key_fragment,
     peer_fragment,
-    request_fragment,
 )
 from progressdb_kms.audit.tail import in_order
 from progressdb_kms.audit.verify import Reading, verify
@@ -44,7 +43,7 @@ def log(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "kms-audit.log"
     book = AuditLog(path, KEY, "1.1", Clock())
     me, other = peer_fragment(1000, 1000, 1), peer_fragment(2000, 2000, 2)
-    book.record("encrypt", "ok", 200, key_fragment("k_1", "general"), me, request_fragment("r-1"))
+    book.record("encrypt", "ok", 200, key_fragment("k_1", "general"), me, fragment(request_id="r-1"))
     book.record("encrypt", "ok", 200, key_fragment("k_2", EVIL), me)
     book.record("decrypt", "failed", 422, key_fragment("k_1"), other, fragment(code="authentication_failed"))
     book.record("decrypt", "refused", 403, other, fragment(code="peer_refused"))
@@ -138,7 +137,7 @@ def test_the_short_way_finds_what_the_long_way_finds(
             fragment(keys=keys),
             fragment(embedded=1),
             fragment(new_key_id=keys[1]),
-            request_fragment(thread.replace("\n", "")),
+            fragment(request_id=thread.replace("\n", "")),
         ]
         op, outcome = chance.choice(("encrypt", "decrypt")), chance.choice(("ok", "failed"))
         book.record(op, outcome, 200, key_fragment(keys[0], thread), peer, chance.choice(more))

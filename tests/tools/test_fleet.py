@@ -183,5 +183,5 @@ class TestConfiguration:
         key.touch(0o600)
         key.write_bytes(bytes(range(100, 132)))
         text = self.refused(tmp_path, f"master_key_file: {key}\ndata_dir: {tmp_path}/data\n{block}", command)
-        assert "doesn't serve from it yet" in text
+        assert "not served from yet" in text
         assert not (tmp_path / "data").exists()
