@@ -31,6 +31,11 @@ class KMSError(Exception):
         self.code = code or self.default_code
         self.hint = hint
 
+    @property
+    def told(self) -> str:
+        """For a log: the message, and the hint where there is one."""
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
     def bare(self: E) -> E:
         """Itself, for an error that is kept as a value: without the frames that it came through, which hold
         all that they saw (plaintexts), and without the errors before it, which hold theirs."""

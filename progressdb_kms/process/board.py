@@ -53,6 +53,6 @@ class Board:
             entries = read_policies(self._file)
             self._write(entries)
         except ConfigError as error:
-            log.error("the policies stay as they were: %s (%s)", error.message, error.hint)
+            log.error("the policies stay as they were: %s", error.told)
             return
-        log.info("SIGHUP: %d policies are in force", len(entries))
+        log.info("SIGHUP: policies in force: %d", len(entries))

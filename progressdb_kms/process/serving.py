@@ -226,7 +226,7 @@ class Worker:
         try:
             self._audit.reopen()
         except KMSError as error:
-            log.error("%s (%s)", error.message, error.hint)
+            log.error("%s", error.told)
 
     def _anchor(self, last: bool = False) -> None:
         try:
@@ -257,7 +257,7 @@ def reopen_keeper(keeper: Keeper) -> None:
     try:
         keeper.reopen()
     except KMSError as error:
-        log.error("%s (%s)", error.message, error.hint)
+        log.error("%s", error.told)
 
 
 class Notifier:

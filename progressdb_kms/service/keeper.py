@@ -689,7 +689,7 @@ class Keeper:
         try:
             self._audit.check()
         except AuditUnavailable as error:
-            reasons.append(f"{error.message} ({error.hint})")
+            reasons.append(error.told)
         if self._writing.why and self._writing.over():
             self._probe()
         if why := self._lost or self._writing.why or self._store.trouble():

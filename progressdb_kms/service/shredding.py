@@ -189,5 +189,5 @@ class Shredding:
         try:
             return self._store.get(key_id)
         except StoreDamaged as error:
-            log.error("%s (%s)", error.message, error.hint)
+            log.error("%s", error.told)
             return None

@@ -259,7 +259,11 @@ def summary(report: Report, hits: Hits, key: bool, started: float) -> str:
     elif report.fault is not None:
         trust = f"FAULT at {report.fault}: chains are verified up to there"
     else:
-        trust = f"{len(report.chains)} chains verified"
+        trust = f"{_count(len(report.chains), 'chain')} verified"
     unsigned = f", {hits.unsigned} of them NOT SIGNED" if hits.unsigned else ""
-    seconds = time.monotonic() - started
-    return f"{hits.found} records found{unsigned} in {len(report.files)} files ({seconds:.1f} s); {trust}"
+    found, files = _count(hits.found, "record"), _count(len(report.files), "file")
+    return f"{found} found{unsigned} in {files} ({time.monotonic() - started:.1f} s); {trust}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + "s" * (number != 1)

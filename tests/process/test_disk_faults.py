@@ -286,9 +286,7 @@ class TestSizeLimit:
             kept.create(kms, 2)
             daemon.audit_log.rename(daemon.audit_log.with_suffix(".1"))
             daemon.signal(signal.SIGHUP)
-            wait_until(
-                lambda: "policies are in force" in daemon.stderr, 10, "the configuration to be read anew"
-            )
+            wait_until(lambda: "policies in force" in daemon.stderr, 10, "the configuration to be read anew")
             before = {pid: resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in daemon.pids()}
             limit = 3 * ROOM
             assert (daemon.data_dir / "kms.db").stat().st_size > 2 * limit

@@ -322,7 +322,7 @@ def test_search_as_a_command(stopped: Daemon) -> None:
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0 and [event["op"] for event in events] == ["create_dek", "encrypt"]
     assert all(event["verified"] for event in events)
-    assert re.search(rb"2 records found in 1 files .*; [0-9]+ chains verified\n", done.stderr)
+    assert re.search(rb"2 records found in 1 file .*; [0-9]+ chains verified\n", done.stderr)
     done = stopped.offline("audit", "search", "--op", "encrypt", "--since", "1h")
     assert done.stdout.count(b"\n") == 4 and b"k_2" in done.stdout
     assert stopped.offline("audit", "search", "--since", "soon").returncode == 2

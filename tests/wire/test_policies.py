@@ -177,9 +177,9 @@ def test_sighup_renews_them_all_or_nothing(workers: int) -> None:
             assert kms.request("POST", "/encrypt", encrypt("k_2")).status == 403
         with kms:
             for config, allowed, told in (
-                ([{"uid": APP, "keys": ["k_1"]}], False, "SIGHUP: 1 policies are in force"),
-                ([{"uid": APP, "key": ["k_2"]}], False, "the policies stay as they were: policies in"),
-                ([], True, "SIGHUP: 0 policies are in force"),
+                ([{"uid": APP, "keys": ["k_1"]}], False, "SIGHUP: policies in force: 1"),
+                ([{"uid": APP, "key": ["k_2"]}], False, "unknown key 'key', did you mean 'keys'?\n"),
+                ([], True, "SIGHUP: policies in force: 0"),
             ):
                 daemon.write_config({"policies": config})
                 daemon.signal(signal.SIGHUP)

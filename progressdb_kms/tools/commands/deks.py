@@ -115,7 +115,7 @@ def list_deks(args: argparse.Namespace) -> None:
 
 
 def _row(dek: Dek) -> tuple[str, ...]:
-    used = dek.usage.last_used_at[:16] if dek.usage else ""
+    used = (dek.usage.last_used_at[:16] or "never") if dek.usage else ""
     start = (dek.key_id, dek.state, dek.kek_id, dek.created_at)
     return (*start, used, dek.delete_at[:16], dek.thread_id)
 
