@@ -14,11 +14,22 @@ Rules:
 - A slot's `stamp` grows before its key is written or wiped, and its kek_id is the first thing to go and
   the last to come. `borrow` compares both before and after: work that ran while the key changed under
   it raises KeyringChanged, and the caller does it again. So no result of a half-wiped key ever leaves.
+
+Memory model. A word is written by one aligned store of 8 bytes: nobody sees half of it. x86 keeps the order
+of stores, and that of loads. ARM keeps neither by itself, so:
+
+- Where one store must be seen before another, the writer stands at `_fence` between them.
+- A reader's looks and its cipher are thousands of instructions apart, and a core reorders loads within some
+  hundreds. That is distance, and no guarantee by the letter; a fence for each loan would cost more than the
+  cipher. Should it ever fail, a DEK does not open (its tag), and the caller asks again; what the store keeps
+  is wrapped by the writer itself, and a rotation opens again whatever it wrapped.
+- Who was told that a change is made finds it made: the answer's way through a socket orders memory.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from typing import NamedTuple
 
 from ..errors import Conflict, Unavailable
@@ -26,7 +37,9 @@ from .aead import KEY_SIZE, mac
 from .memory import wipe
 
 _HEADER = 128
+_GENERATION, _ACTIVE, _CHANGE = 0, 1, 6  # words of the header
 _SLOT = 64
+_NAME, _VERSION = 1, 2  # words of a slot, behind its stamp
 _KEY = 32  # offset of the key in its slot
 SLOTS = 126
 REGION_SIZE = _HEADER + SLOTS * _SLOT  # 8,192 bytes: two pages
@@ -62,6 +75,12 @@ def fingerprint(key: memoryview) -> str:
     return mac(key, FINGERPRINT_LABEL)[:8].hex()
 
 
+def _fence() -> None:
+    """What was stored before this is seen before what is stored after it: the interpreter's lock is given
+    away (a release) and taken again (an acquire)."""
+    time.sleep(0)
+
+
 class Keyring:
     """A view on the shared region. Cheap to make; every process has its own."""
 
@@ -76,7 +95,7 @@ class Keyring:
 
     @property
     def generation(self) -> int:
-        return self._words[0]
+        return self._words[_GENERATION]
 
     @property
     def audit_key(self) -> memoryview:
@@ -87,18 +106,17 @@ class Keyring:
         return self._region[64 : 64 + KEY_SIZE]
 
     def change(self) -> int:
-        return self._words[6]
+        return self._words[_CHANGE]
 
     @property
     def active(self) -> Active:
         """Raises KekNotLoaded while the keyring is empty."""
         while True:
-            slot = self._words[1]
+            slot = self._words[_ACTIVE]
             if not slot:
                 raise KekNotLoaded("(none)")
-            word = (_HEADER + (slot - 1) * _SLOT) // 8
-            found = Active(self._kek_id(slot), self._words[word + 2])
-            if self._words[1] == slot and self._words[word + 1]:
+            found = Active(self._kek_id(slot), self._words[_word(slot) + _VERSION])
+            if self._words[_ACTIVE] == slot and self._used(slot):
                 return found
 
     def kek_ids(self) -> list[str]:
@@ -128,43 +146,47 @@ class Keyring:
                 code="keyring_full",
                 hint="`rotate-kek` moves all DEKs to one, and the others leave",
             )
-        start = _HEADER + (free[0] - 1) * _SLOT
-        place = self._region[start + _KEY : start + _KEY + KEY_SIZE]
-        self._words[start // 8] += 1
-        self._words[start // 8 + 2] = version
+        word, place = _word(free[0]), self._place(free[0])
+        self._words[word] += 1
+        self._words[word + _VERSION] = version
+        _fence()
         place[:] = key
         kek_id = fingerprint(place)
         if kek_id in self.kek_ids():
             wipe(place)
         else:
-            self._region[start + 8 : start + 16] = bytes.fromhex(kek_id)  # last: from now on it is found
+            _fence()
+            self._words[word + _NAME] = _name(kek_id)  # last: from now on it is found
         return kek_id
 
     def activate(self, kek_id: str, version: int) -> None:
         """Let this KEK wrap new DEKs from now on."""
         slot = self._find(kek_id)
-        self._words[(_HEADER + (slot - 1) * _SLOT) // 8 + 2] = version
-        self._words[1] = slot
+        self._words[_word(slot) + _VERSION] = version
+        _fence()
+        self._words[_ACTIVE] = slot
         self.touch()
 
     def remove(self, kek_id: str) -> None:
         """Wipe a KEK. Whoever is using it right now gets KeyringChanged."""
         slot = self._find(kek_id)
-        if self._words[1] == slot:
+        if self._words[_ACTIVE] == slot:
             raise ValueError("the active KEK can't be removed")
-        start = _HEADER + (slot - 1) * _SLOT
-        self._words[start // 8] += 1
-        self._words[start // 8 + 1] = 0  # first: see Loan
-        self._region[start + 16 : start + _SLOT] = bytes(_SLOT - 16)
+        word = _word(slot)
+        self._words[word] += 1
+        self._words[word + _NAME] = 0  # first: see Loan
+        _fence()
+        self._words[word + _VERSION] = 0
+        wipe(self._place(slot))
         self._loans.pop(kek_id, None)
 
     def publish(self, change: int) -> None:
         """This change is on disk."""
-        self._words[6] = change
+        self._words[_CHANGE] = change
 
     def touch(self) -> None:
         """Tell all processes that what they remember of the store or the keyring is old."""
-        self._words[0] += 1
+        self._words[_GENERATION] += 1
 
     def release(self) -> None:
         """Give the region's views back, so that it can be closed."""
@@ -174,11 +196,14 @@ class Keyring:
     # ---- slots ---------------------------------------------------------------------------------
 
     def _used(self, slot: int) -> bool:
-        return self._words[(_HEADER + (slot - 1) * _SLOT) // 8 + 1] != 0
+        return self._words[_word(slot) + _NAME] != 0
 
     def _kek_id(self, slot: int) -> str:
-        start = _HEADER + (slot - 1) * _SLOT + 8
-        return self._region[start : start + 8].hex()
+        return self._words[_word(slot) + _NAME].to_bytes(8, sys.byteorder).hex()
+
+    def _place(self, slot: int) -> memoryview:
+        start = _word(slot) * 8 + _KEY
+        return self._region[start : start + KEY_SIZE]
 
     def _find(self, kek_id: str) -> int:
         for slot in range(1, SLOTS + 1):
@@ -187,9 +212,8 @@ class Keyring:
         raise KekNotLoaded(kek_id)
 
     def _loan(self, kek_id: str) -> Loan:
-        start = _HEADER + (self._find(kek_id) - 1) * _SLOT
-        key = self._region[start + _KEY : start + _KEY + KEY_SIZE]
-        loan = Loan(self._words, start // 8, int.from_bytes(bytes.fromhex(kek_id), sys.byteorder), key)
+        slot = self._find(kek_id)
+        loan = Loan(self._words, _word(slot), _name(kek_id), self._place(slot))
         if not loan.good():
             raise KeyringChanged  # between the look and now
         self._loans[kek_id] = loan
@@ -197,6 +221,16 @@ class Keyring:
 
     def __repr__(self) -> str:
         return f"<Keyring of {len(self.kek_ids())} KEKs>"
+
+
+def _word(slot: int) -> int:
+    """The index of a slot's stamp; slots count from 1."""
+    return (_HEADER + (slot - 1) * _SLOT) // 8
+
+
+def _name(kek_id: str) -> int:
+    """A kek_id as the word that stands in its slot."""
+    return int.from_bytes(bytes.fromhex(kek_id), sys.byteorder)
 
 
 class Loan:

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from progressdb_kms.crypto import keyring
 from progressdb_kms.crypto.keyring import (
     REGION_SIZE,
     SLOTS,
@@ -78,6 +79,29 @@ def test_removed_is_wiped(ring: Keyring, region: memoryview) -> None:
     assert bytes(keys[0]) not in bytes(region) and bytes(keys[1]) in bytes(region)
     with pytest.raises(ValueError, match="active"):
         ring.remove(second)
+
+
+def test_what_must_be_seen_first_stands_before_a_fence(
+    ring: Keyring, region: memoryview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On ARM another core may see stores in any order but over a fence: the name comes after the key, and
+    goes before it; who holds an old loan sees the stamp before either."""
+    old = ring.install(secret(), 1)
+    ring.activate(old, 1)
+    key, seen = secret(), []
+    start = keyring._HEADER + keyring._SLOT  # of the second slot
+    stamp, name, place = (slice(start + at, start + at + size) for at, size in ((0, 8), (8, 8), (32, 32)))
+    before = bytes(region[stamp])
+
+    def fence() -> None:
+        seen.append((bytes(region[stamp]) != before, any(region[name]), bytes(region[place]) == bytes(key)))
+
+    monkeypatch.setattr(keyring, "_fence", fence)
+    kek_id = ring.install(key, 2)
+    assert seen == [(True, False, False), (True, False, True)] and any(region[name])
+    before = bytes(region[stamp])
+    ring.remove(kek_id)
+    assert seen[2:] == [(True, False, True)] and not any(region[place])
 
 
 @pytest.mark.parametrize("moment", ["before the loan", "during the loan"])
