@@ -12,26 +12,9 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-OPS = (
-    "create_dek",
-    "get_wrapped",
-    "encrypt",
-    "decrypt",
-    "encrypt_batch",
-    "decrypt_batch",
-    "reencrypt",
-    "wrap",
-    "unwrap",
-    "rewrap",
-    "rotate_kek",
-    "describe_dek",
-    "list_deks",
-    "disable_dek",
-    "enable_dek",
-    "delete_dek",
-    "accept_clock",
-    "service",
-)
+from ..rules import BATCHES, OPERATIONS
+
+OPS = (*sorted((*OPERATIONS, *BATCHES)), "service")
 """Operations as they are counted; `service` is health, status, metrics and whatever has no route."""
 
 BUCKETS = (25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 100e-3, 1.0, 10.0)
@@ -126,28 +109,15 @@ class Metrics:
                 lines.append(f'{name}_bucket{{op="{op}",le="{bound}"}} {total}')
             lines.append(f'{name}_sum{{op="{op}"}} {self._sum(end) / 1e9:.9f}')
             lines.append(f'{name}_count{{op="{op}"}} {total}')
-        for gauge, kind, text in (
-            ("connections", "gauge", "Open connections."),
-            ("audit_lines_total", "counter", "Audit records written by the workers."),
-            ("items_total", "counter", "Messages encrypted or decrypted, those of batches one by one."),
-            (
-                "embedded_messages_total",
-                "counter",
-                "Messages of ProgressDB's embedded mode that were opened.",
-            ),
-            (
-                "refused_connections_total",
-                "counter",
-                "Connections refused at max_connections or at a UID's share of them.",
-            ),
-            ("policy_denials_total", "counter", "Calls and items of batches that a policy refused."),
-            ("refused_peers_total", "counter", "Connections and calls of peers that are not served."),
-        ):
-            lines.append(f"{family(gauge, kind, text)} {sum(self.gauge(gauge.removesuffix('_total')))}")
-        for extra_name, kind, text, samples in extra:
-            full = family(extra_name, kind, text)
-            lines += [f"{full}{labels} {value:g}" for labels, value in samples]
+        for name, kind, text, samples in extra:
+            full = family(name, kind, text)
+            lines += [f"{full}{labels} {_number(value)}" for labels, value in samples]
         return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    """A count to its last digit."""
+    return f"{value:d}" if isinstance(value, int) else f"{value:g}"
 
 
 class Block:

@@ -29,7 +29,19 @@ LIMITS = {
 }
 """What `status` tells of as used and limit; the first is counted already."""
 
+COUNTED = {
+    "connections": "Open connections.",
+    "audit_lines_total": "Audit records written by the workers.",
+    "items_total": "Messages encrypted or decrypted, those of batches one by one.",
+    "embedded_messages_total": "Messages of ProgressDB's embedded mode that were opened.",
+    "refused_connections_total": "Connections refused at max_connections or at a UID's share of them.",
+    "policy_denials_total": "Calls and items of batches that a policy refused.",
+    "refused_peers_total": "Connections and calls of peers that are not served.",
+}
+"""Summed over all processes."""
+
 FAMILIES = {
+    **COUNTED,
     "deks": "Stored DEKs, by the KEK that wraps them.",
     "deks_near_limit": "DEKs with more than 2**31 encrypts of 2**32.",
     "deks_spent": "DEKs with 2**32 encrypts: they only decrypt.",
@@ -75,6 +87,7 @@ def _samples(value: Value) -> list[tuple[str, float]] | None:
 def _values(app: App) -> dict[str, Value]:
     service = app.service
     about, now = service.about(), wall()
+    counted = {name: sum(app.metrics.gauge(name.removesuffix("_total"))) for name in COUNTED}
     backup = about["backup"]
     values: dict[str, Value] = {
         "kek_version": service.keyring.active.version,
@@ -88,7 +101,7 @@ def _values(app: App) -> dict[str, Value]:
     }
     for name, use in about["limits"].items():
         values.update({name: use["used"], f"{name}_limit": use["limit"]})
-    return {**values, **_stored(service), **_told(app)}
+    return {**values, **counted, **_stored(service), **_told(app)}
 
 
 def _stored(service: Service) -> dict[str, Value]:
