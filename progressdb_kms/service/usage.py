@@ -163,20 +163,23 @@ class Uses:
         self.spent = frozenset(name for name, count in heavy.items() if count + self._encrypts[name] >= SPENT)
 
 
+_DEK = "the DEK {} has {:,} encrypts", "decrypts", "key_spent", "make another DEK for its thread"
+_KEK = (
+    "the KEK {} has wrapped {:,} DEKs",
+    "unwraps",
+    "kek_spent",
+    "rotate it: `progressdb-kms rotate-kek --generate`",
+)
+
+
+def _words(name: str, count: int) -> tuple[str, ...]:
+    text, *more = _KEK if name.startswith(KEK_ROW) else _DEK
+    return (text.format(name[len(KEK_ROW) :] if name.startswith(KEK_ROW) else name, count), *more)
+
+
 def refusal(name: str) -> Conflict:
-    if name.startswith(KEK_ROW):
-        return Conflict(
-            f"the KEK {name[len(KEK_ROW) :]} has wrapped {SPENT:,} DEKs, as many as one AES-GCM key may: it "
-            "only unwraps from now on",
-            code="kek_spent",
-            hint="rotate it: `progressdb-kms rotate-kek --generate`",
-        )
-    return Conflict(
-        f"the key {name} has encrypted {SPENT:,} messages, as many as one AES-GCM key may: it only decrypts "
-        "from now on",
-        code="key_spent",
-        hint="make another DEK for its thread, and encrypt under that",
-    )
+    text, end, code, todo = _words(name, SPENT)
+    return Conflict(f"{text}, as many as one AES-GCM key may: it only {end}", code=code, hint=todo)
 
 
 def told(record: DekRecord, usage: Usage | None) -> dict[str, Any]:
@@ -194,18 +197,12 @@ def told(record: DekRecord, usage: Usage | None) -> dict[str, Any]:
 
 def near(heavy: Mapping[str, int]) -> list[str]:
     """What the operator should know of keys that are used much, the nearest to the end first."""
-    return [_near(name, count) for name, count in sorted(heavy.items(), key=lambda item: -item[1])]
-
-
-def _near(name: str, count: int) -> str:
-    if name.startswith(KEK_ROW):
-        text, end = f"the KEK {name[len(KEK_ROW) :]} has wrapped {count:,} DEKs", "unwraps"
-        advice = "rotate it: `progressdb-kms rotate-kek --generate`"
-    else:
-        text, end = f"the DEK {name} has {count:,} encrypts", "decrypts"
-        advice = "make another one for its thread"
-    most = f", which is the end: it only {end}" if count >= SPENT else f" of {SPENT:,} that it may have"
-    return f"{text}{most}: {advice}"
+    found = []
+    for name, count in sorted(heavy.items(), key=lambda item: -item[1]):
+        text, end, _, todo = _words(name, count)
+        most = f", which is the end: it only {end}" if count >= SPENT else f" of {SPENT:,} that it may have"
+        found.append(f"{text}{most}: {todo}")
+    return found
 
 
 def counts(heavy: Mapping[str, int]) -> tuple[int, int]:

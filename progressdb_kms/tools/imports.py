@@ -33,7 +33,8 @@ from ..audit.verify import History, history
 from ..config.load import Loaded
 from ..encoding import KEK_ID, KEY_ID, MAX_THREAD_ID, b64decode, json_loads, timestamp
 from ..errors import KMSError, StoreDamaged
-from ..store.contract import DekRecord, Usage
+from ..service.usage import SPENT, refusal
+from ..store.contract import KEK_ROW, DekRecord, Usage
 from ..store.policy import DISABLED, ENABLED, PENDING_DELETION, SHREDDED, STATES
 from ..store.snapshots import LINES, find
 from . import asowner, datadir, pebble
@@ -295,6 +296,8 @@ class Importer:
         self._store = work.store
         self._history = history
         self._active = work.keyring.active
+        if self._store.heavy().get(name := KEK_ROW + self._active.kek_id, 0) >= SPENT:
+            raise refusal(name)
         self._opener = opener
         self._force = force
         self._there: set[str] = set()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from progressdb_kms.service.usage import LOST, SPENT
-from progressdb_kms.store.contract import HEAVY, Usage
+from progressdb_kms.store.contract import HEAVY, KEK_ROW, Usage
 from progressdb_kms.store.sqlite import SqliteReader, SqliteStore
 from tests.harness import Daemon
 from tests.harness.daemon import cli
@@ -171,6 +171,14 @@ def test_the_limits(daemon: Daemon) -> None:
     assert "make another DEK" in json.loads(reply.body)["error"]["hint"]
 
 
+def active(data_dir: Path) -> str:
+    reader = SqliteReader(data_dir)
+    found = reader.state().active
+    reader.close()
+    assert found is not None
+    return found.kek_id
+
+
 def kept(data_dir: Path, *keys: str) -> list[int]:
     """Encrypts, by the store of a stopped daemon."""
     reader = SqliteReader(data_dir)
@@ -198,13 +206,31 @@ def run(daemon: Daemon, *words: str, data_dir: Path) -> None:
 
 def test_a_restore_keeps_the_larger_numbers(stopped: Daemon, short_tmp: Path) -> None:
     home = stopped.data_dir
+    kek = KEK_ROW + active(home)
+    inject(stopped, kek, 500)
+    assert kept(home, kek) == [503]
     run(stopped, "backup", str(short_tmp / "backup"), data_dir=home)
     inject(stopped, "a", 50)
+    inject(stopped, kek, 10)
     inject(stopped, "c", 3)
     run(stopped, "restore", str(short_tmp / "backup"), data_dir=home)
     assert kept(home, "a", "b", "c") == [150, 7, 3]  # a nonce that was used since stays used
     run(stopped, "restore", str(short_tmp / "backup"), data_dir=short_tmp / "new")
     assert kept(short_tmp / "new", "a", "b", "c") == [100, 7, 0]
+    assert kept(home, kek) == [513] and kept(short_tmp / "new", kek) == [503]
+
+
+def test_an_import_wraps_nothing_under_a_kek_that_is_spent(stopped: Daemon, short_tmp: Path) -> None:
+    lines, home = str(short_tmp / "lines"), stopped.data_dir
+    run(stopped, "export", lines, data_dir=home)
+    run(stopped, "import", lines, data_dir=short_tmp / "new")
+    assert kept(short_tmp / "new", KEK_ROW + active(home)) == [3]
+    inject(stopped, KEK_ROW + active(home), SPENT)
+    try:
+        done = cli("import", lines, "--data-dir", str(home), "--config", str(stopped.config_file))
+        assert done.returncode == 1 and b"rotate-kek --generate" in done.stderr, done.stderr
+    finally:
+        inject(stopped, KEK_ROW + active(home), -SPENT)
 
 
 @pytest.mark.long

@@ -237,7 +237,7 @@ class TestTheService:
         nonce, sealed = kms.encrypt(kms.dek("k"), TEXT, b"", scratch)
         kms.uses.taken({"k": SPENT})
         for source in ("k", kms.entry("k").wrapped):
-            with pytest.raises(Conflict, match="4,294,967,296 messages") as caught:
+            with pytest.raises(Conflict, match="4,294,967,296 encrypts") as caught:
                 kms.encrypt(kms.dek(source), TEXT, b"", scratch)
             assert caught.value.code == "key_spent" and "another DEK" in caught.value.hint
         (result,) = kms.encrypt_many([("k", TEXT, b"")], scratch)
