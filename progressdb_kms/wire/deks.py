@@ -14,7 +14,7 @@ from ..store.contract import DekRecord, Usage
 from ..store.policy import SHREDDED
 from .call import DEFAULT_PAGE, MAX_PAGE, App, Call, Reply
 from .fields import checked_key_id, checked_thread_id
-from .reading import answer, fields_of, known_query, optional_fields_of, path_key_id, query_value, usable
+from .reading import answer, fields_of, known_query, optional_fields_of, path_key_id, usable
 
 MAX_LOOKS = 20
 """Pages of the store that one call for a page looks through, where policies hide some of it."""
@@ -57,7 +57,7 @@ def _create(app: App, call: Call, thread_id: str | None, key_id: str | None = No
 
 def get_wrapped(app: App, call: Call) -> Reply:
     known_query(call, "key_id")
-    key_id = query_value(call, "key_id")
+    key_id = call.head.query.get("key_id")
     if key_id is None:
         raise BadRequest.missing("key_id")
     entry = usable(app, call, checked_key_id(key_id))
@@ -72,7 +72,7 @@ def get_wrapped(app: App, call: Call) -> Reply:
 
 def list_deks(app: App, call: Call) -> Reply:
     known_query(call, "cursor", "limit", "thread_id", "unused_for")
-    cursor, limit, thread_id = (query_value(call, name) for name in ("cursor", "limit", "thread_id"))
+    cursor, limit, thread_id = (call.head.query.get(name) for name in ("cursor", "limit", "thread_id"))
     if cursor:
         checked_key_id(cursor, "cursor")
     if limit is not None and not re.fullmatch("[0-9]{1,4}", limit):
@@ -87,7 +87,7 @@ def list_deks(app: App, call: Call) -> Reply:
 
 
 def _unused_since(call: Call) -> str | None:
-    text = query_value(call, "unused_for")
+    text = call.head.query.get("unused_for")
     if text is None:
         return None
     if not re.fullmatch("[0-9]{1,10}", text):
@@ -132,21 +132,10 @@ def describe_dek(app: App, call: Call) -> Reply:
     return answer({**describe(record), **told(record, app.service.usage([record]).get(record.key_id))})
 
 
-def disable_dek(app: App, call: Call) -> Reply:
-    return _transition(app, call, "disable")
-
-
-def enable_dek(app: App, call: Call) -> Reply:
-    return _transition(app, call, "enable")
-
-
-def _transition(app: App, call: Call, action: str) -> Reply:
-    return answer(app.service.change("transition", key_id=path_key_id(app, call), action=action))
-
-
 def disable_or_enable(app: App, call: Call) -> Reply:
     optional_fields_of(call).end()
-    return disable_dek(app, call) if call.head.path.endswith("/disable") else enable_dek(app, call)
+    action = call.head.path.rpartition("/")[2]
+    return answer(app.service.change("transition", key_id=path_key_id(app, call), action=action))
 
 
 def delete_dek(app: App, call: Call) -> Reply:

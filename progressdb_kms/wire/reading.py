@@ -28,10 +28,6 @@ def optional_fields_of(call: Call) -> Fields:
     return fields_of(call) if len(call.body) else Fields({})
 
 
-def query_value(call: Call, name: str) -> str | None:
-    return call.head.query.get(name)
-
-
 def known_query(call: Call, *names: str) -> None:
     for name in call.head.query:
         if name not in names:
