@@ -49,7 +49,7 @@ TUNABLES: Mapping[str, str] = {
     "glibc.malloc.perturb": "165",
     "glibc.malloc.arena_max": "1",
     "glibc.malloc.mmap_threshold": str(4 << 20),
-    "glibc.malloc.trim_threshold": str(16 << 20),
+    "glibc.malloc.trim_threshold": str(8 << 20),
 }
 
 _PLACES = ("PATH", "HOME", "PLATLIBDIR", "USERBASE", "NOUSERSITE", "SAFEPATH", "PYCACHEPREFIX")

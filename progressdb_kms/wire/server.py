@@ -460,6 +460,11 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.bodies.take(size)
         self._current.reserved += size
 
+    def _forget_body(self, connection: Connection) -> None:
+        self.bodies.give_back(connection.reserved)
+        connection.reserved = 0
+        self._untrimmed = True
+
     def _secret_place(self, length: int) -> memoryview:
         piece = self._current.body_piece = self.slab.take()
         if piece is None:
@@ -549,8 +554,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if left:
             return self._answer_later(connection, keep, left)
         if connection.reserved:
-            self.bodies.give_back(connection.reserved)
-            connection.reserved = 0
+            self._forget_body(connection)
         if not keep or not connection.keep:
             self._close(connection)
             return AWAY
@@ -717,8 +721,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         connection.reader = connection.kept = connection.kept_piece = connection.body_piece = None
         connection.pending = []
         if connection.reserved:
-            self.bodies.give_back(connection.reserved)
-            connection.reserved = 0
+            self._forget_body(connection)
 
     def _close(self, connection: Connection) -> None:
         fd = connection.request.fileno()

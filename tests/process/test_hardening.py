@@ -36,7 +36,7 @@ from tests.harness.faults import injecting, need_strace
 
 REPO = Path(__file__).resolve().parents[2]
 KEY = bytes(range(7, 39)).hex()
-FAST = "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=4194304:glibc.malloc.trim_threshold=16777216"
+FAST = "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=4194304:glibc.malloc.trim_threshold=8388608"
 UNCACHED = "glibc.malloc.tcache_count=0"
 OURS = f"{UNCACHED}:glibc.malloc.perturb=165:{FAST}"
 CPU = dict(hardening.CAPABILITY) if hardening._is_x86() else {}
