@@ -52,6 +52,7 @@ FAMILIES = {
     "workers": "Worker processes.",
     "worker_restarts_total": "Workers that died and were replaced.",
     "ready": "1 while all work can be done, as /readyz says.",
+    "warnings": "What /readyz warns of: how many.",
     "audit_writable": "1 while the audit log can be written.",
     "store_writable": "1 while the store can be written.",
     "erasures_due": "Shredded DEKs of which a copy of the wrapped bytes may remain.",
@@ -130,6 +131,7 @@ def _told(app: App) -> dict[str, Value]:
     rotation = told["rotation"] or {"done": 0, "total": 0}
     return {
         "ready": not ready.reasons,
+        "warnings": len(ready.warnings),
         "audit_writable": ready.audit_writable,
         "store_writable": ready.store_writable,
         "erasures_due": told["erasures_due"],
