@@ -11,8 +11,9 @@ its audit log is held against; the active KEK is that of the newest version.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..encoding import json_loads
@@ -20,7 +21,7 @@ from ..errors import StoreDamaged
 from ..store.contract import HEAVY, DekRecord, Usage
 from ..store.seal import MODULUS, OWN, STATE, KekCount, Seal, StoreState, weight
 from ..store.sealed import OWN_DONT_ADD_UP, OWN_HINT, SealedReader
-from .engine import TIMELINE, Link
+from .engine import TIMELINE, Link, Session
 from .rows import Point
 
 HOSTS = ("store:", "audit:", "clock:", "snapshot:", "probe")
@@ -79,12 +80,26 @@ class FleetReader(SealedReader):
 
     def __init__(self, link: Link, host: str, key: memoryview | None = None) -> None:
         self._link = link
+        self._open: Session | None = None  # all questions go there
         self.host = host
         self._seal = Seal(key) if key is not None else None
 
     def _select(self, sql: str, args: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        if self._open is not None:
+            return self._open.execute(sql, args).fetchall()
         with self._link.session() as session:
             return session.execute(sql, args).fetchall()
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """All questions within see the same moment. It holds no lock that anybody waits for."""
+        with self._link.session() as session, contextlib.ExitStack() as undo:
+            session.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            session.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+            self._open = session
+            undo.callback(setattr, self, "_open", None)
+            yield
+            session.execute("COMMIT")
 
     def _owner(self, name: str) -> str:
         return self.host if name.startswith(HOSTS) else ""

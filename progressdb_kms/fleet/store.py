@@ -211,7 +211,6 @@ class FleetStore(SealedStore, FleetReader):
         self._stale = False
         self._now: Gathered | None = None
         self._changed: list[tuple[str, str]] = []
-        self._open: Session | None = None
         self._owed: set[str] = set()
         self._look()
         self.acting = self._active
@@ -483,11 +482,6 @@ class FleetStore(SealedStore, FleetReader):
         return result
 
     # ---- reads, with what waits ----------------------------------------------------------------
-
-    def _select(self, sql: str, args: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        if self._open is not None:
-            return self._open.execute(sql, args).fetchall()
-        return super()._select(sql, args)
 
     def _text(self, key_id: str) -> str | None:
         now = self._now

@@ -87,7 +87,7 @@ def _load_all() -> None:
     """Every module of this package, and what they load later."""
     package = importlib.import_module(__name__.partition(".")[0])
     for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        with contextlib.suppress(ImportError):  # of an extra that is not installed
+        with contextlib.suppress(ImportError, ConfigError):  # of an extra that is not installed
             importlib.import_module(found.name)
     for name in ("ascii", "latin-1", "utf-8", "idna"):
         codecs.lookup(name)

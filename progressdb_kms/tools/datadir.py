@@ -12,11 +12,12 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 from ..audit import tail
 from ..audit.log import AuditLog
 from ..config.load import Loaded
+from ..config.options import Settings
 from ..crypto import envelope
 from ..crypto.aead import NONCE_SIZE, same
 from ..crypto.envelope import AUDIT_KEY, Wrapped
@@ -29,8 +30,13 @@ from ..service.plan import Configured
 from ..store.contract import Reader, Usage
 from ..store.heads import Head, anchor
 from ..store.seal import STATE, StoreState
-from ..store.sqlite import SqliteStore
+from ..store.sqlite import FILE_NAME, SqliteReader, SqliteStore
+from . import asowner
 from .console import CommandFailed
+
+if TYPE_CHECKING:
+    from ..fleet.engine import Link
+    from ..fleet.reader import FleetReader
 
 SETTLED_SECONDS = 2.5
 """A daemon that opened its files again tells within a second."""
@@ -67,6 +73,45 @@ def held(loaded: Loaded) -> Iterator[None]:
         yield
     finally:
         lock.close()
+
+
+@contextlib.contextmanager
+def fleet_link(settings: Settings) -> Iterator[Link]:
+    """To the database of the fleet that the configuration names; the driver is loaded for that alone."""
+    from ..fleet.engine import Link
+    from ..fleet.settings import where
+
+    with (
+        asowner.acting_as(asowner.of(settings.data_dir)),  # whose password file it is
+        contextlib.closing(Link(where(settings), "progressdb-kms command")) as link,
+    ):
+        yield link
+
+
+@contextlib.contextmanager
+def reading(settings: Settings) -> Iterator[FleetReader | SqliteReader]:
+    """The store, of this host or of its fleet, beside running daemons. A fleet's as it is at one moment."""
+    if settings.store == "sqlite":
+        with beside(settings.data_dir), contextlib.closing(reader_of(settings.data_dir)) as reader:
+            yield reader
+        return
+    from ..fleet import schema
+    from ..fleet.reader import FleetReader
+
+    with fleet_link(settings) as link:
+        schema.check(link)
+        fleet = FleetReader(link, "")
+        with fleet.snapshot():
+            yield fleet
+
+
+def reader_of(data_dir: Path) -> SqliteReader:
+    """Raises CommandFailed where there is no store."""
+    if not (data_dir / FILE_NAME).is_file():
+        raise CommandFailed(
+            f"there is no store {data_dir / FILE_NAME}", hint="--data-dir or --config says where it is"
+        )
+    return SqliteReader(data_dir)
 
 
 @contextlib.contextmanager

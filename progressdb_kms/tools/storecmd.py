@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from ..config.load import Loaded
+from ..config.options import Settings
 from ..crypto.aead import mac, same
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
 from ..encoding import b64encode, json_dumps, json_loads
 from ..errors import StoreDamaged
 from ..service.ownkeys import ROWS
 from ..store import snapshots
-from ..store.contract import DekRecord, Usage
+from ..store.contract import DekRecord, Reader, Usage
 from ..store.policy import PENDING_DELETION, SHREDDED
 from ..store.seal import MODULUS, STATE, StoreState, weight
 from ..store.snapshots import FOLDER, LINES
@@ -54,15 +55,7 @@ TOLD = 100
 """Faults that are listed; all are counted."""
 
 
-def _reader(data_dir: Path) -> SqliteReader:
-    if not (data_dir / FILE_NAME).is_file():
-        raise CommandFailed(
-            f"there is no store {data_dir / FILE_NAME}", hint="--data-dir or --config says where it is"
-        )
-    return SqliteReader(data_dir)
-
-
-def _pages(reader: SqliteReader) -> Iterator[list[DekRecord]]:
+def _pages(reader: Reader) -> Iterator[list[DekRecord]]:
     after = ""
     while page := reader.page(after, PAGE):
         yield page
@@ -72,10 +65,10 @@ def _pages(reader: SqliteReader) -> Iterator[list[DekRecord]]:
 # ---- export --------------------------------------------------------------------------------------------
 
 
-def export(data_dir: Path, file: IO[bytes], progress: Progress) -> int:
+def export(settings: Settings, file: IO[bytes], progress: Progress) -> int:
     """Write a JSON line a DEK, tombstones too; each as it stood when it was read. Returns how many."""
     done = 0
-    with datadir.beside(data_dir), contextlib.closing(_reader(data_dir)) as reader:
+    with datadir.reading(settings) as reader:
         total = sum(row.deks for row in reader.keks().values())
         for page in _pages(reader):
             usage = reader.usage([record.key_id for record in page])
@@ -125,7 +118,7 @@ def verify(loaded: Loaded, progress: Progress) -> dict[str, Any]:
     faults = _Faults()
     with contextlib.ExitStack() as stack:
         stack.enter_context(datadir.beside(data_dir))
-        reader = stack.enter_context(contextlib.closing(_reader(data_dir)))
+        reader = stack.enter_context(contextlib.closing(datadir.reader_of(data_dir)))
         keys = stack.enter_context(datadir.keys(loaded))
         key = stack.enter_context(datadir.own_key(keys.keyring, ROW_KEY, reader.read(ROWS[ROW_KEY])))
         if key is None:

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def _link(args: argparse.Namespace) -> Iterator[Link]:
-    """To the database that the configuration names; the driver is loaded for that alone."""
-    from ..asowner import acting_as, of
+    from ..datadir import fleet_link
 
     with load(args, need_key=False, fleet=True) as loaded:
         settings = loaded.settings
@@ -27,13 +26,8 @@ def _link(args: argparse.Namespace) -> Iterator[Link]:
                 "the configuration has no fleet: `store` is sqlite, whose file is made by the daemon itself",
                 hint="write `store: postgresql` and a block `postgresql:`, see `progressdb-kms help fleet`",
             )
-        from ...fleet.engine import Link
-        from ...fleet.settings import where
-
-        with acting_as(of(settings.data_dir)):  # whose password file it is
-            link = Link(where(settings), "progressdb-kms store")
-            with contextlib.closing(link):
-                yield link
+        with fleet_link(settings) as link:
+            yield link
 
 
 @command(

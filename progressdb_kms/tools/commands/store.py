@@ -129,10 +129,13 @@ def restore(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     from .. import storecmd
 
-    with load(args, need_key=False) as loaded, Progress("export") as bar, output(args.output) as file:
-        data_dir = loaded.settings.data_dir
-        with asowner.acting_as(asowner.of(data_dir)):
-            count = storecmd.export(data_dir, file, progress=bar)
+    with (
+        load(args, need_key=False, fleet=True) as loaded,
+        Progress("export") as bar,
+        output(args.output) as file,
+        asowner.acting_as(asowner.of(loaded.settings.data_dir)),
+    ):
+        count = storecmd.export(loaded.settings, file, progress=bar)
     say(f"{count} DEKs exported")
 
 
