@@ -56,6 +56,9 @@ log = logging.getLogger(__name__)
 MANY = 64
 """Changes of one transaction that are told one by one; of more the hosts hear that all may have changed."""
 
+BULK = 2000
+"""Rows of one transaction that wait for its end."""
+
 LOCK_MILLISECONDS = 500
 """How long a rotation waits for the table at its beginning and its end; then it is tried again later."""
 
@@ -212,6 +215,7 @@ class FleetStore(SealedStore, FleetReader):
         self._now: Gathered | None = None
         self._changed: list[tuple[str, str]] = []
         self._owed: set[str] = set()
+        self._parts = 0
         self._look()
         self.acting = self._active
         """The KEK that this host holds for the active one: the fence compares it with the fleet's. It follows
@@ -320,12 +324,15 @@ class FleetStore(SealedStore, FleetReader):
     def savepoint(self) -> Iterator[None]:
         """A part that leaves nothing of what waits. Rotation's own statements have no place in one."""
         saved, before = self._gathered.copy(), (self._book, self._others, self._tally)
+        self._parts += 1
         try:
             yield
         except BaseException:
             self._now = saved
             self._book, self._others, self._tally = before
             raise
+        finally:
+            self._parts -= 1
 
     @property
     def _gathered(self) -> Gathered:
@@ -554,8 +561,11 @@ class FleetStore(SealedStore, FleetReader):
         now.rows[key_id] = Row(str(row.get("thread_id", "")), json_dumps(row), kek_id, _mac(row), rev, was)
 
     def _set_all(self, rows: list[Written]) -> None:
+        """An import writes as many as it likes: they don't wait here for its end."""
         for row in rows:
             self._set(row.key_id, json.loads(row.text))
+        if len(self._gathered.rows) >= BULK and not self._parts:
+            self._inside().execute("SET LOCAL idle_in_transaction_session_timeout = '60s'")
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
         self._gathered.kms[name] = json_dumps(row)

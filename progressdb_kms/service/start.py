@@ -19,7 +19,7 @@ from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..audit.log import AuditLog, last_epoch
 from ..crypto.keyring import Keyring
 from ..encoding import timestamp, wall
-from ..errors import ConfigError, StoreDamaged, StoreUnavailable
+from ..errors import ConfigError, KeyMismatch, StoreDamaged, StoreUnavailable
 from ..store.contract import Store
 from ..store.heads import forget, heads
 from ..store.sqlite import SqliteStore
@@ -80,19 +80,30 @@ def open_keeper(
 
 
 def open_store(
-    data_dir: Path, keyring: Keyring, keys: Configured, incarnation: int = 0, command: str | None = None
+    data_dir: Path,
+    keyring: Keyring,
+    keys: Configured,
+    incarnation: int = 0,
+    command: str | None = None,
+    fleet: Store | None = None,
 ) -> Opened:
-    """What `open_keeper` does short of the keeper, for whoever holds the lock: an offline `command` too."""
+    """What `open_keeper` does short of the keeper, for whoever holds the lock: an offline `command` too.
+    `fleet`: the store that this host shares with others."""
     shutil.rmtree(data_dir / RESTORE_FOLDER, ignore_errors=True)
-    store = SqliteStore(data_dir)
+    store: Any = fleet or SqliteStore(data_dir)
     with contextlib.ExitStack() as undo:
         undo.callback(store.close)
         stored = store.state().active  # not held against its MAC yet: the key for that is in the store
         active = (stored.kek_id, stored.version) if stored else None
         chosen = _replacement(active, keyring) if incarnation and active else _plan(store, active, keys)
+        if fleet and chosen.adopt and active:
+            raise KeyMismatch(
+                f"the fleet's active KEK is {active[0]}, and {keys.master.source} holds {chosen.active}",
+                hint=f"let the master key of this host be {active[0]}; the others would not have this one",
+            )
         if chosen.notice:
             log.warning("%s", chosen.notice)
-        ours = _load_keys(store, keyring, chosen)
+        ours = _load_keys(store, keyring, chosen, joins=fleet is not None)
         store.unlock(keyring.row_key, keyring.publish)
         keyring.activate(chosen.active, chosen.version)
         _drop_unneeded(keyring, store, keys)
@@ -109,6 +120,8 @@ def open_store(
         with store.transaction():
             if floor and older:
                 store.advance(floor.change)
+            elif fleet and not was:
+                store.advance(0)  # from now on this host has begun
             if chosen.adopt and active:
                 store.write(RETIRED_KEK + active[0], {"since": timestamp(wall())})
                 store.erase(RETIRED_KEK + chosen.active)
@@ -167,12 +180,13 @@ def _drop_unneeded(keyring: Keyring, store: Store, keys: Configured) -> None:
             keyring.remove(kek_id)
 
 
-def _load_keys(store: Store, keyring: Keyring, chosen: Plan) -> dict[str, dict[str, Any]]:
+def _load_keys(store: Store, keyring: Keyring, chosen: Plan, joins: bool) -> dict[str, dict[str, Any]]:
     """The keys of our own into the keyring; a fresh store gets new ones. Returns their rows, under the KEK
-    that is chosen. They are made together with the state: where only some are there, others were removed."""
+    that is chosen. They are made together with the state: where only some are there, others were removed.
+    `joins`: it may be a host's first start in a fleet, whose row key is there, and nothing of this host."""
     rows = {name: store.read(row) for name, row in ownkeys.ROWS.items()}
     there = [row is not None for row in rows.values()] + [store.state().change > 0]
-    if any(there) and not all(there):
+    if any(there) and not all(there) and not (joins and there == [False, True, False]):
         raise StoreDamaged(
             "a row is missing that the store had from its beginning",
             hint="restore a backup: `progressdb-kms restore FILE`",

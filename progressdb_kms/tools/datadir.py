@@ -37,6 +37,7 @@ from .console import CommandFailed
 if TYPE_CHECKING:
     from ..fleet.engine import Link
     from ..fleet.reader import FleetReader
+    from ..fleet.store import FleetStore
 
 SETTLED_SECONDS = 2.5
 """A daemon that opened its files again tells within a second."""
@@ -157,7 +158,7 @@ def beyond(usage: Usage, kept: Usage | None) -> Usage:
 class Work:
     """A store that is open for writing, and its audit chain."""
 
-    def __init__(self, keyring: Keyring, store: SqliteStore, audit: AuditLog) -> None:
+    def __init__(self, keyring: Keyring, store: SqliteStore | FleetStore, audit: AuditLog) -> None:
         self.keyring = keyring
         self.store = store
         self.audit = audit
@@ -178,8 +179,11 @@ class Work:
 def working(loaded: Loaded, the_keys: Keys, command: str) -> Iterator[Work]:
     """Open the store as the daemon would, and note the end. The caller holds the lock."""
     data_dir = loaded.settings.data_dir
-    store, audit, _ = start.open_store(data_dir, *the_keys, command=command)
-    with contextlib.closing(store), contextlib.closing(audit):
+    with contextlib.ExitStack() as stack:
+        fleet = stack.enter_context(_fleet_store(loaded, the_keys))
+        store, audit, _ = start.open_store(data_dir, *the_keys, command=command, fleet=fleet)
+        stack.enter_context(contextlib.closing(store))
+        stack.enter_context(contextlib.closing(audit))
         work = Work(the_keys.keyring, store, audit)
         try:
             yield work
@@ -188,6 +192,23 @@ def working(loaded: Loaded, the_keys: Keys, command: str) -> Iterator[Work]:
                 work.close()
             raise
         work.close()
+
+
+@contextlib.contextmanager
+def _fleet_store(loaded: Loaded, the_keys: Keys) -> Iterator[FleetStore | None]:
+    """A fleet's store for a command, which is a host of it meanwhile. None where there is no fleet."""
+    if loaded.settings.store == "sqlite":
+        yield None
+        return
+    from ..fleet import schema
+    from ..fleet.store import FleetStore
+    from ..fleet.visitor import Visitor
+
+    with fleet_link(loaded.settings) as link:
+        schema.check(link)
+        keks = frozenset(the_keys.keyring.kek_ids())
+        with Visitor(link.where, start.host_id(loaded.settings.data_dir), keks) as visitor:
+            yield FleetStore(link, visitor.host, visitor.inc)
 
 
 @contextlib.contextmanager

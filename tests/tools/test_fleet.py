@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 
-from tests.harness import cli, postgres
+from tests.harness import Daemon, cli, postgres
 from tests.harness.postgres import Fleet, Postgres
 
 needs = pytest.mark.skipif(bool(postgres.missing()), reason=postgres.missing() or "")
@@ -176,12 +177,130 @@ class TestConfiguration:
         block = "store: postgresql\npostgresql: {hosts: [db1], database: kms, user: kms, password_file: p}\n"
         assert "tls_ca is missing" in self.refused(tmp_path, block)
 
-    @pytest.mark.parametrize("command", ["serve", "verify", "export", "status"])
+    @pytest.mark.parametrize("command", ["serve", "verify", "backup x", "status"])
     def test_what_does_not_work_says_so(self, tmp_path: Path, command: str) -> None:
         block = "store: postgresql\npostgresql: {hosts: /run/postgresql, database: kms, user: kms}\n"
         key = tmp_path / "kek"
         key.touch(0o600)
         key.write_bytes(bytes(range(100, 132)))
-        text = self.refused(tmp_path, f"master_key_file: {key}\ndata_dir: {tmp_path}/data\n{block}", command)
+        text = self.refused(tmp_path, f"master_key_file: {key}\ndata_dir: {tmp_path}/data\n{block}", *command.split())
         assert "not served from yet" in text
         assert not (tmp_path / "data").exists()
+
+
+class Host:
+    """A host of the fleet, or one of its own: its folder, its key, its configuration."""
+
+    def __init__(self, folder: Path, key: bytes, fleet: Fleet | None = None) -> None:
+        folder.mkdir()
+        self.folder, self.data = folder, folder / "data"
+        self.file = folder / "kms.yaml"
+        store = ""
+        if fleet is not None:
+            where = fleet.where
+            store = (
+                f"store: postgresql\npostgresql: {{hosts: {where.folder}, database: {where.database}, "
+                f"user: {where.user}}}\n"
+            )
+        for path, text in (
+            (folder / "kek", key),
+            (self.file, f"master_key_file: kek\ndata_dir: data\nsocket: s\n{store}".encode()),
+        ):
+            path.touch(0o600)
+            path.write_bytes(text)
+
+    def run(self, *words: str, stdin: bytes = b"") -> bytes:
+        done = cli(*words, "--config", str(self.file), stdin=stdin)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout
+
+    def exported(self) -> dict[str, Any]:
+        """By key_id: what a line says, but for what wraps it."""
+        lines = [json.loads(line) for line in self.run("export").splitlines()]
+        return {one.pop("key_id"): plain(one) for one in lines}
+
+
+KEK = bytes(range(100, 132))
+
+
+@needs
+class TestThereAndBack:
+    """From a host's own store into a fleet, and out of it: states, tombstones and uses come along."""
+
+    def filled(self, daemon: Daemon) -> tuple[str, bytes]:
+        """DEKs in every state, one of them used. Returns its id and a message."""
+        with daemon.session() as kms:
+            made = [kms.create_dek(f"room-{n % 3}")["key_id"] for n in range(9)]
+            message = kms.encrypt(made[0], b"before")
+            kms.ok("POST", f"/deks/{made[1]}/disable", {})
+            kms.ok("DELETE", f"/deks/{made[2]}", {})
+            kms.ok("DELETE", f"/deks/{made[3]}", {"immediately": True})
+        return made[0], message
+
+    def test_rehearsed(
+        self, tmp_path: Path, fleet_database: Fleet, make_daemon: Callable[..., Daemon]
+    ) -> None:
+        daemon = make_daemon()
+        key_id, message = self.filled(daemon)
+        daemon.stop()
+        kek = daemon.kek_file.read_bytes()
+        lines = daemon.offline("export").stdout
+        one, two = (Host(tmp_path / name, kek, fleet_database) for name in ("one", "two"))
+        came = json.loads(one.run("import", "-", "--json", stdin=lines))
+        assert (came["imported"], came["unchanged"], came["skipped"]) == (9, 0, 0)
+        before = {found.pop("key_id"): found for found in map(json.loads, lines.splitlines())}
+        assert one.exported() == two.exported() == {k: plain(row) for k, row in before.items()}
+        again = json.loads(
+            two.run("import", "-", "--json", stdin=lines)
+        )  # another host: there is nothing to do
+        assert (again["imported"], again["unchanged"]) == (0, 9)
+        found = json.loads(one.run("store", "status", "--json"))
+        assert sum(found["deks"].values()) == 8 and found["hosts"] == []
+        back = make_daemon(start=False, kek=daemon.kek)
+        back.offline("import", "-", stdin=two.run("export"))
+        back.offline("verify")
+        lines = back.offline("export").stdout
+        assert {
+            found.pop("key_id"): plain(found) for found in map(json.loads, lines.splitlines())
+        } == one.exported()
+        with back.start().session() as kms:
+            assert kms.decrypt(key_id, message) == b"before"
+
+    def test_what_is_bad_changes_nothing(self, tmp_path: Path, fleet_database: Fleet) -> None:
+        host = Host(tmp_path / "one", KEK, fleet_database)
+        done = cli("import", "-", "--config", str(host.file), stdin=b'{"key_id": "k_1", "wrapped": "AAAA"}\n')
+        assert done.returncode == 1 and b"nothing was stored" in done.stderr
+        assert host.exported() == {}
+
+    def test_another_kek(self, tmp_path: Path, fleet_database: Fleet) -> None:
+        """A host that has not the fleet's active KEK brings nothing in."""
+        one, two = (
+            Host(tmp_path / "one", KEK, fleet_database),
+            Host(tmp_path / "two", KEK[::-1], fleet_database),
+        )
+        one.run("import", "-")
+        done = cli("import", "-", "--config", str(two.file))
+        assert done.returncode == 1 and b"active KEK" in done.stderr
+        assert fleet_database.sql("SELECT count(*) FROM kms.hosts") == [(0,)]
+
+    def test_more_than_wait_for_the_end(self, tmp_path: Path, fleet_database: Fleet) -> None:
+        """They go out in pieces, and are there at once, or not at all."""
+        from progressdb_kms.fleet import store
+        from tests.store.test_contract import KEY, Stop, dek
+
+        one = fleet_database.store(KEY)
+        records = [dek(f"k{n:05}") for n in range(store.BULK + 100)]
+        for stop in (True, False):
+            with contextlib.suppress(Stop), one.transaction():
+                one.put_all(records[: store.BULK])
+                assert fleet_database.sql("SELECT count(*) FROM kms.deks") == [(0,)]
+                one.put_all(records[store.BULK :])
+                if stop:
+                    raise Stop
+            with one.transaction():
+                assert not one.recount()
+            assert len(one.page("", 9999)) == (0 if stop else len(records))
+
+
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in row if name not in ("wrapped", "kek_version")}

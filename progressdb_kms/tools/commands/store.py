@@ -162,7 +162,7 @@ def import_deks(args: argparse.Namespace) -> int:
     from .. import storecmd
 
     source = None if args.input == STDIO else Path(args.input)
-    with load(args, need_key=True) as loaded, Progress("import") as bar:
+    with load(args, need_key=True, fleet=True) as loaded, Progress("import") as bar:
         result = storecmd.import_deks(loaded, source, skip_bad=args.skip_bad, progress=bar)
     for bad in result.pop("bad"):
         say(f"{bad}")
