@@ -183,7 +183,9 @@ class TestConfiguration:
         key = tmp_path / "kek"
         key.touch(0o600)
         key.write_bytes(bytes(range(100, 132)))
-        text = self.refused(tmp_path, f"master_key_file: {key}\ndata_dir: {tmp_path}/data\n{block}", *command.split())
+        text = self.refused(
+            tmp_path, f"master_key_file: {key}\ndata_dir: {tmp_path}/data\n{block}", *command.split()
+        )
         assert "not served from yet" in text
         assert not (tmp_path / "data").exists()
 
