@@ -18,7 +18,6 @@ A single loop, no locks:
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import resource
@@ -36,7 +35,7 @@ from ..crypto import envelope
 from ..crypto.aead import KEY_SIZE, NONCE_SIZE
 from ..crypto.keyring import Keyring, fingerprint
 from ..crypto.memory import LockedBuffer, wipe
-from ..encoding import b64decode, b64encode, new_key_id, timestamp
+from ..encoding import b64encode, new_key_id, timestamp
 from ..errors import (
     AuditUnavailable,
     BadRequest,
@@ -48,12 +47,13 @@ from ..errors import (
     StoreUnavailable,
     WeakKey,
 )
-from ..store import heads, snapshots
+from ..store import snapshots
 from ..store.contract import KEK_ROW, DekRecord, Store, Usage
 from ..store.pause import Pause
 from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS, refusal
 from ..store.sqlite import FILE_NAME
-from .channel import Head, Job, answer, receive
+from .anchors import Anchors
+from .channel import Job, answer, receive
 from .clock import REMEDY, Clock, TrustedTime, overdue
 from .keyfile import KeyFile
 from .lock import Files, publish
@@ -80,12 +80,6 @@ WATCH_SECONDS = 1.0
 
 WRITE_PAUSES = 1.0, 30.0
 """How often a row is tried after writing one failed."""
-
-SYNC_SECONDS = 0.5
-"""How often, at most, the audit log is brought to the disk beside other work, and its end kept."""
-
-WITNESS_SECONDS = 3600.0
-"""How often the number of changes and the heads of the audit chains are told to the journal."""
 
 REMIND_SECONDS = 86400.0
 """How often the journal is told of a KEK that is older than kek_max_age_days."""
@@ -157,22 +151,18 @@ class Keeper:
         self._task: tuple[Steps, Job] | None = None
         self._retiring = True  # an earlier run may have left rows
         self._tidying = Pause(*TIDY_PAUSES)
+        self._anchors = Anchors(store, audit, clock, self._time)
         self._shredding = Shredding(
-            store, data_dir, keyring, clock, self._time, self._put, self.note, self._write_anchors
+            store, data_dir, keyring, clock, self._time, self._put, self.note, self._anchors.write
         )
-        self._writing, self._syncing = Pause(*WRITE_PAUSES), Pause(0, 0)
+        self._writing = Pause(*WRITE_PAUSES)
         self._readiness = Readiness()
         self._next_look = self._next_watch = 0.0
         self._lost = self._rescued = ""
         self._rescuer: threading.Thread | None = None
         self._published: Files = {}
         self._rest = 0.0
-        self._heads: dict[str, Head] = {}
-        self._anchoring = Pause(1.0, 60.0)
         self._next_reminder = 0.0
-        self._own = 0  # how far our own chain is anchored
-        self._next_witness = clock.monotonic() + WITNESS_SECONDS
-        self._synced = -SYNC_SECONDS
         self._counted: dict[str, int] = {}  # of each worker, by its chain: the last batch of uses
         self._told_near: dict[str, bool] = {}
 
@@ -193,9 +183,7 @@ class Keeper:
             self._advance_politely(SHARE * (time.monotonic() - begun))
         if self._clock.monotonic() >= self._next_look:
             self._look()
-        self._anchor_own()
-        if self._clock.monotonic() >= self._next_witness:
-            self._witness()
+        self._anchors.look()
         self._shredding.look()
         if time.monotonic() >= self._next_watch:
             self._next_watch = time.monotonic() + WATCH_SECONDS
@@ -267,7 +255,7 @@ class Keeper:
         with self._store.transaction():
             for job in jobs:
                 if job.head:
-                    self._heads[job.head[0]] = job.head
+                    self._anchors.heard(job.head)
                 self._effects = []
                 try:
                     with self._store.savepoint():
@@ -277,7 +265,7 @@ class Keeper:
                     raise
                 except KMSError as error:
                     done.append(Done(job, error, []))
-            self._write_anchors(any(job.op == "anchor" for job in jobs))
+            self._anchors.write(any(job.op == "anchor" for job in jobs))
         if self._brought:
             self._remove_unneeded()
         return done
@@ -373,58 +361,7 @@ class Keeper:
                     self._store.erase(name)
         return False
 
-    # ---- audit heads -----------------------------------------------------------------------------
-
-    def _write_anchors(self, at_once: bool = False) -> None:
-        """The heads of the audit chains ride along in transactions, so that a cut tail is noticed.
-
-        Only heads that the disk has: else a power cut would leave the store ahead of the log. For all chains
-        at once, and no more often than that is worth it, except `at_once`: a worker that says how far it is
-        must not wait because another said so a moment ago.
-        """
-        self._time.save()
-        now = self._clock.monotonic()
-        if not at_once and now - self._synced < SYNC_SECONDS:
-            return
-        own = self._audit.head
-        self._heads[own[0]] = own
-        due = list(self._heads.values())
-        try:
-            self._audit.sync()
-        except AuditUnavailable as error:
-            if self._syncing.failed(error.message):
-                log.error("%s", error.message)
-            return
-        self._syncing.worked()
-        self._synced = now
-        for chain, seq, sig in due:
-            if seq:
-                heads.anchor(self._store, chain, heads.Head(seq, sig))
-
-    def _anchor_own(self) -> None:
-        """Our own records, where no job came along since."""
-        head = self._audit.head
-        if head[1] == self._own or self._clock.monotonic() - self._synced < SYNC_SECONDS:
-            return
-        if self._anchoring.over():
-            what = "the end of the audit log can't be kept in the store now"
-            attend(what, functools.partial(self._anchor_to, head[1]), self._anchoring)
-
-    def _anchor_to(self, seq: int) -> None:
-        before = self._synced
-        with self._store.transaction():
-            self._write_anchors(at_once=True)
-        if self._synced != before:  # else the log could not be synced
-            self._own = seq
-
-    def _witness(self) -> None:
-        """To the journal, which is no part of the data-dir: who puts store and log back together is found by
-        these lines. Each head is written like a receipt: `audit verify --receipts` takes it."""
-        self._next_witness = self._clock.monotonic() + WITNESS_SECONDS
-        own = self._audit.head
-        heads = [*(head for name, head in self._heads.items() if name != own[0]), own]
-        told = [f"{chain}:{seq}:{b64decode(sig)[:8].hex()}" for chain, seq, sig in heads if seq]
-        log.info("witness: change %d of the store, audit %s", self._store.state().change, " ".join(told))
+    # ---- small jobs -------------------------------------------------------------------------------
 
     def note(self, op: str, outcome: str = "ok", **details: Any) -> None:
         """An audit record of the keeper's own: no peer asked for it."""
@@ -674,7 +611,7 @@ class Keeper:
         try:
             with self._store.transaction():
                 self._store.write("probe", {"at": timestamp(self._clock.now())})
-                self._write_anchors()
+                self._anchors.write()
         except StoreUnavailable as error:
             self._writing.failed(error.message)
             return [error.message, *filter(None, [self._rescued if self._lost else ""])]
@@ -713,10 +650,7 @@ class Keeper:
         """The last transaction holds the last heads; where the disk takes none, the next start finds that."""
         try:
             self.note("stop")
-            self._synced = -SYNC_SECONDS
-            with self._store.transaction():
-                self._write_anchors()
-            self._witness()
+            self._anchors.close()
         except (StoreUnavailable, AuditUnavailable) as error:
             log.error("the end is not in the store or the audit log: %s", error.message)
         if self._store.lost():

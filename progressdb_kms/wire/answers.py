@@ -4,34 +4,11 @@ from __future__ import annotations
 
 import socket
 import time
+from http import HTTPStatus
 
 from ..encoding import wall
 from .call import Reply
 
-_PHRASES = {
-    200: "OK",
-    201: "Created",
-    400: "Bad Request",
-    403: "Forbidden",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    408: "Request Timeout",
-    409: "Conflict",
-    410: "Gone",
-    411: "Length Required",
-    413: "Content Too Large",
-    414: "URI Too Long",
-    415: "Unsupported Media Type",
-    417: "Expectation Failed",
-    422: "Unprocessable Content",
-    423: "Locked",
-    429: "Too Many Requests",
-    431: "Request Header Fields Too Large",
-    500: "Internal Server Error",
-    501: "Not Implemented",
-    503: "Service Unavailable",
-    505: "HTTP Version Not Supported",
-}
 _starts: dict[tuple[int, str, bool, str], bytes] = {}
 _second = 0
 
@@ -43,7 +20,7 @@ def _start(status: int, content_type: str, keep: bool, version: str) -> bytes:
         ("" if version == "1.1" else "Connection: keep-alive\r\n") if keep else "Connection: close\r\n"
     )
     return (
-        f"HTTP/1.1 {status} {_PHRASES[status]}\r\nDate: {date}\r\nContent-Type: {content_type}\r\n"
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nDate: {date}\r\nContent-Type: {content_type}\r\n"
         f"Cache-Control: no-store\r\n{connection}"
     ).encode("ascii")
 

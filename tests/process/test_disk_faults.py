@@ -18,7 +18,7 @@ from typing import Any, Callable
 import pytest
 
 from progressdb_kms.audit.log import ROOM
-from progressdb_kms.service.keeper import SYNC_SECONDS
+from progressdb_kms.service.anchors import SYNC_SECONDS
 from progressdb_kms.service.shredding import JANITOR_SECONDS
 from tests.harness import Daemon
 from tests.harness.daemon import DaemonFailed, cli

@@ -16,7 +16,7 @@ from progressdb_kms.crypto.keyring import REGION_SIZE, Keyring
 from progressdb_kms.crypto.memory import LockedBuffer
 from progressdb_kms.encoding import b64encode
 from progressdb_kms.errors import AuditUnavailable, KMSError, StoreUnavailable
-from progressdb_kms.service import keeper as keeper_module
+from progressdb_kms.service import anchors
 from progressdb_kms.service.channel import KeeperClient, channel
 from progressdb_kms.service.keeper import Keeper
 from progressdb_kms.service.lock import claim
@@ -55,7 +55,7 @@ class Site(NamedTuple):
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setattr(keeper_module, "SYNC_SECONDS", 3600.0)  # a sync a moment ago is one an hour ago
+    monkeypatch.setattr(anchors, "SYNC_SECONDS", 3600.0)  # a sync a moment ago is one an hour ago
     region, staging = LockedBuffer(REGION_SIZE), LockedBuffer(32)
     inbox, outbox = channel()
     lock = claim(tmp_path)
@@ -110,7 +110,7 @@ def test_none_is_ahead_of_the_disk(site: Site, monkeypatch: pytest.MonkeyPatch) 
 def test_the_keepers_own_end_is_kept_where_nobody_asks(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.keeper.note("shred", key_id="k")
     site.keeper.round(0.0)
-    monkeypatch.setattr(keeper_module, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(anchors, "SYNC_SECONDS", 0.0)
     site.keeper.round(0.0)
     chain, seq, _ = site.keeper._audit.head
     assert site.kept(chain) == seq > 1
@@ -119,7 +119,7 @@ def test_the_keepers_own_end_is_kept_where_nobody_asks(site: Site, monkeypatch: 
 def test_the_journal_is_a_witness(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     site.says("1.1", 7)
     with caplog.at_level(logging.INFO):
-        site.keeper._witness()
+        site.keeper._anchors.witness()
     chain, seq, _ = site.keeper._audit.head
     change = site.store.state().change
     assert (

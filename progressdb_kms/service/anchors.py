@@ -1,0 +1,98 @@
+"""How far each audit chain is: kept in the store, and told to the journal now and then.
+
+The heads of the chains ride along in the keeper's transactions, so that a tail that was cut off is noticed.
+Only heads that the disk has: else a power cut would leave the store ahead of the log. The journal is no part
+of the data-dir: who puts store and log back together is found by its lines.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+from ..audit.log import AuditLog
+from ..encoding import b64decode
+from ..errors import AuditUnavailable
+from ..store import heads
+from ..store.contract import Store
+from ..store.pause import Pause
+from .channel import Head
+from .clock import Clock, TrustedTime
+from .told import attend
+
+log = logging.getLogger(__name__)
+
+SYNC_SECONDS = 0.5
+"""How often, at most, the audit log is brought to the disk beside other work, and its end kept."""
+
+WITNESS_SECONDS = 3600.0
+"""How often the number of changes and the heads of the audit chains are told to the journal."""
+
+
+class Anchors:
+    def __init__(self, store: Store, audit: AuditLog, clock: Clock, time: TrustedTime) -> None:
+        self._store = store
+        self._audit = audit
+        self._clock, self._time = clock, time
+        self._heads: dict[str, Head] = {}
+        self._syncing, self._keeping = Pause(0, 0), Pause(1.0, 60.0)
+        self._own = 0  # how far our own chain is kept
+        self._synced = -SYNC_SECONDS
+        self._next_witness = clock.monotonic() + WITNESS_SECONDS
+
+    def heard(self, head: Head) -> None:
+        """A worker says with a job how far it is."""
+        self._heads[head[0]] = head
+
+    def write(self, at_once: bool = False) -> None:
+        """In a transaction. For all chains at once, and no more often than that is worth it, except
+        `at_once`: a worker that says how far it is must not wait because another said so a moment ago."""
+        self._time.save()
+        now = self._clock.monotonic()
+        if not at_once and now - self._synced < SYNC_SECONDS:
+            return
+        self.heard(self._audit.head)
+        due = list(self._heads.values())
+        try:
+            self._audit.sync()
+        except AuditUnavailable as error:
+            if self._syncing.failed(error.message):
+                log.error("%s", error.message)
+            return
+        self._syncing.worked()
+        self._synced = now
+        for chain, seq, sig in due:
+            if seq:
+                heads.anchor(self._store, chain, heads.Head(seq, sig))
+
+    def look(self) -> None:
+        """In each round of the keeper: our own records, where no job came along since; and the journal."""
+        if self._clock.monotonic() >= self._next_witness:
+            self.witness()
+        head = self._audit.head
+        if head[1] == self._own or self._clock.monotonic() - self._synced < SYNC_SECONDS:
+            return
+        if self._keeping.over():
+            what = "the end of the audit log can't be kept in the store now"
+            attend(what, functools.partial(self._keep, head[1]), self._keeping)
+
+    def _keep(self, seq: int) -> None:
+        before = self._synced
+        with self._store.transaction():
+            self.write(at_once=True)
+        if self._synced != before:  # else the log could not be synced
+            self._own = seq
+
+    def witness(self) -> None:
+        """Each head is written like a receipt: `audit verify --receipts` takes it."""
+        self._next_witness = self._clock.monotonic() + WITNESS_SECONDS
+        own = self._audit.head
+        known = [*(head for name, head in self._heads.items() if name != own[0]), own]
+        told = [f"{chain}:{seq}:{b64decode(sig)[:8].hex()}" for chain, seq, sig in known if seq]
+        log.info("witness: change %d of the store, audit %s", self._store.state().change, " ".join(told))
+
+    def close(self) -> None:
+        """The last transaction holds the last heads."""
+        with self._store.transaction():
+            self.write(at_once=True)
+        self.witness()
