@@ -53,7 +53,7 @@ TOLD = frozenset(
 """Operations that are listed one by one."""
 
 _LINES = re.compile(
-    rb'"ts":"([^"\n]{13})([^"\n]*)","op":"([a-z_]+)","outcome":"([a-z]+)","status":[0-9]+'
+    rb'"ts":"([^"\n]{13})([^"\n]*)","op":"([a-z_]+","outcome":"[a-z]+)","status":[0-9]+'
     rb'(?:,"change":[0-9]+)?(?:,"key_id":"([^"\n]*)")?'
     rb'(?:,"thread_id":"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*")?(?:,"actor":"[^"\n]*","uid":([0-9]+))?'
 ).findall
@@ -61,7 +61,7 @@ _BATCHES = re.compile(rb'"ts":"([^"\n]*)","op":"[a-z_]+","outcome":"ok"[^\n]*,"k
 _TOLD_OPS = re.compile(rb'"op":"(?:%b)","outcome"' % "|".join(sorted(TOLD)).encode()).finditer
 
 
-_CALL, _CALLER = itemgetter(0, 2, 3), itemgetter(5, 3)
+_CALL = itemgetter(0, 2, 4)
 
 
 class Counts:
@@ -81,9 +81,11 @@ class Counts:
         if low or high != b"~":
             rows = [row for row in rows if low <= row[0] + row[1] < high]
         self.lines += len(rows)
-        self.calls.update(map(_CALL, rows))  # counted by C
-        self.uids.update(map(_CALLER, rows))
-        self.keys.update([row[4] for row in rows if row[3] == b"ok"])
+        for (hour, what, uid), count in Counter(map(_CALL, rows)).items():  # a block has few kinds
+            op, _, outcome = what.partition(b'","outcome":"')
+            self.calls[hour, op, outcome] += count
+            self.uids[uid, outcome] += count
+        self.keys.update([row[3] for row in rows if row[2].endswith(b'"ok')])
         self.keys.pop(b"", None)
         for ts, names in _BATCHES(block) if b'"keys":[' in block else ():
             if low <= ts < high:
