@@ -100,7 +100,7 @@ def backup(data_dir: Path, file: Path, progress: Progress) -> dict[str, Any]:
     One read transaction over all of it: what is committed when it begins is in it, and no writer waits.
     """
     store = data_dir / FILE_NAME
-    _check_target(data_dir, file)
+    check_target(data_dir, file)
     if not store.is_file():
         raise CommandFailed(f"there is no store {store}", hint="--data-dir or --config says where it is")
     with _part_file(file) as (descriptor, part):
@@ -142,8 +142,9 @@ def _exists(file: Path) -> CommandFailed:
     return CommandFailed(f"{file} exists, and a backup is never overwritten", hint="name another file")
 
 
-def _check_target(data_dir: Path, file: Path) -> None:
-    """In the data-dir a backup would keep what a later shred must remove, and be lost together with it."""
+def check_target(data_dir: Path, file: Path) -> None:
+    """Raises CommandFailed. In the data-dir a backup would keep what a later shred must remove, and be lost
+    together with it."""
     home, target = data_dir.resolve(), file.resolve()
     if home == target or home in target.parents:
         raise CommandFailed(

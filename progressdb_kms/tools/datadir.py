@@ -82,10 +82,11 @@ def fleet_link(settings: Settings) -> Iterator[Link]:
     from ..fleet.engine import Link
     from ..fleet.settings import where
 
-    with (
-        asowner.acting_as(asowner.of(settings.data_dir)),  # whose password file it is
-        contextlib.closing(Link(where(settings), "progressdb-kms command")) as link,
-    ):
+    with asowner.acting_as(asowner.of(settings.data_dir)):  # whose password file it is
+        link = Link(where(settings), "progressdb-kms command")
+        with link.session():
+            """It is there from now on."""
+    with contextlib.closing(link):
         yield link
 
 
@@ -101,7 +102,8 @@ def reading(settings: Settings) -> Iterator[FleetReader | SqliteReader]:
 
     with fleet_link(settings) as link:
         schema.check(link)
-        fleet = FleetReader(link, "")
+        known = (settings.data_dir / start.HOST_FILE).exists()
+        fleet = FleetReader(link, start.host_id(settings.data_dir) if known else "")
         with fleet.snapshot():
             yield fleet
 

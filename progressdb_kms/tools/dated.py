@@ -40,12 +40,21 @@ def make(loaded: Loaded, folder: Path, keep: int | None, progress: Progress) -> 
     with asowner.acting_as(asowner.of(data_dir)):
         start = f"kms-{host_id(data_dir)[:ID]}"
     file = folder / f"{start}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.backup"
-    result = backup(data_dir, file, progress)
+    result = made(loaded, file, progress)
     note(data_dir, file)
     if keep is not None:
         _drill(loaded, file, progress)
         result.update(checked=True, removed=_prune(folder, start, keep))
     return result
+
+
+def made(loaded: Loaded, file: Path, progress: Progress) -> dict[str, Any]:
+    """A backup of this host's store, or of its fleet's."""
+    if loaded.settings.store == "sqlite":
+        return backup(loaded.settings.data_dir, file, progress)
+    from . import fleetbackup
+
+    return fleetbackup.make(loaded, file, progress)
 
 
 def _drill(loaded: Loaded, file: Path, progress: Progress) -> None:

@@ -107,8 +107,8 @@ def restore(loaded: Loaded, file: Path, force: bool, progress: Progress) -> dict
         source = stack.enter_context(backup.opened(file, progress))
         keys = stack.enter_context(datadir.keys(loaded))
         asowner.become(data_dir)
-        chosen = _plan(source, keys)
-        _trust(source, stack.enter_context(datadir.own_key(keys.keyring, ROW_KEY, source.row_key)), force)
+        chosen = plan_of(source, keys)
+        trusted(source, stack.enter_context(datadir.own_key(keys.keyring, ROW_KEY, source.row_key)), force)
         with datadir.held(loaded), _staging(data_dir) as folder:
             present = _look(data_dir, source, keys, force)
             past = _past(data_dir, source, present, chosen, keys, force, progress)
@@ -147,7 +147,7 @@ def _told(source: Backup, present: Present | None, built: Built, chain: str) -> 
 # ---- checks, before anything is changed ------------------------------------------------------------------
 
 
-def _plan(source: Backup, keys: Keys) -> Plan:
+def plan_of(source: Backup, keys: Keys) -> Plan:
     """Do the configured keys fit the backup? The same decision as at a start of the daemon."""
     state = source.state()
     if state.active is None:
@@ -160,7 +160,7 @@ def _plan(source: Backup, keys: Keys) -> Plan:
     return Plan(*stored, adopt=False)
 
 
-def _trust(source: Backup, key: memoryview | None, force: bool) -> None:
+def trusted(source: Backup, key: memoryview | None, force: bool) -> None:
     """Are the rows of the backup ours, and all of them? `key`: its row key."""
     if key is None:
         hint = "add the KEK to previous_master_keys"

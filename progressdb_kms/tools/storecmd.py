@@ -72,13 +72,14 @@ def export(settings: Settings, file: IO[bytes], progress: Progress) -> int:
         total = sum(row.deks for row in reader.keks().values())
         for page in _pages(reader):
             usage = reader.usage([record.key_id for record in page])
-            file.writelines(_line(record, usage.get(record.key_id)) for record in page)
+            file.writelines(line(record, usage.get(record.key_id)) for record in page)
             done += len(page)
             progress(done, max(done, total))
     return done
 
 
-def _line(record: DekRecord, usage: Usage | None) -> bytes:
+def line(record: DekRecord, usage: Usage | None) -> bytes:
+    """A DEK as `export` writes it."""
     used = {"usage": usage._asdict()} if usage else {}
     return json_dumps({"key_id": record.key_id, **record.to_row(), **used}).encode() + b"\n"
 

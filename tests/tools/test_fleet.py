@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
@@ -177,7 +178,7 @@ class TestConfiguration:
         block = "store: postgresql\npostgresql: {hosts: [db1], database: kms, user: kms, password_file: p}\n"
         assert "tls_ca is missing" in self.refused(tmp_path, block)
 
-    @pytest.mark.parametrize("command", ["serve", "verify", "backup x", "status"])
+    @pytest.mark.parametrize("command", ["serve", "verify", "status"])
     def test_what_does_not_work_says_so(self, tmp_path: Path, command: str) -> None:
         block = "store: postgresql\npostgresql: {hosts: /run/postgresql, database: kms, user: kms}\n"
         key = tmp_path / "kek"
@@ -215,6 +216,11 @@ class Host:
         done = cli(*words, "--config", str(self.file), stdin=stdin)
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout
+
+    def refused(self, *words: str) -> bytes:
+        done = cli(*words, "--config", str(self.file))
+        assert done.returncode == 1 and done.stderr.count(b"\n") == 1, done.stderr
+        return done.stderr
 
     def exported(self) -> dict[str, Any]:
         """By key_id: what a line says, but for what wraps it."""
@@ -267,6 +273,50 @@ class TestThereAndBack:
         } == one.exported()
         with back.start().session() as kms:
             assert kms.decrypt(key_id, message) == b"before"
+
+    def test_a_backup_and_back(
+        self, tmp_path: Path, fleet_database: Fleet, make_daemon: Callable[..., Daemon]
+    ) -> None:
+        """Of the fleet as it is at one moment: into a store of a host's own, and into another fleet."""
+        daemon = make_daemon()
+        key_id, message = self.filled(daemon)
+        daemon.stop()
+        kek = daemon.kek_file.read_bytes()
+        one, two = (Host(tmp_path / name, kek, fleet_database) for name in ("one", "two"))
+        one.run("import", "-", stdin=daemon.offline("export").stdout)
+        file = tmp_path / "backup"
+        made = json.loads(one.run("backup", str(file), "--json"))
+        assert (made["deks"], made["shredded"]) == (8, 1)
+        assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["backup"]
+        assert not list(tmp_path.glob(".*"))
+        one.run("backup", "--check", str(file))
+        assert len(json.loads(one.run("backup", str(tmp_path), "--keep", "1", "--json"))["removed"]) == 0
+        assert b"never been one of the fleet" in two.refused("backup", str(tmp_path / "other"))
+        before = one.exported()
+        assert b"not empty" in one.refused("restore", str(file))
+        fleet_database.again()
+        for name in ("one", "two"):  # hosts that follow begin with a data-dir of their own
+            shutil.rmtree(tmp_path / name / "data", ignore_errors=True)
+        told = json.loads(two.run("restore", str(file), "--json"))
+        assert (told["deks"], told["shredded"]) == (8, 1)
+        assert one.exported() == before
+        back = make_daemon(start=False, kek=daemon.kek)
+        back.offline("restore", str(file))
+        back.offline("verify")
+        with back.start().session() as kms:
+            assert kms.decrypt(key_id, message) == b"before"
+
+    def test_a_fleet_that_was_changed_by_hand_is_not_backed_up(
+        self, tmp_path: Path, fleet_database: Fleet, make_daemon: Callable[..., Daemon]
+    ) -> None:
+        host = Host(tmp_path / "one", KEK, fleet_database)
+        host.run("import", "-")
+        from tests.store.test_contract import dek
+
+        row = json.dumps({**dek("k_1").to_row(), "mac": "A" * 43 + "="})
+        fleet_database.sql(f"INSERT INTO kms.deks VALUES ('k_1', 't', '{row}', '', 1)")
+        assert b"not as the daemon wrote it" in host.refused("backup", str(tmp_path / "backup"))
+        assert not (tmp_path / "backup").exists() and not list(tmp_path.glob(".*"))
 
     def test_what_is_bad_changes_nothing(self, tmp_path: Path, fleet_database: Fleet) -> None:
         host = Host(tmp_path / "one", KEK, fleet_database)

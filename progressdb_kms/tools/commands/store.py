@@ -62,12 +62,14 @@ def verify(args: argparse.Namespace) -> None:
 )
 def backup(args: argparse.Namespace) -> None:
     no_stream(args.file, "a backup is checked and synced in its place (`export -` writes to stdout)")
-    from .. import dated, drill, storecmd
+    from .. import dated, drill
 
     target = Path(args.file)
     if args.keep is not None and (args.check or not target.is_dir()):
         raise UsageError("--keep goes with a folder that is there, and checks what it makes")
-    with load(args, need_key=args.check or args.keep is not None) as loaded, Progress("backup") as bar:
+    with load(args, need_key=False, fleet=True) as loaded:
+        need_key = args.check or args.keep is not None or loaded.settings.store != "sqlite"
+    with load(args, need_key=need_key, fleet=True) as loaded, Progress("backup") as bar:
         data_dir = loaded.settings.data_dir
         if args.check:
             result = drill.check(loaded, target, bar)
@@ -75,7 +77,7 @@ def backup(args: argparse.Namespace) -> None:
         elif target.is_dir():
             result = dated.make(loaded, target, args.keep, bar)
         else:
-            result = storecmd.backup(data_dir, target, progress=bar)
+            result = dated.made(loaded, target, bar)
             dated.note(data_dir, target)
     show(result, args.json)
 
@@ -109,8 +111,12 @@ def restore(args: argparse.Namespace) -> None:
         raise UsageError("--key goes with --snapshot")
     from .. import storecmd
 
-    with load(args, need_key=True) as loaded, Progress("restore") as bar:
-        if args.snapshot is None:
+    with load(args, need_key=True, fleet=args.snapshot is None) as loaded, Progress("restore") as bar:
+        if loaded.settings.store != "sqlite":
+            from .. import fleetbackup
+
+            result = fleetbackup.restore(loaded, Path(args.file), bar)
+        elif args.snapshot is None:
             result = storecmd.restore(loaded, Path(args.file), force=args.force, progress=bar)
         else:
             folder = Path(args.snapshot)
