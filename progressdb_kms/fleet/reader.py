@@ -19,6 +19,7 @@ from typing import Any
 from ..encoding import json_loads
 from ..errors import StoreDamaged
 from ..store.contract import HEAVY, DekRecord, Usage
+from ..store.policy import SHREDDED
 from ..store.seal import MODULUS, OWN, STATE, KekCount, Seal, StoreState, weight
 from ..store.sealed import OWN_DONT_ADD_UP, OWN_HINT, SealedReader
 from .engine import TIMELINE, Link, Session
@@ -134,6 +135,22 @@ class FleetReader(SealedReader):
         args = (after, limit) if thread_id is None else (after, thread_id, limit)
         sql = f"SELECT key_id, value FROM deks WHERE key_id > %s {thread}ORDER BY key_id LIMIT %s"  # noqa: S608
         return [(key_id, row_of(value)) for key_id, value in self._select(sql, args)]
+
+    def added_up(self, page: int = 5000) -> tuple[dict[str, int], int]:
+        """What the state has to say: DEKs by the KEK that they need, and the sum of all rows. Of a row that
+        is none of ours nothing is added."""
+        keks: dict[str, int] = {}
+        total, after = 0, ""
+        sql = "SELECT key_id, value FROM deks WHERE key_id > %s ORDER BY key_id LIMIT %s"
+        while rows := self._select(sql, (after, page)):
+            after = rows[-1][0]
+            for _, text in rows:
+                with contextlib.suppress(StoreDamaged, KeyError, TypeError, ValueError):
+                    row = row_of(text)
+                    total += weight(row)
+                    if row["state"] != SHREDDED:
+                        keks[row["kek_id"]] = keks.get(row["kek_id"], 0) + 1
+        return keks, total % MODULUS
 
     # ---- rows of the service -------------------------------------------------------------------
 

@@ -130,9 +130,9 @@ def load(args: argparse.Namespace, *, need_key: bool, fleet: bool = False) -> Lo
 
 
 @contextlib.contextmanager
-def own(args: argparse.Namespace, *, need_key: bool = True) -> Iterator[Loaded]:
+def own(args: argparse.Namespace, *, need_key: bool = True, fleet: bool = False) -> Iterator[Loaded]:
     """For commands that need nothing but the data-dir: root is its owner from here on."""
-    with load(args, need_key=need_key) as loaded:
+    with load(args, need_key=need_key, fleet=fleet) as loaded:
         asowner.become(loaded.settings.data_dir)
         yield loaded
 

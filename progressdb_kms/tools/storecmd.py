@@ -28,6 +28,7 @@ from ..store import snapshots
 from ..store.contract import DekRecord, Reader, Usage
 from ..store.policy import PENDING_DELETION, SHREDDED
 from ..store.seal import MODULUS, STATE, StoreState, weight
+from ..store.sealed import SealedReader
 from ..store.snapshots import FOLDER, LINES
 from ..store.sqlite import DEKS, FILE_NAME, Connection, SqliteReader
 from . import datadir
@@ -87,7 +88,7 @@ def line(record: DekRecord, usage: Usage | None) -> bytes:
 # ---- verify --------------------------------------------------------------------------------------------
 
 
-class _Faults:
+class Faults:
     """Told on stderr as they are found, and counted."""
 
     def __init__(self) -> None:
@@ -115,8 +116,12 @@ def verify(loaded: Loaded, progress: Progress) -> dict[str, Any]:
 
     May run beside the daemon. Raises CommandFailed after it listed what is wrong.
     """
+    if loaded.settings.store != "sqlite":
+        from .fleetverify import verify_fleet
+
+        return verify_fleet(loaded, progress)
     data_dir = loaded.settings.data_dir
-    faults = _Faults()
+    faults = Faults()
     with contextlib.ExitStack() as stack:
         stack.enter_context(datadir.beside(data_dir))
         reader = stack.enter_context(contextlib.closing(datadir.reader_of(data_dir)))
@@ -131,7 +136,7 @@ def verify(loaded: Loaded, progress: Progress) -> dict[str, Any]:
             faults.add(f"{older}: it was put back; use `progressdb-kms restore FILE`")
         total = sum(row.deks for row in reader.keks().values())
         with Opener(keys.keyring) as opener:
-            live, shredded = _check_deks(reader, opener, total, faults, progress)
+            live, shredded = check_deks(reader, opener, total, faults, progress)
         ledgers = _check_ledgers(data_dir, reader, keys, faults)
     if faults.count:
         raise CommandFailed(
@@ -142,7 +147,7 @@ def verify(loaded: Loaded, progress: Progress) -> dict[str, Any]:
     return {"result": "ok", "deks": live, "shredded": shredded, "ledgers": ledgers}
 
 
-def _check_file(data_dir: Path, reader: SqliteReader, faults: _Faults) -> None:
+def _check_file(data_dir: Path, reader: SqliteReader, faults: Faults) -> None:
     """SQLite's integrity, and what the state row says of all rows together: in one snapshot."""
     db = Connection(data_dir / FILE_NAME, "ro")
     with contextlib.closing(db):
@@ -175,7 +180,7 @@ def _weight(mac_of_row: Any) -> int:
         return 0  # the row itself is a fault, which the look at each row finds
 
 
-def _state(reader: SqliteReader, row: Any, faults: _Faults) -> StoreState:
+def _state(reader: SqliteReader, row: Any, faults: Faults) -> StoreState:
     try:
         reader.check(STATE, row)
     except StoreDamaged as error:
@@ -194,8 +199,8 @@ _UNINDEXED = (
 )
 
 
-def _check_deks(
-    reader: SqliteReader, opener: Opener, total: int, faults: _Faults, progress: Progress
+def check_deks(
+    reader: SealedReader, opener: Opener, total: int, faults: Faults, progress: Progress
 ) -> tuple[int, int]:
     live = shredded = 0
     after = ""
@@ -338,7 +343,7 @@ def _remove(snapshot: SnapshotFolder) -> None:
     snapshot.ledger.unlink(missing_ok=True)
 
 
-def _check_ledgers(data_dir: Path, reader: SqliteReader, keys: Keys, faults: _Faults) -> int:
+def _check_ledgers(data_dir: Path, reader: SqliteReader, keys: Keys, faults: Faults) -> int:
     """Is each ledger the one that was signed?"""
     finished = [one for one in _snapshots(data_dir) if one.totals]
     with datadir.own_key(keys.keyring, AUDIT_KEY, reader.read(ROWS[AUDIT_KEY])) as key:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tests.harness import Daemon, cli, postgres
 from tests.harness.postgres import Fleet, Postgres
@@ -178,7 +180,7 @@ class TestConfiguration:
         block = "store: postgresql\npostgresql: {hosts: [db1], database: kms, user: kms, password_file: p}\n"
         assert "tls_ca is missing" in self.refused(tmp_path, block)
 
-    @pytest.mark.parametrize("command", ["serve", "verify", "status"])
+    @pytest.mark.parametrize("command", ["serve", "verify --recount", "status"])
     def test_what_does_not_work_says_so(self, tmp_path: Path, command: str) -> None:
         block = "store: postgresql\npostgresql: {hosts: /run/postgresql, database: kms, user: kms}\n"
         key = tmp_path / "kek"
@@ -318,6 +320,26 @@ class TestThereAndBack:
         assert b"not as the daemon wrote it" in host.refused("backup", str(tmp_path / "backup"))
         assert not (tmp_path / "backup").exists() and not list(tmp_path.glob(".*"))
 
+    @pytest.mark.parametrize(
+        ("harm", "says"),
+        [
+            ("DELETE FROM kms.deks WHERE key_id = 'k_1'", "don't add up"),
+            (
+                "UPDATE kms.deks SET value = replace(value, 'enabled', 'disabled')",
+                "not as the daemon wrote it",
+            ),
+            ("UPDATE kms.deks SET value = '7' WHERE key_id = 'k_1'", "k_1: its row is not as"),
+            ("DELETE FROM kms.kms WHERE name = 'audit:epoch'", "of the service's own don't add up"),
+        ],
+    )
+    def test_verify(self, tmp_path: Path, fleet_database: Fleet, harm: str, says: str) -> None:
+        host = Host(tmp_path / "one", KEK, fleet_database)
+        host.run("import", "-", stdin=_wrapped(KEK, "k_1") + _wrapped(KEK, "k_2"))
+        assert json.loads(host.run("verify", "--json")) == {"result": "ok", "deks": 2, "shredded": 0}
+        fleet_database.sql(harm)
+        done = cli("verify", "--config", str(host.file))
+        assert done.returncode == 1 and says in done.stderr.decode() and b"faults were found" in done.stderr
+
     def test_what_is_bad_changes_nothing(self, tmp_path: Path, fleet_database: Fleet) -> None:
         host = Host(tmp_path / "one", KEK, fleet_database)
         done = cli("import", "-", "--config", str(host.file), stdin=b'{"key_id": "k_1", "wrapped": "AAAA"}\n')
@@ -356,3 +378,11 @@ class TestThereAndBack:
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in row if name not in ("wrapped", "kek_version")}
+
+
+def _wrapped(kek: bytes, key_id: str) -> bytes:
+    """A line as the Go service's stores have it: the DEK is bound to nothing."""
+    blob = bytes(12) + AESGCM(kek).encrypt(bytes(12), key_id.encode().ljust(32, b"."), None)
+    return (
+        json.dumps({"key_id": key_id, "thread_id": "t", "wrapped": b64encode(blob).decode()}).encode() + b"\n"
+    )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def verify(args: argparse.Namespace) -> None:
     from .. import storecmd
 
-    with own(args) as loaded, Progress("verify") as bar:
+    with own(args, fleet=not args.recount) as loaded, Progress("verify") as bar:
         result = {"recounted": storecmd.recount(loaded)} if args.recount else {}
         result.update(storecmd.verify(loaded, progress=bar))
     show(result, args.json)
