@@ -120,8 +120,8 @@ class Uses:
     def _wait(self, names: list[str], counter: Counter[str], stamp: tuple[int, int]) -> None:
         fresh = dict.fromkeys(names, stamp)
         if len(self._first) + len(fresh) > MOST:
-            fresh = self._fitting(fresh, Counter(names))
-            names = [name for name in names if name in fresh]
+            fresh = self._fitting(fresh, names)
+            names = list(filter(fresh.__contains__, names))
         counter.update(names)
         deque(map(self._first.setdefault, fresh, itertools.repeat(stamp[0])), 0)
         self._last.update(fresh)
@@ -129,18 +129,16 @@ class Uses:
             early = [name for name in fresh if counter[name] >= SOON]
             self._soon.update(dict.fromkeys([*early, *(self._heavy.keys() & fresh.keys())]))
 
-    def _fitting(self, fresh: dict[str, tuple[int, int]], often: Counter[str]) -> dict[str, tuple[int, int]]:
-        free = MOST - len(self._first)
-        found = {}
-        for name, stamp in fresh.items():
-            if name not in self._first:
-                if free <= 0 and often[name] < BUSY:
-                    continue
-                if free <= 0:
-                    self._row(next(reversed(self._first)))
-                free -= 1
-            found[name] = stamp
-        return found
+    def _fitting(self, fresh: dict[str, tuple[int, int]], names: list[str]) -> dict[str, tuple[int, int]]:
+        others = [name for name in fresh if name not in self._first]
+        lost = set(others[max(0, MOST - len(self._first)) :])
+        if len(names) - len(fresh) >= BUSY - 1:  # else none can be busy
+            often = Counter(names)
+            busy = {name for name in lost if often[name] >= BUSY}
+            for _ in busy:
+                self._row(next(reversed(self._first)))
+            lost -= busy
+        return {name: stamp for name, stamp in fresh.items() if name not in lost}
 
     def _next(self) -> list[str]:
         ahead = list(itertools.islice(self._soon, self._rows))
