@@ -116,6 +116,22 @@ def test_the_keepers_own_end_is_kept_where_nobody_asks(site: Site, monkeypatch: 
     assert site.kept(chain) == seq > 1
 
 
+def test_what_could_not_be_synced_is_kept_later(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keeper's own end: a sync that failed leaves it as unkept as it was."""
+
+    def refuse() -> None:
+        raise AuditUnavailable("the audit log can't be synced")
+
+    site.keeper.note("shred", key_id="k")
+    monkeypatch.setattr(anchors, "SYNC_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(site.keeper._audit, "sync", refuse)
+        site.keeper.round(0.0)
+    site.keeper.round(0.0)
+    chain, seq, _ = site.keeper._audit.head
+    assert site.kept(chain) == seq
+
+
 def test_the_journal_is_a_witness(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     site.says("1.1", 7)
     with caplog.at_level(logging.INFO):
