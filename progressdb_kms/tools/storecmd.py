@@ -116,10 +116,6 @@ def verify(loaded: Loaded, progress: Progress) -> dict[str, Any]:
 
     May run beside the daemon. Raises CommandFailed after it listed what is wrong.
     """
-    if loaded.settings.store != "sqlite":
-        from .fleetverify import verify_fleet
-
-        return verify_fleet(loaded, progress)
     data_dir = loaded.settings.data_dir
     faults = Faults()
     with contextlib.ExitStack() as stack:

@@ -30,7 +30,12 @@ def verify(args: argparse.Namespace) -> None:
 
     with own(args, fleet=not args.recount) as loaded, Progress("verify") as bar:
         result = {"recounted": storecmd.recount(loaded)} if args.recount else {}
-        result.update(storecmd.verify(loaded, progress=bar))
+        if loaded.settings.store == "sqlite":
+            result.update(storecmd.verify(loaded, progress=bar))
+        else:
+            from ..fleetverify import verify_fleet
+
+            result.update(verify_fleet(loaded, progress=bar))
     show(result, args.json)
 
 
