@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -25,6 +24,7 @@ import pytest
 
 from tests.harness import postgres
 from tests.harness.daemon import Daemon
+from tests.harness.folders import new_folder
 
 LIMIT = 180
 LONG_LIMIT = 3600
@@ -80,8 +80,8 @@ def fleet_database(postgres_server: postgres.Postgres) -> Iterator[postgres.Flee
 
 @pytest.fixture
 def short_tmp() -> Iterator[Path]:
-    folder = tempfile.mkdtemp(prefix="kms-", dir="/tmp")
-    yield Path(folder)
+    folder = new_folder()
+    yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -23,7 +23,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import Any, ClassVar
 import yaml
 
 from . import procs, wire
+from .folders import new_folder
 from .wire import Body, Reply, Session
 
 REPO = Path(__file__).resolve().parents[2]
@@ -84,7 +84,7 @@ class Daemon:
         ready_timeout: float = 60.0,
     ) -> None:
         assert source in SOURCES, f"source is one of {SOURCES}"
-        self.home = home or Path(tempfile.mkdtemp(prefix="kms-", dir="/tmp"))  # noqa: S108
+        self.home = home or new_folder()
         self.kek = os.urandom(32) if kek is None else kek
         self.source = source
         self.args, self.command, self.wrapper = list(args), list(command), list(wrapper)

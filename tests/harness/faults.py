@@ -31,6 +31,7 @@ from typing import NamedTuple
 import pytest
 
 from . import procs, strace
+from .folders import new_folder
 
 # ---- what is needed --------------------------------------------------------------------------------
 
@@ -278,7 +279,7 @@ class Shim:
 
     def __init__(self) -> None:
         need_cc()
-        self.folder = Path(tempfile.mkdtemp(prefix="kms-shim-", dir="/tmp"))
+        self.folder = new_folder("kms-shim-")
         self.library = self.folder / "shim.so"
         build = [
             "cc",
@@ -374,7 +375,7 @@ class Tmpfs:
 
     def __init__(self, size: int = 4 << 20) -> None:
         need_mount()
-        self.path = Path(tempfile.mkdtemp(prefix="kms-", dir="/tmp"))
+        self.path = new_folder()
         self._filler = self.path / ".filler"
         options = f"size={size},mode=0700"
         done = subprocess.run(

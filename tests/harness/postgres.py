@@ -19,11 +19,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
+
+from .folders import new_folder
 
 LEAST = 14
 STARTED_SECONDS = 60
@@ -79,7 +80,7 @@ class Postgres:
         initdb: tuple[str, ...] = (),
         durable: bool = False,
     ) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="kms-pg-", dir="/tmp"))
+        self.folder = new_folder("kms-pg-")
         self.data = self.folder / "data"
         self.log = self.folder / "log"
         self.port = _free_port() if tls else 5432
