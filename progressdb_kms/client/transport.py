@@ -20,6 +20,9 @@ from typing import NamedTuple
 
 from . import listener
 
+LOOK_SECONDS = 0.5
+"""Between two looks at signals while an answer is waited for without a limit."""
+
 IDLE_CONNECTIONS = 16
 """Connections kept open for the next request; more may be in use."""
 
@@ -199,6 +202,8 @@ def _round_trip(conn: _Connection, request: Request, limit: int) -> Reply:
         # Its last piece was not taken, so the request can't have been carried out. It may have been refused
         # before all of it was read: then that answer is waiting.
         complete = False
+    if request.timeout is None:
+        _wait(conn)
     try:
         response = conn.getresponse()
     except ConnectionResetError:  # also http.client.RemoteDisconnected
@@ -210,6 +215,16 @@ def _round_trip(conn: _Connection, request: Request, limit: int) -> Reply:
     if not complete:
         conn.close()
     return reply
+
+
+def _wait(conn: _Connection) -> None:
+    """For as long as it takes, with a look in between at signals: one that comes right before a call that
+    blocks, or to another thread, doesn't end the call."""
+    if conn.sock is not None:
+        poller = select.poll()
+        poller.register(conn.sock, select.POLLIN)
+        while not poller.poll(LOOK_SECONDS * 1000):
+            pass
 
 
 def _receive(response: http.client.HTTPResponse, limit: int) -> Reply:

@@ -214,6 +214,11 @@ class Load(NamedTuple):
         return f"p50 {self.p50 * 1e6:.0f} us, p99 {self.p99 * 1e6:.0f} us"
 
 
+def _too_few(took: list[float], each: int, until: float) -> bool:
+    """On a machine that is busy with others: those that are counted as one are waited for, half a minute."""
+    return 0 < len(took) < each and time.perf_counter() < until + 30.0
+
+
 def load(
     path: Address,
     request: bytes | Sequence[bytes],
@@ -236,7 +241,7 @@ def load(
             selector.register(sock, selectors.EVENT_READ, [size, time.perf_counter()])
         begun = time.perf_counter()
         until = begun + seconds
-        while (now := time.perf_counter()) < until and not ended():
+        while ((now := time.perf_counter()) < until or _too_few(took, each, until)) and not ended():
             for event, _ in selector.select(0.1):
                 _answered(event, requests, size, took)
     took = sorted(map(sum, zip(*([iter(took)] * each))))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from progressdb_kms.client import (
 )
 from progressdb_kms.client import calls as module
 from tests.harness.fakekms import FakeKms, answer, kek_id_of, request, script
+from tests.harness.procs import wait_until
 
 
 @pytest.fixture
@@ -554,3 +557,25 @@ def test_the_kek_of_a_request_is_never_bytes(client: Client, kms: FakeKms, monke
     assert type(sent[0]) is memoryview and new.hex().encode() in bodies[0]
     with pytest.raises(ValueError, match="released"):
         bytes(sent[0])
+
+
+def test_a_signal_that_another_thread_takes_ends_a_long_call(kms: FakeKms, client: Client) -> None:
+    """Likewise one that comes right before the call that blocks: nothing wakes that."""
+    over: list[bool] = []
+    kms.may_rotate = lambda: bool(over)
+
+    def interrupt() -> None:
+        wait_until(lambda: kms.rotation is not None, 30, "the rotation")
+        time.sleep(0.2)  # until it is waited for
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    late = threading.Timer(60, over.append, [True])
+    late.start()
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        client.rotate_kek(os.urandom(32))
+    assert not over
+    over.append(True)
+    late.cancel()
+    thread.join()

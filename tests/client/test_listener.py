@@ -17,7 +17,7 @@ import pytest
 
 from progressdb_kms.client import Client, ConnectionFailed, ListenerRefused, listener
 from progressdb_kms.tools import keyfiles
-from tests.harness import REPO
+from tests.harness import REPO, folders
 from tests.harness.daemon import cli, write_secret
 from tests.harness.fakekms import FakeKms
 
@@ -124,10 +124,10 @@ def serving_anywhere(path: Path, uid: int) -> Iterator[FakeKms]:
 
 class TestTheWay:
     def test_a_folder_above_that_is_open_to_all(self, short_tmp: Path) -> None:
-        """Below /tmp whoever is first may make the folder, too."""
+        """Below a folder of all whoever is first may make the folder, too."""
         short_tmp.chmod(0o755)
         path = folder_of(short_tmp, STRANGER, 0o755) / "s"
-        with serving(path, STRANGER), pytest.raises(ListenerRefused, match="others may write to /tmp"):
+        with serving(path, STRANGER), pytest.raises(ListenerRefused, match=f"others may write to {folders.ROOT}"):
             ask(path)
 
     def test_a_folder_above_of_somebody_else(self, safe: Path) -> None:
@@ -146,7 +146,7 @@ class TestTheWay:
         with serving(path, DAEMON) as fake:
             assert ask(safe / "good" / "s") == ask(safe / "again" / "s") == fake.kek_id
             short_tmp.chmod(0o755)
-            with pytest.raises(ListenerRefused, match="others may write to /tmp"):
+            with pytest.raises(ListenerRefused, match=f"others may write to {folders.ROOT}"):
                 ask(bad / "s")
         assert "links" in listener.distrust(DAEMON, str(safe / "round" / "s"), None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -93,19 +94,27 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+@pytest.fixture(scope="module")
+def made() -> Iterator[Site]:
+    with Daemon(workers=1) as daemon:
+        boxes, wrapped = {}, {}
+        with daemon.session() as kms:
+            for number in range(4):
+                dek = kms.create_dek(f"thread-{number}")
+                key_id = dek["key_id"]
+                boxes[key_id] = kms.encrypt(key_id, key_id.encode())
+                wrapped[key_id] = base64.b64decode(dek["wrapped"])
+        backup = daemon.home / "backup"
+        ok(daemon.offline("backup", str(backup)))
+        daemon.stop()
+        yield Site(daemon, backup, boxes, wrapped)
+
+
 @pytest.fixture
-def site(make_daemon: MakeDaemon, short_tmp: Path) -> Iterator[Site]:
-    daemon = make_daemon(workers=1)
-    boxes, wrapped = {}, {}
-    with daemon.session() as kms:
-        for number in range(4):
-            made = kms.create_dek(f"thread-{number}")
-            key_id = made["key_id"]
-            boxes[key_id] = kms.encrypt(key_id, key_id.encode())
-            wrapped[key_id] = base64.b64decode(made["wrapped"])
-    backup = short_tmp / "backup"
-    ok(daemon.offline("backup", str(backup)))
-    yield Site(daemon, backup, boxes, wrapped)
+def site(made: Site, short_tmp: Path) -> Iterator[Site]:
+    with contextlib.closing(made.daemon.copy()) as daemon:
+        backup = Path(shutil.copy2(made.backup, short_tmp))
+        yield made._replace(daemon=daemon.start(), backup=backup)
 
 
 def restore(site: Site, *args: str, **options: Any) -> Done:

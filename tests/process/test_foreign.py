@@ -152,14 +152,13 @@ def test_root_gives_nothing_away(theirs: Daemon) -> None:
 
 def test_a_link_in_the_place_of_a_file_that_sqlite_makes(theirs: Daemon) -> None:
     """root's hand makes nothing at the other end."""
-    target = theirs.home / "made"
-    for name in ("kms.db-shm", "kms.db-wal", "kms.db-journal"):
-        (theirs.data_dir / name).unlink(missing_ok=True)
-        (theirs.data_dir / name).symlink_to(target)
-        for words in commands(theirs):
-            theirs.offline(*words)
-            assert not target.exists(), (name, words)
-        (theirs.data_dir / name).unlink(missing_ok=True)
+    links = {theirs.data_dir / f"kms.db-{end}": theirs.home / end for end in ("shm", "wal", "journal")}
+    for words in commands(theirs):
+        for name, target in links.items():
+            name.unlink(missing_ok=True)
+            name.symlink_to(target)
+        theirs.offline(*words)
+        assert not any(target.exists() for target in links.values()), words
 
 
 def test_a_program_that_the_owner_can_not_read(theirs: Daemon) -> None:

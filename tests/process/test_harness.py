@@ -336,7 +336,7 @@ class TestMemscan:
 
     def test_across_the_border_of_two_blocks(self, holder: Holder) -> None:
         border = -holder.base % memscan.BLOCK + memscan.BLOCK
-        for before in range(1, 32):
+        for before in (1, 7, 16, 31):
             holder.hold(KEY.value, border - before)
             assert [hit.length for hit in scan([holder.process.pid], [KEY]).hits] == [32]
 

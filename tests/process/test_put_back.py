@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gzip
 import json
 import shutil
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
@@ -92,6 +94,14 @@ class Site:
                 kms.encrypt(self.other, b"text")
         daemon.stop()
 
+    @contextlib.contextmanager
+    def twin(self, kept: Path) -> Iterator[Site]:
+        found = copy.copy(self)
+        shutil.copytree(self.kept, kept)
+        with contextlib.closing(self.daemon.copy()) as found.daemon:
+            found.kept, found.backup = kept, Path(shutil.copy2(self.backup, found.daemon.home))
+            yield found
+
     def states(self) -> list[str]:
         with self.daemon.session() as kms:
             keys = (self.shredded, self.disabled, self.scheduled, self.other)
@@ -101,9 +111,16 @@ class Site:
 CLOSED = ["shredded", "disabled", "pending_deletion", "enabled"]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with Daemon(workers=1) as daemon:
+        yield Site(daemon, tmp_path_factory.mktemp("site") / "kept")
+
+
 @pytest.fixture
-def site(make_daemon: MakeDaemon, tmp_path: Path) -> Site:
-    return Site(make_daemon(workers=1), tmp_path / "kept")
+def site(made: Site, tmp_path: Path) -> Iterator[Site]:
+    with made.twin(tmp_path / "kept") as daemon:
+        yield daemon
 
 
 def rotate_away(site: Site) -> None:

@@ -143,7 +143,7 @@ def test_interrupted_while_the_daemon_works(home: Path, kms: FakeKms, number: in
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(number)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == -number and kms.kek == OLD
     threading.Timer(0.5, ended.append, [number]).start()  # while the next command waits for it
     told = b"interrupted: run `progressdb-kms rotate-kek --resume` to finish\n"
