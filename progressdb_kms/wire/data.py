@@ -10,9 +10,8 @@ from ..errors import BadRequest
 from ..service.worker import Entry
 from . import dialect
 from .call import BINARY, JSON, App, Call, Reply
-from .fields import checked_key_id
 from .items import item_pattern
-from .reading import fields_of, known_query, usable
+from .reading import fields_of, query_dek, usable
 
 # What clients send most, read without a JSON parser: the key_id, then the data, nothing else. Whatever does
 # not look exactly so goes the long way, and so does what is not base64 as it stands.
@@ -88,11 +87,7 @@ def _plain_base64(text: Buffer) -> bytes | None:
 
 def _read_raw(app: App, call: Call) -> tuple[Entry, Buffer, bytes]:
     """Raw bodies: the key_id is in the query, the AAD as base64 in the header X-KMS-AAD."""
-    known_query(call, "key_id")
-    key_id = call.head.query.get("key_id")
-    if key_id is None:
-        raise BadRequest.missing("key_id")
-    dek = usable(app, call, checked_key_id(key_id))
+    dek = query_dek(app, call)
     try:
         return dek, call.body, b64decode(call.head.headers.get("x-kms-aad", ""))
     except ValueError as error:

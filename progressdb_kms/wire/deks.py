@@ -14,7 +14,7 @@ from ..store.contract import DekRecord, Usage
 from ..store.policy import SHREDDED
 from .call import DEFAULT_PAGE, MAX_PAGE, App, Call, Reply
 from .fields import checked_key_id, checked_thread_id
-from .reading import answer, fields_of, known_query, optional_fields_of, path_key_id, usable
+from .reading import answer, fields_of, known_query, optional_fields_of, path_key_id, query_dek
 
 MAX_LOOKS = 20
 """Pages of the store that one call for a page looks through, where policies hide some of it."""
@@ -56,12 +56,8 @@ def _create(app: App, call: Call, thread_id: str | None, key_id: str | None = No
 
 
 def get_wrapped(app: App, call: Call) -> Reply:
-    known_query(call, "key_id")
-    key_id = call.head.query.get("key_id")
-    if key_id is None:
-        raise BadRequest.missing("key_id")
-    entry = usable(app, call, checked_key_id(key_id))
-    app.service.uses.add(key_id, 0, 0, call.peer.uid)
+    entry = query_dek(app, call)
+    app.service.uses.add(entry.wrapped.key_id, 0, 0, call.peer.uid)
     body = {
         "wrapped": b64encode(entry.wrapped.blob),
         "kek_id": entry.wrapped.kek_id,

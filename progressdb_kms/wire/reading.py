@@ -66,3 +66,12 @@ def usable(app: App, call: Call, source: Source) -> Entry:
     if call.rights:
         call.rights.check_key(source, dek.thread_id)
     return dek
+
+
+def query_dek(app: App, call: Call) -> Entry:
+    """The DEK of `?key_id=`, the one parameter."""
+    known_query(call, "key_id")
+    key_id = call.head.query.get("key_id")
+    if key_id is None:
+        raise BadRequest.missing("key_id")
+    return usable(app, call, checked_key_id(key_id))
