@@ -25,7 +25,7 @@ from ..store.sealed import OWN_DONT_ADD_UP, OWN_HINT, SealedReader
 from .engine import TIMELINE, Link, Session
 from .rows import Point
 
-HOSTS = ("store:", "audit:", "clock:", "snapshot:", "probe")
+HOSTS = ("store:", "audit:", "clock:", "snapshot:", "uses:", "probe")
 """Beginnings of the names of rows that each host has for itself. All others are the fleet's."""
 
 WRITES = "store:writes"

@@ -11,10 +11,11 @@ import pytest
 
 from progressdb_kms.encoding import json_dumps
 from progressdb_kms.errors import AuthenticationFailed, Conflict, KeyNotFound, StoreUnavailable
+from progressdb_kms.fleet.reader import HOSTS
 from progressdb_kms.process.serving import ANCHOR_SECONDS
 from progressdb_kms.service import usage
 from progressdb_kms.service.channel import MAX_JOB
-from progressdb_kms.service.usage import SPENT, Uses, counts, dead, near, told
+from progressdb_kms.service.usage import SPENT, USING, Uses, counts, dead, near, told
 from progressdb_kms.service.worker import Service
 from progressdb_kms.store.contract import HEAVY, KEK_ROW, DekRecord, Usage
 from tests.service.test_anchors import Site as KeeperSite
@@ -179,6 +180,11 @@ def test_who_is_dead_by_now() -> None:
     assert dead("3.1", running) == running
     assert dead("2.1.1", running) == ["1.1", "1.2", "2.1"]
     assert dead("2.3", running) == ["1.1", "1.2"]
+
+
+def test_in_a_fleet_each_host_knows_its_own_workers() -> None:
+    """Else one that starts would take those of other hosts for dead."""
+    assert USING.startswith(HOSTS)
 
 
 def test_what_the_api_tells() -> None:

@@ -12,7 +12,7 @@ from typing import Any, Callable, Union
 import pytest
 
 from progressdb_kms.errors import StoreDamaged, StoreUnavailable
-from progressdb_kms.store.contract import HEAVY, DekRecord, Usage
+from progressdb_kms.store.contract import HEAVY, KEK_ROW, DekRecord, Usage
 from progressdb_kms.store.memstore import MemoryReader, MemoryStore
 from progressdb_kms.store.policy import SHREDDED
 from progressdb_kms.store.seal import STATE, KekCount
@@ -173,6 +173,31 @@ class TestUsage:
         put(store, dek("a"), dek("b"), dek("c"))
         self.count(store, a=Usage(HEAVY - 1), b=Usage(HEAVY), c=Usage(3 * HEAVY))
         assert reader.heavy() == {"b": HEAVY, "c": 3 * HEAVY}
+
+    def test_every_wrap_is_counted_for_its_kek(self, store: AnyStore, reader: AnyReader) -> None:
+        def wraps(kek_id: str) -> int:
+            return reader.usage([KEK_ROW + kek_id]).get(KEK_ROW + kek_id, Usage()).encrypts  # type: ignore[no-any-return]
+
+        put(store, dek("a"), dek("b"))
+        old = dek("a").kek_id
+        put(store, dek("a", state="disabled"))  # the same wrapped bytes
+        assert (wraps(old), wraps(NEW)) == (2, 0)
+        with store.transaction():
+            store.put(dek("a")._replace(wrapped=b"w again"))
+            with contextlib.suppress(Stop), store.savepoint():
+                store.put(dek("c"))
+                raise Stop
+        with contextlib.suppress(Stop), store.transaction():
+            store.put(dek("c"))
+            raise Stop
+        assert wraps(old) == 3
+        with store.transaction():
+            store.staging(True)
+            store.stage([dek("a", kek_id=NEW), dek("b", kek_id=NEW)])
+        with store.transaction():
+            store.swap({NEW: KekCount(2, 2, "")})
+        self.count(store, **{KEK_ROW + NEW: Usage(5)})  # what workers made
+        assert (wraps(old), wraps(NEW)) == (3, 7)
 
     def test_a_failed_transaction_counts_nothing(self, store: AnyStore, reader: AnyReader) -> None:
         put(store, dek("a"))
