@@ -23,6 +23,7 @@ from tests.harness.fakekms import FakeKms
 
 DAEMON, APP, STRANGER = 12_001, 12_002, 12_003
 ROOT = 0
+OPEN = f"others may write to {folders.ROOT}"
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not hasattr(socket, "SO_PEERCRED"), reason="only root can listen as another user"
@@ -127,7 +128,7 @@ class TestTheWay:
         """Below a folder of all whoever is first may make the folder, too."""
         short_tmp.chmod(0o755)
         path = folder_of(short_tmp, STRANGER, 0o755) / "s"
-        with serving(path, STRANGER), pytest.raises(ListenerRefused, match=f"others may write to {folders.ROOT}"):
+        with serving(path, STRANGER), pytest.raises(ListenerRefused, match=OPEN):
             ask(path)
 
     def test_a_folder_above_of_somebody_else(self, safe: Path) -> None:
@@ -146,7 +147,7 @@ class TestTheWay:
         with serving(path, DAEMON) as fake:
             assert ask(safe / "good" / "s") == ask(safe / "again" / "s") == fake.kek_id
             short_tmp.chmod(0o755)
-            with pytest.raises(ListenerRefused, match=f"others may write to {folders.ROOT}"):
+            with pytest.raises(ListenerRefused, match=OPEN):
                 ask(bad / "s")
         assert "links" in listener.distrust(DAEMON, str(safe / "round" / "s"), None)
 
