@@ -134,13 +134,12 @@ def text_block(value: Value, option: Option) -> dict[str, Any]:
     """Plain texts, and lists of them: who uses the block checks them, nobody else loads what that takes."""
     if not isinstance(value, dict):
         raise option.wrong()
-    return {name: _texts(item) for name, item in value.items()}
+    return {name: _text_or_texts(item) for name, item in value.items()}
 
 
-def _texts(value: Value) -> Any:
-    if isinstance(value, dict):
-        return {name: _texts(item) for name, item in value.items()}
-    return value.text if isinstance(value, Scalar) else [_texts(item) for item in value]
+def _text_or_texts(value: Value) -> str | list[str]:
+    """What is no text within a list is an empty one: no member takes that."""
+    return value.text if isinstance(value, Scalar) else [getattr(one, "text", "") for one in value]
 
 
 def true_or_false(value: Value, option: Option) -> bool:

@@ -76,6 +76,11 @@ def without(whole: StoreState, others: StoreState) -> StoreState:
     return whole._replace(keks=left, total=total, own=own)
 
 
+def named(host: str, name: str) -> str:
+    """A row's name as its MAC has it."""
+    return f"{name}@{host}" if host else name
+
+
 class FleetReader(SealedReader):
     """`host`: whose own rows are read; `key`: the row key."""
 
@@ -154,9 +159,9 @@ class FleetReader(SealedReader):
 
     # ---- rows of the service -------------------------------------------------------------------
 
-    def _named(self, name: str) -> str:
-        """One host's row is no other's, though the sum would be the same."""
-        return f"{name}@{self.host}" if name.startswith(HOSTS) else name
+    def check(self, name: str, row: Any) -> None:
+        if row is not None:
+            self._check_of(self._owner(name), name, row)
 
     def _read(self, name: str) -> Any:
         rows = self._select("SELECT value FROM kms WHERE host = %s AND name = %s", (self._owner(name), name))
@@ -198,8 +203,9 @@ class FleetReader(SealedReader):
         return combined(states.values(), own), combined(others, StoreState())
 
     def _check_of(self, host: str, name: str, row: Any) -> None:
+        """One host's row is no other's, though the sum would be the same."""
         if self._seal is not None:
-            self._seal.check(f"{name}@{host}" if host else name, row)
+            self._seal.check(named(host, name), row)
 
     def vouch(self) -> None:
         """Of all hosts' rows and the fleet's, in one snapshot."""

@@ -45,10 +45,10 @@ from ..encoding import b64encode, json_dumps
 from ..errors import StoreDamaged, StoreUnavailable
 from ..store.contract import KEK_ROW, DekRecord, Usage
 from ..store.policy import SHREDDED
-from ..store.seal import STATE, KekCount, Seal, StoreState, weight
+from ..store.seal import OWN, STATE, KekCount, Seal, StoreState, weight
 from ..store.sealed import SealedStore, Written, nobody
 from .engine import TIMELINE, UNREACHABLE, Link, Session, translated
-from .reader import STATES, WRITES, FleetReader, combined, row_of, without
+from .reader import STATES, WRITES, FleetReader, combined, named, row_of, without
 from .rows import ALL, KEKS, KEY, Point
 
 log = logging.getLogger(__name__)
@@ -318,7 +318,7 @@ class FleetStore(SealedStore, FleetReader):
             self._book = self._book._replace(wraps={})
         if self._book is not before:
             own = without(self._book, self._others)
-            self._write(STATE, self._key.sealed(self._named(STATE), own.to_row()))
+            self._write(STATE, self._key.sealed(named(self.host, STATE), own.to_row()))
 
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:
@@ -566,6 +566,12 @@ class FleetStore(SealedStore, FleetReader):
             self._set(row.key_id, json.loads(row.text))
         if len(self._gathered.rows) >= BULK and not self._parts:
             self._inside().execute("SET LOCAL idle_in_transaction_session_timeout = '60s'")
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        if name.startswith(OWN):
+            value = self._key.sealed(named(self._owner(name), name), value)
+            self._owns(name, weight(value))
+        self._write(name, value)
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
         self._gathered.kms[name] = json_dumps(row)

@@ -107,11 +107,7 @@ class SealedReader(ABC):
     def check(self, name: str, row: Any) -> None:
         """Raises StoreDamaged for a row that is not as the daemon wrote it."""
         if self._seal is not None and row is not None:
-            self._seal.check(self._named(name), row)
-
-    def _named(self, name: str) -> str:
-        """A row's name as its MAC has it."""
-        return name
+            self._seal.check(name, row)
 
     def _record(self, key_id: str, row: Any) -> DekRecord:
         self.check("meta:" + key_id, row)
@@ -195,7 +191,7 @@ class SealedStore(SealedReader):
             self.count((KEK_ROW + kek_id, Usage(wraps)) for kek_id, wraps in self._book.wraps.items())
             self._book = self._book._replace(wraps={})
         if self._book is not before:
-            self._write(STATE, self._key.sealed(self._named(STATE), self._book.to_row()))
+            self._write(STATE, self._key.sealed(STATE, self._book.to_row()))
 
     def _committed(self, before: StoreState) -> None:
         if self._book is not before:
@@ -205,7 +201,7 @@ class SealedStore(SealedReader):
 
     def write(self, name: str, value: Row) -> None:
         if name.startswith(OWN):
-            value = self._key.sealed(self._named(name), value)
+            value = self._key.sealed(name, value)
             self._owns(name, weight(value))
         self._write(name, value)
 
