@@ -60,7 +60,7 @@ def _serve(words: Sequence[str], flags: dict[str, str | None]) -> int:
     from .config.load import load
     from .process.serve import serve
 
-    with load(flags, os.environ) as loaded:
+    with load(flags, os.environ, fleet=True) as loaded:
         return serve(loaded)
 
 

@@ -210,8 +210,8 @@ def _check_store(settings: Settings, fleet: bool) -> None:
         hint = "write `store: postgresql`, or take the block out"
         raise ConfigError(f"postgresql in {settings.config_file} is of no use for `store: sqlite`", hint=hint)
     if settings.store == "postgresql" and not fleet:
-        hint = "`progressdb-kms help fleet` tells what works"
-        raise ConfigError(f"`store: postgresql` in {settings.config_file} is not served from yet", hint=hint)
+        hint = "`progressdb-kms help fleet` tells what there is for a fleet's"
+        raise ConfigError(f"`store: postgresql` in {settings.config_file}: not this host's own", hint=hint)
 
 
 # ---- where the keys are ----------------------------------------------------------------------------

@@ -41,6 +41,8 @@ POLL = 1.0
 IMPATIENT = 0.002, 0.1
 """Seconds between two looks at the others while a change waits for them: first, and at most."""
 
+NEW = "this host has not yet found its place in the fleet"
+
 T = TypeVar("T")
 Ask = Callable[[Registry], Any]
 Steps = Generator[Ask, Any, T]
@@ -72,6 +74,10 @@ class Local(Protocol):
 
     def keks(self) -> frozenset[str]:
         """Those that are configured, next ones too."""
+        ...
+
+    def registered(self, inc: str) -> None:
+        """As what this host writes from now on."""
         ...
 
     def adopt(self, kek_id: str, version: int) -> None:
@@ -114,8 +120,10 @@ class Host:
         self._pause = self.impatience[0]
         self._pending: list[Pending] = []
         self._ending = False
-        self.why = "this host has not yet found its place in the fleet"
+        self.why = NEW
         """Why it has no lease, or is about to lose it; empty where all is well."""
+        self.error: KMSError | None = None
+        """What the last turn failed with."""
 
     # ---- from other threads ----------------------------------------------------------------------
 
@@ -170,6 +178,7 @@ class Host:
         host, name, keks = self._who.host, self._who.name, self._local.keks()
         fleet = yield from ask(lambda registry: registry.register(host, inc, name, keks, gone))
         self._given_up, self._inc = [], inc
+        self._local.registered(inc)
         yield from self._move_to(fleet)
         self._board.flush(fleet.point)
         self._renew(before)
@@ -277,11 +286,14 @@ class Host:
             change.then(not_everywhere(self.why))
 
     def _well(self) -> None:
+        self.error = None
         if self._inc and self.why:
-            log.info("over: %s", self.why)
+            if self.why != NEW:
+                log.info("over: %s", self.why)
             self.why = ""
 
     def _failed(self, error: KMSError) -> None:
+        self.error = error
         if self.why != error.message:
             self.why = error.message
             log.error("the fleet: %s (%s); it is tried again", error.message, error.hint)

@@ -209,6 +209,8 @@ class FleetStore(SealedStore, FleetReader):
         self.inc = inc
         self.point = Point(0, 0)
         """Of the last change that a transaction of ours made: its answer waits until all have seen this."""
+        self.standing: Callable[[], str] = str
+        """Why this host has no place in the fleet just now; "" where it has."""
         self._acknowledged = 0
         self._unclear = ""
         self._stale = False
@@ -734,7 +736,7 @@ class FleetStore(SealedStore, FleetReader):
 
     def trouble(self) -> str:
         """Why no transaction can be begun now, as far as is known; "" where nothing is."""
-        return self._unclear
+        return self._unclear or self.standing()
 
     def lost(self) -> str:
         """No file can be taken away."""

@@ -89,8 +89,8 @@ def serve(
         metrics = Metrics(settings.workers + 1)
         sockets = (inbox, outbox, listener, tcp, name, handovers)
         made = (measures, time.monotonic(), slabs, descriptors, cores())
-        narrowing = (Board(settings), Rates(settings.workers))
-        shared = Shared(settings, keys, region, keyring, staging, metrics, *sockets, *made, *narrowing)
+        last = (Board(settings), Rates(settings.workers), settings.store != "sqlite" and _fleet(settings))
+        shared = Shared(settings, keys, region, keyring, staging, metrics, *sockets, *made, *last)
         run = Alone if settings.workers == 1 else Supervisor
         return run(shared, lock, ready or _announce).run()
     finally:
@@ -99,6 +99,12 @@ def serve(
         if tcp is not None:
             tcp.close()
         lock.close()
+
+
+def _fleet(settings: Settings) -> Any:
+    from .fleetside import FleetSide
+
+    return FleetSide(settings)
 
 
 def _look_at_second_start(settings: Settings, measures: Sequence[hardening.Measure]) -> None:

@@ -83,6 +83,8 @@ class Shared(NamedTuple):
     cores: int
     board: Board
     rates: Rates
+    fleet: Any
+    """A `fleetside.FleetSide`, or False: that is loaded where it is configured, and nowhere else"""
 
 
 # ---- a worker --------------------------------------------------------------------------------------
@@ -104,8 +106,8 @@ class Worker:
         self._keeper = channel.KeeperClient(shared.outbox)
         self._introduced = False
         self._introduce()
-        self._reader = SqliteReader(path, keyring.row_key)
-        self._service = Service(
+        self._reader = (shared.fleet.reader if shared.fleet else SqliteReader)(path, keyring.row_key)
+        self._service = (shared.fleet.service if shared.fleet else Service)(
             self._reader,
             shared.keyring,
             self._audit,
@@ -248,9 +250,10 @@ def _free(folder: Path) -> int | None:
 
 
 def open_keeper(shared: Shared, incarnation: int) -> tuple[Keeper, int]:
-    return start.open_keeper(
+    made: tuple[Keeper, int] = (shared.fleet or start).open_keeper(
         shared.settings.data_dir, shared.keyring, shared.keys, shared.staging, shared.inbox, incarnation
     )
+    return made
 
 
 def reopen_keeper(keeper: Keeper) -> None:

@@ -179,7 +179,7 @@ def answer(job: Job, outcome: Any) -> None:
     """Send a result (a dict) or a KMSError. A caller that is gone is no error: the work is done."""
     if isinstance(outcome, KMSError):
         error = {
-            "type": type(outcome).__name__,
+            "type": next(cls.__name__ for cls in type(outcome).__mro__ if cls.__name__ in _ERRORS),
             "message": outcome.message,
             "code": outcome.code,
             "hint": outcome.hint,

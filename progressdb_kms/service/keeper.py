@@ -123,6 +123,8 @@ class Done(NamedTuple):
 class Keeper:
     """Owns the store; see the module. `open_keeper` in `start` makes one."""
 
+    _answer = staticmethod(answer)
+
     def __init__(
         self,
         store: Store,
@@ -248,7 +250,7 @@ class Keeper:
             if isinstance(outcome, Long):
                 self._task = (outcome.steps, job)
             else:
-                answer(job, self._erased(job, outcome))
+                self._answer(job, self._erased(job, outcome))
 
     def _commit(self, jobs: list[Job]) -> list[Done]:
         done: list[Done] = []
@@ -334,7 +336,7 @@ class Keeper:
             outcome = InternalError("the keeper failed; its log tells more")
         self._task = self._rotation = None
         self._retiring = True
-        answer(job, outcome)
+        self._answer(job, outcome)
 
     def _tidy_later(self) -> None:
         attend("what a rotation left can't be removed now", self._tidy, self._tidying)

@@ -10,8 +10,8 @@ import logging
 import os
 import re
 import shutil
-import socket
 from pathlib import Path
+from socket import socket
 from typing import Any, NamedTuple
 
 from ..audit import tail
@@ -44,15 +44,6 @@ RESTORED = "audit:restore"
 """The row of a restored store that owes the audit log its `restore` event."""
 
 
-def _watch(store: SqliteStore, data_dir: Path) -> None:
-    """A kms.lock that nobody holds is not the one that was locked at the start: watched, it would look
-    right."""
-    if not is_held(data_dir):
-        store.close()
-        raise ConfigError(f"{data_dir / LOCK_FILE} was replaced under the daemon", hint="restart the daemon")
-    store.watch(LOCK_FILE)
-
-
 class Opened(NamedTuple):
     """A store that was checked and its audit chain, which has begun."""
 
@@ -62,12 +53,7 @@ class Opened(NamedTuple):
 
 
 def open_keeper(
-    data_dir: Path,
-    keyring: Keyring,
-    keys: Configured,
-    staging: memoryview,
-    inbox: socket.socket,
-    incarnation: int = 0,
+    data_dir: Path, keyring: Keyring, keys: Configured, staging: memoryview, inbox: socket, incarnation: int
 ) -> tuple[Keeper, int]:
     """Open and check the store. Returns the keeper and the epoch of its audit chain.
 
@@ -75,7 +61,10 @@ def open_keeper(
     newer than the configuration. Raises an OperatorError that says what to do.
     """
     store, book, epoch = open_store(data_dir, keyring, keys, incarnation)
-    _watch(store, data_dir)
+    if not is_held(data_dir):  # one that nobody holds is not the one that was locked: it would look right
+        store.close()
+        raise ConfigError(f"{data_dir / LOCK_FILE} was replaced under the daemon", hint="restart the daemon")
+    store.watch(LOCK_FILE)
     return Keeper(store, data_dir, keyring, keys, staging, book, inbox, Clock()), epoch
 
 
@@ -97,10 +86,8 @@ def open_store(
         active = (stored.kek_id, stored.version) if stored else None
         chosen = _replacement(active, keyring) if incarnation and active else _plan(store, active, keys)
         if fleet and chosen.adopt and active:
-            raise KeyMismatch(
-                f"the fleet's active KEK is {active[0]}, and {keys.master.source} holds {chosen.active}",
-                hint=f"let the master key of this host be {active[0]}; the others would not have this one",
-            )
+            told = f"the fleet's active KEK is {active[0]}, and {keys.master.source} holds {chosen.active}"
+            raise KeyMismatch(told, hint=f"no other host has that: let this one's master key be {active[0]}")
         if chosen.notice:
             log.warning("%s", chosen.notice)
         ours = _load_keys(store, keyring, chosen, joins=fleet is not None)
@@ -118,10 +105,8 @@ def open_store(
         epoch = max(epoch, floor.epoch + 1) if floor else epoch
         previous = heads(store)
         with store.transaction():
-            if floor and older:
-                store.advance(floor.change)
-            elif fleet and not was:
-                store.advance(0)  # from now on this host has begun
+            if older or (fleet and not was):  # from now on this host has begun
+                store.advance(floor.change if floor else 0)
             if chosen.adopt and active:
                 store.write(RETIRED_KEK + active[0], {"since": timestamp(wall())})
                 store.erase(RETIRED_KEK + chosen.active)

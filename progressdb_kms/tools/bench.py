@@ -421,7 +421,7 @@ def _rotation(folder: Path, deks: int, resident: int) -> Iterator[Figure]:
     folder.mkdir()
     with _made(folder, deks, _fill) as made:
         begun = time.perf_counter()
-        keeper, _ = open_keeper(folder, made.keyring, made.active, made.new, made.inbox)
+        keeper, _ = open_keeper(folder, made.keyring, made.active, made.new, made.inbox, 0)
         yield Figure(f"start-up checks, {deks} DEKs", (time.perf_counter() - begun) * 1e3, "ms")
         keeper.close()
         opened = SqliteStore(folder, made.keyring.row_key)
@@ -533,7 +533,7 @@ def _made(folder: Path, deks: int, key: Callable[[memoryview], None]) -> Iterato
             keyring = Keyring(region.view)
             kek_id = keyring.install(kek.view, 1)
             made = Made(keyring, Configured(ConfiguredKey(kek_id, "bench")), new.view, inbox)
-            open_keeper(folder, keyring, made.active, new.view, inbox)[0].close()
+            open_keeper(folder, keyring, made.active, new.view, inbox, 0)[0].close()
             _make_deks(folder, keyring, kek_id, deks)
             yield made
     finally:

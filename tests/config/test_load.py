@@ -900,7 +900,7 @@ class TestStoreOfAFleet:
 
     def test_who_can_t_work_with_it_says_so(self, place: Place) -> None:
         text = place.refused("store: postgresql\n" + self.BLOCK, need_key=False)
-        assert "not served from yet" in text and "help fleet" in text
+        assert "not this host's own" in text and "help fleet" in text
 
     def test_a_block_that_nobody_reads_is_refused(self, place: Place) -> None:
         assert "of no use for `store: sqlite`" in place.refused(self.BLOCK, need_key=False)

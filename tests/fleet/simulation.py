@@ -270,6 +270,9 @@ class Machine:
         def keks(self) -> frozenset[str]:
             return self.machine.keks
 
+        def registered(self, inc: str) -> None:
+            pass
+
         def adopt(self, kek_id: str, version: int) -> None:
             self.machine.kek, self.machine.version = kek_id, version
 

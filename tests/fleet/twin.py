@@ -113,6 +113,9 @@ class Service:
     def keks(self) -> frozenset[str]:
         return self.configured
 
+    def registered(self, inc: str) -> None:
+        self.written_as = inc
+
     def adopt(self, kek_id: str, version: int) -> None:
         if kek_id not in self.configured:
             raise StoreUnavailable(f"the KEK {kek_id} is not configured")

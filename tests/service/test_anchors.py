@@ -62,7 +62,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     keyring = Keyring(region.view)
     kek_id = keyring.install(memoryview(bytearray(os.urandom(32))), 1)
     configured = Configured(ConfiguredKey(kek_id, "test"))
-    keeper, _ = open_keeper(tmp_path, keyring, configured, staging.view, inbox)
+    keeper, _ = open_keeper(tmp_path, keyring, configured, staging.view, inbox, 0)
     while keeper._retiring:  # it tidies up at its start
         keeper.round(0.0)
     yield Site(keeper, KeeperClient(outbox), keeper._store)

@@ -148,7 +148,7 @@ class Site:
 
     def start(self) -> None:
         keys = Configured(ConfiguredKey(self.kek_id, "test"), max_age_days=self.max_age_days)
-        self.keeper, _ = start.open_keeper(self.folder, self.keyring, keys, self.staging.view, self.inbox)
+        self.keeper, _ = start.open_keeper(self.folder, self.keyring, keys, self.staging.view, self.inbox, 0)
 
     def reboot(self, off: float) -> None:
         """Power off, and on after so long by the wall clock."""

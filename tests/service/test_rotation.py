@@ -129,7 +129,7 @@ def paced(tmp_path: Path, worked: Worked, monkeypatch: pytest.MonkeyPatch) -> It
     keeper: Keeper | None = None
     try:
         keeper, _ = open_keeper(
-            tmp_path, keyring, Configured(ConfiguredKey(kek_id, "test")), staging.view, inbox
+            tmp_path, keyring, Configured(ConfiguredKey(kek_id, "test")), staging.view, inbox, 0
         )
         yield Paced(keeper, waits, others)
     finally:

@@ -39,7 +39,7 @@ class Site:
         self.lock = claim(folder)
         self.kek_id = self.keyring.install(secret(), 1)
         keys = Configured(ConfiguredKey(self.kek_id, "test"))
-        self.keeper: Keeper = open_keeper(folder, self.keyring, keys, self.staging, self.inbox)[0]
+        self.keeper: Keeper = open_keeper(folder, self.keyring, keys, self.staging, self.inbox, 0)[0]
         self.client = KeeperClient(self.outbox)
         self.slots = StagingSlots(self.staging, 0, SLOTS)
 

@@ -180,7 +180,7 @@ class TestConfiguration:
         block = "store: postgresql\npostgresql: {hosts: [db1], database: kms, user: kms, password_file: p}\n"
         assert "tls_ca is missing" in self.refused(tmp_path, block)
 
-    @pytest.mark.parametrize("command", ["serve", "verify --recount", "status"])
+    @pytest.mark.parametrize("command", ["verify --recount", "status"])
     def test_what_does_not_work_says_so(self, tmp_path: Path, command: str) -> None:
         block = "store: postgresql\npostgresql: {hosts: /run/postgresql, database: kms, user: kms}\n"
         key = tmp_path / "kek"
@@ -189,7 +189,7 @@ class TestConfiguration:
         text = self.refused(
             tmp_path, f"master_key_file: {key}\ndata_dir: {tmp_path}/data\n{block}", *command.split()
         )
-        assert "not served from yet" in text
+        assert "not this host's own" in text
         assert not (tmp_path / "data").exists()
 
 

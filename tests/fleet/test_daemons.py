@@ -1,0 +1,170 @@
+"""Daemons on one database: what one changes holds on all when its answer leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+
+from tests.conftest import MakeDaemon
+from tests.harness import postgres
+from tests.harness.daemon import Daemon
+from tests.harness.wire import Session, b64
+
+pytestmark = pytest.mark.skipif(bool(postgres.missing()), reason=postgres.missing())
+
+PATIENCE = 90.0
+TEXT = b64(b"hello")
+
+
+def configured(database: postgres.Fleet, **more: Any) -> dict[str, Any]:
+    where = database.where
+    block = {"hosts": [where.folder], "database": where.database, "user": where.user, "fence_seconds": "10"}
+    return {"store": "postgresql", "postgresql": block, **more}
+
+
+Pair = tuple[Daemon, Daemon]
+
+
+@pytest.fixture
+def pair(fleet_database: postgres.Fleet, make_daemon: MakeDaemon, workers: int) -> Pair:
+    kek = os.urandom(32)
+    one, two = (make_daemon(configured(fleet_database), kek=kek, workers=workers) for _ in range(2))
+    return one, two
+
+
+def status(session: Session, method: str, path: str, body: Any = None) -> int:
+    return session.request(method, path, body).status
+
+
+def use(session: Session, key_id: str) -> int:
+    return status(session, "POST", "/encrypt", {"key_id": key_id, "plaintext": TEXT})
+
+
+def until(true: Any) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_what_one_host_does_holds_on_the_other_at_once(pair: Pair) -> None:
+    one, two = pair
+    with one.session(PATIENCE) as a, two.session(PATIENCE) as b:
+        for number in range(10):
+            key_id = a.create_dek(f"thread-{number}")["key_id"]
+            sealed = b.encrypt(key_id, b"hello")
+            assert a.decrypt(key_id, sealed) == b"hello"
+            assert status(a, "POST", f"/deks/{key_id}/disable", {}) == 200
+            assert use(b, key_id) == 423
+            assert status(b, "POST", f"/deks/{key_id}/enable", {}) == 200
+            assert a.decrypt(key_id, sealed) == b"hello"
+            assert status(b, "DELETE", f"/deks/{key_id}", {"immediately": True}) == 200
+            assert use(a, key_id) == 410
+        assert use(a, "k_absent") == use(b, "k_absent") == 404
+
+
+def rows(database: postgres.Fleet) -> list[tuple[Any, ...]]:
+    return database.sql("SELECT host, inc, fenced FROM kms.hosts ORDER BY host, inc")
+
+
+def test_hosts_come_and_go(pair: Pair, fleet_database: postgres.Fleet) -> None:
+    """A clean stop leaves no row; a sudden death leaves one, which the next start on the same boot takes
+    away: no change waits for it."""
+    one, two = pair
+    before = rows(fleet_database)
+    assert len(before) == 2 and not any(row[2] for row in before)
+    two.stop()
+    assert len(rows(fleet_database)) == 1
+    two.start()
+    two.kill()
+    assert len(rows(fleet_database)) == 2
+    two.start()
+    assert len(rows(fleet_database)) == 2 and rows(fleet_database) != before
+    key_id = one.ok("POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    begun = time.monotonic()
+    one.ok("POST", f"/deks/{key_id}/disable", {})
+    assert time.monotonic() - begun < PATIENCE / 2 and not any(row[2] for row in rows(fleet_database))
+
+
+def test_a_keeper_that_is_killed_comes_back(fleet_database: postgres.Fleet, make_daemon: MakeDaemon) -> None:
+    one = make_daemon(configured(fleet_database), workers=2)
+    key_id = one.ok("POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    (first,) = rows(fleet_database)
+    os.kill(one.pids()[1], signal.SIGKILL)  # the first that is forked
+    until(lambda: rows(fleet_database) != [first] and len(rows(fleet_database)) == 1)
+    with one.session(PATIENCE) as session:
+        until(lambda: use(session, key_id) == 200)
+        assert status(session, "POST", f"/deks/{key_id}/disable", {}) == 200
+        assert use(session, key_id) == 423
+
+
+def test_another_master_key_is_refused(pair: Pair, fleet_database: postgres.Fleet, workers: int) -> None:
+    refused = Daemon(configured(fleet_database), workers=workers)
+    try:
+        told = refused.refusal()
+    finally:
+        refused.close()
+    active = fleet_database.sql("SELECT active_kek FROM kms.fleet")[0][0]
+    assert f"the fleet's active KEK {active} is not configured on this host" in told.stderr
+    assert len(rows(fleet_database)) == 2
+
+
+def test_a_kek_that_another_host_lacks_closes_nothing(pair: Pair) -> None:
+    one, _ = pair
+    key_id = one.ok("POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    new = {"key_id": key_id, "new_kek_hex": os.urandom(32).hex()}
+    for path in ("/rewrap", "/rotate_kek"):
+        reply = one.request("POST", path, new if path == "/rewrap" else {"new_kek_hex": new["new_kek_hex"]})
+        assert (reply.status, reply.code) == (409, "kek_not_everywhere")
+    assert one.ok("GET", f"/deks/{key_id}")["state"] == "enabled"
+
+
+@pytest.mark.long
+def test_a_host_that_is_stopped_is_fenced_and_comes_back(pair: Pair, fleet_database: postgres.Fleet) -> None:
+    one, two = pair
+    with one.session(PATIENCE) as a, two.session(PATIENCE) as b:
+        key_id, other = a.create_dek("t")["key_id"], a.create_dek("t")["key_id"]
+        assert use(b, key_id) == use(b, other) == 200
+        pids = two.pids()
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            assert status(a, "POST", f"/deks/{key_id}/disable", {}) == 200
+            assert [row[2] for row in rows(fleet_database)].count(True) == 1
+            begun = time.monotonic()
+            assert status(a, "POST", f"/deks/{other}/disable", {}) == 200
+            assert time.monotonic() - begun < 9  # nobody waits for it again
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        seen = set()
+        until(lambda: (seen.add(use(b, key_id)), 423 in seen)[1])
+        assert seen <= {503, 423}
+        assert use(b, other) == 423
+
+
+@pytest.mark.long
+def test_without_the_engine_all_is_refused_once_the_lease_is_over(
+    pair: Pair, fleet_database: postgres.Fleet
+) -> None:
+    one, two = pair
+    with one.session(PATIENCE) as a, two.session(PATIENCE) as b:
+        key_id = a.create_dek("t")["key_id"]
+        assert use(a, key_id) == use(b, key_id) == 200
+        away = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'kms'"
+        fleet_database.sql("ALTER ROLE kms NOLOGIN", away)
+        assert use(a, key_id) == 200  # what it remembers is good until then
+        assert status(a, "POST", "/deks", {"thread_id": "t"}) == 503
+        until(lambda: use(a, key_id) == 503 and use(b, key_id) == 503)
+        assert (
+            a.request("POST", "/encrypt", {"key_id": key_id, "plaintext": TEXT}).code == "store_unreachable"
+        )
+        assert status(a, "GET", "/readyz") == 503
+        fleet_database.sql("ALTER ROLE kms LOGIN")
+        until(lambda: use(a, key_id) == 200 and use(b, key_id) == 200)
+        until(lambda: status(a, "GET", "/readyz") == 200)
+        assert status(a, "POST", "/deks", {"thread_id": "t"}) == 201
