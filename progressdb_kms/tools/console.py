@@ -167,6 +167,8 @@ def write_binary(name: str, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _replacement(path: Path) -> Iterator[IO[bytes]]:
+    if not path.parent.is_dir():
+        raise CommandFailed(f"there is no folder {path.parent}", hint="make it, or name another one")
     part = path.with_name(f".{path.name}.part")
     descriptor, named = _nameless(path.parent), False
     if descriptor is None:

@@ -198,7 +198,7 @@ class TestData:
             (("decrypt", "--key-id", "KEY", "in", "out"), "the data does not open under this key"),
             (("encrypt", "--key-id", "nobody", "in", "out"), "there is no key nobody"),
             (("encrypt", "--key-id", "KEY", "missing", "out"), "missing: No such file or directory"),
-            (("encrypt", "--key-id", "KEY", "in", "no/where/out"), "no/where"),
+            (("encrypt", "--key-id", "KEY", "in", "no/where/out"), "there is no folder no/where (make it"),
             (("encrypt", "--key-id", "KEY", "/", "out"), "/: Is a directory"),
         ],
     )
