@@ -18,7 +18,7 @@ from ..audit.log import AuditLog, Fragment, key_fragment
 from ..crypto import envelope
 from ..crypto.aead import NONCE_SIZE, Aead
 from ..crypto.envelope import Wrapped
-from ..crypto.keyring import KekNotLoaded, Keyring, KeyringChanged
+from ..crypto.keyring import KekNotLoaded, Keyring, KeyringChanged, Loan
 from ..encoding import Buffer, new_key_id, wall
 from ..errors import AuthenticationFailed, BadRequest, Conflict, KeyNotFound, KMSError, Unavailable
 from ..rules import PeerRules
@@ -94,6 +94,9 @@ class Service:
         self._old: dict[str, Entry] = {}  # what was young before; whatever is asked for is young again
         self._unknown: dict[str, int] = {}  # key_ids that only a caller's blob names, by generation
         self._anchored = 0
+        self._turn: memoryview | None = None
+        self._turn_loan: Loan | None = None
+        self._turn_opener: Aead | None = None
         self.uses = Uses(audit.chain if audit else "", reader.heavy(), workers)
 
     # ---- finding a DEK -----------------------------------------------------------------------------
@@ -157,6 +160,19 @@ class Service:
         self.allow(source.key_id)
         return Entry(self.keyring.generation, None, 0, source, key_fragment(source.key_id))
 
+    def begin_turn(self, scratch: memoryview) -> None:
+        """Of many requests, one after another with this scratch memory: one cipher under a KEK serves all of
+        them, as long as it is lent. It lasts until `end_turn`, which comes before anybody waits."""
+        self._turn = scratch
+
+    def end_turn(self) -> None:
+        self._turn = self._turn_loan = self._turn_opener = None
+
+    def _opener(self, loan: Loan, kek: memoryview) -> Aead:
+        if self._turn_opener is None or self._turn_loan is not loan:
+            self._turn_loan, self._turn_opener = loan, Aead(kek)
+        return self._turn_opener
+
     def _again(self, dek: Entry) -> Entry:
         return self.dek(dek.wrapped if dek.thread_id is None else dek.wrapped.key_id)
 
@@ -164,8 +180,12 @@ class Service:
         """`work(cipher under the DEK, *args)`; the DEK is in `scratch` meanwhile, and wiped after."""
         for _ in range(ATTEMPTS):
             try:
-                with self.keyring.borrow(dek.wrapped.kek_id) as kek:
-                    key = envelope.unwrap_into(kek, dek.wrapped, scratch)
+                loan = self.keyring.borrow(dek.wrapped.kek_id)
+                with loan as kek:
+                    if scratch is self._turn:
+                        key = envelope.unwrap_by(self._opener(loan, kek), dek.wrapped, scratch)
+                    else:
+                        key = envelope.unwrap_into(kek, dek.wrapped, scratch)
                 return work(Aead(key), *args)
             except KeyringChanged:
                 dek = self._again(dek)

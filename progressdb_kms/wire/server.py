@@ -197,6 +197,27 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._idle_until = self._now + self.limits.idle_timeout
         if self._doors.resting or self._doors.renewed:
             self._doors.go_on(self._now)
+        if len(events) > 1:
+            self.app.service.begin_turn(self.slab.waiter[0])
+        try:
+            doors = self._hear(events)
+        finally:
+            self.app.service.end_turn()
+        if self._out:
+            self._flush()
+        while self._back:
+            self._take_back(*self._back.popleft())
+        for _ in range(len(self._ahead)):
+            self._go_ahead(self._ahead.popleft())
+        if self._out:
+            self._flush()
+        for fd in doors:
+            self._doors.let_in(fd)
+        if self._now >= self._next_tick:
+            self._tick()
+
+    def _hear(self, events: list[tuple[int, int]]) -> list[int]:
+        """Serve who has said something; returns the doors at which somebody stands."""
         doors, connections = [], self._connections
         for fd, _ in events:
             connection = connections.get(fd)
@@ -210,18 +231,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             else:
                 with suppress(BlockingIOError):
                     self._bell.recv(4096)
-        if self._out:
-            self._flush()
-        while self._back:
-            self._take_back(*self._back.popleft())
-        for _ in range(len(self._ahead)):
-            self._go_ahead(self._ahead.popleft())
-        if self._out:
-            self._flush()
-        for fd in doors:
-            self._doors.let_in(fd)
-        if self._now >= self._next_tick:
-            self._tick()
+        return doors
 
     def _wait(self) -> list[tuple[int, int]]:
         seconds = self._tick_seconds if self._connections else 5.0

@@ -9,6 +9,7 @@ import pytest
 
 from progressdb_kms.audit.log import fragment
 from progressdb_kms.crypto import envelope
+from progressdb_kms.crypto.aead import Aead
 from progressdb_kms.crypto.envelope import parse
 from progressdb_kms.crypto.keyring import REGION_SIZE, Keyring
 from progressdb_kms.encoding import b64encode_bytes
@@ -147,6 +148,50 @@ class TestWiped:
         with pytest.raises(Fault):
             routes.find(head).handler(app, call)
         assert not any(site.scratch) and not any(staging) and not any(answer)
+
+
+class TestTurns:
+    """Of many requests, one after another: the cipher under the KEK is made once, and is gone at the end."""
+
+    @pytest.fixture
+    def made(self, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+        """The key of each cipher that was made."""
+        made: list[bytes] = []
+
+        def noted(key: memoryview) -> Aead:
+            made.append(bytes(key))
+            return Aead(key)
+
+        monkeypatch.setattr(worker, "Aead", noted)
+        monkeypatch.setattr(envelope, "Aead", noted)
+        return made
+
+    def test_one_cipher_under_the_kek_for_all(self, site: Site, made: list[bytes]) -> None:
+        site.service.begin_turn(site.scratch)
+        sealed = [site.encrypt() for _ in range(3)]
+        assert made == [bytes(site.kek), *[site.dek] * 3]
+        site.service.end_turn()
+        for one in sealed:
+            assert site.service.decrypt(site.service.dek("k"), one, b"", site.scratch) == TEXT
+        assert made.count(bytes(site.kek)) == 4  # out of a turn, one each
+
+    def test_who_works_elsewhere_meanwhile_has_its_own(self, site: Site, made: list[bytes]) -> None:
+        site.service.begin_turn(site.scratch)
+        site.encrypt()
+        other = memoryview(bytearray(envelope.SCRATCH_SIZE))
+        site.service.encrypt(site.service.dek("k"), TEXT, b"", other)
+        assert made.count(bytes(site.kek)) == 2
+
+    def test_a_kek_that_goes_in_a_turn_opens_nothing_more(self, site: Site) -> None:
+        site.service.begin_turn(site.scratch)
+        site.encrypt()
+        other = site.keyring.install(memoryview(bytearray(os.urandom(32))), 2)
+        site.keyring.activate(other, 2)
+        site.keyring.remove(site.kek_id)
+        with pytest.raises(Unavailable):
+            site.encrypt()
+        assert site.keyring.install(site.kek, 3) == site.kek_id  # and once it is back, does again
+        site.encrypt()
 
 
 class TestChanges:
