@@ -7,7 +7,6 @@ and write buffers and make no other object that holds key bytes, because a `byte
 
 from __future__ import annotations
 
-import binascii
 import json
 import re
 import time
@@ -47,7 +46,7 @@ def b64decode(text: str | Buffer) -> bytes:
     size = len(raw)
     try:
         data = a2b_base64(raw) if size <= PART else _in_parts(a2b_base64, raw)
-    except binascii.Error:
+    except ValueError:
         raise ValueError(_NOT_BASE64) from None
     # a2b_base64 skips what it does not know and ends at the padding: a full length shows that it did neither.
     come = len(data)

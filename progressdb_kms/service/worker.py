@@ -95,8 +95,7 @@ class Service:
         self._unknown: dict[str, int] = {}  # key_ids that only a caller's blob names, by generation
         self._anchored = 0
         self._turn: memoryview | None = None
-        self._turn_loan: Loan | None = None
-        self._turn_opener: Aead | None = None
+        self._turn_opener: tuple[Loan, Aead] | None = None
         self.uses = Uses(audit.chain if audit else "", reader.heavy(), workers)
 
     # ---- finding a DEK -----------------------------------------------------------------------------
@@ -144,13 +143,6 @@ class Service:
                 self._unknown.clear()
             self._unknown[key_id] = generation
 
-    def _used(self, source: Source, encrypts: int, decrypts: int, uid: int) -> None:
-        self.uses.add(_name(source), encrypts, decrypts, uid)
-
-    def _check_spent(self, source: Source) -> None:
-        if self.uses.spent:
-            self.uses.check(_name(source))
-
     # ---- working under a DEK -----------------------------------------------------------------------
 
     def dek(self, source: Source) -> Entry:
@@ -166,12 +158,12 @@ class Service:
         self._turn = scratch
 
     def end_turn(self) -> None:
-        self._turn = self._turn_loan = self._turn_opener = None
+        self._turn = self._turn_opener = None
 
     def _opener(self, loan: Loan, kek: memoryview) -> Aead:
-        if self._turn_opener is None or self._turn_loan is not loan:
-            self._turn_loan, self._turn_opener = loan, Aead(kek)
-        return self._turn_opener
+        if self._turn_opener is None or self._turn_opener[0] is not loan:
+            self._turn_opener = loan, Aead(kek)
+        return self._turn_opener[1]
 
     def _again(self, dek: Entry) -> Entry:
         return self.dek(dek.wrapped if dek.thread_id is None else dek.wrapped.key_id)
@@ -202,8 +194,7 @@ class Service:
     ) -> tuple[bytes, bytes]:
         """(nonce, ciphertext | tag) under the DEK. Raises Conflict where it has encrypted all it may."""
         key_id = dek.wrapped.key_id
-        if self.uses.spent:
-            self.uses.check(key_id)
+        self.uses.check(key_id)
         nonce = os.urandom(NONCE_SIZE)
         sealed = self._with_dek(dek, scratch, envelope.encrypt, nonce, plaintext, aad)
         self.uses.add(key_id, 1, 0, uid)
@@ -260,9 +251,9 @@ class Service:
         for source, indices in groups.items():
             try:
                 if one is _encrypt_item:
-                    self._check_spent(source)
+                    self.uses.check(_name(source))
                 done = self._with_dek(self.dek(source), scratch, _each, items, indices, one, results)
-                self._used(source, *((done, 0) if one is _encrypt_item else (0, done)), uid)
+                self.uses.add(_name(source), *((done, 0) if one is _encrypt_item else (0, done)), uid)
             except KMSError as error:
                 for index in indices:
                     results[index] = error.bare()
@@ -293,7 +284,7 @@ class Service:
                         ):
                             continue
                         if one is _encrypt_item:
-                            self._check_spent(source)
+                            self.uses.check(_name(source))
                         dek = envelope.unwrap_by(opener, wrapped, scratch)
                         done.append((source, _each(Aead(dek), items, indices, one, results)))
                     except KMSError:
@@ -303,7 +294,7 @@ class Service:
         except (KeyringChanged, KekNotLoaded):
             return groups
         for source, count in done:
-            self._used(source, *((count, 0) if one is _encrypt_item else (0, count)), uid)
+            self.uses.add(_name(source), *((count, 0) if one is _encrypt_item else (0, count)), uid)
         finished = {source for source, _ in done}
         return {source: indices for source, indices in groups.items() if source not in finished}
 
@@ -335,7 +326,7 @@ class Service:
             try:
                 with self.keyring.borrow(wrapped.kek_id) as kek:
                     dek = envelope.unwrap_into(kek, wrapped, scratch)
-                self._used(wrapped, 0, 0, uid)
+                self.uses.add(wrapped.key_id, 0, 0, uid)
                 return dek
             except KeyringChanged:
                 continue

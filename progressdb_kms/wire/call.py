@@ -90,11 +90,10 @@ class Call:
         self.rights = rights
         self.breathe = breathe
         self.key = self.details = NOTHING
-        self.denials: frozenset[int] = NOBODY  # entries of `policies` that refused items of a batch
+        self.denials: frozenset[int] = frozenset()  # entries of `policies` that refused items of a batch
 
 
 NOTHING = Fragment("")
-NOBODY: frozenset[int] = frozenset()
 
 
 class App(NamedTuple):

@@ -60,7 +60,7 @@ def _read(app: App, call: Call, field: str) -> tuple[Entry, Buffer, bytes]:
     kind, body = call.head.content_type, call.body
     if kind == JSON:
         one = _ONE[field].fullmatch(body)
-        if one is not None and (data := _plain_base64(_second(one, body))) is not None:
+        if one is not None and (data := _plain_base64(one, body)) is not None:
             call.body = b""  # 8 MiB that need not stay while the answer is made
             return usable(app, call, one[1].decode("ascii")), data, b""
     elif kind == BINARY:
@@ -72,15 +72,10 @@ def _read(app: App, call: Call, field: str) -> tuple[Entry, Buffer, bytes]:
     return found
 
 
-def _second(one: re.Match[bytes], body: Buffer) -> Buffer:
-    """Without a copy, where it is long."""
-    return one[2] if len(body) < LONG else body[one.start(2) : one.end(2)]
-
-
-def _plain_base64(text: Buffer) -> bytes | None:
-    """None: it is no base64."""
+def _plain_base64(one: re.Match[bytes], body: Buffer) -> bytes | None:
+    """The data, without another copy of them where they are long. None: they are no base64."""
     try:
-        return b64decode(text)
+        return b64decode(one[2] if len(body) < LONG else body[one.start(2) : one.end(2)])
     except ValueError:
         return None
 

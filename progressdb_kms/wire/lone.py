@@ -27,9 +27,6 @@ TRIAL, ROUND = 64, 4096
 CLEARLY = 0.9
 """Of the time that sleeping took: what costs a core must pay."""
 
-LONGEST = 5 * LOOK
-"""Seconds that a wait counts for at most: who is idle tells nothing of what is quicker."""
-
 
 class Lone:
     """`looks`: before the next wait."""
@@ -52,12 +49,13 @@ class Lone:
         return self._streak >= STREAK and not trying
 
     def _try(self, seconds: float) -> None:
+        """Who is idle tells nothing of what is quicker: no wait counts for much."""
         self._waits += 1
         if self._waits <= TRIAL:
-            self._looked += min(seconds, LONGEST)
+            self._looked += min(seconds, 5 * LOOK)
             self.looks = self._waits < TRIAL
         elif self._waits <= 2 * TRIAL:
-            self._slept += min(seconds, LONGEST)
+            self._slept += min(seconds, 5 * LOOK)
             self.looks = self._waits == 2 * TRIAL and self._looked < CLEARLY * self._slept
         elif self._waits >= ROUND:
             self._begin()
@@ -65,9 +63,9 @@ class Lone:
     def served(self, count: int, more: bool) -> bool:
         """So many while it was waited for alone. True: no longer."""
         self._waits += count
-        if not more or self._waits >= ROUND:
-            self._streak = 0
-            if self._waits >= ROUND:
-                self._begin()
-            return True
-        return False
+        if more and self._waits < ROUND:
+            return False
+        self._streak = 0
+        if self._waits >= ROUND:
+            self._begin()
+        return True

@@ -199,25 +199,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._doors.go_on(self._now)
         if len(events) > 1:
             self.app.service.begin_turn(self.slab.waiter[0])
-        try:
-            doors = self._hear(events)
-        finally:
-            self.app.service.end_turn()
-        if self._out:
-            self._flush()
-        while self._back:
-            self._take_back(*self._back.popleft())
-        for _ in range(len(self._ahead)):
-            self._go_ahead(self._ahead.popleft())
-        if self._out:
-            self._flush()
-        for fd in doors:
-            self._doors.let_in(fd)
-        if self._now >= self._next_tick:
-            self._tick()
-
-    def _hear(self, events: list[tuple[int, int]]) -> list[int]:
-        """Serve who has said something; returns the doors at which somebody stands."""
         doors, connections = [], self._connections
         for fd, _ in events:
             connection = connections.get(fd)
@@ -231,7 +212,19 @@ class Server(socketserver.ThreadingUnixStreamServer):
             else:
                 with suppress(BlockingIOError):
                     self._bell.recv(4096)
-        return doors
+        self.app.service.end_turn()
+        if self._out:
+            self._flush()
+        while self._back:
+            self._take_back(*self._back.popleft())
+        for _ in range(len(self._ahead)):
+            self._go_ahead(self._ahead.popleft())
+        if self._out:
+            self._flush()
+        for fd in doors:
+            self._doors.let_in(fd)
+        if self._now >= self._next_tick:
+            self._tick()
 
     def _wait(self) -> list[tuple[int, int]]:
         seconds = self._tick_seconds if self._connections else 5.0
@@ -471,9 +464,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._current.reserved += size
 
     def _forget_body(self, connection: Connection) -> None:
-        self.bodies.give_back(connection.reserved)
-        connection.reserved = 0
-        self._untrimmed = True
+        if connection.reserved:
+            self.bodies.give_back(connection.reserved)
+            connection.reserved = 0
+            self._untrimmed = True
 
     def _secret_place(self, length: int) -> memoryview:
         piece = self._current.body_piece = self.slab.take()
@@ -563,8 +557,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             connection.body_piece = None
         if left:
             return self._answer_later(connection, keep, left)
-        if connection.reserved:
-            self._forget_body(connection)
+        self._forget_body(connection)
         if not keep or not connection.keep:
             self._close(connection)
             return AWAY
@@ -730,8 +723,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 self.slab.give_back(piece)
         connection.reader = connection.kept = connection.kept_piece = connection.body_piece = None
         connection.pending = []
-        if connection.reserved:
-            self._forget_body(connection)
+        self._forget_body(connection)
 
     def _close(self, connection: Connection) -> None:
         fd = connection.request.fileno()
