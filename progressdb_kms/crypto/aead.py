@@ -11,9 +11,8 @@ longer than the buffer of its key: cryptography 38 to 41 reads that buffer at ea
 
 from __future__ import annotations
 
-import hashlib
 import hmac
-from typing import Any, Callable
+from typing import Any
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -122,31 +121,6 @@ else:
 def mac(key: memoryview, data: bytes) -> bytes:
     """HMAC-SHA256 (RFC 2104): 32 bytes. One call into OpenSSL: no padded copy of the key is left."""
     return hmac.digest(key, data, "sha256")
-
-
-def macs(key: memoryview) -> Callable[[bytes], bytes]:
-    """`mac` under one key again and again, in half the time, for whoever verifies a log. The two states that
-    begin with the key are OpenSSL's, which wipes them when the function goes; a loop of single calls would
-    have them there as long."""
-    inner, outer = (_begun(key, byte) for byte in (0x36, 0x5C))  # ipad, opad
-
-    def tag(data: bytes) -> bytes:
-        first, second = inner.copy(), outer.copy()
-        first.update(data)
-        second.update(first.digest())
-        return second.digest()
-
-    return tag
-
-
-def _begun(key: memoryview, byte: int) -> hashlib._Hash:
-    pad = bytearray(64)
-    try:
-        for place in range(64):
-            pad[place] = byte ^ (key[place] if place < len(key) else 0)
-        return hashlib.sha256(pad)
-    finally:
-        pad[:] = bytes(64)
 
 
 def same(a: bytes, b: bytes) -> bool:
