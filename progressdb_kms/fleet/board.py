@@ -120,14 +120,16 @@ class Follower(Generic[T]):
         self._lock = threading.Lock()  # for whatever changes the next four; a hit takes none
         self._young: dict[str, T] = {}
         self._old: dict[str, T] = {}
+        self._words = board.words
         self._flushes = board.flushes
         self._position = board.seen
+        self._gen = self._position.gen
 
     def follow(self) -> Point:
         """Forget what has changed. Returns the point up to which all is known; at the beginning of a call:
         every change that was answered before is in it, as long as there is a lease."""
-        board = self._board
-        if board.words[_SEEN] != self._position.gen or board.words[_FLUSHES] != self._flushes:
+        words = self._words
+        if words[_SEEN] != self._gen or words[_FLUSHES] != self._flushes:
             with self._lock:
                 self._catch_up()
         return self._position
@@ -140,7 +142,8 @@ class Follower(Generic[T]):
                 break
             self._young.pop(key_id, None)
             self._old.pop(key_id, None)
-        self._flushes, self._position = flushes, seen
+        self._position = seen
+        self._flushes, self._gen = flushes, seen.gen
 
     def _changed(self, flushes: int, seen: Point) -> list[str | None]:
         """The DEKs of the changes up to this one; None for all of them."""
@@ -150,11 +153,16 @@ class Follower(Generic[T]):
         return [self._board.key_id(gen) for gen in range(before + 1, seen.gen + 1)]
 
     def get(self, key_id: str) -> T | None:
-        """After `follow`."""
+        """Followed."""
+        words = self._words
+        if words[_SEEN] != self._gen or words[_FLUSHES] != self._flushes:
+            self.follow()
         found = self._young.get(key_id)
         return found if found is not None else self._rejuvenated(key_id)
 
     def _rejuvenated(self, key_id: str) -> T | None:
+        if not self._old:
+            return None
         with self._lock:
             found = self._old.pop(key_id, None)
             if found is not None:

@@ -7,7 +7,7 @@ since an old primary doesn't know of the newest. See `fleet.lease` and `fleet.bo
 
 from __future__ import annotations
 
-import time
+from time import clock_gettime_ns, time_ns
 from typing import Any, Callable, TypeVar
 
 from ..crypto.envelope import Wrapped
@@ -26,18 +26,20 @@ BARRIER_SPARE = 20.0
 
 T = TypeVar("T")
 
+_worked = Service._with_dek  # found once: each call of a worker comes by here
+
 
 class FleetService(Service):
     def __init__(self, board: Board, span: float, reader: FleetReader, *args: Any) -> None:
         """`span`: fence_seconds; `args`: as of Service."""
         super().__init__(reader, *args)
-        self._board, self._span = board, span
+        self._serves, self._span = board.serves, span
         self._rows = reader
         self._follower: Follower[Entry | None] = Follower(board, YOUNG)
         self._absent: Follower[bool] = Follower(board, YOUNG)
 
     def _serving(self) -> None:
-        if not self._board.serves(time.clock_gettime_ns(BOOTTIME), time.time_ns()):
+        if not self._serves(clock_gettime_ns(BOOTTIME), time_ns()):
             raise Unavailable(
                 "this host can't be sure of what other hosts have changed: it has no word of the database",
                 code="store_unreachable",
@@ -47,12 +49,15 @@ class FleetService(Service):
     # ---- finding a DEK -----------------------------------------------------------------------------
 
     def entry(self, key_id: str) -> Entry:
-        self._serving()
-        known = self._follower.follow()
-        generation = self.keyring.generation
+        if not self._serves(clock_gettime_ns(BOOTTIME), time_ns()):
+            self._serving()
         found = self._follower.get(key_id)
-        if found is not None and found.generation == generation:
+        if found is not None and found[0] == self.keyring.generation:
             return found
+        return self._fetched(key_id)
+
+    def _fetched(self, key_id: str) -> Entry:
+        known, generation = self._follower.follow(), self.keyring.generation
         record, point = self._row(key_id, known)
         found = usable(generation, record)
         self._follower.remember(key_id, found, point)
@@ -106,8 +111,9 @@ class FleetService(Service):
     # ---- the lease must hold at the end, too -----------------------------------------------------------
 
     def _with_dek(self, dek: Entry, scratch: memoryview, work: Callable[..., T], *args: Any) -> T:
-        done = super()._with_dek(dek, scratch, work, *args)
-        self._serving()
+        done = _worked(self, dek, scratch, work, *args)
+        if not self._serves(clock_gettime_ns(BOOTTIME), time_ns()):
+            self._serving()
         return done
 
     def _many(self, items: Batch, *args: Any) -> Results:

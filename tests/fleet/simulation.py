@@ -238,6 +238,7 @@ class Machine:
         self.started = fleet.between(0.0, 1000.0)
         self.asleep = 0.0  # seconds for which its hypervisor held it
         self.wall_offset = 0.0
+        self.guest = fleet.chance(0.5)  # of a hypervisor; its wall clock is set by nobody else
         self.stopped_until = self.cut_until = self.stuck_until = self.slow_until = 0.0
         self.life = 0  # of its daemon; what belongs to an earlier one is dead
         self.running = False
@@ -741,14 +742,16 @@ def rotate(machine: Machine, new: str) -> Work:
 
 def stop(fleet: Fleet, machine: Machine, seconds: float) -> None:
     fleet.say("%s is stopped for %.1f s", machine.name, seconds)
-    machine.stopped_until = fleet.now + seconds
+    machine.stopped_until = max(machine.stopped_until, fleet.now + seconds)
     uses_after(fleet, machine, seconds)
 
 
 def hold(fleet: Fleet, machine: Machine, seconds: float) -> None:
-    """Its hypervisor: boot time and the steady clock stand still, the wall clock is right afterwards."""
+    """Its hypervisor: boot time and the steady clock stand still, the wall clock is right afterwards: where
+    it isn't, nothing protects (see `lease`)."""
     stop(fleet, machine, seconds)
-    machine.asleep += seconds
+    if machine.guest:
+        machine.asleep += seconds
 
 
 def cut(fleet: Fleet, machine: Machine, seconds: float) -> None:
@@ -785,7 +788,10 @@ def kill(fleet: Fleet, machine: Machine, seconds: float) -> None:
 
 
 def set_clock(fleet: Fleet, machine: Machine, seconds: float) -> None:
+    if machine.guest:
+        return
     machine.wall_offset += seconds if fleet.chance(0.5) else -seconds
+    fleet.say("the wall clock of %s is set by %.1f s", machine.name, machine.wall_offset)
 
 
 def lonely(fleet: Fleet, machine: Machine, seconds: float) -> None:
@@ -800,6 +806,18 @@ def fail_over(fleet: Fleet, machine: Machine, seconds: float) -> None:
     fleet.promote()
 
 
+def split(fleet: Fleet, machine: Machine, seconds: float) -> None:
+    """A change that is shown, and that nobody acknowledged: its wait is cancelled, and then it is lost."""
+    node = fleet.primary
+    node.alone = True
+    for _ in range(3):
+        fleet.after(fleet.between(0.0, 2.0), lambda: call(fleet, machine, "change"))
+        fleet.after(fleet.between(2.0, 4.0), lambda: fleet.cancel(node))
+        fleet.after(fleet.between(0.0, 6.0), lambda: call(fleet, fleet.one_of(fleet.machines), "use"))
+        fleet.after(fleet.between(8.0, 30.0), lambda: call(fleet, fleet.one_of(fleet.machines), "change"))
+    fleet.after(6.0, lambda: fleet.promote() if fleet.primary is node else None)
+
+
 TROUBLES: dict[str, tuple[Callable[[Fleet, Machine, float], None], float]] = {
     "stop": (stop, 1.0),
     "come_back": (come_back, 1.0),
@@ -810,6 +828,7 @@ TROUBLES: dict[str, tuple[Callable[[Fleet, Machine, float], None], float]] = {
     "set_clock": (set_clock, 1.0),
     "lonely": (lonely, 2.0),
     "fail_over": (fail_over, 2.0),
+    "split": (split, 1.0),
 }
 """What may happen, and how often in proportion."""
 
