@@ -228,10 +228,11 @@ class FleetStore(SealedStore, FleetReader):
     # ---- the state ---------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Take from the disk what a transaction goes by. Where one of ours may be under way yet, its row is
-        locked, so this waits for it."""
-        wait = " FOR UPDATE" if self._unclear else ""
-        mine = self._select(_ROW + wait, (self.host, WRITES))
+        """Take from the disk what a transaction goes by. What nobody knew of is waited for, and a standby has
+        it, before it counts as a fact."""
+        if self._unclear:
+            self._confirmed()
+        mine = self._select(_ROW, (self.host, WRITES))
         rows = self._select(STATES)
         self._count_row: str | None = mine[0][0] if mine else None
         self._stored: str | None = dict(rows).get(self.host)
@@ -244,7 +245,10 @@ class FleetStore(SealedStore, FleetReader):
     def _look_again(self) -> None:
         """Raises StoreUnavailable where the engine has lost what it had acknowledged."""
         known = self._acknowledged
-        self._look()
+        try:
+            self._look()
+        except Unknown as error:
+            raise StoreUnavailable(str(error), code=UNREACHABLE, hint="to repeat it is safe") from None
         if self._book.change < known:
             self._stale = True
             raise StoreUnavailable(
@@ -384,10 +388,21 @@ class FleetStore(SealedStore, FleetReader):
             try:
                 self._send(statements)
             except Taken:
-                if self._select(_ROW, (self.host, WRITES)) != [(count,)]:
+                if self._confirmed() != count:
                     raise
                 # The first try took place, at no point above the fleet's.
                 self.point = Point(*self._select(_POINT)[0])
+
+    def _confirmed(self) -> str | None:
+        """Our count, as a standby has it, too: to be there is not enough, where the wait for one was
+        cancelled. It is written over itself, so this also waits for a transaction of ours that is under
+        way."""
+        with self._link.session() as session:
+            session.warning = ""
+            rows = session.execute(_CONFIRM, (self.host, WRITES)).fetchall()
+            if session.warning:
+                raise Unknown(f"{self._link.where} warns: {session.warning}")
+        return rows[0][0] if rows else None
 
     def _send(self, statements: list[Statement]) -> None:
         with self._link.session() as session:
@@ -757,6 +772,7 @@ class FleetStore(SealedStore, FleetReader):
 
 _ROW = "SELECT value FROM kms WHERE host = %s AND name = %s"
 _POINT = f"SELECT {TIMELINE}, gen FROM fleet"  # noqa: S608
+_CONFIRM = "UPDATE kms SET value = value WHERE host = %s AND name = %s RETURNING value"
 _LIVES = "SELECT EXISTS (SELECT 1 FROM hosts WHERE host = %s AND NOT fenced)"
 _WEIGHTLESS = b64encode(bytes(32))
 _CROSSED = (

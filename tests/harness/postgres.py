@@ -123,7 +123,7 @@ class Postgres:
         return ["setpriv", f"--reuid={about.pw_uid}", f"--regid={about.pw_gid}", "--clear-groups", *line]
 
     def make(self) -> Postgres:
-        self._own(self.folder)
+        self.own(self.folder)
         self.run("initdb", "-D", self.data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C",
                  "--no-sync", "--no-instructions", *self._initdb)  # fmt: skip
         return self
@@ -135,7 +135,7 @@ class Postgres:
             for source, name in zip(self._tls, ("server.crt", "server.key")):
                 shutil.copy(source, self.data / name)
                 (self.data / name).chmod(0o600)
-                self._own(self.data / name)
+                self.own(self.data / name)
             self._settings["ssl"] = "on"
         (self.data / "pg_hba.conf").write_text("local all postgres trust\n" + self.hba + "\n")
         options = " ".join(f"-c {name}='{value}'" for name, value in self._settings.items())
@@ -156,7 +156,7 @@ class Postgres:
         )
         return self
 
-    def _own(self, path: Path) -> None:
+    def own(self, path: Path) -> None:
         if os.geteuid() == 0:
             about = pwd.getpwnam(self.user)
             os.chown(path, about.pw_uid, about.pw_gid)
@@ -165,9 +165,10 @@ class Postgres:
     def pid(self) -> int:
         """Of the server; 0 where none runs."""
         try:
-            return int((self.data / "postmaster.pid").read_text().split()[0])
+            pid = int((self.data / "postmaster.pid").read_text().split()[0])
         except FileNotFoundError:
             return 0
+        return pid if Path(f"/proc/{pid}").exists() else 0
 
     def stop(self, how: str = "fast") -> None:
         """`immediate`: without a checkpoint. `kill`: SIGKILL; its children end by themselves."""
@@ -230,6 +231,75 @@ class Postgres:
             self.sql("CREATE ROLE kms LOGIN PASSWORD 'open sesame'")
         self.sql(f"CREATE DATABASE {name} OWNER kms")
         return Database([str(self.folder)], name, "kms")
+
+
+class Cluster:
+    """Three servers with TLS on loopback: a primary, and two standbys of which one must have what it
+    acknowledges. No server decides by itself who is the primary: `fail_over` does, as Patroni would."""
+
+    def __init__(self, folder: Path) -> None:
+        self.authority = Authority(folder)
+        files = self.authority.issue("localhost")
+        settings = {
+            "wal_level": "replica",
+            "synchronous_standby_names": "ANY 1 (*)",
+            "wal_keep_size": "256MB",
+        }
+        hba = "local replication postgres trust\nhostssl all all 127.0.0.1/32 scram-sha-256"
+        self.nodes = [Postgres(settings, hba, files) for _ in range(3)]
+        self.primary = self.nodes[0]
+        self.password = folder / "pg.password"
+        self.password.touch(0o600)
+        self.password.write_text("open sesame")
+
+    def __enter__(self) -> Cluster:
+        try:
+            self.primary.start()
+            for node in self.nodes[1:]:
+                self.join(node)
+            self.database = self.primary.database()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for node in self.nodes:
+            node.close()
+
+    @property
+    def where(self) -> Any:
+        from progressdb_kms.fleet.settings import Host, Where
+
+        hosts = tuple(Host("localhost", node.port) for node in self.nodes)
+        password, authority = str(self.password), str(self.authority.file)
+        return Where(hosts, "", self.database.name, self.database.user, password, authority)
+
+    def join(self, node: Postgres) -> None:
+        """As a new standby of the primary."""
+        shutil.rmtree(node.data, ignore_errors=True)
+        node.own(node.folder)
+        node.run("pg_basebackup", "-D", node.data, "-R", "-X", "stream", "-c", "fast", "--no-sync",
+                 "-d", self._source(node))  # fmt: skip
+        node.start()
+
+    def _source(self, node: Postgres) -> str:
+        name = f"n{self.nodes.index(node)}"
+        return f"host={self.primary.folder} port={self.primary.port} user=postgres application_name={name}"
+
+    def fail_over(self) -> None:
+        """The standby that has most becomes the primary, and the other one follows it."""
+        standbys = [node for node in self.nodes if node is not self.primary and node.pid]
+        received = {node: node.sql("SELECT pg_last_wal_receive_lsn() - '0/0'")[0][0] for node in standbys}
+        self.primary = max(standbys, key=lambda node: received[node] or 0)
+        self.primary.sql("SELECT pg_promote(true, 60)")
+        for node in standbys:
+            if node is not self.primary:
+                source = self._source(node)
+                node.sql(f"ALTER SYSTEM SET primary_conninfo = '{source}'", "SELECT pg_reload_conf()")
+
+    def sql(self, *statements: str) -> list[tuple[Any, ...]]:
+        return self.primary.sql(*statements, database=self.database.name)
 
 
 class Fleet:
