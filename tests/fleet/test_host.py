@@ -79,7 +79,8 @@ class TestRegistering:
 
     def test_a_registration_of_which_nobody_knows_is_given_up(self, database: Database) -> None:
         one = Stepped(database)
-        do, lost = database.do, []
+        do = database.do
+        lost: list[str] = []
 
         def ambiguous(name: str, *args: Any) -> Any:
             answer = do(name, *args)
@@ -190,6 +191,21 @@ class TestFollowing:
         host.turn()
         assert row(database, host).seen == 1 and host.host.why == ""
 
+    def test_it_has_no_lease_any_more_when_it_leaves(self, database: Database, host: Stepped) -> None:
+        host.service.configured = frozenset(["k1"])
+        changed(database, "", kind="keks")
+        database.db = database.db._replace(kek="k2")
+        leases, do = [], database.do
+
+        def watched(name: str, *args: Any) -> Any:
+            if name == "leave":
+                leases.append(host.board.lease)
+            return do(name, *args)
+
+        database.do = watched  # type: ignore[method-assign]
+        host.turn()
+        assert leases == [NONE]
+
     def test_another_timeline_takes_all(self, database: Database, host: Stepped) -> None:
         changed(database, "x")
         host.turn()
@@ -200,6 +216,18 @@ class TestFollowing:
         host.turn()
         assert host.board.seen == Point(2, 0) and host.board.flushes > flushes
         assert host.host.why == ""
+
+    def test_another_timeline_takes_all_though_its_changes_seem_to_be_the_next(
+        self, database: Database, host: Stepped
+    ) -> None:
+        """Its first change has the number of one that was acknowledged to nobody, and is another."""
+        changed(database, "x")
+        host.turn()
+        flushes = host.board.flushes
+        database.db = database.db._replace(timeline=2, gen=0, changes=())
+        changed(database, "y", "z")
+        host.turn()
+        assert host.board.seen == Point(2, 2) and host.board.flushes > flushes
 
     def test_an_engine_that_is_behind_is_left(self, database: Database, host: Stepped) -> None:
         changed(database, "x")
