@@ -571,11 +571,15 @@ def test_a_signal_that_another_thread_takes_ends_a_long_call(kms: FakeKms, clien
 
     thread = threading.Thread(target=interrupt)
     late = threading.Timer(60, over.append, [True])
-    late.start()
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        client.rotate_kek(os.urandom(32))
-    assert not over
-    over.append(True)
-    late.cancel()
-    thread.join()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background
+    try:
+        late.start()
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            client.rotate_kek(os.urandom(32))
+        assert not over
+    finally:
+        signal.signal(signal.SIGINT, before)
+        over.append(True)
+        late.cancel()
+        thread.join()

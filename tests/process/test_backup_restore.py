@@ -152,7 +152,7 @@ class TestBackup:
             twin.close()
 
     def test_any_sqlite_opens_it(self, site: Site) -> None:
-        with sqlite3.connect(site.backup) as db:
+        with contextlib.closing(sqlite3.connect(site.backup)) as db, db:
             assert db.execute("SELECT count(*) FROM deks").fetchone() == (4,)
             assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         db.close()

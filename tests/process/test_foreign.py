@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sqlite3
@@ -101,7 +102,7 @@ def test_a_prepared_part_file(stopped: Daemon, short_tmp: Path) -> None:
     assert done.returncode == 0, done.stderr
     about = (short_tmp / "b").stat()
     assert (about.st_uid, about.st_mode & 0o777, about.st_nlink) == (0, 0o600, 1)
-    with sqlite3.connect(short_tmp / "b") as db:
+    with contextlib.closing(sqlite3.connect(short_tmp / "b")) as db, db:
         assert db.execute("SELECT count(*) FROM deks").fetchone() == (1,)
     db.close()
 

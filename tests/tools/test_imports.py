@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import fcntl
 import json
 import os
@@ -177,7 +178,7 @@ def stored(daemon: Daemon) -> dict[str, dict[str, Any]]:
 
 
 def change(daemon: Daemon, sql: str, *args: Any) -> None:
-    with sqlite3.connect(daemon.data_dir / "kms.db") as db:
+    with contextlib.closing(sqlite3.connect(daemon.data_dir / "kms.db")) as db, db:
         db.execute(sql, args)
     db.close()
 
@@ -220,7 +221,7 @@ class TestImport:
         """Above whatever store and log know of; the log's end tells it, so that an older store is found."""
 
         def number() -> int:
-            with sqlite3.connect(site.data_dir / "kms.db") as db:
+            with contextlib.closing(sqlite3.connect(site.data_dir / "kms.db")) as db, db:
                 (value,) = db.execute("SELECT value FROM kms WHERE key = 'store:state'").fetchone()
             db.close()
             return int(json.loads(value)["change"])
@@ -497,7 +498,7 @@ class TestVerify:
     def test_a_damaged_page(self, full: Daemon) -> None:
         file = full.data_dir / "kms.db"
         change(full, "PRAGMA wal_checkpoint(TRUNCATE)")
-        with sqlite3.connect(file) as db:
+        with contextlib.closing(sqlite3.connect(file)) as db, db:
             sql = "SELECT rootpage FROM sqlite_master WHERE name LIKE 'deks_thread_%'"
             (page,) = db.execute(sql).fetchone()
         db.close()

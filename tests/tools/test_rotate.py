@@ -138,7 +138,10 @@ def test_interrupted_while_the_daemon_works(home: Path, kms: FakeKms, number: in
     ended: list[int] = []
     kms.may_rotate = lambda: bool(ended)
     command = ("rotate-kek", "--config", str(home / "c.yaml"), "--new-key-file", str(home / "new"))
-    process = spawn(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = spawn(
+        *command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it is ignored
+    )  # fmt: skip
     while kms.rotation is None:
         assert process.poll() is None
         time.sleep(0.005)
