@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gzip
 import json
+import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -341,6 +342,17 @@ class TestOwnRows:
         assert site.states() == CLOSED
         with site.daemon.session() as kms:
             assert kms.decrypt(site.other, site.box) == b"text"
+
+    def test_no_kek_is_taken_from_the_list_of_retired_ones(self, site: Site) -> None:
+        old, new = site.daemon.kek, os.urandom(32)
+        with site.daemon.start().session() as kms:
+            site.daemon.write_kek(new)
+            kms.rotate(new)
+        site.daemon.stop()
+        assert sql(site.daemon, "DELETE FROM kms WHERE key LIKE 'kek:retired:%' RETURNING key")
+        site.daemon.write_kek(old)
+        site.daemon.write_config({"workers": 1, "previous_master_keys": [{"hex": new.hex()}]})
+        assert "the service's own don't add up" in refused(site.daemon)
 
     def test_heads_of_older_runs_are_forgotten(self, site: Site) -> None:
         for _ in range(3):
