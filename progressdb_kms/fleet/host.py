@@ -20,7 +20,7 @@ import logging
 from collections.abc import Generator, Sequence
 from typing import Any, Callable, NamedTuple, Protocol, TypeVar
 
-from ..errors import KMSError, StoreUnavailable, Unavailable
+from ..errors import InternalError, KMSError, StoreUnavailable, Unavailable
 from . import barrier, lease
 from .barrier import Watch
 from .board import Board
@@ -153,6 +153,11 @@ class Host:
             except KMSError as error:
                 self._failed(error)
                 pause = self._span * RETRY
+            except Exception:  # a fault of ours must not end this thread, unnoticed until the lease is over
+                log.exception("this host's place in the fleet could not be kept")
+                self._step_down()
+                self._failed(InternalError("a fault in what keeps this host's place; the log tells more"))
+                pause = self._span * RETRY
             self._give_up_late()
             yield from self._wait(pause)
         yield from self._leave()
@@ -203,7 +208,7 @@ class Host:
 
     def _step_down(self) -> None:
         self._board.end()
-        self._given_up.append(self._inc)
+        self._given_up += filter(None, [self._inc])
         self._inc = self._active = ""
 
     def _follow(self) -> Steps[None]:
@@ -276,14 +281,19 @@ class Host:
 
     def _done(self, changes: Sequence[Pending]) -> None:
         for change in changes:
-            self._pending.remove(change)
-            change.then(None)
+            self._tell(change, None)
 
     def _give_up_late(self) -> None:
         now = self._now()
         for change in [change for change in self._pending if now >= change.deadline]:
-            self._pending.remove(change)
-            change.then(not_everywhere(self.why))
+            self._tell(change, not_everywhere(self.why))
+
+    def _tell(self, change: Pending, error: KMSError | None) -> None:
+        self._pending.remove(change)
+        try:
+            change.then(error)
+        except Exception:  # of one caller; all others wait for this thread
+            log.exception("who waits for change %d could not be told", change.point.gen)
 
     def _well(self) -> None:
         self.error = None
@@ -340,7 +350,7 @@ def run(host: Host, registry: Registry) -> None:
         while True:
             try:
                 answer = question(registry)
-            except KMSError as error:
+            except Exception as error:
                 question = steps.throw(error)
             else:
                 question = steps.send(answer)

@@ -139,6 +139,21 @@ class TestBeating:
         assert host.inc != first and list(database.db.hosts) == [("a", host.inc)]
         assert host.board.flushes > flushes and host.host.why == ""
 
+    def test_a_fault_of_ours_is_told_and_begun_anew_from_nothing(
+        self, database: Database, host: Stepped, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        first, do = host.inc, database.do
+
+        def broken(name: str, *args: Any) -> Any:
+            raise ValueError("unheard of")
+
+        database.do = broken  # type: ignore[method-assign]
+        host.turn()
+        assert host.board.lease == NONE and "fault" in host.host.why and "unheard of" in caplog.text
+        database.do = do  # type: ignore[method-assign]
+        host.turn()
+        assert list(database.db.hosts) == [("a", host.inc)] and host.inc != first and host.host.why == ""
+
     def test_other_keys_are_told_at_once(self, database: Database, host: Stepped) -> None:
         host.service.configured = frozenset(["k1", "k3"])
         host.host.tell_keks()
@@ -300,6 +315,19 @@ class TestEverywhere:
             database.do("beat", "b", other.inc, Point(1, 0), frozenset())
         assert not row(database, other).fenced
         assert [error.code for error in told if error] == ["done_not_everywhere"]
+
+    def test_a_caller_who_can_t_be_told_holds_up_no_other(
+        self, database: Database, host: Stepped, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        point = changed(database, "x")
+
+        def gone(error: KMSError | None) -> None:
+            raise OSError("its socket is gone")
+
+        host.host.everywhere(point, host.clock.seconds + 9, gone)
+        told = self.ask(host, point)
+        host.turn()
+        assert told == [None] and "could not be told" in caplog.text
 
     def test_the_engine_away(self, database: Database, host: Stepped) -> None:
         told = self.ask(host, changed(database, "x"), seconds=5.0)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from progressdb_kms.errors import KMSError, StoreUnavailable
+from progressdb_kms.errors import StoreUnavailable
 from progressdb_kms.fleet.board import SIZE, Board
 from progressdb_kms.fleet.host import Host
 from progressdb_kms.fleet.lease import Clock, Reading
@@ -141,7 +141,7 @@ class Stepped:
             try:
                 self.question(recorder)
                 answer = True if asked else self.question(self.registry)
-            except KMSError as error:
+            except Exception as error:
                 self.question = self.steps.throw(error)
             else:
                 self.waited = recorder.seconds
