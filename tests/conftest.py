@@ -113,8 +113,9 @@ def starts_a_daemon(item: pytest.Item) -> bool:
     and wherever else a daemon is asked."""
     if item.path.relative_to(Path(__file__).parent).parts[0] in ("process", "tools"):
         return True
-    asked = {"daemon", "make_daemon", "shared_daemon", "kms"} & set(getattr(item, "fixturenames", ()))
-    return bool(asked) or hasattr(getattr(item, "module", None), "Daemon")
+    starts = {"daemon", "make_daemon", "shared_daemon", "kms", "postgres_server"}
+    asked = starts & set(getattr(item, "fixturenames", ()))
+    return bool(asked) or "[postgresql" in item.name or hasattr(getattr(item, "module", None), "Daemon")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

@@ -133,6 +133,8 @@ def connect(where: Where, application: str = "progressdb-kms") -> Session:
     try:
         session: Session = Session.connect(**_parameters(where, application))
     except psycopg.Error as error:
+        if (half_open := getattr(error, "pgconn", None)) is not None:
+            half_open.finish()  # older releases leave that to the garbage collector
         raise _refused(where, error) from None
     with contextlib.ExitStack() as undo:
         undo.callback(session.close)

@@ -156,6 +156,7 @@ class TestWhoIsThere:
                 heard.append(peer.recv(1000))
 
         with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.settimeout(60)
             thread = threading.Thread(target=answer, args=(listener,))
             thread.start()
             error = refused(

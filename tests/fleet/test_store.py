@@ -234,7 +234,7 @@ class TestChanges:
         with fleet_database.server.connect(fleet_database.where.database) as listener:
             listener.execute("LISTEN kms")
             put(one, dek("a", "other"))
-            assert [note.channel for note in listener.notifies(timeout=60, stop_after=1)] == ["kms"]
+            assert next(listener.notifies()).channel == "kms"
 
 
 def test_who_only_looks_writes_too(one: Any, fleet_database: Fleet) -> None:
