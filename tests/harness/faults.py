@@ -54,6 +54,8 @@ def need_cc() -> None:
 def need_mount() -> None:
     if os.geteuid() != 0:
         pytest.skip("mounting a tmpfs needs root")
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount here (apt install mount)")
 
 
 # ---- strace -e inject ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from progressdb_kms.service.usage import LOST, SPENT
+from progressdb_kms.service.usage import LOST, SPENT, USING
 from progressdb_kms.store.contract import HEAVY, KEK_ROW, Usage
 from progressdb_kms.store.sqlite import SqliteReader, SqliteStore
 from tests.harness import Daemon
@@ -37,6 +38,12 @@ def usage(daemon: Daemon, key: str) -> dict[str, Any]:
 def counts(daemon: Daemon, key: str) -> tuple[int, int]:
     found = usage(daemon, key)
     return found["encrypts"], found["decrypts"]
+
+
+def users(daemon: Daemon) -> int:
+    """Workers that may have uses which are not kept yet."""
+    with contextlib.closing(SqliteReader(daemon.data_dir)) as reader:
+        return len(reader.names(USING))
 
 
 def shows(daemon: Daemon, key: str, *wanted: int) -> None:
@@ -136,6 +143,7 @@ def test_the_limits(daemon: Daemon) -> None:
     inject(daemon, most, SPENT - 3 - 2 * LOST)
     daemon.start()
     shows(daemon, many, HEAVY, 0)  # the stop was one in order
+    wait_until(lambda: users(daemon) == 2, 60, "both workers to say that they are there")
     daemon.kill()
     daemon.start()
     shows(daemon, many, HEAVY + 2 * LOST, 0)  # of two workers that may have lost so much

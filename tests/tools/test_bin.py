@@ -155,9 +155,9 @@ class TestTest:
     def test_long_tests_are_asked_for(self, short_tmp: Path) -> None:
         assert "-m not long" in self.pytest_of(short_tmp, "-x")
 
-    def test_a_fast_run_is_shared_too(self, short_tmp: Path) -> None:
+    def test_a_fast_run_is_shared_by_as_many_as_there_are_cores(self, short_tmp: Path) -> None:
         found = self.pytest_of(short_tmp, "--fast", "-x")
-        assert "-m not long and not slow" in found and self.SHARED in found
+        assert "-m not long and not slow" in found and f"-n {min(4, os.cpu_count() or 1)} --dist" in found
 
     def test_all_are_run_with_long(self, short_tmp: Path) -> None:
         assert "not long" not in self.pytest_of(short_tmp, "--long")
