@@ -132,7 +132,7 @@ class Verifier:
     def feed(self, block: bytes) -> None:
         """Take whole lines. What continues its chain byte by byte, and is signed, is a record."""
         chains, line, key = self._chains, self.line, self._key
-        for text in block[:-1].split(b"\n"):
+        for text in block[:-1].split(b"\n") if block else ():
             line += 1
             chain = chains.get(text[_NAME : text.find(b'"', _NAME, _NAME + 33)])
             event = text[_EVENT:-_TAIL]

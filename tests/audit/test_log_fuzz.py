@@ -148,6 +148,11 @@ def test_whatever_happens_the_log_verifies(steps: list[tuple[int, str, object]])
     _run(steps)
 
 
+def test_a_record_that_was_torn_at_the_beginning_of_a_file() -> None:
+    """What was found by the long run: no line of that file is whole."""
+    _run([(0, "rotate", None), (0, "record", 1), (0, "crash", None)])
+
+
 @pytest.mark.long
 @LONG
 @given(st.lists(_STEP, max_size=40))
