@@ -60,7 +60,8 @@ def memory(daemon: Daemon) -> int:
 
 
 def status(sock: socket.socket) -> int:
-    sock.sendall(GET)
+    with contextlib.suppress(BrokenPipeError):  # who is turned away has its answer
+        sock.sendall(GET)
     return int(sock.recv(4096)[9:12])
 
 
