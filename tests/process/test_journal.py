@@ -34,12 +34,12 @@ def test_a_log_that_was_unlinked(make_daemon: MakeDaemon, workers: int) -> None:
     daemon = make_daemon(workers=workers)
     assert create(daemon) == 200 and daemon.stderr == ""
     daemon.audit_log.unlink()
-    wait_until(lambda: bool(lines(daemon, "not ready: the audit log was unlinked")), 10, "it to be told")
+    wait_until(lambda: bool(lines(daemon, "not ready: the audit log was unlinked")), 60, "it to be told")
     assert {create(daemon) for _ in range(20)} == {503}
     assert daemon.request("GET", "/readyz").status == 503
     daemon.signal(signal.SIGHUP)
-    wait_until(lambda: bool(lines(daemon, "ready again, after ")), 10, "it to be over")
-    wait_until(lambda: create(daemon) == 200, 10, "all processes to go on")
+    wait_until(lambda: bool(lines(daemon, "ready again, after ")), 60, "it to be over")
+    wait_until(lambda: create(daemon) == 200, 60, "all processes to go on")
     daemon.stop()
     said = [
         line for line in daemon.stderr.splitlines() if " witness: " not in line
@@ -68,12 +68,12 @@ def test_a_worker_that_comes_while_the_log_is_unlinked(make_daemon: MakeDaemon) 
     daemon = make_daemon(workers=2)
     assert create(daemon) == 200
     daemon.audit_log.unlink()
-    wait_until(lambda: bool(lines(daemon, "not ready: the audit log was unlinked")), 10, "it to be told")
+    wait_until(lambda: bool(lines(daemon, "not ready: the audit log was unlinked")), 60, "it to be told")
     replaced(daemon)
     assert {create(daemon) for _ in range(20)} == {503}
     assert len(lines(daemon, "is replaced")) == 1 and len(daemon.stderr.splitlines()) == 2
     daemon.signal(signal.SIGHUP)
-    wait_until(lambda: bool(lines(daemon, "ready again, after ")), 10, "it to be over")
+    wait_until(lambda: bool(lines(daemon, "ready again, after ")), 60, "it to be over")
     wait_until(lambda: {create(daemon) for _ in range(20)} == {200}, 20, "all processes to go on")
     daemon.stop()
     assert daemon.offline("verify").returncode == 0
@@ -103,13 +103,13 @@ def test_a_file_that_may_not_grow(make_daemon: MakeDaemon, workers: int) -> None
         for _ in range(50):
             kms.request("GET", "/get_wrapped?key_id=none")
             kms.request("POST", "/create_dek_for_thread", {"thread_id": "t"})
-    wait_until(lambda: bool(lines(daemon, "not ready: ")), 10, "it to be told")
+    wait_until(lambda: bool(lines(daemon, "not ready: ")), 60, "it to be told")
     assert len(lines(daemon, "not ready: ")) == 1, daemon.stderr
     assert "LimitFSIZE" in lines(daemon, "not ready: ")[0]
     daemon.audit_log.rename(daemon.audit_log.with_name("kms-audit.log.1"))
     daemon.signal(signal.SIGHUP)
-    wait_until(lambda: bool(lines(daemon, "ready again")), 10, "it to be over")
-    wait_until(lambda: create(daemon) == 200, 10, "it to serve")
+    wait_until(lambda: bool(lines(daemon, "ready again")), 60, "it to be over")
+    wait_until(lambda: create(daemon) == 200, 60, "it to serve")
     assert len(daemon.stderr.splitlines()) <= 8, daemon.stderr
 
 

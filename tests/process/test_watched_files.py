@@ -91,8 +91,8 @@ def test_taken_away(daemon: Daemon, harm: str) -> None:
         kept.create(kms, 20)
         do(daemon.data_dir / file)
         assert file in (why := refused(kms)) and says in why
-        wait_until(lambda: len(rescued(daemon)) == 1, 10, "the rescue")
-        wait_until(lambda: "restore" in " ".join(reasons(kms)), 10, "the reason")
+        wait_until(lambda: len(rescued(daemon)) == 1, 60, "the rescue")
+        wait_until(lambda: "restore" in " ".join(reasons(kms)), 60, "the reason")
         assert file in reasons(kms)[0]
         kept.opens(kms)
         time.sleep(1.2)  # it looks each second
@@ -116,11 +116,11 @@ def test_a_shred_reaches_what_was_rescued(daemon: Daemon) -> None:
         key, other = (kms.create_dek("t")["key_id"] for _ in range(2))
         piece = kms.get_wrapped(key)["wrapped"].encode()[-64:-4]
         daemon.data_dir.joinpath("kms.db").rename(daemon.data_dir / "elsewhere")
-        wait_until(lambda: len(rescued(daemon)) == 1, 10, "the rescue")
+        wait_until(lambda: len(rescued(daemon)) == 1, 60, "the rescue")
         (rescue,) = rescued(daemon)
         assert piece in rescue.read_bytes()
         daemon.data_dir.joinpath("elsewhere").rename(daemon.data_dir / "kms.db")
-        wait_until(lambda: reasons(kms) == [], 10, "readiness")
+        wait_until(lambda: reasons(kms) == [], 60, "readiness")
         kms.ok("DELETE", f"/deks/{key}", {"immediately": True})
         assert piece not in rescue.read_bytes()
         with contextlib.closing(sqlite3.connect(rescue)) as db:
@@ -155,7 +155,7 @@ def test_cut(daemon: Daemon, file: str) -> None:
         assert f"{file} was cut" in reasons(kms)[0]
         page = kms.request("GET", "/metrics")
         assert page.status == 200 and b"\nprogressdb_kms_ready 0\n" in page.body
-        wait_until(lambda: "rescue" in daemon.stderr, 10, "to be told")
+        wait_until(lambda: "rescue" in daemon.stderr, 60, "to be told")
         assert daemon.alive
 
 
@@ -205,7 +205,7 @@ def test_under_load(daemon: Daemon) -> None:
     (daemon.data_dir / "kms.db").unlink()
     for thread in threads:
         thread.join(30)
-    wait_until(lambda: len(rescued(daemon)) == 1, 10, "the rescue")
+    wait_until(lambda: len(rescued(daemon)) == 1, 60, "the rescue")
     with contextlib.closing(sqlite3.connect(rescued(daemon)[0])) as db:
         found = {row[0][5:] for row in db.execute("SELECT key FROM deks")}
     assert len(acknowledged) > 50 and set(acknowledged) <= found

@@ -85,4 +85,6 @@ def test_where_one_may_not_look_there_may_be_a_store(used: Daemon) -> None:
         *("serve", "--data-dir", str(used.data_dir), "--config", str(used.config_file)),
         wrapper=["setpriv", "--reuid=65534", "--clear-groups"],
     )
+    if done.returncode == 127:
+        pytest.skip("this Python's own library is in a folder that others may not enter")
     assert done.returncode == 1 and b"genkey" not in done.stderr
