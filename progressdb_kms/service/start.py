@@ -19,7 +19,7 @@ from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..audit.log import AuditLog, last_epoch
 from ..crypto.keyring import Keyring
 from ..encoding import timestamp, wall
-from ..errors import ConfigError, KeyMismatch, StoreDamaged, StoreUnavailable
+from ..errors import AuditUnavailable, ConfigError, KeyMismatch, StoreDamaged, StoreUnavailable
 from ..store.contract import Store
 from ..store.heads import forget, heads
 from ..store.sqlite import SqliteStore
@@ -130,8 +130,13 @@ def open_store(
 
 
 def _begin_run(store: Store, book: AuditLog, epoch: int) -> None:
-    """The record that names the heads of the run before is on the disk: from here on it vouches for them."""
-    book.sync()
+    """Once the record that names the heads of the run before is on the disk, it vouches for them. Where it
+    can't be brought there they stay, and the next start names them again."""
+    try:
+        book.sync()
+    except AuditUnavailable as error:
+        log.error("%s", error.message)
+        return
     with store.transaction():
         forget(store, epoch)
 

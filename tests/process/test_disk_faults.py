@@ -242,6 +242,20 @@ class TestFailingCalls:
             kept.opens(kms)
             kept.verifies(daemon)
 
+    def test_a_start_while_the_audit_log_cant_be_synced(self, shim: Shim) -> None:
+        """It serves, and keeps the heads of the run before: the next start names them again."""
+        with Daemon(env=shim.env, workers=1) as daemon:
+            daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})
+            daemon.stop()
+            fault = shim.fail("sync", "kms-audit.log", "EIO", times=1)
+            daemon.start()
+            assert fault.hits == 1 and "the audit log can't be written" in daemon.stderr
+            shim.clear()
+            daemon.stop()
+            daemon.start()
+            daemon.stop()
+            assert daemon.offline("audit", "verify").returncode == 0
+
     def test_an_audit_log_that_cant_be_synced(self, shim: Shim) -> None:
         """The record stands, so the call is answered; the operator is told, and the store's anchor waits."""
         kept = Kept()
