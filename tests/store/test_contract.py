@@ -586,7 +586,7 @@ class TestNumber:
     ) -> None:
         (tmp_path / "bare").mkdir()
         bare = MemoryStore() if isinstance(pair[0], MemoryStore) else SqliteStore(tmp_path / "bare")
-        with pytest.raises(StoreUnavailable, match="row key"):
+        with contextlib.closing(bare), pytest.raises(StoreUnavailable, match="row key"):
             put(bare, dek("a"))
 
 
