@@ -12,6 +12,7 @@ longer than the buffer of its key: cryptography 38 to 41 reads that buffer at ea
 from __future__ import annotations
 
 import hmac
+import sys
 from typing import Any
 
 from cryptography.exceptions import InvalidTag
@@ -26,6 +27,10 @@ TAG_SIZE = 16
 ROOM = TAG_SIZE + 15
 """Bytes that `out` must have beyond the plaintext's length: the tag, and the block that
 cryptography 38's `update_into` asks for."""
+
+
+hmac_new: Any = getattr(sys.modules.get("_hashlib"), "hmac_new", None)
+"""What `hmac` itself is made of; None for a Python without OpenSSL."""
 
 
 class _OneShot:
@@ -119,8 +124,15 @@ else:
 
 
 def mac(key: memoryview, data: bytes) -> bytes:
-    """HMAC-SHA256 (RFC 2104): 32 bytes. One call into OpenSSL: no padded copy of the key is left."""
-    return hmac.digest(key, data, "sha256")
+    """HMAC-SHA256 (RFC 2104): 32 bytes. No padded copy of the key is left, and no state outlives the call.
+
+    `hmac.digest` has OpenSSL 3 look the algorithm up at each call, which takes as long as the MAC, and
+    `hmac.new` wants the key on the heap.
+    """
+    if hmac_new is None:
+        return hmac.digest(key, data, "sha256")
+    digest: bytes = hmac_new(key, data, "sha256").digest()
+    return digest
 
 
 def same(a: bytes, b: bytes) -> bool:

@@ -1,4 +1,5 @@
-"""AES-256 key schedules in plain Python (FIPS 197), to know what a cipher may leave in memory.
+"""AES-256 key schedules (FIPS 197) and states of HMAC-SHA256 (FIPS 180-4) in plain Python, to know what a
+cipher or a MAC may leave in memory.
 
 An AES key leaks as well by its round keys as by itself: from any two of them in a row the key can be
 computed. Libraries keep them as bytes or as 32-bit words of the machine (so with the four bytes of
@@ -112,3 +113,40 @@ def swapped(data: bytes) -> bytes:
     """Each 32-bit word with its bytes in the other order."""
     count = len(data) // 4
     return struct.pack(f"<{count}I", *struct.unpack(f">{count}I", data))
+
+
+# ---- HMAC-SHA256 -----------------------------------------------------------------------------------------
+
+_PRIMES = [n for n in range(2, 312) if all(n % d for d in range(2, n))]
+_SQUARE = [int(prime**0.5 % 1 * 2**32) for prime in _PRIMES[:8]]  # FIPS 180-4, 5.3.3
+_CUBE = [int(prime ** (1 / 3) % 1 * 2**32) for prime in _PRIMES]  # 4.2.2
+
+
+def _turned(word: int, *counts: int) -> int:
+    """Rotated right by each count, and added without carry."""
+    found = 0
+    for count in counts:
+        found ^= word >> count | word << (32 - count)
+    return found & 0xFFFFFFFF
+
+
+def sha256_state(block: bytes) -> tuple[int, ...]:
+    """After the first block of 64 bytes (6.2.2): whoever has that of a key's pad signs as with the key."""
+    w = list(struct.unpack(">16L", block))
+    for i in range(16, 64):
+        low = _turned(w[i - 15], 7, 18) ^ w[i - 15] >> 3
+        high = _turned(w[i - 2], 17, 19) ^ w[i - 2] >> 10
+        w.append((w[i - 16] + low + w[i - 7] + high) & 0xFFFFFFFF)
+    a, b, c, d, e, f, g, h = _SQUARE
+    for i in range(64):
+        one = h + _turned(e, 6, 11, 25) + (e & f ^ ~e & g) + _CUBE[i] + w[i]
+        two = _turned(a, 2, 13, 22) + (a & b ^ a & c ^ b & c)
+        a, b, c, d, e, f, g, h = (one + two) & 0xFFFFFFFF, a, b, c, (d + one) & 0xFFFFFFFF, e, f, g
+    return tuple((x + y) & 0xFFFFFFFF for x, y in zip(_SQUARE, (a, b, c, d, e, f, g, h)))
+
+
+def hmac_states(key: bytes) -> dict[str, bytes]:
+    """What a context keeps between two messages, as words of the machine."""
+    pads = {"inner": bytes(byte ^ 0x36 for byte in key), "outer": bytes(byte ^ 0x5C for byte in key)}
+    fill = {"inner": b"\x36", "outer": b"\x5c"}
+    return {n: struct.pack("=8L", *sha256_state(pad + fill[n] * (64 - len(pad)))) for n, pad in pads.items()}

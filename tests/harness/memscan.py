@@ -8,7 +8,8 @@
 
 What is found: the bytes themselves, hex in both cases, base64 (three alignments, both alphabets), the same
 texts as wide strings (a Python str with one foreign letter), the digits of a Python int, the key
-pads of HMAC-SHA256, for AES keys the round keys of both directions in both byte orders, and GCM's hash key.
+pads of HMAC-SHA256 and its states after them, for AES keys the round keys of both directions in both byte
+orders, and GCM's hash key.
 Also parts: 8 bytes of a key or round key are a hit, since that is what one spilled register holds.
 
 How. The 8-byte windows of every form go into one set, and memory is read as a grid of aligned 8-byte words:
@@ -178,6 +179,8 @@ def _key_forms(key: bytes) -> Iterator[tuple[str, bytes, int, int]]:
         yield f"GHASH key {name}", value, 1, 8
     yield "HMAC inner pad", bytes(byte ^ 0x36 for byte in key), 1, 8
     yield "HMAC outer pad", bytes(byte ^ 0x5C for byte in key), 1, 8
+    for name, value in aeskeys.hmac_states(key).items():
+        yield f"HMAC {name} state", value, 4, 8
     yield "int, big-endian", _int_digits(int.from_bytes(key, "big")), 4, 12
     yield "int, little-endian", _int_digits(int.from_bytes(key, "little")), 4, 12
 

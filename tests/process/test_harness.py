@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import http.client
 import os
 import signal
@@ -299,6 +300,11 @@ class TestMemscan:
         assert aeskeys.decrypt_round_keys(schedule)[:16].hex() == "34f1d1ffbfceaa2ffce9e25f2558016e"  # C.3
         assert aeskeys.swapped(b"abcdefgh") == b"dcbahgfe"
 
+    def test_the_states_of_a_mac_are_those_of_fips_180(self) -> None:
+        padded = b"abc\x80" + bytes(59) + b"\x18"
+        digest = b"".join(word.to_bytes(4, "big") for word in aeskeys.sha256_state(padded))
+        assert digest == hashlib.sha256(b"abc").digest()
+
     @pytest.mark.parametrize("form", FORMS, ids=[form.name for form in FORMS])
     @pytest.mark.parametrize("shift", [0, 3])
     def test_each_form_is_found_wherever_it_stands(
@@ -358,13 +364,24 @@ class TestMemscan:
         assert [row.pages for row in report.unreadable] == [2]
         assert "2 of them memfd_secret" in str(report)
 
-    def test_what_a_cipher_object_leaves(self) -> None:
-        """Not a plant: a real cipher context that is kept leaves key and schedule."""
-        code = """
-            import sys
+    @pytest.mark.parametrize(
+        ("kept", "forms"),
+        [
+            (
+                "Cipher(algorithms.AES(key), modes.GCM(bytes(12))).encryptor()",
+                {"raw", "AES round keys 2-14"},
+            ),
+            ("hmac.new(key, b'', 'sha256')", {"raw", "HMAC inner state", "HMAC outer state"}),
+        ],
+        ids=["cipher", "MAC"],
+    )
+    def test_what_an_object_leaves(self, kept: str, forms: set[str]) -> None:
+        """Not a plant: a real context that is kept leaves the key and what was made of it."""
+        code = f"""
+            import hmac, sys
             from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
             key = bytes(b ^ 0xA5 for b in sys.stdin.buffer.read(32))
-            cipher = Cipher(algorithms.AES(key), modes.GCM(bytes(12))).encryptor()
+            kept = {kept}
             print("kept", flush=True)
             sys.stdin.buffer.read()
             """
@@ -378,7 +395,7 @@ class TestMemscan:
             assert process.stdout.readline() == b"kept\n"
             found = {hit.form for hit in scan([process.pid], [KEY]).hits}
             process.stdin.close()
-        assert {"raw", "AES round keys 2-14"} <= found
+        assert forms <= found
 
     def test_a_secret_that_chance_would_find_is_refused(self) -> None:
         for value in (b"short", b"\x01\x02" * 16):

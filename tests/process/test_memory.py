@@ -14,6 +14,10 @@ from typing import Any
 
 import pytest
 
+from progressdb_kms.crypto import envelope
+from progressdb_kms.service import ownkeys
+from progressdb_kms.service.ownkeys import ROWS
+from progressdb_kms.store.sqlite import SqliteReader
 from tests.harness import Daemon, Session, memscan, raw
 from tests.harness.daemon import DaemonFailed
 from tests.harness.faults import injecting, need_strace
@@ -127,6 +131,24 @@ def test_ten_thousand_operations() -> None:
         material = Material(daemon)
         hammer(daemon.socket, material.work, count=10_000, threads=CONNECTIONS)
         scan(daemon.pids(), [Secret("KEK", daemon.kek), *material.secrets]).assert_clean()
+
+
+def test_the_key_of_the_audit_log_leaves_no_copy_and_no_state_of_a_mac() -> None:
+    """Each record is signed with the one, each row of the store with the other."""
+    with Daemon(workers=2) as daemon:
+        used(daemon)
+        secrets = own_keys(daemon)
+        scan(daemon.pids(), secrets).assert_clean()
+
+
+def own_keys(daemon: Daemon) -> list[Secret]:
+    found, kek = [], memoryview(bytearray(daemon.kek))
+    with contextlib.closing(SqliteReader(daemon.data_dir)) as reader:
+        for name, row in ROWS.items():
+            scratch = memoryview(bytearray(envelope.SCRATCH_SIZE))
+            wrapped = ownkeys.parse(name, reader.read(row) or {})
+            found.append(Secret(name, bytes(envelope.unwrap_into(kek, wrapped, scratch))))
+    return found
 
 
 def test_previous_and_rejected_keys() -> None:
