@@ -39,7 +39,8 @@ _RECEIPT = re.compile(r"([0-9.]{3,32}):([1-9][0-9]{0,18}):([0-9a-f]{16})(?:\s.*)
 
 
 def _blocks(file: BinaryIO, live: bool) -> Iterator[bytes]:
-    """Blocks that end with a line end, and at last what stands after the last one, maybe nothing.
+    """Blocks that end with a line end, and at last what stands after the last one, maybe nothing. Of a line
+    that is far too long the beginning comes in between, without a line end: it is a fault, and no end.
 
     `live`: the daemon may be in the middle of a line; give it a moment.
     """
@@ -54,13 +55,22 @@ def _blocks(file: BinaryIO, live: bool) -> Iterator[bytes]:
             continue
         cut = block.rfind(b"\n") + 1
         if cut:
-            yield rest + block[:cut]
+            yield rest + memoryview(block)[:cut]
             rest = block[cut:]
-        else:
+        elif len(rest) + len(block) <= 2 * LONGEST:
             rest += block
-            if len(rest) > 2 * LONGEST:
-                break
+        else:
+            yield rest
+            rest = _next_line(file)
     yield rest
+
+
+def _next_line(file: BinaryIO) -> bytes:
+    """What is read with the end of this line, behind it."""
+    while block := file.read(BLOCK):
+        if cut := block.find(b"\n") + 1:
+            return block[cut:]
+    return b""
 
 
 def _expectations(

@@ -17,14 +17,19 @@ from typing import Any, NamedTuple
 
 from .. import __version__
 from ..audit.chain import Report
-from ..audit.log import parse
 from ..encoding import timestamp
+from ..rules import BATCHES
 from ..service.usage import near
 from ..store.contract import DekRecord, Reader, Usage
 from ..store.policy import PENDING_DELETION, SHREDDED
+from .auditsearch import events_of, lines_with
+from .console import safe
 
 BARS = 96
 """Bars of the chart at most: four days by the hour; a longer time is put together by days."""
+
+DAYS = 20 * BARS
+"""Bars of days at most: five years."""
 
 MOST = 20
 """Rows of "used most" and of "never used" that are shown."""
@@ -34,6 +39,15 @@ STALE_DAYS = 90
 
 EVENTS = 200
 """Rotations, shreds and starts that are shown at most, the newest."""
+
+LONG = 1 << 16
+"""Bytes of a line whose event is listed, and of records that we write far more than the longest has."""
+
+MAX_KEY_ID = 128
+"""Characters of the longest."""
+
+WORDS = 1000
+"""Characters that are shown of an event."""
 
 PAGE = 1000
 
@@ -52,16 +66,17 @@ TOLD = frozenset(
 )
 """Operations that are listed one by one."""
 
+# A run that stops at the next quote costs half of one over a class of characters, and in a record of ours it
+# ends at the same place. What others wrote may be long: no word of it is.
 _LINES = re.compile(
-    rb'"ts":"([^"\n]{13})([^"\n]*)","op":"([a-z_]+","outcome":"[a-z]+)","status":[0-9]+'
-    rb'(?:,"change":[0-9]+)?(?:,"key_id":"([^"\n]*)")?'
-    rb'(?:,"thread_id":"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*")?(?:,"actor":"[^"\n]*","uid":([0-9]+))?'
+    rb'"ts":"([^"]{13})([^"]{0,24})","op":"([a-z_]{1,40}","outcome":"[a-z]{1,9})","status":[0-9]*'
+    rb'(?:,"change":[0-9]*)?(?:,"key_id":"([^"]{0,%d})")?(?:,"thread_id":"[^"\\]*(?:\\.[^"\\]*)*")?'
+    rb'(?:,"actor":"peer_uid:([0-9]{0,10}))?' % MAX_KEY_ID
 ).findall
-_BATCHES = re.compile(rb'"ts":"([^"\n]*)","op":"[a-z_]+","outcome":"ok"[^\n]*,"keys":\[([^\]\n]*)\]').findall
-_TOLD_OPS = re.compile(rb'"op":"(?:%b)","outcome"' % "|".join(sorted(TOLD)).encode()).finditer
-
-
 _CALL = itemgetter(0, 2, 4)
+_BATCH = re.compile(rb'"ts":"([^"]*)","op":"[a-z_]*","outcome":"ok"[^\n]*,"keys":\[([^\]\n]*)\]').search
+_COUNT = re.compile(rb',"count":([0-9]{1,9})[,}]').search
+_TOLD_OPS = re.compile(rb'"op":"(?:%b)","outcome"' % "|".join(sorted(TOLD)).encode()).finditer
 
 
 class Counts:
@@ -76,31 +91,54 @@ class Counts:
         self.lines = 0
 
     def __call__(self, block: bytes, verified: bool) -> None:
-        low, high = self.since.encode(), self.until.encode()
-        rows = _LINES(block)
-        if low or high != b"~":
-            rows = [row for row in rows if low <= row[0] + row[1] < high]
+        rows = self._meant(_LINES(block))
         self.lines += len(rows)
-        for (hour, what, uid), count in Counter(map(_CALL, rows)).items():  # a block has few kinds
+        kinds = Counter(map(_CALL, rows))  # a block has few
+        ops, outcomes = set(), set()
+        for (hour, what, uid), count in kinds.items():
             op, _, outcome = what.partition(b'","outcome":"')
             self.calls[hour, op, outcome] += count
             self.uids[uid, outcome] += count
+            ops.add(op.decode())
+            outcomes.add(outcome)
         self.keys.update([row[3] for row in rows if row[2].endswith(b'"ok')])
         self.keys.pop(b"", None)
-        for ts, names in _BATCHES(block) if b'"keys":[' in block else ():
-            if low <= ts < high:
-                self.keys.update(name.strip(b'"') for name in names.split(b",") if name)
-        self._tell(block)
+        if b"refused" in outcomes:
+            self._refusals(block)
+        if not ops.isdisjoint(BATCHES):
+            self._batches(block)
+        if not ops.isdisjoint(TOLD):
+            self._tell(block)
+
+    def _meant(self, rows: list[tuple[bytes, ...]]) -> list[tuple[bytes, ...]]:
+        low, high = self.since.encode(), self.until.encode()
+        if not low and high == b"~":
+            return rows
+        return [row for row in rows if low <= row[0] + row[1] < high]
+
+    def _refusals(self, block: bytes) -> None:
+        """Many may be one record, which says how many."""
+        for line in lines_with(b'","outcome":"refused","status":', block):
+            if many := _COUNT(line):
+                for hour, _, what, _, uid in self._meant(_LINES(line))[:1]:
+                    self.calls[hour, what.partition(b'"')[0], b"refused"] += int(many[1]) - 1
+                    self.uids[uid, b"refused"] += int(many[1]) - 1
+
+    def _batches(self, block: bytes) -> None:
+        low, high = self.since.encode(), self.until.encode()
+        for line in lines_with(b'_batch","outcome":"ok"', block):
+            match = _BATCH(line)
+            if match is not None and low <= match[1] < high:
+                names = (name.strip(b'"') for name in match[2].split(b","))
+                self.keys.update(name for name in names if 0 < len(name) <= MAX_KEY_ID)
 
     def _tell(self, block: bytes) -> None:
         for match in _TOLD_OPS(block):
             begin, end = block.rfind(b"\n", 0, match.start()) + 1, block.find(b"\n", match.end())
-            try:
-                event = parse(block[begin : end if end >= 0 else len(block)])
-            except ValueError:
-                continue
-            if event.get("op") in TOLD and self.since <= event.get("ts", "") < self.until:
-                self.told.append(event)
+            line = block[begin : end if end >= 0 else len(block)]
+            for _, event in events_of(line) if len(line) <= LONG else ():
+                if event["op"] in TOLD and self.since <= event["ts"] < self.until:
+                    self.told.append(event)
         del self.told[:-EVENTS]
 
 
@@ -109,7 +147,7 @@ class Holdings(NamedTuple):
 
     states: Mapping[tuple[str, str], int]  # kek_id, state
     active: str
-    due: Sequence[DekRecord]
+    due: Sequence[DekRecord]  # the first of them
     never: Sequence[str]
     unused: int
     total: int
@@ -131,15 +169,21 @@ def holdings(reader: Reader, used: Counter[bytes], now: float) -> Holdings:
         states[record.kek_id, record.state] += 1
         if record.state == PENDING_DELETION:
             due.append(record)
+            if len(due) > 2 * EVENTS:
+                due = _first(due)
         if record.state != SHREDDED and record.key_id.encode() not in used:
             unused += 1
             if len(never) < MOST:
                 never.append(record.key_id)
     active = reader.state().active
-    due.sort(key=lambda record: record.delete_at)
-    named = [*never, *(name.decode() for name, _ in used.most_common(MOST))]
+    named = [*never, *(_text(name) for name, _ in used.most_common(MOST))]
     kept = (reader.usage(named), stale, reader.heavy())
-    return Holdings(states, active.kek_id if active else "", due, never, unused, sum(states.values()), *kept)
+    kek_id = active.kek_id if active else ""
+    return Holdings(states, kek_id, _first(due), never, unused, sum(states.values()), *kept)
+
+
+def _first(due: list[DekRecord]) -> list[DekRecord]:
+    return sorted(due, key=lambda record: record.delete_at)[:EVENTS]
 
 
 def _records(reader: Reader) -> Iterator[tuple[DekRecord, Usage | None]]:
@@ -152,7 +196,16 @@ def _records(reader: Reader) -> Iterator[tuple[DekRecord, Usage | None]]:
 
 # ---- the page --------------------------------------------------------------------------------------------
 
-esc = html.escape
+
+def esc(text: str) -> str:
+    """As text of the page: neither markup, nor characters that turn round what stands beside them."""
+    return html.escape(safe(text))
+
+
+def _text(name: bytes) -> str:
+    """Of a line that nobody vouches for it may be anything."""
+    return name.decode("utf-8", "replace")
+
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--dim:#5b6570;--line:#d5dae0;--ground:#fff;--bar:#2f6db3;
@@ -203,7 +256,7 @@ def page(counts: Counts, held: Holdings, report: Report, source: str, now: str) 
         _section("DEKs by KEK and state", _states(held)),
         _section("DEKs used most", _most(counts.keys, held)),
         _section("DEKs never used in these records", _never(held)),
-        _section("Deletions due", _due(held.due)),
+        _section("Deletions due", _due(held)),
         _section("Rotations, shreds, starts and the like", _events(counts.told)),
         "</body></html>\n",
     ]
@@ -218,7 +271,7 @@ def _span(counts: Counts) -> str:
     hours = sorted({hour for hour, _, _ in counts.calls})
     if not hours:
         return "none in this time"
-    return f"from {esc(hours[0].decode())}h to {esc(hours[-1].decode())}h UTC"
+    return f"from {esc(_text(hours[0]))}h to {esc(_text(hours[-1]))}h UTC"
 
 
 def _verdict(report: Report, lines: int) -> str:
@@ -240,8 +293,8 @@ def _verdict(report: Report, lines: int) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: Iterable[int] = ()) -> str:
-    """Cells are escaped, but for those that are SVG made here."""
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]], numbers: Iterable[int] = ()) -> str:
+    """Cells are escaped, but for those that are SVG made here. Of very many rows the first are shown."""
     right = set(numbers)
     kind = [' class="n"' if i in right else "" for i in range(len(head))]
     lines = [
@@ -249,11 +302,17 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: Itera
         *(f"<th{k}>{esc(name)}</th>" for name, k in zip(head, kind)),
         "</tr></thead><tbody>",
     ]
-    empty = True
-    for row in rows:
-        empty = False
+    for row in rows[:EVENTS]:
         lines.append("<tr>" + "".join(f"<td{k}>{_cell(cell)}</td>" for cell, k in zip(row, kind)) + "</tr>")
-    return "".join(lines) + "</tbody></table>" if not empty else '<p class="dim">None.</p>'
+    return (
+        "".join(lines) + "</tbody></table>" + _more(len(rows) - EVENTS)
+        if rows
+        else '<p class="dim">None.</p>'
+    )
+
+
+def _more(left: int) -> str:
+    return f'<p class="dim">and {left:,} more</p>' if left > 0 else ""
 
 
 class _Markup(str):
@@ -268,13 +327,15 @@ def _cell(value: object) -> str:
 
 def _hours(calls: Mapping[tuple[bytes, bytes, bytes], int]) -> tuple[list[str], int]:
     """(the beginnings of the bars, how many characters of a time make one)."""
-    hours = sorted({hour.decode("ascii", "replace") for hour, _, _ in calls})
+    hours = sorted({_text(hour) for hour, _, _ in calls})
     try:
         first, last = (datetime.strptime(hour, "%Y-%m-%dT%H") for hour in (hours[0], hours[-1]))
     except (IndexError, ValueError):
         return hours[-BARS:], 13
     step, size = (timedelta(hours=1), 13) if last - first < timedelta(hours=BARS) else (timedelta(days=1), 10)
-    count = min((last - first) // step + 2, 20 * BARS)
+    count = (last - first) // step + 2
+    if count > DAYS:  # a clock was wrong for a while: the days that there are, side by side
+        return sorted({hour[:size] for hour in hours})[-DAYS:], size
     found = [(first + step * i).strftime("%Y-%m-%dT%H")[:size] for i in range(count)]
     return [begin for begin in dict.fromkeys(found) if begin <= hours[-1][:size]], size
 
@@ -286,7 +347,7 @@ def _chart(calls: Mapping[tuple[bytes, bytes, bytes], int]) -> str:
         return '<p class="dim">No records.</p>'
     good, bad = dict.fromkeys(begins, 0), dict.fromkeys(begins, 0)
     for (hour, _, outcome), count in calls.items():
-        begin = hour.decode("ascii", "replace")[:size]
+        begin = _text(hour)[:size]
         if begin in good:
             (good if outcome == b"ok" else bad)[begin] += count
     top = max(good[b] + bad[b] for b in begins) or 1
@@ -325,7 +386,7 @@ def _operations(calls: Mapping[tuple[bytes, bytes, bytes], int]) -> str:
         line: Counter[str] = Counter()
         for (hour, name, _), count in calls.items():
             if name == op:
-                line[hour.decode("ascii", "replace")[:size]] += count
+                line[_text(hour)[:size]] += count
         rows.append(
             (
                 op.decode(),
@@ -375,9 +436,9 @@ def _most(keys: Counter[bytes], held: Holdings) -> str:
     """Uses in these records, and what the store has counted since the DEK was made."""
     rows = []
     for key, count in keys.most_common(MOST):
-        usage = held.usage.get(key.decode(), Usage())
+        usage = held.usage.get(_text(key), Usage())
         uid = usage.uid if usage.uid >= 0 else ""
-        rows.append((key.decode(), count, usage.encrypts, usage.decrypts, _last(usage), f"{uid}"))
+        rows.append((_text(key), count, usage.encrypts, usage.decrypts, _last(usage), f"{uid}"))
     head = ("key_id", "uses", "encrypts ever", "decrypts ever", "last used (UTC)", "by UID")
     return _table(head, rows, (1, 2, 3))
 
@@ -387,23 +448,22 @@ def _last(usage: Usage | None) -> str:
 
 
 def _never(held: Holdings) -> str:
-    left = held.unused - len(held.never)
-    more = f'<p class="dim">and {left:,} more</p>' if left > 0 else ""
     rows = [(name, _last(held.usage.get(name)) or "never") for name in held.never]
-    return _table(("key_id", "last used (UTC)"), rows) + more
+    return _table(("key_id", "last used (UTC)"), rows) + _more(held.unused - len(held.never))
 
 
-def _due(due: Sequence[DekRecord]) -> str:
-    rows = [(record.delete_at, record.key_id, record.thread_id) for record in due[:EVENTS]]
-    return _table(("due", "key_id", "thread"), rows)
+def _due(held: Holdings) -> str:
+    rows = [(record.delete_at, record.key_id, record.thread_id) for record in held.due]
+    every = sum(count for (_, state), count in held.states.items() if state == PENDING_DELETION)
+    return _table(("due", "key_id", "thread"), rows) + _more(every - len(rows))
 
 
 def _events(told: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         (
-            str(event.get("ts", ""))[:19],
+            event["ts"][:19],
             event["op"],
-            event.get("outcome", ""),
+            event["outcome"],
             event.get("uid", ""),
             _about(event),
         )
@@ -421,10 +481,7 @@ _PLAIN = frozenset(
 
 
 def _about(event: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{name} {_word(value)}" for name, value in event.items() if name not in _PLAIN and value is not None
+    text = ", ".join(
+        f"{name} {value}" for name, value in event.items() if name not in _PLAIN and value is not None
     )
-
-
-def _word(value: Any) -> str:
-    return value if isinstance(value, str) else str(value)
+    return text if len(text) <= WORDS else f"{text[:WORDS]} …"

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any, Callable, NamedTuple
 
-from ..audit.chain import Report
-from ..audit.log import RECORD, genuine, parse
+from ..audit.chain import LONGEST, Report
+from ..audit.log import MARK, MISSES, RECORD, genuine, parse
 from ..encoding import json_dumps, json_loads, timestamp
 from .console import UsageError, safe
 
@@ -57,9 +57,9 @@ class Query(NamedTuple):
 
     def holds(self, event: Mapping[str, Any]) -> bool:
         return (
-            self.since <= event.get("ts", "") < (self.until or "~")
-            and self.op in (None, event.get("op"))
-            and self.outcome in (None, event.get("outcome"))
+            self.since <= event["ts"] < (self.until or "~")
+            and self.op in (None, event["op"])
+            and self.outcome in (None, event["outcome"])
             and (self.uid is None or event.get("uid") == self.uid)
             and (not self.embedded or "embedded" in event)
             and self.thread in (None, event.get("thread_id"))
@@ -103,10 +103,36 @@ class Query(NamedTuple):
         return re.compile(head + tail).fullmatch
 
 
+def events_of(line: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """What has the form of a record in a line, whoever wrote that: its bytes and what it says. Behind a torn
+    record others may stand in the same line."""
+    event = _event(line)
+    if event is not None:
+        yield line, event
+        return
+    at, misses = line.find(MARK), 0
+    while at >= 0 and misses < MISSES and len(line) <= LONGEST:
+        record = RECORD.match(line, at)
+        event = _event(record[0]) if record else None
+        if record and event:
+            yield record[0], event
+        misses += event is None
+        at = line.find(MARK, record.end() if record and event else at + 1)
+
+
+def _event(text: bytes) -> dict[str, Any] | None:
+    try:
+        event = parse(text)
+    except ValueError:  # torn, or edited: the verifier names it
+        return None
+    return event if all(isinstance(event.get(name), str) for name in ("ts", "op", "outcome")) else None
+
+
 def keys_of(event: Mapping[str, Any]) -> set[str]:
     """Every key_id that a record names: its own, the target of a reencrypt, the keys of a batch."""
     many = event.get("keys")
-    return {str(event[name]) for name in ("key_id", "new_key_id") if name in event} | set(many or ())
+    named = {str(event[name]) for name in ("key_id", "new_key_id") if name in event}
+    return named.union(map(str, many)) if isinstance(many, list) else named
 
 
 def seconds_of(text: str) -> int | None:
@@ -134,6 +160,15 @@ def moment(text: str, now: float) -> str:
 
 
 Show = Callable[[dict[str, Any]], None]
+
+
+def lines_with(needle: bytes, block: bytes) -> Iterator[bytes]:
+    """Each line that has it, once."""
+    end = 0
+    while (at := block.find(needle, end)) >= 0:
+        begin, end = block.rfind(b"\n", 0, at) + 1, block.find(b"\n", at)
+        end = end if end >= 0 else len(block)
+        yield block[begin:end]
 
 
 class Hits:
@@ -171,13 +206,8 @@ class Hits:
     def _lines(self, block: bytes) -> Iterator[bytes]:
         """Those that have the rarest of the needles."""
         if not self._needles:
-            yield from block.split(b"\n")
-            return
-        needle, end = self._needles[0], 0
-        while (at := block.find(needle, end)) >= 0:
-            begin, end = block.rfind(b"\n", 0, at) + 1, block.find(b"\n", at)
-            end = end if end >= 0 else len(block)
-            yield block[begin:end]
+            return iter(block.split(b"\n"))
+        return lines_with(self._needles[0], block)
 
     def _show_plain(self, match: re.Match[bytes]) -> None:
         if self._show is as_json:  # it stands there already
@@ -186,17 +216,13 @@ class Hits:
             self._show({**json_loads(match[1]), "sig": match[3].decode(), "verified": True})
 
     def _look(self, line: bytes) -> None:
-        try:
-            event = parse(line)
-        except ValueError:  # torn, or edited: the verifier names it
-            return
-        if not self._query.holds(event):
-            return
-        record = RECORD.fullmatch(line)
-        event["verified"] = None if self._key is None else record is not None and genuine(self._key, record)
-        self.found += 1
-        self.unsigned += event["verified"] is False
-        self._show(event)
+        for text, event in events_of(line):
+            if self._query.holds(event):
+                record = RECORD.fullmatch(text)
+                event["verified"] = None if self._key is None else bool(record and genuine(self._key, record))
+                self.found += 1
+                self.unsigned += event["verified"] is False
+                self._show(event)
 
 
 # ---- how they are shown ----------------------------------------------------------------------------------
@@ -220,7 +246,8 @@ def as_csv() -> Callable[[dict[str, Any]], None]:
 
 
 def _tame(cell: str) -> str:
-    return f"'{cell}" if cell.startswith(_FORMULA) else cell
+    text = cell.encode("utf-8", "backslashreplace").decode()  # half a pair of UTF-16 can't be written
+    return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 def as_table() -> Callable[[dict[str, Any]], None]:
@@ -228,13 +255,12 @@ def as_table() -> Callable[[dict[str, Any]], None]:
     sys.stdout.write("TIME                  OP               OUTCOME     UID  KEY / THREAD\n")
 
     def write(event: dict[str, Any]) -> None:
-        outcome = f"{event.get('outcome', '?')} {event.get('status', '')}"
-        uid = event.get("uid", "-")
+        outcome, uid = f"{event['outcome']} {event.get('status', '')}", event.get("uid", "-")
         about = [str(event[name]) for name in ("key_id", "thread_id") if name in event]
         about += [f"{name}={value}" for name, value in more(event).items()]
         mark = "  NOT SIGNED" if event["verified"] is False else ""
-        time_of = str(event.get("ts", ""))[:19].replace("T", " ")
-        line = f"{time_of:20}  {event.get('op', ''):15}  {outcome:9} {uid!s:>5}  {'  '.join(about)}{mark}"
+        time_of = event["ts"][:19].replace("T", " ")
+        line = f"{time_of:20}  {event['op']:15}  {outcome:9} {uid!s:>5}  {'  '.join(about)}{mark}"
         sys.stdout.write(safe(line.rstrip()) + "\n")
 
     return write

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import gzip
 import io
@@ -17,6 +18,7 @@ import pytest
 
 from progressdb_kms.audit.chain import Fault, Report
 from progressdb_kms.audit.log import (
+    MARK,
     AuditLog,
     fragment,
     key_fragment,
@@ -24,13 +26,17 @@ from progressdb_kms.audit.log import (
 )
 from progressdb_kms.audit.tail import in_order
 from progressdb_kms.audit.verify import Reading, verify
+from progressdb_kms.errors import AuditUnavailable, PolicyRefused
+from progressdb_kms.rules import Peer
+from progressdb_kms.service.metrics import Metrics
 from progressdb_kms.store.contract import HEAVY, DekRecord, Usage
 from progressdb_kms.store.memstore import MemoryStore
 from progressdb_kms.tools import auditreport, auditsearch
 from progressdb_kms.tools.auditsearch import Hits, Query, moment
 from progressdb_kms.tools.console import UsageError
+from progressdb_kms.wire.admission import Refusals
 from tests.harness import Daemon
-from tests.harness.auditlogs import KEY, Clock
+from tests.harness.auditlogs import KEY, Clock, tearing
 from tests.harness.browser import CHROMIUM, Browser
 
 EVIL = '"><script>alert(1)</script>,"uid":0,\\"key_id\\":\\"k_1\\"'
@@ -204,6 +210,73 @@ def test_csv_holds_no_formula(log: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert {row["verified"] for row in rows} == {"yes"}
 
 
+def test_a_record_behind_a_torn_one_in_its_line_is_found(log: Path) -> None:
+    torn, other = (AuditLog(log, KEY, chain, Clock()) for chain in ("2.1", "2.2"))
+    with tearing(180), pytest.raises(AuditUnavailable):
+        torn.record("encrypt", "ok", 200, key_fragment("k_5", "general"), fragment(request_id="torn"))
+    other.record("shred", "ok", 200, key_fragment("k_6"), fragment(request_id="behind it"))
+    torn.record("encrypt", "ok", 200, key_fragment("k_5"), fragment(request_id="after it"))
+    for book in (torn, other):
+        book.close()
+    assert any(line.count(MARK) == 2 for line in log.read_bytes().splitlines())
+    assert found(log, key="k_6") == [1] and found(log, op="shred") == [1] and found(log, key="k_5") == [2]
+    assert "k_6" in page_of(log).split("Rotations, shreds")[1]
+
+
+# What somebody may put into a log: another encoding, other types, depth, length, half a letter.
+FORGED = [
+    "{}\n".encode("utf-16"),
+    b'{"event":{"ts":5,"op":["x"],"outcome":{},"keys":7,"key_id":"k_1"},"sig":"x"}\n',
+    b'{"event":{"ts":"2026-09-21T14","op":"shred","outcome":"ok","keys":[[]],"key_id":7},"sig":{}}\n',
+    b'{"event":%b,"sig":"x"}\n' % (b"[" * 100_000),
+    b"x" * (5 << 20) + b"\n",
+    b'{"event":{"chain":"1.1","seq":9,"prev":"","ts":"0001-01-01T00:00:00Z","op":"encrypt","outcome":"ok",'
+    b'"status":200,"key_id":"k_\xff\xfe"},"sig":"x"}\n',
+    b'{"event":{"ts":"2026-09-21T14:00:00Z","op":"shred","outcome":"ok","status":200,"key_id":"k_1",'
+    b'"thread_id":"\\ud800\\u202e<script>%b"},"sig":"x"}\n' % (b"long " * 1000),
+    b'{"event":{"ts":"2026-09-21T14:00:00Z","op":"encrypt","outcome":"ok","status":200,"key_id":"%b"},"sig":"x"}\n'
+    % (b"k" * 500_000),
+    b'"ts":"' * 1000 + b"\n",
+]
+
+
+@pytest.mark.parametrize("form", ["json", "csv", "table"])
+def test_nothing_that_others_wrote_ends_a_search(
+    log: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([*lines[:6], *FORGED, *lines[6:]]))
+    show = {"json": lambda: auditsearch.as_json, "csv": auditsearch.as_csv, "table": auditsearch.as_table}
+    for key in (KEY, None):
+        hits = Hits(Query(), key, show[form]())
+        report = verify([log], KEY, {}, partial=True, observe=hits)
+        assert report.fault is not None and report.fault.line == 7
+        assert hits.unsigned == (3 if key else 0) and hits.found == 8 + 3
+        shown = capsys.readouterr().out
+        assert shown.encode() and "rotation_finished" in shown and "k_10" in shown
+    seen: list[Any] = []
+    hits = Hits(Query(key="k_10"), KEY, seen.append)
+    verify([log], KEY, {}, partial=True, observe=hits)
+    assert [(event["seq"], event["verified"]) for event in seen] == [(8, True)]
+
+
+def test_nothing_that_others_wrote_spoils_the_page(log: Path) -> None:
+    lines = log.read_bytes().splitlines(keepends=True)
+    many = [
+        b'{"event":{"chain":"1.1","seq":%d,"prev":"","ts":"20%02d-01-01T00:00:00Z","op":"op_%b","outcome":"ok",'
+        b'"status":200,"actor":"peer_uid:%d"},"sig":"x"}\n' % (i, i % 100, b"a" * (i % 30), i)
+        for i in range(1000)
+    ]
+    log.write_bytes(b"".join([*lines[:6], *FORGED, *many, *lines[6:]]))
+    text = page_of(log)
+    assert len(text.encode()) < 500_000 and "The log has a fault." in text
+    tags = Tags()
+    tags.feed(text)
+    assert tags.open == [] and "script" not in {tag for tag, _ in tags.tags}
+    assert "\u202e" not in text and "\\u202e" in text and "and 803 more" in text
+    assert "<title>2026-09-21: 8 ok, 2 refused or failed</title>" in text
+
+
 # ---- the page ------------------------------------------------------------------------------------------
 
 
@@ -278,6 +351,53 @@ def test_the_page_tells_what_the_log_holds(log: Path) -> None:
     assert "the DEK k_7 has 2,147,483,648 encrypts of 4,294,967,296" in text
 
 
+KINDS = [
+    ("encrypt", "ok"),
+    ("decrypt", "failed"),
+    ("decrypt_batch", "ok"),
+    ("shred", "ok"),
+    ("rotate_kek", "refused"),
+]
+
+
+def test_what_is_counted_is_what_json_says(tmp_path: Path) -> None:
+    """Whatever a text holds, over hours, by socket and TCP and by nobody, within a time and without."""
+    chance, path, clock = random.Random(3), tmp_path / "kms-audit.log", Clock()
+    book = AuditLog(path, KEY, "1.1", clock)
+    for number in range(600):
+        clock.now += chance.randrange(60)
+        (op, outcome), key_id = chance.choice(KINDS), f"k_{chance.randrange(9)}"
+        thread = "".join(chance.choices(WORDS, k=chance.randrange(4)))
+        key = key_fragment(key_id, thread) if chance.random() < 0.8 else fragment()
+        peer = peer_fragment(chance.choice((0, 1, 10, -1)), 0, number, chance.choice(("", "tcp")))
+        keys = fragment(keys=["k_7", f"k_x{number % 5}"]) if op == "decrypt_batch" else fragment()
+        book.record(op, outcome, 200, key, peer, keys)
+    book.close()
+    block = path.read_bytes()
+    events = [json.loads(line)["event"] for line in block.splitlines()]
+    stamps = [event["ts"] for event in events]
+    for since, until in (("", ""), (stamps[99], ""), (stamps[99], stamps[400]), ("", stamps[3][:20])):
+        meant = [event for event in events if since <= event["ts"] < (until or "~")]
+        for verified in (True, False):
+            counts = auditreport.Counts(since, until)
+            counts(block, verified)
+            assert_counted(counts, meant)
+
+
+def assert_counted(counts: auditreport.Counts, events: list[dict[str, Any]]) -> None:
+    calls = collections.Counter((e["ts"][:13], e["op"], e["outcome"]) for e in events)
+    assert {tuple(map(bytes.decode, call)): n for call, n in counts.calls.items()} == calls
+    uids = collections.Counter((str(max(e.get("uid", -1), -1)), e["outcome"]) for e in events)
+    assert {(uid.decode() or "-1", out.decode()): n for (uid, out), n in counts.uids.items()} == uids
+    good = [event for event in events if event["outcome"] == "ok"]
+    keys = collections.Counter(e["key_id"] for e in good if "key_id" in e)
+    keys.update(key for event in good for key in event.get("keys", ()))
+    assert {key.decode(): n for key, n in counts.keys.items()} == keys
+    told = [event for event in events if event["op"] in auditreport.TOLD]
+    assert [event["seq"] for event in counts.told] == [e["seq"] for e in told][-auditreport.EVENTS :]
+    assert counts.lines == len(events)
+
+
 def test_a_fault_stands_in_the_page(log: Path) -> None:
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(lines[:3] + lines[4:]))
@@ -288,6 +408,31 @@ def test_an_empty_log_makes_a_page(tmp_path: Path) -> None:
     path = tmp_path / "kms-audit.log"
     path.touch()
     assert "none in this time" in page_of(path)
+
+
+def test_refusals_that_are_one_record_count_as_many(tmp_path: Path) -> None:
+    path, counts = tmp_path / "kms-audit.log", auditreport.Counts()
+    book = AuditLog(path, KEY, "1.1", Clock())
+    refusals = Refusals(book, Metrics(1).block(0))
+    for _ in range(30):
+        refusals.add(Peer(2000, 2000, 1), PolicyRefused("uid 2000 may not encrypt", entry=3), "encrypt")
+    refusals.flush(everything=True)
+    book.close()
+    assert verify([path], KEY, {}, observe=counts).ok
+    assert counts.lines == 2 and dict(counts.uids) == {(b"2000", b"refused"): 30}
+    assert [(op, outcome, count) for (_, op, outcome), count in counts.calls.items()] == [
+        (b"encrypt", b"refused", 30)
+    ]
+
+
+def test_a_clock_that_was_wrong_hides_no_day(tmp_path: Path) -> None:
+    path, clock = tmp_path / "kms-audit.log", Clock(0.0)
+    book = AuditLog(path, KEY, "1.1", clock)
+    for now in (0.0, 1_790_000_000.0, 1_790_100_000.0):
+        clock.now = now
+        book.record("encrypt", "ok", 200, key_fragment("k_1"))
+    book.close()
+    assert re.findall("<title>([^:]*): 1 ok", page_of(path)) == ["1970-01-01", "2026-09-21", "2026-09-22"]
 
 
 def test_a_page_over_months_has_bars_of_days(tmp_path: Path) -> None:
