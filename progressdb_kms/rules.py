@@ -54,19 +54,24 @@ class PeerRules(NamedTuple):
 BATCHES: Mapping[str, str] = {"encrypt_batch": "encrypt", "decrypt_batch": "decrypt"}
 """A batch needs what its items need."""
 
-OPERATIONS = frozenset(
-    (
-        *("create_dek", "get_wrapped", "encrypt", "decrypt", "reencrypt", "wrap", "unwrap", "rewrap"),
-        *("rotate_kek", "list_deks", "describe_dek", "disable_dek", "enable_dek", "delete_dek"),
-        "accept_clock",
-    )
-)
+CALLED: Mapping[str, str] = {
+    **{"list": "list_deks", "describe": "describe_dek", "disable": "disable_dek", "enable": "enable_dek"},
+    **{"shred": "delete_dek", "delete": "delete_dek", "clock_accept": "accept_clock", "rotate": "rotate_kek"},
+    **{"create_dek_for_thread": "create_dek", **BATCHES},
+}
+"""Operations by the other words that people have for them: those of the commands and of the API."""
+
+OPERATIONS = frozenset(("get_wrapped", "reencrypt", "wrap", "unwrap", "rewrap", *CALLED.values()))
 """What a policy may name: operations as the audit log has them, but for batches."""
 
 
 def pattern(text: str) -> re.Pattern[str]:
-    """`*` stands for any run of characters, and nothing else stands for anything but itself."""
-    return re.compile(".*".join(map(re.escape, text.split("*"))), re.S)
+    """`*` stands for any run of characters, and nothing else stands for anything but itself. Each piece
+    between two of them is taken where it comes first, and no other place is tried: else some of them and a
+    long text take for ever."""
+    first, *pieces = map(re.escape, text.split("*"))
+    steps = [f"(?=(?P<_{n}>.*?{piece}))(?P=_{n})" for n, piece in enumerate(pieces[:-1]) if piece]
+    return re.compile("".join([first, *steps, *[".*" + piece for piece in pieces[-1:]]]), re.S)
 
 
 class Policy(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -109,6 +110,18 @@ def test_a_star_is_any_run_and_all_else_is_itself(before: str, middle: str, afte
     before, after = before.replace("*", "?"), after.replace("*", "?")
     assert pattern(f"{before}*{after}").fullmatch(before + middle + after)
     assert pattern(before).fullmatch(after) is None or before == after
+
+
+@given(st.text("ab*", max_size=12), st.text("ab", max_size=12))
+def test_stars_fit_as_if_every_way_was_tried(text: str, value: str) -> None:
+    expected = re.fullmatch(text.replace("*", ".*"), value) is not None
+    assert (pattern(text).fullmatch(value) is not None) == expected
+
+
+def test_no_text_keeps_a_pattern_busy() -> None:
+    """Trying every way would take longer than anybody lives."""
+    worst = pattern("*a" * 250 + "*b")
+    assert worst.fullmatch("a" * 512) is None and worst.fullmatch("a" * 511 + "b")
 
 
 @given(st.lists(st.sampled_from(sorted(OPERATIONS)), min_size=1), st.sampled_from(sorted(OPERATIONS)))

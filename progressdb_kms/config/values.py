@@ -16,7 +16,7 @@ from typing import Any, Callable, NamedTuple, Union
 
 from ..encoding import hex_decode_into
 from ..errors import ConfigError
-from ..rules import OPERATIONS
+from ..rules import CALLED, OPERATIONS
 
 KEY_SIZE = 32
 
@@ -306,8 +306,8 @@ def _id(value: Value, option: Option) -> int:
 def _operations(value: Value, option: Option) -> list[str]:
     names = _names(value, "operations")
     if wrong := sorted(set(names) - OPERATIONS):
-        near = difflib.get_close_matches(wrong[0], OPERATIONS, 1, 0.5)
-        meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(OPERATIONS))}"
+        near = CALLED.get(wrong[0]) or "".join(difflib.get_close_matches(wrong[0], OPERATIONS, 1, 0.5))
+        meant = f"did you mean {near}?" if near else f"known are {', '.join(sorted(OPERATIONS))}"
         raise Wrong(f"names what is no operation ({meant})")
     return sorted(set(names))
 

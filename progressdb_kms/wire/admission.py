@@ -104,16 +104,17 @@ class Refusals:
             found[0] += 1
 
     def flush(self, everything: bool = False) -> None:
-        """Record the counts, once a minute or at the end."""
+        """Record the counts, once a minute or at the end. Who was not refused in that time is forgotten, so
+        that others can be named."""
         if not self._next or (self._clock() < self._next and not everything):
             return
         with self._lock:
-            self._next = 0.0
-            for kind, count in self._kinds.items():
-                if count[0] and self._record(kind, count[0]):
+            for kind, count in list(self._kinds.items()):
+                if not count[0]:
+                    del self._kinds[kind]
+                elif self._record(kind, count[0]):
                     count[0] = 0
-                elif count[0]:
-                    self._next = self._clock() + EACH
+            self._next = self._clock() + EACH if self._kinds else 0.0
 
     def _record(self, kind: _Kind | None, count: int) -> bool:
         """False: the log can't be written now, and the count waits."""

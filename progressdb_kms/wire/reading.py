@@ -61,6 +61,7 @@ def usable(app: App, call: Call, source: Source) -> Entry:
         dek = app.service.entry(source)
     except KMSError:
         call.key = key_fragment(source)
+        may_use(app, call, source)  # of what one may not use one does not hear, either
         raise
     call.key = dek.fragment
     if call.rights:

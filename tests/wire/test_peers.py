@@ -6,10 +6,16 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from progressdb_kms.audit.log import AuditLog
+from progressdb_kms.errors import PolicyRefused
+from progressdb_kms.rules import Peer
+from progressdb_kms.service.metrics import Metrics
+from progressdb_kms.wire.admission import EACH, NAMED, Refusals
 from progressdb_kms.wire.routes import ROUTES
 from tests.harness import Daemon
 from tests.harness.wire import Reply, connect
@@ -118,6 +124,32 @@ class TestAllowedPeers:
             }
             daemon.stop()
             assert [told(event) for event in refusals(daemon)] == [(STRANGER, 1), (CALLER, 1), (STRANGER, 2)]
+
+    def test_who_is_quiet_makes_room_for_others_on_the_record(self, tmp_path: Path) -> None:
+        """However many UIDs, operations and entries are refused: the log grows by so many lines a minute."""
+        now, counters = [0.0], Metrics(1).block(0)
+        log = AuditLog(tmp_path / "log", memoryview(bytes(32)), "1.1")
+        refused = Refusals(log, counters, lambda: now[0])
+
+        def lines() -> int:
+            return (tmp_path / "log").read_bytes().count(b"\n")
+
+        for _ in range(20):
+            for uid in range(200):
+                refused.add(Peer(uid), PolicyRefused("no", entry=3), "encrypt")
+        assert lines() == NAMED
+        now[0] += EACH
+        refused.flush()
+        assert lines() == 2 * NAMED + 1  # the last says how many others there were
+        for _ in range(2):
+            now[0] += EACH
+            refused.flush()
+        refused.add(Peer(199), PolicyRefused("no", entry=4), "encrypt")
+        log.close()
+        events = [json.loads(line)["event"] for line in (tmp_path / "log").read_text().splitlines()]
+        assert len(events) == 2 * NAMED + 2 and (events[-1]["uid"], events[-1]["policy"]) == (199, 4)
+        assert sum(event["count"] for event in events) == 4001
+        assert counters.get("policy_denials") == 4001
 
     def test_what_counts_is_who_connected(self, daemon: Daemon) -> None:
         with as_user(STRANGER):

@@ -103,6 +103,20 @@ def test_a_raw_body_and_an_inline_blob_are_judged_too(daemon: Daemon) -> None:
     assert entry(ask(daemon, "POST", "/encrypt", inline)) == "2"  # nobody knows its thread
 
 
+def test_what_one_may_not_use_looks_like_what_is_not_there(daemon: Daemon) -> None:
+    """Whether it is there, disabled or shredded is no matter of theirs; by all calls alike."""
+    daemon.ok("POST", "/deks", {"key_id": "k_5", "thread_id": "hall"}, 201)
+    daemon.ok("POST", "/deks", {"key_id": "k_6", "thread_id": "hall"}, 201)
+    daemon.ok("POST", "/deks/k_5/disable", {})
+    daemon.ok("DELETE", "/deks/k_6", {"immediately": True})
+    for key_id in ("k_5", "k_6", "k_none"):
+        assert entry(ask(daemon, "POST", "/encrypt", encrypt(key_id))) == "2"
+        assert entry(ask(daemon, "GET", f"/deks/{key_id}")) == "2"
+        items = ask(daemon, "POST", "/encrypt_batch", {"items": [encrypt(key_id)]}).json()["items"]
+        assert items[0]["error"]["code"] == "policy_refused"
+    assert ask(daemon, "POST", "/encrypt", encrypt("k_none"), uid=OTHER).status == 404
+
+
 def test_batches_are_judged_by_item(daemon: Daemon) -> None:
     items = [encrypt(key_id) for key_id in ("k_1", "k_2", "k_4", "x_3")]
     before = counted(daemon, "policy_denials_total")
@@ -205,7 +219,10 @@ def test_sighup_renews_them_all_or_nothing(workers: int) -> None:
         (["--op", "unwrap"], 1, "may not unwrap (policies, entry 1)"),
         (["--op", "decrypt", "--thread-id", "hall"], 1, "entry 2)"),
         (["--op", "decrypt", "--key-id", "x", "--gid", str(APP), "--thread-id", "room-1"], 1, "entry 3)"),
-        (["--op", "crypt"], 2, "is no operation"),
+        (["--op", "list", "--thread-id", "room-1"], 0, "every policy"),
+        (["--op", "shred"], 1, "may not delete_dek (policies, entry 1)"),
+        (["--op", "POST /deks/{key_id}/disable"], 1, "may not disable_dek (policies, entry 1)"),
+        (["--op", "crypt"], 2, "known: accept_clock, create_dek, decrypt, delete_dek, "),
     ],
 )
 def test_policy_test(daemon: Daemon, words: list[str], code: int, told: str) -> None:
