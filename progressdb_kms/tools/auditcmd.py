@@ -25,6 +25,7 @@ from ..store.heads import Head, heads
 from ..store.sqlite import SqliteReader
 from . import asowner, auditreport, datadir
 from .auditsearch import Hits, Query, as_csv, as_json, as_table, moment, summary
+from .command import EVENTS
 from .console import CommandFailed, Progress, output, safe, say, show
 
 if TYPE_CHECKING:
@@ -124,11 +125,12 @@ def search(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
     """Records to stdout, as they are found; what can be said of their chains to stderr. Returns 1 where a
     fault was found."""
     now, started = time.time(), time.monotonic()
+    op = _op(args.op)
     query = Query(
         args.key,
         args.thread,
         args.uid,
-        args.op,
+        op,
         args.outcome,
         moment(args.since, now) if args.since else "",
         moment(args.until, now) if args.until else "",
@@ -140,7 +142,18 @@ def search(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
         report = read(progress, hits)
         sys.stdout.flush()
         say(summary(report, hits, read.key is not None, started))
+        if op and op not in EVENTS and not hits.found:
+            say(f"this release records no operation {op[:40]!r} (but {', '.join(EVENTS)})")
     return 0 if report.ok and not hits.unsigned else 1
+
+
+def _op(word: str | None) -> str | None:
+    """As the log has it; one that it never has is looked for, too: another release may have written it."""
+    if word is None or word in EVENTS:
+        return word
+    from .policycmd import operation
+
+    return operation(word) or word
 
 
 def report(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:

@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
+from ..rules import BATCHES, OPERATIONS
 from . import asowner
 from .console import STDIO, UsageError
 
@@ -27,7 +28,8 @@ DEFAULT_DATA_DIR = "./kms-data"
 
 
 class Arg(NamedTuple):
-    """One argument. `kind`: flag, text, count (from 1), uid, file, folder, key_id, or a key of CHOICES."""
+    """One argument. `kind`: flag, text, count (from 1), uid, file, folder, key_id, or a key of CHOICES or
+    OFFERED."""
 
     names: tuple[str, ...]
     help: str
@@ -65,6 +67,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "outcome": ("ok", "refused", "failed"),
     "state": ("enabled", "disabled", "pending_deletion", "shredded"),
 }
+
+EVENTS = tuple(
+    sorted(
+        {
+            *(*OPERATIONS, *BATCHES, "connect", "start", "stop", "shred", "restore", "import", "recount"),
+            *("rotation_started", "rotation_finished", "rotation_failed", "chain_opened"),
+            *("older_store_accepted", "audit_recovered", "audit_reopened"),
+        }
+    )
+)
+"""Operations as the audit log has them."""
+
+OFFERED: dict[str, tuple[str, ...]] = {"op": tuple(sorted({*OPERATIONS, *BATCHES}))}
+"""Words that the shells complete; others are taken too, and judged by the command."""
 
 GROUP_TITLES = {
     SERVE: "the daemon",

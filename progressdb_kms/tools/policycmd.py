@@ -6,7 +6,7 @@ import argparse
 
 from ..config.options import Settings
 from ..errors import PeerRefused
-from ..rules import BATCHES, OPERATIONS, Peer, Policy, rights_of
+from ..rules import CALLED, OPERATIONS, Peer, Policy, rights_of
 from ..wire.routes import ROUTES
 from .console import UsageError, show
 
@@ -16,8 +16,8 @@ NOBODY = 2**32 - 1
 
 def test(args: argparse.Namespace, settings: Settings) -> int:
     """0: allowed, 1: refused. Raises UsageError."""
-    op = BATCHES.get(args.op, args.op)
-    if op not in OPERATIONS:
+    op = operation(args.op)
+    if op is None:
         raise UsageError(f"{args.op[:40]!r} is no operation (known: {', '.join(sorted(OPERATIONS))})")
     peer = Peer(args.uid, NOBODY if args.gid is None else args.gid, 0)
     policies = [Policy.of(number, entry) for number, entry in enumerate(settings.policies, 1)]
@@ -30,6 +30,14 @@ def test(args: argparse.Namespace, settings: Settings) -> int:
     why = "every policy that names this peer allows it" if named else "no policy names this peer"
     show({"allowed": True, "why": why, "entries": named}, args.json)
     return 0
+
+
+def operation(text: str) -> str | None:
+    """As the audit log names it; a command, a route of the API or its operationId is as good."""
+    routed = {route.op for route in ROUTES if text in (route.path, f"{route.method} {route.path}")}
+    word = routed.pop() if len(routed) == 1 else text.lower().replace("-", "_").replace(" ", "_")
+    op = CALLED.get(word, word)
+    return op if op in OPERATIONS else None
 
 
 def _ask(args: argparse.Namespace, settings: Settings, peer: Peer, op: str, policies: list[Policy]) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from progressdb_kms.config.options import OPTIONS
 from progressdb_kms.config.values import Option
-from progressdb_kms.tools.command import CHOICES, ENVIRONMENT, Command
+from progressdb_kms.tools.command import CHOICES, ENVIRONMENT, OFFERED, Command
 from progressdb_kms.tools.commands import COMMANDS
 from progressdb_kms.tools.manual import TOPICS, default_text, text_of
 
@@ -172,6 +172,8 @@ def test_bash_knows_what_takes_a_value(bash: Shell) -> None:
     assert bash("list", "--thread-id=status", "--j") == {"--json"}
     assert bash("list", "--thread-id", "=", "status", "--j") == {"--json"}
     assert bash("bench", "") >= set(CHOICES["bench"])
+    assert bash("policy", "test", "--op", "") == set(OFFERED["op"])
+    assert bash("audit", "search", "--op", "enc") == {"encrypt", "encrypt_batch"}
 
 
 def test_bash_offers_files_and_folders(bash: Shell, short_tmp: Path) -> None:
@@ -225,8 +227,8 @@ def test_bash_is_silent_where_no_daemon_answers(bash: Shell, asked: Path) -> Non
 
 
 def test_fish_asks_the_daemon_that_is_named(fish: Shell, asked: Path) -> None:
-    assert fish("progressdb-kms describe --socket /s k_") >= {"k_1", "k_2"}
-    assert fish("progressdb-kms encrypt --key-id ") >= {"k_1", "k_2", "t:1"}
+    assert fish("progressdb-kms describe --socket /s k_") == {"k_1", "k_2"}
+    assert fish("progressdb-kms encrypt --key-id ") == {"k_1", "k_2", "t:1"}
     assert asked.read_text().splitlines()[0] == f"{ASKS} --socket /s --prefix k_"
 
 
@@ -243,6 +245,7 @@ def test_zsh_asks_the_daemon_that_is_named(made: Path, asked: Path) -> None:
     found = run(needs("zsh"), "-fc", ZSH, "zsh", str(made / "_progressdb-kms"))
     assert found.split() == ["k_1", "k_2", "t:1"]
     assert asked.read_text() == f"{ASKS} --socket /run/a:b --prefix=k_\n"
+    assert ":OP:(accept_clock create_dek " in (made / "_progressdb-kms").read_text()
     assert ":KEY_ID:_progressdb_kms_keys'" in (made / "_progressdb-kms").read_text()
 
 
@@ -269,6 +272,9 @@ def test_fish_offers_commands(fish: Shell) -> None:
     assert fish("progressdb-kms ") == {command.name.partition(" ")[0] for command in COMMANDS}
     assert fish("progressdb-kms backups ") == {"list", "prune"}
     assert fish("progressdb-kms bench ") == set(CHOICES["bench"])
+    assert fish("progressdb-kms policy test --op ") == set(OFFERED["op"])
+    assert fish("progressdb-kms list --state ") == set(CHOICES["state"])
+    assert fish("progressdb-kms list --thread-id ") == set()
 
 
 def test_zsh_can_read_it(made: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -14,10 +15,14 @@ import pytest
 from progressdb_kms import __version__
 from progressdb_kms.client import KeyNotFound
 from progressdb_kms.errors import ConfigError
+from progressdb_kms.rules import BATCHES, OPERATIONS
 from progressdb_kms.tools import cli
 from progressdb_kms.tools.cli import COMMANDS, build_parser
-from progressdb_kms.tools.command import CHOICES, EXITS, GROUP_TITLES, Arg, Command
+from progressdb_kms.tools.command import CHOICES, EVENTS, EXITS, GROUP_TITLES, OFFERED, Arg, Command
 from progressdb_kms.tools.console import CommandFailed, UsageError
+from progressdb_kms.tools.policycmd import operation
+from progressdb_kms.wire.openapi import document
+from progressdb_kms.wire.routes import ROUTES
 from tests.harness.daemon import COMMAND, REPO, base_environment
 from tests.harness.daemon import cli as run
 
@@ -34,7 +39,7 @@ class TestTable:
             assert "progressdb-kms " in example
 
     def test_every_argument_says_what_it_is(self, command: Command) -> None:
-        kinds = {"flag", "text", "count", "uid", "file", "folder", "key_id", *CHOICES}
+        kinds = {"flag", "text", "count", "uid", "file", "folder", "key_id", *CHOICES, *OFFERED}
         for arg in command.args:
             assert arg.help and arg.kind in kinds and (arg.kind == "flag") == (not arg.metavar)
             assert arg.positional or all(name.startswith("-") for name in arg.names)
@@ -68,6 +73,32 @@ def test_names_are_unique() -> None:
     for command in COMMANDS:
         names = [name for arg in command.args for name in arg.names]
         assert len(names) == len(set(names)), command.name
+
+
+def test_every_operation_that_is_recorded_is_offered() -> None:
+    """Where a shell completes --op: what the routes and the daemon itself write into the audit log."""
+    written = {route.op for route in ROUTES} - {""}
+    for path in (REPO / "progressdb_kms").rglob("*.py"):
+        written |= set(re.findall(r'(?:note|_append|record)\(\s*"([a-z_]+)"', path.read_text()))
+    assert {"connect", "shred", "chain_opened", "audit_reopened", "encrypt_batch"} <= written
+    assert written <= set(EVENTS) and set(EVENTS) - written == {"import"}  # which has its name from a table
+    assert set(OFFERED["op"]) == {route.op for route in ROUTES} - {""}
+
+
+def test_operations_go_by_all_their_names() -> None:
+    """In `policy test` and `audit search`: commands, routes, operationIds, what the log has."""
+    assert all(operation(op) == op for op in OPERATIONS) and operation("crypt") is None
+    paths = document(ROUTES)["paths"]
+    for route in ROUTES:
+        if route.op:
+            op = BATCHES.get(route.op, route.op)
+            its_id = paths[route.path][route.method.lower()]["operationId"]
+            assert operation(its_id) == operation(f"{route.method} {route.path}") == op
+    calls = {command.name for command in COMMANDS if command.group == "online"} - {"status", "metrics"}
+    found = {name: operation(name) for name in calls}
+    assert None not in found.values() and found["shred"] == "delete_dek", found
+    assert found["clock accept"] == "accept_clock" and found["list"] == "list_deks"
+    assert operation("/encrypt") == "encrypt" and operation("/deks") is None  # two calls
 
 
 def test_the_design_s_options() -> None:

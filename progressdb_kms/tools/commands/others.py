@@ -37,7 +37,7 @@ def doctor(args: argparse.Namespace) -> int:
     (
         Arg(("--uid",), "the caller's UID", "uid", "N", required=True),
         Arg(("--gid",), "the caller's GID (default: none of those that policies name)", "uid", "N"),
-        Arg(("--op",), "the operation, as the audit log names it", "text", "OP", required=True),
+        Arg(("--op",), "the operation: a command, or as the audit log names it", "op", "OP", required=True),
         Arg(("--key-id",), "the DEK", "key_id", "ID"),
         Arg(("--thread-id",), "its thread", "text", "ID"),
         DATA_DIR,
