@@ -241,13 +241,14 @@ class Client:
         """Move all DEKs to a new KEK. Returns when it is done, however long that takes; see `status`."""
         end = '", "dry_run": true}' if dry_run else '"}'
         found = self._with_kek("/rotate_kek", '{"new_kek_hex": "', new_kek, end, repeatable=dry_run)
-        return RotationResult(
-            _field(found, "kek_id", str),
-            _field(found, "kek_version", str),
-            _field(found, "rewrapped", int),
-            str(found.get("backup") or ""),
-            dict(found.get("by_kek") or {}),
-        )
+        return _rotated(found)
+
+    def rotate_to(self, kek_id: str, dry_run: bool = False) -> RotationResult:
+        """In a fleet: the same, to a KEK that every host has in next_master_keys."""
+        body = json.dumps({"new_kek_id": kek_id, "dry_run": dry_run}).encode()
+        headers = {"Content-Type": "application/json"}
+        reply = self._exchange(Request("POST", "/rotate_kek", body, headers, None, repeatable=True))
+        return _rotated(_parse(_check(reply)))
 
     # ---- the service -------------------------------------------------------------------------------
 
@@ -466,6 +467,16 @@ def _usage(fields: Mapping[str, Any]) -> Usage:
         str(fields.get("first_used_at") or ""),
         str(fields.get("last_used_at") or ""),
         _field(fields, "last_uid", int) if "last_uid" in fields else None,
+    )
+
+
+def _rotated(found: dict[str, Any]) -> RotationResult:
+    return RotationResult(
+        _field(found, "kek_id", str),
+        _field(found, "kek_version", str),
+        _field(found, "rewrapped", int),
+        str(found.get("backup") or ""),
+        dict(found.get("by_kek") or {}),
     )
 
 

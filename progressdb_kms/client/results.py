@@ -130,7 +130,8 @@ class Wrapped(NamedTuple):
 
 
 class RotationResult(NamedTuple):
-    """`backup` is the folder of the per-key snapshots, "" after a dry run. `by_kek`: DEKs per KEK before."""
+    """`backup` is the folder of the per-key snapshots (in a fleet the table that the rows were in before), ""
+    after a dry run. `by_kek`: DEKs per KEK before."""
 
     kek_id: str
     kek_version: str

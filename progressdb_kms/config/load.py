@@ -23,7 +23,7 @@ from ..crypto.memory import LockedBuffer, wipe
 from ..errors import ConfigError
 from . import keysource, yamlfile
 from .keysource import FD_VARIABLE, HEX_VARIABLE, Source
-from .options import MASTER_KEYS, SETTINGS, Settings
+from .options import KEY_LISTS, MASTER_KEYS, SETTINGS, Settings
 from .values import ANY, KEY_SIZE, Option, Scalar
 from .weakkeys import AT_RANDOM, refuse_weak
 from .yamlfile import ConfigFile
@@ -130,7 +130,7 @@ def load(
         stack.enter_context(_advising(values["data_dir"], first))
         master, previous = _sources(file, environ)
         loaded = Loaded(_settings(values, file, _one(master, file, need_key)))
-        _check_store(loaded.settings, fleet)
+        _check_store(loaded.settings, file, fleet)
         if need_key:
             undo = stack.enter_context(contextlib.ExitStack())
             undo.callback(loaded.close)
@@ -205,10 +205,12 @@ def _settings(values: Mapping[str, Any], file: ConfigFile | None, master: Source
     )
 
 
-def _check_store(settings: Settings, fleet: bool) -> None:
-    if settings.postgresql is not None and settings.store == "sqlite":
-        hint = "write `store: postgresql`, or take the block out"
-        raise ConfigError(f"postgresql in {settings.config_file} is of no use for `store: sqlite`", hint=hint)
+def _check_store(settings: Settings, file: ConfigFile | None, fleet: bool) -> None:
+    useless = [name for name in ("postgresql", "next_master_keys") if file and name in file.values]
+    if useless and settings.store == "sqlite":
+        hint = "write `store: postgresql`, or take it out"
+        place = f"{useless[0]} in {settings.config_file}"
+        raise ConfigError(f"{place} is of no use for `store: sqlite`", hint=hint)
     if settings.store == "postgresql" and not fleet:
         hint = "`progressdb-kms help fleet` tells what there is for a fleet's"
         raise ConfigError(f"`store: postgresql` in {settings.config_file}: not this host's own", hint=hint)
@@ -218,7 +220,7 @@ def _check_store(settings: Settings, fleet: bool) -> None:
 
 
 def _sources(file: ConfigFile | None, environ: Mapping[str, str]) -> tuple[list[Source], list[Source]]:
-    """All places of a master key that are given, and those of previous keys."""
+    """All places of a master key that are given, and those of all other keys."""
     if file is None:
         return _environment_sources(environ), []
     master = [
@@ -226,9 +228,13 @@ def _sources(file: ConfigFile | None, environ: Mapping[str, str]) -> tuple[list[
         for name in MASTER_KEYS
         if name in file.values
     ]
-    entries = file.values.get("previous_master_keys", ())
-    labels = (f"previous_master_keys entry {number}" for number in range(1, len(entries) + 1))
-    return master, [file.source(form, value, label) for label, (form, value) in zip(labels, entries)]
+    return master, [source for name in KEY_LISTS for source in listed(file, name)]
+
+
+def listed(file: ConfigFile, name: str) -> list[Source]:
+    """Those of one list, whose hex keys must be read in the order of KEY_LISTS."""
+    entries = enumerate(file.values.get(name, ()), 1)
+    return [file.source(form, value, f"{name} entry {number}") for number, (form, value) in entries]
 
 
 def _environment_sources(environ: Mapping[str, str]) -> list[Source]:

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..rules import PeerRules
 from . import values
-from .values import MAX_POLICIES, MAX_PREVIOUS, MAX_UID, MAX_UIDS, Option
+from .values import MAX_NEXT, MAX_POLICIES, MAX_PREVIOUS, MAX_UID, MAX_UIDS, Option
 
 MIB = 1 << 20
 
@@ -27,6 +27,8 @@ MAX_WORKERS = 4
 """What `workers: auto` makes at most: the one writer is shared by all."""
 
 # ---- where the keys are ------------------------------------------------------------------------------
+
+_KEY_LIST = "a list of at most {high} mappings with hex, file or credential"
 
 KEYS: tuple[Option, ...] = (
     Option(
@@ -47,12 +49,16 @@ KEYS: tuple[Option, ...] = (
         private=True,
     ),
     Option(
-        "previous_master_keys", values.key_list,
-        f"a list of at most {MAX_PREVIOUS} mappings with hex, file or credential",
-        "Keys that may unwrap and never wrap: a list of `hex: …`, `file: …` or `credential: …`.",
-        private=True,
+        "previous_master_keys", values.key_list, _KEY_LIST, private=True, high=MAX_PREVIOUS,
+        doc="Keys that may unwrap and never wrap: a list of `hex: …`, `file: …` or `credential: …`.",
+    ),
+    Option(
+        "next_master_keys", values.key_list, _KEY_LIST, private=True, high=MAX_NEXT,
+        doc="Keys that a rotation of a fleet may move to, given like previous ones. SIGHUP reads them anew.",
     ),
 )  # fmt: skip
+
+KEY_LISTS = ("previous_master_keys", "next_master_keys")
 
 MASTER_KEYS = tuple(f"master_key_{form}" for form in values.KEY_FORMS)
 """Exactly one of them is given."""

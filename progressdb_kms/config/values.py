@@ -21,7 +21,10 @@ from ..rules import CALLED, OPERATIONS
 KEY_SIZE = 32
 
 MAX_PREVIOUS = 100
-"""Most previous_master_keys: they and the master key fit into one page of locked memory."""
+"""Most previous_master_keys: they, the next ones and the master key fit into one page of locked memory."""
+
+MAX_NEXT = 8
+"""Most next_master_keys: one is what a rotation moves to."""
 
 MAX_UIDS = 1000
 MAX_UID = 2**32 - 2  # (uid_t)-1 means "no user"
@@ -248,11 +251,11 @@ KEY_FORMS: Mapping[str, Option] = {
         Option("credential", credential_name, "the name of a systemd credential (no slash in it)"),
     )
 }
-"""How a key may be given: as master_key_hex and so on, or in an entry of previous_master_keys."""
+"""How a key may be given: as master_key_hex and so on, or in an entry of a list of keys."""
 
 
 def key_list(value: Value, option: Option) -> list[tuple[str, Any]]:
-    if not isinstance(value, list) or len(value) > MAX_PREVIOUS:
+    if not isinstance(value, list) or len(value) > option.high:
         raise option.wrong()
     return [_key(item, f"entry {number}", option) for number, item in enumerate(value, 1)]
 

@@ -30,7 +30,7 @@ from ..disk import write_all
 from ..encoding import json_dumps
 from ..errors import ConfigError, KMSError
 from .keysource import HEX, Source
-from .options import ALIASES, BY_NAME
+from .options import ALIASES, BY_NAME, KEY_LISTS
 from .values import Scalar, Value, shown, unknown
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ MAX_DEPTH = 5
 class ConfigFile:
     """What a file says. `values` holds plain data by the names of OPTIONS.
 
-    A key in hex is not in `values`: `master_key_hex` is None there, and an entry of `previous_master_keys` is
+    A key in hex is not in `values`: `master_key_hex` is None there, and an entry of a list of keys is
     ["hex", None]. Its bytes wait in a pipe, in the order of OPTIONS, for as long as this is open.
     """
 
@@ -169,7 +169,7 @@ def _child(path: str, descriptor: int, reply: int, keys: int) -> NoReturn:
 
 
 def _answer(path: str, descriptor: int) -> tuple[dict[str, Any], bytes]:
-    """The JSON for the parent, and the bytes of the keys (at most 101 of them, so that a pipe holds all)."""
+    """The JSON for the parent, and the bytes of the keys (at most 109 of them, so that a pipe holds all)."""
     try:
         values = _check(_parse(_slurp(path, descriptor), path), path)
     except KMSError as error:
@@ -197,8 +197,7 @@ def _secret(values: dict[str, Any]) -> str | None:
     """The name of a key of the file that holds a secret."""
     if "master_key_hex" in values:
         return "master_key_hex"
-    previous = values.get("previous_master_keys", ())
-    return "previous_master_keys" if any(form == HEX for form, _ in previous) else None
+    return next((name for name in KEY_LISTS if any(form == HEX for form, _ in values.get(name, ()))), None)
 
 
 def _take_keys(values: dict[str, Any], material: list[bytes]) -> dict[str, Any]:
@@ -207,10 +206,9 @@ def _take_keys(values: dict[str, Any], material: list[bytes]) -> dict[str, Any]:
     if "master_key_hex" in kept:
         material.append(bytes(kept["master_key_hex"]))
         kept["master_key_hex"] = None
-    if "previous_master_keys" in kept:
-        entries = kept["previous_master_keys"]
-        material += [bytes(value) for form, value in entries if form == HEX]
-        kept["previous_master_keys"] = [(form, None if form == HEX else value) for form, value in entries]
+    for name in [name for name in KEY_LISTS if name in kept]:
+        material += [bytes(value) for form, value in kept[name] if form == HEX]
+        kept[name] = [(form, None if form == HEX else value) for form, value in kept[name]]
     return kept
 
 

@@ -34,6 +34,9 @@ class Watch(NamedTuple):
 
 FIRST = Watch({}, float("-inf"))
 
+KEPT_CHANGES = 10_000
+"""Changes that are kept although every host knows them: for whoever looks at what happened."""
+
 
 def name(row: HostRow) -> Name:
     return row.host, row.inc
@@ -85,6 +88,23 @@ def dead(watch: Watch, rows: Sequence[HostRow], me: Name, now: float, span: floa
 def behind(rows: Sequence[HostRow], gen: int) -> list[HostRow]:
     """Whom a change of this gen waits for."""
     return [row for row in living(rows) if row.seen < gen]
+
+
+def rotating(sight: Sight) -> list[HostRow]:
+    """The host that rotates. It is looked after though no change waits for it: whoever is dead leaves a table
+    behind, and marks that every write adds to."""
+    if not sight.fleet.rotating:
+        return []
+    return [row for row in living(sight.hosts) if row.host == sight.fleet.owner]
+
+
+def prunable(sight: Sight, me: Name) -> int:
+    """Changes below this gen may be forgotten: every host knows them, and one that finds a gap forgets all it
+    remembers. 0: none, or it is for another host to do."""
+    rows = living(sight.hosts)
+    if me != min(map(name, rows), default=None):
+        return 0
+    return max(0, min(row.seen for row in rows) - KEPT_CHANGES)
 
 
 def without_kek(rows: Sequence[HostRow], kek_id: str) -> list[str]:

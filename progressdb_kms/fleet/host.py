@@ -118,10 +118,13 @@ class Host:
         self._watch: Watch = barrier.FIRST
         self._next_beat = self._next_look = 0.0
         self._pause = self.impatience[0]
+        self._pruned = 0
         self._pending: list[Pending] = []
         self._ending = False
         self.why = NEW
         """Why it has no lease, or is about to lose it; empty where all is well."""
+        self.told: frozenset[str] = frozenset()
+        """The KEKs that the others believe this host to have."""
         self.error: KMSError | None = None
         """What the last turn failed with."""
 
@@ -182,7 +185,7 @@ class Host:
         self._given_up.append(inc)  # until it is known that it is ours
         host, name, keks = self._who.host, self._who.name, self._local.keks()
         fleet = yield from ask(lambda registry: registry.register(host, inc, name, keks, gone))
-        self._given_up, self._inc = [], inc
+        self._given_up, self._inc, self.told = [], inc, keks
         self._local.registered(inc)
         yield from self._move_to(fleet)
         self._board.flush(fleet.point)
@@ -193,6 +196,7 @@ class Host:
         before, inc, seen = self._clock.read(), self._inc, self._board.seen
         host, keks = self._who.host, self._local.keks()
         if (yield from ask(lambda registry: registry.beat(host, inc, seen, keks))):
+            self.told = keks
             self._renew(before)
         else:
             self._fenced()
@@ -264,13 +268,13 @@ class Host:
         mine = self._board.seen
         self._done([each for each in pending if barrier.everywhere(sight, me, mine, each.point)])
         late = [change.point.gen for change in self._pending]
-        if not late:
-            self._pause = self.impatience[0]
-            return
-        self._pause = min(2 * self._pause, self.impatience[1])
-        slow = barrier.behind(sight.hosts, max(late))
+        self._pause = min(2 * self._pause, self.impatience[1]) if late else self.impatience[0]
+        slow = [*barrier.behind(sight.hosts, max(late, default=0)), *barrier.rotating(sight)]
         for row in barrier.dead(self._watch, slow, me, self._now(), self._span):
             yield from self._fence(row.host, row.inc, row.beat, row.name)
+        if not late and (below := barrier.prunable(sight, me)) > self._pruned:
+            self._pruned = below
+            yield from ask(lambda registry: registry.prune(below))
 
     def _fence(self, host: str, inc: str, beat: int, name: str) -> Steps[None]:
         if (yield from ask(lambda registry: registry.fence(host, inc, beat))):

@@ -98,10 +98,12 @@ class FleetReader(SealedReader):
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
-        """All questions within see the same moment. It holds no lock that anybody waits for."""
+        """All questions within see the same moment. Only a rotation, at its end, waits for its lock: what a
+        swap put in the place of `deks` has no rows that an older moment could see."""
         with self._link.session() as session, contextlib.ExitStack() as undo:
             session.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             session.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+            session.execute("LOCK TABLE deks IN ACCESS SHARE MODE")  # first: the moment begins after it
             self._open = session
             undo.callback(setattr, self, "_open", None)
             yield

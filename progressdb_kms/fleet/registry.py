@@ -43,6 +43,9 @@ _FENCE = """
 UPDATE hosts SET fenced = true WHERE host = %(host)s AND inc = %(inc)s AND beat = %(beat)s AND NOT fenced
 RETURNING 1"""
 _LEAVE = "DELETE FROM hosts WHERE host = %(host)s AND inc = %(inc)s RETURNING 1"
+_PRUNE = """
+DELETE FROM changes WHERE gen IN (SELECT gen FROM changes WHERE gen < %(below)s ORDER BY gen LIMIT 20000)
+RETURNING 1"""
 _NEWS = f"""
 SELECT f.*, c.* FROM (SELECT {_FLEET} FROM fleet) AS f LEFT JOIN
 (SELECT gen, kind, key_id FROM changes WHERE gen > %(after)s ORDER BY gen LIMIT %(limit)s) AS c ON true
@@ -83,6 +86,9 @@ class Engine:
 
     def leave(self, host: str, inc: str) -> None:
         self._committed(_LEAVE, {"host": host, "inc": inc})
+
+    def prune(self, below: int) -> None:
+        self._committed(_PRUNE, {"below": below})
 
     def news(self, after: int, limit: int) -> News:
         rows = self._rows(_NEWS, {"after": after, "limit": limit})

@@ -133,6 +133,10 @@ class Registry(Protocol):
         somebody else did it."""
         ...
 
+    def prune(self, below: int) -> None:
+        """Delete changes below this gen, not necessarily all at once."""
+        ...
+
     def leave(self, host: str, inc: str) -> None:
         """Delete the row: this daemon serves no more."""
         ...

@@ -23,6 +23,12 @@ nobody.
 (`_inside`), and what waited is sent into it. COMMIT is then looked at: it answers ROLLBACK, without an error,
 where the transaction had failed.
 
+    staging   `deks` in SHARE mode: who writes now is done before `rotating` is seen
+    each page `deks_next`, as long as this rotation is the fleet's: another host may have thrown it away
+    settle    `kms` first, which every transaction of every host writes to from its beginning: when it is had,
+              none is under way, and those that come will find another active KEK. Then `deks`, whose readers
+              wait from here on; the fleet's row; the hosts' rows, so that the census stays true
+
 **Unknown outcomes.** The connection may be lost at the end, or the engine warns that it has not waited for
 its standby. Then the same is sent again. The guard decides: if it fails and the count is what we were about
 to make it, the first try took place. An old one that is still under way holds the guard's row, so the second
@@ -34,22 +40,24 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Union
 
 import psycopg
 from psycopg import errors as sqlstate
 
 from ..encoding import b64encode, json_dumps
-from ..errors import StoreDamaged, StoreUnavailable
+from ..errors import Conflict, StoreDamaged, StoreUnavailable
 from ..store.contract import KEK_ROW, DekRecord, Usage
 from ..store.policy import SHREDDED
-from ..store.seal import OWN, STATE, KekCount, Seal, StoreState, weight
+from ..store.seal import MODULUS, OWN, STATE, KekCount, Seal, StoreState, Tally, weight, without_mac
 from ..store.sealed import SealedStore, Written, nobody
 from .engine import TIMELINE, UNREACHABLE, Link, Session, translated
 from .reader import STATES, WRITES, FleetReader, combined, named, row_of, without
-from .rows import ALL, KEKS, KEY, Point
+from .rows import ALL, KEKS, KEY, FleetRow, HostRow, Point
+from .schema import FLEET
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +67,9 @@ MANY = 64
 BULK = 2000
 """Rows of one transaction that wait for its end."""
 
-LOCK_MILLISECONDS = 500
-"""How long a rotation waits for the table at its beginning and its end; then it is tried again later."""
+LOCK_MILLISECONDS = 200
+"""How long a rotation waits for the tables at its beginning and its end: meanwhile others wait for it. Then
+it is tried again later."""
 
 CHANNEL = "kms"
 
@@ -75,6 +84,10 @@ class Contended(StoreUnavailable):
 
 class Taken(Contended):
     """503: likewise, and it was this host's count of transactions that changed."""
+
+
+class Locked(Contended):
+    """503: a table could not be had soon, since somebody reads or writes it for long. Nothing took place."""
 
 
 class Fenced(StoreUnavailable):
@@ -161,6 +174,7 @@ _PAIRS = (
 _TABLES = "SELECT tablename FROM pg_tables WHERE schemaname = 'kms' AND starts_with(tablename, %s)"
 
 Statement = tuple[str, Sequence[Any]]
+Mark = tuple[StoreState, StoreState, Union[Tally, None], frozenset[str]]
 
 
 # ---- what waits to be sent -------------------------------------------------------------------------------
@@ -218,6 +232,9 @@ class FleetStore(SealedStore, FleetReader):
         self._changed: list[tuple[str, str]] = []
         self._owed: set[str] = set()
         self._parts = 0
+        self.left = ""
+        """The table that the last swap left: a snapshot of the rows as they were."""
+        self.locked_at = 0.0
         self._look()
         self.acting = self._active
         """The KEK that this host holds for the active one: the fence compares it with the fleet's. It follows
@@ -301,7 +318,7 @@ class FleetStore(SealedStore, FleetReader):
             raise StoreUnavailable("a transaction is under way")
         if self._unclear or self._stale:
             self._look_again()
-        before = self._book, self._others, self._tally
+        before, acting = self._mark(), self.acting
         stored = self._stored
         self._now, self._changed, self._fenced_by = Gathered(), [], self.acting
         with contextlib.ExitStack() as self._until_end:
@@ -310,12 +327,14 @@ class FleetStore(SealedStore, FleetReader):
                 self._settle(before[0])
                 self._finish()
             except BaseException:
-                self._book, self._others, self._tally = before
+                self._go_back(before)
                 self._stored = stored
                 raise
             finally:
                 self._now = self._open = None
-        self._acknowledged, self.acting = self._book.change, self._fenced_by
+        self._acknowledged = self._book.change
+        if self._fenced_by != acting:  # else it may have been set meanwhile, to another host's
+            self.acting = self._fenced_by
         self._committed(before[0])
 
     def _settle(self, before: StoreState) -> None:
@@ -329,16 +348,24 @@ class FleetStore(SealedStore, FleetReader):
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:
         """A part that leaves nothing of what waits. Rotation's own statements have no place in one."""
-        saved, before = self._gathered.copy(), (self._book, self._others, self._tally)
+        saved, before = self._gathered.copy(), self._mark()
         self._parts += 1
         try:
             yield
         except BaseException:
             self._now = saved
-            self._book, self._others, self._tally = before
+            self._go_back(before)
             raise
         finally:
             self._parts -= 1
+
+    def _mark(self) -> Mark:
+        return self._book, self._others, self._tally, frozenset(self._owed)
+
+    def _go_back(self, mark: Mark) -> None:
+        """What was to be staged again is so again, where that failed."""
+        self._book, self._others, self._tally, owed = mark
+        self._owed = set(owed)
 
     @property
     def _gathered(self) -> Gathered:
@@ -471,7 +498,7 @@ class FleetStore(SealedStore, FleetReader):
         if marks := [(k, row.was, row.mac, self.host) for k, row in now.rows.items() if k not in now.staged]:
             result.append((_TOUCHED, [list(column) for column in zip(*marks)]))
         if now.staged:
-            result.append((_STAGED, _columns(now.staged)))
+            result += [(_OWNED, (self.host,)), (_STAGED, _columns(now.staged))]
         return result + self._statements_of_kms(now) + self._statements_of_usage(now)
 
     def _statements_of_kms(self, now: Gathered) -> list[Statement]:
@@ -632,7 +659,9 @@ class FleetStore(SealedStore, FleetReader):
         ((owner,),) = session.execute("SELECT owner FROM fleet FOR UPDATE").fetchall()
         if owner not in ("", self.host) and session.execute(_LIVES, (owner,)).fetchall()[0][0]:
             if on:
-                raise Contended("another host rotates", hint="`progressdb-kms store status` tells which")
+                told = "another host rotates the fleet's KEK"
+                hint = "`progressdb-kms store status` tells which"
+                raise Conflict(told, code="rotation_in_progress", hint=hint)
             return
         session.execute("DROP TABLE IF EXISTS deks_next")
         session.execute("DELETE FROM touched")
@@ -701,9 +730,12 @@ class FleetStore(SealedStore, FleetReader):
 
     def settle(self, restage: Callable[[list[DekRecord]], None]) -> None:
         """From now to the end of the transaction no host writes. What was touched meanwhile is staged again.
-        Raises StoreUnavailable where the table could not be had soon: nothing was changed."""
-        self._inside()
+        Raises Locked, Contended: nothing was changed."""
+        self._lock("SHARE ROW EXCLUSIVE", "kms")
         self._lock("ACCESS EXCLUSIVE")
+        self.locked_at = time.monotonic()
+        self._asked("SELECT 1 FROM fleet FOR UPDATE")
+        self._asked(_OWNED, self.host)
         while records := self.touched(len(self._owed) or MANY):
             restage(records)
         self._refresh()
@@ -712,15 +744,52 @@ class FleetStore(SealedStore, FleetReader):
         self.settle(_too_late)
         super().swap(keks)
 
-    def _lock(self, mode: str) -> None:
+    def census(self) -> Sequence[HostRow]:
+        """All hosts. To the end of the transaction none of them comes, goes, or says otherwise."""
+        rows = self._asked(_CENSUS)
+        return [HostRow(*row)._replace(keks=frozenset(row[5])) for row in rows]
+
+    def _lock(self, mode: str, table: str = "deks") -> None:
         """While this waits for one host, it holds up all others."""
-        session = self._inside()
-        session.execute(f"SET LOCAL lock_timeout = {LOCK_MILLISECONDS}")
-        session.execute(f"LOCK TABLE deks IN {mode} MODE")
+        self._inside().execute(f"SET LOCAL lock_timeout = {LOCK_MILLISECONDS}")
+        try:
+            self._inside().execute(f"LOCK TABLE {table} IN {mode} MODE")
+        except sqlstate.LockNotAvailable:
+            told = "somebody reads or writes the fleet's rows for long, such as a backup"
+            raise Locked(told, hint="it is tried again by itself") from None
+
+    def _asked(self, sql: str, *args: Any) -> list[tuple[Any, ...]]:
+        """Of the transaction that is open, where an error may be one of our conditions."""
+        try:
+            return self._inside().execute(sql, args).fetchall()
+        except psycopg.Error as error:
+            raise self._meant(error) from None
+
+    def foreign(self, name: str) -> dict[str, str]:
+        """Other hosts' rows of this name, by host, as they are written."""
+        sql = "SELECT host, value FROM kms WHERE name = %s AND host NOT IN ('', %s)"
+        return dict(self._select(sql, (name, self.host)))
+
+    def opened(self, host: str, name: str, text: str) -> dict[str, Any]:
+        """Raises StoreDamaged where it isn't that host's."""
+        row = row_of(text)
+        self._check_of(host, name, row)
+        return without_mac(row)
+
+    def write_foreign(self, name: str, values: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
+        """Rows that other hosts have, by host: as each is now, and what it becomes. Raises Contended where
+        one isn't that any more. The sum of a fleet's own rows is whoever's who writes."""
+        new = {host: self._key.sealed(named(host, name), value) for host, (_, value) in values.items()}
+        rows = [(host, text, json_dumps(new[host])) for host, (text, _) in values.items()]
+        if rows:
+            columns = [list(column) for column in zip(*rows)]
+            self._asked(_FOREIGN, *columns, name, len(rows))
+        more = sum(weight(new[host]) - weight(row_of(text)) for host, (text, _) in values.items())
+        self._book = self._book._replace(own=(self._book.own + more) % MODULUS)
 
     def _swap_tables(self) -> None:
-        session = self._inside()
-        session.execute(f"ALTER TABLE deks RENAME TO {self._free_name()}")
+        session, self.left = self._inside(), self._free_name()
+        session.execute(f"ALTER TABLE deks RENAME TO {self.left}")
         session.execute("ALTER TABLE deks_next RENAME TO deks")
         session.execute("UPDATE fleet SET rotating = false, owner = ''")
         self._changed.append((KEKS, ""))
@@ -742,6 +811,27 @@ class FleetStore(SealedStore, FleetReader):
         if not session.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchall():  # noqa: S608
             session.execute(f"DROP TABLE {table}")
         return True
+
+    def fleet(self) -> FleetRow:
+        """As it is now."""
+        return FleetRow(*self._select(FLEET)[0])
+
+    def abandoned(self) -> bool:
+        """Is there a rotation whose host is dead?"""
+        found = self.fleet()
+        return found.rotating and not self._select(_LIVES, (found.owner,))[0][0]
+
+    def erasures(self, needed: Collection[str], limit: int) -> list[str]:
+        """Up to `limit` DEKs that were shredded, and of whose KEK no host has a copy in its memory any more.
+        `needed`: KEKs that don't count for gone."""
+        return [row[0] for row in self._select(_ERASURES, (list(needed), limit))]
+
+    def taken(self, key_ids: Sequence[str]) -> list[str]:
+        """Of these shredded DEKs, those whose entry this transaction erases: another host's may have."""
+        if not key_ids:
+            return []
+        names = ["erasure:" + key_id for key_id in key_ids]
+        return [row[0] for row in self._asked(_TAKEN, names)]
 
     def forget(self, key_id: str) -> None:
         """Delete a key's row from what a swap left behind: it was shredded."""
@@ -773,7 +863,20 @@ class FleetStore(SealedStore, FleetReader):
 _ROW = "SELECT value FROM kms WHERE host = %s AND name = %s"
 _POINT = f"SELECT {TIMELINE}, gen FROM fleet"  # noqa: S608
 _CONFIRM = "UPDATE kms SET value = value WHERE host = %s AND name = %s RETURNING value"
+_CENSUS = "SELECT host, inc, name, beat, seen, keks, fenced FROM hosts FOR SHARE"
+_OWNED = "SELECT sqrt(count(*) - 1) FROM fleet WHERE rotating AND owner = %s"
+_FOREIGN = (
+    "WITH done AS (UPDATE kms SET value = n.now FROM unnest(%s::text[], %s::text[], %s::text[]) "
+    "AS n (host, was, now) WHERE kms.host = n.host AND kms.name = %s AND kms.value = n.was RETURNING 1) "
+    "SELECT sqrt((count(*) = %s)::int - 1) FROM done"
+)
 _LIVES = "SELECT EXISTS (SELECT 1 FROM hosts WHERE host = %s AND NOT fenced)"
+_ERASURES = (
+    "SELECT substr(name, 9) FROM kms WHERE host = '' AND name >= 'erasure:' AND name < 'erasure;' "
+    "AND value::json ->> 'kek_id' <> ALL(%s) AND NOT EXISTS (SELECT 1 FROM hosts "
+    "WHERE NOT fenced AND value::json ->> 'kek_id' = ANY(keks)) ORDER BY name LIMIT %s"
+)
+_TAKEN = "DELETE FROM kms WHERE host = '' AND name = ANY(%s) RETURNING substr(name, 9)"
 _WEIGHTLESS = b64encode(bytes(32))
 _CROSSED = (
     sqlstate.InvalidArgumentForPowerFunction,

@@ -11,8 +11,10 @@ from ..fleet.engine import Link
 from ..fleet.reader import FleetReader
 from ..fleet.settings import where
 from ..service import fleetkeeper, start
+from ..service.fleetkeys import Coming
 from ..service.fleetworker import FleetService
 from ..service.keeper import Keeper
+from .board import Board as Policies
 
 
 class FleetSide:
@@ -20,6 +22,7 @@ class FleetSide:
         """Raises ConfigError: what says where the database is."""
         self._where = where(settings)
         self._board = Board.new()
+        self._coming = Coming(settings)
 
     def reader(self, data_dir: Path, row_key: memoryview) -> FleetReader:
         """A worker's own; it connects when it is first asked."""
@@ -31,4 +34,18 @@ class FleetSide:
 
     def open_keeper(self, *args: Any) -> tuple[Keeper, int]:
         """`args`: as of `start.open_keeper`."""
-        return fleetkeeper.open_keeper(self._where, self._board, *args)
+        return fleetkeeper.open_keeper(self._where, self._board, self._coming, *args)
+
+    def policies(self, settings: Settings) -> Policies:
+        """The board that is renewed at SIGHUP; the coming KEKs with it."""
+        return _Renewed(settings, self._coming)
+
+
+class _Renewed(Policies):
+    def __init__(self, settings: Settings, coming: Coming) -> None:
+        super().__init__(settings)
+        self._coming = coming
+
+    def renew(self) -> None:
+        super().renew()
+        self._coming.renew()

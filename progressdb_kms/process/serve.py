@@ -89,7 +89,8 @@ def serve(
         metrics = Metrics(settings.workers + 1)
         sockets = (inbox, outbox, listener, tcp, name, handovers)
         made = (measures, time.monotonic(), slabs, descriptors, cores())
-        last = (Board(settings), Rates(settings.workers), settings.store != "sqlite" and _fleet(settings))
+        fleet = settings.store != "sqlite" and _fleet(settings)
+        last = (fleet.policies(settings) if fleet else Board(settings), Rates(settings.workers), fleet)
         shared = Shared(settings, keys, region, keyring, staging, metrics, *sockets, *made, *last)
         run = Alone if settings.workers == 1 else Supervisor
         return run(shared, lock, ready or _announce).run()

@@ -19,9 +19,12 @@ import time
 from pathlib import Path
 from typing import Any, Callable
 
-from ..crypto.keyring import Keyring
-from ..errors import Conflict, KeyMismatch, KMSError, OperatorError
-from ..fleet import barrier, schema
+from ..config.weakkeys import check_master_key
+from ..crypto.aead import KEY_SIZE
+from ..crypto.keyring import Keyring, fingerprint
+from ..crypto.memory import LockedBuffer
+from ..errors import Conflict, KeyMismatch, KMSError, OperatorError, StoreUnavailable, WeakKey
+from ..fleet import schema
 from ..fleet.board import Board
 from ..fleet.engine import Link
 from ..fleet.host import Host, run
@@ -30,18 +33,25 @@ from ..fleet.lease import Clock as FleetClock
 from ..fleet.registry import Engine
 from ..fleet.rows import Point, Sight
 from ..fleet.settings import Where
-from ..fleet.store import FleetStore
+from ..fleet.store import Fenced, FleetStore
 from . import start
 from .channel import Job, answer
 from .clock import Clock
+from .fleetkeys import Coming
+from .fleetrotation import FleetRotation, refuse_absent
+from .fleetshredding import FleetShredding
 from .fleetworker import patience
-from .keeper import Keeper, Long, Outcome
-from .plan import Configured
+from .keeper import Done, Keeper, Long, Outcome
+from .plan import COMING, Configured
+from .rotation import RETIRED_KEK, Steps
 
 log = logging.getLogger("progressdb_kms")
 
 EVERYWHERE = ("transition", "rewrap", "rotate")
 """Jobs whose answer means that all hosts act on it."""
+
+TIDY_SECONDS = 10.0
+"""How often a host looks for what a rotation left whose own host is dead."""
 
 FIRST_SECONDS = 30.0
 """How long a start waits for its place in the fleet."""
@@ -51,13 +61,14 @@ class Place:
     """What the fleet does to this host; see `fleet.host.Local`."""
 
     def __init__(self, keyring: Keyring, keys: Configured) -> None:
-        self._keyring, self._keys = keyring, keys
+        self._keyring, self.keys = keyring, keys
         self.ring = threading.RLock()
         self.inc = ""
         self.store: FleetStore | None = None
 
     def keks(self) -> frozenset[str]:
-        return frozenset(self._keys.kek_ids)
+        """What was rotated out is in the memory no more, though a configuration may still name it."""
+        return frozenset(self.keys.kek_ids & {*self._keyring.kek_ids()})
 
     def registered(self, inc: str) -> None:
         self.inc = inc
@@ -71,17 +82,21 @@ class Place:
             if kek_id not in self._keyring.kek_ids():
                 raise KeyMismatch(
                     f"the fleet's active KEK {kek_id} is not configured on this host",
-                    hint=f"let its master key be {kek_id}, and restart the daemon",
+                    hint=f"the fleet was rotated: bring the key {kek_id} here from another host, let it be "
+                    "the master key, and restart the daemon",
                 )
-            if self.store is not None and self._keyring.active.kek_id != kek_id:
-                self._move(self.store, kek_id, version)
+            if self.store is not None:
+                if self._keyring.active.kek_id != kek_id:
+                    self._move(kek_id, version)
+                self.store.acting = kek_id
 
-    def _move(self, store: FleetStore, kek_id: str, version: int) -> None:
+    def _move(self, kek_id: str, version: int) -> None:
         """Another host has rotated: all DEKs are under this KEK now."""
+        was = self._keyring.active.kek_id
         self._keyring.activate(kek_id, version)
-        store.acting = kek_id
+        kept = {kek_id, *(key.kek_id for key in self.keys.previous)} - {was}
         for other in self._keyring.kek_ids():
-            if other not in {kek_id, *(key.kek_id for key in self._keys.previous)}:
+            if other not in kept:
                 self._keyring.remove(other)
         log.info("another host has rotated the fleet's KEK to %s: it is the active one here, too", kek_id)
 
@@ -89,8 +104,63 @@ class Place:
 class FleetKeeper(Keeper):
     """`open_keeper` makes one, and lets it `join`."""
 
-    def join(self, place: Place, member: Member) -> None:
-        self._place, self._member = place, member
+    _store: FleetStore
+    _shreddings = FleetShredding
+    _shredding: FleetShredding
+
+    def join(self, place: Place, member: Member, coming: Coming) -> None:
+        self._place, self._member, self._coming_keys = place, member, coming
+        self._leaving: set[str] = set()
+        self._next_tidy = 0.0
+
+    def _forget(self) -> None:
+        """The board tells the workers, DEK by DEK, before a change is answered."""
+
+    # ---- KEKs that come and go ---------------------------------------------------------------
+
+    def reopen(self) -> None:
+        with self._place.ring:
+            self._renew_keys()
+        self._member.host.tell_keks()
+        super().reopen()
+
+    def _renew_keys(self) -> None:
+        """SIGHUP: what is in next_master_keys now. A KEK that left is wiped once the fleet has heard so."""
+        before = set(self._keys.coming)
+        self._keys = self._place.keys = self._coming_keys.into(self._keyring, self._keys, self._is_retired)
+        self._leaving = (self._leaving | before) - self._keys.kek_ids
+
+    def _is_retired(self, kek_id: str) -> bool:
+        found = self._store.read(RETIRED_KEK + kek_id) is not None
+        if found:
+            log.warning("the KEK %s of %s was rotated out: take it out there", kek_id, COMING)
+        return found
+
+    def _let_go(self) -> None:
+        gone = self._leaving - self._member.host.told
+        if self._rotation is None and gone:
+            with self._place.ring:
+                kept = {self._keyring.active.kek_id, *self._store.keks()}
+                for kek_id in gone & set(self._keyring.kek_ids()) - kept:
+                    self._keyring.remove(kek_id)
+            self._leaving -= gone
+
+    # ---- the loop ------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        super()._look()
+        self._let_go()
+        if self._clock.monotonic() >= self._next_tidy and not self._store.trouble():
+            self._next_tidy = self._clock.monotonic() + TIDY_SECONDS
+            with contextlib.suppress(StoreUnavailable):  # the next look finds it
+                self._retiring = self._retiring or self._store.abandoned()
+
+    def _tidy(self) -> None:
+        """What an earlier rotation staged, of this host or of one that is dead. What a swap left stays: it is
+        the snapshot."""
+        with self._store.transaction():
+            self._store.staging(False)
+        self._retiring = False
 
     def _perform(self, jobs: list[Job]) -> None:
         with self._place.ring:
@@ -100,29 +170,80 @@ class FleetKeeper(Keeper):
         with self._place.ring:
             super()._advance()
 
+    def _commit(self, jobs: list[Job]) -> list[Done]:
+        """Where another host has rotated a moment ago, this one follows at once, and does them again: nothing
+        took place. A KEK that came with one of them is gone by now."""
+        try:
+            return super()._commit(jobs)
+        except Fenced as error:
+            if not self._follow():
+                raise
+            brought = [job for job in jobs if "slot" in job.args]
+            again = [job for job in jobs if "slot" not in job.args]
+            return [*(Done(job, error, []) for job in brought), *(super()._commit(again) if again else ())]
+
+    def _follow(self) -> bool:
+        """Has the fleet another active KEK? Of an old primary nothing is believed: versions grow."""
+        found = self._store.fleet()
+        if found.version <= self._keyring.active.version:
+            return False
+        try:
+            self._place.adopt(found.active_kek, found.version)
+        except KeyMismatch as error:
+            raise StoreUnavailable(error.message, hint=error.hint) from None
+        return True
+
     def _do(self, job: Job) -> Outcome:
-        if job.op == "confirm":
-            return self._confirm(**job.args)
-        if "new_kek_id" in job.args:
-            self._census(job.args["new_kek_id"])
-        if job.op == "rotate":
-            raise Conflict("the KEK of a fleet can't be rotated by this release", code="not_in_a_fleet")
+        kek_id = job.args.get("new_kek_id") or job.args.get("kek_id")
+        if kek_id:
+            refuse_absent(self._member.sight().hosts, kek_id)
         return super()._do(job)
 
-    def _confirm(self, key_id: str) -> dict[str, Any]:
+    def confirm(self, key_id: str) -> dict[str, Any]:
         """Is there really no such DEK? By a transaction that commits, which an old primary can't."""
-        with self._store.transaction():
-            return {"there": self._store.get(key_id) is not None}
+        for _ in range(2):
+            try:
+                with self._store.transaction():
+                    return {"there": self._store.get(key_id) is not None}
+            except Fenced:
+                if not self._follow():
+                    raise
+        raise StoreUnavailable("the fleet is rotated too often", hint="ask again")
 
-    def _census(self, kek_id: str) -> None:
-        """A KEK that another host doesn't have would close DEKs there."""
-        absent = barrier.without_kek(self._member.sight().hosts, kek_id)
-        if absent:
-            raise Conflict(
-                f"the KEK {kek_id} is not configured on every host of the fleet: {', '.join(absent)}",
-                code="kek_not_everywhere",
-                hint="add it to previous_master_keys there, and restart these daemons",
-            )
+    # ---- rotation ------------------------------------------------------------------------------
+
+    def rotate(self, new_kek: LockedBuffer | None = None, dry_run: bool = False, kek_id: str = "") -> Outcome:
+        """To repeat it is no error: the answer of the first may have been that it is done, but not known
+        everywhere."""
+        self._rotations = functools.partial(FleetRotation, set(self._keys.coming))
+        active = self._keyring.active
+        if not dry_run and active.kek_id == (kek_id or (new_kek and fingerprint(new_kek.view))):
+            if new_kek is not None:
+                new_kek.close()
+            self.confirm("")  # so that the answer waits for all that has happened
+            return {
+                "status": "ok", "kek_id": active.kek_id, "kek_version": active.version, "rewrapped": 0,
+                "backup": "",
+            }  # fmt: skip
+        return super().rotate(new_kek, dry_run, kek_id)
+
+    def _coming(self, kek_id: str) -> LockedBuffer:
+        if kek_id not in self._keys.coming or kek_id not in self._keyring.kek_ids():
+            return super()._coming(kek_id)
+        copy = LockedBuffer(KEY_SIZE)
+        with self._keyring.borrow(kek_id) as key:
+            copy.view[:] = key
+        try:
+            check_master_key(copy.view)
+        except WeakKey as error:
+            copy.close()
+            raise Conflict(f"{self._keys.coming[kek_id]} can't be a KEK: {error.message}") from None
+        return copy
+
+    def _advance_task(self, steps: Steps, job: Job) -> None:
+        super()._advance_task(steps, job)
+        if self._task is None:
+            self._shredding.hurry()
 
     def _answer(self, job: Job, outcome: Outcome) -> None:
         if job.op not in EVERYWHERE or isinstance(outcome, (KMSError, Long)):
@@ -181,6 +302,7 @@ class Member:
 def open_keeper(
     where: Where,
     board: Board,
+    coming: Coming,
     data_dir: Path,
     keyring: Keyring,
     keys: Configured,
@@ -190,6 +312,7 @@ def open_keeper(
 ) -> tuple[Keeper, int]:
     """As `start.open_keeper`. Raises an OperatorError, StoreUnavailable."""
     clock = Clock()
+    keys = coming.into(keyring, keys, lambda kek_id: False)
     schema.check(Link(where))
     host = start.host_id(data_dir)
     place = Place(keyring, keys)
@@ -200,9 +323,20 @@ def open_keeper(
         member.wait_for(place)
         store = FleetStore(Link(where), host, place.inc)
         store.standing = lambda: member.host.why
-        place.store = store
-        _, book, epoch = start.open_store(data_dir, keyring, keys, incarnation, fleet=store)
+        with place.ring:  # who rotates meanwhile is followed after it
+            place.store = store
+            _, book, epoch = start.open_store(data_dir, keyring, keys, incarnation, fleet=store)
+            _drop_retired(store, keyring, keys)
         keeper = FleetKeeper(store, data_dir, keyring, keys, staging, book, inbox, clock)
-        keeper.join(place, member)
+        keeper.join(place, member, coming)
+        member.host.tell_keks()
         undo.pop_all()
     return keeper, epoch
+
+
+def _drop_retired(store: FleetStore, keyring: Keyring, keys: Configured) -> None:
+    """A KEK that next_master_keys still names, and that was rotated out since."""
+    needed = {keyring.active.kek_id, *store.keks()}
+    for kek_id in keys.coming:
+        if kek_id in keyring.kek_ids() and kek_id not in needed and store.read(RETIRED_KEK + kek_id):
+            keyring.remove(kek_id)

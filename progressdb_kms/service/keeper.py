@@ -124,6 +124,8 @@ class Keeper:
     """Owns the store; see the module. `open_keeper` in `start` makes one."""
 
     _answer = staticmethod(answer)
+    _rotations: Any = Rotation
+    _shreddings = Shredding
 
     def __init__(
         self,
@@ -154,8 +156,8 @@ class Keeper:
         self._retiring = True  # an earlier run may have left rows
         self._tidying = Pause(*TIDY_PAUSES)
         self._anchors = Anchors(store, audit, clock, self._time)
-        self._shredding = Shredding(
-            store, data_dir, keyring, clock, self._time, self._put, self.note, self._anchors.write
+        self._shredding = self._shreddings(
+            store, data_dir, self._forget, clock, self._time, self._put, self.note, self._anchors.write
         )
         self._writing = Pause(*WRITE_PAUSES)
         self._readiness = Readiness()
@@ -239,7 +241,7 @@ class Keeper:
             try:
                 done = self._commit(writes)
             except KMSError as error:
-                self._keyring.touch()  # whether it is on the disk isn't known: nothing may be remembered
+                self._forget()  # whether it is on the disk isn't known: nothing may be remembered
                 self._writing.failed(error.message)
                 done = [Done(job, error, []) for job in writes]
         done += [Done(job, self._attempt(job), []) for job in jobs if job.op not in _WRITES]
@@ -280,10 +282,8 @@ class Keeper:
 
     def _do(self, job: Job) -> Outcome:
         try:
-            handler = _WRITES.get(job.op) or _READS[job.op]
-            if "slot" in job.args:
-                return handler(self, **self._with_new_kek(job))
-            return handler(self, **job.args)
+            handler: Callable[..., Outcome] = getattr(self, job.op if job.op in _OPERATIONS else "")
+            return handler(**(self._with_new_kek(job) if "slot" in job.args else job.args))
         except KMSError:
             raise
         except Exception:
@@ -449,14 +449,14 @@ class Keeper:
         if record != old:
             self._put(record)
             self._shredding.index(old, record)
-            self._effects.append(self._keyring.touch)
+            self._effects.append(self._forget)
         return describe(record)
 
     def _shred(self, old: DekRecord, now: float) -> dict[str, Any]:
         """Repeating it makes sure again: the caller may have been told that copies remained."""
         record = self._shredding.mark(old, now) if old.state != SHREDDED else old
         if record is not old or self._shredding.noted(old.key_id):
-            self._effects.append(self._keyring.touch)
+            self._effects.append(self._forget)
             self._effects.append(lambda: self._shredding.soon({old.key_id: old.wrapped}))
         return describe(record)
 
@@ -466,10 +466,7 @@ class Keeper:
             old = self._existing(key_id)
             if old.state == SHREDDED:
                 raise KeyShredded(f"the key {key_id} was shredded: nothing brings it back")
-            if self._rotation is not None:
-                raise Conflict(
-                    "a rotation is under way", code="rotation_in_progress", hint="try again after it"
-                )
+            self._refuse_beside_rotation()
             active = self._keyring.active
             target = fingerprint(new_kek.view)
             self._check_wraps(target)
@@ -482,13 +479,9 @@ class Keeper:
         finally:
             mover.close()
         self._put(record)
-        self._effects.append(self._keyring.touch)
-        result = {
-            "key_id": key_id,
-            "kek_id": target,
-            "kek_version": version,
-            "wrapped": b64encode(record.wrapped),
-        }
+        self._effects.append(self._forget)
+        wrapped = b64encode(record.wrapped)
+        result = {"key_id": key_id, "kek_id": target, "kek_version": version, "wrapped": wrapped}
         if target != active.kek_id and target not in self._configured():
             result["warning"] = _next_start(target)
             if old.kek_id != target and self._store.keks()[target].deks == 1:  # the first of them
@@ -510,6 +503,10 @@ class Keeper:
             raise KeyNotFound(f"there is no key {key_id}")
         return record
 
+    def _forget(self) -> None:
+        """What the workers remember of the store is old."""
+        self._keyring.touch()
+
     def _put(self, record: DekRecord) -> None:
         self._store.put(record)
         if self._rotation is not None:
@@ -517,14 +514,25 @@ class Keeper:
 
     # ---- rotation ----------------------------------------------------------------------------------
 
-    def rotate(self, new_kek: LockedBuffer, dry_run: bool = False) -> Long:
-        if self._rotation is not None:
+    def rotate(self, new_kek: LockedBuffer | None = None, dry_run: bool = False, kek_id: str = "") -> Outcome:
+        """To a KEK that the job brought, or that is configured for it: `kek_id` names that."""
+        new_kek = new_kek or self._coming(kek_id)
+        try:
+            self._refuse_beside_rotation()
+        except Conflict:
             new_kek.close()
-            raise Conflict(
-                "a rotation is under way", code="rotation_in_progress", hint="GET /status tells how far"
-            )
-        self._rotation = Rotation(self._store, self._keyring, self._data_dir, os.urandom)
+            raise
+        self._rotation = self._rotations(self._store, self._keyring, self._data_dir, os.urandom)
         return Long(self._rotate(self._rotation, new_kek, dry_run))
+
+    def _refuse_beside_rotation(self) -> None:
+        if self._rotation is not None:
+            hint = "GET /status tells how far it is"
+            raise Conflict("a rotation is under way", code="rotation_in_progress", hint=hint)
+
+    def _coming(self, kek_id: str) -> LockedBuffer:
+        """A copy of it."""
+        raise Conflict(f"the KEK {kek_id} is not in next_master_keys here", code="kek_not_everywhere")
 
     def _rotate(self, rotation: Rotation, new_kek: LockedBuffer, dry_run: bool) -> Steps:
         with new_kek:
@@ -580,7 +588,7 @@ class Keeper:
         progress = self._rotation.progress if self._rotation else None
         return {
             "rotation": progress._asdict() if progress else None,
-            "erasures_due": len(self._shredding.due),
+            "erasures_due": self._shredding.count(),
             "erasures_held": self._time.look().held,
         }
 
@@ -664,19 +672,9 @@ class Keeper:
         self._memory.close()
 
 
-_WRITES: dict[str, Callable[..., Outcome]] = {
-    "hello": Keeper.hello,
-    "accept_clock": Keeper.accept_clock,
-    "anchor": Keeper.anchor,
-    "create": Keeper.create,
-    "transition": Keeper.transition,
-    "rewrap": Keeper.rewrap,
-}
-_READS: dict[str, Callable[..., Outcome]] = {
-    "rotate": Keeper.rotate,
-    "status": Keeper.status,
-    "ready": Keeper.ready,
-}
+_WRITES = frozenset(("hello", "accept_clock", "anchor", "create", "transition", "rewrap"))
+_OPERATIONS = _WRITES | {"rotate", "status", "ready", "confirm"}
+"""What a job may be, each a method of this name; the first in a transaction that all of a round share."""
 
 
 def _next_start(kek_id: str, master: bool = False) -> str:
@@ -696,11 +694,8 @@ def describe(record: DekRecord) -> dict[str, Any]:
         "kek_version": str(record.kek_version),
         "created_at": record.created_at,
     }
-    if record.delete_at:
-        result["delete_at"] = record.delete_at
-    if record.shredded_at:
-        result["shredded_at"] = record.shredded_at
-    return result
+    times = ("delete_at", record.delete_at), ("shredded_at", record.shredded_at)
+    return {**result, **{name: time for name, time in times if time}}
 
 
 def described(record: DekRecord) -> dict[str, Any]:

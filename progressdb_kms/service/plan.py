@@ -14,6 +14,8 @@ from ..config.load import Loaded
 from ..errors import KeyMismatch
 from ..store.seal import KekCount
 
+COMING = "next_master_keys"
+
 
 class ConfiguredKey(NamedTuple):
     kek_id: str
@@ -45,6 +47,11 @@ class Configured(NamedTuple):
             max_age_days=settings.kek_max_age_days,
             key_file=settings.master_key_file,
         )
+
+    @property
+    def coming(self) -> Mapping[str, str]:
+        """Those that a rotation of a fleet may move to, by kek_id: where they are configured."""
+        return {key.kek_id: key.source for key in self.previous if key.source.startswith(COMING)}
 
     @property
     def kek_ids(self) -> set[str]:
@@ -94,6 +101,8 @@ def _choose(active: str, version: int, keys: Configured, retired: Mapping[str, s
             False,
             f"using {pending.source}: finish with `progressdb-kms rotate-kek --resume`",
         )
+    if active in keys.coming:
+        return Plan(active, version, False, f"let {keys.coming[active]} be the master key: it is active")
     if active != master.kek_id:
         if master.kek_id in retired and not keys.allow_retired:
             raise KeyMismatch(

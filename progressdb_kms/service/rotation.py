@@ -20,7 +20,7 @@ between two batches. The steps, and what a crash leaves at each:
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -134,6 +134,9 @@ class Progress(NamedTuple):
 class Rotation:
     """One run. `run()` is the generator; its return value is the answer to the caller."""
 
+    coming: Collection[str] = ()
+    """KEKs that are in the keyring so that a rotation may move to them."""
+
     def __init__(
         self, store: Store, keyring: Keyring, data_dir: Path, random: Callable[[int], bytes]
     ) -> None:
@@ -142,6 +145,7 @@ class Rotation:
         self._data_dir = data_dir
         self._random = random
         self.progress: Progress | None = None
+        self._snapshot: Any = None
         self._rewrapper: Rewrapper | None = None
 
     def mirror(self, record: DekRecord) -> None:
@@ -151,7 +155,7 @@ class Rotation:
 
     def _check(self, new_kek: memoryview) -> str:
         """May it begin? Returns the kek_id of the new KEK."""
-        new_id = _check_new(self._keyring, new_kek)
+        new_id = _check_new(self._keyring, new_kek, self.coming)
         if self._store.read(RETIRED_KEK + new_id) is not None:
             raise Conflict(
                 f"the KEK {new_id} was rotated out: it must not become the active one again",
@@ -187,13 +191,12 @@ class Rotation:
                 yield
         finally:
             memory.close()
-        keks = self._store.keks().items()
         return {
             "status": "dry_run",
             "kek_id": new_id,
             "kek_version": self._keyring.active.version + 1,
             "rewrapped": done,
-            "by_kek": {kek_id: row.deks for kek_id, row in keks},
+            "by_kek": {kek_id: row.deks for kek_id, row in self._store.keks().items()},
         }
 
     def run(self, new_kek: memoryview) -> Steps:
@@ -203,13 +206,9 @@ class Rotation:
         total = sum(row.deks for row in self._store.keks().values())
         now = wall()
         self._keyring.install(new_kek, version)
-        snapshot = None
         committed = False
         try:
-            snapshot = Snapshot(self._data_dir, now, old.kek_id, total)
-            with self._store.transaction():
-                self._store.staging(True)
-                self._store.write(UNFINISHED + snapshot.path.name, {"new_kek_id": new_id})
+            snapshot = self._begin(now, old.kek_id, new_id, total)
             self._rewrapper = Rewrapper(self._keyring, new_id, version, self._random)
             done = 0
             self.progress = Progress("rewrapping", 0, total, new_id)
@@ -229,21 +228,11 @@ class Rotation:
             self.progress = Progress("syncing", done, total, new_id)
             yield from snapshot.finish(self._keyring.audit_key, new_id)
             self.progress = Progress("swapping", done, total, new_id)
-            try:
-                with self._store.transaction():
-                    self._swap(new_id, version, now, snapshot)
-                committed = True
-            except StoreUnavailable:
-                # Whether the COMMIT took place is only known once the file could be opened again.
-                while (active := self._active_on_disk()) is None:
-                    yield
-                if active != new_id:
-                    raise
-                committed = True
+            yield from self._change_over(new_id, version, now)
+            committed = True
         finally:
-            self._end(new_id, committed, snapshot)
-        self._keyring.activate(new_id, version)
-        self._keyring.remove(old.kek_id)
+            self._end(new_id, committed)
+        self._take_over(new_id, version, old.kek_id)
         return {
             "status": "ok",
             "kek_id": new_id,
@@ -252,11 +241,29 @@ class Rotation:
             "backup": str(snapshot.path),
         }
 
-    def _swap(self, new_id: str, version: int, now: float, snapshot: Snapshot) -> None:
+    def _begin(self, now: float, old_id: str, new_id: str, total: int) -> Any:
+        self._snapshot = Snapshot(self._data_dir, now, old_id, total)
+        with self._store.transaction():
+            self._store.staging(True)
+            self._store.write(UNFINISHED + self._snapshot.path.name, {"new_kek_id": new_id})
+        return self._snapshot
+
+    def _change_over(self, new_id: str, version: int, now: float) -> Iterator[None]:
+        try:
+            with self._store.transaction():
+                self._swap(new_id, version, now)
+        except StoreUnavailable:
+            # Whether the COMMIT took place is only known once the file could be opened again.
+            while (active := self._active_on_disk()) is None:
+                yield
+            if active != new_id:
+                raise
+
+    def _swap(self, new_id: str, version: int, now: float) -> None:
         count = sum(row.deks for row in self._store.keks().values())
         for name, key in ownkeys.held(self._keyring).items():
             self._store.write(ownkeys.ROWS[name], ownkeys.wrap(self._keyring, new_id, name, key))
-        self._store.erase(UNFINISHED + snapshot.path.name)
+        self._store.erase(UNFINISHED + self._snapshot.path.name)
         self._store.write(RETIRED_KEK + self._keyring.active.kek_id, {"since": timestamp(now)})
         self._store.activate(new_id, version, timestamp(now))
         self._store.swap({new_id: KekCount(version, count, timestamp(now))} if count else {})
@@ -269,25 +276,29 @@ class Rotation:
             return None
         return active.kek_id if active else ""
 
-    def _end(self, new_id: str, committed: bool, snapshot: Snapshot | None) -> None:
+    def _take_over(self, new_id: str, version: int, old_id: str) -> None:
+        self._keyring.activate(new_id, version)
+        self._keyring.remove(old_id)
+
+    def _end(self, new_id: str, committed: bool) -> None:
         if self._rewrapper is not None:
             self._rewrapper.close()
             self._rewrapper = None
         self.progress = None
-        if not committed:
+        if not committed and new_id not in self.coming:
             self._keyring.remove(new_id)
-        if snapshot is not None:
-            snapshot.close()
+        if self._snapshot is not None:
+            self._snapshot.close()
 
 
 _FRESH = "rotate to a fresh key: `progressdb-kms rotate-kek --generate`"
 
 
-def _check_new(keyring: Keyring, new_kek: memoryview) -> str:
+def _check_new(keyring: Keyring, new_kek: memoryview, coming: Collection[str]) -> str:
     new_id = fingerprint(new_kek)
     if new_id == keyring.active.kek_id:
         raise Conflict(f"the KEK {new_id} is the active one already", code="kek_in_use")
-    if new_id in keyring.kek_ids():
+    if new_id in keyring.kek_ids() and new_id not in coming:
         raise Conflict(
             f"the KEK {new_id} is in the keyring already: it must not become the active one again",
             code="kek_in_use",

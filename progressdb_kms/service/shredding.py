@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Callable
 
-from ..crypto.keyring import Keyring
 from ..encoding import timestamp
 from ..errors import StoreDamaged, StoreUnavailable
 from ..store import erasure
@@ -45,14 +44,14 @@ IDLE_SAVE_SECONDS = 600.0
 
 
 class Shredding:
-    """The keeper's. `put`, `note` and `anchor` are what it does with a row, for the audit log, and with the
-    heads of that in a transaction."""
+    """The keeper's. `forget`, `put`, `note` and `anchor` are what it does about the workers' memory, with a
+    row, for the audit log, and with the heads of that in a transaction."""
 
     def __init__(
         self,
         store: Store,
         data_dir: Path,
-        keyring: Keyring,
+        forget: Callable[[], None],
         clock: Clock,
         time: TrustedTime,
         put: Callable[[DekRecord], None],
@@ -61,7 +60,7 @@ class Shredding:
     ) -> None:
         self._store = store
         self._data_dir = data_dir
-        self._keyring = keyring
+        self._forget = forget
         self._clock, self._time = clock, time
         self._put, self._note, self._anchor = put, note, anchor
         self.due: dict[str, bytes] = {}  # shredded, and copies may remain: key_id and blob, if known
@@ -76,7 +75,7 @@ class Shredding:
         record = old._replace(wrapped=b"", state=SHREDDED, delete_at="", shredded_at=timestamp(now))
         self._put(record)
         self.index(old, record)
-        self._store.write(f"erasure:{old.key_id}", {"since": record.shredded_at})
+        self._store.write(f"erasure:{old.key_id}", {"since": record.shredded_at, "kek_id": old.kek_id})
         return record
 
     def index(self, old: DekRecord, new: DekRecord) -> None:
@@ -130,6 +129,10 @@ class Shredding:
             f"least every {ERASE_PAUSES[1]:.0f} s: `status` tells how many are due",
         )
 
+    def count(self) -> int:
+        """Shredded DEKs that are not gone yet."""
+        return len(self.due)
+
     def tell(self) -> None:
         """The journal, of what is due for long."""
         self._overdue.tell(self.due, self._erasing.why or "others are removed first")
@@ -154,7 +157,7 @@ class Shredding:
                 self._anchor()
         self.soon({record.key_id: b"" for record in dead})
         if records:
-            self._keyring.touch()
+            self._forget()
             self.soon({record.key_id: record.wrapped for record in records})
         self._next = self._clock.monotonic() + JANITOR_SECONDS
 

@@ -22,6 +22,12 @@ from .keyfiles import Active, ChangeOver, KeyFiles
 if TYPE_CHECKING:
     from ..config.options import Settings
 
+IN_A_FLEET = (
+    "Now, on each host, let the new key be the master key, and take it out of next_master_keys: a start in "
+    "between works.\nThe old key is no longer in any daemon's memory. What it wrapped, backups too, is dead "
+    "once no file holds it.\n"
+)
+
 REFRESH = 0.2
 """Seconds between two questions how far a rotation is; asked only where a terminal shows it."""
 
@@ -38,6 +44,12 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     client = Client(settings.socket, server_uid=args.server_uid)
     with client as kms, Progress("rotate-kek") as bar, LockedBuffer(KEY_SIZE) as memory:
         service = Daemon(kms, bar)
+        if args.kek_id is not None:
+            done = Done(service.rotate_to(args.kek_id, args.dry_run), {})
+            if not args.dry_run:
+                done = done._replace(remark=IN_A_FLEET)
+            _show(args, done)
+            return
         if args.generate:
             keyfiles.random_key(memory.view)
         elif args.new_key_file:
@@ -139,6 +151,10 @@ class Daemon:
     def rotate(self, key: memoryview, dry_run: bool = False) -> RotationResult:
         with self._watched():
             return self._kms.rotate_kek(key, dry_run)
+
+    def rotate_to(self, kek_id: str, dry_run: bool) -> RotationResult:
+        with self._watched():
+            return self._kms.rotate_to(kek_id, dry_run)
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:

@@ -321,12 +321,40 @@ def backups_prune(data_dir: Path, keep: int | None, older_than_days: int | None)
     if keep is not None:
         found = found[: max(0, len(found) - keep)]
     if older_than_days is not None:
-        limit = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - older_than_days * 86400))
+        limit = _days_ago(older_than_days)
         found = [one for one in found if one.time < limit]
     found += [one for one in _snapshots(data_dir) if one.name in left]
     for one in found:
         _remove(one)
     return [str(one.path) for one in found]
+
+
+def fleet_backups_list(settings: Settings) -> list[dict[str, Any]]:
+    """As `backups_list`, of the tables that rotations of the fleet left."""
+    from ..fleet import tables
+
+    with datadir.fleet_link(settings) as link:
+        return [{**one, "rewrapped": None, "finished": True} for one in tables.left(link)]
+
+
+def fleet_backups_prune(settings: Settings, keep: int | None, older_than_days: int | None) -> list[str]:
+    """Drop such tables. One whose time nobody knows is old."""
+    from ..fleet import tables
+
+    with datadir.fleet_link(settings) as link:
+        found = tables.left(link)
+        if keep is not None:
+            found = found[: max(0, len(found) - keep)]
+        if older_than_days is not None:
+            limit = _days_ago(older_than_days)
+            found = [one for one in found if one["time"] < limit]
+        for one in found:
+            tables.drop(link, one["path"])
+        return [one["path"] for one in found]
+
+
+def _days_ago(days: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - days * 86400))
 
 
 def _remove(snapshot: SnapshotFolder) -> None:

@@ -76,11 +76,17 @@ def rewrap(app: App, call: Call) -> Reply:
 
 
 def rotate_kek(app: App, call: Call) -> Reply:
-    body, spans, flags = _secret_fields(call, strings=("new_kek_hex",), booleans=("dry_run",))
-    with app.staging.take() as new_kek:
-        _new_kek(body, spans, new_kek.view)
-        dry_run = flags.get("dry_run", False)
-        done = app.service.change("rotate", timeout=None, new_kek=new_kek, dry_run=dry_run)
+    """To a KEK that comes along, or to one of next_master_keys, by its kek_id."""
+    body, spans, flags = _secret_fields(call, strings=("new_kek_hex", "new_kek_id"), booleans=("dry_run",))
+    dry_run, named = flags.get("dry_run", False), _plain(body, spans, "new_kek_id")
+    if named is not None:
+        if "new_kek_hex" in spans or len(named) != 16 or named.strip("0123456789abcdef"):
+            raise BadRequest.invalid("new_kek_id", "must be a kek_id, in place of new_kek_hex")
+        done = app.service.change("rotate", timeout=None, kek_id=named, dry_run=dry_run)
+    else:
+        with app.staging.take() as new_kek:
+            _new_kek(body, spans, new_kek.view)
+            done = app.service.change("rotate", timeout=None, new_kek=new_kek, dry_run=dry_run)
     call.details = fragment(
         new_kek_id=done["kek_id"], rewrapped=done["rewrapped"], dry_run=done["status"] != "ok"
     )

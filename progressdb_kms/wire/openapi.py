@@ -15,11 +15,8 @@ Schema = dict[str, Any]
 
 _KEY_ID: Schema = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"}
 _THREAD_ID: Schema = {
-    "type": "string",
-    "minLength": 1,
-    "maxLength": MAX_THREAD_ID,
-    "pattern": r"^[^\x00-\x1f\x7f-\x9f]+$",
-}
+    "type": "string", "minLength": 1, "maxLength": MAX_THREAD_ID, "pattern": r"^[^\x00-\x1f\x7f-\x9f]+$"
+}  # fmt: skip
 _BASE64: Schema = {
     "type": "string",
     "contentEncoding": "base64",
@@ -145,6 +142,8 @@ _PLAINTEXT, _CIPHERTEXT = _done("plaintext"), _done("ciphertext")
 _PLAINTEXTS, _CIPHERTEXTS = _all_done("plaintext"), _all_done("ciphertext")
 _ENCRYPT, _DECRYPT = _data("EncryptRequest", "plaintext"), _data("DecryptRequest", "ciphertext")
 
+_DAYS = {"type": "integer", "minimum": 1, "maximum": 365}
+
 _REQUESTS: dict[str, Schema] = {
     "/create_dek_for_thread": _either(
         _named("ThreadRequest", _request("thread_id")), _named("ThreadKeyRequest", _request("thread_key"))
@@ -165,12 +164,12 @@ _REQUESTS: dict[str, Schema] = {
     "/wrap": _named("WrapRequest", _object("dek", "key_id")),
     "/unwrap": _named("UnwrapRequest", _request("wrapped", "key_id")),
     "/rewrap": _named("RewrapRequest", _object("key_id new_kek_hex")),
-    "/rotate_kek": _named("RotateRequest", _object("new_kek_hex", "dry_run")),
+    "/rotate_kek": _either(
+        _named("RotateRequest", _object("new_kek_hex", "dry_run")),
+        _named("RotateToRequest", _object("new_kek_id", "dry_run")),
+    ),
     "DELETE /deks/{key_id}": _named(
-        "DeleteRequest",
-        _request(
-            "", "immediately pending_days", pending_days={"type": "integer", "minimum": 1, "maximum": 365}
-        ),
+        "DeleteRequest", _request("", "immediately pending_days", pending_days=_DAYS)
     ),
     "/deks/{key_id}/disable": (_EMPTY := _named("EmptyRequest", _request(""))),
     "/deks/{key_id}/enable": _EMPTY,
@@ -181,6 +180,7 @@ _OPTIONAL_BODY = frozenset(
     ("DELETE /deks/{key_id}", "/deks/{key_id}/disable", "/deks/{key_id}/enable", "/clock/accept")
 )
 
+_BACKUP = _named("LastBackup", _object("file created_at sha256 checked_at"), "`checked_at`: see the manual.")
 _STATUS = _object(
     "version state kek_id kek_version kek_since:string|null kek_age_seconds:number|null "
     "kek_max_age_days:integer|null workers:integer restarts:integer uptime_seconds:number "
@@ -197,14 +197,7 @@ _STATUS = _object(
     memory=_named("Memory", _object("kind locked_bytes:integer required:boolean wipe_on_free:boolean")),
     hardening=_list(_named("Measure", _object("name ok:boolean detail"))),
     limits=_map(_named("Limit", _object("used:integer limit:integer|null"), "null: unlimited.")),
-    backup={
-        "anyOf": [
-            _named(
-                "LastBackup", _object("file created_at sha256 checked_at"), "`checked_at`: see the manual."
-            ),
-            _NULL,
-        ]
-    },
+    backup={"anyOf": [_BACKUP, _NULL]},
     rotation={"anyOf": [_named("Rotation", _object("phase done:integer total:integer new_kek_id")), _NULL]},
 )
 _ROTATED = "status kek_id kek_version rewrapped:integer"

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from progressdb_kms.config.options import ALIASES, BY_NAME, MASTER_KEYS, OPTIONS
-from progressdb_kms.config.values import ANY, MAX_PREVIOUS, MAX_UIDS, Scalar, Value, shown, unknown
+from progressdb_kms.config.options import ALIASES, BY_NAME, KEY_LISTS, MASTER_KEYS, OPTIONS
+from progressdb_kms.config.values import ANY, MAX_NEXT, MAX_PREVIOUS, MAX_UIDS, Scalar, Value, shown, unknown
 from progressdb_kms.errors import ConfigError
 from progressdb_kms.tools.manual import default_text
 
@@ -64,6 +64,11 @@ RIGHT: list[tuple[str, Value, Any]] = [
         [("file", "/k"), ("credential", "c")],
     ),
     ("previous_master_keys", [{"hex": text(KEY)}], [("hex", bytes.fromhex(KEY))]),
+    (
+        "next_master_keys",
+        [{"hex": text(KEY)}, {"file": text("k")}],
+        [("hex", bytes.fromhex(KEY)), ("file", "k")],
+    ),
     ("socket", text("/run/kms.sock"), "/run/kms.sock"),
     ("socket", text("unix:///run/kms.sock"), "/run/kms.sock"),
     ("socket", text("unix://kms.sock"), "kms.sock"),
@@ -146,6 +151,7 @@ WRONG: list[tuple[str, Value, str]] = [
     ("master_key_credential", number("7"), "name of a systemd credential"),
     ("previous_master_keys", {"hex": text(KEY)}, f"a list of at most {MAX_PREVIOUS}"),
     ("previous_master_keys", [{"file": text("k")}] * (MAX_PREVIOUS + 1), f"a list of at most {MAX_PREVIOUS}"),
+    ("next_master_keys", [{"file": text("k")}] * (MAX_NEXT + 1), f"a list of at most {MAX_NEXT}"),
     ("previous_master_keys", [text(KEY)], "entry 1 must be a mapping"),
     ("previous_master_keys", [{"file": text("k")}, {"hexx": text(KEY)}], "entry 2: unknown key 'hexx', did"),
     ("previous_master_keys", [{"hex": text(KEY), "file": text("k")}], "entry 1 must have exactly one"),
@@ -250,7 +256,7 @@ def test_each_option_has_a_right_and_a_wrong_value() -> None:
 def test_the_keys_are_those_of_the_contract() -> None:
     assert [option.name for option in OPTIONS] == [
         *("master_key_hex", "master_key_file", "master_key_credential", "previous_master_keys"),
-        *("allow_missing_keks", "open_embedded_messages"),
+        *("next_master_keys", "allow_missing_keks", "open_embedded_messages"),
         *("socket", "socket_mode", "socket_group", "tcp_address", "data_dir", "store", "postgresql"),
         *("allowed_peer_uids", "admin_peer_uids"),
         *("policies", "kek_max_age_days"),
@@ -263,7 +269,7 @@ def test_the_keys_are_those_of_the_contract() -> None:
     }
     private = {option.name for option in OPTIONS if option.private}
     uids = {"allowed_peer_uids", "admin_peer_uids", "policies"}
-    assert private == {*MASTER_KEYS, "previous_master_keys", *uids}
+    assert private == {*MASTER_KEYS, *KEY_LISTS, *uids}
 
 
 def test_each_default_is_a_value_that_is_taken() -> None:

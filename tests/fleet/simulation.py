@@ -134,6 +134,9 @@ class Transactions:
             return db, False
         return db._replace(hosts={**db.hosts, (host, inc): row._replace(fenced=True)}), True
 
+    def prune(self, db: Db, below: int) -> Done:
+        return db._replace(changes=tuple(row for row in db.changes if row.gen >= below)), None
+
     def leave(self, db: Db, host: str, inc: str) -> Done:
         return db._replace(hosts={key: row for key, row in db.hosts.items() if key != (host, inc)}), None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from progressdb_kms.errors import StoreDamaged, StoreUnavailable
+from progressdb_kms.errors import Conflict, StoreDamaged, StoreUnavailable
 from progressdb_kms.store.contract import DekRecord
 from progressdb_kms.store.policy import SHREDDED
 from progressdb_kms.store.seal import STATE, KekCount
@@ -436,11 +436,9 @@ class TestRotationOfAFleet:
             raise Stop
 
     def test_two_don_t_rotate_at_once(self, one: Any, two: Any, fleet_database: Fleet) -> None:
-        from progressdb_kms.fleet.store import Contended
-
         put(one, dek("a"))
         self.begin(one)
-        with pytest.raises(Contended, match="another host rotates"), two.transaction():
+        with pytest.raises(Conflict, match="another host rotates"), two.transaction():
             two.staging(True)
         with two.transaction():
             two.staging(False)  # the tidying of any host: it is not his

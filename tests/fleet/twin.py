@@ -56,6 +56,9 @@ class Twin:
     def fence(self, host: str, inc: str, beat: int) -> bool:
         return bool(self.database.do("fence", host, inc, beat))
 
+    def prune(self, below: int) -> None:
+        self.database.do("prune", below)
+
     def leave(self, host: str, inc: str) -> None:
         self.database.do("leave", host, inc)
 

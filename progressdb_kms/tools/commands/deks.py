@@ -265,12 +265,15 @@ def clock_accept(args: argparse.Namespace) -> None:
     "the place of FILE, and the old key stays "
     "as FILE.old-<kek_id>: backups and snapshots made before need it. Whatever is interrupted, "
     "the daemon starts, and --resume finishes. Where the key is not in a master_key_file, the new"
-    " key file stays where it is and the lines to change in the configuration are printed.",
+    " key file stays where it is and the lines to change in the configuration are printed. "
+    "In a fleet the new key comes to each host first, in next_master_keys: --kek-id names it, and then no "
+    "file is touched.",
     (
         SOCKET,
         CONFIG,
         Arg(("--generate",), "make a new random key", "flag"),
         NEW_KEY_FILE,
+        Arg(("--kek-id",), "in a fleet: to this KEK of next_master_keys", "text", "ID"),
         Arg(("--resume",), "finish a rotation that was interrupted", "flag"),
         Arg(("--dry-run",), "open every DEK and change nothing", "flag"),
         Arg(("--forget-old",), "overwrite the old key instead of keeping it", "flag"),
@@ -283,8 +286,11 @@ def clock_accept(args: argparse.Namespace) -> None:
     ),
 )
 def rotate_kek(args: argparse.Namespace) -> None:
-    if [args.generate, args.new_key_file is not None, args.resume].count(True) != 1:
-        raise UsageError("give one of --generate, --new-key-file and --resume")
+    ways = (args.generate, args.new_key_file is not None, args.kek_id is not None, args.resume)
+    if ways.count(True) != 1:
+        raise UsageError("give one of --generate, --new-key-file, --kek-id and --resume")
+    if args.kek_id is not None and args.forget_old:
+        raise UsageError("--kek-id touches no file: what --forget-old would overwrite is yours to destroy")
     if args.resume and args.dry_run:
         raise UsageError("--resume and --dry-run exclude each other")
     from .. import rotatecmd
@@ -292,5 +298,5 @@ def rotate_kek(args: argparse.Namespace) -> None:
 
     if not args.config:
         args.socket = socket_of(args)
-    with load(args, need_key=False) as loaded:
+    with load(args, need_key=False, fleet=True) as loaded:
         rotatecmd.run(args, loaded.settings)

@@ -185,14 +185,17 @@ def import_deks(args: argparse.Namespace) -> int:
     "backups list",
     OFFLINE,
     "list the snapshots that rotations left",
-    "Prints a line a snapshot folder: its time, the KEK it needs, its number of DEKs.",
+    "Prints a line a snapshot folder, of a fleet a line a table: its time, the KEK it needs, its number of "
+    "DEKs.",
     (DATA_DIR, CONFIG, JSON),
 )
 def backups_list(args: argparse.Namespace) -> None:
     from .. import storecmd
 
-    with own(args, need_key=False) as loaded:
-        rows = storecmd.backups_list(loaded.settings.data_dir)
+    with own(args, need_key=False, fleet=True) as loaded:
+        settings = loaded.settings
+        alone = settings.store == "sqlite"
+        rows = storecmd.backups_list(settings.data_dir) if alone else storecmd.fleet_backups_list(settings)
     if args.json:
         for row in rows:
             show(row, True)
@@ -223,7 +226,12 @@ def backups_prune(args: argparse.Namespace) -> None:
         raise UsageError("give --keep, --older-than or both")
     from .. import storecmd
 
-    with own(args, need_key=False) as loaded:
-        data_dir = loaded.settings.data_dir
-        removed = storecmd.backups_prune(data_dir, keep=args.keep, older_than_days=args.older_than)
+    with own(args, need_key=False, fleet=True) as loaded:
+        settings, words = loaded.settings, (args.keep, args.older_than)
+        alone = settings.store == "sqlite"
+        removed = (
+            storecmd.backups_prune(settings.data_dir, *words)
+            if alone
+            else storecmd.fleet_backups_prune(settings, *words)
+        )
     show({"removed": len(removed), "paths": removed} if args.json else {"removed": len(removed)}, args.json)
