@@ -154,10 +154,7 @@ def ran_out(error: BaseException) -> str | None:
     """The limit of the system that this error is about, and how it is raised."""
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return "no thread can be started (raise TasksMax=, LimitNPROC= and LimitAS=, or `ulimit -u` and `-v`)"
-    bare = (
-        "without setting an exception",
-        "without exception",
-    )  # an import that runs out of it may say these too
+    bare = "without setting an exception", "without exception"  # an import that runs out of it may say these
     memory = "failed to map segment", "annot allocate memory", *bare
     kinds = ImportError, OSError, SystemError
     if isinstance(error, MemoryError) or (

@@ -678,10 +678,8 @@ _OPERATIONS = _WRITES | {"rotate", "status", "ready", "confirm"}
 
 
 def _next_start(kek_id: str, master: bool = False) -> str:
-    where = (
-        "no configured file holds it, make it the master key" if master else "add it to previous_master_keys"
-    )
-    return f"the next start needs the KEK {kek_id}: {where}"
+    do = "no configured file holds it, make it the master key" if master else "add it to previous_master_keys"
+    return f"the next start needs the KEK {kek_id}: {do}"
 
 
 def describe(record: DekRecord) -> dict[str, Any]:
