@@ -16,6 +16,7 @@ class Connection:
     """What is known of a peer between two turns. Most of it is empty while it is idle."""
 
     __slots__ = (
+        "answered",
         "body_piece",
         "deadline",
         "fragment",
@@ -40,6 +41,7 @@ class Connection:
         self.fragment = fragment
         self.phase = IDLE
         self.deadline = 0.0
+        self.answered = False  # a request of it, with good grace: it stays
         self.row = -1  # of the table of shares
         self.rights: Rights | None = None  # what policies leave this peer, since `round` of them
         self.round = -1

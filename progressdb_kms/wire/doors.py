@@ -29,8 +29,8 @@ log = logging.getLogger("progressdb_kms.server")
 
 BACKLOG = 4096
 
-EVENTS = 64
-"""Connections that are served before new ones are let in, and these before the next."""
+EVENTS, ENTERING = 64, 16
+"""Connections that are served before new ones are let in, and how many of these before the next."""
 
 YIELDS = 10
 """Milliseconds that a worker leaves a new connection to another one that has fewer."""
@@ -87,7 +87,7 @@ class Doors:
     def __contains__(self, fd: int) -> bool:
         return fd in self._doors
 
-    def let_in(self, fd: int, most: int = EVENTS, closing: bool = False) -> None:
+    def let_in(self, fd: int, most: int = ENTERING, closing: bool = False) -> None:
         door = self._doors[fd]
         for _ in range(most):
             if not closing and self._others_first():

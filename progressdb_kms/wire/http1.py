@@ -17,6 +17,7 @@ last thousand, because a keep-alive client sends the same head again and again.
 from __future__ import annotations
 
 import ipaddress
+import mmap
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -29,6 +30,7 @@ from ..errors import (
     HeadTooLarge,
     MalformedRequest,
     MethodUnknown,
+    Overloaded,
     UriTooLong,
     VersionNotSupported,
 )
@@ -51,8 +53,10 @@ MAX_TRAILER = 2048
 REMEMBERED = 512
 """Bytes of the longest head that is remembered: a thousand of 8 KiB would be 30 MiB of a peer's choice."""
 
-STEP = 4096
-"""Bytes of a body's first buffer; it doubles as bytes come. A length that was only told costs nothing."""
+STEP, LONG = 4096, 1 << 20
+"""Bytes of a body's first buffer, which doubles as bytes come: a length that was only told costs nothing. At so
+many it moves to pages of its own for all of it: those that nothing was written to are not there, none is copied
+again, and all go back to the system."""
 
 # ---- grammar ---------------------------------------------------------------------------------------
 
@@ -427,6 +431,15 @@ class Request(NamedTuple):
     room: Room
 
 
+def _moved(begun: bytearray, length: int) -> mmap.mmap:
+    try:
+        pages = mmap.mmap(-1, length)
+    except OSError:
+        raise Overloaded("no memory is left for the message", hint="try again") from None
+    pages[: len(begun)] = begun
+    return pages
+
+
 Known = dict[bytes, Head]
 """Short heads that were parsed."""
 
@@ -437,7 +450,18 @@ class Reader:
     """The requests of one connection, one after another. `judge` gives a head's body its room; what it raises
     leaves `feed`, with `head` and `head_size` telling of which request."""
 
-    __slots__ = ("_body", "_chunked", "_filled", "_judge", "_known", "_room", "_seen", "head", "head_size")
+    __slots__ = (
+        "_body",
+        "_chunked",
+        "_filled",
+        "_judge",
+        "_kept",
+        "_known",
+        "_room",
+        "_seen",
+        "head",
+        "head_size",
+    )
 
     def __init__(self, judge: Callable[[Head], Room], known: Known | None = None) -> None:
         self._judge = judge
@@ -450,7 +474,8 @@ class Reader:
         self.head_size = 0  # bytes
         self._seen = 0
         self._room = _NO_ROOM
-        self._body: None | bytearray | memoryview = None
+        self._body: None | bytearray | memoryview | mmap.mmap = None
+        self._kept = 0  # bytes of it that may be written to
         self._filled = 0
         self._chunked: Chunked | None = None
 
@@ -504,31 +529,36 @@ class Reader:
         length = head.content_length
         if self._body is None:
             self._body = bytearray() if self._room.store is None else self._room.store(length)
+            self._kept = len(self._body)
         taken = min(length - self._filled, len(view))
-        if len(self._body) < self._filled + taken:
+        if self._kept < self._filled + taken:
             self._grow(length, self._filled + taken)
         self._body[self._filled : self._filled + taken] = view[:taken]
         return taken, self._whole(taken, length)
 
     def _grow(self, length: int, come: int) -> None:
-        assert isinstance(self._body, bytearray)
-        more = min(length, max(STEP, 2 * come)) - len(self._body)
+        more = min(length, max(STEP, come + min(come, LONG))) - self._kept
         self._room.reserve(more)
-        self._body += bytes(more)
+        if isinstance(self._body, bytearray):
+            if self._kept + more <= LONG:
+                self._body += bytes(more)
+            else:
+                self._body = _moved(self._body, length)
+        self._kept += more
 
     def _whole(self, taken: int, length: int) -> memoryview | None:
         assert self._body is not None
         self._filled += taken
-        return memoryview(self._body) if self._filled == length else None
+        return memoryview(self._body)[:length] if self._filled == length else None
 
     def place(self) -> memoryview | None:
         """Where the rest of a long body may be received without a copy; tell `placed` how much came. Release
         it before."""
         if self.head is None or self._body is None:
             return None
-        if self._filled == len(self._body):
+        if self._filled == self._kept:
             self._grow(self.head.content_length, self._filled)
-        return memoryview(self._body)[self._filled :]
+        return memoryview(self._body)[self._filled : self._kept]
 
     def placed(self, size: int) -> Request | None:
         head = self.head
@@ -545,4 +575,5 @@ class Reader:
         if self._chunked is not None:
             self._chunked.wipe()
         if self._body is not None:
-            self._body[:] = bytes(len(self._body))
+            if not isinstance(self._body, mmap.mmap):  # these pages go back, and nobody gets them unwiped
+                self._body[: self._filled] = bytes(self._filled)

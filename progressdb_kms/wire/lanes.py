@@ -15,8 +15,9 @@ from typing import Callable
 IDLE_SECONDS = 5.0
 """A thread that had nothing to do for so long ends."""
 
-SLICE, REST = 0.0005, 0.001
-"""Seconds of long work between two breaths, and of each: so short is the waiter kept from the interpreter."""
+SLICE, REST, NAP = 0.0002, 0.001, 0.00005
+"""Seconds after which the waiter gets the interpreter from long work; of the longest breath of that, behind
+each of its pages; and of the naps of which a breath is made."""
 
 Job = Callable[[memoryview, memoryview], None]
 """Is given the locked memory of its thread, see `Slab`."""
@@ -78,15 +79,18 @@ class Lane:
 
 
 class Breath:
-    """Lets the waiter have the interpreter between two slices of long work."""
+    """Leaves the interpreter to the waiter as long as that has something to do, but not for ever. It comes to
+    its turn at the end of a slice; without this it would lose the interpreter again with each call of the
+    system, of which a request takes some."""
 
-    def __init__(self) -> None:
-        self._next = time.monotonic() + SLICE
+    def __init__(self, busy: Callable[[], bool]) -> None:
+        """Is the waiter at work?"""
+        self._busy = busy
 
     def __call__(self) -> None:
-        if time.monotonic() >= self._next:
-            time.sleep(REST)
-            self._next = time.monotonic() + SLICE
+        begun = time.monotonic()
+        while self._busy() and time.monotonic() < begun + REST:
+            time.sleep(NAP)
 
 
 _libc = ctypes.CDLL(None)

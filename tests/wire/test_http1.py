@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Optional
+import errno
+from typing import Any, Optional
 
 import pytest
 
-from progressdb_kms.errors import BodyTooLarge, HttpError, KMSError
+from progressdb_kms.errors import BodyTooLarge, HttpError, KMSError, Overloaded
 from progressdb_kms.wire import http1
 from progressdb_kms.wire.http1 import Head, Reader, Room
 
@@ -387,7 +388,7 @@ def test_the_bodys_buffer_can_be_wiped() -> None:
 
 
 def test_what_is_promised_is_not_allocated() -> None:
-    """A length that was only told costs nothing; a buffer is never over twice what came."""
+    """A length that was only told costs nothing; a buffer is never over twice what came, nor much over it."""
     taken = 0
 
     def reserve(size: int) -> None:
@@ -400,10 +401,14 @@ def test_what_is_promised_is_not_allocated() -> None:
     for come in range(1000, 60_000, 1000):
         assert machine.feed(bytes(1000), 0, 1000) == (1000, None)
         assert come <= taken <= max(http1.STEP, 2 * come)
+    for come in range(60_000, 4 * http1.LONG, 100_000):
+        assert machine.feed(bytes(100_000), 0, 100_000) == (100_000, None)
+        assert come <= taken <= come + 100_000 + min(come + 100_000, http1.LONG)
 
 
-def test_a_long_body_comes_without_a_copy() -> None:
-    body = bytes(range(256)) * 300
+@pytest.mark.parametrize("parts", [300, 3 * http1.LONG // 256 + 1])
+def test_a_long_body_comes_without_a_copy(parts: int) -> None:
+    body = bytes(range(256)) * parts
     head = post(b"", f"Content-Length: {len(body)}")
     machine = Reader(lambda head: Room(len(body)))
     assert machine.place() is None
@@ -411,7 +416,7 @@ def test_a_long_body_comes_without_a_copy() -> None:
     at, request = 100, None
     while request is None:
         with machine.place() as place:  # type: ignore[union-attr]
-            size = min(len(place), 5000, len(body) - at)
+            size = min(len(place), len(body) // 50, len(body) - at)
             place[:size] = body[at : at + size]
         request = machine.placed(size)
         at += size
@@ -422,6 +427,18 @@ def test_a_long_body_comes_without_a_copy() -> None:
 def read_with(machine: Reader, data: bytes) -> Outcome:
     used, request = machine.feed(data, 0, len(data))
     return None if request is None else (request.head, bytes(request.body), used)
+
+
+def test_a_body_of_which_memory_has_no_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(fd: int, length: int) -> Any:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(http1.mmap, "mmap", refused)
+    body = bytes(2 * http1.LONG)
+    with pytest.raises(Overloaded):
+        Reader(lambda head: Room(len(body))).feed(
+            data := post(body, f"Content-Length: {len(body)}")[:-1], 0, len(data)
+        )
 
 
 def test_a_locked_place_is_asked_for_only_where_a_body_is_not_whole() -> None:
