@@ -574,6 +574,5 @@ class Reader:
         """What came of a body that nobody will take. It may hold plaintext or a key."""
         if self._chunked is not None:
             self._chunked.wipe()
-        if self._body is not None:
-            if not isinstance(self._body, mmap.mmap):  # these pages go back, and nobody gets them unwiped
-                self._body[: self._filled] = bytes(self._filled)
+        if not isinstance(self._body, (mmap.mmap, type(None))):  # pages of its own are gone
+            self._body[: self._filled] = bytes(self._filled)

@@ -1,8 +1,8 @@
 """JSON bodies of any length, so that none holds the interpreter or the memory for long.
 
-One `json.loads` of 8 MiB of `{},` keeps everybody out for 0.35 s and takes 193 MiB. So a batch is read item by
-item, in pages, of which each is done and gone before the next is read; and what a parser is to read is counted
-before, at the speed of memory.
+One `json.loads` of 8 MiB of `{},` keeps everybody out for 0.35 s and takes 193 MiB. So a batch is read item
+by item, in pages, of which each is done and gone before the next is read; and what a parser is to read is
+counted before, at the speed of memory.
 """
 
 from __future__ import annotations
