@@ -55,7 +55,7 @@ REMEMBERED = 512
 
 STEP, LONG = 4096, 1 << 20
 """Bytes of a body's first buffer, which doubles as bytes come: a length that was only told costs nothing. At so
-many it moves to pages of its own for all of it: those that nothing was written to are not there, none is copied
+many it moves to pages of its own for all of it: none is there before something is written to it, none is copied
 again, and all go back to the system."""
 
 # ---- grammar ---------------------------------------------------------------------------------------
