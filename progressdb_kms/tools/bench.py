@@ -19,6 +19,7 @@ import random
 import selectors
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Union
@@ -61,6 +62,7 @@ PAGE = 100  # messages of a page of chat
 CONNECTIONS = (1, 16, 64)
 LARGE = (64 << 10, 1 << 20)  # bytes of raw bodies
 MANY = 40_000  # DEKs: twice of what a worker remembers
+TURN = 0.25  # seconds
 SAMPLE = 200_000  # of them that are asked for, at most
 START_SECONDS = 60.0
 STORES = (1_000, 100_000, 1_000_000)  # DEKs: rotation is measured on each of these
@@ -88,7 +90,7 @@ class Figure(NamedTuple):
 
 def run(what: str, *, seconds: int, deks: int | None, as_json: bool) -> int:
     """`what`: a key of MEASURES. Prints the figures; returns 0."""
-    for figure in MEASURES[what](float(seconds), deks or (MANY if what == "many" else STORES[-1])):
+    for figure in MEASURES[what](float(seconds), deks or (MANY if what in ("many", "usage") else STORES[-1])):
         if as_json:
             print(json.dumps(figure._asdict()), flush=True)
         else:
@@ -150,6 +152,84 @@ def many(seconds: float, deks: int) -> Iterator[Figure]:
         yield Figure("a page of 100 under one DEK", same.rate * PAGE, "messages a second", same.latency)
         share = f"{mixed.rate / same.rate:.0%} of one DEK; {mixed.latency}"
         yield Figure("a page of 100 under as many DEKs", mixed.rate * PAGE, "messages a second", share)
+
+
+def usage(seconds: float, deks: int) -> Iterator[Figure]:
+    """What it costs that uses are counted, under one DEK and under DEKs at random: three daemons on copies of
+    one store, of which one does not count, take turns. That two of them count tells
+    how far a figure is chance."""
+    with ExitStack() as stack:
+        made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kmsbench")))
+        _make_key(made / "key")
+        _fill_store(made, deks)
+        paths = [
+            stack.enter_context(_daemon(fill=_copy_of(made), before=before))
+            for before in ("", _UNCOUNTED, "")
+        ]
+        with Client(paths[0]) as client:
+            names = [dek.key_id for dek in islice(client.list(), SAMPLE)]
+        text = b64encode(os.urandom(MESSAGE))
+        asked = [_post("/encrypt", {"key_id": name, "plaintext": text}) for name in names]
+        for what, requests in (("one DEK", asked[:1]), (f"{deks} DEKs at random", asked)):
+            counting, without, again = _in_turn(paths, requests, seconds)
+            yield _share(f"uses counted, {what}", counting, without)
+            yield _share(f"the same counted twice, {what}", again, counting)
+
+
+_UNCOUNTED = """\
+from progressdb_kms.service.usage import Uses
+Uses.add = lambda self, *use: None
+Uses.batch = lambda self, now: None
+"""
+"""Run before a daemon that is measured, and that nobody else can get: there is no such setting."""
+
+
+class Turns(NamedTuple):
+    rates: list[float]  # answers a second of each turn
+    processor: float  # seconds a request
+
+
+def _in_turn(paths: Sequence[str], requests: list[bytes], seconds: float) -> list[Turns]:
+    """So many seconds for each."""
+    for path in paths:
+        load(path, requests, 4, min(seconds, 1.0))  # as if it had run for a while
+    sessions, spent = [_session(path) for path in paths], [0.0] * len(paths)
+    rates: list[list[float]] = [[] for _ in paths]
+    for turn in range(max(4, round(seconds / TURN))):
+        for i in range(len(paths)) if turn % 2 else reversed(range(len(paths))):
+            before = _processor_seconds(sessions[i])
+            rates[i].append(load(paths[i], requests, 4, TURN).rate)
+            spent[i] += _processor_seconds(sessions[i]) - before
+    return [Turns(rates[i], spent[i] / (sum(rates[i]) * TURN)) for i in range(len(paths))]
+
+
+def _share(name: str, one: Turns, other: Turns) -> Figure:
+    rate = sorted(a / b for a, b in zip(one.rates, other.rates))[len(one.rates) // 2]
+    time = f"{one.processor / other.processor:.1%} of the processor time, {len(one.rates)} turns"
+    return Figure(name, rate * 100, "% of the rate", time)
+
+
+def _session(path: str) -> int:
+    """Of the daemon that listens there: it has one of its own."""
+    with _connect(path) as sock:
+        pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return os.getsid(pid)
+
+
+def _processor_seconds(session: int) -> float:
+    ticks = 0
+    for process in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = process.read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12]) if int(fields[3]) == session else 0
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _copy_of(folder: Path) -> Callable[[Path], None]:
+    def copy(target: Path) -> None:
+        shutil.copytree(folder, target, dirs_exist_ok=True)
+
+    return copy
 
 
 def _page(client: Client, names: list[str]) -> bytes:
@@ -313,18 +393,28 @@ def _request(path: str, kind: str, body: bytes, host: str = "unix") -> bytes:
 
 
 @contextmanager
-def _daemon(config_lines: str = "", fill: Callable[[Path], None] = lambda folder: None) -> Iterator[str]:
+def _daemon(
+    config_lines: str = "", fill: Callable[[Path], None] = lambda folder: None, before: str = ""
+) -> Iterator[str]:
     """A daemon of its own on a temporary folder; yields the path of its socket. `fill` makes the store, in
-    `d` of that folder, for the key in `key`."""
+    `d` of that folder, for the key in `key`. `before`: Python that it runs first."""
     folder = tempfile.mkdtemp(prefix="kmsbench")
     try:
         socket_path = f"{folder}/s"
-        subprocess.run([*_program(), "genkey", f"{folder}/key"], check=True, stdout=subprocess.DEVNULL)
+        _make_key(Path(folder, "key"))
         config = Path(folder, "c.yaml")
         config.write_text("master_key_file: key\n" + config_lines)
         config.chmod(0o600)
         fill(Path(folder))
-        command = [*_program(), "--socket", socket_path, "--data-dir", f"{folder}/d", "--config", str(config)]
+        command = [
+            *_program(before),
+            "--socket",
+            socket_path,
+            "--data-dir",
+            f"{folder}/d",
+            "--config",
+            str(config),
+        ]
         with (
             open(f"{folder}/said", "w") as said,
             subprocess.Popen(
@@ -347,8 +437,16 @@ def _daemon(config_lines: str = "", fill: Callable[[Path], None] = lambda folder
         shutil.rmtree(folder)
 
 
-def _program() -> list[str]:
+def _make_key(path: Path) -> None:
+    subprocess.run([*_program(), "genkey", str(path)], check=True, stdout=subprocess.DEVNULL)
+
+
+def _program(before: str = "") -> list[str]:
     """This very program, however it was started."""
+    if before:
+        root = str(Path(__file__).parents[2])
+        start = "from progressdb_kms.__main__ import main\nsys.exit(main())"
+        return [sys.executable, "-c", f"import sys\nsys.path.insert(0, {root!r})\n{before}{start}"]
     if sys.argv[0].endswith(".pyz"):
         return [sys.executable, sys.argv[0]]
     return [sys.executable, "-m", "progressdb_kms"]
@@ -594,6 +692,7 @@ def _resident(anew: bool = False) -> int:
 MEASURES: dict[str, Callable[[float, int], Iterator[Figure]]] = {
     "calls": calls,
     "many": many,
+    "usage": usage,
     "progressdb": progressdb,
     "store": store,
     "rotate": rotate,

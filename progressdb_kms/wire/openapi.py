@@ -71,7 +71,8 @@ def _request(required: str, optional: str = "", /, **other: Schema) -> Schema:
     """As `_object`; null stands for an optional member that was left out."""
     made = _object(required, optional, **other)
     for name in optional.split():
-        made["properties"][name] = {"anyOf": [made["properties"][name], _NULL]}
+        if made["properties"][name] is not _NULL:
+            made["properties"][name] = {"anyOf": [made["properties"][name], _NULL]}
     return made
 
 
@@ -148,14 +149,16 @@ _REQUESTS: dict[str, Schema] = {
     "/create_dek_for_thread": _either(
         _named("ThreadRequest", _request("thread_id")), _named("ThreadKeyRequest", _request("thread_key"))
     ),
-    "/deks": _either(
-        _named("CreateRequest", _request("thread_id", "key_id thread_key", thread_key=_NULL)),
-        _named("CreateByThreadKeyRequest", _request("thread_key", "key_id thread_id", thread_id=_NULL)),
-        _named(
-            "CreateByKeyRequest",
-            _request("", "key_id thread_id thread_key", thread_id=_NULL, thread_key=_NULL),
-        ),
-    ),
+    "/deks": {
+        "anyOf": [
+            _named("CreateRequest", _request("thread_id", "key_id thread_key", thread_key=_NULL)),
+            _named("CreateByThreadKeyRequest", _request("thread_key", "key_id thread_id", thread_id=_NULL)),
+            _named(
+                "CreateByKeyRequest",
+                _request("", "key_id thread_id thread_key", thread_id=_NULL, thread_key=_NULL),
+            ),
+        ]
+    },
     "/encrypt": _ENCRYPT,
     "/decrypt": _DECRYPT,
     "/encrypt_batch": _items("EncryptBatchRequest", _ENCRYPT),

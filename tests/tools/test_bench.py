@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,9 @@ from typing import Any
 
 import pytest
 
+from progressdb_kms.store.sqlite import SqliteReader
 from progressdb_kms.tools import bench
+from tests.harness import Daemon
 from tests.harness.daemon import cli
 
 
@@ -66,6 +69,30 @@ def test_memory() -> None:
     naive, careful = figures("memory").values()
     assert naive["value"] > 0 and careful["value"] > 0  # which of them is faster is no matter of a test
     assert careful["note"] == f"{naive['value'] / careful['value'] - 1:+.0%} time"
+
+
+@pytest.mark.long
+def test_usage(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(short_tmp))
+    found = {figure.name: figure for figure in bench.usage(1, 50)}
+    cases = ("one DEK", "50 DEKs at random")
+    assert list(found) == [
+        f"{way}, {what}" for what in cases for way in ("uses counted", "the same counted twice")
+    ]
+    assert all(figure.value > 0 and figure.note.endswith("time, 4 turns") for figure in found.values())
+    assert os.listdir(short_tmp) == []
+
+
+@pytest.mark.parametrize(("before", "counted"), [("", 1), (bench._UNCOUNTED, 0)], ids=["counts", "does not"])
+def test_what_usage_is_compared_with_counts_nothing(before: str, counted: int) -> None:
+    """A worker that stops in order hands over what it has seen."""
+    with Daemon(workers=1, command=bench._program(before)) as daemon:
+        with daemon.session() as kms:
+            key_id = kms.create_dek("t")["key_id"]
+            kms.encrypt(key_id, b"hi")
+        daemon.stop()
+        with contextlib.closing(SqliteReader(daemon.data_dir)) as reader:
+            assert sum(usage.encrypts for usage in reader.usage([key_id]).values()) == counted
 
 
 def test_calls(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -42,6 +43,12 @@ def test_every_reference_leads_somewhere_and_every_model_is_used() -> None:
     assert all(
         re.fullmatch("([A-Z][a-z]+)+", name) and model["title"] == name for name, model in models.items()
     )
+
+
+def test_no_choice_stands_twice() -> None:
+    for node in nodes(DOCUMENT):
+        choices = [json.dumps(choice, sort_keys=True) for choice in node.get("anyOf", node.get("oneOf", ()))]
+        assert len(choices) == len(set(choices)) != 1, node
 
 
 def test_every_error_is_the_same_model() -> None:

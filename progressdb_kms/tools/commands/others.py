@@ -73,15 +73,16 @@ def manual(args: argparse.Namespace) -> None:
     OFFLINE,
     "measure this machine",
     "calls: each call over 1, 16 and 64 connections, beside what HTTP alone and the cipher alone "
-    "can do. many: more DEKs than a worker remembers, and pages over many. progressdb: its load, one "
-    "message after another, over the socket and TCP. store: durable "
+    "can do. many: more DEKs than a worker remembers, and pages over many. usage: what it costs to count "
+    "what is done under each DEK. progressdb: its load, one message after another, over the socket and "
+    "TCP. store: durable "
     "creates a second. rotate: rate and memory of a rotation, and p99 beside it. memory: what keeping "
     "keys out of memory costs. It starts a daemon of its own in a temporary folder. --compare holds two "
     "runs against each other, and fails where a figure is worse by a tenth.",
     (
         Arg(
             ("what",),
-            "calls (default), many, progressdb, store, rotate or memory",
+            "calls (default), many, usage, progressdb, store, rotate or memory",
             "bench",
             "WHAT",
             "?",
@@ -90,8 +91,8 @@ def manual(args: argparse.Namespace) -> None:
         Arg(("--seconds",), "how long each figure is measured (default 3)", "count", "N", default=3),
         Arg(
             ("--deks",),
-            "DEKs of the largest store: for many (default 40000), for rotate (default 1000000, which "
-            "takes minutes and 10 GB)",
+            "DEKs of the largest store: for many and usage (default 40000), for rotate (default 1000000, "
+            "which takes minutes and 10 GB)",
             "count",
             "N",
         ),
