@@ -54,9 +54,9 @@ REMEMBERED = 512
 """Bytes of the longest head that is remembered: a thousand of 8 KiB would be 30 MiB of a peer's choice."""
 
 STEP, LONG = 4096, 1 << 20
-"""Bytes of a body's first buffer, which doubles as bytes come: a length that was only told costs nothing. At so
-many it moves to pages of its own for all of it: none is there before something is written to it, none is copied
-again, and all go back to the system."""
+"""Bytes of a body's first buffer, which doubles as bytes come: a length that was only told costs nothing.
+At so many it moves to pages of its own for all of it: none is there before something is written to it, none
+is copied again, and all go back to the system."""
 
 # ---- grammar ---------------------------------------------------------------------------------------
 
