@@ -7,7 +7,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,6 +205,54 @@ def test_sighup_renews_them_all_or_nothing(workers: int) -> None:
                     20,
                     f"{status} on the connection that is open",
                 )
+    finally:
+        daemon.close()
+
+
+def links_elsewhere(path: Path) -> None:
+    path.rename(path.with_suffix(".mine"))
+    other = path.with_suffix(".other")
+    other.write_text("policies: []\n")
+    os.chown(other, APP, APP)
+    path.symlink_to(other)
+
+
+def is_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DISTRUSTED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "gone": (Path.unlink, "can't be read: No such file or directory"),
+    "others may write": (lambda path: path.chmod(0o666), "may be written by others (mode 0666)"),
+    "another's": (lambda path: os.chown(path, APP, APP), f"belongs to uid {APP}"),
+    "a link to another's": (links_elsewhere, f"belongs to uid {APP}"),
+    "a pipe": (is_a_pipe, "is no regular file"),
+    "too long": (lambda path: path.write_text("# long\n" * 200_000), "is larger than 1048576 bytes"),
+    "no YAML": (lambda path: path.write_bytes(b"policies: [\xff\xfe"), "bytes that are no text"),
+    "deep": (lambda path: path.write_text("policies: " + "[" * 50_000), "nested"),
+    "a bomb": (lambda path: path.write_text("a: &a [1,1]\nb: &b [*a,*a]\npolicies: [*b,*b]\n"), "alias"),
+    "too many": (
+        lambda path: path.write_text("policies: [" + "{uid: 1, keys: [a]}," * 101 + "]"),
+        "at most 100",
+    ),
+}
+
+
+def test_a_file_that_can_t_be_trusted_changes_nothing() -> None:
+    """Who may write to it could take the policies away from himself."""
+    daemon = serve(1, POLICIES)
+    try:
+        for name, (spoil, told) in DISTRUSTED.items():
+            daemon.config_file.unlink(missing_ok=True)
+            daemon.write_config({"policies": []})
+            spoil(daemon.config_file)
+            seen = len(daemon.stderr)
+            daemon.signal(signal.SIGHUP)
+            wait_until(lambda: "the policies stay as they were" in daemon.stderr[seen:], 60, name)  # noqa: B023
+            line = next(line for line in daemon.stderr[seen:].splitlines() if "stay as they were" in line)
+            assert told in line, (name, line)
+            assert ask(daemon, "POST", "/encrypt", encrypt("k_2")).status == 403, name
     finally:
         daemon.close()
 

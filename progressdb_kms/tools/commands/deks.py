@@ -98,7 +98,7 @@ def list_deks(args: argparse.Namespace) -> None:
         from ..auditsearch import seconds_of
 
         unused_for = seconds_of(args.unused_for)
-        if unused_for is None:
+        if unused_for is None or unused_for >= 10**10:
             raise UsageError(f"{args.unused_for[:40]!r} is no time: give 90d, 12h or 30m")
     page = min(args.limit or 1000, 1000) if args.state is None else 1000
     with client(args) as kms:
