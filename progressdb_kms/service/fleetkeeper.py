@@ -21,7 +21,7 @@ from typing import Any, Callable
 
 from ..config.weakkeys import check_master_key
 from ..crypto.aead import KEY_SIZE
-from ..crypto.keyring import Keyring, fingerprint
+from ..crypto.keyring import KekNotLoaded, Keyring, fingerprint
 from ..crypto.memory import LockedBuffer
 from ..errors import Conflict, KeyMismatch, KMSError, OperatorError, StoreUnavailable, WeakKey
 from ..fleet import schema
@@ -67,8 +67,12 @@ class Place:
         self.store: FleetStore | None = None
 
     def keks(self) -> frozenset[str]:
-        """What was rotated out is in the memory no more, though a configuration may still name it."""
-        return frozenset(self.keys.kek_ids & {*self._keyring.kek_ids()})
+        """What was rotated out is in the memory no more, though a configuration may still name it; and the
+        active one is there, though none may name it yet."""
+        loaded = set(self._keyring.kek_ids())
+        with contextlib.suppress(KekNotLoaded):
+            return frozenset({self._keyring.active.kek_id, *self.keys.kek_ids} & loaded)
+        return frozenset(self.keys.kek_ids & loaded)
 
     def registered(self, inc: str) -> None:
         self.inc = inc

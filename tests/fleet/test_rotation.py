@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +17,7 @@ from tests.fleet.test_daemons import PATIENCE, configured, until, use
 from tests.harness import postgres
 from tests.harness.daemon import Daemon, write_secret
 from tests.harness.fakekms import kek_id_of as kek_id
-from tests.harness.wire import Session
+from tests.harness.wire import Reply, Session, b64
 
 pytestmark = pytest.mark.skipif(bool(postgres.missing()), reason=postgres.missing())
 
@@ -47,13 +50,64 @@ class Hosts:
         for daemon in self.all:
             daemon.close()
 
-    def rotate(self, number: int = 0, dry_run: bool = False) -> Any:
-        fields = {"new_kek_id": kek_id(self.new), "dry_run": dry_run}
+    def rotate(self, number: int = 0, **more: Any) -> Reply:
         with self.all[number].session(PATIENCE * 3) as session:
-            return session.request("POST", "/rotate_kek", fields)
+            return session.request("POST", "/rotate_kek", {"new_kek_id": kek_id(self.new), **more})
+
+    @contextlib.contextmanager
+    def rotating(self, phase: str, number: int = 0) -> Iterator[list[Reply]]:
+        """From when a rotation is in this phase, or over. The list has its answer after the `with`, or before."""
+        answers: list[Reply] = []
+
+        def rotate() -> None:
+            with contextlib.suppress(OSError, http.client.HTTPException):  # its daemon is killed
+                answers.append(self.rotate(number))
+
+        thread = threading.Thread(target=rotate)
+        thread.start()
+        try:
+            with self.all[number].session(PATIENCE) as session:
+                until(lambda: answers or _phase(session) == phase)
+            yield answers
+        finally:
+            thread.join()
+
+    @contextlib.contextmanager
+    def locked(self, table: str, mode: str) -> Iterator[None]:
+        """Somebody else's lock."""
+        server = self.database.server
+        with server.connect(self.database.where.database) as other:
+            other.execute("BEGIN")
+            other.execute(f"LOCK TABLE kms.{table} IN {mode} MODE")
+            yield
+            other.execute("COMMIT")
+
+    def filled(self, count: int) -> list[str]:
+        """DEKs that are there."""
+        made: list[str] = []
+
+        def make(daemon: Daemon) -> None:
+            with daemon.session(PATIENCE) as session:
+                made.extend(session.create_dek("many")["key_id"] for _ in range(count // 12))
+
+        threads = [threading.Thread(target=make, args=(daemon,)) for daemon in self.all * 4]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return made
+
+    def keks_of_rows(self) -> list[str]:
+        rows = self.database.sql("SELECT DISTINCT kek_id FROM kms.deks WHERE kek_id <> ''")
+        return [row[0] for row in rows]
 
     def active(self) -> set[str]:
         return {daemon.ok("GET", "/status")["kek_id"] for daemon in self.all}
+
+
+def _phase(session: Session) -> str:
+    rotation = session.ok("GET", "/status")["rotation"]
+    return str(rotation["phase"]) if rotation else ""
 
 
 @pytest.fixture
@@ -124,6 +178,13 @@ class Load:
                         assert session.decrypt(key_id, self.sealed[key_id]) == b"hello"
 
 
+def left(daemon: Daemon) -> list[tuple[str, str]]:
+    """The tables that rotations left, as the command tells of them."""
+    done = daemon.offline("backups", "list", "--json")
+    assert done.returncode == 0, done.stderr
+    return [(row["kek_id"], row["path"]) for row in map(json.loads, done.stdout.splitlines())]
+
+
 def test_a_rotation_under_load(hosts: Hosts) -> None:
     old, new = kek_id(hosts.kek), kek_id(hosts.new)
     assert {row[0] for row in hosts.database.sql("SELECT unnest(keks) FROM kms.hosts")} == {old, new}
@@ -144,8 +205,209 @@ def test_a_rotation_under_load(hosts: Hosts) -> None:
     assert left(hosts.all[2]) == [("", "deks_old_10")]
 
 
-def left(daemon: Daemon) -> list[tuple[str, str]]:
-    """The tables that rotations left, as the command tells of them."""
-    done = daemon.offline("backups", "list", "--json")
+# ---- killed at each step ---------------------------------------------------------------------------------
+
+
+class Meanwhile:
+    """What another host does in the middle of a step."""
+
+    def __init__(self, hosts: Hosts) -> None:
+        self.hosts = hosts
+        with hosts.all[1].session(PATIENCE) as session:
+            self.before = [session.create_dek("t")["key_id"] for _ in range(3)]
+
+    def act(self) -> None:
+        with self.hosts.all[1].session(PATIENCE) as session:
+            self.made = session.create_dek("t")["key_id"]
+            self.sealed = session.encrypt(self.made, b"hello")
+            shredded, disabled, rewrapped = self.before
+            session.ok("DELETE", f"/deks/{shredded}", {"immediately": True})
+            session.ok("POST", f"/deks/{disabled}/disable", {})
+            session.ok("POST", "/rewrap", {"key_id": rewrapped, "new_kek_hex": self.hosts.kek.hex()})
+
+    def check(self, daemons: list[Daemon]) -> None:
+        for daemon in daemons:
+            with daemon.session(PATIENCE) as session:
+                assert session.decrypt(self.made, self.sealed) == b"hello"
+                assert [use(session, key_id) for key_id in self.before] == [410, 423, 200]
+
+
+@contextlib.contextmanager
+def held_at(hosts: Hosts, step: str) -> Iterator[None]:
+    """The first host rotates, and is at this step."""
+    with contextlib.ExitStack() as stack:
+        if step == "swapping":
+            stack.enter_context(hosts.locked("deks", "ACCESS SHARE"))
+        stack.enter_context(hosts.rotating("rewrapping" if step != "swapping" else step))
+        if step == "comparing":
+            stack.enter_context(hosts.locked("touched", "SHARE"))
+            until(lambda: hosts.database.sql("SELECT 1 FROM pg_locks WHERE NOT granted"))
+        yield
+        hosts.all[0].kill()
+
+
+STEPS = [
+    "swapping",
+    pytest.param("rewrapping", marks=pytest.mark.long),
+    pytest.param("comparing", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_the_host_that_rotates_is_killed(hosts: Hosts, step: str) -> None:
+    """The state before is whole, also with what others did; and the next rotation has all of it."""
+    old, new = kek_id(hosts.kek), kek_id(hosts.new)
+    if step != "swapping":
+        hosts.filled(3000)
+    meanwhile = Meanwhile(hosts)
+    with held_at(hosts, step):
+        if step != "comparing":  # whoever writes there waits for the test's own lock
+            meanwhile.act()
+    if step == "comparing":
+        meanwhile.act()
+    assert hosts.keks_of_rows() == [old]
+    meanwhile.check(hosts.all[1:])
+    hosts.all[0].start()
+    assert hosts.active() == {old}
+    reply = hosts.rotate(2)
+    assert reply.status == 200, reply.body
+    assert hosts.active() == {new} and hosts.keks_of_rows() == [new]
+    meanwhile.check(hosts.all)
+
+
+# ---- the barrier ---------------------------------------------------------------------------------------
+
+
+def pids_get(daemon: Daemon, number: int) -> None:
+    for pid in daemon.pids():
+        os.kill(pid, number)
+
+
+def wraps(daemon: Daemon) -> str:
+    """The KEK that it wraps under; "" where it wraps nothing."""
+    reply = daemon.request("POST", "/wrap", {"dek": b64(os.urandom(32))})
+    assert reply.status in (200, 503), reply.body
+    return str(reply.json()["kek_id"]) if reply.status == 200 else ""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stopped", [1, 2], ids=["two workers", "one process"])
+def test_a_host_that_is_stopped_in_the_barrier(hosts: Hosts, stopped: int) -> None:
+    """It is fenced, and answers nothing under the old KEK when it goes on."""
+    new, victim = kek_id(hosts.new), hosts.all[stopped]
+    key_id = hosts.all[0].ok("POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    with victim.session(PATIENCE) as session:
+        sealed = session.encrypt(key_id, b"hello")
+        pids_get(victim, signal.SIGSTOP)
+        try:
+            reply = hosts.rotate()
+            assert reply.status == 200, reply.body
+            assert [row[0] for row in hosts.database.sql("SELECT fenced FROM kms.hosts")].count(True) == 1
+        finally:
+            pids_get(victim, signal.SIGCONT)
+        found = {wraps(victim)}
+        until(lambda: found.add(wraps(victim)) or new in found)
+        assert found <= {"", new}
+        until(lambda: use(session, key_id) == 200)
+        assert session.decrypt(key_id, sealed) == b"hello"
+    until(lambda: hosts.database.sql("SELECT DISTINCT keks FROM kms.hosts WHERE NOT fenced") == [([new],)])
+
+
+@pytest.mark.long
+def test_the_host_that_rotates_is_killed_before_it_answers(hosts: Hosts) -> None:
+    """It is done then: the others are there already, and its own next start is under the new KEK, though its
+    configuration has the old one as its master key. Who asks again is answered when it holds everywhere."""
+    new = kek_id(hosts.new)
+    key_id = hosts.all[0].ok("POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    pids_get(hosts.all[2], signal.SIGSTOP)
+    try:
+        with hosts.rotating(""):
+            until(lambda: hosts.database.sql("SELECT active_kek FROM kms.fleet") == [(new,)])
+            hosts.all[0].kill()
+        with hosts.all[1].session(PATIENCE) as session:
+            until(lambda: wraps(hosts.all[1]) == new)
+            assert use(session, key_id) == 200
+        hosts.all[0].start()
+        assert "let next_master_keys entry 1" in hosts.all[0].stderr
+        reply = hosts.rotate()
+        assert (reply.status, reply.json()["rewrapped"]) == (200, 0)
+    finally:
+        pids_get(hosts.all[2], signal.SIGCONT)
+    until(lambda: wraps(hosts.all[2]) == new)
+
+
+# ---- who has the new KEK -------------------------------------------------------------------------------
+
+
+def test_a_kek_comes_and_goes_by_sighup(fleet_database: postgres.Fleet) -> None:
+    """And each host that lacks it, or has another key in a file of that name, is named."""
+    with Hosts(fleet_database, workers=(1, 2)) as hosts:
+        old, new = kek_id(hosts.kek), kek_id(hosts.new)
+        told = "SELECT array_agg(DISTINCT keks) FROM kms.hosts"
+        write_secret(hosts.all[1].home / "next", os.urandom(32))
+        hosts.all[1].signal(signal.SIGHUP)
+        until(lambda: hosts.database.sql(f"{told} WHERE NOT keks @> ARRAY['{new}']") != [(None,)])
+        for number in (0, 1):
+            reply = hosts.rotate(number)
+            assert (reply.status, reply.code) == (409, "kek_not_everywhere"), reply.body
+        hosts.all[1].write_config(
+            {**hosts.all[1].config, "next_master_keys": [{"hex": hosts.new.hex()}], "master_key_file": "kek"}
+        )
+        hosts.all[1].signal(signal.SIGHUP)
+        both = sorted([old, new])
+        until(
+            lambda: {tuple(row[0]) for row in hosts.database.sql("SELECT keks FROM kms.hosts")} == {(*both,)}
+        )
+        assert hosts.rotate(1, dry_run=True).status == 200
+        for daemon in hosts.all:
+            config = {name: value for name, value in daemon.config.items() if name != "next_master_keys"}
+            daemon.write_config(config)
+            daemon.signal(signal.SIGHUP)
+        until(lambda: {tuple(row[0]) for row in hosts.database.sql("SELECT keks FROM kms.hosts")} == {(old,)})
+        assert hosts.rotate().code == "kek_not_everywhere"
+        assert hosts.active() == {old}
+
+
+def test_a_host_that_comes_late(hosts: Hosts) -> None:
+    """With the old key alone it is told what to do. What was shredded before is due until the old KEK is
+    gone, and then on the record; and that KEK never comes back."""
+    new = kek_id(hosts.new)
+    one, two, late = hosts.all
+    key_id = one.ok("POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    late.stop()
+    two.ok("DELETE", f"/deks/{key_id}", {"immediately": True})
+    assert one.ok("GET", "/status")["erasures_due"] == two.ok("GET", "/status")["erasures_due"] == 1
+    done = one.cli("rotate-kek", "--kek-id", new, "--json")
     assert done.returncode == 0, done.stderr
-    return [(row["kek_id"], row["path"]) for row in map(json.loads, done.stdout.splitlines())]
+    assert json.loads(done.stdout)["backup"] == "deks_old_1" and b"next_master_keys" in done.stderr
+    until(lambda: two.ok("GET", "/status")["erasures_due"] == 0)
+    events = one.audit_log.read_text() + two.audit_log.read_text()
+    assert events.count("shred_complete") == 1
+    for daemon in hosts.all[:2]:  # the old KEK, by another name
+        write_secret(daemon.home / "next", hosts.kek)
+        daemon.signal(signal.SIGHUP)
+        until(lambda: "was rotated out: take it out there" in daemon.stderr)  # noqa: B023
+    late.write_config({name: value for name, value in late.config.items() if name != "next_master_keys"})
+    refused = late.refusal()
+    assert f"the fleet's active KEK {new} is not configured on this host" in refused.stderr
+    assert f"bring the key {new} here" in refused.stderr
+    assert hosts.database.sql("SELECT DISTINCT keks FROM kms.hosts") == [([new],)]
+
+
+def test_of_two_rotations_one_is_refused(hosts: Hosts) -> None:
+    """The other waits for somebody who reads all rows, and meanwhile all hosts go on."""
+    new = kek_id(hosts.new)
+    with contextlib.ExitStack() as reader:
+        reader.enter_context(hosts.locked("deks", "ACCESS SHARE"))
+        with hosts.rotating("swapping") as answers:
+            reply = hosts.rotate(1)
+            assert (reply.status, reply.code) == (409, "rotation_in_progress"), reply.body
+            reply = hosts.rotate(0)
+            assert (reply.status, reply.code) == (409, "rotation_in_progress"), reply.body
+            for daemon in hosts.all:
+                key_id = daemon.ok("POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+                daemon.ok("POST", f"/deks/{key_id}/disable", {})
+            assert not answers
+            reader.close()
+    assert [reply.status for reply in answers] == [200]
+    assert hosts.active() == {new} and hosts.keks_of_rows() == [new]
