@@ -56,7 +56,7 @@ class Hosts:
 
     @contextlib.contextmanager
     def rotating(self, phase: str, number: int = 0) -> Iterator[list[Reply]]:
-        """From when a rotation is in this phase, or over. The list has its answer after the `with`, or before."""
+        """From when a rotation is in this phase, or over. The list has its answer at the end."""
         answers: list[Reply] = []
 
         def rotate() -> None:
