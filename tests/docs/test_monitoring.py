@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from progressdb_kms.service import fleetgauges
 from progressdb_kms.service.metrics import CLASSES, OPS, Metrics
 from progressdb_kms.tools.manual import text_of
 from progressdb_kms.wire.gauges import FAMILIES, LIMITS
@@ -28,6 +29,7 @@ ALERTS: list[dict[str, Any]] = [
 NAMES = {
     *(name[len("progressdb_kms_") :] for name in re.findall("^# TYPE (\\w+)", Metrics(1).render(()), re.M)),
     *FAMILIES,
+    *fleetgauges.FAMILIES,
 }
 """All families that the daemon serves."""
 
@@ -137,6 +139,17 @@ WELL = {
     "refused_connections_total": "0x{n}",
     "refused_peers_total": "0x{n}",
     "policy_denials_total": "0x{n}",
+    "fleet_lease_seconds": "50x{n}",
+    "fleet_placed": "1x{n}",
+    "fleet_hosts_fenced": "0x{n}",
+    "fleet_behind": "0x{n}",
+    "fleet_changes_total": "0+60x{n}",
+    "fleet_changes_unknown_total": "0x{n}",
+    "fleet_changes_wait_seconds_total": "0+1x{n}",
+    "fleet_engine_connections": "50x{n}",
+    "fleet_engine_connections_limit": "100x{n}",
+    "fleet_engine_synchronous": "1x{n}",
+    "fleet_engine_standbys": "2x{n}",
     **dict.fromkeys(LIMITS, "50x{n}"),
     **{f"{name}_limit": "100x{n}" for name in LIMITS},
 }
@@ -170,6 +183,12 @@ FAULTS: dict[str, dict[str, str]] = {
     "KmsBackupUnchecked": {"backup_checked_age_seconds": "_x{n}"},
     "KmsNeverBackedUp": {"backup_age_seconds": "_x{n}", "backup_checked_age_seconds": "_x{n}"},
     "KmsKekOld": {"kek_age_seconds": "31536001+60x{n}"},
+    "KmsFleetNoLease": {"fleet_lease_seconds": "0x{n}"},
+    "KmsFleetHostFenced": {"fleet_hosts_fenced": "1x{n}"},
+    "KmsFleetBehind": {"fleet_behind": "1001x{n}"},
+    "KmsFleetChangesSlow": {"fleet_changes_wait_seconds_total": "0+61x{n}"},
+    "KmsFleetConnections": {"fleet_engine_connections": "91x{n}"},
+    "KmsFleetNoStandby": {"fleet_engine_standbys": "0x{n}"},
 }
 """What is otherwise where an alert must ring."""
 
