@@ -399,7 +399,7 @@ class AuditLog:
     def _mend(self) -> None:
         """Bring the log into order, or raise AuditUnavailable."""
         if self._held:
-            raise AuditUnavailable(self._held.message, hint=self._held.hint)
+            raise AuditUnavailable(self._held.message, code=self._held.code, hint=self._held.hint)
         if self._stopped:
             raise AuditUnavailable(
                 _STOPPED[self._stopped],

@@ -3,7 +3,8 @@
 A region of shared memory, made before the first fork. The process that keeps the host's place in the fleet
 writes, the workers read. There is nothing secret in it.
 
-    u64 each:   lease by boot time, lease by the wall clock (ns) | flushes | timeline | seen | to 64 bytes
+    u64 each:   lease by boot time, lease by the wall clock (ns) | flushes | timeline | seen |
+                epoch of this run, 0 before the store was opened | slots of workers that the keeper knows
     slots:      gen u64 | length u64 | key_id 128                    (SLOTS times, a ring by gen)
 
 - **Any mix of an old and a new lease is good**: while it is renewed, either old word is the earlier end; the
@@ -33,7 +34,7 @@ SLOTS = 1024
 HEADER = 64
 SLOT = 144
 SIZE = HEADER + SLOTS * SLOT
-_BOOT, _WALL, _FLUSHES, _TIMELINE, _SEEN = range(5)
+_BOOT, _WALL, _FLUSHES, _TIMELINE, _SEEN, _EPOCH, _KNOWN = range(7)
 _WORD = 8
 
 
@@ -74,6 +75,24 @@ class Board:
         length = self.words[start // _WORD + 1]
         text = bytes(self._region[start + 16 : start + 16 + min(length, SLOT - 16)])
         return text.decode("ascii", "replace") if self.words[start // _WORD] == gen else None
+
+    @property
+    def epoch(self) -> int:
+        """Of the audit chains of this run; 0 as long as no store was opened."""
+        return self.words[_EPOCH]
+
+    def knows(self, slots: int) -> bool:
+        """Has the keeper heard of the workers in slots 1 to this one?"""
+        return self.words[_KNOWN] == (1 << slots + 1) - 2
+
+    # ---- writing: the keeper ---------------------------------------------------------------------
+
+    def opened(self, epoch: int) -> None:
+        """The first keeper of this run that had a store says so; its replacements change nothing."""
+        self.words[_EPOCH] = self.words[_EPOCH] or epoch
+
+    def met(self, slot: int) -> None:
+        self.words[_KNOWN] |= 1 << slot
 
     # ---- writing: one thread of one process ------------------------------------------------------
 

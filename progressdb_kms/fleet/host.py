@@ -90,8 +90,21 @@ class Pending(NamedTuple):
     """A change that is committed, and whom to tell when it holds everywhere, or why it doesn't yet."""
 
     point: Point
-    deadline: float  # by the steady clock
+    since: float  # by the steady clock
+    deadline: float  # likewise
     then: Callable[[KMSError | None], None]
+
+
+class Waited(NamedTuple):
+    """For the metrics: changes that were answered, how many of them without knowing that they hold
+    everywhere, and the seconds for which all of them waited."""
+
+    changes: int
+    unknown: int
+    seconds: float
+
+    def plus(self, error: KMSError | None, seconds: float) -> Waited:
+        return Waited(self.changes + 1, self.unknown + (error is not None), self.seconds + seconds)
 
 
 class Host:
@@ -127,12 +140,13 @@ class Host:
         """The KEKs that the others believe this host to have."""
         self.error: KMSError | None = None
         """What the last turn failed with."""
+        self.waited = Waited(0, 0, 0.0)
 
     # ---- from other threads ----------------------------------------------------------------------
 
     def everywhere(self, point: Point, deadline: float, then: Callable[[KMSError | None], None]) -> None:
         """Call `then` once no host acts on what was before this change, which is committed."""
-        self._pending.append(Pending(point, deadline, then))
+        self._pending.append(Pending(point, self._now(), deadline, then))
         self._wake()
 
     def tell_keks(self) -> None:
@@ -294,6 +308,7 @@ class Host:
 
     def _tell(self, change: Pending, error: KMSError | None) -> None:
         self._pending.remove(change)
+        self.waited = self.waited.plus(error, self._now() - change.since)
         try:
             change.then(error)
         except Exception:  # of one caller; all others wait for this thread

@@ -33,6 +33,7 @@ WRITES = "store:writes"
 
 _PREFIX = "host = ANY(%s) AND name >= %s AND name < %s"
 _AT = f"SELECT {TIMELINE}, gen, (SELECT value FROM deks WHERE key_id = %s) FROM fleet"  # noqa: S608
+_USAGE = "SELECT key_id, encrypts, decrypts, first, last, uid FROM usage WHERE key_id = ANY(%s)"
 STATES = "SELECT host, value FROM kms WHERE name = 'store:state'"
 
 
@@ -182,7 +183,10 @@ class FleetReader(SealedReader):
     # ---- usage ---------------------------------------------------------------------------------
 
     def usage(self, key_ids: Sequence[str]) -> dict[str, Usage]:
-        rows = self._select("SELECT * FROM usage WHERE key_id = ANY(%s)", (list(key_ids),))
+        rows = self._select(
+            "SELECT key_id, encrypts, decrypts, first, last, uid FROM usage WHERE key_id = ANY(%s)",
+            (list(key_ids),),
+        )
         return {key_id: Usage(*counts) for key_id, *counts in rows}
 
     def heavy(self) -> dict[str, int]:
@@ -192,6 +196,10 @@ class FleetReader(SealedReader):
 
     def state(self) -> StoreState:
         return self._combined(self._select(STATES))[0]
+
+    def state_of(self, host: str) -> bool:
+        """Has this host ever written?"""
+        return any(row[0] == host for row in self._select(STATES))
 
     def _combined(self, rows: Sequence[tuple[Any, ...]]) -> tuple[StoreState, StoreState]:
         """The fleet's state, and that of all hosts but this one. Raises StoreDamaged."""

@@ -17,7 +17,9 @@ one unnoticed.
     under way: which DEKs were written since it began, and how much the sum moved.
 
 Two releases run side by side while hosts are upgraded one by one. So a step of the schema must leave what the
-release before it needs: it adds, and what it makes useless goes with the step after it.
+release before it needs: it adds, and what it makes useless goes with the step after it. `fleet.least` says so
+in the database: the oldest schema of which a release may go on, or start anew, beside this one. One that is
+older than that is refused.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ TABLES = (
         one boolean PRIMARY KEY DEFAULT true CHECK (one),
         fleet text NOT NULL, epoch bigint NOT NULL, schema integer NOT NULL,
         gen bigint NOT NULL, active_kek text NOT NULL, version integer NOT NULL,
-        rotating boolean NOT NULL, owner text NOT NULL)""",
+        rotating boolean NOT NULL, owner text NOT NULL, least integer NOT NULL)""",
     """CREATE TABLE deks (
         key_id text COLLATE "C" PRIMARY KEY, thread_id text COLLATE "C" NOT NULL, value text NOT NULL,
         kek_id text COLLATE "C" NOT NULL, rev bigint NOT NULL)""",
@@ -66,7 +68,7 @@ _THERE = "SELECT count(*) FROM pg_tables WHERE schemaname = %s AND tablename = '
 FLEET = f"SELECT fleet, epoch, schema, gen, active_kek, version, rotating, owner, {TIMELINE} FROM fleet"  # noqa: S608
 """The columns of a FleetRow."""
 
-_MAKE = "INSERT INTO fleet VALUES (true, %s, 1, %s, 0, '', 0, false, '')"
+_MAKE = "INSERT INTO fleet VALUES (true, %s, 1, %s, 0, '', 0, false, '', %s)"
 _LOCK = "SELECT pg_advisory_xact_lock(hashtext('progressdb-kms schema'))"
 
 
@@ -80,6 +82,9 @@ def check(link: Link) -> FleetRow:
     """Raises StoreDamaged where there is no fleet, or one of a schema that this release doesn't know."""
     with link.session() as session:
         found = fleet_row(session)
+        ((least,),) = session.execute("SELECT least FROM fleet").fetchall()
+    if found.schema > VERSION >= least:
+        return found  # a release after this one has added what this one need not know
     if found.schema > VERSION:
         raise StoreDamaged(
             f"{link.where} has schema {found.schema}, and this release knows {VERSION}",
@@ -105,7 +110,7 @@ def create(link: Link) -> FleetRow:
         session.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
         for statement in TABLES:
             _execute(session, statement)
-        session.execute(_MAKE, (os.urandom(16).hex(), VERSION))
+        session.execute(_MAKE, (os.urandom(16).hex(), VERSION, VERSION))
     return check(link)
 
 
@@ -118,7 +123,7 @@ def migrate(link: Link) -> tuple[int, int]:
         for version in range(was, VERSION):
             for statement in MIGRATIONS[version]:
                 _execute(session, statement)
-            session.execute("UPDATE fleet SET schema = %s", (version + 1,))
+            session.execute("UPDATE fleet SET schema = %s, least = %s", (version + 1, version))
     return was, check(link).schema
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..errors import Conflict
 from ..store.seal import STATE, StoreState
 from .engine import Link, Session
 from .reader import combined
@@ -79,6 +80,42 @@ def _engine(session: Session) -> dict[str, Any]:
         if sees_all
         else None,
     }
+
+
+_FORGET = "DELETE FROM hosts WHERE %s IN (host, name) AND fenced RETURNING host"
+_SERVES = "SELECT count(*) FROM hosts WHERE %s IN (host, name)"
+
+
+def forget(link: Link, name: str) -> int:
+    """Delete the rows of a host, by its id or its name, that was given up: it is nobody's any more. What it
+    wrote stays, and is reckoned with. Returns how many; raises Conflict where it was not given up."""
+    with link.session() as session:
+        gone = len(session.execute(_FORGET, (name,)).fetchall())
+        ((left,),) = session.execute(_SERVES, (name,)).fetchall()
+    if left:
+        raise Conflict(
+            f"{name} is not fenced: it serves, or no change has waited for it since it fell silent",
+            code="not_fenced",
+            hint="stop its daemon; where that is dead, disable and enable any DEK, which fences it",
+        )
+    return gone
+
+
+def counted(found: dict[str, Any]) -> dict[str, float]:
+    """What `status` found, as figures."""
+    hosts, engine = found["hosts"], found["engine"]
+    standbys = engine["standbys"] or []
+    told: dict[str, float] = {
+        "hosts": sum(not one["fenced"] for one in hosts),
+        "hosts_fenced": sum(one["fenced"] for one in hosts),
+        "behind": max((one["behind"] for one in hosts if not one["fenced"]), default=0),
+        "engine_connections": engine["connections"],
+        "engine_connections_limit": engine["connections_limit"],
+        "engine_synchronous": int(bool(engine["synchronous_standby_names"])),
+    }
+    if engine["standbys"] is not None:
+        told["engine_standbys"] = sum(one["synchronous"] in ("sync", "quorum") for one in standbys)
+    return told
 
 
 def _warnings(found: dict[str, Any]) -> Any:

@@ -58,6 +58,7 @@ from .engine import TIMELINE, UNREACHABLE, Link, Session, translated
 from .reader import STATES, WRITES, FleetReader, combined, named, row_of, without
 from .rows import ALL, KEKS, KEY, FleetRow, HostRow, Point
 from .schema import FLEET
+from .status import status
 
 log = logging.getLogger(__name__)
 
@@ -285,8 +286,9 @@ class FleetStore(SealedStore, FleetReader):
             )
 
     def state(self) -> StoreState:
-        """With what other hosts did since; inside a transaction as of its beginning."""
-        if self._now is None and not self._unclear:
+        """With what other hosts did since; inside a transaction as of its beginning, and while the engine is
+        away as it was last."""
+        if self._now is None and not self._unclear and not self.standing():
             self._refresh()
         return self._book
 
@@ -306,8 +308,11 @@ class FleetStore(SealedStore, FleetReader):
         self._gathered.activated = (was, kek_id, version)
 
     def recount(self) -> bool:
-        self._refresh()
-        return super().recount()
+        """In one snapshot, so that other hosts may write meanwhile: what they add, they count themselves.
+        What is wrong becomes this host's."""
+        with contextlib.nullcontext() if self._open is not None else self.snapshot():
+            self._refresh()
+            return super().recount()
 
     # ---- transactions ------------------------------------------------------------------------
 
@@ -316,6 +321,8 @@ class FleetStore(SealedStore, FleetReader):
         """All are durable. Raises Contended, Fenced, StoreUnavailable."""
         if self._now is not None:
             raise StoreUnavailable("a transaction is under way")
+        if why := self.standing():  # known already: to try it would only make the caller wait
+            raise StoreUnavailable(why, code=UNREACHABLE, hint="it is tried again by itself")
         if self._unclear or self._stale:
             self._look_again()
         before, acting = self._mark(), self.acting
@@ -836,6 +843,10 @@ class FleetStore(SealedStore, FleetReader):
     def forget(self, key_id: str) -> None:
         """Delete a key's row from what a swap left behind: it was shredded."""
         self._gathered.retired.add(key_id)
+
+    def survey(self) -> dict[str, Any]:
+        """The fleet and its engine, for people. Raises StoreUnavailable, StoreDamaged, ConfigError."""
+        return status(self._link)
 
     # ---- what only a file needs ------------------------------------------------------------------
 

@@ -143,6 +143,8 @@ class Worker:
         """The keeper records the chain of this worker. Where it can't (the log was unlinked, the disk is
         full) the worker is up all the same, and says why it does nothing; it asks again."""
         try:
+            if self._shared.fleet:
+                self._shared.fleet.begin(self._audit)
             self._keeper.call("hello", {"chain": self._audit.chain})
             self._audit.release()
             self._introduced = True
@@ -274,7 +276,7 @@ class Notifier:
         self._next = 0.0
 
     def ready(self, announce: Callable[[str], None]) -> None:
-        if self._said:
+        if self._said or (self._shared.fleet and self._shared.fleet.waits(announce)):
             return
         self._said = True
         active = self._shared.keyring.active

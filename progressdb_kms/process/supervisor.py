@@ -65,8 +65,8 @@ class Supervisor:
         self._start_keeper()
         for child in self._children[1:]:
             self._start_worker(child)
-        notifier.ready(self._announce)
         while not self._signals.stop:
+            notifier.ready(self._announce)
             self._signals.wait(BEAT_SECONDS if all(child.pid for child in self._children) else MOMENT)
             if self._signals.take_hangup():
                 notifier.reloading()
@@ -149,6 +149,8 @@ class Supervisor:
             try:
                 self._start_keeper()
             except StartFailed as error:
+                if self._shared.fleet and not self._shared.fleet.opened:
+                    raise
                 if self._keeping.failed(error.message):
                     log.error("no change can be made, and it is tried again: %s", error.message)
             else:

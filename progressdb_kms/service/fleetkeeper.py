@@ -29,11 +29,14 @@ from ..fleet.board import Board
 from ..fleet.engine import Link
 from ..fleet.host import Host, run
 from ..fleet.identity import Identity
+from ..fleet.lease import BOOTTIME
 from ..fleet.lease import Clock as FleetClock
 from ..fleet.registry import Engine
 from ..fleet.rows import Point, Sight
 from ..fleet.settings import Where
+from ..fleet.status import counted
 from ..fleet.store import Fenced, FleetStore
+from ..store.pause import Pause
 from . import start
 from .channel import Job, answer
 from .clock import Clock
@@ -52,6 +55,9 @@ EVERYWHERE = ("transition", "rewrap", "rotate")
 
 TIDY_SECONDS = 10.0
 """How often a host looks for what a rotation left whose own host is dead."""
+
+SURVEY_SECONDS = 10.0
+"""How old what readiness and metrics tell of the other hosts and of the engine may be."""
 
 FIRST_SECONDS = 30.0
 """How long a start waits for its place in the fleet."""
@@ -112,8 +118,11 @@ class FleetKeeper(Keeper):
     _shreddings = FleetShredding
     _shredding: FleetShredding
 
-    def join(self, place: Place, member: Member, coming: Coming) -> None:
-        self._place, self._member, self._coming_keys = place, member, coming
+    def join(self, place: Place, member: Member, board: Board, coming: Coming) -> None:
+        self._place, self._member, self._board, self._coming_keys = place, member, board, coming
+        self._beside = Pause(0, 0)
+        self._survey: dict[str, Any] = {"warnings": []}
+        self._next_survey = 0.0
         self._leaving: set[str] = set()
         self._next_tidy = 0.0
 
@@ -166,6 +175,16 @@ class FleetKeeper(Keeper):
             self._store.staging(False)
         self._retiring = False
 
+    def round(self, timeout: float, wakeup: int = -1) -> None:
+        """What is done beside the jobs asks the engine, too, which may be gone at any question."""
+        try:
+            super().round(timeout, wakeup)
+        except StoreUnavailable as error:
+            if self._beside.failed(error.message):
+                log.error("what is done beside the calls waits: %s", error.told)
+        else:
+            self._beside.worked()
+
     def _perform(self, jobs: list[Job]) -> None:
         with self._place.ring:
             super()._perform(jobs)
@@ -201,7 +220,12 @@ class FleetKeeper(Keeper):
         kek_id = job.args.get("new_kek_id") or job.args.get("kek_id")
         if kek_id:
             refuse_absent(self._member.sight().hosts, kek_id)
-        return super()._do(job)
+        outcome = super()._do(job)
+        if job.op == "status" and isinstance(outcome, dict):
+            return {**outcome, "fleet": self._told_of_fleet()}
+        if job.op == "hello":
+            self._effects.append(functools.partial(self._board.met, int(job.args["chain"].split(".")[1])))
+        return outcome
 
     def confirm(self, key_id: str) -> dict[str, Any]:
         """Is there really no such DEK? By a transaction that commits, which an old primary can't."""
@@ -259,7 +283,34 @@ class FleetKeeper(Keeper):
     def ready(self) -> dict[str, Any]:
         told = super().ready()
         reasons = filter(None, [self._member.host.why, *told["reasons"]])
-        return {**told, "reasons": list(dict.fromkeys(reasons))}
+        warnings = told["warnings"] + self._surveyed()["warnings"]
+        return {**told, "reasons": list(dict.fromkeys(reasons)), "warnings": warnings}
+
+    def _surveyed(self) -> dict[str, Any]:
+        """Not asked for while the database is away: each question would only wait."""
+        if time.monotonic() >= self._next_survey and not self._member.host.why:
+            self._next_survey = time.monotonic() + SURVEY_SECONDS
+            assert self._place.store is not None
+            try:
+                self._survey = self._place.store.survey()
+            except KMSError as error:
+                self._survey = {"warnings": [f"the fleet can't be looked at: {error.message}"]}
+        return self._survey
+
+    def _told_of_fleet(self) -> dict[str, float]:
+        """The names are those of the metrics."""
+        host, found = self._member.host, self._surveyed()
+        lease = (self._board.lease.boot - time.clock_gettime_ns(BOOTTIME)) / 1e9
+        told: dict[str, float] = {
+            "lease_seconds": round(max(0.0, lease), 3),
+            "placed": int(not host.why),
+            "changes_total": host.waited.changes,
+            "changes_unknown_total": host.waited.unknown,
+            "changes_wait_seconds_total": round(host.waited.seconds, 6),
+        }
+        if "engine" in found:
+            told.update(counted(found))
+        return told
 
     def close(self) -> None:
         """The last transaction needs this host's place; nothing else does."""
@@ -292,7 +343,7 @@ class Member:
         """Raises what keeps this host out of the fleet, where no second try will mend it, or after a
         while."""
         deadline = time.monotonic() + FIRST_SECONDS
-        while not place.inc:
+        while not place.inc or self.host.why:
             error = self.host.error
             if error is not None and (isinstance(error, OperatorError) or time.monotonic() > deadline):
                 raise error
@@ -326,13 +377,13 @@ def open_keeper(
         undo.callback(member.end)
         member.wait_for(place)
         store = FleetStore(Link(where), host, place.inc)
-        store.standing = lambda: member.host.why
         with place.ring:  # who rotates meanwhile is followed after it
             place.store = store
             _, book, epoch = start.open_store(data_dir, keyring, keys, incarnation, fleet=store)
             _drop_retired(store, keyring, keys)
+        store.standing = lambda: member.host.why
         keeper = FleetKeeper(store, data_dir, keyring, keys, staging, book, inbox, clock)
-        keeper.join(place, member, coming)
+        keeper.join(place, member, board, coming)
         member.host.tell_keks()
         undo.pop_all()
     return keeper, epoch

@@ -18,6 +18,7 @@ from ..fleet.reader import FleetReader
 from ..fleet.rows import Point
 from ..store.contract import DekRecord
 from .channel import Staged
+from .fleetgauges import FAMILIES
 from .usage import NOBODY
 from .worker import YOUNG, Batch, Entry, Results, Service, usable
 
@@ -30,9 +31,13 @@ _worked = Service._with_dek  # found once: each call of a worker comes by here
 
 
 class FleetService(Service):
+    families = FAMILIES
+
     def __init__(self, board: Board, span: float, reader: FleetReader, *args: Any) -> None:
         """`span`: fence_seconds; `args`: as of Service."""
-        super().__init__(reader, *args)
+        unasked: Any = _Unasked()
+        super().__init__(unasked, *args)
+        self._reader, self._known = reader, False
         self._serves, self._span = board.serves, span
         self._rows = reader
         self._follower: Follower[Entry | None] = Follower(board, YOUNG)
@@ -45,6 +50,12 @@ class FleetService(Service):
                 code="store_unreachable",
                 hint="it is tried again by itself: /readyz tells why",
             )
+
+    def _know(self) -> None:
+        """Which keys may do no more, before any is used: a worker may begin while the database is away."""
+        if not self._known:
+            self.uses.taken(self._rows.heavy())
+            self._known = True
 
     # ---- finding a DEK -----------------------------------------------------------------------------
 
@@ -77,6 +88,7 @@ class FleetService(Service):
         return record, point
 
     def _read(self, key_id: str, known: Point) -> tuple[DekRecord | None, Point]:
+        self._know()
         record, point = self._rows.at(key_id)
         if not point.covers(known):
             raise self._behind()
@@ -129,6 +141,7 @@ class FleetService(Service):
 
     def wrap(self, dek: memoryview, key_id: str | None, uid: int = NOBODY) -> tuple[bytes, str, int, str]:
         self._serving()
+        self._know()
         done = super().wrap(dek, key_id, uid)
         self._serving()
         return done
@@ -145,6 +158,10 @@ class FleetService(Service):
 
     # ---- changes -----------------------------------------------------------------------------------
 
+    def anchor(self, last: bool = False) -> None:
+        self.uses.chain = self.audit.chain  # of a worker that began without a store, it is known since then
+        super().anchor(last)
+
     def change(
         self, op: str, timeout: float | None = 30.0, new_kek: Staged | None = None, **args: Any
     ) -> dict[str, Any]:
@@ -152,6 +169,13 @@ class FleetService(Service):
         if timeout is not None:
             timeout = max(timeout, patience(self._span) + BARRIER_SPARE)
         return super().change(op, timeout, new_kek, **args)
+
+
+class _Unasked:
+    """In a reader's place while a worker is made."""
+
+    def heavy(self) -> dict[str, int]:
+        return {}
 
 
 def patience(span: float) -> float:

@@ -704,8 +704,7 @@ def _same(record: DekRecord, thread_id: str) -> DekRecord:
     """The DEK that is there already. Raises KeyShredded, Conflict (another thread's), KeyDisabled."""
     if record.state != SHREDDED and record.thread_id != thread_id:
         raise Conflict(f"the key_id {record.key_id} is taken by another thread", code="key_exists")
-    error = refusal(record.key_id, record.state)
-    if error is not None:
+    if (error := refusal(record.key_id, record.state)) is not None:
         raise error
     return record
 

@@ -77,7 +77,7 @@ class Uses:
     def __init__(self, chain: str, heavy: Mapping[str, int], workers: int = 1) -> None:
         """`chain` tells this worker's batches from those of others. `heavy`: as the store knows them."""
         self._seen: dict[int, Seen] = {}
-        self._chain = chain
+        self.chain = chain
         self._rows = max(LEAST, ROWS // workers)
         self._first: dict[str, int] = {}  # of all that wait, the oldest first: seconds since 1970
         self._last: dict[str, tuple[int, int]] = {}  # the same and the UID
@@ -115,7 +115,7 @@ class Uses:
         if not self._sent and self._first:
             self._sent = [self._row(name) for name in self._next()]
             self._number += 1
-        return {"chain": self._chain, "number": self._number, "rows": self._sent} if self._sent else None
+        return {"chain": self.chain, "number": self._number, "rows": self._sent} if self._sent else None
 
     def _wait(self, names: list[str], counter: Counter[str], stamp: tuple[int, int]) -> None:
         fresh = dict.fromkeys(names, stamp)

@@ -11,7 +11,7 @@ Nothing here knows HTTP: arguments are checked values, errors are KMSErrors.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Callable, NamedTuple, TypeVar, Union
 
 from ..audit.log import AuditLog, Fragment, key_fragment
@@ -69,6 +69,8 @@ Results = list[Union[bytes, KMSError]]
 
 
 class Service:
+    families: Mapping[str, str] = {}  # metrics beside those of every service
+
     def __init__(
         self,
         reader: Reader,

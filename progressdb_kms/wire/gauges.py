@@ -74,7 +74,7 @@ def families(app: App) -> list[tuple[str, str, str, list[tuple[str, float]]]]:
     found = _values(app)
     return [
         (name, "counter" if name.endswith("_total") else "gauge", text, samples)
-        for name, text in FAMILIES.items()
+        for name, text in {**FAMILIES, **app.service.families}.items()
         if (samples := _samples(found.get(name))) is not None
     ]
 
@@ -91,7 +91,6 @@ def _values(app: App) -> dict[str, Value]:
     counted = {name: sum(app.metrics.gauge(name.removesuffix("_total"))) for name in COUNTED}
     backup = about["backup"]
     values: dict[str, Value] = {
-        "kek_version": service.keyring.active.version,
         "kek_max_age_seconds": days * 86400 if (days := about["kek_max_age_days"]) else None,
         "workers": about["workers"],
         "worker_restarts_total": about["restarts"],
@@ -113,6 +112,7 @@ def _stored(service: Service) -> dict[str, Value]:
             "deks": {kek_id: row["count"] for kek_id, row in service.keks().items()},
             "deks_near_limit": near,
             "deks_spent": spent,
+            "kek_version": service.keyring.active.version,
             "kek_wraps": service.wraps(),
             "kek_age_seconds": service.kek_since()[1],
             "deletions_scheduled": service.deletions()["scheduled"],
@@ -138,4 +138,5 @@ def _told(app: App) -> dict[str, Value]:
         "erasures_held": bool(told["erasures_held"]),
         "rotation_done": rotation["done"],
         "rotation_deks": rotation["total"],
+        **{f"fleet_{name}": value for name, value in told.get("fleet", {}).items()},
     }

@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -353,6 +354,23 @@ class Fleet:
             rows = cursor.fetchall() if cursor.description else []
         return rows
 
+    @contextlib.contextmanager
+    def away(self, how: str = "fast") -> Iterator[None]:
+        """The server is stopped meanwhile."""
+        self._admin.close()
+        self.server.stop(how)
+        try:
+            yield
+        finally:
+            self.server.start()
+            self._admin = self.server.connect(self.where.database)
+
+    def configured(self, fence_seconds: float = 10, **more: Any) -> dict[str, Any]:
+        """A daemon's configuration."""
+        block = {"hosts": [self.where.folder], "database": self.where.database, "user": self.where.user}
+        block["fence_seconds"] = f"{fence_seconds:g}"
+        return {"store": "postgresql", "postgresql": block, **more}
+
     def __enter__(self) -> Fleet:
         return self
 
@@ -367,8 +385,8 @@ class Fleet:
             self.sql(
                 "DELETE FROM kms.deks; DELETE FROM kms.kms; DELETE FROM kms.usage; DELETE FROM kms.hosts; "
                 "DELETE FROM kms.changes; DELETE FROM kms.touched; "
-                "UPDATE kms.fleet SET fleet = md5(random()::text), epoch = 1, schema = 1, gen = 0, "
-                "active_kek = '', version = 0, rotating = false, owner = ''"
+                "UPDATE kms.fleet SET fleet = md5(random()::text), epoch = 1, schema = 1, least = 1, "
+                "gen = 0, active_kek = '', version = 0, rotating = false, owner = ''"
             )
         self._admin.close()
 
