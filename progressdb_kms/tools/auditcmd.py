@@ -30,6 +30,8 @@ from .console import CommandFailed, Progress, output, safe, say, show
 
 if TYPE_CHECKING:
     from ..config.load import Loaded
+    from ..config.options import Settings
+    from ..fleet.reader import FleetReader
 
 
 BLOCK = 64 * 1024
@@ -49,7 +51,7 @@ def verify(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
     """Returns 1 where a fault was found, which is told on stdout: it is what was asked for."""
     data_dir = loaded.settings.data_dir
     receipts = Path(args.receipts).read_text("utf-8", "replace").splitlines() if args.receipts else []
-    with _audit_key(loaded) as (key, anchors):
+    with _audit_key(loaded, args.host) as (key, anchors):
         report = auditverify.verify(
             args.log or _logs(data_dir),
             key,
@@ -88,11 +90,11 @@ def _tell(report: Report, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _audit_key(loaded: Loaded) -> Iterator[tuple[memoryview, Mapping[str, Head]]]:
-    """The audit key in locked memory, and the heads of the chains, both from the store. Raises StoreDamaged
-    where they are not all that the daemon wrote."""
+def _audit_key(loaded: Loaded, host: str | None) -> Iterator[tuple[memoryview, Mapping[str, Head]]]:
+    """The audit key in locked memory, and the heads of the chains, both from the store; of this `host` of a
+    fleet, if one is named. Raises StoreDamaged where they are not all that the daemon wrote."""
     with datadir.keys(loaded) as keys, contextlib.ExitStack() as stack:
-        with _reader(loaded.settings.data_dir) as reader:
+        with _reader(loaded.settings, host) as reader:
             row = reader.read(ROWS[AUDIT_KEY])
             with datadir.own_key(keys.keyring, ROW_KEY, reader.read(ROWS[ROW_KEY])) as row_key:
                 if row_key is not None:  # else the audit key tells what is wrong
@@ -112,8 +114,15 @@ def _audit_key(loaded: Loaded) -> Iterator[tuple[memoryview, Mapping[str, Head]]
 
 
 @contextlib.contextmanager
-def _reader(data_dir: Path) -> Iterator[SqliteReader]:
+def _reader(settings: Settings, host: str | None = None) -> Iterator[FleetReader | SqliteReader]:
     """The store, as its owner opens it: SQLite makes files beside it."""
+    data_dir = settings.data_dir
+    if settings.store != "sqlite":
+        with datadir.reading(settings, host) as fleet:
+            yield fleet
+        return
+    if host:
+        raise CommandFailed("--host names one of a fleet, and this store is no fleet's", hint="leave it out")
     with asowner.acting_as(asowner.of(data_dir)), contextlib.closing(SqliteReader(data_dir)) as reader:
         yield reader
 
@@ -137,7 +146,7 @@ def search(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
         args.embedded,
     )
     show_as = as_json if args.json else as_csv() if args.csv else as_table()
-    with _read_log(args.log or _logs(loaded.settings.data_dir), loaded, args.no_verify) as read:
+    with _read_log(args, loaded, args.no_verify) as read:
         hits = Hits(query, read.key, show_as)
         report = read(progress, hits)
         sys.stdout.flush()
@@ -161,9 +170,9 @@ def report(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
     now, data_dir = time.time(), loaded.settings.data_dir
     since, until = (moment(text, now) if text else "" for text in (args.since, args.until))
     counts = auditreport.Counts(since, until)
-    with _read_log(args.log or _logs(data_dir), loaded, False) as read:
+    with _read_log(args, loaded, False) as read:
         found = read(progress, counts)
-    with _reader(data_dir) as reader:
+    with _reader(loaded.settings, args.host) as reader:
         held = auditreport.holdings(reader, counts.keys, now)
     with output(args.output) as file:
         file.write(auditreport.page(counts, held, found, str(data_dir), timestamp(now)).encode())
@@ -189,11 +198,12 @@ class LogReader(NamedTuple):
 
 
 @contextlib.contextmanager
-def _read_log(logs: Sequence[Path], loaded: Loaded, unverified: bool) -> Iterator[LogReader]:
+def _read_log(args: argparse.Namespace, loaded: Loaded, unverified: bool) -> Iterator[LogReader]:
+    logs = args.log or _logs(loaded.settings.data_dir)
     if unverified:
         yield LogReader(logs, None, {})
         return
-    with _audit_key(loaded) as (key, anchors):
+    with _audit_key(loaded, args.host) as (key, anchors):
         yield LogReader(logs, key, anchors)
 
 

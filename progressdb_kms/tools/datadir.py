@@ -91,8 +91,9 @@ def fleet_link(settings: Settings) -> Iterator[Link]:
 
 
 @contextlib.contextmanager
-def reading(settings: Settings) -> Iterator[FleetReader | SqliteReader]:
-    """The store, of this host or of its fleet, beside running daemons. A fleet's as it is at one moment."""
+def reading(settings: Settings, host: str | None = None) -> Iterator[FleetReader | SqliteReader]:
+    """The store, of this host or of its fleet, beside running daemons. A fleet's as it is at one moment, with
+    the rows that this `host` of it has for itself; without one, those of this data-dir's."""
     if settings.store == "sqlite":
         with beside(settings.data_dir), contextlib.closing(reader_of(settings.data_dir)) as reader:
             yield reader
@@ -103,8 +104,13 @@ def reading(settings: Settings) -> Iterator[FleetReader | SqliteReader]:
     with fleet_link(settings) as link:
         schema.check(link)
         known = (settings.data_dir / start.HOST_FILE).exists()
-        fleet = FleetReader(link, start.host_id(settings.data_dir) if known else "")
+        fleet = FleetReader(link, host or (start.host_id(settings.data_dir) if known else ""))
         with fleet.snapshot():
+            if host and not fleet.state_of(host):
+                raise CommandFailed(
+                    f"the fleet knows no host {host}",
+                    hint="its id is in kms.host of its data-dir, and in each `start` record of its log",
+                )
             yield fleet
 
 

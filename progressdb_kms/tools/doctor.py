@@ -53,10 +53,9 @@ from ..wire.server import SPARE_FILES, THREADS
 from ..wire.slab import size_of
 from . import asowner, rehearsal
 from .asowner import PACKAGED_CONFIG
+from .checkup import FAIL, OK, WARN, Finding
 from .console import paint, safe
 from .keyfiles import RESUME, KeyFiles
-
-OK, WARN, FAIL = "ok", "warn", "fail"
 
 MIN_FREE = 16 << 20
 """Bytes: below this the store's log can't grow through a rotation of a few thousand DEKs."""
@@ -79,12 +78,6 @@ ANSWER_SECONDS = 10.0
 MIN_CRYPTOGRAPHY = 38
 
 
-class Finding(NamedTuple):
-    level: str
-    text: str
-    todo: str = ""
-
-
 class Patient:
     """What all checks look at. `settings` is None where the configuration is wrong."""
 
@@ -101,19 +94,19 @@ class Patient:
 
     def _settings(self, flags: dict[str, str | None]) -> Settings | None:
         try:
-            with asowner.load_config(flags, first=True) as loaded:
+            with asowner.load_config(flags, first=True, fleet=True) as loaded:
                 self.keys = Configured.of(loaded, fingerprint)
                 self.rehearse(loaded)
                 return loaded.settings
         except KMSError as error:
             self.trouble = error
-        with contextlib.suppress(KMSError), asowner.load_config(flags, need_key=False) as loaded:
+        with contextlib.suppress(KMSError), asowner.load_config(flags, need_key=False, fleet=True) as loaded:
             return loaded.settings
         return None
 
     def rehearse(self, loaded: Loaded) -> None:
         """While the keys are here."""
-        if not loaded.settings.data_dir.exists():
+        if not loaded.settings.data_dir.exists() or loaded.settings.store != "sqlite":
             self.unrehearsed = ""
             return
         try:
@@ -503,6 +496,15 @@ def _audit(patient: Patient) -> Findings:
         yield Finding(OK, f"{path} has {size >> 10:,} KiB")
 
 
+def _fleet(patient: Patient) -> Findings:
+    assert patient.settings is not None
+    if patient.settings.store == "sqlite":
+        return ()
+    from . import fleetdoctor
+
+    return fleetdoctor.look(patient.settings, patient.keys)
+
+
 def _backup(patient: Patient) -> Findings:
     if not (patient.data_dir / STORE).exists():
         return
@@ -637,6 +639,7 @@ CHECKS: tuple[Check, ...] = (
     Check("data-dir", _folder),
     Check("disk", _disk),
     Check("store", _store),
+    Check("fleet", _fleet),
     Check("audit log", _audit),
     Check("backup", _backup),
     Check("start", _start),

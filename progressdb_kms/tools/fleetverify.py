@@ -39,7 +39,8 @@ def verify_fleet(loaded: Loaded, progress: Progress) -> dict[str, Any]:
     if faults.count:
         raise CommandFailed(
             f"{faults.count} faults were found in the fleet",
-            hint="`restore` a backup into an empty fleet, or bring single keys back by `export` and `import`",
+            hint="`restore` a backup into an empty fleet, or bring keys back by `export` and `import`; where "
+            "only the counts are wrong, and you know why, `verify --recount`",
         )
     return {"result": "ok", "deks": live, "shredded": shredded}
 

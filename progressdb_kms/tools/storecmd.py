@@ -100,15 +100,27 @@ class Faults:
             say(text)
 
 
-def recount(loaded: Loaded) -> bool:
-    """Let the counts and the sum follow the rows, on the record. Returns whether they differed. Raises
-    AlreadyRunning beside a daemon, StoreDamaged where a row isn't genuine."""
-    with datadir.keys(loaded) as keys, datadir.held(loaded):
-        with datadir.working(loaded, keys, "verify") as work, work.store.transaction():
-            if differed := work.store.recount():
-                work.audit.note("recount", "ok", {})
-            work.anchor()
-        return differed
+def recount(loaded: Loaded) -> dict[str, Any]:
+    """Let the counts and the sum follow the rows, on the record. Returns whether they differed, and then the
+    DEKs by KEK as they were counted and as they are. Of a fleet the difference becomes this host's, so that
+    the sum over all hosts is right; others go on meanwhile. Raises AlreadyRunning beside a daemon,
+    StoreDamaged where a row isn't genuine."""
+    with (
+        datadir.keys(loaded) as keys,
+        datadir.held(loaded),
+        datadir.working(loaded, keys, "verify") as work,
+        work.store.transaction(),
+    ):
+        before = _by_kek(work.store)
+        if differed := work.store.recount():
+            work.audit.note("recount", "ok", {})
+        after = _by_kek(work.store)
+        work.anchor()
+    return {"recounted": differed, **({"counted": before, "there": after} if differed else {})}
+
+
+def _by_kek(store: Reader) -> dict[str, int]:
+    return {kek_id: row.deks for kek_id, row in store.keks().items()}
 
 
 def verify(loaded: Loaded, progress: Progress) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class TestMigrate:
         assert json.loads(done.stdout) == {"schema": 1, "was": 1}
 
     def test_a_newer_one_is_refused(self, place: Place) -> None:
-        place.fleet.sql("UPDATE kms.fleet SET schema = 2")
+        place.fleet.sql("UPDATE kms.fleet SET schema = 2, least = 2")
         text = place.refused("migrate")
         assert "has schema 2, and this release knows 1" in text and "install the release" in text
 
@@ -102,6 +102,11 @@ class TestMigrate:
             schema.check(link)
         assert "store migrate" in caught.value.hint
         assert schema.migrate(link) == (1, 3)
+        monkeypatch.setattr(schema, "VERSION", 2)
+        assert schema.check(link).schema == 3  # the release before the newest goes on beside it
+        monkeypatch.setattr(schema, "VERSION", 1)
+        with pytest.raises(StoreDamaged, match="this release knows 1"):
+            schema.check(link)
         monkeypatch.setattr(schema, "VERSION", 5)
         monkeypatch.setattr(schema, "MIGRATIONS", {3: steps[1], 4: ("SELECT nothing",)})
         with pytest.raises(StoreDamaged):
@@ -112,6 +117,34 @@ class TestMigrate:
             "SELECT 1 FROM information_schema.columns WHERE table_name = 'hosts' AND column_name = 'more'"
         )
         assert place.fleet.sql(columns) == []
+
+    def test_two_releases_side_by_side(
+        self, place: Place, make_daemon: Callable[..., Daemon], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What comes after this release will add columns. This one goes on beside it, and starts anew."""
+        from progressdb_kms.fleet import schema
+
+        daemon = make_daemon(place.fleet.configured(), workers=1)
+        tables = ("fleet", "deks", "kms", "usage", "hosts", "changes", "touched")
+        steps = tuple(f"ALTER TABLE {name} ADD COLUMN later text DEFAULT 'x'" for name in tables)
+        monkeypatch.setattr(schema, "MIGRATIONS", {schema.VERSION: steps})
+        monkeypatch.setattr(schema, "VERSION", schema.VERSION + 1)
+        was, now = schema.migrate(place.fleet.link())
+        assert now == was + 1
+        for again in (False, True):
+            if again:
+                daemon.stop()
+                daemon.start()
+            with daemon.session() as kms:
+                key_id = kms.create_dek("t")["key_id"]
+                assert kms.decrypt(key_id, kms.encrypt(key_id, b"hello")) == b"hello"
+                kms.ok("POST", f"/deks/{key_id}/disable", {})
+                kms.ok("POST", f"/deks/{key_id}/enable", {})
+                kms.ok("GET", "/deks")
+                kms.ok("DELETE", f"/deks/{key_id}", {"immediately": True})
+        daemon.stop()
+        daemon.offline("verify")
+        place.fleet.again()
 
 
 @needs
@@ -147,8 +180,19 @@ class TestStatus:
         text = place.run("status").stdout.decode()
         assert "first" in text and "fenced" in text and OLD in text
 
+    def test_a_host_that_is_gone_is_forgotten(self, place: Place) -> None:
+        place.fleet.sql(
+            "INSERT INTO kms.hosts VALUES ('x', '1', 'gone', 0, 0, '{}', true)",
+            "INSERT INTO kms.hosts VALUES ('x', '2', 'gone', 0, 0, '{}', true)",
+            "INSERT INTO kms.hosts VALUES ('y', '1', 'here', 0, 0, '{}', false)",
+        )
+        assert "here is not fenced" in place.refused("forget", "here")
+        assert "knows no host nobody" in place.refused("forget", "nobody")
+        assert json.loads(place.run("forget", "gone", "--json").stdout) == {"host": "gone", "forgotten": 2}
+        assert place.fleet.sql("SELECT name FROM kms.hosts") == [("here",)]
+
     def test_a_newer_schema_is_shown(self, place: Place) -> None:
-        place.fleet.sql("UPDATE kms.fleet SET schema = 2")
+        place.fleet.sql("UPDATE kms.fleet SET schema = 2, least = 2")
         assert json.loads(place.run("status", "--json").stdout)["fleet"]["schema"] == 2
 
     def test_nobody_there(self, place: Place, tmp_path: Path) -> None:
@@ -180,7 +224,7 @@ class TestConfiguration:
         block = "store: postgresql\npostgresql: {hosts: [db1], database: kms, user: kms, password_file: p}\n"
         assert "tls_ca is missing" in self.refused(tmp_path, block)
 
-    @pytest.mark.parametrize("command", ["verify --recount", "status"])
+    @pytest.mark.parametrize("command", ["restore --snapshot d --key k", "status"])
     def test_what_does_not_work_says_so(self, tmp_path: Path, command: str) -> None:
         block = "store: postgresql\npostgresql: {hosts: /run/postgresql, database: kms, user: kms}\n"
         key = tmp_path / "kek"
@@ -223,6 +267,17 @@ class Host:
         done = cli(*words, "--config", str(self.file))
         assert done.returncode == 1 and done.stderr.count(b"\n") == 1, done.stderr
         return done.stderr
+
+    def refused_after_faults(self, *words: str) -> bytes:
+        done = cli(*words, "--config", str(self.file))
+        assert done.returncode == 1
+        return done.stderr
+
+    def doctor(self) -> list[tuple[str, str]]:
+        """What it finds of the fleet: levels and texts."""
+        done = cli("doctor", "--json", "--config", str(self.file))
+        checks = json.loads(done.stdout)["checks"]
+        return [(one["level"], one["text"]) for one in checks if one["check"] == "fleet"]
 
     def exported(self) -> dict[str, Any]:
         """By key_id: what a line says, but for what wraps it."""
@@ -339,6 +394,81 @@ class TestThereAndBack:
         fleet_database.sql(harm)
         done = cli("verify", "--config", str(host.file))
         assert done.returncode == 1 and says in done.stderr.decode() and b"faults were found" in done.stderr
+
+    def test_recount(self, tmp_path: Path, fleet_database: Fleet) -> None:
+        """After an accident that somebody knows of: the difference becomes this host's, the sum is right."""
+        one, two = (Host(tmp_path / name, KEK, fleet_database) for name in ("one", "two"))
+        one.run("import", "-", stdin=_wrapped(KEK, "k_1") + _wrapped(KEK, "k_2"))
+        two.run("import", "-", stdin=_wrapped(KEK, "k_3") + _wrapped(KEK, "k_4"))
+        assert json.loads(two.run("verify", "--recount", "--json"))["recounted"] is False
+        fleet_database.sql("DELETE FROM kms.deks WHERE key_id = 'k_1'")
+        assert b"verify --recount" in one.refused_after_faults("verify")
+        told = json.loads(two.run("verify", "--recount", "--json"))
+        (active,) = told["counted"]
+        assert told["counted"] == {active: 4} and told["there"] == {active: 3} and told["deks"] == 3
+        for host in (one, two):
+            assert json.loads(host.run("verify", "--json"))["deks"] == 3
+        assert b'"op":"recount"' in (two.data / "kms-audit.log").read_bytes()
+        two.run("audit", "verify")
+
+    def test_audit_logs_of_all_hosts(self, tmp_path: Path, fleet_database: Fleet) -> None:
+        """Each host's log under its own key, which any host of the fleet opens."""
+        one, two = (Host(tmp_path / name, KEK, fleet_database) for name in ("one", "two"))
+        one.run("import", "-", stdin=_wrapped(KEK, "k_1"))
+        two.run("import", "-", stdin=_wrapped(KEK, "k_2"))
+        for host in (one, two):
+            assert json.loads(host.run("audit", "verify", "--json"))["result"] == "ok"
+            host.run("audit", "report", str(tmp_path / "page.html"))
+            assert host.run("audit", "tail", "-n", "1")
+        log, name = str(two.data / "kms-audit.log"), (two.data / "kms.host").read_text().strip()
+        assert json.loads(one.run("audit", "verify", "--host", name, log, "--json"))["result"] == "ok"
+        found = one.run("audit", "search", "--host", name, log, "--op", "import", "--json")
+        assert b'"op":"import"' in found
+        done = cli("audit", "verify", log, "--config", str(one.file))
+        assert done.returncode == 1 and b"fault" in done.stdout  # it is not this host's
+        done = cli("audit", "verify", "--host", "0" * 32, log, "--config", str(one.file))
+        assert done.returncode == 1 and b"knows no host 000" in done.stderr
+
+    def test_doctor(self, tmp_path: Path, fleet_database: Fleet) -> None:
+        host = Host(tmp_path / "one", KEK, fleet_database)
+        host.run("import", "-", stdin=_wrapped(KEK, "k_1"))
+        found = host.doctor()
+        assert [level for level, _ in found] == ["ok", "ok", "warn", "warn", "warn", "ok"]  # fsync is off
+        texts = [text for _, text in found]
+        assert "schema 1" in texts[0] and "1 DEKs" in texts[0] and "connections" in texts[0]
+        assert "no standby is waited for" in texts[1] and "waits for no standby" in texts[2]
+        assert "every host has the active KEK" in texts[-1]
+        fleet_database.sql(
+            "INSERT INTO kms.hosts VALUES ('x', '1', 'gone', 0, 0, '{}', true)",
+            "INSERT INTO kms.hosts VALUES ('y', '1', 'bare', 0, 0, '{}', false)",
+        )
+        texts = [text for level, text in host.doctor() if level == "warn"]
+        assert any("gone is fenced" in text for text in texts)
+        assert any("bare doesn't have the active KEK" in text for text in texts)
+        other = Host(tmp_path / "two", KEK[::-1], fleet_database)
+        assert other.doctor()[-1][0] == "fail" and "is not configured here" in other.doctor()[-1][1]
+        fleet_database.sql("UPDATE kms.fleet SET schema = 9, least = 8")
+        ((level, text),) = host.doctor()
+        assert level == "fail" and "schema 9" in text
+
+    def test_doctor_beside_a_daemon(
+        self, fleet_database: Fleet, make_daemon: Callable[..., Daemon], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from progressdb_kms.tools import asowner, fleetdoctor
+
+        daemon = make_daemon(fleet_database.configured(), workers=1)
+
+        def place() -> tuple[str, str]:
+            flags = {"config": str(daemon.config_file), "data_dir": str(daemon.data_dir)}
+            with asowner.load_config(flags, need_key=False, fleet=True) as loaded:
+                (found,) = (one for one in fleetdoctor.look(loaded.settings, None) if "place" in one.text)
+            return found.level, found.text
+
+        level, text = place()
+        assert level == "ok" and "this host has its place" in text
+        daemon.stop()
+        monkeypatch.setattr(fleetdoctor, "is_held", lambda data_dir: True)
+        assert place()[0] == "fail"
 
     def test_what_is_bad_changes_nothing(self, tmp_path: Path, fleet_database: Fleet) -> None:
         host = Host(tmp_path / "one", KEK, fleet_database)

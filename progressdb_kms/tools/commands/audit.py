@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     pass
 
 
+HOST = Arg(("--host",), "whose log it is: the id of another host of the fleet", "text", "ID")
+
+
 @command(
     "audit verify",
     OFFLINE,
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
             "file",
             "FILE",
         ),
+        HOST,
         Arg(("--partial",), "the logs don't reach back to the first record", "flag"),
         JSON,
     ),
@@ -38,7 +42,7 @@ if TYPE_CHECKING:
 def audit_verify(args: argparse.Namespace) -> int:
     from .. import auditcmd
 
-    with load(args, need_key=True) as loaded, Progress("audit verify") as bar:
+    with load(args, need_key=True, fleet=True) as loaded, Progress("audit verify") as bar:
         return auditcmd.verify(args, loaded, bar)
 
 
@@ -61,6 +65,7 @@ def audit_verify(args: argparse.Namespace) -> int:
         Arg(("--embedded",), "that opened messages of ProgressDB's embedded mode", "flag"),
         Arg(("--csv",), "print CSV, for spreadsheets", "flag"),
         JSON,
+        HOST,
         Arg(("--no-verify",), "without the keys: nothing is verified", "flag"),
         DATA_DIR,
         CONFIG,
@@ -75,7 +80,7 @@ def audit_verify(args: argparse.Namespace) -> int:
 def audit_search(args: argparse.Namespace) -> int:
     from .. import auditcmd
 
-    with load(args, need_key=not args.no_verify) as loaded, Progress("audit search") as bar:
+    with load(args, need_key=not args.no_verify, fleet=True) as loaded, Progress("audit search") as bar:
         return auditcmd.search(args, loaded, bar)
 
 
@@ -91,6 +96,7 @@ def audit_search(args: argparse.Namespace) -> int:
         Arg(("log",), "audit logs (default: those of the data-dir)", "file", "LOG", "*"),
         Arg(("--since",), "only records not before this time", "text", "TIME"),
         Arg(("--until",), "only records before this time", "text", "TIME"),
+        HOST,
         DATA_DIR,
         CONFIG,
     ),
@@ -101,7 +107,7 @@ def audit_search(args: argparse.Namespace) -> int:
 def audit_report(args: argparse.Namespace) -> int:
     from .. import auditcmd
 
-    with load(args, need_key=True) as loaded, Progress("audit report") as bar:
+    with load(args, need_key=True, fleet=True) as loaded, Progress("audit report") as bar:
         return auditcmd.report(args, loaded, bar)
 
 
@@ -122,5 +128,5 @@ def audit_report(args: argparse.Namespace) -> int:
 def audit_tail(args: argparse.Namespace) -> None:
     from .. import auditcmd
 
-    with load(args, need_key=False) as loaded:
+    with load(args, need_key=False, fleet=True) as loaded:
         auditcmd.tail(loaded.settings.data_dir, args.lines, follow=args.follow, as_json=args.json)

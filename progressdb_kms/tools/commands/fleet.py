@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..command import CONFIG, DATA_DIR, JSON, OFFLINE, command, load
+from ..command import CONFIG, DATA_DIR, JSON, OFFLINE, Arg, command, load
 from ..console import CommandFailed, say, show, table
 
 if TYPE_CHECKING:
@@ -84,6 +84,25 @@ def store_status(args: argparse.Namespace) -> None:
         show(found, True)
     else:
         _print(found)
+
+
+@command(
+    "store forget",
+    OFFLINE,
+    "take a host that is gone for good out of a fleet's list",
+    "Only a host that is fenced goes, by its name or its id. What it wrote stays, and so do its audit heads. "
+    "If its daemon starts again all the same, it registers anew.",
+    (Arg(("host",), "the host", "text", "HOST"), DATA_DIR, CONFIG, JSON),
+    examples=("progressdb-kms store forget chat-7 --config /etc/progressdb-kms/progressdb-kms.yaml",),
+)
+def store_forget(args: argparse.Namespace) -> None:
+    from ...fleet.status import forget
+
+    with _link(args) as link:
+        gone = forget(link, args.host)
+    if not gone:
+        raise CommandFailed(f"the fleet knows no host {args.host}", hint="`store status` lists them")
+    show({"host": args.host, "forgotten": gone}, args.json)
 
 
 def _print(found: dict[str, Any]) -> None:

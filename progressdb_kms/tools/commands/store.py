@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def verify(args: argparse.Namespace) -> None:
     from .. import storecmd
 
-    with own(args, fleet=not args.recount) as loaded, Progress("verify") as bar:
-        result = {"recounted": storecmd.recount(loaded)} if args.recount else {}
+    with own(args, fleet=True) as loaded, Progress("verify") as bar:
+        result = storecmd.recount(loaded) if args.recount else {}
         if loaded.settings.store == "sqlite":
             result.update(storecmd.verify(loaded, progress=bar))
         else:
