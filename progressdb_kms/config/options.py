@@ -189,8 +189,8 @@ class Settings:
     )
     admin_peer_uids: frozenset[int] | None = _row(
         values.uid_list, f"a list of at most {MAX_UIDS} user ids (numbers)",
-        "Absent: the same as callers. A list: rotate, rewrap, unwrap, disable, shred and import need one of "
-        "these UIDs.",
+        "Absent: the same as callers. A list: unwrap, rewrap, rotate, disable, enable, delete and accepting "
+        "the clock need one of these UIDs.",
         high=MAX_UID, private=True,
         settle=_set,
     )

@@ -91,7 +91,7 @@ ROUTES = (
     Route("POST", "/deks/{key_id}/disable", "disable_dek", deks.disable_or_enable,
           "Refuse all use of a DEK", admin=True, waits=True),
     Route("POST", "/deks/{key_id}/enable", "enable_dek", deks.disable_or_enable,
-          "Allow it again, or cancel a deletion", waits=True),
+          "Allow it again, or cancel a deletion", admin=True, waits=True),
 )  # fmt: skip
 
 _STATIC = {(r.method, r.path): r for r in ROUTES if "{" not in r.path}

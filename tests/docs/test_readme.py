@@ -8,6 +8,8 @@ import pytest
 
 from progressdb_kms.config.options import OPTIONS
 from progressdb_kms.config.values import Option
+from progressdb_kms.service import usage
+from progressdb_kms.store.contract import HEAVY
 from progressdb_kms.tools.commands import COMMANDS
 from progressdb_kms.tools.manual import TOPICS, default_text
 from progressdb_kms.wire.call import Route
@@ -41,6 +43,27 @@ def test_every_api_row_has_an_example_of_its_path() -> None:
     for row in rows("HTTP API"):
         path = re.findall(r"`[A-Z]+ /([a-z_]*)", row[0])[0]
         assert re.search(rf"kms ['\"]?/{path}", row[2]), row[0]
+
+
+def test_the_manual_says_which_calls_are_an_administrator_s() -> None:
+    marked = {row[0].partition("`")[2].partition("`")[0] for row in rows("HTTP API") if re.search(r"\bAdmin\b", row[1])}
+    assert marked == {f"{route.method} {route.path}" for route in ROUTES if route.admin}
+    meaning = next(row[2] for row in rows("Configuration") if row[0] == "`admin_peer_uids`")
+    words = {"/rotate_kek": "rotate", "/clock/accept": "clock accept", "/deks/{key_id}": "delete"}
+    for route in (route for route in ROUTES if route.admin):
+        assert words.get(route.path, route.path.rpartition("/")[2]) in meaning, route.path
+
+
+def test_the_numbers_of_usage_are_those_of_the_program() -> None:
+    api, runbook = default_book("api"), default_book("runbook")
+    for number in (usage.LOST, usage.SOON, usage.MOST, 2 * usage.ROWS, usage.BUSY):
+        assert f"{number:,}" in api, number
+    assert f"{usage.LOST:,}" in runbook and f"over {2 * usage.ROWS} DEKs a second" in runbook
+    assert usage.SPENT == 2**32 and HEAVY == 2**31 and "`key_spent`" in api and "`kek_spent`" in api
+
+
+def default_book(topic: str) -> str:
+    return (ROOT / "progressdb_kms" / "manual" / f"{topic}.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)

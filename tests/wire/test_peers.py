@@ -28,6 +28,7 @@ ADMIN_CALLS = [
     ("POST", "/rewrap", {"key_id": "k", "new_kek_hex": "x"}),
     ("POST", "/rotate_kek", {"new_kek_hex": "x"}),
     ("POST", "/deks/k_1/disable", None),
+    ("POST", "/deks/k_1/enable", None),
     ("DELETE", "/deks/k_1", None),
     ("POST", "/clock/accept", None),
 ]
