@@ -66,6 +66,9 @@ TOLD = frozenset(
 )
 """Operations that are listed one by one."""
 
+MANY = frozenset((*BATCHES, "reencrypt"))
+"""Operations whose records name more than one DEK."""
+
 # A run that stops at the next quote costs half of one over a class of characters, and in a record of ours it
 # ends at the same place. What others wrote may be long: no word of it is.
 _LINES = re.compile(
@@ -74,7 +77,10 @@ _LINES = re.compile(
     rb'(?:,"actor":"peer_uid:([0-9]{0,10}))?' % MAX_KEY_ID
 ).findall
 _CALL = itemgetter(0, 2, 4)
-_BATCH = re.compile(rb'"ts":"([^"]*)","op":"[a-z_]*","outcome":"ok"[^\n]*,"keys":\[([^\]\n]*)\]').search
+_OTHERS = re.compile(rb'"ts":"([^"]*)","op":"[^\n]*,"(?:keys":\[([^\]\n]*)\]|new_key_id":("[^"\n]*"))').search
+_USED = frozenset(
+    b'%b","outcome":"ok' % op for op in (b"encrypt", b"decrypt", b"reencrypt", b"get_wrapped", b"unwrap")
+)
 _COUNT = re.compile(rb',"count":([0-9]{1,9})[,}]').search
 _TOLD_OPS = re.compile(rb'"op":"(?:%b)","outcome"' % "|".join(sorted(TOLD)).encode()).finditer
 
@@ -101,12 +107,12 @@ class Counts:
             self.uids[uid, outcome] += count
             ops.add(op.decode())
             outcomes.add(outcome)
-        self.keys.update([row[3] for row in rows if row[2].endswith(b'"ok')])
+        self.keys.update([row[3] for row in rows if row[2] in _USED])
         self.keys.pop(b"", None)
         if b"refused" in outcomes:
             self._refusals(block)
-        if not ops.isdisjoint(BATCHES):
-            self._batches(block)
+        for op in ops.intersection(MANY):
+            self._named(b'"op":"%b","outcome":"ok"' % op.encode(), block)
         if not ops.isdisjoint(TOLD):
             self._tell(block)
 
@@ -124,12 +130,13 @@ class Counts:
                     self.calls[hour, what.partition(b'"')[0], b"refused"] += int(many[1]) - 1
                     self.uids[uid, b"refused"] += int(many[1]) - 1
 
-    def _batches(self, block: bytes) -> None:
+    def _named(self, needle: bytes, block: bytes) -> None:
+        """The other DEKs that a record names, beside its own or in its place."""
         low, high = self.since.encode(), self.until.encode()
-        for line in lines_with(b'_batch","outcome":"ok"', block):
-            match = _BATCH(line)
+        for line in lines_with(needle, block):
+            match = _OTHERS(line)
             if match is not None and low <= match[1] < high:
-                names = (name.strip(b'"') for name in match[2].split(b","))
+                names = (name.strip(b'"') for name in (match[2] or match[3] or b"").split(b","))
                 self.keys.update(name for name in names if 0 < len(name) <= MAX_KEY_ID)
 
     def _tell(self, block: bytes) -> None:
@@ -429,7 +436,8 @@ def _states(held: Holdings) -> str:
     ]
     stale = f" {held.stale:,} are older than {STALE_DAYS} days and were not used since." if held.stale else ""
     worn = "".join(f'<p class="bad-text">{esc(line)}</p>' for line in near(dict(held.heavy))[:MOST])
-    return f"<p>{held.total:,} DEKs.{stale}</p>{worn}" + _table(("KEK", "state", "DEKs"), rows, (2,))
+    total = f"{held.total:,} DEK" + "s" * (held.total != 1)
+    return f"<p>{total}.{stale}</p>{worn}" + _table(("KEK", "state", "DEKs"), rows, (2,))
 
 
 def _most(keys: Counter[bytes], held: Holdings) -> str:

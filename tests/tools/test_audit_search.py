@@ -355,6 +355,9 @@ KINDS = [
     ("encrypt", "ok"),
     ("decrypt", "failed"),
     ("decrypt_batch", "ok"),
+    ("reencrypt", "ok"),
+    ("get_wrapped", "ok"),
+    ("create_dek", "ok"),
     ("shred", "ok"),
     ("rotate_kek", "refused"),
 ]
@@ -364,14 +367,17 @@ def test_what_is_counted_is_what_json_says(tmp_path: Path) -> None:
     """Whatever a text holds, over hours, by socket and TCP and by nobody, within a time and without."""
     chance, path, clock = random.Random(3), tmp_path / "kms-audit.log", Clock()
     book = AuditLog(path, KEY, "1.1", clock)
-    for number in range(600):
+    for number in range(900):
         clock.now += chance.randrange(60)
         (op, outcome), key_id = chance.choice(KINDS), f"k_{chance.randrange(9)}"
         thread = "".join(chance.choices(WORDS, k=chance.randrange(4)))
         key = key_fragment(key_id, thread) if chance.random() < 0.8 else fragment()
         peer = peer_fragment(chance.choice((0, 1, 10, -1)), 0, number, chance.choice(("", "tcp")))
-        keys = fragment(keys=["k_7", f"k_x{number % 5}"]) if op == "decrypt_batch" else fragment()
-        book.record(op, outcome, 200, key, peer, keys)
+        named = [fragment(keys=["k_7", f"k_x{number % 5}"]), fragment(new_key_id="k_y", embedded=1)]
+        more = (
+            chance.choice(named) if op == "reencrypt" else named[0] if op == "decrypt_batch" else fragment()
+        )
+        book.record(op, outcome, 200, key, peer, more)
     book.close()
     block = path.read_bytes()
     events = [json.loads(line)["event"] for line in block.splitlines()]
@@ -389,9 +395,11 @@ def assert_counted(counts: auditreport.Counts, events: list[dict[str, Any]]) -> 
     assert {tuple(map(bytes.decode, call)): n for call, n in counts.calls.items()} == calls
     uids = collections.Counter((str(max(e.get("uid", -1), -1)), e["outcome"]) for e in events)
     assert {(uid.decode() or "-1", out.decode()): n for (uid, out), n in counts.uids.items()} == uids
-    good = [event for event in events if event["outcome"] == "ok"]
-    keys = collections.Counter(e["key_id"] for e in good if "key_id" in e)
+    used = ("encrypt", "decrypt", "decrypt_batch", "reencrypt", "get_wrapped")
+    good = [event for event in events if event["outcome"] == "ok" and event["op"] in used]
+    keys = collections.Counter(e["key_id"] for e in good if "key_id" in e and e["op"] != "decrypt_batch")
     keys.update(key for event in good for key in event.get("keys", ()))
+    keys.update(event["new_key_id"] for event in good if "new_key_id" in event)
     assert {key.decode(): n for key, n in counts.keys.items()} == keys
     told = [event for event in events if event["op"] in auditreport.TOLD]
     assert [event["seq"] for event in counts.told] == [e["seq"] for e in told][-auditreport.EVENTS :]

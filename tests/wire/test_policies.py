@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from progressdb_kms.wire.routes import ROUTES
 from tests.harness import Daemon
 from tests.harness.procs import wait_until
 from tests.harness.wire import Reply, b64
 from tests.wire.test_peers import as_user
 
 APP, OTHER = 20_002, 20_003
+MANUAL = Path(__file__).parents[2] / "progressdb_kms" / "manual"
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can connect as another user")
 
 POLICIES: list[dict[str, Any]] = [
@@ -253,6 +257,23 @@ def test_a_file_that_can_t_be_trusted_changes_nothing() -> None:
             line = next(line for line in daemon.stderr[seen:].splitlines() if "stay as they were" in line)
             assert told in line, (name, line)
             assert ask(daemon, "POST", "/encrypt", encrypt("k_2")).status == 403, name
+    finally:
+        daemon.close()
+
+
+def test_the_manual_s_entry_for_a_scraper_leaves_no_more_than_it_says() -> None:
+    """DEKs are listed to it, and it sees none; what has no operation is whoever's is served."""
+    found = re.search(r"`(policies: \[\{uid: 33, .*\])`, by which", (MANUAL / "monitoring.md").read_text())
+    assert found is not None
+    entry_of_manual = yaml.safe_load(found[1])["policies"][0]
+    daemon = serve(1, [{**entry_of_manual, "uid": APP}])
+    try:
+        for route in ROUTES:
+            path = route.path.replace("{key_id}", "k_1")
+            reply = ask(daemon, route.method, path, None if route.method == "GET" else {})
+            allowed = not route.op or route.op == "list_deks"
+            assert (reply.status == 200) if allowed else (reply.code == "policy_refused"), route.path
+        assert ask(daemon, "GET", "/deks").json() == {"deks": [], "next_cursor": None}
     finally:
         daemon.close()
 
