@@ -18,7 +18,6 @@ The buffers of a daemon that runs (a KEK on its way, a rotation's scratch) are m
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import logging
 import mmap
 import os

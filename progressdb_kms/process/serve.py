@@ -65,7 +65,6 @@ def serve(
         log.warning("%s", remark)
     found = hardening.harden()
     _look_at_second_start(settings, found)
-    measures = [measure._asdict() for measure in found]
     descriptors = _descriptors(settings)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     lock = claim(settings.data_dir)
@@ -85,13 +84,20 @@ def serve(
         with loaded:  # from here on the keys are in the keyring alone
             keys = Configured.of(loaded, keyring.install)._replace(**(forced or {}))
         inbox, outbox = channel.channel()
-        staging = region.view[REGION_SIZE:]
-        metrics = Metrics(settings.workers + 1)
-        sockets = (inbox, outbox, listener, tcp, name, handovers)
-        made = (measures, time.monotonic(), slabs, descriptors, cores())
         fleet = settings.store != "sqlite" and _fleet(settings)
-        last = (fleet.policies(settings) if fleet else Board(settings), Rates(settings.workers), fleet)
-        shared = Shared(settings, keys, region, keyring, staging, metrics, *sockets, *made, *last)
+        shared = Shared(
+            settings, keys, region, keyring,
+            staging=region.view[REGION_SIZE:],
+            metrics=Metrics(settings.workers + 1),
+            inbox=inbox, outbox=outbox,
+            listener=listener, tcp=tcp, name=name, handovers=handovers,
+            measures=[measure._asdict() for measure in found],
+            started=time.monotonic(),
+            slabs=slabs, descriptors=descriptors, cores=cores(),
+            board=fleet.policies(settings) if fleet else Board(settings),
+            rates=Rates(settings.workers),
+            fleet=fleet,
+        )  # fmt: skip
         run = Alone if settings.workers == 1 else Supervisor
         return run(shared, lock, ready or _announce).run()
     finally:

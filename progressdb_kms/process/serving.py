@@ -107,14 +107,17 @@ class Worker:
         self._introduced = False
         self._introduce()
         self._reader = (shared.fleet.reader if shared.fleet else SqliteReader)(path, keyring.row_key)
-        parts = self._reader, keyring, self._audit, self._keeper, settings.peer_rules, self._counters
-        more = self._about, settings.open_embedded_messages, settings.workers
-        self._service = (shared.fleet.service if shared.fleet else Service)(*parts, *more)
+        self._service = (shared.fleet.service if shared.fleet else Service)(
+            self._reader, keyring, self._audit, self._keeper, settings.peer_rules, self._counters,
+            self._about, settings.open_embedded_messages, settings.workers,
+        )  # fmt: skip
         share = STAGING_SLOTS // settings.workers
         slots = StagingSlots(shared.staging, (slot - 1) * share, share)
         app = App(self._service, slots, shared.metrics, settings.max_body_bytes, hosts=hosts(settings))
-        waits = settings.idle_timeout, settings.request_timeout
-        limits = Limits(settings.max_connections, *waits, shared.descriptors, shared.cores)
+        limits = Limits(
+            settings.max_connections, settings.idle_timeout, settings.request_timeout,
+            shared.descriptors, shared.cores,
+        )  # fmt: skip
         self._handover = shared.handovers[slot - 1]
         self._listener = shared.listener.dup()
         doors = [Door(self._listener, peer_of)]
