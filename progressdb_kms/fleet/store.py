@@ -882,10 +882,11 @@ _FOREIGN = (
     "SELECT sqrt((count(*) = %s)::int - 1) FROM done"
 )
 _LIVES = "SELECT EXISTS (SELECT 1 FROM hosts WHERE host = %s AND NOT fenced)"
+_KEK = "value::json ->> 'kek_id'"
 _ERASURES = (
-    "SELECT substr(name, 9) FROM kms WHERE host = '' AND name >= 'erasure:' AND name < 'erasure;' "
-    "AND value::json ->> 'kek_id' <> ALL(%s) AND NOT EXISTS (SELECT 1 FROM hosts "
-    "WHERE NOT fenced AND value::json ->> 'kek_id' = ANY(keks)) ORDER BY name LIMIT %s"
+    "SELECT substr(name, 9) FROM kms WHERE host = '' AND name >= 'erasure:' AND name < 'erasure;' "  # noqa: S608
+    f"AND {_KEK} <> '' AND {_KEK} <> ALL(%s) "
+    f"AND NOT EXISTS (SELECT 1 FROM hosts WHERE NOT fenced AND {_KEK} = ANY(keks)) ORDER BY name LIMIT %s"
 )
 _TAKEN = "DELETE FROM kms WHERE host = '' AND name = ANY(%s) RETURNING substr(name, 9)"
 _WEIGHTLESS = b64encode(bytes(32))

@@ -11,6 +11,7 @@ A schedule is a number. What must hold in each:
   DEK, on every host; a DEK that was made is known everywhere.
 - No acknowledged DEK is lost: it is there in the end, under a KEK that was not rotated out.
 - Nobody serves who is fenced.
+- A rotation locks nobody out: whoever serves at its swap has the new KEK.
 - A change is done once: what was answered isn't undone by an older try that arrives late.
 
     python -m tests.fleet.simulation 4711                    what happens in this schedule, line by line
@@ -32,6 +33,7 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from typing import Any, Callable, NamedTuple
 
 from progressdb_kms.errors import KMSError, StoreUnavailable
+from progressdb_kms.fleet import barrier
 from progressdb_kms.fleet.board import SIZE, Board, Follower
 from progressdb_kms.fleet.host import Host
 from progressdb_kms.fleet.lease import Reading
@@ -54,6 +56,9 @@ SAFEGUARDS = {
     "snapshot": "a read of an old primary counts, though its gen is behind",
     "timeline": "a gen counts whichever server it was seen on",
     "sure": "that a DEK isn't there is believed to any server",
+    "census": "a rotation begins and ends whether all hosts have the new KEK or not",
+    "touched": "what other hosts write while one rotates is staged as it was before",
+    "owner": "who stages and swaps doesn't look whether the rotation is still its own",
 }
 """What a test may take out, and what is done then."""
 
@@ -84,10 +89,19 @@ class Db(NamedTuple):
     hosts: dict[tuple[str, str], HostRow]
     changes: tuple[ChangeRow, ...]
     deks: dict[str, Dek]
+    owner: str = ""  # who rotates
+    staged: dict[str, Dek] | None = None
+    touched: frozenset[str] = frozenset()
 
     @property
     def fleet(self) -> FleetRow:
-        return FleetRow("f", 1, 1, self.gen, self.kek, self.version, False, "", self.timeline)
+        rotating = self.staged is not None
+        return FleetRow("f", 1, 1, self.gen, self.kek, self.version, rotating, self.owner, self.timeline)
+
+    def with_dek(self, key_id: str, dek: Dek) -> Db:
+        """Another host's, or this one's: whoever rotates has it to stage again."""
+        touched = self.touched | {key_id} if self.staged is not None else self.touched
+        return self._replace(deks={**self.deks, key_id: dek}, touched=touched)
 
 
 Done = tuple[Db, Any]
@@ -103,7 +117,7 @@ class Refused(KMSError):
 class Transactions:
     """What the engine does on a Db. Names that are in READS write nothing and need no standby."""
 
-    READS = frozenset(["news", "sight", "read"])
+    READS = frozenset(["news", "sight", "read", "page"])
 
     def __init__(self, without: Without) -> None:
         self._without = without
@@ -162,7 +176,7 @@ class Transactions:
         self._fence(db, host, inc, kek)
         if key_id in db.deks:
             return db, None
-        return db._replace(deks={**db.deks, key_id: Dek("enabled", 0, kek)}), None
+        return db.with_dek(key_id, Dek("enabled", 0, kek)), None
 
     def change(self, db: Db, host: str, inc: str, kek: str, key_id: str, rev: int, state: str) -> Done:
         """By compare-and-set of `rev`, so that a try which comes late does nothing. What is so already was
@@ -174,21 +188,65 @@ class Transactions:
         if dek.state == state:
             return db, db.fleet.point
         gen = db.gen + 1
-        deks = {**db.deks, key_id: Dek(state, gen, dek.kek)}
-        return db._replace(gen=gen, deks=deks, changes=(*db.changes, ChangeRow(gen, KEY, key_id))), Point(
-            db.timeline, gen
-        )
+        changes = (*db.changes, ChangeRow(gen, KEY, key_id))
+        db = db.with_dek(key_id, Dek(state, gen, dek.kek))._replace(gen=gen, changes=changes)
+        return db, Point(db.timeline, gen)
 
-    def swap(self, db: Db, host: str, inc: str, kek: str, new: str) -> Done:
+    # a rotation: see service.fleetrotation and fleet.store
+
+    def begin(self, db: Db, host: str, inc: str, kek: str, new: str) -> Done:
         self._fence(db, host, inc, kek)
-        if any(new not in row.keks for row in db.hosts.values() if not row.fenced):
-            raise Refused("kek_not_everywhere")
+        self._census(db, new)
+        if db.staged is not None and db.owner != host and self._lives(db, db.owner):
+            raise Refused("rotation_in_progress")
+        return db._replace(owner=host, staged={}, touched=frozenset()), None
+
+    def page(self, db: Db) -> Done:
+        return db, dict(db.deks)
+
+    def stage(self, db: Db, host: str, inc: str, kek: str, rows: dict[str, Dek]) -> Done:
+        self._fence(db, host, inc, kek)
+        self._own(db, host)
+        return db._replace(staged={**(db.staged or {}), **rows}), None
+
+    def drain(self, db: Db, host: str, inc: str, kek: str) -> Done:
+        """What was touched, as it is now."""
+        self._fence(db, host, inc, kek)
+        self._own(db, host)
+        return db._replace(touched=frozenset()), {key_id: db.deks[key_id] for key_id in sorted(db.touched)}
+
+    def swap(self, db: Db, host: str, inc: str, kek: str, new: str, rest: bool) -> Done:
+        self._fence(db, host, inc, kek)
+        self._own(db, host)
+        self._census(db, new)
+        staged = dict(db.staged or {})
+        if rest:
+            staged.update({key_id: db.deks[key_id] for key_id in sorted(db.touched)})
         gen = db.gen + 1
-        deks = {key_id: Dek(dek.state, dek.rev, new) for key_id, dek in db.deks.items()}
+        deks = {key_id: Dek(dek.state, dek.rev, new) for key_id, dek in staged.items()}
         changes = (*db.changes, ChangeRow(gen, KEKS, ""))
-        return db._replace(gen=gen, kek=new, version=db.version + 1, deks=deks, changes=changes), Point(
-            db.timeline, gen
-        )
+        db = db._replace(gen=gen, kek=new, version=db.version + 1, deks=deks, changes=changes)
+        return self._forgotten(db), Point(db.timeline, gen)
+
+    def discard(self, db: Db, host: str) -> Done:
+        """What this host staged, or one that is dead."""
+        if db.staged is None or (db.owner != host and self._lives(db, db.owner)):
+            return db, None
+        return self._forgotten(db), None
+
+    def _forgotten(self, db: Db) -> Db:
+        return db._replace(owner="", staged=None, touched=frozenset())
+
+    def _lives(self, db: Db, host: str) -> bool:
+        return any(row.host == host and not row.fenced for row in db.hosts.values())
+
+    def _own(self, db: Db, host: str) -> None:
+        if "owner" not in self._without and (db.staged is None or db.owner != host):
+            raise Refused("store_contended")
+
+    def _census(self, db: Db, new: str) -> None:
+        if "census" not in self._without and barrier.without_kek(list(db.hosts.values()), new):
+            raise Refused("kek_not_everywhere")
 
 
 Reply = Callable[[Any, "KMSError | None"], None]
@@ -247,8 +305,9 @@ class Machine:
         self.running = False
         self.incs: list[str] = []
         self.known_gone: list[str] = []
-        self.keks = frozenset(["k1", "k2"])
+        self.keks = frozenset(["k1", "k2"] if fleet.chance(0.8) else ["k1"])
         self.kek, self.version = "", 0
+        self.rotating = False
 
     # what Host asks for: Clock, Identity, Local
 
@@ -278,7 +337,15 @@ class Machine:
             pass
 
         def adopt(self, kek_id: str, version: int) -> None:
+            if kek_id not in self.machine.keks:
+                raise StoreUnavailable(f"the KEK {kek_id} is not configured")
             self.machine.kek, self.machine.version = kek_id, version
+
+    def configure(self) -> None:
+        """The new KEK comes to it, and a SIGHUP."""
+        self.keks = frozenset(["k1", "k2"])
+        if self.running:
+            self.keeper.tell_keks()
 
     # the daemon
 
@@ -286,6 +353,7 @@ class Machine:
         """`clean_boot`: the same machine goes on, so its file knows which incarnations are dead."""
         self.life += 1
         self.running = True
+        self.rotating = False
         self.known_gone = list(self.incs) if clean_boot else []
         self.board = Board(memoryview(bytearray(SIZE)))
         self.follower: Follower[Dek] = Follower(self.board, 100)
@@ -524,6 +592,7 @@ class Fleet:
             write.reply(answer, None)
         if node is self.primary:
             self.look_at_fences(before, node.db)
+            self.look_at_swap(before, node.db)
             if node.db.gen != before.gen:
                 self.notify(node)
 
@@ -600,6 +669,12 @@ class Fleet:
                     self.say("%s is fenced", machine.inc)
                     if "lease" not in self.without and machine.serves() and machine.stopped_until <= self.now:
                         self.violated(f"{machine.inc} is fenced, and its lease runs on")
+
+    def look_at_swap(self, before: Db, after: Db) -> None:
+        for machine in self.machines if before.kek != after.kek else ():
+            row = before.hosts.get((machine.name, machine.inc)) if machine.running else None
+            if row is not None and not row.fenced and after.kek not in machine.keks:
+                self.violated(f"{machine.inc} is locked out: it has no {after.kek}")
 
     def answer(self, machine: Machine, begun: float, key_id: str, dek: Dek | None) -> None:
         """A call that began then is answered by what this says of the DEK."""
@@ -724,20 +799,43 @@ def _change(args: tuple[Any, ...], registry: Any) -> Any:
 
 
 def rotate(machine: Machine, new: str) -> Work:
+    """What fails at any step but the swap is given up, and thrown away. Each step is written as the host that
+    this one is then, under the KEK that it holds for the active one then, as the store does."""
     fleet = machine.fleet
-    if not machine.serves() or not machine.inc:
+    if not machine.serves() or not machine.inc or machine.kek == new or machine.rotating:
         return
-    inc, kek, version = machine.inc, machine.kek, machine.version
-    if kek == new:
-        return
+    version, machine.rotating = machine.version, True
     try:
-        point = yield from tried(machine, lambda registry: registry.swap(machine.name, inc, kek, new))
+        point = yield from rotated(machine, new)
         yield from everywhere(machine, point)
     except KMSError as error:
         fleet.say("%s: the rotation is not answered: %s", machine.name, error.message)
+        with contextlib.suppress(KMSError):
+            yield lambda registry: registry.discard(machine.name)
         return
+    finally:
+        machine.rotating = False
     fleet.say("%s answers: rotated to %s", machine.name, new)
     fleet.rotated.append((fleet.now, version + 1))
+
+
+def rotated(machine: Machine, new: str) -> Generator[Any, Any, Point]:
+    fleet, rest = machine.fleet, "touched" not in machine.fleet.without
+    yield lambda registry: registry.begin(machine.name, machine.inc, machine.kek, new)
+    rows = yield lambda registry: registry.page()
+    for _ in range(2):
+        yield lambda registry: registry.wait(fleet.between(0.0, 2.0))
+        page = rows
+        yield lambda registry: registry.stage(machine.name, machine.inc, machine.kek, page)  # noqa: B023
+        rows = (yield lambda registry: registry.drain(machine.name, machine.inc, machine.kek)) if rest else {}
+    yield lambda registry: registry.stage(machine.name, machine.inc, machine.kek, rows)
+    try:
+        return (yield lambda registry: registry.swap(machine.name, machine.inc, machine.kek, new, rest))
+    except StoreUnavailable:
+        found = yield from tried(machine, lambda registry: registry.sure("a"))
+        if found[0] is None or found[0].kek != new:
+            raise
+        return found[1]  # type: ignore[no-any-return]
 
 
 # ---- what befalls them -------------------------------------------------------------------------------
@@ -780,6 +878,19 @@ def slow(fleet: Fleet, machine: Machine, seconds: float) -> None:
     machine.slow_until = fleet.now + seconds
     for _ in range(3):
         fleet.after(fleet.between(0.0, seconds), lambda: call(fleet, machine, "create"))
+
+
+def pause(fleet: Fleet, machine: Machine, _: float) -> None:
+    """It is stopped in the middle of a rotation until it is fenced, or nearly; others change things, and
+    rotate themselves."""
+    seconds = SPAN * fleet.between(0.9, 1.6)
+    others = [other for other in fleet.machines if other is not machine]
+    fleet.after(0.0, lambda: call(fleet, machine, "rotate"))
+    fleet.after(fleet.between(0.0, 4.0), lambda: stop(fleet, machine, seconds))
+    for _n in range(4):
+        fleet.after(fleet.between(0.0, 5.0), lambda: call(fleet, fleet.one_of(others), "change"))
+        fleet.after(seconds + fleet.between(-4.0, 4.0), lambda: call(fleet, fleet.one_of(others), "rotate"))
+        fleet.after(seconds + fleet.between(0.0, 8.0), lambda: call(fleet, fleet.one_of(others), "change"))
 
 
 def kill(fleet: Fleet, machine: Machine, seconds: float) -> None:
@@ -827,6 +938,7 @@ TROUBLES: dict[str, tuple[Callable[[Fleet, Machine, float], None], float]] = {
     "hold": (hold, 1.0),
     "cut": (cut, 2.0),
     "slow": (slow, 2.0),
+    "pause": (pause, 1.0),
     "kill": (kill, 1.0),
     "set_clock": (set_clock, 1.0),
     "lonely": (lonely, 2.0),
@@ -876,6 +988,7 @@ def play(seed: int, without: Without = (), troubles: Sequence[str] = (), trace: 
     fleet = Fleet(seed, without, troubles, trace)
     for machine in fleet.machines:
         machine.start(True)
+        fleet.at(fleet.between(0.0, SPAN), machine.configure)
     length = SPAN * fleet.between(2.0, 5.0)
     for _ in range(2 + int(fleet.random() * 5)):
         fleet.at(fleet.between(1.0, length), lambda: trouble(fleet))

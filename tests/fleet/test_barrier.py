@@ -110,3 +110,20 @@ def test_a_rotation_names_whoever_lacks_the_key() -> None:
     rows = [host("a1", keks="k1 k2"), host("c1"), host("b1"), host("d1", fenced=True), host("b0")]
     assert barrier.without_kek(rows, "k2") == ["host-b", "host-c"]
     assert barrier.without_kek([host("b1")._replace(name="")], "k2") == ["b"]
+
+
+def test_who_rotates_is_looked_after() -> None:
+    rows = [host("a1"), host("b1", seen=9), host("b0", fenced=True)]
+    seen = sight(*rows)
+    assert barrier.rotating(seen) == []
+    assert barrier.rotating(seen._replace(fleet=seen.fleet._replace(rotating=True, owner="b"))) == [rows[1]]
+
+
+def test_what_may_be_forgotten_of_the_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one host; of those that serve, the one that is furthest behind decides."""
+    monkeypatch.setattr(barrier, "KEPT_CHANGES", 100)
+    rows = [host("a1", seen=900), host("b1", seen=700), host("c1", seen=3, fenced=True)]
+    assert barrier.prunable(sight(*rows), ME) == 600
+    assert barrier.prunable(sight(*rows), ("b", "b1")) == 0
+    assert barrier.prunable(sight(host("a1", seen=99)), ME) == 0
+    assert barrier.prunable(sight(), ME) == 0

@@ -68,6 +68,26 @@ def test_what_one_host_does_holds_on_the_other_at_once(pair: Pair) -> None:
         assert use(a, "k_absent") == use(b, "k_absent") == 404
 
 
+def test_a_host_s_own_change_takes_nothing_else_from_its_memory(
+    pair: Pair, fleet_database: postgres.Fleet
+) -> None:
+    """The engine is away then: a DEK that was forgotten could not be found again."""
+    _, two = pair
+    with two.session(PATIENCE) as session:
+        kept, gone = (session.create_dek("t")["key_id"] for _ in range(2))
+        until(lambda: [use(session, kept) for _ in range(20)] == [200] * 20)  # each worker knows it
+        assert status(session, "POST", f"/deks/{gone}/disable", {}) == 200
+        fleet_database.sql(
+            "ALTER ROLE kms NOLOGIN",
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'kms'",
+        )
+        try:
+            assert use(session, kept) == 200
+            assert use(session, gone) == 503
+        finally:
+            fleet_database.sql("ALTER ROLE kms LOGIN")
+
+
 def rows(database: postgres.Fleet) -> list[tuple[Any, ...]]:
     return database.sql("SELECT host, inc, fenced FROM kms.hosts ORDER BY host, inc")
 

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from progressdb_kms.errors import KMSError
-from progressdb_kms.fleet import lease
+from progressdb_kms.fleet import barrier, lease
 from progressdb_kms.fleet.lease import NONE
 from progressdb_kms.fleet.rows import ALL, KEY, ChangeRow, Point
-from tests.fleet.simulation import Dek
 from tests.fleet.twin import SPAN, Database, Stepped
 
 
@@ -190,8 +189,8 @@ class TestFollowing:
     def test_another_kek_is_adopted_before_it_is_acknowledged(
         self, database: Database, host: Stepped
     ) -> None:
-        database.db = database.db._replace(deks={"x": Dek("enabled", 0, "k1")})
-        database.do("swap", "a", host.inc, "k1", "k2")
+        database.do("begin", "a", host.inc, "k1", "k2")
+        database.do("swap", "a", host.inc, "k1", "k2", True)
         host.turn()
         assert host.service.adopted == ["k1", "k2"]
         assert row(database, host).seen == 1
@@ -336,3 +335,34 @@ class TestEverywhere:
         host.clock.seconds += 6.0
         host.turn()
         assert told[0] is not None and "away" in told[0].message and told[0].status == 503
+
+
+class TestWhatNoChangeWaitsFor:
+    def test_a_host_that_rotates_and_is_dead_is_fenced(self, database: Database, host: Stepped) -> None:
+        """Else the table that it stages would stay, and the marks grow, until somebody changes something."""
+        dead = Stepped(database, "b")
+        dead.turn()
+        database.do("begin", "b", dead.inc, "k1", "k2")
+        for _ in range(6):
+            assert not row(database, dead).fenced
+            host.clock.seconds += SPAN / 4
+            host.turn()
+        assert row(database, dead).fenced
+        assert database.db.staged is not None  # that is the keeper's to throw away
+        database.do("discard", "a")
+        assert database.db.staged is None
+
+    def test_changes_that_all_hosts_know_are_pruned(
+        self, database: Database, host: Stepped, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(barrier, "KEPT_CHANGES", 2)
+        changed(database, *"abcde")
+        host.turn()
+        assert len(database.db.changes) == 5
+        host.clock.seconds += SPAN / 4
+        host.turn()
+        assert [change.key_id for change in database.db.changes] == ["c", "d", "e"]
+        asked = database.asked.count("prune")
+        host.clock.seconds += SPAN / 4
+        host.turn()
+        assert database.asked.count("prune") == asked

@@ -24,8 +24,14 @@ WITHOUT = {
     "snapshot": ENGINE,
     "timeline": ("split",),
     "sure": ENGINE,
+    "census": ("kill",),
+    "touched": ("slow",),
+    "owner": ("pause",),
 }
 """Each safeguard, and what must happen so that one sees what it is good for."""
+
+FIRST = {"timeline": 3740}
+"""Where that is rare: the schedule to begin with, so that the search is short."""
 
 LONG_SECONDS = 600.0
 
@@ -39,7 +45,7 @@ def test_nothing_is_violated() -> None:
 
 @pytest.mark.parametrize("safeguard", SAFEGUARDS)
 def test_each_safeguard_is_needed(safeguard: str) -> None:
-    assert search(0, 5000, without=[safeguard], troubles=WITHOUT[safeguard]).found
+    assert search(FIRST.get(safeguard, 0), 5000, without=[safeguard], troubles=WITHOUT[safeguard]).found
 
 
 def test_a_schedule_replays() -> None:

@@ -458,3 +458,123 @@ class TestRotationOfAFleet:
         assert two.get("a") == self.moved(dek("a", "later"))
         with two.transaction():
             assert not two.recount()
+
+    def test_a_write_that_failed_forgets_nothing_of_what_is_owed(self, one: Any, two: Any) -> None:
+        """One of this host's own, of a row that it has to stage again: that must come all the same."""
+        put(one, dek("a"))
+        self.begin(one)
+        put(two, dek("a", "later"))
+        one.check_staged("", 9)
+        with pytest.raises(Stop), one.transaction():
+            one.put(dek("a", "mine"))
+            one.stage([self.moved(dek("a", "mine"))])
+            raise Stop
+        assert one.check_staged("a", 9) == ""
+        self.swap(one)
+        assert two.get("a") == self.moved(dek("a", "later"))
+
+    def test_no_row_is_staged_for_another_host(self, one: Any, two: Any, fleet_database: Fleet) -> None:
+        """It was fenced while it was stopped, and another began anew. When it comes back it is one of the
+        fleet again, and none of its steps does anything."""
+        from progressdb_kms.fleet.store import Contended
+
+        put(one, dek("a"))
+        self.begin(one)
+        fleet_database.sql("UPDATE kms.hosts SET fenced = true WHERE host = 'one'")
+        with two.transaction():
+            two.staging(True)
+        fleet_database.sql("UPDATE kms.hosts SET fenced = false WHERE host = 'one'")
+        with pytest.raises(Contended):
+            self.stage(one, [dek("a", "old")])
+        with pytest.raises(Contended):
+            self.swap(one)
+        self.stage(two, two.page("", 9))
+        self.swap(two)
+        assert one.get("a") == self.moved(dek("a"))
+
+    def test_who_comes_in_the_swap_is_not_missed(self, one: Any, two: Any, fleet_database: Fleet) -> None:
+        """A host that has begun its first transaction, which touches no DEK: its key is there, or it finds
+        another active KEK."""
+        from progressdb_kms.fleet.store import Locked
+
+        put(one, dek("a"))
+        self.begin(one)
+        with pytest.raises(Stop), two.transaction():
+            two.write("clock:trusted", {"n": 1})
+            two._inside()
+            with pytest.raises(Locked), one.transaction():
+                one.settle(lambda records: None)
+            raise Stop
+
+    def test_rows_of_all_hosts_are_renewed(self, one: Any, two: Any, fleet_database: Fleet) -> None:
+        from progressdb_kms.fleet.store import Contended
+
+        for store, n in ((one, 1), (two, 2)):
+            with store.transaction():
+                store.write("audit:key", {"n": n})
+        ((host, text),) = one.foreign("audit:key").items()
+        assert (host, one.opened(host, "audit:key", text)) == ("two", {"n": 2})
+        with pytest.raises(StoreDamaged):
+            one.opened("one", "audit:key", text)
+        with one.transaction():
+            one.write_foreign("audit:key", {"two": (text, {"n": 3})})
+        assert two.read("audit:key") == {"n": 3} and one.read("audit:key") == {"n": 1}
+        two.vouch()
+        with pytest.raises(Contended), one.transaction():
+            one.write_foreign("audit:key", {"two": (text, {"n": 4})})
+        fleet_database.reader(KEY, "three").vouch()
+
+    def test_the_census_stays_true_to_the_end(self, one: Any, two: Any, fleet_database: Fleet) -> None:
+        import psycopg
+
+        with pytest.raises(Stop), one.transaction():
+            assert [(row.host, row.keks) for row in one.census()] == [
+                ("one", frozenset()),
+                ("two", frozenset()),
+            ]
+            with pytest.raises(psycopg.errors.LockNotAvailable):
+                fleet_database.sql("SET lock_timeout = 100", "UPDATE kms.hosts SET keks = '{k}'")
+            raise Stop
+
+    def test_a_reader_of_one_moment_and_a_swap_wait_for_each_other(
+        self, one: Any, fleet_database: Fleet
+    ) -> None:
+        """Else the reader would find the new table in its old moment: empty."""
+        put(one, dek("a"))
+        self.begin(one)
+        reader = fleet_database.reader(KEY)
+        with reader.snapshot():
+            assert reader.state().change
+            with pytest.raises(StoreUnavailable):
+                self.swap(one)
+            assert [record.key_id for record in reader.page("", 9)] == ["a"]
+        self.swap(one)
+
+    def test_a_dead_rotation_is_seen(self, one: Any, two: Any, fleet_database: Fleet) -> None:
+        assert not two.abandoned()
+        with one.transaction():
+            one.staging(True)
+        assert two.fleet().owner == "one" and not two.abandoned()
+        fleet_database.sql("UPDATE kms.hosts SET fenced = true WHERE host = 'one'")
+        assert two.abandoned()
+        with two.transaction():
+            two.staging(False)
+        assert not two.abandoned() and not two.fleet().rotating
+
+
+class TestErasures:
+    def test_due_as_long_as_a_host_has_the_kek(self, one: Any, two: Any, fleet_database: Fleet) -> None:
+        fleet_database.sql("UPDATE kms.hosts SET keks = ARRAY['k1', 'k2'] WHERE host = 'two'")
+        with one.transaction():
+            for key_id, kek_id in (("a", "k1"), ("b", "k2"), ("c", "k3"), ("d", "k4")):
+                one.write(f"erasure:{key_id}", {"since": "2026", "kek_id": kek_id})
+            one.write("erasure:e", {"since": "2026"})  # nobody knows which KEK
+        assert one.erasures({"k4"}, 9) == ["c"]
+        fleet_database.sql("UPDATE kms.hosts SET keks = ARRAY['k2'] WHERE host = 'two'")
+        assert one.erasures({"k4"}, 9) == ["a", "c"] and one.erasures({"k4"}, 1) == ["a"]
+        fleet_database.sql("UPDATE kms.hosts SET fenced = true WHERE host = 'two'")
+        assert one.erasures(set(), 9) == ["a", "b", "c", "d"]
+        with one.transaction():
+            assert one.taken(["a", "b"]) == ["a", "b"]
+            assert one.taken(["b", "c"]) == ["c"] and one.taken([]) == []
+        assert one.span("erasure:") == (2, "erasure:d")

@@ -86,6 +86,18 @@ def test_a_retired_kek_is_no_master_unless_it_is_wanted() -> None:
     assert (same.active, same.adopt) == (OLD, False)
 
 
+def test_a_fleet_that_was_rotated_is_followed_before_the_configuration_is_changed() -> None:
+    """The master key is the old one, rotated out; the active one stands in next_master_keys."""
+    coming = ConfiguredKey(NEW, "next_master_keys entry 1 /k")
+    keys = Configured(key(OLD), [key(THIRD), coming])
+    assert keys.coming == {NEW: coming.source} and keys.kek_ids == {OLD, NEW, THIRD}
+    found = plan((NEW, 2), {NEW: count(5)}, keys, {OLD: "2026-11-24T10:00:00Z"})
+    assert (found.active, found.version, found.adopt) == (NEW, 2, False)
+    assert "let next_master_keys entry 1 /k be the master key" in found.notice
+    before = plan((OLD, 1), {OLD: count(5)}, keys, {})
+    assert (before.active, before.adopt, before.notice) == (OLD, False, "")
+
+
 def test_missing_keks_may_be_allowed_but_never_the_active_one() -> None:
     keys = Configured(key(OLD), allow_missing=True)
     found = plan((OLD, 1), {OLD: count(5), THIRD: count(2)}, keys, {})
