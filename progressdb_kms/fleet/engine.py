@@ -357,6 +357,11 @@ class Link:
         self._session: Session | None = None
         self._lock = threading.RLock()
 
+    @property
+    def connected(self) -> bool:
+        """Or it was, and nobody has noticed yet that it isn't any more."""
+        return self._session is not None
+
     @contextlib.contextmanager
     def session(self) -> Iterator[Session]:
         """Raises StoreUnavailable, StoreDamaged, ConfigError. A session that failed in a way which says

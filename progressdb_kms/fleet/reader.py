@@ -13,20 +13,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..encoding import json_loads
-from ..errors import StoreDamaged
+from ..errors import StoreDamaged, StoreUnavailable
 from ..store.contract import HEAVY, DekRecord, Usage
 from ..store.policy import SHREDDED
 from ..store.seal import MODULUS, OWN, STATE, KekCount, Seal, StoreState, weight
 from ..store.sealed import OWN_DONT_ADD_UP, OWN_HINT, SealedReader
-from .engine import TIMELINE, Link, Session
+from .engine import TIMELINE, UNREACHABLE, Link, Session
 from .rows import Point
 
 HOSTS = ("store:", "audit:", "clock:", "snapshot:", "uses:", "probe")
 """Beginnings of the names of rows that each host has for itself. All others are the fleet's."""
+
+AT_ONCE = 1.0
+"""Seconds in which a connection that is dead says so."""
 
 WRITES = "store:writes"
 """The row that counts a host's transactions: see `store`."""
@@ -92,8 +96,20 @@ class FleetReader(SealedReader):
         self._seal = Seal(key) if key is not None else None
 
     def _select(self, sql: str, args: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """A connection that died since it was last used costs nobody an answer: a read is asked again. Not
+        where the engine was silent: that was waited for already."""
         if self._open is not None:
             return self._open.execute(sql, args).fetchall()
+        if self._link.connected:
+            begun = time.monotonic()
+            try:
+                return self._once(sql, args)
+            except StoreUnavailable as error:
+                if error.code != UNREACHABLE or time.monotonic() - begun > AT_ONCE:
+                    raise
+        return self._once(sql, args)
+
+    def _once(self, sql: str, args: Sequence[Any]) -> list[tuple[Any, ...]]:
         with self._link.session() as session:
             return session.execute(sql, args).fetchall()
 
