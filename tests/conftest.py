@@ -12,9 +12,12 @@ A test that waits for something that never comes is ended after LIMIT seconds (m
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -100,12 +103,29 @@ def _time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    share_what_is_rewritten()
     try:
         from hypothesis import settings
     except ImportError:
         return
     settings.register_profile("kms", deadline=None)  # a slow machine is no failure
     settings.load_profile("kms")
+
+
+sys.dont_write_bytecode = False  # here, whatever the environment says: what pytest makes of a test is kept
+
+
+def share_what_is_rewritten() -> None:
+    """Where several processes run the tests, each is the first to import a part of them: pytest rewrites their
+    assertions, which takes longer than all else before the first test, and the others find it done."""
+    number, count = (os.environ.get(f"PYTEST_XDIST_WORKER{name}", "") for name in ("", "_COUNT"))
+    if not number:
+        return
+    top = Path(__file__).parent
+    files = sorted(top.rglob("test_*.py"))
+    for path in files[int(number[2:]) :: int(count)]:
+        with contextlib.suppress(Exception, pytest.skip.Exception):  # told when it is collected
+            importlib.import_module(".".join(path.relative_to(top.parent).with_suffix("").parts))
 
 
 def starts_a_daemon(item: pytest.Item) -> bool:
