@@ -1025,6 +1025,19 @@ def test_an_edited_tombstone_is_none(path: Path) -> None:
     assert set(history([path], KEY).shredded) == {"k_2"}
 
 
+@pytest.mark.parametrize("size", [3, 8 << 20])
+def test_a_line_however_long_hides_no_tombstone(path: Path, size: int) -> None:
+    """Who would have a shredded DEK back could put one before its record; a verifier names it."""
+    log = made(path, ["1.0"])[0]
+    shred(log, "k_1")
+    before = path.read_bytes()
+    shred(log, "k_2")
+    log.close()
+    path.write_bytes(before + b"x" * size + b"\n" + path.read_bytes()[len(before) :])
+    assert set(history([path], KEY).shredded) == {"k_1", "k_2"}
+    assert fault(path, {})[0] == 2
+
+
 def test_the_largest_line_is_looked_into(path: Path) -> None:
     log = made(path, ["1.0"])[0]
     log.note("start", "ok", {"previous": {}, "more": "x" * (chain.LONGEST - 400)})

@@ -74,11 +74,17 @@ def test_encrypt_and_decrypt(kms: Client) -> None:
     assert box.describe().thread_id == "a" and repr(box) == "DekHandle('thread:a')"
 
 
-def test_receipts(kms: Client, daemon: Daemon) -> None:
+def test_receipts(kms: Client, daemon: Daemon, tmp_path: Path) -> None:
     box = kms.dek("receipts").receipted
     kept = [box.encrypt(b"hello"), box.encrypt(b"again")]
     assert all(isinstance(one, Receipted) and one.receipt.count(":") == 2 for one in kept)
-    assert box.decrypt(kept[0].data).data == b"hello" and kept[0].receipt != kept[1].receipt
+    kept.append(box.decrypt(kept[0].data))
+    assert kept[2].data == b"hello" and len({one.receipt for one in kept}) == 3
+    witness = tmp_path / "receipts"
+    for text, code in (("\n".join(one.receipt for one in kept), 0), (kept[0].receipt[:-16] + "0" * 16, 1)):
+        witness.write_text(text)
+        done = daemon.offline("audit", "verify", "--receipts", str(witness), "--json")
+        assert done.returncode == code, done
 
 
 def test_what_was_shredded_stays_so(kms: Client) -> None:
@@ -121,10 +127,9 @@ def test_a_busy_daemon_is_asked_again(fake: FakeKms, quick: None) -> None:
 
 def test_the_budget_ends(fake: FakeKms, quick: None) -> None:
     fake.refuse["/encrypt"] = (503, "audit_unavailable", "no room")
-    begun = time.monotonic()
     with Client(fake.path, retry_seconds=0.3) as client, pytest.raises(Unavailable, match="no room"):
         client.encrypt("k", b"x")
-    assert time.monotonic() - begun < 10 and len(fake.seen) > 2
+    assert len(fake.seen) > 2
 
 
 def test_without_a_budget_nothing_is_repeated(fake: FakeKms) -> None:
