@@ -116,8 +116,8 @@ sys.dont_write_bytecode = False  # here, whatever the environment says: what pyt
 
 
 def share_what_is_rewritten() -> None:
-    """Where several processes run the tests, each is the first to import a part of them: pytest rewrites their
-    assertions, which takes longer than all else before the first test, and the others find it done."""
+    """Where several processes run the tests, each is the first to import a part of them: pytest rewrites
+    their assertions, which takes longer than all else before the first test, and the others find it done."""
     number, count = (os.environ.get(f"PYTEST_XDIST_WORKER{name}", "") for name in ("", "_COUNT"))
     if not number:
         return
