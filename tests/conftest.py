@@ -4,6 +4,7 @@
     make_daemon     make_daemon(config, workers=2, …): as many as the test wants, of any configuration
     shared_daemon   one running daemon a module: for tests that only add keys of their own
     workers         runs the test with one process and with two: `make_daemon(workers=workers)`
+    mostly_two      the same, but with one process only in the long run
     postgres_server one PostgreSQL server for the whole run of this process; skipped where there is none
     short_tmp       a folder directly under /tmp, for socket paths
 
@@ -62,6 +63,13 @@ def shared_daemon() -> Iterator[Daemon]:
 
 @pytest.fixture(params=[1, 2], ids=["one process", "two workers"])
 def workers(request: pytest.FixtureRequest) -> int:
+    count: int = request.param
+    return count
+
+
+@pytest.fixture(params=[pytest.param(1, id="one process", marks=pytest.mark.long), 2], ids=str)
+def mostly_two(request: pytest.FixtureRequest) -> int:
+    """One process does as two do: for what starts many."""
     count: int = request.param
     return count
 

@@ -39,9 +39,9 @@ def scheduled(daemon: Daemon, days: int = 30) -> str:
     return key_id
 
 
-def test_ten_years_for_a_second_shred_nothing(workers: int) -> None:
+def test_ten_years_for_a_second_shred_nothing(mostly_two: int) -> None:
     """The janitor looks at once: a fresh keeper does. Told by readyz, status, log, metric, and doctor."""
-    with Shim() as shim, Daemon(env=shim.env, workers=workers) as daemon:
+    with Shim() as shim, Daemon(env=shim.env, workers=mostly_two) as daemon:
         key_id = scheduled(daemon)
         assert warnings(daemon) == [] and held(daemon) == "0"
         daemon.stop()
@@ -69,9 +69,9 @@ def test_ten_years_for_a_second_shred_nothing(workers: int) -> None:
         assert daemon.offline("audit", "verify").returncode == 0
 
 
-def test_the_operator_accepts_a_clock(workers: int) -> None:
+def test_the_operator_accepts_a_clock(mostly_two: int) -> None:
     """Due by the clock that was accepted, and recorded with who did it."""
-    with Shim() as shim, Daemon(env=shim.env, workers=workers) as daemon:
+    with Shim() as shim, Daemon(env=shim.env, workers=mostly_two) as daemon:
         key_id = scheduled(daemon, days=20)
         daemon.stop()
         shim.clock(30 * 86400)

@@ -380,8 +380,8 @@ class TestDamagedStore:
         ("harm", "says"),
         [
             (Path.unlink, "missing"),
-            (lambda path: path.write_bytes(b""), "empty"),
-            (zeroed, "database"),
+            pytest.param(lambda path: path.write_bytes(b""), "empty", marks=pytest.mark.long),
+            pytest.param(zeroed, "database", marks=pytest.mark.long),
             (cut, "cut|damaged|malformed"),
             (lambda path: path.write_bytes(os.urandom(path.stat().st_size)), "database"),
         ],

@@ -123,9 +123,9 @@ def test_what_a_killed_backup_left_goes(stopped: Daemon, short_tmp: Path) -> Non
 # ---- root's commands in the daemon's folder ---------------------------------------------------
 
 
-def commands(daemon: Daemon) -> list[tuple[str, ...]]:
+def commands(daemon: Daemon, some: str) -> list[tuple[str, ...]]:
     backup = str(daemon.home / "backup")
-    return [
+    every: list[tuple[str, ...]] = [
         ("verify",),
         ("export", str(daemon.home / "export")),
         ("backup", backup),
@@ -136,14 +136,21 @@ def commands(daemon: Daemon) -> list[tuple[str, ...]]:
         ("backups", "prune", "--keep", "1"),
         ("restore", backup),
     ]
+    return [words for words in every if words[0] in some.split()]
 
 
-def test_root_gives_nothing_away(theirs: Daemon) -> None:
+WRITING = "export backup restore"
+SOME = WRITING, pytest.param("verify import audit backups " + WRITING, marks=pytest.mark.long)
+"""Of the commands: those that make files outside the data-dir and in it, and all of them."""
+
+
+@pytest.mark.parametrize("some", SOME)
+def test_root_gives_nothing_away(theirs: Daemon, some: str) -> None:
     """A file of root's that its owner has linked into the data-dir stays root's."""
     victim = theirs.home / "victim"
     victim.write_bytes(b"root's")
     os.link(victim, theirs.data_dir / "x")
-    for words in commands(theirs):
+    for words in commands(theirs, some):
         assert theirs.offline(*words).returncode == 0, words
         assert victim.stat().st_uid == 0, words
     found = {path: path.stat().st_uid for path in theirs.data_dir.rglob("*") if path.name != "x"}
@@ -151,10 +158,11 @@ def test_root_gives_nothing_away(theirs: Daemon) -> None:
     assert (theirs.home / "export").stat().st_uid == (theirs.home / "backup").stat().st_uid == 0
 
 
-def test_a_link_in_the_place_of_a_file_that_sqlite_makes(theirs: Daemon) -> None:
+@pytest.mark.parametrize("some", SOME)
+def test_a_link_in_the_place_of_a_file_that_sqlite_makes(theirs: Daemon, some: str) -> None:
     """root's hand makes nothing at the other end."""
     links = {theirs.data_dir / f"kms.db-{end}": theirs.home / end for end in ("shm", "wal", "journal")}
-    for words in commands(theirs):
+    for words in commands(theirs, some):
         for name, target in links.items():
             name.unlink(missing_ok=True)
             name.symlink_to(target)
@@ -162,14 +170,15 @@ def test_a_link_in_the_place_of_a_file_that_sqlite_makes(theirs: Daemon) -> None
         assert not any(target.exists() for target in links.values()), words
 
 
-def test_a_program_that_the_owner_can_not_read(theirs: Daemon) -> None:
+@pytest.mark.parametrize("some", SOME)
+def test_a_program_that_the_owner_can_not_read(theirs: Daemon, some: str) -> None:
     """Modules are loaded before the switch."""
     tree = theirs.home / "tree"
     shutil.copytree(REPO / "progressdb_kms", tree / "progressdb_kms")
     tree.chmod(0o700)
     secret = theirs.home / "secret"
     secret.mkdir(0o700)
-    for words in commands(theirs):
+    for words in commands(theirs, some):
         words = tuple(word.replace(str(theirs.home / "b"), str(secret / "b")) for word in words)
         done = subprocess.run(
             [*COMMAND, *words, "--data-dir", theirs.data_dir, "--config", theirs.config_file],

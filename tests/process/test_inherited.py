@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,13 +120,19 @@ def lives(daemon: Daemon) -> None:
     daemon.stop()
 
 
-@pytest.mark.parametrize("wrapper", INHERITED.values(), ids=INHERITED)
+def every_third(choices: dict[str, Any], first: int) -> list[Any]:
+    """The others only in the long run."""
+    marks = [[] if n % 3 == first else [pytest.mark.long] for n in range(len(choices))]
+    return [pytest.param(value, id=name, marks=mark) for mark, (name, value) in zip(marks, choices.items())]
+
+
+@pytest.mark.parametrize("wrapper", every_third(INHERITED, 0))
 def test_what_a_parent_did(wrapper: Sequence[str]) -> None:
     with Daemon(workers=2, wrapper=wrapper) as daemon:
         lives(daemon)
 
 
-@pytest.mark.parametrize("environment", ENVIRONMENTS.values(), ids=ENVIRONMENTS)
+@pytest.mark.parametrize("environment", every_third(ENVIRONMENTS, 1))
 def test_the_environment(environment: dict[str, str]) -> None:
     home = Path(subprocess.check_output(["mktemp", "-d", "/tmp/kms-ümläut-XXXXXX"], text=True).strip())
     with Daemon(workers=2, env=environment, home=home) as daemon:

@@ -126,10 +126,11 @@ def test_start_and_use_leave_no_copy(source: str) -> None:
                 assert daemon.kek.hex().encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
 
 
-def test_ten_thousand_operations() -> None:
+@pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.long)])
+def test_after_thousands_of_operations(count: int) -> None:
     with Daemon(workers=2) as daemon:
         material = Material(daemon)
-        hammer(daemon.socket, material.work, count=10_000, threads=CONNECTIONS)
+        hammer(daemon.socket, material.work, count=count, threads=CONNECTIONS)
         scan(daemon.pids(), [Secret("KEK", daemon.kek), *material.secrets]).assert_clean()
 
 

@@ -75,7 +75,7 @@ OPERATIONS: dict[str, Callable[[Daemon, Session], object]] = {
 }
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[pytest.param(1, marks=pytest.mark.long), 2])
 def daemon(request: pytest.FixtureRequest) -> Iterator[Daemon]:
     with Daemon(workers=request.param) as daemon:
         yield daemon

@@ -71,7 +71,7 @@ HARMS: dict[str, tuple[str, Callable[[Path], None], str]] = {
 }
 
 
-LONG = [(1, harm) for harm in HARMS if harm not in ("unlinked", "the log replaced")]
+LONG = [(1, harm) for harm in HARMS if harm != "the log replaced"]
 """One process does as two; what differs is who holds which file."""
 
 

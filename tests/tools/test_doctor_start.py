@@ -94,7 +94,15 @@ def damage_audit_key(daemon: Daemon) -> None:
         db.commit()
 
 
-@pytest.mark.parametrize("harm", [put_back, delete, swap_keys, damage_audit_key])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        put_back,
+        pytest.param(delete, marks=pytest.mark.long),
+        pytest.param(swap_keys, marks=pytest.mark.long),
+        damage_audit_key,
+    ],
+)
 def test_what_would_not_start_is_told_before(stopped: Daemon, harm: Callable[[Daemon], None]) -> None:
     harm(stopped)
     found = report(stopped)
