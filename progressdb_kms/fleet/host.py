@@ -338,7 +338,7 @@ class Host:
     # ---- times -----------------------------------------------------------------------------------
 
     def _now(self) -> float:
-        return self._clock.read().steady
+        return self._clock.steady()
 
     def _rest(self) -> float:
         if not self._inc:

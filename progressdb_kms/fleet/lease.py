@@ -50,6 +50,9 @@ class Clock:
     def read(self) -> Reading:
         return Reading(time.clock_gettime_ns(BOOTTIME), time.time_ns(), time.monotonic())
 
+    def steady(self) -> float:
+        return time.monotonic()
+
 
 def margin(fence_seconds: float) -> float:
     return fence_seconds / SPARE

@@ -280,7 +280,11 @@ class Recorder:
     """A registry that does nothing but say what was asked of it."""
 
     def __getattr__(self, name: str) -> Callable[..., Call]:
-        return lambda *args: Call(name, args)
+        def record(*args: Any) -> Call:
+            return Call(name, args)
+
+        self.__dict__[name] = record  # so that it is made once
+        return record
 
 
 RECORDER: Any = Recorder()
@@ -315,6 +319,9 @@ class Machine:
         now = self.fleet.now
         run = (now - self.asleep + self.started) * self.rate
         return Reading(int(run * 1e9), int((now + 1e9 + self.wall_offset) * 1e9), run)
+
+    def steady(self) -> float:
+        return (self.fleet.now - self.asleep + self.started) * self.rate
 
     @property
     def host(self) -> str:
@@ -386,7 +393,7 @@ class Machine:
 class Patient(Host):
     """Notices are lost now and then, but to look each second would be most of what is simulated."""
 
-    poll, impatience = SPAN / 6, (0.002, SPAN / 20)
+    poll, impatience = SPAN / 4, (0.002, SPAN / 20)
 
 
 class Task:
@@ -415,6 +422,20 @@ class Task:
         except StopIteration:
             return
         machine.fleet.ask(self, question(RECORDER))
+
+
+class Late(NamedTuple):
+    """A question that is given up at a moment. To look then is an event of its own, so only where that may
+    come: a third of all events were such looks."""
+
+    fleet: Fleet
+    task: Task
+    turn: int
+    moment: float
+
+    def look(self) -> None:
+        fleet = self.fleet
+        fleet.at(max(fleet.now, self.moment), functools.partial(fleet.give_up, self.task, self.turn))
 
 
 # ---- everything --------------------------------------------------------------------------------------
@@ -459,11 +480,13 @@ class Fleet:
         heapq.heappush(self._events, (when, self._count, what))
 
     def after(self, seconds: float, what: Callable[[], None]) -> None:
-        self.at(self.now + seconds, what)
+        self._count += 1
+        heapq.heappush(self._events, (self.now + seconds, self._count, what))
 
     def run(self, until: float) -> None:
-        while self._events and self._events[0][0] <= until:
-            self.now, _, what = heapq.heappop(self._events)
+        events, pop = self._events, heapq.heappop
+        while events and events[0][0] <= until:
+            self.now, _, what = pop(events)
             what()
         self.now = until
 
@@ -478,9 +501,9 @@ class Fleet:
     # the network
 
     def latency(self, machine: Machine) -> float:
-        if machine.slow_until > self.now or self.chance(0.03):
-            return self.between(0.0, 4.0)
-        return self.between(0.0005, 0.01)
+        if machine.slow_until > self.now or self.random() < 0.03:
+            return 4.0 * self.random()
+        return 0.0005 + 0.0095 * self.random()
 
     def ask(self, task: Task, call: Call) -> None:
         machine = task.machine
@@ -505,19 +528,18 @@ class Fleet:
             node = self.old if stuck else self.primary
             assert node is not None
             machine.connections[task.kind] = node
-        lost = functools.partial(self.lose, task, node)
         turn = task.turn
-        self.after(TIMEOUT, functools.partial(self.give_up, task, turn))
+        late = Late(self, task, turn, self.now + TIMEOUT)
 
         def reply(answer: Any, error: KMSError | None) -> None:
             def arrive() -> None:
-                if isinstance(error, StoreUnavailable) and task.turn == turn:
-                    lost()
+                if error is not None and isinstance(error, StoreUnavailable) and task.turn == turn:
+                    self.lose(task, node)
                 task.resume(turn, answer, error)
 
-            self.deliver(machine, arrive)
+            self.deliver(machine, arrive, late)
 
-        self.deliver(machine, lambda: self.execute(node, call, reply))
+        self.deliver(machine, lambda: self.execute(node, call, reply, late), late)
 
     def told(self, task: Task, turn: int, error: KMSError | None) -> None:
         self.after(0.0, functools.partial(task.resume, turn, None, error))
@@ -530,10 +552,13 @@ class Fleet:
         if task.machine.connections.get(task.kind) is node:
             task.machine.connections[task.kind] = None
 
-    def deliver(self, machine: Machine, what: Callable[[], None]) -> None:
-        """Through a network that may be cut: then it comes late, or never."""
+    def deliver(self, machine: Machine, what: Callable[[], None], late: Late | None = None) -> None:
+        """Through a network that may be cut: then it comes late, or never. Of a question somebody gives up,
+        whose way there and back takes too long; not when it waits for nothing but two slow ways."""
         delay = self.latency(machine)
         if machine.cut_until > self.now:
+            if late is not None:
+                late.look()
             if self.chance(0.7):
                 return
             delay += machine.cut_until - self.now
@@ -541,13 +566,15 @@ class Fleet:
 
     # the engine
 
-    def execute(self, node: Node, call: Call, reply: Reply) -> None:
-        work = functools.partial(self._work, call)
+    def execute(self, node: Node, call: Call, reply: Reply, late: Late) -> None:
         if node.dead:
             reply(None, StoreUnavailable("the connection was lost"))
-        elif call.name in Transactions.READS:
-            reply(work(node.db)[1], None)
-        elif call.name == "beat" and "synchronous" in self.without:
+            return
+        if call.name in Transactions.READS:
+            reply(self._work(call, node.db)[1], None)
+            return
+        work = functools.partial(self._work, call)
+        if call.name == "beat" and "synchronous" in self.without:
             self.publish(node, Write(work, reply), False)
             self.after(0.05, lambda: self.replicate(node))
         elif "written" in self.without and self._idle(work, node.db):
@@ -555,8 +582,10 @@ class Fleet:
         else:
             write = Write(work, reply)
             node.waiting.append(write)
-            if not node.alone:
-                self.after(self.between(0.0005, 0.005), lambda: self.commit(node, write))
+            if node.alone:
+                late.look()
+            else:
+                self.after(self.between(0.0005, 0.005), lambda: self.commit(node, write, late))
 
     def _work(self, call: Call, db: Db) -> Done:
         done: Done = getattr(self.transactions, call.name)(db, *call.args)
@@ -568,8 +597,10 @@ class Fleet:
         except KMSError:
             return False
 
-    def commit(self, node: Node, write: Write) -> None:
+    def commit(self, node: Node, write: Write, late: Late | None = None) -> None:
         """Its standby has it now, and all before it."""
+        if late is not None and node.alone:
+            late.look()
         if write in node.waiting and not node.alone and not node.dead:
             node.waiting.remove(write)
             self.publish(node, write, False)
@@ -591,7 +622,8 @@ class Fleet:
         else:
             write.reply(answer, None)
         if node is self.primary:
-            self.look_at_fences(before, node.db)
+            if node.db.hosts is not before.hosts:
+                self.look_at_fences(before, node.db)
             self.look_at_swap(before, node.db)
             if node.db.gen != before.gen:
                 self.notify(node)
@@ -1043,7 +1075,12 @@ def search(
             try:
                 total = total.plus(Tally.of(play(seed, without, troubles)))
             except Violation as violation:
-                return total._replace(found=f"schedule {seed}, {violation}")
+                words = [
+                    f"python -m tests.fleet.simulation {seed}",
+                    *(f"--without {name}" for name in without),
+                ]
+                words += [f"--trouble {name}" for name in troubles]
+                return total._replace(found=f"schedule {seed}, {violation}: {' '.join(words)}")
             if time.monotonic() >= deadline:
                 break
     return total
