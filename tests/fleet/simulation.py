@@ -1075,12 +1075,9 @@ def search(
             try:
                 total = total.plus(Tally.of(play(seed, without, troubles)))
             except Violation as violation:
-                words = [
-                    f"python -m tests.fleet.simulation {seed}",
-                    *(f"--without {name}" for name in without),
-                ]
-                words += [f"--trouble {name}" for name in troubles]
-                return total._replace(found=f"schedule {seed}, {violation}: {' '.join(words)}")
+                words = [f"--without {name}" for name in without] + [f"--trouble {name}" for name in troubles]
+                again = " ".join(["python -m tests.fleet.simulation", str(seed), *words])
+                return total._replace(found=f"schedule {seed}, {violation}; again: {again}")
             if time.monotonic() >= deadline:
                 break
     return total

@@ -95,6 +95,9 @@ class SetClock(Clock):
         ns = int(self.seconds * 1e9)
         return Reading(ns, ns, self.seconds)
 
+    def steady(self) -> float:
+        return self.seconds
+
 
 class Service:
     """Identity and Local of a host."""
