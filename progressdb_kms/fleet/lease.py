@@ -6,7 +6,7 @@ a margin more, before it fences the silent one. Sent comes before seen, so the f
 second, whatever the network did between; the two margins are for clocks of different rates. No time of one
 host is ever held against that of another.
 
-The lease goes by CLOCKBOOTTIME, which runs on while a machine sleeps. It stands still while a hypervisor has
+The lease goes by CLOCK_BOOTTIME, which runs on while a machine sleeps. It stands still while a hypervisor has
 the guest paused. So the lease ends by the wall clock too, which can only shorten it: a wall clock that is set
 forward ends it early (the next heartbeat begins another), one that is set back changes nothing. Not
 protected: a guest that was paused for longer than its lease, and whose wall clock isn't right yet when it
@@ -27,7 +27,7 @@ SPARE = 20
 class Reading(NamedTuple):
     """What the clocks of one host show."""
 
-    boot: int  # CLOCKBOOTTIME, ns
+    boot: int  # CLOCK_BOOTTIME, ns
     wall: int  # ns since 1970
     steady: float  # CLOCK_MONOTONIC, seconds: for the spans that are measured in others
 
@@ -41,7 +41,7 @@ class Lease(NamedTuple):
 
 NONE = Lease(0, 0)
 
-BOOTTIME = getattr(time, "CLOCKBOOTTIME", time.CLOCK_MONOTONIC)
+BOOTTIME = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class Clock:

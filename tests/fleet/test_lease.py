@@ -49,6 +49,12 @@ def test_clocks_may_differ_in_rate_by_nearly_five_percent(span: float) -> None:
     assert longest < shortest
 
 
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="Linux has it")
+def test_the_lease_runs_on_while_the_machine_sleeps() -> None:
+    """With another clock a laptop, or a host that was suspended, would come back with its lease."""
+    assert lease.BOOTTIME == time.CLOCK_BOOTTIME
+
+
 def test_the_clocks_are_those_of_the_machine() -> None:
     first, second = Clock().read(), Clock().read()
     assert first.boot <= second.boot and first.steady <= second.steady
