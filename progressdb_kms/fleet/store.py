@@ -203,11 +203,12 @@ class Gathered:
         self.usage: dict[str, Usage] = {}
         self.unused: set[str] = set()  # their usage goes
         self.retired: set[str] = set()  # taken out of what rotations left
+        self.heavy: dict[str, int] | None = None  # once it was asked for
         self.activated: tuple[str, str, int] | None = None  # the KEK before, the new one and its version
 
     def copy(self) -> Gathered:
         other = Gathered()
-        other.seen, other.activated = self.seen, self.activated
+        other.seen, other.activated, other.heavy = self.seen, self.activated, self.heavy
         for name in ("rows", "kms", "staged", "usage", "unused", "retired"):
             setattr(other, name, getattr(self, name).copy())
         return other
@@ -232,6 +233,7 @@ class FleetStore(SealedStore, FleetReader):
         self._now: Gathered | None = None
         self._changed: list[tuple[str, str]] = []
         self._owed: set[str] = set()
+        self._expected: set[str] = set()
         self._parts = 0
         self.left = ""
         """The table that the last swap left: a snapshot of the rows as they were."""
@@ -545,14 +547,33 @@ class FleetStore(SealedStore, FleetReader):
         now = self._now
         if now is not None and key_id in now.rows:
             return now.rows[key_id].text
-        if now is None or key_id not in now.seen:
-            rows = self._select("SELECT value, rev FROM deks WHERE key_id = %s", (key_id,))
-            found = (str(rows[0][0]), int(rows[0][1])) if rows else None
-            if now is None:
-                return found[0] if found else None
-            now.seen[key_id] = found
+        if now is None:
+            rows = self._select("SELECT value FROM deks WHERE key_id = %s", (key_id,))
+            return str(rows[0][0]) if rows else None
+        if key_id not in now.seen:
+            names, self._expected = {key_id, *self._expected} - now.seen.keys(), set()
+            now.seen.update(dict.fromkeys(names))
+            for name, text, rev in self._select(_WITH_REV, (list(names),)):
+                now.seen[name] = (str(text), int(rev))
         seen = now.seen[key_id]
         return seen[0] if seen else None
+
+    def expect(self, key_ids: Iterable[str]) -> None:
+        """These will be asked for in the next transaction: they are read at once, with the first of them."""
+        self._expected = set(key_ids)
+
+    def fresh(self, key_id: str) -> None:
+        """Inside a transaction: nobody can have this id, which was drawn just now. Where somebody does have
+        it all the same, the transaction fails at its end."""
+        self._gathered.seen[key_id] = None
+
+    def heavy(self) -> dict[str, int]:
+        """Inside a transaction it is asked for once, of however many creates."""
+        if self._now is None:
+            return super().heavy()
+        if self._now.heavy is None:
+            self._now.heavy = super().heavy()
+        return self._now.heavy
 
     def _raw(self, key_id: str) -> Any:
         text = self._text(key_id)
@@ -871,6 +892,7 @@ class FleetStore(SealedStore, FleetReader):
         """Likewise: what was overwritten stays in its log, see the manual's page on fleets."""
 
 
+_WITH_REV = "SELECT key_id, value, rev FROM deks WHERE key_id = ANY(%s)"
 _ROW = "SELECT value FROM kms WHERE host = %s AND name = %s"
 _POINT = f"SELECT {TIMELINE}, gen FROM fleet"  # noqa: S608
 _CONFIRM = "UPDATE kms SET value = value WHERE host = %s AND name = %s RETURNING value"

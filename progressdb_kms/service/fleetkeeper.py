@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import platform
 import socket
 import threading
@@ -23,6 +24,7 @@ from ..config.weakkeys import check_master_key
 from ..crypto.aead import KEY_SIZE
 from ..crypto.keyring import KekNotLoaded, Keyring, fingerprint
 from ..crypto.memory import LockedBuffer
+from ..encoding import new_key_id
 from ..errors import Conflict, KeyMismatch, KMSError, OperatorError, StoreUnavailable, WeakKey
 from ..fleet import schema
 from ..fleet.board import Board
@@ -196,6 +198,7 @@ class FleetKeeper(Keeper):
     def _commit(self, jobs: list[Job]) -> list[Done]:
         """Where another host has rotated a moment ago, this one follows at once, and does them again: nothing
         took place. A KEK that came with one of them is gone by now."""
+        self._store.expect(job.args["key_id"] for job in jobs if job.args.get("key_id"))
         try:
             return super()._commit(jobs)
         except Fenced as error:
@@ -226,6 +229,13 @@ class FleetKeeper(Keeper):
         if job.op == "hello":
             self._effects.append(functools.partial(self._board.met, int(job.args["chain"].split(".")[1])))
         return outcome
+
+    def create(self, thread_id: str | None = None, key_id: str | None = None) -> dict[str, Any]:
+        """Of an id that is drawn here the engine need not be asked whether it is there."""
+        if key_id is None:
+            key_id = new_key_id(int(self._clock.now() * 1000), os.urandom(10))
+            self._store.fresh(key_id)
+        return super().create(thread_id, key_id)
 
     def confirm(self, key_id: str) -> dict[str, Any]:
         """Is there really no such DEK? By a transaction that commits, which an old primary can't."""

@@ -578,3 +578,37 @@ class TestErasures:
             assert one.taken(["a", "b"]) == ["a", "b"]
             assert one.taken(["b", "c"]) == ["c"] and one.taken([]) == []
         assert one.span("erasure:") == (2, "erasure:d")
+
+
+def test_a_batch_asks_the_engine_once(one: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many creates and changes share a transaction: each question is a round trip."""
+    put(one, *(dek(f"k{n}") for n in range(20)))
+    asked: list[str] = []
+    select = type(one)._select
+
+    def noted(self: Any, sql: str, args: Any = ()) -> Any:
+        asked.append(sql)
+        return select(self, sql, args)
+
+    monkeypatch.setattr(type(one), "_select", noted)
+    one.expect([f"k{n}" for n in range(30)])
+    with one.transaction():
+        for n in range(20):
+            assert one.get(f"k{n}") is not None and one.heavy() == {}
+            one.put(dek(f"k{n}", state="disabled"))
+        for n in range(20, 30):
+            assert one.get(f"k{n}") is None
+            one.put(dek(f"k{n}"))
+        for n in range(10):
+            one.fresh(f"new{n}")
+            one.put(dek(f"new{n}"))
+    assert len(asked) == 2
+    assert len(one.page("", 99)) == 40
+
+
+def test_an_id_that_was_drawn_and_is_taken(one: Any) -> None:
+    put(one, dek("k"))
+    with pytest.raises(StoreUnavailable), one.transaction():
+        one.fresh("k")
+        one.put(dek("k", state="disabled"))
+    assert one.get("k") == dek("k")
