@@ -90,7 +90,12 @@ class Figure(NamedTuple):
 
 def run(what: str, *, seconds: int, deks: int | None, as_json: bool) -> int:
     """`what`: a key of MEASURES. Prints the figures; returns 0."""
-    for figure in MEASURES[what](float(seconds), deks or (MANY if what in ("many", "usage") else STORES[-1])):
+    many = MANY if what in ("many", "usage") else STORES[-1]
+    return show(MEASURES[what](float(seconds), deks or many), as_json)
+
+
+def show(figures: Iterator[Figure], as_json: bool) -> int:
+    for figure in figures:
         if as_json:
             print(json.dumps(figure._asdict()), flush=True)
         else:
@@ -107,16 +112,16 @@ def run(what: str, *, seconds: int, deks: int | None, as_json: bool) -> int:
 def calls(seconds: float, deks: int) -> Iterator[Figure]:
     cipher = _cipher_alone(min(seconds, 1.0))
     yield Figure("cipher alone: unwrap and encrypt 200 B", cipher, "a second", "one core")
-    with _daemon() as path, Client(path) as client:
+    with daemon() as path, Client(path) as client:
         key_id = client.create_dek("bench").key_id
         text = os.urandom(MESSAGE)
         sealed = client.encrypt(key_id, text)
         page = {"items": [{"key_id": key_id, "ciphertext": b64encode(sealed)}] * PAGE}
         rows = (
-            ("encrypt 200 B", _post("/encrypt", {"key_id": key_id, "plaintext": b64encode(text)}), 1),
-            ("decrypt 200 B", _post("/decrypt", {"key_id": key_id, "ciphertext": b64encode(sealed)}), 1),
-            ("decrypt a page of 100, messages", _post("/decrypt_batch", page), PAGE),
-            ("create a DEK", _post("/create_dek_for_thread", {"thread_id": "bench"}), 1),
+            ("encrypt 200 B", post("/encrypt", {"key_id": key_id, "plaintext": b64encode(text)}), 1),
+            ("decrypt 200 B", post("/decrypt", {"key_id": key_id, "ciphertext": b64encode(sealed)}), 1),
+            ("decrypt a page of 100, messages", post("/decrypt_batch", page), PAGE),
+            ("create a DEK", post("/create_dek_for_thread", {"thread_id": "bench"}), 1),
         )
         for count in CONNECTIONS:
             http = load(path, b"GET /healthz HTTP/1.1\r\nHost: unix\r\n\r\n", count, seconds)
@@ -137,10 +142,10 @@ def calls(seconds: float, deks: int) -> Iterator[Figure]:
 def many(seconds: float, deks: int) -> Iterator[Figure]:
     """Encrypts under one DEK, and under DEKs at random of a store that holds more than a worker remembers; a
     page of 100 messages under one DEK and under 100."""
-    with _daemon(fill=lambda folder: _fill_store(folder, deks)) as path, Client(path) as client:
+    with daemon(fill=lambda folder: _fill_store(folder, deks)) as path, Client(path) as client:
         names = [dek.key_id for dek in islice(client.list(), SAMPLE)]
         text = b64encode(os.urandom(MESSAGE))
-        asked = [_post("/encrypt", {"key_id": name, "plaintext": text}) for name in names]
+        asked = [post("/encrypt", {"key_id": name, "plaintext": text}) for name in names]
         one = load(path, asked[0], 4, seconds)
         yield Figure("encrypt 200 B, one DEK", one.rate, "a second", one.latency)
         load(path, asked, 4, seconds)  # as if it had run for a while
@@ -163,13 +168,12 @@ def usage(seconds: float, deks: int) -> Iterator[Figure]:
         _make_key(made / "key")
         _fill_store(made, deks)
         paths = [
-            stack.enter_context(_daemon(fill=_copy_of(made), before=before))
-            for before in ("", _UNCOUNTED, "")
+            stack.enter_context(daemon(fill=_copy_of(made), before=before)) for before in ("", _UNCOUNTED, "")
         ]
         with Client(paths[0]) as client:
             names = [dek.key_id for dek in islice(client.list(), SAMPLE)]
         text = b64encode(os.urandom(MESSAGE))
-        asked = [_post("/encrypt", {"key_id": name, "plaintext": text}) for name in names]
+        asked = [post("/encrypt", {"key_id": name, "plaintext": text}) for name in names]
         for what, requests in (("one DEK", asked[:1]), (f"{deks} DEKs at random", asked)):
             counting, without, again = _in_turn(paths, requests, seconds)
             yield _share(f"uses counted, {what}", counting, without)
@@ -236,7 +240,7 @@ def _page(client: Client, names: list[str]) -> bytes:
     items = [
         {"key_id": name, "ciphertext": b64encode(client.encrypt(name, os.urandom(MESSAGE)))} for name in names
     ]
-    return _post("/decrypt_batch", {"items": items})
+    return post("/decrypt_batch", {"items": items})
 
 
 def progressdb(seconds: float, deks: int) -> Iterator[Figure]:
@@ -246,14 +250,14 @@ def progressdb(seconds: float, deks: int) -> Iterator[Figure]:
         probe.bind(("127.0.0.1", 0))
         tcp: Address = probe.getsockname()
     host = f"{tcp[0]}:{tcp[1]}"
-    with _daemon(f"tcp_address: {host}\n") as path, Client(path) as client:
+    with daemon(f"tcp_address: {host}\n") as path, Client(path) as client:
         key_id = client.create_dek("bench").key_id
         for way, address in (("socket", path), ("tcp", tcp)):
             for size in MESSAGES:
                 text = b'"%b"' % (b"m" * (size - 2))
                 kept = b'"%b"' % b64encode(client.encrypt(key_id, text)).encode()
-                sealing = _post("/encrypt", {"key_id": key_id, "plaintext": b64encode(text)}, host)
-                opening = _post("/decrypt", {"key_id": key_id, "ciphertext": b64encode(kept)}, host)
+                sealing = post("/encrypt", {"key_id": key_id, "plaintext": b64encode(text)}, host)
+                opening = post("/decrypt", {"key_id": key_id, "ciphertext": b64encode(kept)}, host)
                 for name, request in (("encrypt", sealing), ("decrypt", opening)):
                     done = load(address, request, 1, seconds)
                     yield Figure(f"{name} {size} B, {way}", done.rate, "a second", done.latency)
@@ -381,7 +385,7 @@ def _first_answer(sock: socket.socket, request: bytes) -> int:
     return len(head) + 4 + length
 
 
-def _post(path: str, body: dict[str, Any], host: str = "unix") -> bytes:
+def post(path: str, body: dict[str, Any], host: str = "unix") -> bytes:
     return _request(path, "application/json", json.dumps(body).encode(), host)
 
 
@@ -393,7 +397,7 @@ def _request(path: str, kind: str, body: bytes, host: str = "unix") -> bytes:
 
 
 @contextmanager
-def _daemon(
+def daemon(
     config_lines: str = "", fill: Callable[[Path], None] = lambda folder: None, before: str = ""
 ) -> Iterator[str]:
     """A daemon of its own on a temporary folder; yields the path of its socket. `fill` makes the store, in
@@ -457,17 +461,17 @@ def _program(before: str = "") -> list[str]:
 
 def store(seconds: float, deks: int) -> Iterator[Figure]:
     """Durable creates: alone, each pays for its disk flush; together they share them."""
-    with _daemon() as path:
-        flushes = _flushes(Path(path).parent, min(seconds, 1.0))
-        yield Figure("disk flushes alone", flushes, "a second", "4 KiB and fdatasync, one after another")
-        request = _post("/create_dek_for_thread", {"thread_id": "bench"})
+    with daemon() as path:
+        alone = flushes(Path(path).parent, min(seconds, 1.0))
+        yield Figure("disk flushes alone", alone, "a second", "4 KiB and fdatasync, one after another")
+        request = post("/create_dek_for_thread", {"thread_id": "bench"})
         for count in (1, 64):
             done = load(path, request, count, seconds)
-            share = f"{done.rate / (flushes * count):.0%} of a flush for each {count}; {done.latency}"
+            share = f"{done.rate / (alone * count):.0%} of a flush for each {count}; {done.latency}"
             yield Figure(f"durable creates, {count} callers", done.rate, "a second", share)
 
 
-def _flushes(folder: Path, seconds: float) -> float:
+def flushes(folder: Path, seconds: float) -> float:
     with open(folder / "flushed", "wb", buffering=0) as file:
 
         def flush() -> None:
@@ -498,11 +502,11 @@ def rotate(seconds: float, deks: int) -> Iterator[Figure]:
 
 def _beside_a_rotation(seconds: float) -> Iterator[Figure]:
     """What callers notice of it: a daemon with as many DEKs as can be made in a while, at work meanwhile."""
-    with _daemon() as path, Client(path) as client:
-        load(path, _post("/create_dek_for_thread", {"thread_id": "bench"}), 64, 2 * seconds)
+    with daemon() as path, Client(path) as client:
+        load(path, post("/create_dek_for_thread", {"thread_id": "bench"}), 64, 2 * seconds)
         key_id = client.create_dek("bench").key_id
-        encrypt = _post("/encrypt", {"key_id": key_id, "plaintext": b64encode(os.urandom(MESSAGE))})
-        create = _post("/create_dek_for_thread", {"thread_id": "bench"})
+        encrypt = post("/encrypt", {"key_id": key_id, "plaintext": b64encode(os.urandom(MESSAGE))})
+        create = post("/create_dek_for_thread", {"thread_id": "bench"})
         for name, request in (("encrypt 200 B", encrypt), ("create a DEK", create)):
             alone = load(path, request, 4, seconds / 2)
             with ThreadPoolExecutor(1) as pool:

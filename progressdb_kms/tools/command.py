@@ -63,7 +63,7 @@ class Command(NamedTuple):
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "bench": ("calls", "many", "usage", "progressdb", "store", "rotate", "memory"),
+    "bench": ("calls", "many", "usage", "progressdb", "store", "rotate", "memory", "fleet"),
     "outcome": ("ok", "refused", "failed"),
     "state": ("enabled", "disabled", "pending_deletion", "shredded"),
 }

@@ -19,7 +19,7 @@ import pytest
 
 from progressdb_kms.store.sqlite import SqliteReader
 from progressdb_kms.tools import bench
-from tests.harness import Daemon
+from tests.harness import Daemon, postgres
 from tests.harness.daemon import cli
 
 
@@ -34,6 +34,28 @@ def test_store() -> None:
     found = figures("store")
     assert list(found) == ["disk flushes alone", "durable creates, 1 callers", "durable creates, 64 callers"]
     assert all(row["value"] > 0 and row["unit"] == "a second" for row in found.values())
+
+
+@pytest.mark.long
+@pytest.mark.skipif(bool(postgres.missing()), reason=postgres.missing())
+def test_fleet(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from progressdb_kms.tools import fleetbench
+
+    monkeypatch.setattr(tempfile, "tempdir", str(short_tmp))
+    monkeypatch.setattr(fleetbench, "HOSTS", (3,))
+    short_tmp.chmod(0o755)  # the engine runs as nobody where we are root
+    found = {figure.name: figure._asdict() for figure in fleetbench.fleet(0.5)}
+    assert list(found) == [
+        "disk flushes alone",
+        "durable creates, 64 callers: SQLite",
+        "durable creates, 64 callers: fleet",
+        "encrypt 200 B, one DEK, 16 connections: SQLite",
+        "encrypt 200 B, one DEK, 16 connections: fleet",
+        "a change holds on 3 hosts, p50",
+        "a change holds on 3 hosts, p99",
+    ]
+    assert all(row["value"] > 0 for row in found.values())
+    assert os.listdir(short_tmp) == []
 
 
 def test_rotate_measures_each_store_and_what_callers_notice(

@@ -77,12 +77,14 @@ def manual(args: argparse.Namespace) -> None:
     "what is done under each DEK. progressdb: its load, one message after another, over the socket and "
     "TCP. store: durable "
     "creates a second. rotate: rate and memory of a rotation, and p99 beside it. memory: what keeping "
-    "keys out of memory costs. It starts a daemon of its own in a temporary folder. --compare holds two "
+    "keys out of memory costs. fleet: a host of a fleet beside one with a store of its own, and how long a "
+    "change takes until it holds on all of 3 and of 100 hosts; it starts a PostgreSQL of its own for that. "
+    "It starts a daemon of its own in a temporary folder. --compare holds two "
     "runs against each other, and fails where a figure is worse by a tenth.",
     (
         Arg(
             ("what",),
-            "calls (default), many, usage, progressdb, store, rotate or memory",
+            "calls (default), many, usage, progressdb, store, rotate, memory or fleet",
             "bench",
             "WHAT",
             "?",
@@ -112,4 +114,8 @@ def bench(args: argparse.Namespace) -> int:
 
     if args.compare:
         return benchcompare.show(*args.compare, as_json=args.json)
+    if args.what == "fleet":
+        from ..fleetbench import fleet
+
+        return measure.show(fleet(float(args.seconds)), args.json)
     return measure.run(args.what, seconds=args.seconds, deks=args.deks, as_json=args.json)
