@@ -63,9 +63,9 @@ def unit(name: str) -> dict[str, list[str]]:
 
 
 @needs("systemd-analyze")
-@pytest.mark.parametrize(("drop_in", "limit"), [(None, 0.5), ("tcp.conf", 1.3)], ids=str)
+@pytest.mark.parametrize(("drop_in", "limit"), [(None, 0.5), ("tcp.conf", 1.3), ("fleet.conf", 1.3)], ids=str)
 def test_the_unit_is_hardened(tmp_path: Path, drop_in: str | None, limit: float) -> None:
-    """With TCP it sees the host's network: that is all that the drop-in gives away."""
+    """With TCP, or a fleet, it sees the host's network: that is all that the drop-in gives away."""
     path = tmp_path / "progressdb-kms.service"
     parts = ["progressdb-kms.service", *([drop_in] if drop_in else [])]
     path.write_text("\n".join((UNITS / name).read_text() for name in parts))

@@ -8,6 +8,7 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -205,6 +206,54 @@ def clustered(cluster: postgres.Cluster, make_daemon: MakeDaemon) -> Iterator[Ho
     for proxies in networks:
         for proxy in proxies:
             proxy.close()
+
+
+@pytest.fixture
+def small_disk() -> Iterator[postgres.Postgres]:
+    """An engine that waits for its disk, of 200 MB."""
+    if os.geteuid():
+        pytest.skip("only root may mount")
+    server = postgres.Postgres({"wal_keep_size": "0", "max_wal_size": "64MB"}, durable=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(server.folder)], check=False
+    )
+    if done.returncode:
+        pytest.skip("tmpfs can't be mounted here")
+    try:
+        with server:
+            yield server
+    finally:
+        server.stop("immediate")
+        subprocess.run(["umount", str(server.folder)], check=True)
+        server.close()
+
+
+@pytest.mark.long
+def test_the_disk_of_the_engine_is_full(small_disk: postgres.Postgres, make_daemon: MakeDaemon) -> None:
+    """Changes are refused, nothing that was acknowledged is lost, and no daemon needs a restart."""
+    with postgres.Fleet(small_disk) as fleet:
+        kek = os.urandom(32)
+        daemons = [make_daemon(fleet.configured(2), kek=kek, command=QUICK, workers=1) for _ in range(2)]
+        hosts, ballast = Hosts(daemons, [[], []]), small_disk.folder / "ballast"
+        with Load(daemons, callers=4, seed=1, patience=5.0) as load:
+            pause(load, 100)
+            with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+                while file.write(bytes(1 << 16)):
+                    pass
+            refused = 0
+            deadline = time.monotonic() + PATIENCE
+            while not refused and time.monotonic() < deadline:
+                body = {"thread_id": "t" * 500}
+                refused += daemons[0].request("POST", "/deks", body).status == 503
+            assert refused
+            time.sleep(2.0)
+            ballast.unlink()
+            if not small_disk.pid:
+                small_disk.start()
+            hosts.wait_until_well()
+            pause(load, 100)
+        settled(hosts, load, seen=False)
+        fleet.reconnect()
 
 
 class Troubles:

@@ -363,7 +363,12 @@ class Fleet:
             yield
         finally:
             self.server.start()
-            self._admin = self.server.connect(self.where.database)
+            self.reconnect()
+
+    def reconnect(self) -> None:
+        """The server may have been started anew."""
+        self._admin.close()
+        self._admin = self.server.connect(self.where.database)
 
     def configured(self, fence_seconds: float = 10, **more: Any) -> dict[str, Any]:
         """A daemon's configuration."""
