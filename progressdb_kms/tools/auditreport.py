@@ -82,6 +82,7 @@ _USED = frozenset(
     b'%b","outcome":"ok' % op for op in (b"encrypt", b"decrypt", b"reencrypt", b"get_wrapped", b"unwrap")
 )
 _COUNT = re.compile(rb',"count":([0-9]{1,9})[,}]').search
+_FAILED = re.compile(rb',"failed":([1-9][0-9]{0,8})[,}]').search
 _TOLD_OPS = re.compile(rb'"op":"(?:%b)","outcome"' % "|".join(sorted(TOLD)).encode()).finditer
 
 
@@ -91,7 +92,9 @@ class Counts:
     def __init__(self, since: str = "", until: str = "") -> None:
         self.since, self.until = since, until or "~"
         self.calls: Counter[tuple[bytes, bytes, bytes]] = Counter()  # hour, op, outcome
-        self.uids: Counter[tuple[bytes, bytes]] = Counter()  # uid, outcome
+        self.uids: Counter[tuple[bytes, bytes]] = (
+            Counter()
+        )  # uid, outcome, or "items": that failed in batches
         self.keys: Counter[bytes] = Counter()
         self.told: list[dict[str, Any]] = []
         self.lines = 0
@@ -131,13 +134,17 @@ class Counts:
                     self.uids[uid, b"refused"] += int(many[1]) - 1
 
     def _named(self, needle: bytes, block: bytes) -> None:
-        """The other DEKs that a record names, beside its own or in its place."""
+        """The other DEKs that a record names, beside its own or in its place, and items of a batch that
+        failed."""
         low, high = self.since.encode(), self.until.encode()
         for line in lines_with(needle, block):
             match = _OTHERS(line)
             if match is not None and low <= match[1] < high:
                 names = (name.strip(b'"') for name in (match[2] or match[3] or b"").split(b","))
                 self.keys.update(name for name in names if 0 < len(name) <= MAX_KEY_ID)
+            if failed := _FAILED(line):
+                for *_, uid in self._meant(_LINES(line))[:1]:
+                    self.uids[uid, b"items"] += int(failed[1])
 
     def _tell(self, block: bytes) -> None:
         for match in _TOLD_OPS(block):
@@ -420,13 +427,13 @@ def _spark(values: Sequence[int]) -> _Markup:
 
 def _callers(uids: Mapping[tuple[bytes, bytes], int]) -> str:
     rows = [
-        (uid.decode(), row[b"ok"], row[b"refused"], row[b"failed"])
+        (uid.decode(), row[b"ok"], row[b"refused"], row[b"failed"], row[b"items"])
         for uid, row in sorted(
             _outcomes({row: count for row, count in uids.items() if row[0]}, 0).items(),
             key=lambda item: (-item[1][b"refused"], -sum(item[1].values())),
         )
     ]
-    return _table(("UID", "ok", "refused", "failed"), rows, (1, 2, 3))
+    return _table(("UID", "ok", "refused", "failed", "failed items of batches"), rows, (1, 2, 3, 4))
 
 
 def _states(held: Holdings) -> str:

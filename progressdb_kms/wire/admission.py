@@ -121,9 +121,7 @@ class Refusals:
         try:
             if kind is None:
                 others = Fragment(',"actor":"others"')
-                self._audit.record(
-                    "connect", "refused", 403, others, fragment(code="peer_refused", count=count)
-                )
+                self._audit.record("connect", "refused", 403, others, fragment(code="refused", count=count))
             else:
                 about = fragment(code=kind.code, policy=kind.policy, count=count)
                 self._audit.record(kind.op, "refused", kind.status, peer_fragment(*kind.peer), about)

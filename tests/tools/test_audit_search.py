@@ -52,7 +52,7 @@ def log(tmp_path: Path) -> Iterator[Path]:
     book.record("encrypt", "ok", 200, key_fragment("k_2", EVIL), me)
     book.record("decrypt", "failed", 422, key_fragment("k_1"), other, fragment(code="authentication_failed"))
     book.record("decrypt", "refused", 403, other, fragment(code="peer_refused"))
-    book.record("encrypt_batch", "ok", 200, me, fragment(count=3, failed=0, keys=["k_1", "k_3"]))
+    book.record("encrypt_batch", "ok", 200, me, fragment(count=3, failed=2, keys=["k_1", "k_3"]))
     book.record("reencrypt", "ok", 200, key_fragment("k_2"), me, fragment(new_key_id="k_9"))
     book.note("rotation_finished", "ok", {"new_kek_id": "0" * 16, "rewrapped": 3})
     book.record("decrypt", "ok", 200, key_fragment("k_10"), peer_fragment(10000, 1, 1))
@@ -340,7 +340,7 @@ def test_no_thread_id_breaks_out_of_the_markup(log: Path) -> None:
 def test_the_page_tells_what_the_log_holds(log: Path) -> None:
     text = re.sub(r"<[^>]+>", " ", page_of(log))
     assert "The chains verify." in text and "8 records" in text
-    for row in ("decrypt 1 1 1", "encrypt 2 0 0", "2000 0 1 1", "1000 4 0 0"):
+    for row in ("decrypt 1 1 1", "encrypt 2 0 0", "2000 0 1 1 0", "1000 4 0 0 2"):
         assert re.search(r"\s+".join(row.split()), text), row
     assert re.search(r"k_7", text) and "rotation_finished" in text
     never = text.split("DEKs never used")[1].split("Deletions due")[0]
