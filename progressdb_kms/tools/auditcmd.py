@@ -24,6 +24,7 @@ from ..service.ownkeys import ROWS
 from ..store.heads import Head, heads
 from ..store.sqlite import SqliteReader
 from . import asowner, auditreport, datadir
+from .auditcounts import counting
 from .auditsearch import Hits, Query, as_csv, as_json, as_table, moment, summary
 from .command import EVENTS
 from .console import CommandFailed, Progress, output, safe, say, show
@@ -169,9 +170,9 @@ def report(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
     """One HTML page to a file. Returns 1 where a fault was found; the page is made and tells it."""
     now, data_dir = time.time(), loaded.settings.data_dir
     since, until = (moment(text, now) if text else "" for text in (args.since, args.until))
-    counts = auditreport.Counts(since, until)
-    with _read_log(args, loaded, False) as read:
-        found = read(progress, counts)
+    with counting(since, until) as observer, _read_log(args, loaded, False) as read:
+        found = read(progress, observer)
+        counts = observer.result()
     with _reader(loaded.settings, args.host) as reader:
         held = auditreport.holdings(reader, counts.keys, now)
     with output(args.output) as file:

@@ -32,7 +32,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
-from ..audit.log import Fragment
+from ..audit import verify as auditverify
+from ..audit.log import AuditLog, Fragment, fragment, key_fragment, peer_fragment
 from ..client import Client
 from ..crypto import envelope
 from ..crypto.aead import KEY_SIZE, NONCE_SIZE, Aead
@@ -56,6 +57,8 @@ from ..store.sqlite import SqliteStore
 from ..wire import data
 from ..wire.call import App, Call
 from ..wire.http1 import parse_head
+from .auditcounts import Counts
+from .auditsearch import Hits, Query
 
 MESSAGE = 200  # bytes: a chat message
 PAGE = 100  # messages of a page of chat
@@ -90,7 +93,7 @@ class Figure(NamedTuple):
 
 def run(what: str, *, seconds: int, deks: int | None, as_json: bool) -> int:
     """`what`: a key of MEASURES. Prints the figures; returns 0."""
-    many = MANY if what in ("many", "usage") else STORES[-1]
+    many = MANY if what in ("many", "usage", "audit") else STORES[-1]
     return show(MEASURES[what](float(seconds), deks or many), as_json)
 
 
@@ -536,6 +539,44 @@ def _rotation(folder: Path, deks: int, resident: int) -> Iterator[Figure]:
         opened.close()
 
 
+# ---- the audit log -----------------------------------------------------------------------------------
+
+
+def audit(seconds: float, deks: int) -> Iterator[Figure]:
+    """How quickly a log is gone through, by the processor time of one core: encrypts and decrypts of four
+    callers under DEKs at random, written by two workers."""
+    with tempfile.TemporaryDirectory(prefix="kmsbench") as folder, LockedBuffer(KEY_SIZE) as key:
+        _fill(key.view)
+        path = Path(folder, "log")
+        _write_log(path, key.view, max(1000, int(seconds * 50_000)), deks)
+        ways: list[tuple[str, auditverify.Observer | None]] = [
+            ("verify", None),
+            ("search, nothing found", Hits(Query(key="k_none"), key.view, lambda event: None)),
+            ("report", Counts()),
+        ]
+        for name, observe in ways:
+            begun = time.process_time()
+            report = auditverify.verify([path], key.view, {}, observe=observe)
+            if report.fault is not None:
+                raise BenchFailed(str(report.fault))
+            rate = report.lines / (time.process_time() - begun)
+            yield Figure(
+                f"audit {name}", rate, "lines a second", f"{report.lines} lines, {_resident() >> 10} MiB"
+            )
+
+
+def _write_log(path: Path, key: memoryview, lines: int, deks: int) -> None:
+    logs = [AuditLog(path, key, f"1.{place}") for place in (1, 2)]
+    peers = [peer_fragment(1000 + number, 1000, 1) for number in range(4)]
+    for number in range(lines):
+        dek, op = random.randrange(deks), random.choice(("encrypt", "decrypt"))  # noqa: S311
+        about = fragment(request_id=f"bench-{number}")
+        named = key_fragment(f"k_{dek:025}", f"thread-{dek % 1000}")
+        logs[number % 7 & 1].record(op, "ok", 200, named, peers[number % 4], about)
+    for log in logs:
+        log.close()
+
+
 # ---- what keeping keys out of memory costs ----------------------------------------------------------
 
 WAY = "PROGRESSDB_KMS_BENCH_WAY"
@@ -700,5 +741,6 @@ MEASURES: dict[str, Callable[[float, int], Iterator[Figure]]] = {
     "progressdb": progressdb,
     "store": store,
     "rotate": rotate,
+    "audit": audit,
     "memory": memory,
 }

@@ -63,7 +63,7 @@ class Command(NamedTuple):
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "bench": ("calls", "many", "usage", "progressdb", "store", "rotate", "memory", "fleet"),
+    "bench": ("calls", "many", "usage", "progressdb", "store", "rotate", "audit", "memory", "fleet"),
     "outcome": ("ok", "refused", "failed"),
     "state": ("enabled", "disabled", "pending_deletion", "shredded"),
 }
@@ -73,7 +73,7 @@ EVENTS = tuple(
         {
             *(*OPERATIONS, *BATCHES, "connect", "start", "stop", "shred", "restore", "import", "recount"),
             *("rotation_started", "rotation_finished", "rotation_failed", "chain_opened"),
-            *("older_store_accepted", "audit_recovered", "audit_reopened"),
+            *("older_store_accepted", "audit_recovered", "audit_reopened", "shred_complete"),
         }
     )
 )

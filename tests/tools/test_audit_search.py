@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import gzip
 import io
 import json
+import os
 import random
 import re
+import signal
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -31,9 +34,9 @@ from progressdb_kms.rules import Peer
 from progressdb_kms.service.metrics import Metrics
 from progressdb_kms.store.contract import HEAVY, DekRecord, Usage
 from progressdb_kms.store.memstore import MemoryStore
-from progressdb_kms.tools import auditreport, auditsearch
+from progressdb_kms.tools import auditcounts, auditreport, auditsearch
 from progressdb_kms.tools.auditsearch import Hits, Query, moment
-from progressdb_kms.tools.console import UsageError
+from progressdb_kms.tools.console import CommandFailed, UsageError
 from progressdb_kms.wire.admission import Refusals
 from tests.harness import Daemon
 from tests.harness.auditlogs import KEY, Clock, tearing
@@ -312,7 +315,7 @@ def page_of(log: Path) -> str:
         store.count(
             [("k_1", Usage(5_000_000, 17, 1, int(NOW) - 86400, 1000)), ("k_7", Usage(HEAVY, 0, 1, 1))]
         )
-    counts = auditreport.Counts()
+    counts = auditcounts.Counts()
     report = verify([log], KEY, {}, partial=True, observe=counts)
     return auditreport.page(
         counts, auditreport.holdings(store, counts.keys, NOW), report, "/data", "2026-11-24T10:00:00Z"
@@ -385,12 +388,12 @@ def test_what_is_counted_is_what_json_says(tmp_path: Path) -> None:
     for since, until in (("", ""), (stamps[99], ""), (stamps[99], stamps[400]), ("", stamps[3][:20])):
         meant = [event for event in events if since <= event["ts"] < (until or "~")]
         for verified in (True, False):
-            counts = auditreport.Counts(since, until)
+            counts = auditcounts.Counts(since, until)
             counts(block, verified)
             assert_counted(counts, meant)
 
 
-def assert_counted(counts: auditreport.Counts, events: list[dict[str, Any]]) -> None:
+def assert_counted(counts: auditcounts.Counts, events: list[dict[str, Any]]) -> None:
     calls = collections.Counter((e["ts"][:13], e["op"], e["outcome"]) for e in events)
     assert {tuple(map(bytes.decode, call)): n for call, n in counts.calls.items()} == calls
     uids = collections.Counter((str(max(e.get("uid", -1), -1)), e["outcome"]) for e in events)
@@ -401,9 +404,42 @@ def assert_counted(counts: auditreport.Counts, events: list[dict[str, Any]]) -> 
     keys.update(key for event in good for key in event.get("keys", ()))
     keys.update(event["new_key_id"] for event in good if "new_key_id" in event)
     assert {key.decode(): n for key, n in counts.keys.items()} == keys
-    told = [event for event in events if event["op"] in auditreport.TOLD]
-    assert [event["seq"] for event in counts.told] == [e["seq"] for e in told][-auditreport.EVENTS :]
+    told = [event for event in events if event["op"] in auditcounts.TOLD]
+    assert [event["seq"] for event in counts.told] == [e["seq"] for e in told][-auditcounts.EVENTS :]
     assert counts.lines == len(events)
+
+
+class TestBeside:
+    """Another process counts, where a core is there for it."""
+
+    def test_it_counts_the_same(self, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        lines = log.read_bytes().splitlines(keepends=True)
+        log.write_bytes(b"".join([*lines, *FORGED]))
+        found = []
+        for cores in ({0}, {0, 1}):
+            monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: cores)
+            with auditcounts.counting("", "") as observer:
+                assert isinstance(observer, auditcounts.Beside) == (len(cores) > 1)
+                verify([log], KEY, {}, partial=True, observe=observer)
+                found.append(vars(observer.result()))
+        assert found[0] == found[1] and found[0]["lines"] > 8 and found[0]["told"]
+
+    def test_one_that_dies_is_told(self) -> None:
+        with contextlib.closing(auditcounts.Beside(auditcounts.Counts())) as beside:
+            os.kill(beside._child, signal.SIGKILL)
+            with pytest.raises(CommandFailed, match="the process that counts is gone"):
+                for _ in range(10_000):
+                    beside(b"x" * 100_000, True)
+        with contextlib.closing(auditcounts.Beside(auditcounts.Counts())) as beside:
+            os.kill(beside._child, signal.SIGKILL)
+            os.waitid(os.P_PID, beside._child, os.WEXITED | os.WNOWAIT)
+            with pytest.raises(CommandFailed, match="the process that counts is gone"):
+                beside.result()
+
+    def test_one_that_is_given_up_ends(self) -> None:
+        with pytest.raises(KeyboardInterrupt), auditcounts.counting("", "") as observer:
+            observer(b"x\n", True)
+            raise KeyboardInterrupt  # and it is waited for
 
 
 def test_a_fault_stands_in_the_page(log: Path) -> None:
@@ -419,7 +455,7 @@ def test_an_empty_log_makes_a_page(tmp_path: Path) -> None:
 
 
 def test_refusals_that_are_one_record_count_as_many(tmp_path: Path) -> None:
-    path, counts = tmp_path / "kms-audit.log", auditreport.Counts()
+    path, counts = tmp_path / "kms-audit.log", auditcounts.Counts()
     book = AuditLog(path, KEY, "1.1", Clock())
     refusals = Refusals(book, Metrics(1).block(0))
     for _ in range(30):

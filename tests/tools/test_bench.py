@@ -93,6 +93,18 @@ def test_memory() -> None:
     assert careful["note"] == f"{naive['value'] / careful['value'] - 1:+.0%} time"
 
 
+def test_audit(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(short_tmp))
+    found = list(bench.audit(0.01, 50))
+    assert [figure.name for figure in found] == [
+        "audit verify",
+        "audit search, nothing found",
+        "audit report",
+    ]
+    assert all(figure.value > 0 and figure.note.startswith("1000 lines, ") for figure in found)
+    assert os.listdir(short_tmp) == []
+
+
 @pytest.mark.long
 def test_usage(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(short_tmp))

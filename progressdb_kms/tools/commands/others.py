@@ -76,7 +76,8 @@ def manual(args: argparse.Namespace) -> None:
     "can do. many: more DEKs than a worker remembers, and pages over many. usage: what it costs to count "
     "what is done under each DEK. progressdb: its load, one message after another, over the socket and "
     "TCP. store: durable "
-    "creates a second. rotate: rate and memory of a rotation, and p99 beside it. memory: what keeping "
+    "creates a second. rotate: rate and memory of a rotation, and p99 beside it. audit: how quickly a log "
+    "is verified, searched and reported on. memory: what keeping "
     "keys out of memory costs. fleet: a host of a fleet beside one with a store of its own, and how long a "
     "change takes until it holds on all of 3 and of 100 hosts; it starts a PostgreSQL of its own for that. "
     "It starts a daemon of its own in a temporary folder. --compare holds two "
@@ -84,7 +85,7 @@ def manual(args: argparse.Namespace) -> None:
     (
         Arg(
             ("what",),
-            "calls (default), many, usage, progressdb, store, rotate, memory or fleet",
+            "calls (default), many, usage, progressdb, store, rotate, audit, memory or fleet",
             "bench",
             "WHAT",
             "?",
@@ -93,8 +94,8 @@ def manual(args: argparse.Namespace) -> None:
         Arg(("--seconds",), "how long each figure is measured (default 3)", "count", "N", default=3),
         Arg(
             ("--deks",),
-            "DEKs of the largest store: for many and usage (default 40000), for rotate (default 1000000, "
-            "which takes minutes and 10 GB)",
+            "DEKs of the largest store: for many, usage and audit (default 40000), for rotate (default "
+            "1000000, which takes minutes and 10 GB)",
             "count",
             "N",
         ),
