@@ -167,8 +167,9 @@ _STAGED = (
     "ON CONFLICT (key_id) DO UPDATE SET thread_id = excluded.thread_id, value = excluded.value, "
     "kek_id = excluded.kek_id"
 )
+# Of a row that is spelled as we write it, the MAC is the last member; that it is was seen when it was staged.
 _PAIRS = (
-    "SELECT live.key_id, live.value::json ->> 'mac', staged.value::json ->> 'mac' FROM "
+    "SELECT live.key_id, left(right(live.value, 46), 44), left(right(staged.value, 46), 44) FROM "
     "(SELECT key_id, value FROM deks WHERE key_id > %s ORDER BY key_id LIMIT %s) AS live "
     "LEFT JOIN deks_next AS staged USING (key_id) ORDER BY live.key_id"
 )
@@ -238,6 +239,8 @@ class FleetStore(SealedStore, FleetReader):
         self.left = ""
         """The table that the last swap left: a snapshot of the rows as they were."""
         self.locked_at = 0.0
+        self.paired = 0
+        """Rows of the last look at both tables."""
         self._look()
         self.acting = self._active
         """The KEK that this host holds for the active one: the fence compares it with the fleet's. It follows
@@ -725,6 +728,7 @@ class FleetStore(SealedStore, FleetReader):
         for key_id, live, staged in rows:
             other = {"mac": staged} if staged else {"mac": _WEIGHTLESS} if key_id in self._owed else None
             result.append((key_id, {"mac": live}, other))
+        self.paired = len(result)
         return result
 
     @contextlib.contextmanager

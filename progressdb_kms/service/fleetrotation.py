@@ -29,10 +29,14 @@ from ..fleet import barrier
 from ..fleet.rows import HostRow
 from ..fleet.store import FleetStore, Locked
 from ..store.contract import DekRecord
+from ..store.seal import END
 from . import ownkeys
-from .rotation import Rotation
+from .rotation import CHECK, Rotation
 
 log = logging.getLogger("progressdb_kms")
+
+STEP_SECONDS = 0.025
+"""Of the processor, in a step: each ends with a COMMIT, that may wait for a standby."""
 
 WORKED_OFF = 500
 """Touched rows that are staged again at a time."""
@@ -88,6 +92,7 @@ class FleetRotation(Rotation):
     """`coming`: KEKs that are configured for it, on this host."""
 
     _store: FleetStore
+    step = STEP_SECONDS
 
     def __init__(
         self,
@@ -100,12 +105,25 @@ class FleetRotation(Rotation):
         super().__init__(store, keyring, data_dir, random)
         self.coming = coming
         self._audit_keys: dict[str, tuple[str, dict[str, Any]]] = {}
+        self._seen = ""
 
     def _begin(self, now: float, old_id: str, new_id: str, total: int) -> LeftTable:
         self._snapshot = snapshot = LeftTable(self._store)
         with self._store.transaction():
             self._store.staging(True)
         return snapshot
+
+    def _compare(self) -> Iterator[None]:
+        """To the first page that is not full. DEKs that others make come to the end, and would keep it from
+        ever ending: they are compared while it is caught up, and the last of them under the lock."""
+        while self._compare_page():
+            yield
+
+    def _compare_page(self) -> bool:
+        """True: there is more than a page left."""
+        if self._seen != END:
+            self._seen = self._store.check_staged(self._seen, CHECK) or END
+        return self._store.paired == CHECK
 
     def _change_over(self, new_id: str, version: int, now: float) -> Iterator[None]:
         deadline, (pause, most) = time.monotonic() + PATIENCE, PAUSE
@@ -129,6 +147,7 @@ class FleetRotation(Rotation):
             records = self._store.touched(WORKED_OFF)
             with self._store.transaction():
                 self._restage(records)
+            self._compare_page()
             yield
             if len(records) < FEW:
                 return

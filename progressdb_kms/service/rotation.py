@@ -61,10 +61,10 @@ Steps = Generator[None, None, dict[str, Any]]
 
 
 class Pages:
-    """All rows of a store, in pages of such a size that the work on one takes STEP_SECONDS."""
+    """All rows of a store, in pages of such a size that the work on one takes so many seconds."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, seconds: float) -> None:
+        self._store, self._seconds = store, seconds
         self._size = LEAST
 
     def __iter__(self) -> Iterator[list[DekRecord]]:
@@ -78,7 +78,7 @@ class Pages:
     def done(self) -> None:
         """The work on a page is done: let the next one be larger or smaller."""
         took = max(time.thread_time() - self._begun, 1e-6)
-        self._size = min(max(LEAST, round(self._size * min(2.0, STEP_SECONDS / took))), MOST)
+        self._size = min(max(LEAST, round(self._size * min(2.0, self._seconds / took))), MOST)
 
 
 class Rewrapper:
@@ -136,6 +136,7 @@ class Rotation:
 
     coming: Collection[str] = ()
     """KEKs that are in the keyring so that a rotation may move to them."""
+    step = STEP_SECONDS
 
     def __init__(
         self, store: Store, keyring: Keyring, data_dir: Path, random: Callable[[int], bytes]
@@ -180,7 +181,7 @@ class Rotation:
         memory = LockedBuffer(envelope.SCRATCH_SIZE)
         done = 0
         try:
-            pages = Pages(self._store)
+            pages = Pages(self._store, self.step)
             for page in pages:
                 for record in page:
                     if record.state != SHREDDED:
@@ -212,7 +213,7 @@ class Rotation:
             self._rewrapper = Rewrapper(self._keyring, new_id, version, self._random)
             done = 0
             self.progress = Progress("rewrapping", 0, total, new_id)
-            pages = Pages(self._store)
+            pages = Pages(self._store, self.step)
             for page in pages:
                 moved = self._rewrapper.records(page)
                 done += snapshot.save(zip(page, moved))
@@ -222,9 +223,7 @@ class Rotation:
                 pages.done()
                 yield
             self.progress = Progress("comparing", done, total, new_id)
-            seen = ""
-            while seen := self._store.check_staged(seen, CHECK):
-                yield
+            yield from self._compare()
             self.progress = Progress("syncing", done, total, new_id)
             yield from snapshot.finish(self._keyring.audit_key, new_id)
             self.progress = Progress("swapping", done, total, new_id)
@@ -247,6 +246,11 @@ class Rotation:
             self._store.staging(True)
             self._store.write(UNFINISHED + self._snapshot.path.name, {"new_kek_id": new_id})
         return self._snapshot
+
+    def _compare(self) -> Iterator[None]:
+        seen = ""
+        while seen := self._store.check_staged(seen, CHECK):
+            yield
 
     def _change_over(self, new_id: str, version: int, now: float) -> Iterator[None]:
         try:

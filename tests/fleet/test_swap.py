@@ -1,0 +1,136 @@
+"""How long a rotation keeps all others from the rows, measured; and what it finds while others write."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from progressdb_kms.crypto import envelope
+from progressdb_kms.crypto.keyring import REGION_SIZE, Keyring
+from progressdb_kms.encoding import new_key_id
+from progressdb_kms.store.contract import DekRecord
+from tests.harness import postgres
+
+pytestmark = pytest.mark.skipif(bool(postgres.missing()), reason=postgres.missing())
+
+ROWS = 20_000
+
+
+class Site:
+    """A keyring, and two hosts of a fleet, of which the first rotates."""
+
+    def __init__(self, fleet: postgres.Fleet) -> None:
+        self.keyring = Keyring(memoryview(bytearray(REGION_SIZE)))
+        self.old = self.keyring.install(memoryview(os.urandom(32)), 1)
+        self.new_key = memoryview(os.urandom(32))
+        self.keyring.activate(self.old, 1)
+        self.new = self.keyring.install(self.new_key)
+        self.keyring.row_key[:] = os.urandom(32)
+        self.keyring.audit_key[:] = os.urandom(32)
+        fleet.sql("UPDATE kms.fleet SET active_kek = ''")
+        self.one = fleet.store(self.keyring.row_key, "one")
+        self.two = fleet.store(self.keyring.row_key, "two")
+        fleet.sql(f"UPDATE kms.hosts SET keks = ARRAY['{self.old}', '{self.new}']")
+        for store in (self.one, self.two):
+            with store.transaction():
+                if store is self.one:
+                    store.activate(self.old, 1, "2026-01-01T00:00:00.000000Z")
+                    self.two.acting = self.old
+                store.write("audit:key", self.audit_key())
+        self.made = 0
+
+    def audit_key(self) -> dict[str, Any]:
+        from progressdb_kms.service import ownkeys
+
+        return ownkeys.wrap(self.keyring, self.old, envelope.AUDIT_KEY, self.keyring.audit_key)
+
+    def deks(self, count: int, dek: memoryview) -> list[DekRecord]:
+        made = []
+        with self.keyring.borrow(self.old) as kek:
+            for _ in range(count):
+                self.made += 1
+                key_id = new_key_id(self.made, os.urandom(10))
+                blob = envelope.wrap(kek, self.old, key_id, os.urandom(12), dek)
+                made.append(DekRecord(key_id, "t", blob, self.old, 1, "2026-01-01T00:00:00.000000Z"))
+        return made
+
+    def fill(self, store: Any, count: int) -> None:
+        dek = memoryview(bytearray(os.urandom(32)))
+        for _ in range(0, count, 1000):
+            with store.transaction():
+                store.put_all(self.deks(min(count, 1000), dek))
+
+    def rotate(self, tmp_path: Path) -> dict[str, Any]:
+        """Returns the answer, with the seconds of each phase, and of the lock."""
+        from progressdb_kms.service.fleetrotation import FleetRotation
+
+        rotation = FleetRotation({self.new}, self.one, self.keyring, tmp_path, os.urandom)
+        steps = rotation.run(self.new_key)
+        seconds: dict[str, float] = {}
+        last = time.monotonic()
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                seconds["lock"] = time.monotonic() - self.one.locked_at
+                return {**done.value, "seconds": seconds}
+            phase, now = rotation.progress.phase if rotation.progress else "", time.monotonic()
+            seconds[phase] = seconds.get(phase, 0.0) + now - last
+            last = now
+
+
+def measured(site: Site, tmp_path: Path, rows: int, others: int) -> dict[str, Any]:
+    """`others`: rows a second that the second host writes meanwhile."""
+    site.fill(site.one, rows)
+    over = threading.Event()
+    late: list[str] = []
+
+    from progressdb_kms.fleet.store import Fenced
+
+    def write() -> None:
+        dek = memoryview(bytearray(os.urandom(32)))
+        while not over.wait(0.02):
+            new = site.deks(max(1, others // 50), dek)
+            try:
+                with site.two.transaction():
+                    site.two.put_all(new)
+            except Fenced:  # the swap has taken place: a keeper would follow it
+                return
+            late.extend(one.key_id for one in new)
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    try:
+        found = site.rotate(tmp_path)
+    finally:
+        over.set()
+        writer.join()
+    return {**found, "late": late}
+
+
+def check(site: Site, fleet: postgres.Fleet, found: dict[str, Any]) -> None:
+    rows = fleet.sql(f"SELECT key_id FROM kms.deks WHERE key_id = ANY('{{{','.join(found['late'])}}}')")
+    assert len(rows) == len(found["late"])
+    assert fleet.sql("SELECT DISTINCT kek_id FROM kms.deks") == [(site.new,)]
+    keks, total = site.one.added_up()
+    state = site.two.state()
+    assert state.total == total and {kek_id: row.deks for kek_id, row in state.keks.items()} == keks
+    site.two.vouch()
+
+
+@pytest.mark.long
+def test_the_lock_of_the_swap(fleet_database: postgres.Fleet, tmp_path: Path) -> None:
+    site = Site(fleet_database)
+    found = measured(site, tmp_path, ROWS, 500)
+    seconds = found["seconds"]
+    print(
+        f"\n{ROWS} rows: staged {ROWS / seconds['rewrapping']:.0f} a second, compared in "
+        f"{seconds['comparing']:.1f} s; {len(found['late'])} written meanwhile; "
+        f"the swap held the lock for {1000 * seconds['lock']:.1f} ms"
+    )
+    check(site, fleet_database, found)
