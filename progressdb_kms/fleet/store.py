@@ -670,6 +670,7 @@ class FleetStore(SealedStore, FleetReader):
             session = self._until_end.enter_context(self._link.session())
             session.warning = ""
             session.execute("BEGIN")
+            session.execute("LOCK TABLE kms IN ROW EXCLUSIVE MODE")  # as all do, with the guard
             self._open = session
         try:
             for sql, args in self._statements():

@@ -506,6 +506,21 @@ class TestRotationOfAFleet:
                 one.settle(lambda records: None)
             raise Stop
 
+    def test_who_tidies_up_and_who_swaps_don_t_wait_for_each_other(
+        self, one: Any, two: Any, fleet_database: Fleet
+    ) -> None:
+        """Each has the fleet's row and the host's rows in the same order: here the second waits at once."""
+        from progressdb_kms.fleet.store import Locked
+
+        put(one, dek("a"))
+        self.begin(one)
+        with pytest.raises(Stop), two.transaction():
+            two.staging(False)
+            with pytest.raises(Locked), one.transaction():
+                one.settle(lambda records: None)
+            raise Stop
+        self.swap(one)
+
     def test_rows_of_all_hosts_are_renewed(self, one: Any, two: Any, fleet_database: Fleet) -> None:
         from progressdb_kms.fleet.store import Contended
 

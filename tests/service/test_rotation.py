@@ -70,7 +70,7 @@ def test_a_page_is_as_large_as_its_time(worked: Worked, each: float, sizes: list
     fill(store, 1000)
     seen: list[DekRecord] = []
     found = []
-    for page in (pages := Pages(store)):
+    for page in (pages := Pages(store, STEP_SECONDS)):
         worked.seconds += each * len(page)
         pages.done()
         worked.seconds += 1.0  # what comes between two steps is not theirs
@@ -84,7 +84,7 @@ def test_a_page_has_an_end_and_follows_what_it_costs(worked: Worked) -> None:
     store = MemoryStore(memoryview(bytearray(32)))
     fill(store, MOST * 4)
     found = []
-    for page in (pages := Pages(store)):
+    for page in (pages := Pages(store, STEP_SECONDS)):
         found.append(len(page))
         worked.seconds += 1e-9 if len(found) < 9 else STEP_SECONDS * 4
         pages.done()
