@@ -34,7 +34,8 @@ SLOTS = 1024
 HEADER = 64
 SLOT = 144
 SIZE = HEADER + SLOTS * SLOT
-_BOOT, _WALL, _FLUSHES, _TIMELINE, _SEEN, _EPOCH, _KNOWN = range(7)
+BOOT, WALL, FLUSHES, TIMELINE, SEEN, _EPOCH, _KNOWN = range(7)
+"""Words of the header. A worker looks at some of them at each call, where a method would be half of it."""
 _WORD = 8
 
 
@@ -53,19 +54,19 @@ class Board:
 
     @property
     def lease(self) -> Lease:
-        return Lease(self.words[_BOOT], self.words[_WALL])
+        return Lease(self.words[BOOT], self.words[WALL])
 
     def serves(self, boot: int, wall: int) -> bool:
         """Does the lease hold by these clocks? To be asked before the work and after it."""
-        return boot < self.words[_BOOT] and wall < self.words[_WALL]
+        return boot < self.words[BOOT] and wall < self.words[WALL]
 
     @property
     def seen(self) -> Point:
-        return Point(self.words[_TIMELINE], self.words[_SEEN])
+        return Point(self.words[TIMELINE], self.words[SEEN])
 
     @property
     def flushes(self) -> int:
-        return self.words[_FLUSHES]
+        return self.words[FLUSHES]
 
     def key_id(self, gen: int) -> str | None:
         """Of the DEK that this change was of; None: it isn't known any more, or of more than one."""
@@ -97,20 +98,20 @@ class Board:
     # ---- writing: one thread of one process ------------------------------------------------------
 
     def grant(self, lease: Lease) -> None:
-        self.words[_WALL] = max(0, lease.wall)
-        self.words[_BOOT] = lease.boot
+        self.words[WALL] = max(0, lease.wall)
+        self.words[BOOT] = lease.boot
 
     def end(self) -> None:
         """No process begins or ends a call any more, until a lease is granted again."""
-        self.words[_BOOT] = 0
+        self.words[BOOT] = 0
         self.grant(NONE)
 
     def flush(self, seen: Point) -> None:
         """All that is remembered is old. The count grows before and after: whoever looked in between looks
         again."""
-        self.words[_FLUSHES] += 1
-        self.words[_TIMELINE], self.words[_SEEN] = seen
-        self.words[_FLUSHES] += 1
+        self.words[FLUSHES] += 1
+        self.words[TIMELINE], self.words[SEEN] = seen
+        self.words[FLUSHES] += 1
 
     def tell(self, change: ChangeRow) -> None:
         """The next change after `seen`."""
@@ -122,7 +123,7 @@ class Board:
         self.words[start // _WORD + 1] = len(text)
         self._region[start + 16 : start + 16 + len(text)] = text
         self.words[start // _WORD] = change.gen
-        self.words[_SEEN] = change.gen
+        self.words[SEEN] = change.gen
         return None
 
 
@@ -137,18 +138,18 @@ class Follower(Generic[T]):
         self._board = board
         self._room = room
         self._lock = threading.Lock()  # for whatever changes the next four; a hit takes none
-        self._young: dict[str, T] = {}
+        self.young: dict[str, T] = {}
         self._old: dict[str, T] = {}
         self._words = board.words
-        self._flushes = board.flushes
+        self.flushes = board.flushes
         self._position = board.seen
-        self._gen = self._position.gen
+        self.gen = self._position.gen
 
     def follow(self) -> Point:
         """Forget what has changed. Returns the point up to which all is known; at the beginning of a call:
         every change that was answered before is in it, as long as there is a lease."""
         words = self._words
-        if words[_SEEN] != self._gen or words[_FLUSHES] != self._flushes:
+        if words[SEEN] != self.gen or words[FLUSHES] != self.flushes:
             with self._lock:
                 self._catch_up()
         return self._position
@@ -157,26 +158,26 @@ class Follower(Generic[T]):
         flushes, seen = self._board.flushes, self._board.seen
         for key_id in self._changed(flushes, seen):
             if key_id is None:
-                self._young, self._old = {}, {}
+                self.young, self._old = {}, {}
                 break
-            self._young.pop(key_id, None)
+            self.young.pop(key_id, None)
             self._old.pop(key_id, None)
         self._position = seen
-        self._flushes, self._gen = flushes, seen.gen
+        self.flushes, self.gen = flushes, seen.gen
 
     def _changed(self, flushes: int, seen: Point) -> list[str | None]:
         """The DEKs of the changes up to this one; None for all of them."""
         before = self._position.gen
-        if flushes != self._flushes or not 0 <= seen.gen - before <= SLOTS:
+        if flushes != self.flushes or not 0 <= seen.gen - before <= SLOTS:
             return [None]
         return [self._board.key_id(gen) for gen in range(before + 1, seen.gen + 1)]
 
     def get(self, key_id: str) -> T | None:
         """Followed."""
         words = self._words
-        if words[_SEEN] != self._gen or words[_FLUSHES] != self._flushes:
+        if words[SEEN] != self.gen or words[FLUSHES] != self.flushes:
             self.follow()
-        found = self._young.get(key_id)
+        found = self.young.get(key_id)
         return found if found is not None else self._rejuvenated(key_id)
 
     def _rejuvenated(self, key_id: str) -> T | None:
@@ -195,9 +196,9 @@ class Follower(Generic[T]):
                 self._put(key_id, value)
 
     def _put(self, key_id: str, value: T) -> None:
-        if len(self._young) >= self._room:
-            self._young, self._old = {}, self._young
-        self._young[key_id] = value
+        if len(self.young) >= self._room:
+            self.young, self._old = {}, self.young
+        self.young[key_id] = value
 
     def __len__(self) -> int:
-        return len(self._young) + len(self._old)
+        return len(self.young) + len(self._old)

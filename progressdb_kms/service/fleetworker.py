@@ -12,7 +12,7 @@ from typing import Any, Callable, TypeVar
 
 from ..crypto.envelope import Wrapped
 from ..errors import KeyNotFound, StoreUnavailable, Unavailable
-from ..fleet.board import Board, Follower
+from ..fleet.board import BOOT, FLUSHES, SEEN, WALL, Board, Follower
 from ..fleet.lease import BOOTTIME, margin
 from ..fleet.reader import FleetReader
 from ..fleet.rows import Point
@@ -38,7 +38,7 @@ class FleetService(Service):
         unasked: Any = _Unasked()
         super().__init__(unasked, *args)
         self._reader, self._known = reader, False
-        self._serves, self._span = board.serves, span
+        self._serves, self._words, self._span = board.serves, board.words, span
         self._rows = reader
         self._follower: Follower[Entry | None] = Follower(board, YOUNG)
         self._absent: Follower[bool] = Follower(board, YOUNG)
@@ -60,9 +60,13 @@ class FleetService(Service):
     # ---- finding a DEK -----------------------------------------------------------------------------
 
     def entry(self, key_id: str) -> Entry:
-        if not self._serves(clock_gettime_ns(BOOTTIME), time_ns()):
+        words, follower = self._words, self._follower
+        if clock_gettime_ns(BOOTTIME) >= words[BOOT] or time_ns() >= words[WALL]:
             self._serving()
-        found = self._follower.get(key_id)
+        followed = words[SEEN] == follower.gen and words[FLUSHES] == follower.flushes
+        found = follower.young.get(key_id) if followed else None
+        if found is None:
+            found = follower.get(key_id)
         if found is not None and found[0] == self.keyring.generation:
             return found
         return self._fetched(key_id)
@@ -124,7 +128,8 @@ class FleetService(Service):
 
     def _with_dek(self, dek: Entry, scratch: memoryview, work: Callable[..., T], *args: Any) -> T:
         done = _worked(self, dek, scratch, work, *args)
-        if not self._serves(clock_gettime_ns(BOOTTIME), time_ns()):
+        words = self._words
+        if clock_gettime_ns(BOOTTIME) >= words[BOOT] or time_ns() >= words[WALL]:
             self._serving()
         return done
 
