@@ -269,6 +269,8 @@ class Troubles:
                 self._daemon_killed,
                 self._daemon_stopped,
                 self._daemon_stopped,
+                self._part_stopped,
+                self._part_killed,
                 self._network,
                 self._network,
                 self._primary_killed,
@@ -294,6 +296,21 @@ class Troubles:
     def _daemon_stopped(self) -> None:
         with self._hosts.stopped(self._at()):
             time.sleep(self._some())
+
+    def _part(self) -> int:
+        """A keeper or a worker of the host that has several processes; the rest goes on without it."""
+        return self._rng.choice(self._hosts.daemons[-1].pids()[1:])
+
+    def _part_stopped(self) -> None:
+        pid = self._part()
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(self._some())
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+    def _part_killed(self) -> None:
+        os.kill(self._part(), signal.SIGKILL)
+        time.sleep(self._some())
 
     def _network(self) -> None:
         with self._hosts.network(self._at(), self._rng.choice(("stall", "cut"))):
