@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from progressdb_kms import __version__
+from progressdb_kms.__main__ import HOLD_KEYS
 from progressdb_kms.client import KeyNotFound
 from progressdb_kms.errors import ConfigError
 from progressdb_kms.rules import BATCHES, OPERATIONS
@@ -27,6 +28,13 @@ from tests.harness.daemon import COMMAND, REPO, base_environment
 from tests.harness.daemon import cli as run
 
 BY_NAME = {command.name: command for command in COMMANDS}
+
+
+def test_what_holds_keys_is_known_before_the_command_line_is_loaded() -> None:
+    words: dict[str, set[bool]] = {}
+    for command in COMMANDS:
+        words.setdefault(command.name.partition(" ")[0], set()).add(command.keys)
+    assert {word for word, holds in words.items() if holds == {True}} == HOLD_KEYS | {"serve"}
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: str(command.name))
