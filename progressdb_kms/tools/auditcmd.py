@@ -24,7 +24,7 @@ from ..service.ownkeys import ROWS
 from ..store.heads import Head, heads
 from ..store.sqlite import SqliteReader
 from . import asowner, auditreport, datadir
-from .auditcounts import counting
+from .auditcounts import Observer
 from .auditsearch import Hits, Query, as_csv, as_json, as_table, moment, summary
 from .command import EVENTS
 from .console import CommandFailed, Progress, output, safe, say, show
@@ -134,7 +134,7 @@ def _reader(settings: Settings, host: str | None = None) -> Iterator[FleetReader
 def search(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
     """Records to stdout, as they are found; what can be said of their chains to stderr. Returns 1 where a
     fault was found."""
-    now, started = time.time(), time.monotonic()
+    (since, until), started = span(args), time.monotonic()
     op = _op(args.op)
     query = Query(
         args.key,
@@ -142,8 +142,8 @@ def search(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
         args.uid,
         op,
         args.outcome,
-        moment(args.since, now) if args.since else "",
-        moment(args.until, now) if args.until else "",
+        since,
+        until,
         args.embedded,
     )
     show_as = as_json if args.json else as_csv() if args.csv else as_table()
@@ -166,11 +166,16 @@ def _op(word: str | None) -> str | None:
     return operation(word) or word
 
 
-def report(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
+def span(args: argparse.Namespace) -> tuple[str, str]:
+    """From when until when records are meant. Raises UsageError."""
+    since, until = (moment(text, time.time()) if text else "" for text in (args.since, args.until))
+    return since, until
+
+
+def report(args: argparse.Namespace, loaded: Loaded, progress: Progress, observer: Observer) -> int:
     """One HTML page to a file. Returns 1 where a fault was found; the page is made and tells it."""
     now, data_dir = time.time(), loaded.settings.data_dir
-    since, until = (moment(text, now) if text else "" for text in (args.since, args.until))
-    with counting(since, until) as observer, _read_log(args, loaded, False) as read:
+    with _read_log(args, loaded, False) as read:
         found = read(progress, observer)
         counts = observer.result()
     with _reader(loaded.settings, args.host) as reader:

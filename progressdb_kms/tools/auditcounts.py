@@ -1,7 +1,7 @@
 """What `audit report` counts of a log: calls, callers, DEKs, and the events that are listed one by one.
 
 An observer of `verify`, of which only counts are kept. Where a second core is there, a process of its own
-counts while this one verifies: it is forked before the audit key is opened, gets what was read by a pipe, and
+counts while this one verifies: it is forked before a key is read, gets what was read by a pipe, and
 hands its counts back as JSON.
 """
 
@@ -183,20 +183,21 @@ class Beside:
 
     def __call__(self, block: bytes, verified: bool) -> None:
         """Raises CommandFailed where the process is gone."""
-        try:
+        if block:  # nothing of one is the end
             self._send(len(block).to_bytes(8, "little"))
             self._send(block)
-        except BrokenPipeError:
-            raise self._gone() from None
 
     def _send(self, data: bytes) -> None:
         rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(self._blocks, rest) :]
+        try:
+            while rest:
+                rest = rest[os.write(self._blocks, rest) :]
+        except BrokenPipeError:
+            raise self._gone() from None
 
     def result(self) -> Counts:
         """The counts of all that was given. Raises CommandFailed."""
-        self((b""), True)
+        self._send(bytes(8))
         with os.fdopen(os.dup(self._found), "rb") as found:
             text = found.read()
         if not text:

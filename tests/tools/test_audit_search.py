@@ -414,13 +414,15 @@ class TestBeside:
 
     def test_it_counts_the_same(self, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         lines = log.read_bytes().splitlines(keepends=True)
-        log.write_bytes(b"".join([*lines, *FORGED]))
+        old = log.with_name("kms-audit.log.1")
+        old.write_bytes(b"".join(lines[:5]))
+        log.write_bytes(b"".join([*lines[5:], *FORGED]))
         found = []
         for cores in ({0}, {0, 1}):
             monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: cores)
             with auditcounts.counting("", "") as observer:
                 assert isinstance(observer, auditcounts.Beside) == (len(cores) > 1)
-                verify([log], KEY, {}, partial=True, observe=observer)
+                verify([old, log], KEY, {}, partial=True, observe=observer)
                 found.append(vars(observer.result()))
         assert found[0] == found[1] and found[0]["lines"] > 8 and found[0]["told"]
 
