@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import MakeDaemon
 from tests.harness import postgres
 from tests.harness.daemon import Daemon
+from tests.harness.faults import Shim
 from tests.harness.quickfence import QUICK
 from tests.harness.wire import Session, b64
 
@@ -130,6 +131,27 @@ def test_it_goes_away_and_comes_back(
         assert kms.ok("POST", f"/deks/{key_id}/disable", {})["state"] == "disabled"
         assert seen(kms, key_id) == 423
     assert daemon.pids() == before
+
+
+def test_a_wall_clock_that_is_set_ends_a_lease_and_lengthens_none(
+    fleet_database: postgres.Fleet, make_daemon: MakeDaemon
+) -> None:
+    with Shim() as shim:
+        config = fleet_database.configured(fence_seconds=3)
+        daemon = make_daemon(config, command=QUICK, workers=1, env=shim.env)
+        key_id = daemon.ok("POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+        with daemon.session(PATIENCE) as kms:
+            shim.clock(3600)
+            until(lambda: seen(kms, key_id) == 200)  # with the next heartbeat
+            shim.clock(-3600)
+            until(lambda: seen(kms, key_id) == 200)
+            with fleet_database.away("immediate"):
+                until(lambda: seen(kms, key_id) == 503)  # by the other clock: this one has hours left
+            until(lambda: seen(kms, key_id) == 200)
+            with fleet_database.away("immediate"):
+                shim.clock(0)
+                assert seen(kms, key_id) == 503
+            until(lambda: seen(kms, key_id) == 200)
 
 
 @pytest.mark.parametrize("which", [1, 2], ids=["the keeper", "a worker"])
