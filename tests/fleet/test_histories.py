@@ -271,6 +271,8 @@ class Troubles:
                 self._daemon_stopped,
                 self._part_stopped,
                 self._part_killed,
+                self._all_killed,
+                self._primary_restarted,
                 self._network,
                 self._network,
                 self._primary_killed,
@@ -292,6 +294,12 @@ class Troubles:
     def _daemon_killed(self) -> None:
         with self._hosts.killed(self._at()):
             time.sleep(self._some())
+
+    def _all_killed(self) -> None:
+        for daemon in self._hosts.daemons:
+            daemon.kill()
+        for daemon in self._hosts.daemons:
+            daemon.start()
 
     def _daemon_stopped(self) -> None:
         with self._hosts.stopped(self._at()):
@@ -323,6 +331,11 @@ class Troubles:
         self._cluster.fail_over()
         time.sleep(1.0)
         self._cluster.join(old)
+
+    def _primary_restarted(self) -> None:
+        self._cluster.primary.stop("immediate")
+        time.sleep(self._some())
+        self._cluster.primary.start()
 
     def _primary_stopped(self) -> None:
         """It goes on later, and doesn't know that it is none any more."""
