@@ -113,10 +113,11 @@ def _time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
 def pytest_configure(config: pytest.Config) -> None:
     share_what_is_rewritten()
     try:
-        from hypothesis import settings
+        from hypothesis import HealthCheck, settings
     except ImportError:
         return
-    settings.register_profile("kms", deadline=None)  # a slow machine is no failure
+    slow = [HealthCheck.too_slow]  # a slow machine is no failure
+    settings.register_profile("kms", deadline=None, suppress_health_check=slow)
     settings.load_profile("kms")
 
 
