@@ -20,7 +20,7 @@ from progressdb_kms.service.ownkeys import ROWS
 from progressdb_kms.store.sqlite import SqliteReader
 from tests.harness import Daemon, Session, memscan, raw
 from tests.harness.daemon import DaemonFailed
-from tests.harness.faults import injecting, need_strace
+from tests.harness.faults import injecting, need_strace, without_memfd_secret
 from tests.harness.load import hammer
 from tests.harness.memscan import Secret, scan
 from tests.harness.procs import wait_until
@@ -267,11 +267,6 @@ def test_offline_commands_keep_no_copy(daemon: Daemon) -> None:
 
 
 # ---- without memfd_secret ------------------------------------------------------------------------------
-
-
-def without_memfd_secret(*more: str) -> list[str]:
-    need_strace()
-    return injecting("memfd_secret:error=ENOSYS", *more)
 
 
 def test_the_fallback_holds_each_key_in_one_place() -> None:
