@@ -239,6 +239,7 @@ class FleetStore(SealedStore, FleetReader):
         self.left = ""
         """The table that the last swap left: a snapshot of the rows as they were."""
         self.locked_at = 0.0
+        self._settled = False  # in this transaction nobody else writes any more
         self.paired = 0
         """Rows of the last look at both tables."""
         self._look()
@@ -344,6 +345,7 @@ class FleetStore(SealedStore, FleetReader):
                 raise
             finally:
                 self._now = self._open = None
+                self._settled = False
         self._acknowledged = self._book.change
         if self._fenced_by != acting:  # else it may have been set meanwhile, to another host's
             self.acting = self._fenced_by
@@ -720,11 +722,12 @@ class FleetStore(SealedStore, FleetReader):
         either in the page, or reckoned in by `_drain`. What is to be staged again is not missing, and weighs
         nothing until then."""
         with self._snapshot() as session:
-            if not session.execute("SELECT to_regclass('deks_next')::text").fetchall()[0][0]:
-                raise StoreUnavailable("no table for rewrapped rows was made")
-            self._drain(session)
+            if not self._settled:
+                if not session.execute("SELECT to_regclass('deks_next')::text").fetchall()[0][0]:
+                    raise StoreUnavailable("no table for rewrapped rows was made")
+                self._drain(session)
+                self._refresh()
             rows = session.execute(_PAIRS, (after, limit)).fetchall()
-            self._refresh()
         result = []
         for key_id, live, staged in rows:
             other = {"mac": staged} if staged else {"mac": _WEIGHTLESS} if key_id in self._owed else None
@@ -757,7 +760,8 @@ class FleetStore(SealedStore, FleetReader):
         """Up to `limit` rows, as they are now, which other hosts wrote since they were staged."""
         with self._snapshot() as session:
             self._drain(session)
-            owed = sorted(self._owed)[:limit]
+            if not (owed := sorted(self._owed)[:limit]):
+                return []
             sql = "SELECT key_id, value FROM deks WHERE key_id = ANY(%s) ORDER BY key_id"
             return [self._opened(*row) for row in session.execute(sql, (owed,)).fetchall()]
 
@@ -772,9 +776,11 @@ class FleetStore(SealedStore, FleetReader):
         while records := self.touched(len(self._owed) or MANY):
             restage(records)
         self._refresh()
+        self._settled = True
 
     def swap(self, keks: Mapping[str, KekCount]) -> None:
-        self.settle(_too_late)
+        if not self._settled:
+            self.settle(_too_late)
         super().swap(keks)
 
     def census(self) -> Sequence[HostRow]:
