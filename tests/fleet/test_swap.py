@@ -13,6 +13,7 @@ import pytest
 from progressdb_kms.crypto import envelope
 from progressdb_kms.crypto.keyring import REGION_SIZE, Keyring
 from progressdb_kms.encoding import new_key_id
+from progressdb_kms.errors import Conflict, StoreUnavailable
 from progressdb_kms.store.contract import DekRecord
 from tests.harness import postgres
 
@@ -134,3 +135,101 @@ def test_the_lock_of_the_swap(fleet_database: postgres.Fleet, tmp_path: Path) ->
         f"the swap held the lock for {1000 * seconds['lock']:.1f} ms"
     )
     check(site, fleet_database, found)
+
+
+class TestTheSwap:
+    @pytest.fixture
+    def site(self, fleet_database: postgres.Fleet) -> Site:
+        site = Site(fleet_database)
+        site.fill(site.one, 50)
+        return site
+
+    def whole(self, site: Site, fleet: postgres.Fleet, kek_id: str) -> None:
+        assert fleet.sql("SELECT DISTINCT kek_id FROM kms.deks") == [(kek_id,)]
+        assert fleet.sql("SELECT active_kek, rotating FROM kms.fleet") == [(kek_id, False)]
+        site.two.vouch()
+
+    def given_up(self, site: Site, fleet: postgres.Fleet) -> None:
+        """As the keeper tidies up: the state before is whole, and the next rotation works."""
+        with site.one.transaction():
+            site.one.staging(False)
+        self.whole(site, fleet, site.old)
+        assert site.keyring.active.kek_id == site.old and site.new in site.keyring.kek_ids()
+
+    def test_a_rotation(self, site: Site, fleet_database: postgres.Fleet, tmp_path: Path) -> None:
+        found = site.rotate(tmp_path)
+        assert (found["rewrapped"], found["kek_version"], found["backup"]) == (50, 2, "deks_old_1")
+        self.whole(site, fleet_database, site.new)
+        assert site.keyring.kek_ids() == [site.new] and site.one.acting == site.new
+
+    def test_somebody_reads_for_longer_than_it_waits(
+        self, site: Site, fleet_database: postgres.Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from progressdb_kms.fleet.store import Locked
+        from progressdb_kms.service import fleetrotation
+
+        monkeypatch.setattr(fleetrotation, "PATIENCE", 0.5)
+        with fleet_database.reader(site.keyring.row_key).snapshot(), pytest.raises(Locked):
+            site.rotate(tmp_path)
+        self.given_up(site, fleet_database)
+        assert site.rotate(tmp_path)["rewrapped"] == 50
+
+    @pytest.mark.parametrize("done", [True, False], ids=["done", "not done"])
+    def test_nobody_knows_whether_it_took_place(
+        self,
+        site: Site,
+        fleet_database: postgres.Fleet,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        done: bool,
+    ) -> None:
+        """The connection is lost at the COMMIT of the swap, before it or after it."""
+        from progressdb_kms.fleet.store import FleetStore, Unknown
+
+        real = FleetStore._end_inside
+
+        def lost(store: Any, session: Any, statements: Any) -> None:
+            if not site.one.locked_at:
+                return real(store, session, statements)
+            monkeypatch.undo()
+            if done:
+                real(store, session, statements)
+            raise Unknown("the connection was lost")
+
+        monkeypatch.setattr(FleetStore, "_end_inside", lost)
+        if done:
+            assert site.rotate(tmp_path)["rewrapped"] == 50
+            self.whole(site, fleet_database, site.new)
+            assert site.keyring.kek_ids() == [site.new] and site.one.acting == site.new
+        else:
+            with pytest.raises(StoreUnavailable):
+                site.rotate(tmp_path)
+            self.given_up(site, fleet_database)
+
+    def test_a_host_that_lost_the_key_meanwhile(
+        self, site: Site, fleet_database: postgres.Fleet, tmp_path: Path
+    ) -> None:
+        """The census is taken again under the lock."""
+        fleet_database.sql(f"UPDATE kms.hosts SET keks = ARRAY['{site.old}'], name = 'h2' WHERE host = 'two'")
+        with pytest.raises(Conflict, match="not configured on every host of the fleet: h2"):
+            site.rotate(tmp_path)
+        self.given_up(site, fleet_database)
+
+    def test_the_host_itself_was_put_out(
+        self, site: Site, fleet_database: postgres.Fleet, tmp_path: Path
+    ) -> None:
+        from progressdb_kms.fleet.store import Fenced
+
+        real = site.one.check_staged
+
+        def fenced(after: str, limit: int) -> Any:
+            fleet_database.sql("UPDATE kms.hosts SET fenced = true WHERE host = 'one'")
+            return real(after, limit)
+
+        site.one.check_staged = fenced
+        with pytest.raises(Fenced):
+            site.rotate(tmp_path)
+        assert site.two.abandoned()
+        with site.two.transaction():
+            site.two.staging(False)
+        self.whole(site, fleet_database, site.old)
