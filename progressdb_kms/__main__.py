@@ -13,8 +13,6 @@ from collections.abc import Sequence
 
 SERVE_FLAGS = {"--socket": "socket", "--data-dir": "data_dir", "--config": "config", "--addr": "tcp_address"}
 
-HELP = frozenset({"-h", "--help"})
-
 HOLD_KEYS = frozenset(
     ("backup", "doctor", "genkey", "import", "kek-id", "restore", "rewrap", "rotate-kek", "verify")
 )
@@ -43,8 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     inherited.settle_signals()
     if flags is None:
-        if words[:1] and words[0] in HOLD_KEYS and HELP.isdisjoint(words):
-            _start_anew(words)
+        if words and words[0] in HOLD_KEYS and not {"-h", "--help"} & set(words):
+            from .process import hardening, streams
+
+            streams.open_standard_streams()
+            hardening.prepare(words, os.environ)
         from .tools.cli import main as commands
 
         return commands(words)
@@ -59,14 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return die(signal.SIGINT)
     except Exception as error:
         return fail(told(error))
-
-
-def _start_anew(words: Sequence[str]) -> None:
-    from .process import hardening
-    from .process.streams import open_standard_streams
-
-    open_standard_streams()
-    hardening.prepare(words, os.environ)
 
 
 def _serve(words: Sequence[str], flags: dict[str, str | None]) -> int:

@@ -169,27 +169,24 @@ class Alone:
         thread = threading.Thread(target=self._work, args=(f"{epoch}.1", up))
         thread.start()
         notifier = Notifier(shared)
-        try:
-            while thread.is_alive():
-                settled = up.is_set() and not self._stop.is_set()
-                keeper.round(BEAT_SECONDS if settled else MOMENT, signals.fd)
-                signals.clear()
-                if up.is_set():
-                    notifier.ready(self._announce)
-                    notifier.beat()
-                if signals.take_hangup():
-                    notifier.reloading()
-                    shared.board.renew()
-                    reopen_keeper(keeper)
-                    self._hangup.set()
-                    shared.name.watch(at_once=True)
-                shared.name.watch()
-                if signals.stop and not self._stop.is_set():
-                    notifier.stopping()
-                    shared.name.remove()
-                    self._stop.set()
-        finally:  # a keeper that waited for its store may find that it can have none
-            self._stop.set()
+        while thread.is_alive():
+            settled = up.is_set() and not self._stop.is_set()
+            keeper.round(BEAT_SECONDS if settled else MOMENT, signals.fd)
+            signals.clear()
+            if up.is_set():
+                notifier.ready(self._announce)
+                notifier.beat()
+            if signals.take_hangup():
+                notifier.reloading()
+                shared.board.renew()
+                reopen_keeper(keeper)
+                self._hangup.set()
+                shared.name.watch(at_once=True)
+            shared.name.watch()
+            if signals.stop and not self._stop.is_set():
+                notifier.stopping()
+                shared.name.remove()
+                self._stop.set()
         keeper.close()
         if self._failure is not None:
             raise self._failure
