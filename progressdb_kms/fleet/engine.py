@@ -316,6 +316,11 @@ def _line(text: str) -> str:
     return last.rpartition("failed: ")[2].rpartition("FATAL: ")[2].strip()[:200]
 
 
+FORGOTTEN = sqlstate.InvalidSqlStatementName, sqlstate.DuplicatePreparedStatement
+"""The driver prepares what is asked often. Where a pipeline is aborted, it may take for prepared what is
+not, or the other way round: then each later use fails, as long as the session lives. So that ends."""
+
+
 def translated(where: Where, error: psycopg.Error) -> KMSError:
     """What became of a statement. The words of the engine may quote a row, so only its kind is told."""
     if isinstance(error, (sqlstate.UndefinedTable, sqlstate.InvalidSchemaName, sqlstate.UndefinedColumn)):
@@ -336,7 +341,7 @@ def translated(where: Where, error: psycopg.Error) -> KMSError:
         return StoreUnavailable(f"{where} is too busy: it gave up waiting", hint=_TRIED)
     if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
         return StoreUnavailable(f"the connection to {where} was lost", code=UNREACHABLE, hint=_TRIED)
-    if (error.sqlstate or "")[:2] in ("08", "57", "25"):
+    if (error.sqlstate or "")[:2] in ("08", "57", "25") or isinstance(error, FORGOTTEN):
         return StoreUnavailable(f"the connection to {where} was lost", code=UNREACHABLE, hint=_TRIED)
     kind = type(error).__name__
     return StoreUnavailable(
@@ -382,7 +387,7 @@ class Link:
     def _after(self, session: Session, error: psycopg.Error | None) -> None:
         """Keep it only if it is known to be at rest. 25006: it became a standby's."""
         lost = error is not None and (
-            error.sqlstate is None or isinstance(error, sqlstate.ReadOnlySqlTransaction)
+            error.sqlstate is None or isinstance(error, (sqlstate.ReadOnlySqlTransaction, *FORGOTTEN))
         )
         if lost or session.closed or session.info.transaction_status != pq.TransactionStatus.IDLE:
             self.drop()

@@ -54,7 +54,7 @@ from ..store.contract import KEK_ROW, DekRecord, Usage
 from ..store.policy import SHREDDED
 from ..store.seal import MODULUS, OWN, STATE, KekCount, Seal, StoreState, Tally, weight, without_mac
 from ..store.sealed import SealedStore, Written, nobody
-from .engine import TIMELINE, UNREACHABLE, Link, Session, translated
+from .engine import FORGOTTEN, TIMELINE, UNREACHABLE, Link, Session, translated
 from .reader import STATES, WRITES, FleetReader, combined, named, row_of, without
 from .rows import ALL, KEKS, KEY, FleetRow, HostRow, Point
 from .schema import FLEET
@@ -491,7 +491,8 @@ class FleetStore(SealedStore, FleetReader):
             return Taken("another daemon writes as this host, or did", hint="it is tried again")
         if isinstance(error, _CROSSED):
             return Contended("another host changed the same meanwhile", hint="to repeat it is safe")
-        if isinstance(error, psycopg.OperationalError) and (error.sqlstate or "08")[:2] in ("08", "57"):
+        lost = isinstance(error, psycopg.OperationalError) and (error.sqlstate or "08")[:2] in ("08", "57")
+        if lost or isinstance(error, FORGOTTEN):
             self._link.drop()
             return Unknown(translated(self._link.where, error).message)
         return translated(self._link.where, error)

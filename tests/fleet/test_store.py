@@ -627,3 +627,22 @@ def test_an_id_that_was_drawn_and_is_taken(one: Any) -> None:
         one.fresh("k")
         one.put(dek("k", state="disabled"))
     assert one.get("k") == dek("k")
+
+
+def test_a_session_that_lost_its_statements_is_left(one: Any) -> None:
+    """The driver prepares what it is asked often, and may take for prepared what an aborted pipeline was to
+    prepare: then each later use fails, for as long as the session lives. Seen after a failover."""
+
+    def forget() -> None:
+        with one._link.session() as session:
+            session.pgconn.exec_(b"DEALLOCATE ALL")  # so that the driver doesn't hear of it
+
+    for n in range(12):
+        put(one, dek(f"k{n}"))
+        assert one.get(f"k{n}") is not None
+    forget()
+    put(one, dek("after"))  # sent again, by another session
+    for n in range(12):
+        assert one.get(f"k{n}") is not None
+    forget()
+    assert one.get("k1") == dek("k1")
