@@ -357,6 +357,60 @@ def test_the_host_that_rotates_is_killed_before_it_answers(hosts: Hosts) -> None
     until(lambda: wraps(hosts.all[2]) == new)
 
 
+# ---- who rotates is stopped, or loses its keeper ---------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("owner", [0, 1], ids=["one process", "two workers"])
+def test_the_host_that_rotates_is_stopped(hosts: Hosts, owner: int) -> None:
+    """It is fenced though no change waits for it, and what it staged is thrown away. When it goes on, its
+    rotation fails, whatever the others have done by then."""
+    new, victim, other = kek_id(hosts.new), hosts.all[owner], 1 - owner
+    hosts.filled(3000)
+    with hosts.rotating("rewrapping", owner) as answers:
+        pids_get(victim, signal.SIGSTOP)
+        try:
+            until(lambda: hosts.database.sql("SELECT rotating FROM kms.fleet") == [(False,)])
+            assert hosts.database.sql("SELECT to_regclass('kms.deks_next')::text") == [(None,)]
+            late = ok(hosts.all[other], "POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+            reply = hosts.rotate(other)
+            assert reply.status == 200, reply.body
+        finally:
+            pids_get(victim, signal.SIGCONT)
+    assert [reply.status for reply in answers] in ([503], [409])
+    with victim.session(PATIENCE) as session:
+        until(lambda: use(session, late) == 200)
+    assert wraps(victim) == new and hosts.keks_of_rows() == [new]
+
+
+@pytest.mark.long
+def test_a_keeper_is_killed(hosts: Hosts) -> None:
+    """Of the host that rotates, and of another one in the barrier; with keys that came by SIGHUP."""
+    hosts.filled(24)
+    new, two = kek_id(hosts.new), hosts.all[1]
+    told = f"SELECT count(*) FROM kms.hosts WHERE NOT fenced AND keks @> ARRAY['{new}']"
+    two.write_config({**two.config, "next_master_keys": []})
+    two.signal(signal.SIGHUP)
+    until(lambda: hosts.database.sql(told) == [(2,)])
+    two.write_config({**two.config, "next_master_keys": [{"file": "next"}]})
+    two.signal(signal.SIGHUP)
+    until(lambda: hosts.database.sql(told) == [(3,)])
+    with contextlib.ExitStack() as reader:
+        reader.enter_context(hosts.locked("deks", "ACCESS SHARE"))
+        with hosts.rotating("swapping", 1) as answers:
+            before = two.pids()
+            os.kill(before[1], signal.SIGKILL)  # the first that is forked
+    assert [reply.status for reply in answers] == [503]
+    until(lambda: hosts.database.sql("SELECT rotating FROM kms.fleet") == [(False,)])
+    until(lambda: hosts.database.sql(told) == [(3,)])
+    (keeper,) = set(two.pids()) - set(before)
+    with hosts.rotating("", 0) as answers:
+        os.kill(keeper, signal.SIGKILL)
+    assert [reply.status for reply in answers] == [200]
+    until(lambda: wraps(two) == new)
+    assert hosts.keks_of_rows() == [new]
+
+
 # ---- who has the new KEK -------------------------------------------------------------------------------
 
 
