@@ -26,6 +26,7 @@ Why each of these is looked at, all of them tried:
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import select
@@ -46,6 +47,9 @@ except ImportError as _error:
         f"`store: postgresql` needs psycopg 3, which can't be loaded ({_error})",
         hint="install progressdb-kms[postgresql], or Debian's python3-psycopg",
     ) from None
+
+logging.getLogger("psycopg").setLevel(logging.ERROR)
+"""It warns of each pipeline that is aborted, which is how a transaction finds that it may not be."""
 
 LEAST_SERVER = 140000
 """PostgreSQL 14: `in_hot_standby`, `read-write` without a query, and what it keeps of a lost primary's

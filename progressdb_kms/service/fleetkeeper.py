@@ -58,6 +58,9 @@ EVERYWHERE = ("transition", "rewrap", "rotate")
 TIDY_SECONDS = 10.0
 """How often a host looks for what a rotation left whose own host is dead."""
 
+PROBE_SECONDS = 1.0
+"""A try to write that failed sooner is made again before this host says that it isn't ready."""
+
 SURVEY_SECONDS = 10.0
 """How old what readiness and metrics tell of the other hosts and of the engine may be."""
 
@@ -295,6 +298,15 @@ class FleetKeeper(Keeper):
         reasons = filter(None, [self._member.host.why, *told["reasons"]])
         warnings = told["warnings"] + self._surveyed()["warnings"]
         return {**told, "reasons": list(dict.fromkeys(reasons)), "warnings": warnings}
+
+    def _probe(self) -> list[str]:
+        """After a failover, or where another host was at the same rows, the first try finds that what it knew
+        is old, and the second looks anew. Not where the engine was silent: that was waited for already."""
+        begun = time.monotonic()
+        found = super()._probe()
+        if found and not self._member.host.why and time.monotonic() - begun < PROBE_SECONDS:
+            found = super()._probe()
+        return found
 
     def _surveyed(self) -> dict[str, Any]:
         """Not asked for while the database is away: each question would only wait."""

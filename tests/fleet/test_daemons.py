@@ -122,6 +122,15 @@ def test_a_keeper_that_is_killed_comes_back(fleet_database: postgres.Fleet, make
         assert use(session, key_id) == 423
 
 
+def test_what_the_next_try_mends_is_no_reason_to_be_unready(
+    fleet_database: postgres.Fleet, make_daemon: MakeDaemon
+) -> None:
+    daemon = make_daemon(configured(fleet_database), workers=1)
+    daemon.ok("GET", "/readyz")
+    fleet_database.sql("UPDATE kms.kms SET value = value || ' ' WHERE name = 'store:writes'")
+    daemon.ok("GET", "/readyz")
+
+
 def test_another_master_key_is_refused(pair: Pair, fleet_database: postgres.Fleet) -> None:
     refused = Daemon(configured(fleet_database), workers=1)
     try:
