@@ -129,6 +129,11 @@ class Client:
         """
         return str(getattr(self._local, "receipt", ""))
 
+    @property
+    def last_receipts(self) -> list[str]:
+        """Of this thread's last batch: the receipt of the call that each item went by, in order."""
+        return list(getattr(self._local, "receipts", ()))
+
     # ---- keys --------------------------------------------------------------------------------------
 
     def create_dek(self, thread_id: str, key_id: str | None = None) -> Dek:
@@ -302,12 +307,14 @@ class Client:
 
     def _batch(self, path: str, give: str, take: str, items: Iterable[tuple[Any, ...]]) -> BatchResult:
         results: BatchResult = []
+        self._local.receipts = receipts = list[str]()
         for group in _groups(items):
             fields = {"items": [_item(give, key, data, *aad) for key, data, *aad in group]}
             answers = _field(self._json("POST", path, fields), "items", list)
             if len(answers) != len(group):
                 raise bad_answer(f"it has {len(answers)} items instead of {len(group)}")
             results += [_result(answer, take) for answer in answers]
+            receipts += [self.last_receipt] * len(group)
         return results
 
     def _json(

@@ -24,6 +24,8 @@ class Calls(Protocol):
 
     @property
     def last_receipt(self) -> str: ...
+    @property
+    def last_receipts(self) -> list[str]: ...
     def encrypt(self, key: str, plaintext: Buffer, aad: bytes = b"") -> bytes: ...
     def decrypt(self, key: str, ciphertext: Buffer, aad: bytes = b"") -> bytes: ...
     def encrypt_batch(self, items: Iterable[tuple[str, Buffer, bytes]]) -> list[bytes | ClientError]: ...
@@ -66,11 +68,11 @@ class DekHandle:
 
     def encrypt_many(self, items: Iterable[Item]) -> list[bytes | ClientError]:
         """A page in as few requests as the limits allow; one result an item, in order."""
-        return self._calls.encrypt_batch(self._items(items))
+        return self._calls.encrypt_batch(_under(self.key_id, items))
 
     def decrypt_many(self, items: Iterable[Item]) -> list[bytes | ClientError]:
         """Likewise; an item that fails is an error in its place and spoils no other."""
-        return self._calls.decrypt_batch(self._items(items))
+        return self._calls.decrypt_batch(_under(self.key_id, items))
 
     def describe(self) -> Dek:
         return self._calls.describe(self.key_id)
@@ -80,13 +82,14 @@ class DekHandle:
         """The same, with the audit receipt of each call."""
         return ReceiptedHandle(self._calls, self.key_id)
 
-    def _items(self, items: Iterable[Item]) -> Iterable[tuple[str, Buffer, bytes]]:
-        for item in items:
-            data, aad = item if isinstance(item, tuple) else (item, b"")
-            yield self.key_id, data, aad
-
     def __repr__(self) -> str:
         return f"DekHandle({self.key_id!r})"
+
+
+def _under(key_id: str, items: Iterable[Item]) -> Iterable[tuple[str, Buffer, bytes]]:
+    for item in items:
+        data, aad = item if isinstance(item, tuple) else (item, b"")
+        yield key_id, data, aad
 
 
 class ReceiptedHandle:
@@ -101,3 +104,14 @@ class ReceiptedHandle:
 
     def decrypt(self, ciphertext: Buffer, aad: bytes = b"") -> Receipted:
         return Receipted(self._calls.decrypt(self.key_id, ciphertext, aad), self._calls.last_receipt)
+
+    def encrypt_many(self, items: Iterable[Item]) -> list[Receipted | ClientError]:
+        """Items of one request have one receipt."""
+        return self._each(self._calls.encrypt_batch(_under(self.key_id, items)))
+
+    def decrypt_many(self, items: Iterable[Item]) -> list[Receipted | ClientError]:
+        return self._each(self._calls.decrypt_batch(_under(self.key_id, items)))
+
+    def _each(self, results: list[bytes | ClientError]) -> list[Receipted | ClientError]:
+        both = zip(results, self._calls.last_receipts)
+        return [Receipted(one, receipt) if isinstance(one, bytes) else one for one, receipt in both]

@@ -80,6 +80,13 @@ def test_receipts(kms: Client, daemon: Daemon, tmp_path: Path) -> None:
     assert all(isinstance(one, Receipted) and one.receipt.count(":") == 2 for one in kept)
     kept.append(box.decrypt(kept[0].data))
     assert kept[2].data == b"hello" and len({one.receipt for one in kept}) == 3
+    page = box.encrypt_many([b"1", (b"2", b"aad")] + [b"3"] * 1000)  # more than one request takes
+    opened = box.decrypt_many([one.data for one in page if isinstance(one, Receipted)])
+    assert isinstance(opened[1], ClientError)  # its AAD was left out
+    for many in (page, opened):
+        found = [one for one in many if isinstance(one, Receipted)]
+        assert len(found) >= 1001 and len({one.receipt for one in found}) == 2
+        kept += found[:1] + found[-1:]
     witness = tmp_path / "receipts"
     for text, code in (("\n".join(one.receipt for one in kept), 0), (kept[0].receipt[:-16] + "0" * 16, 1)):
         witness.write_text(text)
