@@ -17,6 +17,7 @@ import pytest
 
 from tests.harness.daemon import cli, write_secret
 from tests.harness.fakekms import FakeKms, kek_id_of
+from tests.harness.faults import need_mount
 from tests.tools.test_online import on_terminal, spawn
 
 OLD = bytes(range(32))
@@ -216,6 +217,7 @@ class TestKeyInTheConfiguration:
 @pytest.fixture
 def mounted_alone(home: Path) -> Iterator[Path]:
     """F is a mount of its own, as `-v kek.key:/etc/…/kek.key` makes it."""
+    need_mount()
     made = subprocess.run(["mount", "--bind", str(home / "F"), str(home / "F")], capture_output=True)
     if made.returncode:
         pytest.skip(f"no bind mount can be made here: {made.stderr.decode()}")
