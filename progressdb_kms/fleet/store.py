@@ -103,6 +103,8 @@ class Unknown(Exception):
 
 # ---- statements ----------------------------------------------------------------------------------------
 
+# %b: in binary. As text each quote in a row of JSON would be escaped, which takes longer than to wrap a DEK.
+
 _GUARD = (
     "WITH done AS (INSERT INTO kms AS k VALUES (%s, 'store:writes', %s) ON CONFLICT (host, name) "
     "DO UPDATE SET value = excluded.value WHERE k.value = %s RETURNING 1) SELECT ln(count(*)) FROM done"
@@ -112,12 +114,12 @@ _STATE = (
     "DO UPDATE SET value = excluded.value WHERE k.value = %s RETURNING 1) SELECT sqrt(count(*) - 1) FROM done"
 )
 _INSERT = (
-    "WITH done AS (INSERT INTO deks SELECT *, 1 FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[]) "
+    "WITH done AS (INSERT INTO deks SELECT *, 1 FROM unnest(%b::text[], %b::text[], %b::text[], %b::text[]) "
     "ON CONFLICT (key_id) DO NOTHING RETURNING 1) SELECT sqrt((count(*) = %s)::int - 1) FROM done"
 )
 _UPDATE = (
     "WITH done AS (UPDATE deks AS d SET thread_id = n.thread_id, value = n.value, kek_id = n.kek_id, "
-    "rev = n.rev + 1 FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::bigint[]) "
+    "rev = n.rev + 1 FROM unnest(%b::text[], %b::text[], %b::text[], %b::text[], %s::bigint[]) "
     "AS n (key_id, thread_id, value, kek_id, rev) WHERE d.key_id = n.key_id AND d.rev = n.rev RETURNING 1) "
     "SELECT sqrt((count(*) = %s)::int - 1) FROM done"
 )
@@ -163,7 +165,7 @@ _FENCE = (
 )
 
 _STAGED = (
-    "INSERT INTO deks_next SELECT n.*, 1 FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[]) AS n "
+    "INSERT INTO deks_next SELECT n.*, 1 FROM unnest(%b::text[], %b::text[], %b::text[], %b::text[]) AS n "
     "ON CONFLICT (key_id) DO UPDATE SET thread_id = excluded.thread_id, value = excluded.value, "
     "kek_id = excluded.kek_id"
 )
