@@ -267,14 +267,8 @@ def held_at(hosts: Hosts, step: str) -> Iterator[None]:
         hosts.all[0].kill()
 
 
-STEPS = [
-    "swapping",
-    pytest.param("rewrapping", marks=pytest.mark.long),
-    pytest.param("comparing", marks=pytest.mark.long),
-]
-
-
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.long
+@pytest.mark.parametrize("step", ["rewrapping", "comparing", "swapping"])
 def test_the_host_that_rotates_is_killed(hosts: Hosts, step: str) -> None:
     """The state before is whole, also with what others did; and the next rotation has all of it."""
     old, new = kek_id(hosts.kek), kek_id(hosts.new)
@@ -451,6 +445,7 @@ def test_a_keeper_is_killed(hosts: Hosts) -> None:
 # ---- who has the new KEK -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_kek_comes_and_goes_by_sighup(fleet_database: postgres.Fleet) -> None:
     """And each host that lacks it, or has another key in a file of that name, is named."""
     with Hosts(fleet_database, workers=(1, 2)) as hosts:
@@ -506,6 +501,7 @@ def test_a_host_that_comes_late(hosts: Hosts) -> None:
     assert hosts.database.sql("SELECT DISTINCT keks FROM kms.hosts") == [([new],)]
 
 
+@pytest.mark.long
 def test_of_two_rotations_one_is_refused(hosts: Hosts) -> None:
     """The other waits for somebody who reads all rows, and meanwhile all hosts go on."""
     new = kek_id(hosts.new)
