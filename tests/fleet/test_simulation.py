@@ -30,7 +30,7 @@ WITHOUT = {
 }
 """Each safeguard, and what must happen so that one sees what it is good for."""
 
-FIRST = {"timeline": 3740}
+FIRST = {"timeline": 1195}
 """Where that is rare: the schedule to begin with, so that the search is short."""
 
 LONG_SECONDS = 600.0

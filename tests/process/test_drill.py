@@ -126,7 +126,8 @@ class TestSchema:
             with contextlib.closing(sqlite3.connect(twin.data_dir / "kms.db")) as db:
                 db.execute("PRAGMA user_version=99")
             before = (twin.data_dir / "kms.db").read_bytes()
-            done = twin.offline(*command)
+            own = ["--socket", str(twin.socket)] if command == ["serve"] else []
+            done = twin.offline(*command, *own)
             said = (done.stdout + done.stderr).decode()
             assert done.returncode == 1, said
             assert f"kms.db has schema version 99, and this release knows {sqlite.SCHEMA_VERSION}" in said
