@@ -26,7 +26,7 @@ from ..errors import StoreUnavailable
 from .engine import ANSWER_SECONDS, TIMELINE, UNREACHABLE, Link, Session
 from .lease import BEATS
 from .rows import ChangeRow, FleetRow, HostRow, News, Sight
-from .store import CHANNEL
+from .store import CHANNEL, WRITER
 
 _FLEET = ", ".join([*FleetRow._fields[:-1], TIMELINE])
 _WIDTH = len(FleetRow._fields)
@@ -42,6 +42,10 @@ WHERE host = %(host)s AND inc = %(inc)s AND NOT fenced AND {TIMELINE} = %(timeli
 _FENCE = """
 UPDATE hosts SET fenced = true WHERE host = %(host)s AND inc = %(inc)s AND beat = %(beat)s AND NOT fenced
 RETURNING 1"""
+_CUT = f"""
+SELECT pg_terminate_backend(a.pid) FROM hosts AS h JOIN pg_stat_activity AS a
+ON a.usename = current_user AND a.application_name = '{WRITER}' || h.host
+WHERE h.host = %(host)s AND h.inc = %(inc)s AND h.beat = %(beat)s AND NOT h.fenced"""  # noqa: S608
 _LEAVE = "DELETE FROM hosts WHERE host = %(host)s AND inc = %(inc)s RETURNING 1"
 _PRUNE = """
 DELETE FROM changes WHERE gen IN (SELECT gen FROM changes WHERE gen < %(below)s ORDER BY gen LIMIT 20000)
@@ -82,7 +86,11 @@ class Engine:
         return bool(self._committed(_BEAT, about))
 
     def fence(self, host: str, inc: str, beat: int) -> bool:
-        return bool(self._committed(_FENCE, {"host": host, "inc": inc, "beat": beat}))
+        """Its writer's session is ended first. A host that was stopped in the middle of a pipeline has sent
+        half of a transaction: its backend waits for the rest, with all locks, and no timeout ends that."""
+        about = {"host": host, "inc": inc, "beat": beat}
+        self._rows(_CUT, about)
+        return bool(self._committed(_FENCE, about))
 
     def leave(self, host: str, inc: str) -> None:
         self._committed(_LEAVE, {"host": host, "inc": inc})

@@ -74,6 +74,9 @@ it is tried again later."""
 
 CHANNEL = "kms"
 
+WRITER = "progressdb-kms "
+"""Before a host's id: the name of its writer's session, by which whoever fences it ends that."""
+
 RETIRED = "deks_old_"  # and a number: what rotations left, which is their snapshot
 
 

@@ -37,7 +37,7 @@ from ..fleet.registry import Engine
 from ..fleet.rows import Point, Sight
 from ..fleet.settings import Where
 from ..fleet.status import counted
-from ..fleet.store import Fenced, FleetStore
+from ..fleet.store import WRITER, Fenced, FleetStore
 from ..store.pause import Pause
 from . import start
 from .channel import Job, answer
@@ -398,7 +398,7 @@ def open_keeper(
     with contextlib.ExitStack() as undo:
         undo.callback(member.end)
         member.wait_for(place)
-        store = FleetStore(Link(where), host, place.inc)
+        store = FleetStore(Link(where, WRITER + host), host, place.inc)
         with place.ring:  # who rotates meanwhile is followed after it
             place.store = store
             _, book, epoch = start.open_store(data_dir, keyring, keys, incarnation, fleet=store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from progressdb_kms.errors import KMSError
+from progressdb_kms.errors import KMSError, StoreUnavailable
 from progressdb_kms.fleet.board import Board
 from progressdb_kms.fleet.lease import Clock
 from progressdb_kms.fleet.rows import KEY, ChangeRow, Point
@@ -254,3 +255,30 @@ class TestHosts:
         hosts[1].end()
         assert [row.host for row in engine.sight().hosts] == ["a"]
         assert not hosts[1].serves
+
+
+def test_a_host_that_was_stopped_in_half_of_a_transaction_holds_nothing_up(
+    fleet_database: postgres.Fleet,
+) -> None:
+    """Of a pipeline without its Sync the engine waits for the rest, and knows no timeout for that."""
+    from progressdb_kms.fleet.engine import Link
+    from progressdb_kms.fleet.registry import Engine
+    from progressdb_kms.fleet.store import WRITER
+
+    other = fleet_database.store(host="two")
+    fleet_database.sql("INSERT INTO kms.hosts VALUES ('one', '1', '', 0, 0, '{}', false)")
+    stopped, engine = Link(fleet_database.where, WRITER + "one"), Engine(Link(fleet_database.where), 60.0)
+    with contextlib.closing(engine), pytest.raises(StoreUnavailable), stopped.session() as session:
+        for half in (
+            "BEGIN",
+            "SET LOCAL idle_in_transaction_session_timeout = 0",
+            "LOCK TABLE kms IN SHARE ROW EXCLUSIVE MODE",
+            "SELECT 1 FROM hosts WHERE host = 'one' FOR UPDATE",
+        ):
+            session.execute(half)
+        assert not engine.fence("one", "1", 9)  # it has beaten meanwhile: nothing of it is ended
+        session.execute("SELECT 1")
+        assert engine.fence("one", "1", 0)
+        with other.transaction():
+            other.write("probe", {"at": "now"})
+        session.execute("COMMIT")
