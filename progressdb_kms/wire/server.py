@@ -706,6 +706,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if not keep or head is None:
             self._say(connection, reply, head)
             return 0, AWAY
+        connection.phase = IDLE
         return used, self._answer(connection, head, reply)
 
     def _refusal(self, connection: Connection, head: Head | None, error: KMSError) -> Reply:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
 
 import pytest
 
 from progressdb_kms.wire import http1
 from progressdb_kms.wire.routes import ROUTES
+from tests.conftest import MakeDaemon
 from tests.harness import Daemon, Session, raw
 from tests.harness.wire import b64, connect
 
@@ -132,6 +134,17 @@ class TestSecretRoutes:
 
 class TestAhead:
     """Pipelining: requests that were sent ahead are answered in order, all of them."""
+
+    def test_those_that_are_refused_are_answered_too(self, make_daemon: MakeDaemon) -> None:
+        """Behind a head that came in two pieces, and more of them than one turn takes."""
+        daemon, missing = make_daemon(workers=1), get(target="/nowhere")
+        with connect(daemon.socket, 60.0) as sock:
+            sock.sendall(missing[:10])
+            assert daemon.healthy()  # the one thread has seen those bytes
+            sock.sendall(missing[10:] + missing * 200 + NEXT)
+            sock.shutdown(socket.SHUT_WR)
+            with sock.makefile("rb") as answers:
+                assert statuses(answers.read()) == [404] * 201 + [200]
 
     @pytest.mark.parametrize("count", [2, 50, 3000])
     def test_all_are_answered(self, daemon: Daemon, count: int) -> None:
