@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from operator import itemgetter
 from typing import Any, BinaryIO, NoReturn, Union
 
+from ..config.options import cores
 from ..encoding import json_dumps
 from ..rules import BATCHES
 from .auditsearch import events_of, lines_with
@@ -240,7 +241,7 @@ Observer = Union[Counts, Beside]
 @contextlib.contextmanager
 def counting(since: str, until: str) -> Iterator[Observer]:
     counts = Counts(since, until)
-    if len(os.sched_getaffinity(0)) < 2:
+    if cores() < 2:
         yield counts
         return
     with contextlib.closing(Beside(counts)) as beside:

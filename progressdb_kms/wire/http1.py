@@ -433,7 +433,7 @@ class Request(NamedTuple):
 
 def _moved(begun: bytearray, length: int) -> mmap.mmap:
     try:
-        pages = mmap.mmap(-1, length)
+        pages = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:
         raise Overloaded("no memory is left for the message", hint="try again") from None
     pages[: len(begun)] = begun
@@ -549,7 +549,7 @@ class Reader:
     def _whole(self, taken: int, length: int) -> memoryview | None:
         assert self._body is not None
         self._filled += taken
-        return memoryview(self._body)[:length] if self._filled == length else None
+        return memoryview(self._body) if self._filled == length else None
 
     def place(self) -> memoryview | None:
         """Where the rest of a long body may be received without a copy; tell `placed` how much came. Release
@@ -574,5 +574,5 @@ class Reader:
         """What came of a body that nobody will take. It may hold plaintext or a key."""
         if self._chunked is not None:
             self._chunked.wipe()
-        if not isinstance(self._body, (mmap.mmap, type(None))):  # pages of its own are gone
+        if not isinstance(self._body, (mmap.mmap, type(None))):  # pages of its own go as they are
             self._body[: self._filled] = bytes(self._filled)

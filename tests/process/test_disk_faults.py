@@ -235,7 +235,7 @@ class TestFailingCalls:
                 refused(kms.request("POST", "/create_dek_for_thread", {"thread_id": "t"}))
                 assert kms.request("GET", "/readyz").status == 503
                 kept.opens(kms)
-            assert time.monotonic() - begun < 60 and daemon.alive
+            assert time.monotonic() - begun < 10 and daemon.alive
             shim.clear()
             wait_until(lambda: kms.request("GET", "/readyz").status == 200, 60, "readiness")
             kept.create(kms, 2)
@@ -526,7 +526,7 @@ class TestReaderOfTheLog:
                     refused(reply)
                     assert "is shredded" in reply.json()["error"]["message"]
                     assert kms.request("GET", f"/get_wrapped?key_id={key}").status == 410
-                assert time.monotonic() - begun < 40, "each of them waited for the reader"
+                assert time.monotonic() - begun < 15, "each of them waited for the reader"
                 assert kms.ok("GET", "/status")["erasures_due"] == 20
                 slow = 0
                 for _ in range(30):

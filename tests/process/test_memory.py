@@ -18,6 +18,7 @@ from progressdb_kms.crypto import envelope
 from progressdb_kms.service import ownkeys
 from progressdb_kms.service.ownkeys import ROWS
 from progressdb_kms.store.sqlite import SqliteReader
+from progressdb_kms.wire.http1 import LONG
 from tests.harness import Daemon, Session, memscan, raw
 from tests.harness.daemon import DaemonFailed
 from tests.harness.faults import injecting, need_strace, without_memfd_secret
@@ -205,6 +206,43 @@ def test_refused_requests_leave_no_copy() -> None:
         secrets += used(daemon)
         scan(daemon.pids(), secrets).assert_clean()
         assert daemon.ok("GET", "/status")["kek_version"] == "1"
+
+
+@pytest.mark.parametrize("end", ["served", "in chunks", "cut off", "too slow"])
+def test_a_long_body_leaves_no_copy(end: str) -> None:
+    """Wherever in it, and whatever buffer it had moved to by then."""
+    markers = [os.urandom(32) for _ in range(6)]
+    body = bytearray(3 * LONG)
+    for number, marker in enumerate(markers):
+        at = number * LONG // 2 + 100
+        body[at : at + len(marker)] = marker
+    with Daemon({"request_timeout": 1 if end == "too slow" else 30}, workers=1) as daemon:
+        key_id = daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
+        head = (
+            f"POST /encrypt?key_id={key_id} HTTP/1.1\r\nHost: u\r\nContent-Type: application/octet-stream\r\n"
+        )
+        with connect(daemon.socket, 60.0) as sock:
+            if end == "in chunks":
+                sock.sendall(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n")
+                for at in range(0, len(body), 100_000):
+                    piece = body[at : at + 100_000]
+                    sock.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
+                sock.sendall(b"0\r\n\r\n")
+            else:
+                sent = len(body) if end == "served" else len(body) - LONG // 4
+                sock.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body[:sent])
+            if end != "cut off":
+                status = b"408" if end == "too slow" else b"200"
+                assert sock.recv(12) == b"HTTP/1.1 " + status
+        wait_until(lambda: kept(daemon) == 0, 60, "the body to be gone")
+        scan(
+            daemon.pids(), [Secret(f"marker {n}", m, key=False) for n, m in enumerate(markers)]
+        ).assert_clean()
+
+
+def kept(daemon: Daemon) -> int:
+    limits = daemon.ok("GET", "/status")["limits"]
+    return int(limits["body_bytes"]["used"]) + int(limits["connections"]["used"]) - 1
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can connect as another user")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import threading
@@ -12,6 +13,7 @@ import pytest
 
 from progressdb_kms.crypto.keyring import fingerprint
 from tests.harness import Daemon
+from tests.harness.procs import quickest
 from tests.harness.wire import connect
 
 
@@ -63,9 +65,11 @@ def test_a_hanging_keeper_with_a_full_queue_is_told_in_time() -> None:
             open_.enter_context(connect(daemon.socket)).sendall(head % len(create) + create)
         time.sleep(1.0)
         for path in ("/readyz", "/status", "/metrics"):
-            begun = time.monotonic()
-            with daemon.session(25.0) as kms:
-                reply = kms.request("GET", path)
-                assert kms.request("GET", "/healthz").status == 200
-            assert path == "/metrics" or (reply.status == 503 and b"keeper process" in reply.body)
-            assert time.monotonic() - begun < 25
+            assert quickest(3, 9.0, functools.partial(told_of_the_keeper, daemon, path)) < 9
+
+
+def told_of_the_keeper(daemon: Daemon, path: str) -> None:
+    with daemon.session(20.0) as kms:
+        reply = kms.request("GET", path)
+        assert kms.request("GET", "/healthz").status == 200
+    assert path == "/metrics" or (reply.status == 503 and b"keeper process" in reply.body)

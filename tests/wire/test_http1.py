@@ -430,7 +430,7 @@ def read_with(machine: Reader, data: bytes) -> Outcome:
 
 
 def test_a_body_of_which_memory_has_no_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(fd: int, length: int) -> Any:
+    def refused(*args: int) -> Any:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     monkeypatch.setattr(http1.mmap, "mmap", refused)

@@ -22,12 +22,12 @@ def started_for(daemon: Daemon, count: int, data: str) -> set[int]:
 
 
 def test_a_page_of_chat_is_served_at_once(make_daemon: MakeDaemon) -> None:
-    """100 messages of 200 bytes, or 500 of none, need no thread; what is longer does."""
+    """100 messages of 200 bytes, or 128 of none, need no thread; what is longer, or more, does."""
     daemon = make_daemon(workers=1)
     message = b64(bytes(228))
     assert not started_for(daemon, 100, message)
-    assert not started_for(daemon, 500, "")
-    assert started_for(daemon, 900, "")
+    assert not started_for(daemon, 128, "")
+    assert started_for(daemon, 129, "")
     assert not started_for(daemon, 800, message)  # it is there
     assert started_for(make_daemon(workers=1), 800, message)
 
