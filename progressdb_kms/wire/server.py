@@ -218,7 +218,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             if connection is not None:
                 if connection.phase == IDLE and connection.answered:
                     self._receive(connection)
-                else:
+                elif connection.phase != AHEAD:
                     others.append(connection)
             elif fd in self._doors:
                 doors.append(fd)
@@ -240,7 +240,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._tick()
 
     def _serve_others(self, others: list[Connection]) -> None:
-        """Each of them is the first at some time; whoever has no turn in this one is told of again."""
+        """Each of them is the first at some time; whoever has no turn in this one is told of again. None of
+        them lies in `_ahead` too: its next bytes, or its end, come when its answers are sent."""
         first = self._turns % (len(others) or 1)
         waiting = deque(others[first:] + others[:first])
         until = time.monotonic() + TURN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import time
@@ -149,6 +150,22 @@ class TestAhead:
     @pytest.mark.parametrize("count", [2, 50, 3000])
     def test_all_are_answered(self, daemon: Daemon, count: int) -> None:
         assert statuses(raw(daemon.socket, NEXT * count)) == [200] * count
+
+    @pytest.mark.parametrize("count", [3, 20])
+    def test_of_many_at_once_that_end_behind_what_they_sent(
+        self, make_daemon: MakeDaemon, count: int
+    ) -> None:
+        """Each end is told of while the last answers are still to be sent."""
+        daemon = make_daemon(workers=1)
+        for _ in range(20):
+            with contextlib.ExitStack() as opened:
+                socks = [opened.enter_context(connect(daemon.socket, 60.0)) for _ in range(30)]
+                for sock in socks:
+                    sock.sendall(NEXT * count)
+                    sock.shutdown(socket.SHUT_WR)
+                for sock in socks:
+                    with sock.makefile("rb") as answers:
+                        assert statuses(answers.read()) == [200] * count
 
     def test_behind_one_that_waits_for_the_keeper(self, kms: Session, daemon: Daemon) -> None:
         body = b'{"thread_id":"t"}'

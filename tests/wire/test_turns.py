@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from progressdb_kms.wire import server
-from progressdb_kms.wire.connection import BODY, HEAD, IDLE
+from progressdb_kms.wire.connection import AHEAD, BODY, HEAD, IDLE
 from progressdb_kms.wire.server import Server
 
 
@@ -35,6 +35,7 @@ def test_who_was_answered_before_comes_first() -> None:
         connection("known", IDLE, True),
         connection("slow", HEAD, True),
         connection("known, too", IDLE, True),
+        connection("its requests lie here", AHEAD, True),  # it is asked for more when they are answered
     ]
     served: list[str] = []
     fake = waiter()
