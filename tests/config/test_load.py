@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import grp
 import hmac
 import itertools
@@ -72,10 +73,14 @@ class Place:
 
 
 def refused(act: Any) -> str:
-    before = held()
-    with pytest.raises(ConfigError) as caught:
-        act()
-    assert held() == before  # though the traceback still holds all frames
+    gc.disable()  # else it may free here what other tests left
+    try:
+        before = held()
+        with pytest.raises(ConfigError) as caught:
+            act()
+        assert held() == before  # though the traceback still holds all frames
+    finally:
+        gc.enable()
     said = f"{caught.value.message} | {caught.value.hint}"
     for secret in ALL:
         for start in range(0, 56, 8):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,14 @@ class NoLocks:
 @pytest.fixture
 def no_locks(no_memfd_secret: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_libc", NoLocks())
+
+
+@pytest.fixture(autouse=True)
+def no_collection() -> Iterator[None]:
+    """What other tests left is not freed between two looks at what this process holds."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def held() -> tuple[str, int, int]:
