@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 from binascii import b2a_base64
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple, NoReturn
 
@@ -45,21 +44,18 @@ class Fault(NamedTuple):
         return f"{self.file}:{self.line}: {self.what}" if self.line else f"{self.file}: {self.what}"
 
 
-@dataclass
 class Report:
     """What `verify` found. `chains`: first and last seq seen of each. `shredded`: time by key_id.
 
     `unchecked`: anchors and receipts that only earlier files could confirm (with `partial`).
     """
 
-    files: list[str]
-    lines: int = 0
-    recoveries: int = 0
-    receipts: int = 0
-    unchecked: int = 0
-    chains: dict[str, tuple[int, int]] = field(default_factory=dict)
-    shredded: dict[str, str] = field(default_factory=dict)
-    fault: Fault | None = None
+    def __init__(self, files: list[str]) -> None:
+        self.files = files
+        self.lines = self.recoveries = self.receipts = self.unchecked = 0
+        self.chains: dict[str, tuple[int, int]] = {}
+        self.shredded: dict[str, str] = {}
+        self.fault: Fault | None = None
 
     @property
     def ok(self) -> bool:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import grp
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import ConfigError
 from ..rules import PeerRules
@@ -116,12 +115,11 @@ def _tuple(value: Sequence[Any] | None, folder: str, label: str) -> tuple[Any, .
 
 
 def _row(*row: Any, **more: Any) -> Any:
-    """The Option of a field, but for its name."""
-    return field(metadata={"option": Option("", *row, **more)})
+    """The Option of a field, but for its name. It stands in the place of a default; the loader gives all."""
+    return Option("", *row, **more)
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """Checked and absolute: paths of the file are relative to its folder, others to the working directory.
 
     Sizes are in bytes, times in seconds. `None` for peer rules: whoever the socket's permissions let in.
@@ -253,7 +251,7 @@ class Settings:
 
 
 SETTINGS: tuple[Option, ...] = tuple(
-    row.metadata["option"]._replace(name=row.name) for row in fields(Settings) if row.metadata
+    row._replace(name=name) for name, row in Settings._field_defaults.items() if isinstance(row, Option)
 )
 
 OPTIONS = (*KEYS, *SETTINGS)
