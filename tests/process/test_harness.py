@@ -477,6 +477,7 @@ def strace_here() -> None:
     faults.need_strace()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("strace_here")
 class TestPowerLoss:
     @pytest.mark.parametrize(
@@ -1006,11 +1007,11 @@ class TestFixtures:
 class TestOnTheDaemonItself:
     """That the tools fit the real thing: one look through each."""
 
-    def test_the_writer_is_one_of_its_processes(self, make_daemon: Any, workers: int) -> None:
+    def test_the_writer_is_one_of_its_processes(self, make_daemon: Any, mostly_two: int) -> None:
         if os.geteuid() != 0:
             pytest.skip("needs root: the daemon is not dumpable")
-        daemon = make_daemon(workers=workers)
-        assert (daemon.writer == daemon.pid) == (workers == 1)
+        daemon = make_daemon(workers=mostly_two)
+        assert (daemon.writer == daemon.pid) == (mostly_two == 1)
         assert daemon.writer in daemon.pids()
 
     def test_powerloss(self, make_daemon: Any, tmp_path: Path) -> None:
@@ -1033,9 +1034,9 @@ class TestOnTheDaemonItself:
         assert contents(disk)["kms.db"] == contents(daemon.data_dir)["kms.db"]
         assert contents(disk)["kms.db-wal"] == contents(daemon.data_dir)["kms.db-wal"]
 
-    def test_steps(self, make_daemon: Any, workers: int) -> None:
+    def test_steps(self, make_daemon: Any, mostly_two: int) -> None:
         faults.need_strace()
-        daemon = make_daemon(workers=workers)
+        daemon = make_daemon(workers=mostly_two)
         with daemon.session() as kms:
             with faults.trace_steps(daemon.writer, daemon.data_dir) as steps:
                 kms.create_dek("one")
@@ -1051,8 +1052,8 @@ class TestOnTheDaemonItself:
                 procs.wait_until(lambda: not writer.alive(), what="the writer to die")
             assert reply is None or reply.status == 503
 
-    def test_the_shim_reaches_the_store(self, make_daemon: Any, shim: faults.Shim, workers: int) -> None:
-        daemon = make_daemon(workers=workers, env=shim.env)
+    def test_the_shim_reaches_the_store(self, make_daemon: Any, shim: faults.Shim, mostly_two: int) -> None:
+        daemon = make_daemon(workers=mostly_two, env=shim.env)
         fault = shim.fail("sync", "kms.db-wal", "EIO", times=1)
         assert daemon.request("POST", "/create_dek_for_thread", {"thread_id": "t"}).status == 503
         assert fault.hits == 1

@@ -23,7 +23,7 @@ from tests.harness.faults import Step, Steps, kill_at, need_strace, trace_steps
 from tests.harness.kept import Kept
 from tests.harness.wire import UnexpectedReply
 
-ROUNDS = 3
+ROUNDS = 2
 NEW = os.urandom(32)
 
 

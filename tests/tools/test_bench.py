@@ -30,6 +30,7 @@ def figures(*args: str) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in rows}
 
 
+@pytest.mark.long
 def test_store() -> None:
     found = figures("store")
     assert list(found) == ["disk flushes alone", "durable creates, 1 callers", "durable creates, 64 callers"]
@@ -58,6 +59,7 @@ def test_fleet(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.listdir(short_tmp) == []
 
 
+@pytest.mark.long
 def test_rotate_measures_each_store_and_what_callers_notice(
     short_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

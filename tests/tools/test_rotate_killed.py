@@ -16,7 +16,7 @@ from tests.harness.daemon import Daemon, cli
 from tests.harness.fakekms import kek_id_of
 from tests.harness.faults import Step, Steps, killing, need_strace, steps_of
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 class Site(NamedTuple):
