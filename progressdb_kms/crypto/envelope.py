@@ -119,17 +119,22 @@ def stored(key_id: str, blob: bytes) -> Wrapped:
 
 def wrap(kek: memoryview, kek_id: str, key_id: str, nonce: bytes, dek: memoryview) -> bytes:
     """Wrap a 32-byte DEK, bound to its key_id. Returns the blob."""
-    return _wrap(kek, binding(kek_id, key_id), b"", nonce, dek)
+    return wrap_by(Aead(kek), kek_id, key_id, nonce, dek)
+
+
+def wrap_by(sealer: Aead, kek_id: str, key_id: str, nonce: bytes, dek: memoryview) -> bytes:
+    """With a cipher under that KEK, which serves many."""
+    return _wrap(sealer, binding(kek_id, key_id), b"", nonce, dek)
 
 
 def wrap_own(kek: memoryview, kek_id: str, name: str, nonce: bytes, key: memoryview) -> bytes:
     """Wrap a key of our own; `own` reads it."""
-    return _wrap(kek, _head(OWN_VERSION, kek_id, name), OWN_LABEL, nonce, key)
+    return _wrap(Aead(kek), _head(OWN_VERSION, kek_id, name), OWN_LABEL, nonce, key)
 
 
-def _wrap(kek: memoryview, head: bytes, label: bytes, nonce: bytes, key: memoryview) -> bytes:
+def _wrap(sealer: Aead, head: bytes, label: bytes, nonce: bytes, key: memoryview) -> bytes:
     sealed = bytearray(KEY_SIZE + ROOM)
-    size = Aead(kek).seal_into(nonce, key, label + head, memoryview(sealed))
+    size = sealer.seal_into(nonce, key, label + head, memoryview(sealed))
     return head + nonce + bytes(sealed[:size])
 
 

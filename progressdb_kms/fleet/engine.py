@@ -30,9 +30,10 @@ import logging
 import os
 import re
 import select
+import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from ..errors import ConfigError, KMSError, StoreDamaged, StoreUnavailable
@@ -42,6 +43,7 @@ try:
     import psycopg
     from psycopg import errors as sqlstate
     from psycopg import pq
+    from psycopg.adapt import Dumper
 except ImportError as _error:
     raise ConfigError(
         f"`store: postgresql` needs psycopg 3, which can't be loaded ({_error})",
@@ -120,6 +122,39 @@ class Session(psycopg.Connection[tuple[Any, ...]]):
         if notice.severity_nonlocalized == "WARNING":
             self.warning = f"{notice.sqlstate}: {notice.message_primary}"
 
+
+class Texts:
+    """Many texts for one parameter, of the type text[]. The driver's own way takes longer for a row than to
+    wrap a DEK: here nothing is escaped, and no dumper is looked for."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, texts: Collection[str]) -> None:
+        """Without a NUL, which PostgreSQL knows in no text."""
+        parts = [_ARRAY.pack(1, 0, _TEXT, len(texts), 1) if texts else _ARRAY.pack(0, 0, _TEXT, 0, 0)[:12]]
+        for text in texts:
+            data = text.encode()
+            parts += (len(data).to_bytes(4, "big"), data)
+        self.data = b"".join(parts)
+
+
+_TEXT, _TEXTS = 25, 1009
+"""Numbers of the types text and text[] (pg_type.dat): the same in all servers."""
+
+_ARRAY = struct.Struct("!5i")
+"""Before the elements of an array (array_send): dimensions, whether there are NULLs, the elements' type; of
+each dimension how many, and the number of the first. Each element comes behind its length."""
+
+
+class _TextsDumper(Dumper):
+    format = pq.Format.BINARY
+    oid = _TEXTS
+
+    def dump(self, obj: Texts) -> bytes:
+        return obj.data
+
+
+psycopg.adapters.register_dumper(Texts, _TextsDumper)
 
 _READ, _WRITE = select.POLLIN | select.POLLERR | select.POLLHUP | select.POLLNVAL, select.POLLOUT
 _EVENTS = {1: select.POLLIN, 2: select.POLLOUT, 3: select.POLLIN | select.POLLOUT}  # psycopg.waiting.Wait

@@ -54,7 +54,7 @@ from ..store.contract import KEK_ROW, DekRecord, Usage
 from ..store.policy import SHREDDED
 from ..store.seal import MODULUS, OWN, STATE, KekCount, Seal, StoreState, Tally, weight, without_mac
 from ..store.sealed import SealedStore, Written, nobody
-from .engine import FORGOTTEN, TIMELINE, UNREACHABLE, Link, Session, translated
+from .engine import FORGOTTEN, TIMELINE, UNREACHABLE, Link, Session, Texts, translated
 from .reader import STATES, WRITES, FleetReader, combined, named, row_of, without
 from .rows import ALL, KEKS, KEY, FleetRow, HostRow, Point
 from .schema import FLEET
@@ -64,6 +64,9 @@ log = logging.getLogger(__name__)
 
 MANY = 64
 """Changes of one transaction that are told one by one; of more the hosts hear that all may have changed."""
+
+HEAVY_SECONDS = 1.0
+"""How old may be what a create goes by of how much its KEK has wrapped."""
 
 BULK = 2000
 """Rows of one transaction that wait for its end."""
@@ -106,8 +109,6 @@ class Unknown(Exception):
 
 # ---- statements ----------------------------------------------------------------------------------------
 
-# %b: in binary. As text each quote in a row of JSON would be escaped, which takes longer than to wrap a DEK.
-
 _GUARD = (
     "WITH done AS (INSERT INTO kms AS k VALUES (%s, 'store:writes', %s) ON CONFLICT (host, name) "
     "DO UPDATE SET value = excluded.value WHERE k.value = %s RETURNING 1) SELECT ln(count(*)) FROM done"
@@ -117,19 +118,19 @@ _STATE = (
     "DO UPDATE SET value = excluded.value WHERE k.value = %s RETURNING 1) SELECT sqrt(count(*) - 1) FROM done"
 )
 _INSERT = (
-    "WITH done AS (INSERT INTO deks SELECT *, 1 FROM unnest(%b::text[], %b::text[], %b::text[], %b::text[]) "
+    "WITH done AS (INSERT INTO deks SELECT *, 1 FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[]) "
     "ON CONFLICT (key_id) DO NOTHING RETURNING 1) SELECT sqrt((count(*) = %s)::int - 1) FROM done"
 )
 _UPDATE = (
     "WITH done AS (UPDATE deks AS d SET thread_id = n.thread_id, value = n.value, kek_id = n.kek_id, "
-    "rev = n.rev + 1 FROM unnest(%b::text[], %b::text[], %b::text[], %b::text[], %s::bigint[]) "
+    "rev = n.rev + 1 FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::bigint[]) "
     "AS n (key_id, thread_id, value, kek_id, rev) WHERE d.key_id = n.key_id AND d.rev = n.rev RETURNING 1) "
     "SELECT sqrt((count(*) = %s)::int - 1) FROM done"
 )
 _TOUCHED = (
-    "INSERT INTO touched SELECT n.key_id, CASE WHEN owner = n.host THEN '' ELSE n.was END, "
-    "CASE WHEN owner = n.host THEN '' ELSE n.now END FROM fleet, "
-    "unnest(%s::text[], %s::text[], %s::text[], %s::text[]) AS n (key_id, was, now, host) WHERE rotating"
+    "INSERT INTO touched SELECT n.key_id, CASE WHEN owner = %s THEN '' ELSE n.was END, "
+    "CASE WHEN owner = %s THEN '' ELSE n.now END FROM fleet, "
+    "unnest(%s::text[], %s::text[], %s::text[]) AS n (key_id, was, now) WHERE rotating"
 )
 _WRITE = (
     "INSERT INTO kms SELECT * FROM unnest(%s::text[], %s::text[], %s::text[]) "
@@ -168,7 +169,7 @@ _FENCE = (
 )
 
 _STAGED = (
-    "INSERT INTO deks_next SELECT n.*, 1 FROM unnest(%b::text[], %b::text[], %b::text[], %b::text[]) AS n "
+    "INSERT INTO deks_next SELECT n.*, 1 FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[]) AS n "
     "ON CONFLICT (key_id) DO UPDATE SET thread_id = excluded.thread_id, value = excluded.value, "
     "kek_id = excluded.kek_id"
 )
@@ -209,12 +210,11 @@ class Gathered:
         self.usage: dict[str, Usage] = {}
         self.unused: set[str] = set()  # their usage goes
         self.retired: set[str] = set()  # taken out of what rotations left
-        self.heavy: dict[str, int] | None = None  # once it was asked for
         self.activated: tuple[str, str, int] | None = None  # the KEK before, the new one and its version
 
     def copy(self) -> Gathered:
         other = Gathered()
-        other.seen, other.activated, other.heavy = self.seen, self.activated, self.heavy
+        other.seen, other.activated = self.seen, self.activated
         for name in ("rows", "kms", "staged", "usage", "unused", "retired"):
             setattr(other, name, getattr(self, name).copy())
         return other
@@ -238,6 +238,8 @@ class FleetStore(SealedStore, FleetReader):
         self._stale = False
         self._now: Gathered | None = None
         self._changed: list[tuple[str, str]] = []
+        self._heavy: dict[str, int] = {}
+        self._heavy_until = 0.0
         self._owed: set[str] = set()
         self._expected: set[str] = set()
         self._parts = 0
@@ -515,8 +517,8 @@ class FleetStore(SealedStore, FleetReader):
         if old:
             result.append((_UPDATE, (*_columns(old), [row.rev for row in old.values()], len(old))))
             self._changed += [(KEY, key_id) for key_id in old]
-        if marks := [(k, row.was, row.mac, self.host) for k, row in now.rows.items() if k not in now.staged]:
-            result.append((_TOUCHED, [list(column) for column in zip(*marks)]))
+        if marks := [(k, row.was, row.mac) for k, row in now.rows.items() if k not in now.staged]:
+            result.append((_TOUCHED, (self.host, self.host, *map(Texts, zip(*marks)))))
         if now.staged:
             result += [(_OWNED, (self.host,)), (_STAGED, _columns(now.staged))]
         return result + self._statements_of_kms(now) + self._statements_of_usage(now)
@@ -529,7 +531,7 @@ class FleetStore(SealedStore, FleetReader):
             result.append((_STATE, (self.host, written.pop(STATE), self._stored or "")))
         if written:
             hosts = [self._owner(name) for name in written]
-            result.append((_WRITE, (hosts, list(written), list(written.values()))))
+            result.append((_WRITE, tuple(map(Texts, (hosts, written, written.values())))))
         if erased:
             result.append((_ERASE, ([self._owner(name) for name in erased], erased)))
         if now.activated is not None:
@@ -543,7 +545,7 @@ class FleetStore(SealedStore, FleetReader):
         result: list[Statement] = []
         if now.usage:
             counts = [list(column) for column in zip(*now.usage.values())]
-            result.append((_COUNT, (list(now.usage), *counts)))
+            result.append((_COUNT, (Texts(now.usage), *counts)))
         if now.unused:
             result.append((_FORGET_USAGE, (list(now.unused),)))
         if now.retired:
@@ -579,12 +581,13 @@ class FleetStore(SealedStore, FleetReader):
         self._gathered.seen[key_id] = None
 
     def heavy(self) -> dict[str, int]:
-        """Inside a transaction it is asked for once, of however many creates."""
+        """Inside transactions it is asked for now and then: the wraps of a second are nothing to 2**32."""
         if self._now is None:
             return super().heavy()
-        if self._now.heavy is None:
-            self._now.heavy = super().heavy()
-        return self._now.heavy
+        if time.monotonic() >= self._heavy_until:
+            self._heavy = super().heavy()
+            self._heavy_until = time.monotonic() + HEAVY_SECONDS
+        return self._heavy
 
     def _raw(self, key_id: str) -> Any:
         text = self._text(key_id)
@@ -596,11 +599,13 @@ class FleetStore(SealedStore, FleetReader):
 
     def there(self, key_ids: Sequence[str]) -> set[str]:
         """What isn't there is remembered as that: `put_all` asks, and then writes new rows."""
-        found = super().there(key_ids)
-        if self._now is not None:
-            found |= self._now.rows.keys() & set(key_ids)
-            self._now.seen.update({key_id: None for key_id in key_ids if key_id not in found})
-        return found
+        if self._now is None:
+            return super().there(key_ids)
+        seen, rows = self._now.seen, self._now.rows
+        unknown = [key_id for key_id in key_ids if key_id not in seen and key_id not in rows]
+        found = super().there(unknown) if unknown else set()
+        seen.update({key_id: None for key_id in unknown if key_id not in found})
+        return found | {key_id for key_id in key_ids if seen.get(key_id) or key_id in rows}
 
     def _raw_page(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]:
         page = super()._raw_page(after, limit, thread_id)
@@ -634,21 +639,37 @@ class FleetStore(SealedStore, FleetReader):
 
     # ---- writes, inside a transaction ----------------------------------------------------------
 
-    def _set(self, key_id: str, row: dict[str, Any]) -> None:
-        now = self._gathered
-        self._text(key_id)
-        before, seen = now.rows.get(key_id), now.seen.get(key_id)
-        was = before.was if before else _mac(row_of(seen[0])) if seen else ""
-        rev = before.rev if before else seen[1] if seen else None
-        kek_id = "" if row.get("state") == SHREDDED else str(row.get("kek_id", ""))
-        now.rows[key_id] = Row(str(row.get("thread_id", "")), json_dumps(row), kek_id, _mac(row), rev, was)
-
     def _set_all(self, rows: list[Written]) -> None:
         """An import writes as many as it likes: they don't wait here for its end."""
-        for row in rows:
-            self._set(row.key_id, json.loads(row.text))
+        now = self._gathered
+        for key_id, text, _, record in rows:
+            self._text(key_id)
+            before, seen = now.rows.get(key_id), now.seen.get(key_id)
+            was = before.was if before else _mac(row_of(seen[0])) if seen else ""
+            rev = before.rev if before else seen[1] if seen else None
+            now.rows[key_id] = Row(record.thread_id, text, _needed(record), _tail(text), rev, was)
         if len(self._gathered.rows) >= BULK and not self._parts:
             self._inside().execute("SET LOCAL idle_in_transaction_session_timeout = '60s'")
+
+    def _count_all(self, rows: list[Written], old: Mapping[str, tuple[Any, int]]) -> None:
+        """New rows of one time and KEK, as a batch of creates has them, are counted at once."""
+        alike: dict[tuple[str, int, str], list[Written]] = {}
+        for row in rows:
+            if row.key_id in old or not row.record.wrapped or self._tally is not None:
+                super()._count_all([row], old)
+            else:
+                kind = row.record.kek_id, row.record.kek_version, row.record.created_at
+                alike.setdefault(kind, []).append(row)
+        for (kek_id, version, since), news in alike.items():
+            book, count = self._book, len(news)
+            before = book.keks.get(kek_id, KekCount(version, 0, since))
+            row_of_kek = before._replace(deks=before.deks + count, since=min(before.since, since))
+            self._book = book._replace(
+                change=book.change + count,
+                keks={name: row for name, row in {**book.keks, kek_id: row_of_kek}.items() if row.deks},
+                total=(book.total + sum(row.weight for row in news)) % MODULUS,
+                wraps={**book.wraps, kek_id: book.wraps.get(kek_id, 0) + count},
+            )
 
     def write(self, name: str, value: dict[str, Any]) -> None:
         if name.startswith(OWN):
@@ -711,10 +732,9 @@ class FleetStore(SealedStore, FleetReader):
         self._tally, self._owed = None, set()
 
     def _set_staged(self, rows: list[Written]) -> None:
+        staged = self._gathered.staged
         for row in rows:
-            fields = json.loads(row.text)
-            kek_id = "" if fields["state"] == SHREDDED else fields["kek_id"]
-            self._gathered.staged[row.key_id] = Row(fields["thread_id"], row.text, kek_id, "", None, "")
+            staged[row.key_id] = Row(row.record.thread_id, row.text, _needed(row.record), "", None, "")
             self._owed.discard(row.key_id)
 
     def _staged(self, key_id: str) -> dict[str, Any] | None:
@@ -945,6 +965,15 @@ def _mac(row: Any) -> str:
     return found if isinstance(found, str) else ""
 
 
+def _tail(text: str) -> str:
+    """The MAC of a row that is spelled as we write it."""
+    return text[-46:-2]
+
+
+def _needed(record: DekRecord) -> str:
+    return "" if record.state == SHREDDED else record.kek_id
+
+
 def _weight(mac: str) -> int:
     try:
         return weight({"mac": mac})
@@ -952,6 +981,6 @@ def _weight(mac: str) -> int:
         return 0
 
 
-def _columns(rows: Mapping[str, Row]) -> list[list[str]]:
+def _columns(rows: Mapping[str, Row]) -> list[Texts]:
     values = rows.values()
-    return [list(rows), *map(list, zip(*((row.thread_id, row.text, row.kek_id) for row in values)))]
+    return [Texts(rows), *map(Texts, zip(*((row.thread_id, row.text, row.kek_id) for row in values)))]

@@ -20,6 +20,7 @@ from ..service.fleetawait import Awaiting
 from ..service.fleetkeys import Coming
 from ..service.fleetworker import FleetService
 from ..service.keeper import Keeper
+from ..wire.together import TogetherServer
 from . import systemd
 from .board import Board as Policies
 
@@ -41,6 +42,9 @@ class FleetSide:
 
     def service(self, reader: Any, *args: Any) -> FleetService:
         return FleetService(self._board, self._where.fence_seconds, reader, *args)
+
+    def server(self, *args: Any) -> TogetherServer:
+        return TogetherServer(*args)
 
     def policies(self, settings: Settings) -> Policies:
         """The board that is renewed at SIGHUP; the coming KEKs with it."""

@@ -123,8 +123,8 @@ class Worker:
         doors = [Door(self._listener, peer_of)]
         if shared.tcp is not None:
             doors.append(Door(shared.tcp, loopback.Peers().identify))
-        slab = shared.slabs[slot - 1]
-        self.server = Server(doors, app, limits, self._counters, shared.metrics, slab)
+        server = shared.fleet.server if shared.fleet else Server
+        self.server = server(doors, app, limits, self._counters, shared.metrics, shared.slabs[slot - 1])
         self._anchoring = Pause(0, 0)
         self._meter = shared.rates.meter(slot - 1)
         self.server.narrow(shared.board.read(), self._meter)

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 from .. import errors
 from ..crypto.aead import KEY_SIZE
@@ -35,6 +35,9 @@ MAX_JOB = 32 * 1024
 """Bytes of one job: a thread_id of 512 escaped characters fits many times."""
 
 _INT = array.array("i")
+
+Wanted = tuple[Union[str, None], Union[str, None]]
+"""A DEK to be made: its thread_id, its key_id; None: see `Keeper.create`."""
 
 Head = tuple[str, int, str]
 """The head of an audit chain: its name, the last seq, the last signature."""
@@ -149,11 +152,24 @@ def _unpack(answer: bytes) -> dict[str, Any]:
             "the keeper process ended before it answered: the change may or may not have been made",
             hint="ask again: every change may be repeated",
         )
-    value = json.loads(answer)
-    if "error" in value:
-        raise _ERRORS[value["error"].pop("type")](**value["error"])
-    result: dict[str, Any] = value["ok"]
-    return result
+    found = outcome(json.loads(answer))
+    if isinstance(found, KMSError):
+        raise found
+    return found
+
+
+def outcome(told: dict[str, Any]) -> dict[str, Any] | KMSError:
+    """What `telling` was told."""
+    if (error := told.get("error")) is not None:
+        return _ERRORS[error.pop("type")](**error)
+    return told["ok"]  # type: ignore[no-any-return]
+
+
+def telling(outcome: dict[str, Any] | KMSError) -> dict[str, Any]:
+    if not isinstance(outcome, KMSError):
+        return {"ok": outcome}
+    kind = next(cls.__name__ for cls in type(outcome).__mro__ if cls.__name__ in _ERRORS)
+    return {"error": {"type": kind, "message": outcome.message, "code": outcome.code, "hint": outcome.hint}}
 
 
 def receive(inbox: socket.socket) -> Job | None:
@@ -177,19 +193,9 @@ def receive(inbox: socket.socket) -> Job | None:
 
 def answer(job: Job, outcome: Any) -> None:
     """Send a result (a dict) or a KMSError. A caller that is gone is no error: the work is done."""
-    if isinstance(outcome, KMSError):
-        error = {
-            "type": next(cls.__name__ for cls in type(outcome).__mro__ if cls.__name__ in _ERRORS),
-            "message": outcome.message,
-            "code": outcome.code,
-            "hint": outcome.hint,
-        }
-        value: dict[str, Any] = {"error": error}
-    else:
-        value = {"ok": outcome}
     with job.reply:
         try:
-            job.reply.sendall(json_dumps(value).encode())
+            job.reply.sendall(json_dumps(telling(outcome)).encode())
         except (BrokenPipeError, ConnectionResetError):
             return
 

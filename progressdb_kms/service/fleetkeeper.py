@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import platform
 import socket
 import threading
@@ -21,10 +20,9 @@ from pathlib import Path
 from typing import Any, Callable
 
 from ..config.weakkeys import check_master_key
-from ..crypto.aead import KEY_SIZE
+from ..crypto.aead import KEY_SIZE, Aead
 from ..crypto.keyring import KekNotLoaded, Keyring, fingerprint
 from ..crypto.memory import LockedBuffer
-from ..encoding import new_key_id
 from ..errors import Conflict, KeyMismatch, KMSError, OperatorError, StoreUnavailable, WeakKey
 from ..fleet import schema
 from ..fleet.board import Board
@@ -38,15 +36,16 @@ from ..fleet.rows import Point, Sight
 from ..fleet.settings import Where
 from ..fleet.status import counted
 from ..fleet.store import WRITER, Fenced, FleetStore
+from ..store.contract import DekRecord
 from ..store.pause import Pause
 from . import start
-from .channel import Job, answer
+from .channel import Job, Wanted, answer, telling
 from .clock import Clock
 from .fleetkeys import Coming
 from .fleetrotation import FleetRotation, refuse_absent
 from .fleetshredding import FleetShredding
 from .fleetworker import patience
-from .keeper import Done, Keeper, Long, Outcome
+from .keeper import Done, Keeper, Long, Outcome, described, read_random, same
 from .plan import COMING, Configured
 from .rotation import RETIRED_KEK, Steps
 
@@ -201,7 +200,8 @@ class FleetKeeper(Keeper):
     def _commit(self, jobs: list[Job]) -> list[Done]:
         """Where another host has rotated a moment ago, this one follows at once, and does them again: nothing
         took place. A KEK that came with one of them is gone by now."""
-        self._store.expect(job.args["key_id"] for job in jobs if job.args.get("key_id"))
+        named = [key_id for job in jobs for _, key_id in job.args.get("deks", ())]
+        self._store.expect(filter(None, [*named, *(job.args.get("key_id") for job in jobs)]))
         try:
             return super()._commit(jobs)
         except Fenced as error:
@@ -233,12 +233,42 @@ class FleetKeeper(Keeper):
             self._effects.append(functools.partial(self._board.met, int(job.args["chain"].split(".")[1])))
         return outcome
 
-    def create(self, thread_id: str | None = None, key_id: str | None = None) -> dict[str, Any]:
-        """Of an id that is drawn here the engine need not be asked whether it is there."""
+    def create_many(self, deks: list[Wanted]) -> dict[str, Any]:
+        """As many times `create`, for one look at the KEK and one cipher under it. `made`: of each, what came
+        of it."""
+        active, now = self._keyring.active, self._clock.now()
+        new: dict[str, DekRecord] = {}
+        with self._keyring.borrow(active.kek_id) as kek, open("/dev/urandom", "rb", buffering=0) as source:
+            make = functools.partial(
+                self._new, active, Aead(kek), functools.partial(read_random, source), now
+            )
+            made = [telling(self._one(new, make, *wanted)) for wanted in deks]
+            del make
+        if new:
+            self._put(*new.values())
+        return {"made": made}
+
+    def _one(
+        self,
+        new: dict[str, DekRecord],
+        make: Callable[[str | None, str | None], DekRecord],
+        thread_id: str | None,
+        key_id: str | None,
+    ) -> dict[str, Any] | KMSError:
+        try:
+            old = (new.get(key_id) or self._store.get(key_id)) if key_id is not None else None
+            if old is not None:
+                return {**described(same(old, thread_id or old.key_id)), "repeated": True}
+            self._check_wraps(self._keyring.active.kek_id)
+            record = make(thread_id, key_id)
+        except StoreUnavailable:
+            raise
+        except KMSError as error:
+            return error
         if key_id is None:
-            key_id = new_key_id(int(self._clock.now() * 1000), os.urandom(10))
-            self._store.fresh(key_id)
-        return super().create(thread_id, key_id)
+            self._store.fresh(record.key_id)  # it was drawn just now: the engine need not be asked
+        new[record.key_id] = record
+        return described(record)
 
     def confirm(self, key_id: str) -> dict[str, Any]:
         """Is there really no such DEK? By a transaction that commits, which an old primary can't."""

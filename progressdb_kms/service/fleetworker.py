@@ -7,17 +7,19 @@ since an old primary doesn't know of the newest. See `fleet.lease` and `fleet.bo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import clock_gettime_ns, time_ns
 from typing import Any, Callable, TypeVar
 
 from ..crypto.envelope import Wrapped
+from ..encoding import json_dumps
 from ..errors import KeyNotFound, StoreUnavailable, Unavailable
 from ..fleet.board import BOOT, FLUSHES, SEEN, WALL, Board, Follower
 from ..fleet.lease import BOOTTIME, margin
 from ..fleet.reader import FleetReader
 from ..fleet.rows import Point
 from ..store.contract import DekRecord
-from .channel import Staged
+from .channel import MAX_JOB, Staged, Wanted, outcome
 from .fleetgauges import FAMILIES
 from .usage import NOBODY
 from .worker import YOUNG, Batch, Entry, Results, Service, usable
@@ -167,10 +169,25 @@ class FleetService(Service):
         self.uses.chain = self.audit.chain  # of a worker that began without a store, it is known since then
         super().anchor(last)
 
+    def create_many(self, deks: Sequence[Wanted]) -> list[dict[str, Any] | Exception]:
+        """Make these DEKs: of each what was made, or why not."""
+        if len(deks) > 1 and len(json_dumps(deks)) > MAX_JOB // 2:
+            half = len(deks) // 2
+            return self.create_many(deks[:half]) + self.create_many(deks[half:])
+        try:
+            return [outcome(one) for one in self.change("create_many", deks=deks)["made"]]
+        except Exception as error:
+            return [error] * len(deks)
+
     def change(
         self, op: str, timeout: float | None = 30.0, new_kek: Staged | None = None, **args: Any
     ) -> dict[str, Any]:
         """Waits for a host that is dead, where it must: that is so long, once."""
+        if op == "create":
+            (made,) = self.create_many([(args["thread_id"], args["key_id"])])
+            if isinstance(made, Exception):
+                raise made
+            return made
         if timeout is not None:
             timeout = max(timeout, patience(self._span) + BARRIER_SPARE)
         return super().change(op, timeout, new_kek, **args)

@@ -32,8 +32,8 @@ from typing import Any, Callable, NamedTuple, Union
 from ..audit.log import AuditLog
 from ..config.weakkeys import check_master_key
 from ..crypto import envelope
-from ..crypto.aead import KEY_SIZE, NONCE_SIZE
-from ..crypto.keyring import Keyring, fingerprint
+from ..crypto.aead import KEY_SIZE, NONCE_SIZE, Aead
+from ..crypto.keyring import Active, Keyring, fingerprint
 from ..crypto.memory import LockedBuffer, wipe
 from ..encoding import b64encode, new_key_id, timestamp
 from ..errors import (
@@ -67,7 +67,7 @@ from .usage import refusal as spent
 log = logging.getLogger(__name__)
 
 MAX_BATCH = 256
-"""Jobs of one transaction: bounds how long the first of them waits."""
+"""Jobs of one transaction, and DEKs that are made in it: bounds how long the first of them waits."""
 
 STAGING_SLOTS = 64
 """New KEKs under way at once, over all workers."""
@@ -228,10 +228,9 @@ class Keeper:
         return self._shredding.later() or tidy
 
     def _waiting(self) -> Iterator[Job]:
-        for _ in range(MAX_BATCH):
-            job = receive(self._inbox)
-            if job is None:
-                return
+        room = MAX_BATCH
+        while room > 0 and (job := receive(self._inbox)) is not None:
+            room -= len(job.args.get("deks", "1"))
             yield job
 
     def _perform(self, jobs: list[Job]) -> None:
@@ -413,20 +412,23 @@ class Keeper:
         between our answer and its own write asks again. Without a thread_id the DEK is its own thread."""
         now = self._clock.now()
         if key_id is not None and (old := self._store.get(key_id)) is not None:
-            return {**described(_same(old, thread_id or key_id)), "repeated": True}
-        key_id = key_id or new_key_id(int(now * 1000), os.urandom(10))
+            return {**described(same(old, thread_id or key_id)), "repeated": True}
         active = self._keyring.active
         self._check_wraps(active.kek_id)
-        dek = self._memory.view[:KEY_SIZE]
-        try:
-            random_into(dek)
-            with self._keyring.borrow(active.kek_id) as kek:
-                blob = envelope.wrap(kek, active.kek_id, key_id, os.urandom(NONCE_SIZE), dek)
-        finally:
-            wipe(dek)
-        record = DekRecord(key_id, thread_id or key_id, blob, active.kek_id, active.version, timestamp(now))
+        with self._keyring.borrow(active.kek_id) as kek:
+            record = self._new(active, Aead(kek), random_into, now, thread_id, key_id)
         self._put(record)
         return described(record)
+
+    def _new(self, active: Active, kek: Aead, fill: Any, now: Any, thread_id: Any, key_id: Any) -> DekRecord:
+        key_id = key_id or new_key_id(int(now * 1000), os.urandom(10))
+        dek = self._memory.view[:KEY_SIZE]
+        try:
+            fill(dek)
+            blob = envelope.wrap_by(kek, active.kek_id, key_id, os.urandom(NONCE_SIZE), dek)
+        finally:
+            wipe(dek)
+        return DekRecord(key_id, thread_id or key_id, blob, active.kek_id, active.version, timestamp(now))
 
     def _check_wraps(self, kek_id: str) -> None:
         """Raises Conflict for a KEK that has wrapped all it may."""
@@ -507,10 +509,11 @@ class Keeper:
         """What the workers remember of the store is old."""
         self._keyring.touch()
 
-    def _put(self, record: DekRecord) -> None:
-        self._store.put(record)
+    def _put(self, *records: DekRecord) -> None:
+        """Each of another key."""
+        self._store.put_all(records)
         if self._rotation is not None:
-            self._rotation.mirror(record)
+            self._rotation.mirror(records)
 
     # ---- rotation ----------------------------------------------------------------------------------
 
@@ -672,7 +675,7 @@ class Keeper:
         self._memory.close()
 
 
-_WRITES = frozenset(("hello", "accept_clock", "anchor", "create", "transition", "rewrap"))
+_WRITES = frozenset(("hello", "accept_clock", "anchor", "create", "create_many", "transition", "rewrap"))
 _OPERATIONS = _WRITES | {"rotate", "status", "ready", "confirm"}
 """What a job may be, each a method of this name; the first in a transaction that all of a round share."""
 
@@ -700,7 +703,7 @@ def described(record: DekRecord) -> dict[str, Any]:
     return {**describe(record), "wrapped": b64encode(record.wrapped)}
 
 
-def _same(record: DekRecord, thread_id: str) -> DekRecord:
+def same(record: DekRecord, thread_id: str) -> DekRecord:
     """The DEK that is there already. Raises KeyShredded, Conflict (another thread's), KeyDisabled."""
     if record.state != SHREDDED and record.thread_id != thread_id:
         raise Conflict(f"the key_id {record.key_id} is taken by another thread", code="key_exists")
@@ -721,5 +724,9 @@ def _pushed_aside() -> int:
 def random_into(view: memoryview) -> None:
     """Fill with random bytes of the OS, which pass through no other object."""
     with open("/dev/urandom", "rb", buffering=0) as source:
-        if os.readv(source.fileno(), [view]) != len(view):
-            raise StoreUnavailable("the OS gave too few random bytes")
+        read_random(source, view)
+
+
+def read_random(source: Any, view: memoryview) -> None:
+    if os.readv(source.fileno(), [view]) != len(view):
+        raise StoreUnavailable("the OS gave too few random bytes")

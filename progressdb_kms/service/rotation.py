@@ -149,10 +149,10 @@ class Rotation:
         self._snapshot: Any = None
         self._rewrapper: Rewrapper | None = None
 
-    def mirror(self, record: DekRecord) -> None:
-        """Called by the keeper inside each transaction that changes a row while a rotation is under way."""
+    def mirror(self, records: Sequence[DekRecord]) -> None:
+        """Called by the keeper inside each transaction that changes rows while a rotation is under way."""
         if self._rewrapper is not None:
-            self._store.stage(self._rewrapper.records([record]))
+            self._store.stage(self._rewrapper.records(records))
 
     def _check(self, new_kek: memoryview) -> str:
         """May it begin? Returns the kek_id of the new KEK."""

@@ -124,9 +124,6 @@ class MemoryStore(SealedStore, MemoryReader):
             self._book, self._tally = before
             raise
 
-    def _set(self, key_id: str, row: Row) -> None:
-        self._writable().deks[key_id] = row
-
     def _write(self, name: str, row: dict[str, Any]) -> None:
         self._writable().kms[name] = row
 

@@ -29,6 +29,7 @@ class Written(NamedTuple):
     key_id: str
     text: str
     weight: int
+    record: DekRecord
 
 
 class SealedReader(ABC):
@@ -126,9 +127,6 @@ class SealedStore(SealedReader):
     _publish: Callable[[int], None] = staticmethod(nobody)
     mending = False
     """A command is at work that replaces rows which can't be trusted, and counts anew after."""
-
-    @abstractmethod
-    def _set(self, key_id: str, row: Row) -> None: ...
 
     @abstractmethod
     def _staged(self, key_id: str) -> Row | None: ...
@@ -247,10 +245,7 @@ class SealedStore(SealedReader):
     # ---- rows --------------------------------------------------------------------------------
 
     def put(self, record: DekRecord) -> None:
-        old, gone = self._replaced(record.key_id)
-        row = self._key.sealed("meta:" + record.key_id, record.to_row())
-        self._set(record.key_id, row)
-        self._count(record, old, gone, weight(row))
+        self.put_all((record,))
 
     def put_all(self, records: Sequence[DekRecord]) -> None:
         """Many at once, of a key no more than one."""
@@ -258,8 +253,11 @@ class SealedStore(SealedReader):
         old = {key_id: self._replaced(key_id) for key_id in there}
         rows = [self._written(one) for one in records]
         self._set_all(rows)
-        for one, row in zip(records, rows):
-            self._count(one, *old.get(one.key_id, (None, 0)), row.weight)
+        self._count_all(rows, old)
+
+    def _count_all(self, rows: list[Written], old: Mapping[str, tuple[Any, int]]) -> None:
+        for row in rows:
+            self._count(row.record, *old.get(row.key_id, (None, 0)), row.weight)
 
     def _count(self, new: DekRecord, old: DekRecord | None, gone: int, come: int) -> None:
         if new.state == SHREDDED:
@@ -271,7 +269,7 @@ class SealedStore(SealedReader):
             self._tally = self._tally.moved(new.key_id, live=come - gone)
 
     def _written(self, record: DekRecord) -> Written:
-        return Written(record.key_id, *self._key.written("meta:" + record.key_id, record.to_row()))
+        return Written(record.key_id, *self._key.written("meta:" + record.key_id, record.to_row()), record)
 
     def _replaced(self, key_id: str) -> tuple[DekRecord | None, int]:
         try:
@@ -285,11 +283,10 @@ class SealedStore(SealedReader):
     # ---- a second table for rotation -----------------------------------------------------------
 
     def stage(self, records: Iterable[DekRecord]) -> None:
-        rows = []
-        for one in records:
-            rows.append(self._written(one))
-            if one.wrapped:
-                self._book = self._book.wrapped(one.kek_id)
+        rows = [self._written(one) for one in records]
+        for row in rows:
+            if row.record.wrapped:
+                self._book = self._book.wrapped(row.record.kek_id)
         if self._tally is not None:
             for row in rows:
                 old = self._staged(row.key_id)

@@ -549,9 +549,6 @@ class SqliteStore(SealedStore, SqliteReader):
 
     # ---- writes, inside a transaction ----------------------------------------------------------
 
-    def _set(self, key_id: str, row: dict[str, Any]) -> None:
-        self._deks["meta:" + key_id] = row
-
     def _set_all(self, rows: list[Written], table: str = DEKS) -> None:
         values = [("meta:" + row.key_id, row.text) for row in rows]
         self._conn.executemany(f'REPLACE INTO "{table}" (key, value) VALUES (?, ?)', values)  # noqa: S608

@@ -62,9 +62,10 @@ def _no_browser(app: App, head: Head) -> None:
         raise UnsupportedMediaType("over TCP each POST and DELETE must have a Content-Type")
 
 
-def dispatch(app: App, route: Route, call: Call) -> Reply:
-    """Carry a request out. Always an answer, never an exception; the audit record is written before it."""
-    started = time.perf_counter()
+def dispatch(app: App, route: Route, call: Call, begun: float = 0.0) -> Reply:
+    """Carry a request out, or what is left of it since it was `begun`. Always an answer, never an exception;
+    the audit record is written before it."""
+    started = begun or time.perf_counter()
     number = _number()
     outcome = "failed"
     try:

@@ -89,10 +89,23 @@ class Session:
     ) -> Reply:
         """One call. A dict or list is sent as JSON, bytes as they are. A header given here replaces the
         default of the same name; the value "" leaves it out."""
+        self.begin(method, path, body, headers)
+        return self.reply()
+
+    def begin(
+        self, method: str, path: str, body: Body = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """The first half of `request`."""
         data, wanted = _encode(body)
         wanted.update({"Host": self._host, **(headers or {})})
         try:
             self._send(method, path, data, wanted)
+        except BaseException:
+            self.close()
+            raise
+
+    def reply(self) -> Reply:
+        try:
             return self._receive()
         except BaseException:
             self.close()

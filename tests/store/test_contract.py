@@ -11,11 +11,13 @@ from typing import Any, Callable, Union
 
 import pytest
 
+from progressdb_kms.encoding import json_dumps
 from progressdb_kms.errors import StoreDamaged, StoreUnavailable
 from progressdb_kms.store.contract import HEAVY, KEK_ROW, DekRecord, Usage
 from progressdb_kms.store.memstore import MemoryReader, MemoryStore
 from progressdb_kms.store.policy import SHREDDED
 from progressdb_kms.store.seal import STATE, KekCount
+from progressdb_kms.store.sealed import Written
 from progressdb_kms.store.sqlite import SqliteReader, SqliteStore
 
 AnyStore = Union[SqliteStore, MemoryStore]
@@ -425,11 +427,17 @@ class TestDue:
         assert store.due("2027", 1) == ["deletion:2026-01|b"]
 
 
+def write(store: AnyStore, key_id: str, row: dict[str, Any]) -> None:
+    """A row as it stands, whatever it says."""
+    told = DekRecord(key_id, row.get("thread_id", ""), b"", row.get("kek_id", ""), 0, "")
+    store._set_all([Written(key_id, json_dumps(row), 0, told)])
+
+
 def edit(store: AnyStore, key_id: str, **fields: Any) -> None:
     """As somebody with an SQL shell would: nothing else is changed with it."""
     with store.transaction():
         row = {**store._raw(key_id), **fields}
-        store._set(key_id, {name: value for name, value in row.items() if value is not None})
+        write(store, key_id, {name: value for name, value in row.items() if value is not None})
 
 
 class TestAuthentic:
@@ -471,7 +479,7 @@ class TestAuthentic:
     def test_a_row_under_another_name(self, store: AnyStore, reader: AnyReader) -> None:
         put(store, dek("a"), dek("b"))
         with store.transaction():
-            store._set("b", store._raw("a"))
+            write(store, "b", store._raw("a"))
         assert reader.get("a") == dek("a")
         with pytest.raises(StoreDamaged):
             reader.get("b")
@@ -483,7 +491,7 @@ class TestAuthentic:
         put(store, dek("a", state="disabled"), dek("c"))
         with store.transaction():
             if how == "older":
-                store._set("a", was)
+                write(store, "a", was)
             elif isinstance(store, MemoryStore):
                 rows = store._writable().deks
                 rows.update(d=rows["c"]) if how == "added" else rows.pop("c")

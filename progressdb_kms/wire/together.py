@@ -1,0 +1,143 @@
+"""Creates of many callers, done together: loaded nowhere but on a host of a fleet.
+
+There a transaction costs the keeper and the engine about as much whether it makes one DEK or fifty; and a
+thread for each create, which is woken and waits, costs a worker more than all else. So a create has two
+halves. The waiter does the first, up to what is asked of the keeper. What all asked in a turn goes there as
+one job, and one thread does the second halves, each with what was made for it. While two jobs are under way,
+what comes meanwhile gathers: the more callers, the larger the jobs.
+
+A route's function knows nothing of that. It is run twice, with what stands in for the service: in the first
+half that takes down what it is asked for, in the second it gives what was made. What goes wrong before that
+question is answered at once. Each create has its own record in the audit log, answer, and error."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from ..errors import Overloaded
+from ..service.channel import Wanted
+from ..service.worker import Service
+from . import deks, dispatch
+from .call import App, Call, Reply, Route
+from .connection import BUSY, IDLE, Connection
+from .http1 import Request
+from .server import AWAY, Server
+
+log = logging.getLogger("progressdb_kms.server")
+
+SMALL = 4096
+"""Bytes of a body that waits here; a longer one goes its own way, and counts to the budget of bodies."""
+
+UNDER_WAY = 2
+"""Jobs of a UID beside which others gather: the keeper is at one, and has the next at hand."""
+
+HELD_UP = 0.1
+"""Seconds after which a job counts no more: the keeper may hang, and who waits should hear so in time."""
+
+_NO_THREAD = Overloaded("no thread is left", hint="raise TasksMax= and LimitNPROC= in the unit")
+_NOTHING: list[memoryview] = []
+_CREATES = deks.create_dek_for_thread, deks.create_dek
+
+
+class _Asked(BaseException):
+    """What a route's function asks of the keeper. No Exception: nothing on its way takes it for a fault."""
+
+
+class _Asking:
+    """In the service's place, in the first half."""
+
+    def change(self, op: str, thread_id: str | None, key_id: str | None) -> Any:
+        raise _Asked(thread_id, key_id)
+
+
+class _Told:
+    """And in the second."""
+
+    def __init__(self, service: Service, made: dict[str, Any] | Exception) -> None:
+        self._made, self.audit, self.counters = made, service.audit, service.counters
+
+    def change(self, op: str, **args: Any) -> dict[str, Any]:
+        if isinstance(self._made, Exception):
+            raise self._made
+        return self._made
+
+
+class Half(NamedTuple):
+    """A create whose other half waits for the keeper."""
+
+    connection: Connection
+    route: Route
+    call: Call
+    begun: float
+    wanted: Wanted
+
+
+class TogetherServer(Server):
+    """See the module. All but `_see_to` is the waiter's."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        asking: Any = _Asking()
+        self._first: App = self.app._replace(service=asking)
+        self._gathered: dict[int, list[Half]] = {}  # by UID
+        self._under_way: defaultdict[int, deque[float]] = defaultdict(deque)  # since when
+
+    def _carry_out(self, connection: Connection, request: Request) -> int:
+        route: Route = request.room.route
+        if route.handler not in _CREATES or len(request.body) > SMALL:
+            return super()._carry_out(connection, request)
+        connection.phase = IDLE
+        begun, peer, body = time.perf_counter(), connection.peer, bytes(request.body)
+        call = Call(request.head, body, peer, connection.fragment, *self.slab.waiter, connection.rights)
+        try:
+            route.handler(self._first, call)
+        except _Asked as asked:
+            self._gathered.setdefault(peer.uid, []).append(Half(connection, route, call, begun, asked.args))
+        except Exception as error:
+            return self._answer(connection, request.head, self._end(route, call, begun, error))
+        connection.phase = BUSY
+        self._poll.unregister(connection.request.fileno())
+        return AWAY
+
+    def _end(self, route: Route, call: Call, begun: float, made: dict[str, Any] | Exception) -> Reply:
+        told: Any = _Told(self.app.service, made)
+        return dispatch.dispatch(self.app._replace(service=told), route, call, begun)
+
+    def _wait(self) -> list[tuple[int, int]]:
+        """A turn is over, and what was asked in it goes."""
+        for uid in list(self._gathered):
+            went = self._under_way[uid]
+            if sum(self._now - since < HELD_UP for since in list(went)) < UNDER_WAY:
+                halves = self._gathered.pop(uid)
+                went.append(self._now)
+                try:
+                    self._waiting.submit(uid, partial(self._see_to, halves, went))
+                except RuntimeError:
+                    went.pop()
+                    self._finish(halves, [_NO_THREAD] * len(halves))
+        return super()._wait()
+
+    def _see_to(self, halves: list[Half], went: deque[float], *memory: memoryview) -> None:
+        service: Any = self.app.service
+        self._finish(halves, service.create_many([half.wanted for half in halves]))
+        went.popleft()  # another's time, it may be: how many there are is what counts
+        self._wake()
+
+    def _finish(self, halves: list[Half], made: Sequence[dict[str, Any] | Exception]) -> None:
+        for (connection, route, call, begun, _), one in zip(halves, made):
+            keep, left = False, _NOTHING
+            try:
+                reply = self._end(route, call, begun, one)
+                keep = call.head.keep_alive and not reply.close and not self.draining
+                left = self._send(connection.request, call.head, reply, keep)
+            except OSError:
+                keep = False  # the peer is gone
+            except Exception:
+                keep = False
+                log.exception("a connection ended with an error")
+            self._back.append((connection, keep, left))
