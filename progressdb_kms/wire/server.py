@@ -324,7 +324,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             error = RequestTimeout(f"the {what} of the request did not come within the time limit")
             self._say(connection, dispatch.error_reply(error))
         elif phase == REFUSED:
-            self._turn_away(connection)
+            self._send_more(connection)
         elif phase not in (BUSY, AHEAD):
             self._close(connection)
 
@@ -333,12 +333,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
         phase = connection.phase
         if phase <= BODY:
             self._receive(connection)
-        elif phase == ANSWERING:
+        elif phase in (ANSWERING, REFUSED):
             self._send_more(connection)
         elif phase == LINGERING:
             self._drop(connection)
-        elif phase == REFUSED:
-            self._turn_away(connection)
 
     # ---- bytes in --------------------------------------------------------------------------------
 
@@ -608,15 +606,16 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _send_more(self, connection: Connection) -> None:
         try:
-            connection.pending = send_parts(connection.request, connection.pending)
+            left = connection.pending = send_parts(connection.request, connection.pending)
         except OSError:
             self._close(connection)
             return
-        if not connection.pending:
+        if left and connection.phase != ANSWERING:
+            self._answer_later(connection, connection.keep, left)
+        elif not left:
             self._poll.modify(connection.request.fileno(), _IN)
-            connection.phase = IDLE
-            if self._sent(connection, connection.keep, []) == NEXT:
-                self._rest(connection)
+            self._forget_body(connection)
+            (self._rest if connection.keep else self._linger)(connection)
 
     # ---- threads -----------------------------------------------------------------------------------
 
@@ -719,15 +718,20 @@ class Server(socketserver.ThreadingUnixStreamServer):
         return dispatch.error_reply(error)
 
     def _say(self, connection: Connection, reply: Reply, head: Head | None = None) -> None:
-        """A last word, and then the peer has some time to read it (RFC 9112, 9.6)."""
+        """A last word, behind the answers that the peer has not taken yet."""
         version, head_only = (head.version, head.method == "HEAD") if head else ("1.1", False)
+        self._let_go(connection)
+        connection.pending, connection.keep = [memoryview(last_words(reply, version, head_only))], False
+        self._send_more(connection)
+
+    def _linger(self, connection: Connection) -> None:
+        """The peer has some time to read what it was told, whatever it still sends (RFC 9112, 9.6)."""
+        self._let_go(connection)
         try:
-            connection.request.send(last_words(reply, version, head_only))
             connection.request.shutdown(socket.SHUT_WR)
         except OSError:
             self._close(connection)
             return
-        self._let_go(connection)
         connection.phase = LINGERING
         connection.deadline = self._now + LINGER_SECONDS
 
@@ -807,24 +811,14 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if len(self._turned_away) >= TURNED_AWAY:
             _, oldest = self._turned_away.popitem(last=False)
             if oldest.phase == REFUSED:
-                self._turn_away(oldest)
+                self._send_more(oldest)
             self._close(oldest)
         connection = Connection(request, peer, Fragment(""))
-        connection.phase = REFUSED
+        connection.phase, connection.keep = REFUSED, False
         connection.deadline = self._now + LINGER_SECONDS
         connection.pending = [memoryview(last_words(dispatch.error_reply(error)))]
         self._enter(connection)
         self._turned_away[request.fileno()] = connection
-
-    def _turn_away(self, connection: Connection) -> None:
-        try:
-            connection.request.send(connection.pending[0])
-            connection.request.shutdown(socket.SHUT_WR)
-        except OSError:
-            self._close(connection)
-            return
-        connection.phase = LINGERING
-        connection.pending = []
 
     def _others_have_fewer(self) -> bool:
         *workers, _ = self._metrics.gauge("connections")  # the last is the keeper's

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
+import fcntl
 import re
 import socket
+import termios
 import time
 
 import pytest
@@ -133,6 +136,27 @@ class TestSecretRoutes:
         assert statuses(raw(daemon.socket, [head, b'{"x"', b':"y"', b" }  "])) == [400]
 
 
+CREATE = (
+    b"POST /deks HTTP/1.1\r\nHost: u\r\nContent-Type: application/json\r\nContent-Length: 17\r\n\r\n"
+    b'{"thread_id":"t"}'
+)
+
+
+def settled(daemon: Daemon, sock: socket.socket) -> int:
+    """Bytes of answers that lie there when no more come."""
+    before = -1
+    while (now := waiting(sock)) != before:
+        before = now
+        assert daemon.healthy() and daemon.healthy()  # it had some turns
+    return now
+
+
+def waiting(sock: socket.socket) -> int:
+    size = array.array("i", [0])
+    fcntl.ioctl(sock, termios.FIONREAD, size)
+    return size[0]
+
+
 class TestAhead:
     """Pipelining: requests that were sent ahead are answered in order, all of them."""
 
@@ -168,12 +192,25 @@ class TestAhead:
                         assert statuses(answers.read()) == [200] * count
 
     def test_behind_one_that_waits_for_the_keeper(self, kms: Session, daemon: Daemon) -> None:
-        body = b'{"thread_id":"t"}'
-        head = (
-            b"POST /deks HTTP/1.1\r\nHost: u\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-        )
-        create = head % len(body) + body
-        assert statuses(raw(daemon.socket, (create + NEXT) * 20)) == [201, 200] * 20
+        assert statuses(raw(daemon.socket, (CREATE + NEXT) * 20)) == [201, 200] * 20
+
+    @pytest.mark.parametrize("bad", [BAD[0][1], get("Connection: close", target="/nowhere")])
+    def test_a_last_word_behind_answers_that_lie(self, daemon: Daemon, bad: bytes) -> None:
+        """It was lost where these filled the buffer to its end."""
+        with connect(daemon.socket, 60.0) as sock:
+            sock.sendall(NEXT * 2000)
+            size = len(raw(daemon.socket, NEXT))
+            full = settled(daemon, sock) // size
+        assert 0 < full < 2000
+        for count in (full - 1, full, full + 1):
+            with connect(daemon.socket, 60.0) as sock:
+                sock.sendall(NEXT * count + bad)
+                sock.shutdown(socket.SHUT_WR)
+                settled(daemon, sock)
+                with sock.makefile("rb") as answers:
+                    assert statuses(answers.read())[full - 1 :] == [200] * (count - full + 1) + [
+                        400 if bad == BAD[0][1] else 404
+                    ]
 
     def test_behind_one_that_is_refused_and_was_whole(self, daemon: Daemon) -> None:
         post = b"POST /nothing HTTP/1.1\r\nHost: u\r\nContent-Length: 2\r\n\r\n{}"
