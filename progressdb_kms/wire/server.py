@@ -136,7 +136,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._make_rooms()
         longest = max(room.limit for room in self._rooms.values())
         self.bodies = Bodies(metrics, counters, BODIES * longest)
-        self._scarcity = Scarcity("no locked memory is free for what comes in pieces or ahead")
+        self._scarcity = Scarcity("no locked memory is free for what comes in pieces")
         self._policies: Sequence[Policy] = ()
         self._meter: Meter | None = None
         self._round = 0
@@ -346,8 +346,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
             return True
         view, kept = self._view, connection.kept
         start = len(kept) if kept is not None else 0
+        peek = socket.MSG_PEEK if self.slab.scarce else 0
         try:
-            size = connection.request.recv_into(view[start:] if start else view)
+            size = connection.request.recv_into(view[start:] if start else view, 0, peek)
         except BlockingIOError:
             return False
         except OSError:
@@ -358,7 +359,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if kept is not None:
             view[:start] = kept
             connection.kept = None
-        self._work(connection, start + size)
+        self._work(connection, start + size, start if peek else start + size)
         return True
 
     def _receive_long(self, connection: Connection) -> bool:
@@ -388,8 +389,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._rest(connection)
         return True
 
-    def _work(self, connection: Connection, fill: int) -> None:
-        """Serve what lies in the first `fill` bytes of the received part."""
+    def _work(self, connection: Connection, fill: int, ours: int) -> None:
+        """Serve what lies in the first `fill` bytes of the received part. Those behind `ours` are in the
+        socket too, and what is not used of them stays there."""
         self._current = connection
         reader = connection.reader or self._reader
         at, step, begun = 0, NEXT, 0.0
@@ -408,10 +410,14 @@ class Server(socketserver.ThreadingUnixStreamServer):
             at += used
         if step == MORE:
             self._expect_more(connection, reader, at, fill)
-        elif at < fill and connection.phase in (IDLE, BUSY, ANSWERING):
+            at = fill
+        elif at < ours and connection.keep and connection.phase in (IDLE, BUSY, ANSWERING):
             self._keep_ahead(connection, at, fill, step == NEXT)
         elif step == NEXT:
             self._rest(connection)
+        if ours < at and connection.phase < LINGERING:
+            with suppress(OSError):  # it is told of again
+                connection.request.recv_into(self._view, at - ours)
         self._view[:fill] = _ZEROS[:fill]
 
     def _expect_more(self, connection: Connection, reader: Reader, at: int, fill: int) -> None:
@@ -429,18 +435,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 with suppress(OSError):
                     connection.request.send(_CONTINUE)
 
-    def _keep_ahead(self, connection: Connection, at: int, fill: int, ours: bool) -> None:
+    def _keep_ahead(self, connection: Connection, at: int, fill: int, next_turn: bool) -> None:
         """Requests were sent ahead: they may hold a key."""
         piece = self.slab.take()
-        if piece is None:  # too many do that: this one may ask again
-            self._scarcity.refused(self._now)
-            if ours:
-                self._close(connection)
-            connection.keep = False
-            return
+        assert piece is not None  # where they are scarce, nothing more is taken in
         connection.kept_piece, connection.kept = piece, piece[: fill - at]
         connection.kept[:] = self._view[at:fill]
-        if ours:
+        if next_turn:
             connection.phase = AHEAD
             self._ahead.append(connection)
 
@@ -451,7 +452,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         connection.kept = connection.kept_piece = None
         self.slab.give_back(piece)
         connection.phase = IDLE
-        self._work(connection, len(kept))
+        self._work(connection, len(kept), len(kept))
 
     def _rest(self, connection: Connection) -> None:
         """A request was answered: go on with what is here of the next."""
@@ -495,8 +496,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
             connection.reserved = 0
             self._untrimmed = True
 
-    def _secret_place(self, length: int) -> memoryview:
-        piece = self._current.body_piece = self.slab.take()
+    def _secret_place(self, length: int, behind: bool = False) -> memoryview:
+        """`behind`: a piece must be left for what is here behind it."""
+        piece = self._current.body_piece = None if behind and self.slab.scarce else self.slab.take()
         if piece is None:
             self._scarcity.refused(self._now)
             raise Overloaded("no locked memory is free", hint="send the head and the body at once")
@@ -641,7 +643,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if connection.body_piece is not None or not body or body.obj is not self._map:
             return body
         if route.secret:
-            place = self._secret_place(len(body))
+            place = self._secret_place(len(body), self._behind)
             place[:] = body
             return place
         self._reserve_body(len(body))

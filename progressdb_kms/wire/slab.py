@@ -5,7 +5,7 @@
 Every byte of a peer is received into the first part, and wiped from it before the next peer's. A request that
 is there whole is read, and answered, where it lies. A spare piece is for the few that must lie in locked
 memory between two moments: the body of a `secret` route that comes in pieces, and requests that were sent
-ahead. An idle connection has none.
+ahead. An idle connection has none. Where they are scarce, what was sent ahead stays in the socket.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Slab:
         view = self._buffer.view
         self.received = view[:RECEIVED]
         self._spares = [view[at : at + RECEIVED] for at in range(RECEIVED, first, RECEIVED)]
+        self.scarce = False  # are fewer than two left: for a body, and for what came behind it?
         own = [view[at : at + _OWN] for at in range(first, len(view), _OWN)]
         self.waiter, *self.threads = [(piece[:SCRATCH_SIZE], piece[SCRATCH_SIZE:]) for piece in own]
 
@@ -52,11 +53,13 @@ class Slab:
 
     def take(self) -> memoryview | None:
         """A spare piece, or None: all are in use."""
+        self.scarce = len(self._spares) <= 2
         return self._spares.pop() if self._spares else None
 
     def give_back(self, piece: memoryview) -> None:
         piece[:] = _ZEROS
         self._spares.append(piece)
+        self.scarce = len(self._spares) < 2
 
     def wipe(self) -> None:
         self._buffer.wipe()

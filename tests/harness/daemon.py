@@ -18,13 +18,14 @@ what is there between two starts.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
@@ -308,6 +309,19 @@ class Daemon:
         if found != code:
             raise DaemonFailed(f"exit code {found} instead of {code}", found, self.stderr)
 
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """All of its processes are stopped meanwhile: what comes is there all at once when they go on."""
+        pids = self.pids()
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        procs.wait_until(lambda: all(map(_stopped, pids)), 60, "the daemon to stop")
+        try:
+            yield
+        finally:
+            for pid in reversed(pids):
+                os.kill(pid, signal.SIGCONT)
+
     def kill(self) -> None:
         """SIGKILL to the parent alone: the workers must die with it."""
         self.pids()
@@ -393,6 +407,10 @@ def base_environment(home: Path) -> dict[str, str]:
         "PYTHONPATH": str(REPO),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
+
+
+def _stopped(pid: int) -> bool:
+    return all((procs.stat(thread) or "T")[0] == "T" for thread in procs.threads(pid))
 
 
 def write_secret(path: Path, data: bytes) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from progressdb_kms.wire import http1
 from progressdb_kms.wire.routes import ROUTES
+from progressdb_kms.wire.slab import SPARES
 from tests.conftest import MakeDaemon
 from tests.harness import Daemon, Session, raw
 from tests.harness.wire import b64, connect
@@ -193,6 +194,23 @@ class TestAhead:
 
     def test_behind_one_that_waits_for_the_keeper(self, kms: Session, daemon: Daemon) -> None:
         assert statuses(raw(daemon.socket, (CREATE + NEXT) * 20)) == [201, 200] * 20
+
+    def test_behind_those_that_wait_of_more_than_there_is_locked_memory_for(
+        self, make_daemon: MakeDaemon
+    ) -> None:
+        """What lay behind was dropped, and its connection closed, where no piece was free to keep it."""
+        daemon = make_daemon(workers=1)
+        with contextlib.ExitStack() as opened:
+            socks = [opened.enter_context(connect(daemon.socket, 60.0)) for _ in range(3 * SPARES)]
+            for _ in range(5):
+                with daemon.standing_still():
+                    for sock in socks:
+                        sock.sendall((CREATE + NEXT) * 3)
+            for sock in socks:
+                sock.shutdown(socket.SHUT_WR)
+                with sock.makefile("rb") as answers:
+                    assert statuses(answers.read()) == [201, 200] * 15
+        assert daemon.stderr.count("locked memory") == 0
 
     @pytest.mark.parametrize("bad", [BAD[0][1], get("Connection: close", target="/nowhere")])
     def test_a_last_word_behind_answers_that_lie(self, daemon: Daemon, bad: bytes) -> None:
