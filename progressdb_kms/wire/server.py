@@ -314,8 +314,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._scarcity.look(now)
         self._look_around()
         if self._untrimmed:
-            self._untrimmed = False
-            self._working.submit(0, lambda scratch, answer: trim())
+            with suppress(RuntimeError):  # no thread is left: at another time
+                self._working.submit(0, lambda scratch, answer: trim())
+                self._untrimmed = False
 
     def _late(self, connection: Connection) -> None:
         phase = connection.phase

@@ -68,3 +68,20 @@ def test_whom_an_answer_leaves_with_nothing_more_is_known_from_then_on() -> None
     fake.draining, one.kept_piece = False, None
     Server._rest(fake, one)
     assert one.answered and one.phase == IDLE
+
+
+def ticking() -> Any:
+    made = waiter()
+    made._connections, made._now, made._tick_seconds = {}, 0.0, 1.0
+    return made
+
+
+def test_where_no_thread_is_left_memory_is_trimmed_later() -> None:
+    """It ended the worker."""
+    fake = ticking()
+    fake._untrimmed, fake._working.submit.side_effect = True, RuntimeError("can't start new thread")
+    Server._tick(fake)
+    assert fake._untrimmed
+    fake._working.submit.side_effect = None
+    Server._tick(fake)
+    assert not fake._untrimmed
