@@ -310,6 +310,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._next_tick = now + self._tick_seconds
         for connection in [c for c in self._connections.values() if c.deadline <= now]:
             self._late(connection)
+        if self._out:
+            self._flush()
         self._refusals.flush()
         self._scarcity.look(now)
         self._look_around()
@@ -319,6 +321,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 self._untrimmed = False
 
     def _late(self, connection: Connection) -> None:
+        """What came in time counts, also where it is not read yet: this process may have stood still."""
+        if connection.phase <= BODY and self._receive(connection) and connection.deadline > self._now:
+            return
         phase = connection.phase
         if phase in (HEAD, BODY):
             what = "head" if phase == HEAD else "body"

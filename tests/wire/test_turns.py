@@ -70,10 +70,39 @@ def test_whom_an_answer_leaves_with_nothing_more_is_known_from_then_on() -> None
     assert one.answered and one.phase == IDLE
 
 
+def late(come: bool) -> Any:
+    """Of one whose time is over, and of which something came at the last moment, or nothing."""
+    fake, one = waiter(), connection("idle", IDLE, True)
+    fake._now = one.deadline = 7.0
+
+    def receive(one: Any) -> bool:
+        one.deadline += 60.0 * come
+        return come
+
+    fake._receive.side_effect = receive
+    Server._late(fake, one)
+    return fake, one
+
+
+def test_what_came_before_its_time_was_over_is_served() -> None:
+    """A daemon that had stood still closed connections on which requests lay."""
+    fake, one = late(come=True)
+    fake._close.assert_not_called()
+    fake, one = late(come=False)
+    fake._close.assert_called_once_with(one)
+
+
 def ticking() -> Any:
     made = waiter()
     made._connections, made._now, made._tick_seconds = {}, 0.0, 1.0
     return made
+
+
+def test_and_its_answer_is_sent() -> None:
+    fake = ticking()
+    fake._out = ["an answer"]
+    Server._tick(fake)
+    fake._flush.assert_called_once_with()
 
 
 def test_where_no_thread_is_left_memory_is_trimmed_later() -> None:
