@@ -674,13 +674,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 del call
                 keep = head.keep_alive and not reply.close and not self.draining
                 left = self._send(connection.request, head, reply, keep)
-                if reply.secret:
-                    answer[:] = _ZEROS[:ANSWER]
             except OSError:
                 keep = False  # the peer is gone
             except Exception:
                 keep = False
                 log.exception("a connection ended with an error")
+            answer[:] = _ZEROS[:ANSWER]
             self._back.append((connection, keep, left))
             self._wake()
             if long:

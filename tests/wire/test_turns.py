@@ -12,6 +12,7 @@ import pytest
 from progressdb_kms.wire import server
 from progressdb_kms.wire.connection import AHEAD, BODY, HEAD, IDLE
 from progressdb_kms.wire.server import Server
+from progressdb_kms.wire.slab import ANSWER
 
 
 def connection(name: str, phase: int, answered: bool) -> Any:
@@ -114,3 +115,12 @@ def test_where_no_thread_is_left_memory_is_trimmed_later() -> None:
     fake._working.submit.side_effect = None
     Server._tick(fake)
     assert not fake._untrimmed
+
+
+def test_an_answer_with_a_key_that_nobody_takes_is_wiped() -> None:
+    fake, answer = waiter(), memoryview(bytearray(b"key" * 10).ljust(ANSWER, b"x"))
+    fake._send.side_effect = ConnectionResetError
+    request = mock.MagicMock()
+    Server._job(fake, mock.MagicMock(), mock.MagicMock(), request, False)(memoryview(b""), answer)
+    ((_, keep, left),) = fake._back
+    assert bytes(answer) == bytes(ANSWER) and not keep and not left
