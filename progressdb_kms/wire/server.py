@@ -470,8 +470,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
         connection.answered = True
         connection.deadline = self._idle_until
         connection.reader = None
-        if self.draining:
-            self._close(connection)
 
     # ---- a request -------------------------------------------------------------------------------
 
@@ -556,7 +554,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 self._answer_later(connection, True, [memoryview(whole)[sent:]])
 
     def _answer(self, connection: Connection, head: Head, reply: Reply) -> int:
-        keep = head.keep_alive and not reply.close and not self.draining
+        keep = self._keeps(connection, head, reply, self._behind)
         try:
             left = self._send(connection.request, head, reply, keep)
         except OSError:
@@ -564,6 +562,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if reply.secret:
             self.slab.waiter[1][:] = _ZEROS[:ANSWER]
         return self._sent(connection, keep, left)
+
+    def _keeps(self, connection: Connection, head: Head, reply: Reply, behind: bool) -> bool:
+        """Shall it stay open? While all end, as long as more was sent. Any thread may ask this."""
+        keep = head.keep_alive and not reply.close
+        with suppress(OSError):  # nothing is there, or nobody; a first byte is no secret
+            return keep and (behind or not self.draining or bool(connection.request.recv(1, socket.MSG_PEEK)))
+        return False
 
     def _send(self, sock: socket.socket, head: Head, reply: Reply, keep: bool) -> list[memoryview]:
         """Send as much as the peer's buffer takes; what is left. Any thread may call this."""
@@ -632,16 +637,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
         try:
             body = self._own_body(connection, route, request.body)
             job = self._job(connection, route, request._replace(body=body), lane is self._working)
-            connection.phase = BUSY
-            self._poll.unregister(connection.request.fileno())
             lane.submit(connection.peer.uid, job)
         except (Overloaded, RuntimeError) as error:
-            if connection.phase == BUSY:
-                connection.phase = IDLE
-                self._poll.register(connection.request.fileno(), _IN)
             if not isinstance(error, Overloaded):
                 error = Overloaded("no thread is left", hint="raise TasksMax= and LimitNPROC= in the unit")
             return self._answer(connection, request.head, dispatch.error_reply(error))
+        connection.phase = BUSY
+        self._poll.unregister(connection.request.fileno())
         return AWAY
 
     def _own_body(self, connection: Connection, route: Route, body: Any) -> Any:
@@ -658,6 +660,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _job(
         self, connection: Connection, route: Route, request: Request, long: bool
     ) -> Callable[[memoryview, memoryview], None]:
+        behind = self._behind
+
         def run(scratch: memoryview, answer: memoryview) -> None:
             nonlocal request
             keep = False
@@ -672,7 +676,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             try:
                 reply = dispatch.dispatch(self.app, route, call)
                 del call
-                keep = head.keep_alive and not reply.close and not self.draining
+                keep = self._keeps(connection, head, reply, behind)
                 left = self._send(connection.request, head, reply, keep)
             except OSError:
                 keep = False  # the peer is gone
@@ -702,15 +706,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _refuse(self, connection: Connection, reader: Reader, error: KMSError, here: int) -> tuple[int, int]:
         """Answer what can't be read, or may not be served; go on only where its body is here already.
         `here`: bytes from the start of its head."""
-        head, used = reader.head, reader.head_size
-        keep = head is not None and head.keep_alive and not (error.close or head.chunked or self.draining)
-        if head is not None:
-            used += head.content_length
-            keep = keep and used <= here
+        head = reader.head
+        used = reader.head_size + (head.content_length if head is not None else 0)
+        self._behind = used < here
         reply = self._refusal(connection, head, error)
         reader.wipe()
         reader.reset()
-        if not keep or head is None:
+        if head is None or not head.keep_alive or head.chunked or error.close or used > here:
             self._say(connection, reply, head)
             return 0, AWAY
         connection.phase = IDLE
@@ -854,6 +856,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._doors.close()
         self.draining = True
         for connection in self._connections.values():
-            if connection.phase in (IDLE, HEAD, BODY):
+            if connection.phase <= ANSWERING:
                 with suppress(OSError):
                     connection.request.shutdown(socket.SHUT_RD)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
+import re
 import signal
 import threading
 import time
@@ -11,8 +13,15 @@ import time
 import pytest
 
 from tests.harness import Daemon, raw
+from tests.harness.wire import connect
 
 TEXT = base64.b64encode(b"hello").decode()
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: unix\r\n\r\n"
+
+
+def post(path: str, body: bytes, headers: dict[str, str]) -> bytes:
+    lines = [f"{name}: {value}\r\n" for name, value in {"Content-Length": len(body), **headers}.items()]
+    return f"POST {path} HTTP/1.1\r\nHost: unix\r\n{''.join(lines)}\r\n".encode() + body
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -21,6 +30,40 @@ def test_sigterm_ends_with_zero(workers: int) -> None:
         daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})
         daemon.stop()
         assert not daemon.socket.exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_all_that_was_sent_before_sigterm_is_answered(workers: int) -> None:
+    """Of requests that were sent ahead, the first alone was; none but the last answer may say that it is."""
+    raw_type = {"Content-Type": "application/octet-stream"}
+    with Daemon(workers=workers) as daemon, contextlib.ExitStack() as opened:
+        key = daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
+        create = post("/create_dek_for_thread", b'{"thread_id":"t"}', {"Content-Type": "application/json"})
+        long = post(f"/encrypt?key_id={key}", bytes(70_000), raw_type)
+        sent = [
+            HEALTH,
+            HEALTH * 3,
+            HEALTH * 3000,
+            (create + HEALTH) * 3,
+            (long + HEALTH) * 2,
+            create,
+            long,
+            b"",
+        ]
+        socks = [opened.enter_context(connect(daemon.socket, 60.0)) for _ in sent]
+        for sock in socks[::2]:  # these were answered before
+            sock.sendall(HEALTH)
+            assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
+        with daemon.standing_still():
+            for sock, data in zip(socks, sent):
+                sock.sendall(data)
+            daemon.signal(signal.SIGTERM)
+        for sock, data in zip(socks, sent):
+            with sock.makefile("rb") as answers:
+                heads = re.findall(rb"HTTP/1.1 200 OK\r\n(?:[A-Z][^\r\n]*\r\n)*\r\n", answers.read())
+            told = [b"Connection: close" in head for head in heads]
+            assert len(told) == data.count(b" HTTP/1.1\r\n") and not any(told[:-1])
+        daemon.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
