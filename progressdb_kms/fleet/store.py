@@ -240,12 +240,16 @@ class FleetStore(SealedStore, FleetReader):
         self._changed: list[tuple[str, str]] = []
         self._heavy: dict[str, int] = {}
         self._heavy_until = 0.0
+        self._renames: list[Statement] = []
+        self._ahead: dict[str, str | None] = {}  # rows of kms, as they are under the lock of a swap
+        self._staged_ahead: dict[str, str] = {}
         self._owed: set[str] = set()
         self._expected: set[str] = set()
         self._parts = 0
         self.left = ""
         """The table that the last swap left: a snapshot of the rows as they were."""
         self.locked_at = 0.0
+        self._free = ""
         self._settled = False  # in this transaction nobody else writes any more
         self.paired = 0
         """Rows of the last look at both tables."""
@@ -341,6 +345,7 @@ class FleetStore(SealedStore, FleetReader):
         before, acting = self._mark(), self.acting
         stored = self._stored
         self._now, self._changed, self._fenced_by = Gathered(), [], self.acting
+        self._renames, self._ahead = [], {}
         with contextlib.ExitStack() as self._until_end:
             try:
                 yield
@@ -404,7 +409,7 @@ class FleetStore(SealedStore, FleetReader):
         count = json_dumps({"writes": writes + 1, "inc": self.inc})
         guard = (_GUARD, (self.host, count, self._count_row or ""))
         stored = self._gathered.kms.get(STATE, self._stored)
-        everything = [guard, *statements, *self._told()]
+        everything = [guard, *statements, *self._renames, *self._told()]
         try:
             if self._open is not None:
                 self._end_inside(self._open, everything)
@@ -475,7 +480,8 @@ class FleetStore(SealedStore, FleetReader):
     def _end_inside(self, session: Session, statements: list[Statement]) -> None:
         """Not sent twice: the caller looks what became of it."""
         try:
-            cursors = [session.execute(sql, args) for sql, args in statements]
+            with session.pipeline():
+                cursors = self._all(session, statements)
             said = session.execute("COMMIT").statusmessage
         except psycopg.Error as error:
             raise self._meant(error) from None
@@ -619,6 +625,9 @@ class FleetStore(SealedStore, FleetReader):
         if self._now is not None and name in self._now.kms:
             text = self._now.kms[name]
             return None if text is None else row_of(text)
+        if name in self._ahead:
+            text = self._ahead[name]
+            return None if text is None else row_of(text)
         return super()._read(name)
 
     def names(self, prefix: str) -> list[str]:
@@ -655,7 +664,8 @@ class FleetStore(SealedStore, FleetReader):
         """New rows of one time and KEK, as a batch of creates has them, are counted at once."""
         alike: dict[tuple[str, int, str], list[Written]] = {}
         for row in rows:
-            if row.key_id in old or not row.record.wrapped or self._tally is not None:
+            new = row.record.wrapped and row.record.state != SHREDDED and row.key_id not in old
+            if not new or self._tally is not None:
                 super()._count_all([row], old)
             else:
                 kind = row.record.kek_id, row.record.kek_version, row.record.created_at
@@ -679,9 +689,11 @@ class FleetStore(SealedStore, FleetReader):
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
         self._gathered.kms[name] = json_dumps(row)
+        self._ahead.pop(name, None)
 
     def _erase(self, name: str) -> None:
         self._gathered.kms[name] = None
+        self._ahead.pop(name, None)
 
     def count(self, rows: Iterable[tuple[str, Usage]]) -> None:
         usage = self._gathered.usage
@@ -701,11 +713,12 @@ class FleetStore(SealedStore, FleetReader):
             session.execute("BEGIN")
             session.execute("LOCK TABLE kms IN ROW EXCLUSIVE MODE")  # as all do, with the guard
             self._open = session
-        try:
-            for sql, args in self._statements():
-                self._open.execute(sql, args)
-        except psycopg.Error as error:
-            raise self._meant(error) from None
+        if statements := self._statements():
+            try:
+                with self._open.pipeline():
+                    self._all(self._open, statements)
+            except psycopg.Error as error:
+                raise self._meant(error) from None
         kept = self._gathered.kms.get(STATE)
         self._now = Gathered()
         self._stored = kept or self._stored
@@ -737,11 +750,19 @@ class FleetStore(SealedStore, FleetReader):
             staged[row.key_id] = Row(row.record.thread_id, row.text, _needed(row.record), "", None, "")
             self._owed.discard(row.key_id)
 
+    def stage(self, records: Iterable[DekRecord]) -> None:
+        """What is replaced is asked for at once: under the lock of a swap each question would count."""
+        records = list(records)
+        if self._tally is not None:
+            sql = "SELECT key_id, value FROM deks_next WHERE key_id = ANY(%s)"
+            self._staged_ahead = dict(self._select(sql, ([one.key_id for one in records],)))
+        super().stage(records)
+
     def _staged(self, key_id: str) -> dict[str, Any] | None:
         if self._now and key_id in self._now.staged:
             return dict(row_of(self._now.staged[key_id].text))
-        rows = self._select("SELECT value FROM deks_next WHERE key_id = %s", (key_id,))
-        return row_of(rows[0][0]) if rows else None
+        text = self._staged_ahead.get(key_id)
+        return None if text is None else row_of(text)
 
     def _pairs(self, after: str, limit: int) -> list[tuple[str, dict[str, Any], dict[str, Any] | None]]:
         """In one snapshot with what other hosts touched, and with what their rows add up to: a change is
@@ -786,21 +807,28 @@ class FleetStore(SealedStore, FleetReader):
         """Up to `limit` rows, as they are now, which other hosts wrote since they were staged."""
         with self._snapshot() as session:
             self._drain(session)
-            if not (owed := sorted(self._owed)[:limit]):
-                return []
-            sql = "SELECT key_id, value FROM deks WHERE key_id = ANY(%s) ORDER BY key_id"
-            return [self._opened(*row) for row in session.execute(sql, (owed,)).fetchall()]
+            return self._owing(session, limit)
 
-    def settle(self, restage: Callable[[list[DekRecord]], None]) -> None:
-        """From now to the end of the transaction no host writes. What was touched meanwhile is staged again.
-        Raises Locked, Contended: nothing was changed."""
+    def _owing(self, session: Session, limit: int) -> list[DekRecord]:
+        if not (owed := sorted(self._owed)[:limit]):
+            return []
+        sql = "SELECT key_id, value FROM deks WHERE key_id = ANY(%s) ORDER BY key_id"
+        return [self._opened(*row) for row in session.execute(sql, (owed,)).fetchall()]
+
+    def settle(self, restage: Callable[[list[DekRecord]], None], reads: Sequence[str] = ()) -> None:
+        """From now to the end of the transaction no host writes, and all wait: so each question from here on
+        is asked for many things at once. What was touched meanwhile is staged again. `reads`: rows of the
+        service that the swap reads. Raises Locked, Contended: nothing was changed."""
+        self._free = self._free_name()
         self._lock("SHARE ROW EXCLUSIVE", "kms")
         self._lock("ACCESS EXCLUSIVE")
         self.locked_at = time.monotonic()
-        self._asked("SELECT 1 FROM fleet FOR UPDATE")
-        self._asked(_OWNED, self.host)
-        while records := self.touched(len(self._owed) or MANY):
+        self._asked(_MINE, self.host)
+        self._drain(self._inside())
+        if records := self._owing(self._inside(), len(self._owed)):
             restage(records)
+        hosts = [self._owner(name) for name in reads]
+        self._ahead = {**dict.fromkeys(reads), **dict(self._asked(_READS, hosts, list(reads)))}
         self._refresh()
         self._settled = True
 
@@ -853,10 +881,12 @@ class FleetStore(SealedStore, FleetReader):
         self._book = self._book._replace(own=(self._book.own + more) % MODULUS)
 
     def _swap_tables(self) -> None:
-        session, self.left = self._inside(), self._free_name()
-        session.execute(f"ALTER TABLE deks RENAME TO {self.left}")
-        session.execute("ALTER TABLE deks_next RENAME TO deks")
-        session.execute("UPDATE fleet SET rotating = false, owner = ''")
+        self.left = self._free
+        self._renames = [
+            (f"ALTER TABLE deks RENAME TO {self.left}", ()),
+            ("ALTER TABLE deks_next RENAME TO deks", ()),
+            ("UPDATE fleet SET rotating = false, owner = ''", ()),
+        ]
         self._changed.append((KEKS, ""))
 
     def _left(self) -> list[str]:
@@ -934,6 +964,13 @@ _ROW = "SELECT value FROM kms WHERE host = %s AND name = %s"
 _POINT = f"SELECT {TIMELINE}, gen FROM fleet"  # noqa: S608
 _CONFIRM = "UPDATE kms SET value = value WHERE host = %s AND name = %s RETURNING value"
 _CENSUS = "SELECT host, inc, name, beat, seen, keks, fenced FROM hosts FOR SHARE"
+_MINE = (
+    "SELECT sqrt(count(*) - 1) FROM (SELECT 1 FROM fleet WHERE rotating AND owner = %s FOR UPDATE) AS mine"
+)
+_READS = (
+    "SELECT kms.name, value FROM kms, unnest(%s::text[], %s::text[]) AS n (host, name) "
+    "WHERE kms.host = n.host AND kms.name = n.name"
+)
 _OWNED = "SELECT sqrt(count(*) - 1) FROM fleet WHERE rotating AND owner = %s"
 _FOREIGN = (
     "WITH done AS (UPDATE kms SET value = n.now FROM unnest(%s::text[], %s::text[], %s::text[]) "

@@ -31,7 +31,7 @@ from ..fleet.store import FleetStore, Locked
 from ..store.contract import DekRecord
 from ..store.seal import END
 from . import ownkeys
-from .rotation import CHECK, Rotation
+from .rotation import CHECK, RETIRED_KEK, Rotation
 
 log = logging.getLogger("progressdb_kms")
 
@@ -170,7 +170,8 @@ class FleetRotation(Rotation):
         self._audit_keys = known
 
     def _swap(self, new_id: str, version: int, now: float) -> None:
-        self._store.settle(self._restage)
+        retired = RETIRED_KEK + self._keyring.active.kek_id
+        self._store.settle(self._restage, [*ownkeys.ROWS.values(), retired])
         refuse_absent(self._store.census(), new_id)
         self._renew_audit_keys(new_id)
         self._store.write_foreign(ownkeys.ROWS[AUDIT_KEY], self._audit_keys)
