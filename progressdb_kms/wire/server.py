@@ -7,7 +7,7 @@ no peer, idle or slow, holds a thread. What waits for the keeper, and long work,
 
     refused ──answered──▶ lingering ──▶ closed       who connects is judged at accept
     idle ─▶ head ─▶ body ─▶ busy ─▶ answering ─▶ idle
-      │       └──────┴── a fault: answered ──▶ lingering
+      │       └──────┴──────┴── a fault, or the last: answered ──▶ lingering
       └─ ahead: more requests are here than one turn serves
 
 All bytes are received into the locked memory of the worker, and wiped from there after each turn of a
@@ -71,7 +71,8 @@ TURN = 0.0005
 many of them come and go as like to. The others come first."""
 
 LINGER_SECONDS = 1.0
-"""After a refusal the peer may still be sending: so long it is listened to, so that it reads the answer."""
+"""After the last answer the peer may still be sending: so long it is listened to, so that it reads that. A
+socket that is closed while bytes lie there is reset, and with it goes what the peer has not read."""
 
 TURNED_AWAY = 64
 """Peers that are refused at accept and may read why at a time; where there are more, the oldest goes."""
@@ -597,8 +598,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if left:
             return self._answer_later(connection, keep, left)
         self._forget_body(connection)
-        if not keep or not connection.keep:
-            self._close(connection)
+        if not keep:
+            self._linger(connection)
             return AWAY
         return NEXT
 
@@ -611,7 +612,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         except Overloaded:
             self._close(connection)
             return AWAY
-        connection.pending, connection.keep = left, keep and connection.keep
+        connection.pending, connection.keep = left, keep
         connection.phase = ANSWERING
         connection.deadline = self._now + self.limits.request_timeout
         self._poll.modify(connection.request.fileno(), _OUT)

@@ -23,7 +23,7 @@ from progressdb_kms.rules import PeerRules
 from tests.harness import Daemon, Session
 from tests.harness.dialects import GENERATIONS
 from tests.harness.procs import wait_until
-from tests.harness.wire import host_of, raw, request
+from tests.harness.wire import connect, host_of, raw, request
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
 NOBODY = 65534
@@ -92,6 +92,19 @@ class TestServed:
         assert [r.get("via") for r in mine] == ["tcp", "tcp", None]
         assert mine[0]["uid"] == os.geteuid() and "pid" not in mine[0] and "gid" not in mine[0]
         assert f"tcp={host_of(address)}" in daemon.stdout and "only uid" in daemon.stderr
+
+    def test_answers_are_not_lost_by_what_is_sent_behind_the_last(
+        self, daemon: Daemon, address: Address
+    ) -> None:
+        """Whoever closes while bytes lie there resets the connection, and takes back what was not read."""
+        health = f"GET /healthz HTTP/1.1\r\nHost: {host_of(address)}\r\n\r\n".encode()
+        last = health.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        for where in (address, daemon.socket):
+            with connect(where, 60.0) as sock:
+                sock.sendall(health * 100 + last + health * 1000)
+                assert daemon.healthy() and daemon.healthy()  # it had some turns
+                with sock.makefile("rb") as answers:
+                    assert answers.read().count(b"HTTP/1.1 200 OK") == 101
 
     @pytest.mark.parametrize("generation", GENERATIONS)
     def test_its_clients(self, daemon: Daemon, address: Address, generation: Any) -> None:
