@@ -15,6 +15,7 @@ import os
 import random
 import re
 import select
+import signal
 import socket
 import time
 from collections.abc import Iterable, Iterator
@@ -342,6 +343,7 @@ class Client:
         self.ended = False
         self.wakes = 0.0
         self.reads_from = time.monotonic() + script.reads[0]
+        self.stopped = False  # is the daemon told to end?
 
     def go_on(self, now: float) -> bool:
         """As far as it comes. Did anything happen?"""
@@ -389,7 +391,7 @@ class Client:
         except BlockingIOError:
             return False
         except ConnectionResetError:
-            assert self.script.closed or self.script.wanted is None, self.tells("was reset")
+            assert self.script.closed or self.script.wanted is None or self.stopped, self.tells("was reset")
             data = b""
         if data:
             self.here += data
@@ -429,7 +431,7 @@ class Client:
     def end(self) -> None:
         self.ended = True
         wanted = self.script.wanted
-        if wanted is not None:
+        if wanted is not None and not self.stopped:
             assert self.answers == len(wanted) and not self.here, self.tells("did not get all of its answers")
         self.sock.close()
 
@@ -445,12 +447,20 @@ def go_on(clients: list[Client], now: float) -> int:
     return sum([client.go_on(now) for client in clients if not client.ended])
 
 
-def serve(clients: list[Client], daemon: Daemon, halts: random.Random | None) -> None:
-    """Until all have ended. `halts`: at times the daemon stands still, and finds all at once what came."""
-    last = time.monotonic()
+def serve(
+    clients: list[Client], daemon: Daemon, halts: random.Random | None, stops: float | None = None
+) -> None:
+    """Until all have ended. `halts`: at times the daemon stands still, and finds all at once what came.
+    `stops`: after so many seconds it is told to end."""
+    begun = last = time.monotonic()
     waiting = list(clients)
     while waiting:
         now = time.monotonic()
+        if stops is not None and now - begun > stops:
+            daemon.signal(signal.SIGTERM)
+            halts = stops = None
+            for client in clients:
+                client.stopped = True
         if halts is not None and halts.random() < 0.02:
             with daemon.standing_still():
                 for _ in range(halts.choice((1, 20))):
@@ -465,7 +475,7 @@ def serve(clients: list[Client], daemon: Daemon, halts: random.Random | None) ->
         select.select(reads, [], [], 0.0005)
 
 
-def play(daemon: Daemon, seed: int, address: Address | None = None) -> None:
+def play(daemon: Daemon, seed: int, address: Address | None = None, stops: float | None = None) -> None:
     """One round of as many as like to."""
     chance = random.Random(seed)
     where = address or daemon.socket
@@ -477,8 +487,9 @@ def play(daemon: Daemon, seed: int, address: Address | None = None) -> None:
         clients = [Client(number, one, where) for number, one in enumerate(scripts)]
         for client in clients:
             opened.callback(client.sock.close)
-        serve(clients, daemon, chance if chance.random() < 0.3 else None)
-    kit.opens()
+        serve(clients, daemon, chance if chance.random() < 0.3 else None, stops)
+    if stops is None:
+        kit.opens()
 
 
 # ---- what stays behind ----------------------------------------------------------------------------------
@@ -547,3 +558,16 @@ def test_all_are_answered_for_long(make_daemon: MakeDaemon, workers: int) -> Non
     daemon = make_daemon({"tcp_address": host_of(tcp), **refusing()}, workers=workers)
     play_all(daemon, drawn(float(os.environ.get("AHEAD_SECONDS", "60"))), [None, None, tcp])
     all_is_free(daemon, workers)
+
+
+@pytest.mark.long
+def test_what_a_stop_leaves_is_a_beginning_of_the_answers_and_no_connection(make_daemon: MakeDaemon) -> None:
+    for seed in drawn(float(os.environ.get("AHEAD_SECONDS", "60"))):
+        daemon = make_daemon(refusing(), workers=1 + seed % 2)
+        print(f"the seed: {seed}")
+        play(daemon, seed, stops=random.Random(seed).random() * 0.3)
+        if daemon.alive:
+            daemon.signal(signal.SIGTERM)
+        daemon.wait()
+        assert "were cut" not in daemon.stderr
+        daemon.close()
