@@ -194,6 +194,8 @@ class Worker:
             waiter = threading.Thread(target=self.server.serve_forever, name="waiter", daemon=True)
             waiter.start()
         while not stop(ANCHOR_SECONDS):
+            if not waiter.is_alive():  # another process serves again, this one never
+                raise RuntimeError("the thread that serves connections has ended")
             self._counters.add("beats", 1)
             self._take_stock()
             streams.catch_up()

@@ -7,12 +7,13 @@ import contextlib
 import os
 import re
 import signal
+import sys
 import threading
 import time
 
 import pytest
 
-from tests.harness import Daemon, raw
+from tests.harness import Daemon, procs, raw
 from tests.harness.wire import connect
 
 TEXT = base64.b64encode(b"hello").decode()
@@ -151,3 +152,34 @@ def test_a_malformed_request_is_refused_and_the_worker_goes_on() -> None:
         answer = raw(daemon.socket, b"GET / HTTP/1.1\r\nHost : x\r\n\r\n")
         assert b" 400 " in answer[:20]
         assert daemon.healthy()
+
+
+A_FAULT = """
+import os, sys
+from progressdb_kms.wire import server
+flag = os.path.join(sys.argv[sys.argv.index("--data-dir") + 1], "fault")
+look = server.Server._look_around
+def look_around(self):
+    if os.path.exists(flag):
+        os.unlink(flag)
+        raise ValueError("a fault of ours")
+    look(self)
+server.Server._look_around = look_around
+from progressdb_kms.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
+def test_a_worker_that_can_not_serve_any_more_ends(workers: int) -> None:
+    """Its other threads were well, and it stayed: alive, and deaf."""
+    with Daemon(workers=workers, command=(sys.executable, "-c", A_FAULT)) as daemon:
+        before = set(daemon.pids())
+        (daemon.data_dir / "fault").touch()
+        if workers == 1:
+            assert daemon.process is not None and daemon.process.wait(60) == 1
+        else:
+            procs.wait_until(lambda: len(before & set(daemon.pids())) == 3, 60, "it to end")
+            procs.wait_until(lambda: len(daemon.pids()) == 4, 60, "another in its place")
+            assert daemon.healthy()
+        assert "a fault of ours" in daemon.stderr
