@@ -201,13 +201,13 @@ def _in_turn(paths: Sequence[str], requests: list[bytes], seconds: float) -> lis
     """So many seconds for each."""
     for path in paths:
         load(path, requests, 4, min(seconds, 1.0))  # as if it had run for a while
-    sessions, spent = [_session(path) for path in paths], [0.0] * len(paths)
+    sessions, spent = [session_of(path) for path in paths], [0.0] * len(paths)
     rates: list[list[float]] = [[] for _ in paths]
     for turn in range(max(4, round(seconds / TURN))):
         for i in range(len(paths)) if turn % 2 else reversed(range(len(paths))):
-            before = _processor_seconds(sessions[i])
+            before = processor_seconds(sessions[i])
             rates[i].append(load(paths[i], requests, 4, TURN).rate)
-            spent[i] += _processor_seconds(sessions[i]) - before
+            spent[i] += processor_seconds(sessions[i]) - before
     return [Turns(rates[i], spent[i] / (sum(rates[i]) * TURN)) for i in range(len(paths))]
 
 
@@ -217,14 +217,14 @@ def _share(name: str, one: Turns, other: Turns) -> Figure:
     return Figure(name, rate * 100, "% of the rate", time)
 
 
-def _session(path: str) -> int:
+def session_of(path: str) -> int:
     """Of the daemon that listens there: it has one of its own."""
     with _connect(path) as sock:
         pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         return os.getsid(pid)
 
 
-def _processor_seconds(session: int) -> float:
+def processor_seconds(session: int) -> float:
     ticks = 0
     for process in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

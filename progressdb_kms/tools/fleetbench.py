@@ -1,6 +1,6 @@
-"""`bench fleet`: a host of a fleet beside one with a store of its own, and the wait until a change holds on
-all hosts. It starts a PostgreSQL of its own in a temporary folder, which waits for the disk and has no
-standby."""
+"""`bench fleet`: a host of a fleet beside one with a store of its own, the wait until a change holds on all
+hosts, and how long the end of a rotation locks the rows; each beside what it is meant to reach. It starts a
+PostgreSQL of its own in a temporary folder, which waits for the disk and has no standby."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from ..client import Client
-from ..encoding import b64encode
+from ..crypto import envelope
+from ..crypto.aead import KEY_SIZE, NONCE_SIZE
+from ..crypto.keyring import REGION_SIZE, KekNotLoaded, Keyring
+from ..crypto.memory import LockedBuffer
+from ..encoding import b64encode, new_key_id, timestamp, wall
 from ..errors import KMSError
 from ..fleet import schema
 from ..fleet.board import Board
@@ -29,9 +33,22 @@ from ..fleet.host import Host, run
 from ..fleet.lease import Clock
 from ..fleet.registry import Engine
 from ..fleet.settings import Where
-from ..fleet.store import FleetStore
+from ..fleet.store import Contended, Fenced, FleetStore
+from ..service import ownkeys
+from ..service.fleetrotation import FleetRotation
+from ..service.keeper import random_into
 from ..store.contract import DekRecord
-from .bench import MESSAGE, BenchFailed, Figure, daemon, flushes, load, post
+from .bench import (
+    MESSAGE,
+    BenchFailed,
+    Figure,
+    daemon,
+    flushes,
+    load,
+    post,
+    processor_seconds,
+    session_of,
+)
 
 TURNS = 5
 """Measures of each of two daemons, in turn: what counts is the median of each."""
@@ -39,20 +56,33 @@ TURNS = 5
 HOSTS = 3, 100
 """Of fleets whose barrier is measured."""
 
+DEKS, BESIDE = 20_000, 10
+"""DEKs of the fleet whose KEK is rotated, and those that another host makes every 20 ms meanwhile."""
+
+AIMS = {"creates": 5000.0, "encrypts": 0.95, "barrier": 500.0, "lock": 50.0}
+"""What is to be reached, on a machine that does nothing else: creates a second, a part of SQLite's encrypts,
+the barrier's p99 in ms with 100 hosts, and the lock in ms at a million DEKs."""
+
 SPAN = 60.0
 PATIENCE = 60.0
 
 
-def fleet(seconds: float) -> Iterator[Figure]:
+def fleet(seconds: float, deks: int | None = None) -> Iterator[Figure]:
     with _engine() as folder:
         where = _database(folder, "calls")
         block = f"{{hosts: '{where.folder}', database: {where.database}, user: {where.user}}}"
         with daemon() as own, daemon(f"store: postgresql\npostgresql: {block}\n") as of_fleet:
             yield Figure("disk flushes alone", flushes(Path(own).parent, min(seconds, 1.0)), "a second")
-            yield from _beside(own, of_fleet, "durable creates, 64 callers", 64, seconds, _create)
-            yield from _beside(own, of_fleet, "encrypt 200 B, one DEK, 16 connections", 16, seconds, _encrypt)
+            engine = os.getsid(int(Path(folder, "data", "postmaster.pid").read_text().split()[0]))
+            creates = "durable creates, 64 callers"
+            yield from _beside(own, of_fleet, creates, 64, seconds, _create, f"aim {AIMS['creates']:.0f}")
+            yield from _cost(own, of_fleet, engine, seconds)
+            encrypts = "encrypt 200 B, one DEK, 16 connections"
+            aim = f"aim {AIMS['encrypts']:.0%} of SQLite"
+            yield from _beside(own, of_fleet, encrypts, 16, seconds, _encrypt, aim)
         for hosts in HOSTS:
             yield from _barrier(_database(folder, f"of{hosts}"), hosts, seconds)
+        yield from _rotation(_database(folder, "rotated"), Path(folder), deks or DEKS)
 
 
 def _create(path: str) -> bytes:
@@ -66,7 +96,7 @@ def _encrypt(path: str) -> bytes:
 
 
 def _beside(
-    own: str, of_fleet: str, name: str, connections: int, seconds: float, request: Any
+    own: str, of_fleet: str, name: str, connections: int, seconds: float, request: Any, aim: str
 ) -> Iterator[Figure]:
     asked = {path: request(path) for path in (own, of_fleet)}
     found: dict[str, list[Any]] = {own: [], of_fleet: []}
@@ -75,8 +105,19 @@ def _beside(
             rows.append(load(path, asked[path], connections, seconds / TURNS))
     alone, shared = (statistics.median(one.rate for one in rows) for rows in found.values())
     yield Figure(f"{name}: SQLite", alone, "a second", found[own][-1].latency)
-    share = f"{shared / alone:.0%} of SQLite; {found[of_fleet][-1].latency}"
+    share = f"{shared / alone:.0%} of SQLite; {aim}; {found[of_fleet][-1].latency}"
     yield Figure(f"{name}: fleet", shared, "a second", share)
+
+
+def _cost(own: str, of_fleet: str, engine: int, seconds: float) -> Iterator[Figure]:
+    """Of the processor, which others at work on this machine move less than a rate. `engine`: its session."""
+    for name, path, sessions in (("SQLite", own, ()), ("fleet", of_fleet, (engine,))):
+        taking = [session_of(path), *sessions]
+        before = sum(map(processor_seconds, taking)) + time.process_time()
+        made = load(path, _create(path), 64, seconds).rate * seconds
+        took = (sum(map(processor_seconds, taking)) + time.process_time() - before) / made
+        most = f"callers and engine too: {os.cpu_count()} cores allow {(os.cpu_count() or 1) / took:.0f} a second"
+        yield Figure(f"processor time of a create: {name}", took * 1e6, "us", most)
 
 
 # ---- the barrier -------------------------------------------------------------------------------------
@@ -132,7 +173,8 @@ def _barrier(where: Where, hosts: int, seconds: float) -> Iterator[Figure]:
             member.close()
     for part, name in ((0.5, "p50"), (0.99, "p99")):
         value = took[int(len(took) * part)] * 1e3
-        yield Figure(f"a change holds on {hosts} hosts, {name}", value, "ms", f"{len(took)} changes")
+        aim = f"; aim {AIMS['barrier']:.0f}" if (hosts, part) == (100, 0.99) else ""
+        yield Figure(f"a change holds on {hosts} hosts, {name}", value, "ms", f"{len(took)} changes{aim}")
 
 
 def _changes(store: FleetStore, place: Host, seconds: float) -> Iterator[float]:
@@ -150,6 +192,79 @@ def _changes(store: FleetStore, place: Host, seconds: float) -> Iterator[float]:
         if (error := done.get(timeout=2 * PATIENCE)) is not None:
             raise BenchFailed(f"a change did not come through: {error.message}")
         yield time.monotonic() - begun
+
+
+# ---- a rotation --------------------------------------------------------------------------------------
+
+
+def _rotation(where: Where, folder: Path, deks: int) -> Iterator[Figure]:
+    """Of so many DEKs, while another host makes more."""
+    with contextlib.ExitStack() as stack:
+        keys = [stack.enter_context(LockedBuffer(KEY_SIZE)) for _ in range(3)]
+        region = LockedBuffer(REGION_SIZE)  # its pages go with the process: the stores hold views of them
+        stack.callback(region.wipe)
+        for key in keys:
+            random_into(key.view)
+        keyring = Keyring(region.view)
+        old, new = keyring.install(keys[0].view, 1), keyring.install(keys[1].view)
+        keyring.activate(old, 1)
+        for own in ownkeys.held(keyring).values():
+            random_into(own)
+        one, two = (stack.enter_context(_host(where, name, keyring, (old, new))) for name in ("one", "two"))
+        with one.transaction():
+            one.activate(old, 1, "2026-01-01T00:00:00.000000Z")
+        two.acting = old
+        for store in (one, two):
+            with store.transaction():
+                for name, held in ownkeys.held(keyring).items():
+                    store.write(ownkeys.ROWS[name], ownkeys.wrap(keyring, old, name, held))
+        for start in range(0, deks, 1000):
+            _fill(one, keyring, old, keys[2].view, min(1000, deks - start))
+        rotation = FleetRotation({new}, one, keyring, folder, os.urandom)
+        begun, over = time.perf_counter(), threading.Event()
+        other = threading.Thread(target=_make_beside, args=(two, keyring, old, keys[2].view, over))
+        other.start()
+        try:
+            for _ in rotation.run(keys[1].view):
+                pass
+            lock, took = time.monotonic() - one.locked_at, time.perf_counter() - begun
+        finally:
+            over.set()
+            other.join()
+    yield Figure(f"rotation, {deks} DEKs", deks / took, "DEKs a second")
+    aim = f"aim {AIMS['lock']:.0f} at 1000000"
+    yield Figure(f"its lock of the rows, {deks} DEKs", lock * 1e3, "ms", aim)
+
+
+@contextlib.contextmanager
+def _host(where: Where, name: str, keyring: Keyring, keks: tuple[str, ...]) -> Iterator[FleetStore]:
+    link = Link(where, "progressdb-kms bench")
+    with link.session() as session:
+        row = (name, name, name, list(keks))
+        session.execute("INSERT INTO hosts VALUES (%s, %s, %s, 0, 0, %s, false)", row)
+    with contextlib.closing(FleetStore(link, name, name, keyring.row_key)) as store:
+        yield store
+
+
+def _fill(store: FleetStore, keyring: Keyring, kek_id: str, dek: memoryview, count: int) -> None:
+    now = wall()
+    with keyring.borrow(kek_id) as kek:
+        names = [new_key_id(int(now * 1000), os.urandom(10)) for _ in range(count)]
+        blobs = [envelope.wrap(kek, kek_id, name, os.urandom(NONCE_SIZE), dek) for name in names]
+    with store.transaction():
+        store.put_all([DekRecord(*row, kek_id, 1, timestamp(now)) for row in zip(names, names, blobs)])
+
+
+def _make_beside(
+    store: FleetStore, keyring: Keyring, kek_id: str, dek: memoryview, over: threading.Event
+) -> None:
+    while not over.wait(0.02):
+        try:
+            _fill(store, keyring, kek_id, dek, BESIDE)
+        except (Fenced, KekNotLoaded):  # the fleet has another KEK: a keeper would follow it
+            return
+        except Contended:
+            continue
 
 
 # ---- the engine --------------------------------------------------------------------------------------

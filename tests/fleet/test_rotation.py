@@ -542,9 +542,11 @@ def test_the_old_kek_is_in_no_memory_after_the_answer(fleet_database: postgres.F
                 scan(daemon.pids(), [old]).assert_clean()
         load.check()
         for daemon in hosts.all:
+            pids = daemon.pids()
             write_secret(daemon.home / "next", hosts.kek)
             daemon.signal(signal.SIGHUP)
             until(lambda: "was rotated out: take it out there" in daemon.stderr)  # noqa: B023
+            until(lambda: daemon.pids() == pids)  # noqa: B023  # a child reads the configuration, and ends
             scan(daemon.pids(), [old]).assert_clean()
             assert places(daemon, new) == 1
 

@@ -45,15 +45,19 @@ def test_fleet(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(short_tmp))
     monkeypatch.setattr(fleetbench, "HOSTS", (3,))
     short_tmp.chmod(0o755)  # the engine runs as nobody where we are root
-    found = {figure.name: figure._asdict() for figure in fleetbench.fleet(0.5)}
+    found = {figure.name: figure._asdict() for figure in fleetbench.fleet(0.5, 1500)}
     assert list(found) == [
         "disk flushes alone",
         "durable creates, 64 callers: SQLite",
         "durable creates, 64 callers: fleet",
+        "processor time of a create: SQLite",
+        "processor time of a create: fleet",
         "encrypt 200 B, one DEK, 16 connections: SQLite",
         "encrypt 200 B, one DEK, 16 connections: fleet",
         "a change holds on 3 hosts, p50",
         "a change holds on 3 hosts, p99",
+        "rotation, 1500 DEKs",
+        "its lock of the rows, 1500 DEKs",
     ]
     assert all(row["value"] > 0 for row in found.values())
     assert os.listdir(short_tmp) == []

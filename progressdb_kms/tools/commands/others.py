@@ -78,8 +78,9 @@ def manual(args: argparse.Namespace) -> None:
     "TCP. store: durable "
     "creates a second. rotate: rate and memory of a rotation, and p99 beside it. audit: how quickly a log "
     "is verified, searched and reported on. memory: what keeping "
-    "keys out of memory costs. fleet: a host of a fleet beside one with a store of its own, and how long a "
-    "change takes until it holds on all of 3 and of 100 hosts; it starts a PostgreSQL of its own for that. "
+    "keys out of memory costs. fleet: a host of a fleet beside one with a store of its own, how long a "
+    "change takes until it holds on all of 3 and of 100 hosts, and how long a rotation locks the rows; it "
+    "starts a PostgreSQL of its own for that. "
     "It starts a daemon of its own in a temporary folder. --compare holds two "
     "runs against each other, and fails where a figure is worse by a tenth.",
     (
@@ -95,7 +96,7 @@ def manual(args: argparse.Namespace) -> None:
         Arg(
             ("--deks",),
             "DEKs of the largest store: for many, usage and audit (default 40000), for rotate (default "
-            "1000000, which takes minutes and 10 GB)",
+            "1000000, which takes minutes and 10 GB), for the rotation of fleet (default 20000)",
             "count",
             "N",
         ),
@@ -118,5 +119,5 @@ def bench(args: argparse.Namespace) -> int:
     if args.what == "fleet":
         from ..fleetbench import fleet
 
-        return measure.show(fleet(float(args.seconds)), args.json)
+        return measure.show(fleet(float(args.seconds), args.deks), args.json)
     return measure.run(args.what, seconds=args.seconds, deks=args.deks, as_json=args.json)
