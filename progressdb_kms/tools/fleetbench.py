@@ -116,7 +116,8 @@ def _cost(own: str, of_fleet: str, engine: int, seconds: float) -> Iterator[Figu
         before = sum(map(processor_seconds, taking)) + time.process_time()
         made = load(path, _create(path), 64, seconds).rate * seconds
         took = (sum(map(processor_seconds, taking)) + time.process_time() - before) / made
-        most = f"callers and engine too: {os.cpu_count()} cores allow {(os.cpu_count() or 1) / took:.0f} a second"
+        cores = os.cpu_count() or 1
+        most = f"callers and engine too: {cores} cores allow {cores / took:.0f} a second"
         yield Figure(f"processor time of a create: {name}", took * 1e6, "us", most)
 
 
