@@ -163,8 +163,8 @@ _CHANGES = (
     "unnest(%s::text[], %s::text[]) WITH ORDINALITY AS n (kind, key_id, at)"
 )
 _NOTIFY = "SELECT pg_notify(%s, '')"
-_FENCE = (
-    "SELECT 1 / count(*) FROM (SELECT 1 FROM hosts AS h, fleet AS f "
+_FENCE = (  # and at which point this is
+    f"SELECT {TIMELINE}, (SELECT gen FROM fleet), 1 / count(*) FROM (SELECT 1 FROM hosts AS h, fleet AS f "  # noqa: S608
     "WHERE h.host = %s AND h.inc = %s AND NOT h.fenced AND f.active_kek = %s FOR SHARE OF h) AS mine"
 )
 
@@ -430,7 +430,7 @@ class FleetStore(SealedStore, FleetReader):
         if told:
             kinds, names = [kind for kind, _ in told], [key_id for _, key_id in told]
             result += [(_CHANGES, (len(told), len(told), kinds, names)), (_NOTIFY, (CHANNEL,))]
-        return [*result, (_POINT, ()), (_FENCE, (self.host, self.inc, self._fenced_by))]
+        return [*result, (_FENCE, (self.host, self.inc, self._fenced_by))]
 
     def _end(self, statements: list[Statement], count: str) -> None:
         """Send it; and again, where nobody knows what became of the first."""
@@ -493,8 +493,8 @@ class FleetStore(SealedStore, FleetReader):
         if session.warning:
             raise Unknown(f"{self._link.where} warns: {session.warning}")
         for (sql, _), cursor in zip(statements, cursors):
-            if sql is _POINT:
-                self.point = Point(*cursor.fetchone())
+            if sql is _FENCE:
+                self.point = Point(*cursor.fetchone()[:2])
 
     def _meant(self, error: psycopg.Error) -> Exception:
         """What an error at the end says."""

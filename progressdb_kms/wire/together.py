@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..errors import Overloaded
+from ..errors import Overloaded, Unavailable
 from ..service.channel import Wanted
 from ..service.worker import Service
 from . import deks, dispatch
-from .call import App, Call, Reply, Route
+from .call import App, Call, Route
 from .connection import BUSY, IDLE, Connection
 from .http1 import Request
 from .server import AWAY, Server
@@ -58,13 +58,14 @@ class _Asking:
 class _Told:
     """And in the second."""
 
-    def __init__(self, service: Service, made: dict[str, Any] | Exception) -> None:
-        self._made, self.audit, self.counters = made, service.audit, service.counters
+    def __init__(self, service: Service) -> None:
+        self.audit, self.counters = service.audit, service.counters
+        self.made: dict[str, Any] | Exception = Unavailable("nothing was made")
 
     def change(self, op: str, **args: Any) -> dict[str, Any]:
-        if isinstance(self._made, Exception):
-            raise self._made
-        return self._made
+        if isinstance(self.made, Exception):
+            raise self.made
+        return self.made
 
 
 class Half(NamedTuple):
@@ -99,14 +100,16 @@ class TogetherServer(Server):
         except _Asked as asked:
             self._gathered.setdefault(peer.uid, []).append(Half(connection, route, call, begun, asked.args))
         except Exception as error:
-            return self._answer(connection, request.head, self._end(route, call, begun, error))
+            told, app = self._telling()
+            told.made = error
+            return self._answer(connection, request.head, dispatch.dispatch(app, route, call, begun))
         connection.phase = BUSY
         self._poll.unregister(connection.request.fileno())
         return AWAY
 
-    def _end(self, route: Route, call: Call, begun: float, made: dict[str, Any] | Exception) -> Reply:
-        told: Any = _Told(self.app.service, made)
-        return dispatch.dispatch(self.app._replace(service=told), route, call, begun)
+    def _telling(self) -> tuple[_Told, App]:
+        told: Any = _Told(self.app.service)
+        return told, self.app._replace(service=told)
 
     def _wait(self) -> list[tuple[int, int]]:
         """A turn is over, and what was asked in it goes."""
@@ -129,10 +132,11 @@ class TogetherServer(Server):
         self._wake()
 
     def _finish(self, halves: list[Half], made: Sequence[dict[str, Any] | Exception]) -> None:
-        for (connection, route, call, begun, _), one in zip(halves, made):
+        told, app = self._telling()
+        for (connection, route, call, begun, _), told.made in zip(halves, made):
             keep, left = False, _NOTHING
             try:
-                reply = self._end(route, call, begun, one)
+                reply = dispatch.dispatch(app, route, call, begun)
                 keep = call.head.keep_alive and not reply.close and not self.draining
                 left = self._send(connection.request, call.head, reply, keep)
             except OSError:
