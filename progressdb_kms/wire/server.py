@@ -107,6 +107,12 @@ def _has_many(batch: Any) -> bool:
     return bytes(batch).count(b"{") > 1 + INLINE_ITEMS
 
 
+def _more_lies_in(sock: socket.socket) -> bool:
+    with suppress(OSError):  # nothing is there, or nobody; a first byte is no secret
+        return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    return False
+
+
 # ---- the waiter ----------------------------------------------------------------------------------------
 
 MORE, NEXT, AWAY = range(3)
@@ -567,9 +573,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _keeps(self, connection: Connection, head: Head, reply: Reply, behind: bool) -> bool:
         """Shall it stay open? While all end, as long as more was sent. Any thread may ask this."""
         keep = head.keep_alive and not reply.close
-        with suppress(OSError):  # nothing is there, or nobody; a first byte is no secret
-            return keep and (behind or not self.draining or bool(connection.request.recv(1, socket.MSG_PEEK)))
-        return False
+        return keep and (behind or not self.draining or _more_lies_in(connection.request))
 
     def _send(self, sock: socket.socket, head: Head, reply: Reply, keep: bool) -> list[memoryview]:
         """Send as much as the peer's buffer takes; what is left. Any thread may call this."""
@@ -598,8 +602,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if left:
             return self._answer_later(connection, keep, left)
         self._forget_body(connection)
-        if not keep:
-            self._linger(connection)
+        if not keep:  # over TCP more may be on its way
+            more = connection.peer.via or _more_lies_in(connection.request)
+            (self._linger if more else self._close)(connection)
             return AWAY
         return NEXT
 
