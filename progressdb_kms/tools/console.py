@@ -150,11 +150,11 @@ def output(name: str) -> Iterator[IO[bytes]]:
     if name == STDIO:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
-    elif _is_special(name):
-        with open(name, "wb") as file:
+    elif (descriptor := _special(name)) is not None:
+        with os.fdopen(descriptor, "wb") as file:
             yield file
     else:
-        with _replacement(Path(name)) as file:
+        with replaced(Path(name)) as file:
             yield file
 
 
@@ -166,7 +166,8 @@ def write_binary(name: str, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _replacement(path: Path) -> Iterator[IO[bytes]]:
+def replaced(path: Path) -> Iterator[IO[bytes]]:
+    """The same, and whatever stands under this name is replaced: also a pipe, or a link to a device."""
     if not path.parent.is_dir():
         raise CommandFailed(f"there is no folder {path.parent}", hint="make it, or name another one")
     part = path.with_name(f".{path.name}.part")
@@ -224,12 +225,25 @@ def _part(part: Path) -> int:
     return descriptor
 
 
-def _is_special(name: str) -> bool:
-    """A pipe or a device: it can't be replaced, only written to."""
+def _special(name: str) -> int | None:
+    """A pipe or a device: it can't be replaced, only written to. What another user put under this name would
+    lead root's hand to a disk, or let it wait for ever: it is refused. None for every other name."""
     try:
-        return not stat.S_ISREG(os.stat(name).st_mode)
+        here, there = os.lstat(name), os.stat(name)
     except FileNotFoundError:
-        return False
+        return None
+    if stat.S_ISREG(there.st_mode):
+        return None
+    if here.st_uid not in (0, os.geteuid()):
+        raise CommandFailed(
+            f"{name} is no regular file, and uid {here.st_uid} put it there", hint="name another file"
+        )
+    descriptor = os.open(name, os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
+    found = os.fstat(descriptor)
+    if (found.st_dev, found.st_ino) != (there.st_dev, there.st_ino):
+        os.close(descriptor)
+        raise CommandFailed(f"{name} was replaced a moment ago", hint="name another file")
+    return descriptor
 
 
 def _is_text(data: bytes) -> bool:

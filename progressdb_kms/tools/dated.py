@@ -27,7 +27,7 @@ from ..service.lastbackup import LastBackup
 from ..service.start import host_id
 from . import asowner, drill
 from .backup import Progress, backup, last_line
-from .console import CommandFailed, output, say
+from .console import CommandFailed, replaced, say
 
 ID = 8
 """Hex digits of the data-dir's id that stand in a name."""
@@ -118,7 +118,7 @@ def _write(data_dir: Path, last: LastBackup) -> None:
     try:
         with (
             asowner.acting_as(asowner.of(data_dir)),
-            output(str(data_dir / lastbackup.FILE_NAME)) as file,
+            replaced(data_dir / lastbackup.FILE_NAME) as file,
         ):
             file.write(json_dumps(last._asdict()).encode() + b"\n")
     except OSError as error:

@@ -15,6 +15,7 @@ import pytest
 from progressdb_kms.config import keysource
 from progressdb_kms.errors import ConfigError
 from progressdb_kms.service.lock import claim
+from progressdb_kms.tools import console
 from tests.client.test_listener import as_user
 from tests.harness import REPO, Daemon
 from tests.harness.daemon import COMMAND
@@ -118,6 +119,57 @@ def test_what_a_killed_backup_left_goes(stopped: Daemon, short_tmp: Path) -> Non
     (short_tmp / ".bb.0123456789abcdef.part").write_bytes(b"x")
     assert stopped.offline("backup", str(short_tmp / "b")).returncode == 0
     assert sorted(os.listdir(short_tmp)) == [".bb.0123456789abcdef.part", "b"]
+
+
+# ---- output in a folder of another user ------------------------------------------------------------------
+
+
+@pytest.fixture
+def stranger(short_tmp: Path) -> Iterator[Path]:
+    short_tmp.chmod(0o755)
+    folder = short_tmp / "theirs"
+    folder.mkdir()
+    os.chown(folder, STRANGER, STRANGER)
+    yield folder
+
+
+def write(name: Path) -> None:
+    with console.output(str(name)) as file:
+        file.write(b"x")
+
+
+def test_a_link_that_leads_root_to_a_device(stranger: Path) -> None:
+    """A pipe stands for the disk."""
+    device = stranger.parent / "device"
+    os.mkfifo(device, 0o600)
+    reader = os.open(device, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with as_user(STRANGER):
+            (stranger / "kms.prom").symlink_to(device)
+        with pytest.raises(console.CommandFailed, match=f"uid {STRANGER} put it there"):
+            write(stranger / "kms.prom")
+        assert os.read(reader, 9) == b""
+        os.lchown(stranger / "kms.prom", 0, 0)
+        write(stranger / "kms.prom")
+        assert os.read(reader, 9) == b"x"
+    finally:
+        os.close(reader)
+
+
+def test_a_pipe_for_which_root_would_wait(stranger: Path) -> None:
+    with as_user(STRANGER):
+        os.mkfifo(stranger / "kms.prom")
+    with pytest.raises(console.CommandFailed, match=f"uid {STRANGER} put it there"):
+        write(stranger / "kms.prom")
+
+
+def test_a_pipe_in_the_place_of_the_note_of_a_backup(stopped: Daemon, short_tmp: Path) -> None:
+    (stopped.data_dir / "kms-backup.json").unlink(missing_ok=True)
+    os.mkfifo(stopped.data_dir / "kms-backup.json")
+    done = stopped.offline("backup", str(short_tmp / "b"))
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (stopped.data_dir / "kms-backup.json").is_file()
+    (stopped.data_dir / "kms-backup.json").unlink()
 
 
 # ---- root's commands in the daemon's folder ---------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import stat
 import sys
 from typing import TYPE_CHECKING
 
@@ -139,5 +140,6 @@ UP = (
 def _publish(name: str, text: str) -> None:
     """Whole or not at all, and for the collector's user to read: nothing in it is secret."""
     with output(name) as file:
-        os.fchmod(file.fileno(), 0o644)
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            os.fchmod(file.fileno(), 0o644)
         file.write(text.encode("utf-8"))
