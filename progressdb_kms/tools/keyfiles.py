@@ -102,22 +102,33 @@ Step = Callable[[str], None]
 # ---- one key file ------------------------------------------------------------------------------------
 
 
-def read_key(path: Path, key: memoryview) -> str:
-    """Read a key file into 32 bytes of locked memory. Returns the kek_id. Raises ConfigError."""
-    with LockedBuffer(keysource.SCRATCH_SIZE) as scratch, asowner.acting_as(asowner.of(path)):
+def read_key(path: Path, key: memoryview, user: int) -> str:
+    """Read a key file into 32 bytes of locked memory. Returns the kek_id. Raises ConfigError.
+
+    `user`: the daemon's. It may be his, root's or our own: whoever else has it knows the key.
+    """
+    owner = asowner.of(path)
+    if owner not in (0, os.geteuid(), user):
+        hint = "its owner knows the key: only one of root's, of the daemon's user's, or your own is taken"
+        raise ConfigError(f"{path} belongs to uid {owner}", hint=hint)
+    with (
+        LockedBuffer(keysource.SCRATCH_SIZE) as scratch,
+        asowner.acting_as(user if owner == user else os.geteuid()),
+    ):
         keysource.read(keysource.Source("file", str(path), str(path)), {}, scratch.view, key)
     return fingerprint(key)
 
 
-def kek_id_of(path: Path) -> str:
+def kek_id_of(path: Path, user: int | None = None) -> str:
+    """Whose key it is does no harm where it is only named."""
     with LockedBuffer(KEY_SIZE) as memory:
-        return read_key(path, memory.view)
+        return read_key(path, memory.view, asowner.of(path) if user is None else user)
 
 
-def kek_id_if_there(path: Path) -> str | None:
+def kek_id_if_there(path: Path, user: int) -> str | None:
     """None where there is no such file. Raises ConfigError for one that holds no key."""
     try:
-        return kek_id_of(path) if path.exists() else None
+        return kek_id_of(path, user) if path.exists() else None
     except ConfigError as error:
         hint = f"{error.hint}{'; ' if error.hint else ''}or is its key lost? Move it away and do this again"
         raise ConfigError(error.message, hint=hint) from None
@@ -299,7 +310,8 @@ class ChangeOver:
         self._files = files
         self._service = service
         self._forget_old = forget_old
-        self._owner = owner  # whose a new key file is where the old one is lost
+        self._owner = owner  # whose a new key file is where the old one is lost: the daemon's user's
+        self._user = os.geteuid() if owner is None else owner.st_uid
         self._step = step
         self._sleep = sleep
 
@@ -339,7 +351,7 @@ class ChangeOver:
     def _check(self) -> None:
         if self._files.following.exists():
             raise CommandFailed(f"{self._files.following} is left of an unfinished rotation", hint=RESUME)
-        current, active = kek_id_if_there(self._files.current), self._service.active()
+        current, active = kek_id_if_there(self._files.current, self._user), self._service.active()
         if current is not None or active.rotating_to is not None:
             decide(current, None, active)
         self._prove()
@@ -357,7 +369,9 @@ class ChangeOver:
         result = RotationResult("", "", 0, "", {})
         tries = 0
         while True:
-            current, following = map(kek_id_if_there, (self._files.current, self._files.following))
+            current, following = (
+                kek_id_if_there(path, self._user) for path in (self._files.current, self._files.following)
+            )
             step = decide(current, following, self._service.active())
             if step == "nothing":
                 return result._replace(kek_id=current or "")
@@ -379,7 +393,7 @@ class ChangeOver:
 
     def _rotate(self) -> RotationResult:
         with LockedBuffer(KEY_SIZE) as memory:
-            read_key(self._files.following, memory.view)
+            read_key(self._files.following, memory.view, self._user)
             result = self._service.rotate(memory.view)
         self._step("rotated")
         return result

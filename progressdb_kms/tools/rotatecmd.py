@@ -15,7 +15,7 @@ from ..client import Client, ClientError, RotationResult
 from ..crypto.aead import KEY_SIZE
 from ..crypto.keyring import fingerprint
 from ..crypto.memory import LockedBuffer
-from . import keyfiles
+from . import asowner, keyfiles
 from .console import CommandFailed, Progress, UsageError, say, show
 from .keyfiles import Active, ChangeOver, KeyFiles
 
@@ -53,10 +53,10 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         if args.generate:
             keyfiles.random_key(memory.view)
         elif args.new_key_file:
-            keyfiles.read_key(Path(args.new_key_file), memory.view)
+            keyfiles.read_key(Path(args.new_key_file), memory.view, asowner.daemon_user(settings))
         if args.dry_run:
             if settings.master_key_file:
-                ChangeOver(KeyFiles(Path(settings.master_key_file)), service).rehearse()
+                _over(args, settings, service).rehearse()
             done = Done(service.rotate(memory.view, dry_run=True), {})
         elif settings.master_key_file:
             done = _in_file(args, settings, service, memory.view)
@@ -67,10 +67,9 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
 
 def _in_file(args: argparse.Namespace, settings: Settings, service: Daemon, key: memoryview) -> Done:
     current = Path(str(settings.master_key_file))
-    old = keyfiles.kek_id_if_there(current)
+    old = keyfiles.kek_id_if_there(current, _home(settings).st_uid)
     kept = KeyFiles(current).kept(old) if old else None
-    home = settings.data_dir if settings.data_dir.exists() else current.parent
-    change = ChangeOver(KeyFiles(current), service, forget_old=args.forget_old, owner=os.stat(home))
+    change = _over(args, settings, service)
     try:
         result = change.resume() if args.resume else change.rotate(key)
     except BaseException as error:
@@ -78,6 +77,17 @@ def _in_file(args: argparse.Namespace, settings: Settings, service: Daemon, key:
             say(f"interrupted: {keyfiles.RESUME} to finish")
         raise
     return Done(result, {"key_file": current, "old_key_file": kept if kept and kept.exists() else None})
+
+
+def _over(args: argparse.Namespace, settings: Settings, service: Daemon) -> ChangeOver:
+    files = KeyFiles(Path(str(settings.master_key_file)))
+    return ChangeOver(files, service, forget_old=args.forget_old, owner=_home(settings))
+
+
+def _home(settings: Settings) -> os.stat_result:
+    """Whose the files of the daemon are."""
+    there = settings.data_dir.exists()
+    return os.stat(settings.data_dir if there else Path(str(settings.master_key_file)).parent)
 
 
 def _elsewhere(args: argparse.Namespace, settings: Settings, service: Daemon, key: memoryview) -> Done:

@@ -458,7 +458,7 @@ class TestRotate:
         """Root rotates for a daemon that is another user: both files stay readable for that one."""
         files.current.parent.chmod(0o755)
         os.chown(files.current, 12345, 23456)
-        ChangeOver(files, Service()).rotate(memoryview(bytearray(NEW)))
+        ChangeOver(files, Service(), owner=os.stat(files.current)).rotate(memoryview(bytearray(NEW)))
         settled(files)
         for path in (files.current, files.kept(A)):
             about = path.stat()

@@ -51,6 +51,29 @@ def files(home: Path) -> set[str]:
 A, B = kek_id_of(OLD), kek_id_of(NEW)
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("how", ["--new-key-file", "--resume"])
+def test_a_key_that_a_stranger_made(home: Path, kms: FakeKms, how: str) -> None:
+    """He knows it. One of the daemon's user is as good as root's."""
+    write_secret(home / "F.next", NEW.hex().encode())
+    name = home / {"--resume": "F.next", "--new-key-file": "new"}[how]
+    words = [how, *(["new"] if name.name == "new" else [])]
+    (home / "d").mkdir()
+    os.chown(home / "d", 12_001, 12_001)
+    os.chown(name, 12_003, 12_003)
+    if name.name == "new":
+        (home / "F.next").unlink()
+        done = cli("rewrap", "k", *words, "--config", "c.yaml", cwd=home)
+        assert done.returncode == 1 and b"belongs to uid 12003" in done.stderr
+    done = rotate(home, *words)
+    assert done.returncode == 1 and b"belongs to uid 12003 (its owner knows the key" in done.stderr
+    assert kms.kek == OLD
+    home.chmod(0o755)
+    os.chown(name, 12_001, 12_001)
+    done = rotate(home, *words)
+    assert (done.returncode, kms.kek) == (0, NEW), done.stderr
+
+
 def test_new_key_file(home: Path, kms: FakeKms) -> None:
     done = rotate(home, "--new-key-file", "new")
     assert (done.returncode, done.stderr) == (0, b"")

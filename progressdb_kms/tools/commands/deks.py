@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import asowner
 from ..command import (
     AAD,
     CONFIG,
@@ -235,8 +236,12 @@ def rewrap(args: argparse.Namespace) -> None:
     from ...crypto.memory import LockedBuffer
     from ..keyfiles import read_key
 
+    user = os.geteuid()
+    if user == 0:
+        with load(args, need_key=False) as loaded:
+            user = asowner.daemon_user(loaded.settings)
     with LockedBuffer(KEY_SIZE) as memory, client(args) as kms:
-        read_key(Path(args.new_key_file), memory.view)
+        read_key(Path(args.new_key_file), memory.view, user)
         result = kms.rewrap(args.key_id, memory.view)
     show({"key_id": args.key_id, "kek_id": result.kek_id, "kek_version": result.kek_version}, args.json)
     say(f"keep {args.new_key_file} in previous_master_keys: the next start asks for the KEK {result.kek_id}")
