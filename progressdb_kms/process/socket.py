@@ -9,7 +9,7 @@ import socket
 import stat
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from ..config.options import Settings
@@ -50,9 +50,12 @@ def bind(settings: Settings) -> socket.socket:
         ) from error
     finally:
         os.umask(old)
-    if settings.socket_group is not None:
-        _hand_to_group(settings)
-    sock.listen(BACKLOG)
+    with ExitStack() as undo:
+        undo.enter_context(sock)
+        if settings.socket_group is not None:
+            _hand_to_group(settings)
+        sock.listen(BACKLOG)
+        undo.pop_all()
     return sock
 
 
@@ -107,16 +110,23 @@ def hosts(settings: Settings) -> frozenset[str]:
 
 
 def _hand_to_group(settings: Settings) -> None:
-    """Group first, then the wider mode: there is no moment in which others could connect."""
+    """Group first, then the wider mode: there is no moment in which others could connect. By a descriptor:
+    whoever else may write to the folder could put a link to a file of ours in its place."""
     assert settings.socket_group is not None
-    try:
-        os.chown(settings.socket, -1, settings.socket_group)
-        os.chmod(settings.socket, settings.socket_mode)
-    except OSError as error:
-        raise ConfigError(
-            f"the socket can't be given to the group {settings.socket_group}: {error.strerror}",
-            hint="the daemon's user must be a member of it",
-        ) from error
+    with ExitStack() as undo:
+        try:
+            ours = os.open(settings.socket, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+            undo.callback(os.close, ours)
+            about = os.fstat(ours)
+            if not stat.S_ISSOCK(about.st_mode) or (about.st_uid, about.st_nlink) != (os.geteuid(), 1):
+                raise OSError(errno.ESTALE, "it was replaced a moment ago")
+            os.chown(f"/proc/self/fd/{ours}", -1, settings.socket_group)
+            os.chmod(f"/proc/self/fd/{ours}", settings.socket_mode)
+        except OSError as error:
+            raise ConfigError(
+                f"the socket can't be given to the group {settings.socket_group}: {error.strerror}",
+                hint="the daemon's user must be a member of it",
+            ) from error
 
 
 def _clear_stale(path: Path) -> None:
