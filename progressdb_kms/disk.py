@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 
 
 def write_all(descriptor: int, data: bytes) -> None:
     """A pipe, or a disk that fills up, may take less than it is given."""
     while data:
         data = data[os.write(descriptor, data) :]
+
+
+def regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a file that is one: a pipe in its place would let us wait for ever. Raises OSError."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "is no regular file", os.fspath(path))
 
 
 def sync(path: str | os.PathLike[str]) -> None:

@@ -10,10 +10,12 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Union
 
+from ..disk import regular
 from .chain import LONGEST, Found, Report, Verifier
 from .log import FILE_NAME, MARK, RECORD, AuditLog, genuine, pieces, torn
 
@@ -37,7 +39,7 @@ UNREADABLE = (OSError, EOFError, zlib.error)
 
 def opened(path: str) -> tuple[BinaryIO, BinaryIO]:
     """The file's lines, and the raw file behind them: gzip is told by its first two bytes."""
-    raw = open(path, "rb")  # noqa: SIM115  # closed by who asked for it
+    raw = open(regular(path), "rb")  # noqa: SIM115  # closed by who asked for it
     packed = raw.read(2) == b"\x1f\x8b"
     raw.seek(0)
     return (gzip.GzipFile(fileobj=raw) if packed else raw), raw  # type: ignore[return-value]
@@ -45,12 +47,11 @@ def opened(path: str) -> tuple[BinaryIO, BinaryIO]:
 
 def _age(path: str) -> tuple[int, str]:
     """When a file's first record was written: its start epoch and time. A file without one is the newest."""
-    try:
+    found = None
+    with suppress(*UNREADABLE):
         file, raw = opened(path)
         with raw:
             found = _BORN.search(file.read(LONGEST))
-    except UNREADABLE:
-        found = None
     return (int(found[1]), found[2].decode()) if found else (1 << 62, "")
 
 
@@ -100,33 +101,39 @@ def floor(paths: Iterable[Name], key: memoryview) -> Floor | None:
     """From the end of the newest file that has a signed record; None where none has. Every record carries the
     number, so that a few are enough; what is not signed doesn't count."""
     for path in reversed(in_order(paths)):
-        for size in (TAIL, SCAN, None):
-            found = _floor(_records(path, size), key)
-            if found is not None:
-                return found
-            if size is None or size >= os.path.getsize(path):
-                break
+        found = []
+        with suppress(*UNREADABLE):  # what was read before counts
+            for data, packed in _blocks(path):
+                found += _floors(data, key)
+                if found and not packed:
+                    break
+        if found:
+            return Floor(max(one.epoch for one in found), max(one.change for one in found))
     return None
 
 
-def _records(path: str, size: int | None) -> bytes:
-    """The last bytes of a file, of a packed one all that it holds."""
-    try:
-        file, raw = opened(path)
-        with raw:
-            if size is not None and file is raw:
-                raw.seek(max(0, raw.seek(0, os.SEEK_END) - size))
-            return file.read()
-    except UNREADABLE:
-        return b""
+def _blocks(path: str) -> Iterator[tuple[bytes, bool]]:
+    """A file from its end on, a packed one from its beginning, and whether it is that. Each block has a whole
+    line in common with the next: however long a file without a record is, little of it is held."""
+    file, raw = opened(path)
+    with raw:
+        end, size, held = raw.seek(0, os.SEEK_END), TAIL, b""
+        while file is raw and end:
+            start = max(0, end - size)
+            raw.seek(start)
+            yield raw.read(end - start + LONGEST), False
+            end, size = start, SCAN
+        raw.seek(0)
+        while file is not raw and (block := file.read(SCAN)):
+            yield held + block, True
+            held = block[-LONGEST:]
 
 
-def _floor(data: bytes, key: memoryview) -> Floor | None:
-    found = [record for record in RECORD.finditer(data) if genuine(key, record)]
-    if not found:
-        return None
-    changes = [int(change[1]) for record in found if (change := _CHANGE.search(record[1]))]
-    return Floor(max(int(record[2].split(b".")[0]) for record in found), max(changes, default=0))
+def _floors(data: bytes, key: memoryview) -> Iterator[Floor]:
+    for record in RECORD.finditer(data):
+        if genuine(key, record):
+            change = _CHANGE.search(record[1])
+            yield Floor(int(record[2].split(b".")[0]), int(change[1]) if change else 0)
 
 
 # ---- the start of the daemon ---------------------------------------------------------------------

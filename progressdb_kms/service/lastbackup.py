@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from ..disk import regular
 from ..encoding import json_loads
 
 FILE_NAME = "kms-backup.json"
@@ -29,9 +30,8 @@ class LastBackup(NamedTuple):
 
 def read(data_dir: Path) -> LastBackup | None:
     """None: none was noted, or the note can't be read."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with contextlib.suppress(OSError, ValueError, TypeError):
-        with open(os.open(data_dir / FILE_NAME, flags), "rb") as source:
+        with open(regular(data_dir / FILE_NAME, os.O_NOFOLLOW), "rb") as source:
             found = LastBackup(**json_loads(source.read(LONGEST)))
         if all(isinstance(value, str) for value in found):
             return found

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..audit.log import FILE_NAME as AUDIT_LOG
+from ..disk import regular
 from ..encoding import json_dumps, timestamp, wall
 from ..errors import AlreadyRunning, ConfigError
 from ..store.snapshots import FOLDER as SNAPSHOTS
@@ -108,16 +109,11 @@ def _lock(descriptor: int, name: Path, data_dir: Path, file: int) -> None:
 
 def is_held(data_dir: Path) -> bool:
     """Does somebody hold the kms.lock that is at the path now?"""
-    try:
-        descriptor = os.open(data_dir / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(OSError), open(regular(data_dir / LOCK_FILE, os.O_NOFOLLOW), "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
     return False
 
 

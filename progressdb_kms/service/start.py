@@ -18,6 +18,7 @@ from ..audit import tail
 from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..audit.log import AuditLog, last_epoch
 from ..crypto.keyring import Keyring
+from ..disk import regular
 from ..encoding import timestamp, wall
 from ..errors import AuditUnavailable, ConfigError, KeyMismatch, StoreDamaged, StoreUnavailable
 from ..store.contract import Store
@@ -207,16 +208,15 @@ def host_id(data_dir: Path) -> str:
     path = data_dir / HOST_FILE
     for _ in range(2):
         with contextlib.suppress(OSError):
-            text = path.read_bytes().decode("ascii", "replace").strip()
+            with open(regular(path), "rb") as file:
+                text = file.read(99).decode("ascii", "replace").strip()
             if re.fullmatch("[0-9a-f]{32}", text):
                 return text
         part = path.with_name(HOST_FILE + ".part")
         part.unlink(missing_ok=True)
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(descriptor, os.urandom(16).hex().encode() + b"\n")
+        with open(descriptor, "wb", buffering=0) as file:
+            file.write(os.urandom(16).hex().encode() + b"\n")
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
         os.replace(part, path)
     raise StoreUnavailable(f"{path} can't be read", hint="the data-dir must be the daemon's own")

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..crypto.aead import mac
-from ..disk import write_all
+from ..disk import regular, write_all
 from ..encoding import LATEST, b64encode, json_dumps
 from ..errors import StoreUnavailable
 from .contract import DekRecord
@@ -163,27 +163,17 @@ def unfinished(data_dir: Path) -> list[Path]:
     """The folders of rotations that did not end. Of none that is being written, nor of whatever lost its
     ledger otherwise."""
     root = data_dir / FOLDER
-    found = (path for path in root.glob("*.ledger") if not finished(path)) if root.is_dir() else ()
-    left = (place(data_dir, path.stem) for path in found if not _being_written(path))
-    return sorted(path for path in left if path is not None)
+    found = (path for path in root.glob("*.ledger") if _abandoned(path)) if root.is_dir() else ()
+    return sorted(path for one in found if (path := place(data_dir, one.stem)) is not None)
 
 
-def finished(path: Path) -> bool:
-    """Does this ledger have its last line?"""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            return file.read().rpartition(b"\n")[0].rpartition(b"\n")[2].startswith(b'{"totals":')
-    except OSError:
-        return True  # not known to be unfinished
-
-
-def _being_written(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
+def _abandoned(path: Path) -> bool:
+    """Is this ledger without its last line, and nobody writes it?"""
+    with contextlib.suppress(OSError), open(regular(path), "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        if not file.read().rpartition(b"\n")[0].rpartition(b"\n")[2].startswith(b'{"totals":'):
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
+            return True
     return False
 
 
@@ -234,7 +224,7 @@ def _go_service(root: Path, key_id: str) -> Iterable[Path]:
 def find(lines: Path, key_id: str) -> tuple[int, bytes] | None:
     """Where the line of this key begins, and what it holds; by bisection."""
     wanted = key_id.encode()
-    with open(lines, "rb") as file:
+    with open(regular(lines), "rb") as file:
         low, high = 0, file.seek(0, os.SEEK_END)
         while low < high:  # the line that is looked for begins in low..high
             start, line = _line_around(file, (low + high) // 2)
@@ -269,7 +259,7 @@ def _before(file: BinaryIO, end: int, size: int) -> bytes | None:
 
 def _cut_torn(lines: Path) -> None:
     """The last line without an end, of a rotation that a crash ended: it may hold any key's bytes."""
-    with open(lines, "r+b") as file:
+    with open(regular(lines, os.O_RDWR), "r+b") as file:
         start, line = _line_around(file, file.seek(0, os.SEEK_END))
         if line:
             file.seek(start)
@@ -287,19 +277,16 @@ def _blank(lines: Path, key_id: str) -> None:
         return
     start, line = found
     head = json_dumps({"key_id": key_id}).encode()
-    with open(lines, "r+b", buffering=0) as file:
+    with open(regular(lines, os.O_RDWR), "r+b", buffering=0) as file:
         file.seek(start)
         file.write(head[:-1] + b"}".rjust(len(line) - len(head)) + b"\n")
         os.fsync(file.fileno())
 
 
 def _overwrite(path: Path) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
-    try:
-        write_all(fd, bytes(os.fstat(fd).st_size))
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with open(regular(path, os.O_WRONLY | os.O_NOFOLLOW), "wb", buffering=0) as file:
+        write_all(file.fileno(), bytes(os.fstat(file.fileno()).st_size))
+        os.fsync(file.fileno())
 
 
 def _fresh(root: Path, name: str) -> Path:

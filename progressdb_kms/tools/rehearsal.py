@@ -19,6 +19,7 @@ from typing import NamedTuple
 from ..audit import tail
 from ..audit import verify as auditverify
 from ..config.load import Loaded
+from ..disk import regular
 from ..errors import KMSError
 from ..service import start
 from ..service.clock import Clock, judge, kept
@@ -93,7 +94,7 @@ def _copy(data_dir: Path) -> Iterator[Path]:
 
 def _copy_end(source: Path, target: Path) -> None:
     """Whole lines from the end of a log; a packed one whole."""
-    with open(source, "rb") as file, open(target, "wb") as copy:
+    with open(regular(source), "rb") as file, open(target, "wb") as copy:
         if source.suffix != ".gz" and file.seek(0, os.SEEK_END) > MAX_LOG:
             file.seek(-MAX_LOG, os.SEEK_END)
             file.readline()

@@ -21,6 +21,7 @@ from ..config.load import Loaded
 from ..config.options import Settings
 from ..crypto.aead import mac, same
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
+from ..disk import regular
 from ..encoding import b64encode, json_dumps, json_loads
 from ..errors import StoreDamaged
 from ..service.ownkeys import ROWS
@@ -261,7 +262,7 @@ class SnapshotFolder(NamedTuple):
     @property
     def deks(self) -> int:
         """How many are there: shredded ones are gone."""
-        with contextlib.suppress(FileNotFoundError), open(self.path / LINES, "rb") as file:
+        with contextlib.suppress(FileNotFoundError), open(regular(self.path / LINES), "rb") as file:
             return sum(b'"wrapped":' in line for line in file)
         return sum(name.endswith(".json") for name in _names(self.path))
 
@@ -301,7 +302,7 @@ def _spelled(time_of_name: str) -> str:
 
 def _last_line(ledger: Path) -> Mapping[str, Any]:
     try:
-        with open(ledger, "rb") as file:
+        with open(regular(ledger), "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
             line = file.read().splitlines()[-1]
         value = json_loads(line)
@@ -400,7 +401,7 @@ def _digest(ledger: Path) -> str:
     """SHA-256 of all lines but the last."""
     digest = hashlib.sha256()
     held = b""
-    with open(ledger, "rb") as file:
+    with open(regular(ledger), "rb") as file:
         for line in file:
             digest.update(held)
             held = line

@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import threading
+import tracemalloc
 from collections import namedtuple
 from pathlib import Path
 from typing import Callable
@@ -1073,3 +1074,26 @@ class TestVectors:
     def test_left_out(self, tmp_path: Path, line: int) -> None:
         lines = self.VECTOR["lines"][:line] + self.VECTOR["lines"][line + 1 :]
         assert self.verify(tmp_path, lines).fault is not None
+
+
+# ---- how far the store was ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_the_floor_behind_a_long_tail_that_nobody_signed(path: Path, packed: bool) -> None:
+    """It hides nothing, and not much of it is held at once."""
+    log = AuditLog(path, KEY, "1.0", Clock(), change=lambda: 7)
+    encrypt(log)
+    log.close()
+    floor = tail.floor([path], KEY)
+    assert floor is not None and (floor.epoch, floor.change) == (1, 7)
+    with open(path, "ab") as file:
+        file.truncate(file.tell() + (64 << 20))
+    if packed:
+        path.write_bytes(gzip.compress(path.read_bytes(), 1))
+    tracemalloc.start()
+    try:
+        assert tail.floor([path], KEY) == floor
+        assert tracemalloc.get_traced_memory()[1] < 55 << 20
+    finally:
+        tracemalloc.stop()

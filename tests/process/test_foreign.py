@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from progressdb_kms.config import keysource
+from progressdb_kms.config.options import Settings
 from progressdb_kms.errors import ConfigError
+from progressdb_kms.process import socket
 from progressdb_kms.service.lock import claim
 from progressdb_kms.tools import console
 from tests.client.test_listener import as_user
@@ -62,6 +64,32 @@ def test_a_link_in_the_place_of_our_file(stopped: Daemon, name: str) -> None:
     assert "Traceback" not in said
 
 
+WAITING = ("kms-audit.log.1", "kms.host", "kms-deks-backup/20261124T020000Z-0123456789abcdef.ledger")
+
+
+def test_pipes_among_our_files(stopped: Daemon) -> None:
+    """Nobody waits for who would write to them: not the start, and not the command beside it."""
+    copy = stopped.copy()
+    (copy.data_dir / "kms-deks-backup").mkdir()
+    for name in WAITING:
+        (copy.data_dir / name).unlink(missing_ok=True)
+        os.mkfifo(copy.data_dir / name)
+    with copy:
+        assert copy.ok("GET", "/readyz")["ready"] is True
+        assert (copy.data_dir / "kms.host").is_file()
+        assert copy.offline("verify").returncode == 0
+        assert b"is no regular file" in copy.offline("doctor").stdout
+        with copy.session() as kms:
+            key = kms.create_dek("t")["key_id"]
+            snapshot = copy.data_dir / "kms-deks-backup" / "20261124T020000Z-0123456789abcdef"
+            snapshot.mkdir()
+            os.mkfifo(snapshot / f"{key}.json")
+            done = kms.request("DELETE", f"/deks/{key}", {"immediately": True})
+            assert done.status == 503
+            os.unlink(snapshot / f"{key}.json")
+        copy.stop()
+
+
 def test_a_data_dir_of_another_owner(theirs: Daemon) -> None:
     said = str(theirs.refusal())
     assert f"belongs to uid {OWNER}, and this is uid 0" in said
@@ -87,6 +115,30 @@ def test_a_key_file_that_is_anothers_link(short_tmp: Path) -> None:
         keysource.read(source, {}, scratch, out)
     os.lchown(short_tmp / "link", 0, 0)
     keysource.read(source, {}, scratch, out)
+
+
+def test_a_link_in_the_place_of_the_socket(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put there by the owner of its folder, between bind() and the gift to the group."""
+    victim = short_tmp / "victim"
+    victim.write_bytes(b"root's")
+    victim.chmod(0o600)
+    settings = Settings(socket=short_tmp / "s", socket_group=STRANGER, socket_mode=0o666)
+    made = socket.bind(settings)
+    about = (short_tmp / "s").lstat()
+    assert (about.st_gid, about.st_mode & 0o777) == (STRANGER, 0o666)
+    made.close()
+    umask = os.umask
+
+    def swap(mask: int) -> int:
+        if (short_tmp / "s").exists():
+            (short_tmp / "s").unlink()
+            (short_tmp / "s").symlink_to(victim)
+        return umask(mask)
+
+    monkeypatch.setattr(os, "umask", swap)
+    with pytest.raises(ConfigError, match="it was replaced a moment ago"):
+        socket.bind(settings)
+    assert (victim.stat().st_gid, victim.stat().st_mode & 0o777) == (0, 0o600)
 
 
 # ---- backup in a folder of all ----------------------------------------------------------------------------
