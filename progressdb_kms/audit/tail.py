@@ -101,7 +101,7 @@ def floor(paths: Iterable[Name], key: memoryview) -> Floor | None:
     """From the end of the newest file that has a signed record; None where none has. Every record carries the
     number, so that a few are enough; what is not signed doesn't count."""
     for path in reversed(in_order(paths)):
-        found = []
+        found: list[Floor] = []
         with suppress(*UNREADABLE):  # what was read before counts
             for data, packed in _blocks(path):
                 found += _floors(data, key)

@@ -50,12 +50,9 @@ def bind(settings: Settings) -> socket.socket:
         ) from error
     finally:
         os.umask(old)
-    with ExitStack() as undo:
-        undo.enter_context(sock)
-        if settings.socket_group is not None:
-            _hand_to_group(settings)
-        sock.listen(BACKLOG)
-        undo.pop_all()
+    if settings.socket_group is not None:
+        _hand_to_group(settings, sock)
+    sock.listen(BACKLOG)
     return sock
 
 
@@ -109,7 +106,7 @@ def hosts(settings: Settings) -> frozenset[str]:
     return frozenset((settings.tcp_address, f"localhost:{port}"))
 
 
-def _hand_to_group(settings: Settings) -> None:
+def _hand_to_group(settings: Settings, sock: socket.socket) -> None:
     """Group first, then the wider mode: there is no moment in which others could connect. By a descriptor:
     whoever else may write to the folder could put a link to a file of ours in its place."""
     assert settings.socket_group is not None
@@ -123,6 +120,7 @@ def _hand_to_group(settings: Settings) -> None:
             os.chown(f"/proc/self/fd/{ours}", -1, settings.socket_group)
             os.chmod(f"/proc/self/fd/{ours}", settings.socket_mode)
         except OSError as error:
+            sock.close()
             raise ConfigError(
                 f"the socket can't be given to the group {settings.socket_group}: {error.strerror}",
                 hint="the daemon's user must be a member of it",

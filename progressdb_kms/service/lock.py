@@ -119,14 +119,11 @@ def is_held(data_dir: Path) -> bool:
 
 def publish(data_dir: Path, files: Files) -> None:
     """Raises OSError."""
-    descriptor = os.open(data_dir / LOCK_FILE, _FLAGS)
-    try:
-        first = os.pread(descriptor, 200, 0).partition(b"\n")[0]
+    with open(regular(data_dir / LOCK_FILE, _FLAGS), "r+b", buffering=0) as file:
+        first = file.read(200).partition(b"\n")[0]
         text = first + b"\n" + json_dumps(files).encode() + b"\n"
-        os.pwrite(descriptor, text, 0)
-        os.ftruncate(descriptor, len(text))
-    finally:
-        os.close(descriptor)
+        os.pwrite(file.fileno(), text, 0)
+        os.ftruncate(file.fileno(), len(text))
 
 
 def published(data_dir: Path) -> Files | None:

@@ -262,9 +262,7 @@ def _cut_torn(lines: Path) -> None:
     with open(regular(lines, os.O_RDWR), "r+b") as file:
         start, line = _line_around(file, file.seek(0, os.SEEK_END))
         if line:
-            file.seek(start)
-            file.write(bytes(len(line)))
-            file.flush()
+            os.pwrite(file.fileno(), bytes(len(line)), start)
             os.fsync(file.fileno())
             os.ftruncate(file.fileno(), start)
 
@@ -278,8 +276,7 @@ def _blank(lines: Path, key_id: str) -> None:
     start, line = found
     head = json_dumps({"key_id": key_id}).encode()
     with open(regular(lines, os.O_RDWR), "r+b", buffering=0) as file:
-        file.seek(start)
-        file.write(head[:-1] + b"}".rjust(len(line) - len(head)) + b"\n")
+        os.pwrite(file.fileno(), head[:-1] + b"}".rjust(len(line) - len(head)) + b"\n", start)
         os.fsync(file.fileno())
 
 
