@@ -75,6 +75,7 @@ class Half(NamedTuple):
     route: Route
     call: Call
     begun: float
+    behind: bool
     wanted: Wanted
 
 
@@ -98,7 +99,8 @@ class TogetherServer(Server):
         try:
             route.handler(self._first, call)
         except _Asked as asked:
-            self._gathered.setdefault(peer.uid, []).append(Half(connection, route, call, begun, asked.args))
+            half = Half(connection, route, call, begun, self._behind, asked.args)
+            self._gathered.setdefault(peer.uid, []).append(half)
         except Exception as error:
             told, app = self._telling()
             told.made = error
@@ -133,11 +135,11 @@ class TogetherServer(Server):
 
     def _finish(self, halves: list[Half], made: Sequence[dict[str, Any] | Exception]) -> None:
         told, app = self._telling()
-        for (connection, route, call, begun, _), told.made in zip(halves, made):
+        for (connection, route, call, begun, behind, _), told.made in zip(halves, made):
             keep, left = False, _NOTHING
             try:
                 reply = dispatch.dispatch(app, route, call, begun)
-                keep = call.head.keep_alive and not reply.close and not self.draining
+                keep = self._keeps(connection, call.head, reply, behind)
                 left = self._send(connection.request, call.head, reply, keep)
             except OSError:
                 keep = False  # the peer is gone

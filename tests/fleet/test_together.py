@@ -14,7 +14,10 @@ from tests.conftest import MakeDaemon
 from tests.fleet.test_daemons import PATIENCE, configured
 from tests.harness import postgres
 from tests.harness.daemon import Daemon
-from tests.harness.wire import Reply
+from tests.harness.wire import Reply, connect
+from tests.wire.test_ahead_fuzz import all_is_free, drawn, play_all, refusing
+from tests.wire.test_http1 import NEXT
+from tests.wire.test_socket import CREATE, statuses
 
 pytestmark = pytest.mark.skipif(bool(postgres.missing()), reason=postgres.missing())
 
@@ -79,3 +82,27 @@ def test_a_database_that_is_away(daemon: Daemon, fleet_database: postgres.Fleet)
         assert {one.status for one in asked_together(daemon, *[{"thread_id": "t"}] * 6)} == {503}
     finally:
         fleet_database.sql("ALTER ROLE kms LOGIN")
+
+
+def test_all_that_was_sent_before_sigterm_is_answered(daemon: Daemon) -> None:
+    sent = [CREATE, (CREATE + NEXT) * 3, CREATE * 40]
+    with contextlib.ExitStack() as opened:
+        socks = [opened.enter_context(connect(daemon.socket, PATIENCE)) for _ in sent]
+        for sock in socks:
+            sock.sendall(NEXT)
+            assert statuses(sock.recv(1000)) == [200]
+        with daemon.standing_still():
+            for sock, data in zip(socks, sent):
+                sock.sendall(data)
+            daemon.signal(signal.SIGTERM)
+        for sock, data in zip(socks, sent):
+            with sock.makefile("rb") as answers:
+                assert len(statuses(answers.read())) == data.count(b"HTTP/1.1")
+    daemon.wait()
+
+
+@pytest.mark.long
+def test_those_that_send_ahead(fleet_database: postgres.Fleet, make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(configured(fleet_database, **refusing()), workers=2)
+    play_all(daemon, drawn(float(os.environ.get("AHEAD_SECONDS", "60"))), [None])
+    all_is_free(daemon, 2)
