@@ -162,6 +162,33 @@ class TestTheSwap:
         self.whole(site, fleet_database, site.new)
         assert site.keyring.kek_ids() == [site.new] and site.one.acting == site.new
 
+    def test_how_much_is_asked_under_the_lock(
+        self, site: Site, fleet_database: postgres.Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However many rows others wrote meanwhile: while it asks, all of them wait."""
+        from progressdb_kms.fleet.engine import Session
+
+        real, settle, asked = Session.execute, site.one.settle, []
+
+        def late(*args: Any) -> None:
+            dek = memoryview(bytearray(os.urandom(32)))
+            with site.two.transaction():
+                site.two.put_all(site.deks(40, dek))
+            settle(*args)
+
+        def noted(session: Any, sql: Any, *args: Any) -> Any:
+            if site.one.locked_at:
+                asked.append(sql)
+            return real(session, sql, *args)
+
+        site.one.settle = late
+        monkeypatch.setattr(Session, "execute", noted)
+        site.rotate(tmp_path)
+        monkeypatch.undo()
+        assert 0 < len(asked) <= 30, asked
+        assert fleet_database.sql("SELECT count(*) FROM kms.deks") == [(90,)]
+        self.whole(site, fleet_database, site.new)
+
     def test_somebody_reads_for_longer_than_it_waits(
         self, site: Site, fleet_database: postgres.Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
