@@ -98,6 +98,7 @@ class TogetherServer(Server):
         call = Call(request.head, body, peer, connection.fragment, *self.slab.waiter, connection.rights)
         try:
             route.handler(self._first, call)
+            raise RuntimeError("a create that asks for no DEK")
         except _Asked as asked:
             half = Half(connection, route, call, begun, self._behind, asked.args)
             self._gathered.setdefault(peer.uid, []).append(half)
