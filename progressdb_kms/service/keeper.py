@@ -463,11 +463,11 @@ class Keeper:
         return describe(record)
 
     def rewrap(self, key_id: str, new_kek: LockedBuffer) -> dict[str, Any]:
-        """Move one DEK to another KEK, which joins the keyring."""
+        """Move one DEK, which may be used, to another KEK, which joins the keyring."""
         with new_kek:
             old = self._existing(key_id)
-            if old.state == SHREDDED:
-                raise KeyShredded(f"the key {key_id} was shredded: nothing brings it back")
+            if (error := refusal(key_id, old.state)) is not None:
+                raise error  # who brings a KEK that he knows is handed the DEK
             self._refuse_beside_rotation()
             active = self._keyring.active
             target = fingerprint(new_kek.view)

@@ -120,6 +120,8 @@ class TestInline:
                 assert outcome(kms, path, fields) == code, path
             assert outcome(kms, "/decrypt", {"wrapped": blob, "ciphertext": sealed}) == code
             assert outcome(kms, "/wrap", {"dek": b64(os.urandom(32)), "key_id": key_id}) == code
+            # Under a KEK that the caller knows it would be as good as unwrapped.
+            assert outcome(kms, "/rewrap", {"key_id": key_id, "new_kek_hex": os.urandom(32).hex()}) == code
             if code == "key_disabled":
                 kms.ok("POST", f"/deks/{key_id}/enable")
                 assert outcome(kms, "/decrypt", {"wrapped": blob, "ciphertext": sealed}) == "ok"
