@@ -156,6 +156,11 @@ def check_target(data_dir: Path, file: Path) -> None:
         _remove_left(file)
         raise _exists(file)
     folder = target.parent.stat()
+    if folder.st_uid not in (0, os.geteuid(), asowner.of(data_dir)):
+        raise CommandFailed(
+            f"{target.parent} belongs to uid {folder.st_uid}, who may replace files in it",
+            hint="choose a folder of your own",
+        )
     if folder.st_mode & stat.S_IWOTH and not folder.st_mode & stat.S_ISVTX:
         raise CommandFailed(
             f"others may replace files in {target.parent} (mode {folder.st_mode & 0o7777:04o})",

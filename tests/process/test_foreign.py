@@ -49,6 +49,15 @@ def theirs(stopped: Daemon) -> Iterator[Daemon]:
     copy.close()
 
 
+@pytest.fixture
+def stranger(short_tmp: Path) -> Iterator[Path]:
+    short_tmp.chmod(0o755)
+    folder = short_tmp / "theirs"
+    folder.mkdir()
+    os.chown(folder, STRANGER, STRANGER)
+    yield folder
+
+
 # ---- at the start --------------------------------------------------------------------------------------
 
 
@@ -166,6 +175,13 @@ def test_a_folder_in_which_all_may_replace_files(stopped: Daemon, short_tmp: Pat
     assert done.returncode == 1 and b"others may replace files" in done.stderr and os.listdir(short_tmp) == []
 
 
+def test_a_folder_of_another_user(stopped: Daemon, stranger: Path) -> None:
+    """He could put a file of his in the place of the part, or a link to another database of root's."""
+    done = stopped.offline("backup", str(stranger / "b"))
+    assert done.returncode == 1 and f"belongs to uid {STRANGER}".encode() in done.stderr
+    assert os.listdir(stranger) == []
+
+
 def test_what_a_killed_backup_left_goes(stopped: Daemon, short_tmp: Path) -> None:
     (short_tmp / ".b.0123456789abcdef.part").write_bytes(b"x")
     (short_tmp / ".bb.0123456789abcdef.part").write_bytes(b"x")
@@ -174,15 +190,6 @@ def test_what_a_killed_backup_left_goes(stopped: Daemon, short_tmp: Path) -> Non
 
 
 # ---- output in a folder of another user ------------------------------------------------------------------
-
-
-@pytest.fixture
-def stranger(short_tmp: Path) -> Iterator[Path]:
-    short_tmp.chmod(0o755)
-    folder = short_tmp / "theirs"
-    folder.mkdir()
-    os.chown(folder, STRANGER, STRANGER)
-    yield folder
 
 
 def write(name: Path) -> None:
