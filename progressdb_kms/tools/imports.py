@@ -23,7 +23,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, Callable, NamedTuple
 
@@ -35,10 +36,11 @@ from ..disk import regular
 from ..encoding import KEK_ID, KEY_ID, MAX_THREAD_ID, b64decode, json_loads, timestamp
 from ..errors import KMSError, StoreDamaged
 from ..service.usage import SPENT, refusal
+from ..store import snapshots
 from ..store.contract import KEK_ROW, DekRecord, Usage
 from ..store.policy import DISABLED, ENABLED, PENDING_DELETION, SHREDDED, STATES
 from ..store.snapshots import LINES, find
-from . import asowner, datadir, pebble
+from . import asowner, datadir, ledgers, pebble
 from .console import CommandFailed, say
 from .datadir import Opener, Work, beyond
 
@@ -293,7 +295,15 @@ def _told_by(name: str) -> tuple[str, str]:
 class Importer:
     """Takes records into the store, inside its transaction."""
 
-    def __init__(self, work: Work, opener: Opener, history: History, force: bool = False) -> None:
+    def __init__(
+        self,
+        work: Work,
+        opener: Opener,
+        history: History,
+        force: bool = False,
+        ledger: Mapping[str, str] | None = None,
+    ) -> None:
+        """`ledger`: the SHA-256 that each DEK's blob must have; `force` takes another one, disabled."""
         self._store = work.store
         self._history = history
         self._active = work.keyring.active
@@ -301,6 +311,7 @@ class Importer:
             raise refusal(name)
         self._opener = opener
         self._force = force
+        self._ledger = ledger
         self._there: set[str] = set()
         self._new: dict[str, DekRecord] = {}
         self.taken: list[tuple[str, str]] = []
@@ -329,6 +340,10 @@ class Importer:
         self._new.clear()
 
     def _add(self, new: DekRecord) -> None:
+        if self._ledger is not None and self._ledger.get(new.key_id) != sha256(new.wrapped).hexdigest():
+            if not self._force:
+                raise ValueError("is not the DEK of that time, says the rotation's ledger (--force takes it)")
+            self.distrusted.add(new.key_id)
         old = self._present_row(new.key_id)
         if old is not None and old.state == SHREDDED:
             if new.state != SHREDDED:
@@ -344,7 +359,8 @@ class Importer:
             self.unchanged += 1
         else:  # what belongs to the key stays as it is here: its thread, its state
             bound = self._bound(new)
-            self._put(old._replace(wrapped=bound.wrapped, kek_id=bound.kek_id, kek_version=bound.kek_version))
+            row = old._replace(wrapped=bound.wrapped, kek_id=bound.kek_id, kek_version=bound.kek_version)
+            self._put(self._closed(row) if row.key_id in self.distrusted else row)
 
     def _present_row(self, key_id: str) -> DekRecord | None:
         if key_id in self._new or key_id not in self._there:
@@ -390,14 +406,21 @@ class Importer:
 
 
 def take(
-    work: Work, op: str, found: Iterable[Entry], progress: Progress, *, skip_bad: bool, force: bool = False
+    work: Work,
+    op: str,
+    found: Iterable[Entry],
+    progress: Progress,
+    *,
+    skip_bad: bool,
+    force: bool = False,
+    ledger: Mapping[str, str] | None = None,
 ) -> Result:
     """Store what the entries hold, in one transaction with its audit records. Raises CommandFailed where
     something is bad and `skip_bad` is False: then nothing is stored."""
     now = time.time()
     with Opener(work.keyring, foreign=op == "import") as opener:
         work.store.mending = op != "import"
-        importer = Importer(work, opener, _history(work), force)
+        importer = Importer(work, opener, _history(work), force, ledger)
         try:
             with work.store.transaction():
                 with _uncollected():
@@ -492,8 +515,24 @@ def restore_snapshot(
         datadir.held(loaded),
         datadir.working(loaded, keys, "restore") as work,
     ):
-        result = take(work, "restore_key", found, progress, skip_bad=False, force=force)
+        ledger = _ledger(snapshots.ledger(folder.absolute()), work.audit.key, key, force)
+        result = take(work, "restore_key", found, progress, skip_bad=False, force=force, ledger=ledger)
     return {"path": str(folder), "restored": result.imported, "unchanged": result.unchanged}
+
+
+def _ledger(path: Path, key: memoryview, only: str | None, force: bool) -> Mapping[str, str]:
+    """Raises CommandFailed."""
+    why = "is not the one that was signed"
+    try:
+        found = ledgers.signed(path, key, only)
+    except OSError as error:
+        found, why = None, f"can't be read: {error.strerror}"
+    if found is None and not force:
+        raise CommandFailed(
+            f"{path} {why}: nothing tells whether the snapshot is as the rotation wrote it",
+            hint="take another snapshot, or a backup; --force takes it, and its DEKs come back disabled",
+        )
+    return found or {}
 
 
 def _snapshot(folder: Path) -> Iterator[Entry]:

@@ -9,7 +9,6 @@ export, verify, backups list|prune      here; they read, or touch the snapshots 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import time
@@ -19,10 +18,9 @@ from typing import IO, Any, NamedTuple
 
 from ..config.load import Loaded
 from ..config.options import Settings
-from ..crypto.aead import mac, same
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
 from ..disk import regular
-from ..encoding import b64encode, json_dumps, json_loads
+from ..encoding import json_dumps, json_loads
 from ..errors import StoreDamaged
 from ..service.ownkeys import ROWS
 from ..store import snapshots
@@ -32,7 +30,7 @@ from ..store.seal import MODULUS, STATE, StoreState, weight
 from ..store.sealed import SealedReader
 from ..store.snapshots import FOLDER, LINES
 from ..store.sqlite import DEKS, FILE_NAME, Connection, SqliteReader
-from . import datadir
+from . import datadir, ledgers
 from .backup import Progress, backup
 from .console import CommandFailed, say
 from .datadir import Keys, Opener
@@ -146,14 +144,14 @@ def verify(loaded: Loaded, progress: Progress) -> dict[str, Any]:
         total = sum(row.deks for row in reader.keks().values())
         with Opener(keys.keyring) as opener:
             live, shredded = check_deks(reader, opener, total, faults, progress)
-        ledgers = _check_ledgers(data_dir, reader, keys, faults)
+        checked = _check_ledgers(data_dir, reader, keys, faults)
     if faults.count:
         raise CommandFailed(
             f"{faults.count} faults were found in {data_dir}",
             hint="bring keys back with `restore --snapshot DIR --key ID`, or the whole with `restore FILE`; "
             "where only the counts are wrong, and you know why, `verify --recount`",
         )
-    return {"result": "ok", "deks": live, "shredded": shredded, "ledgers": ledgers}
+    return {"result": "ok", "deks": live, "shredded": shredded, "ledgers": checked}
 
 
 def _check_file(data_dir: Path, reader: SqliteReader, faults: Faults) -> None:
@@ -238,9 +236,6 @@ def check_deks(
 
 _NAME = re.compile(r"(\d{8}T\d{6}Z)-([0-9a-f]{16})(?:-\d+)?")
 
-_TAIL = 4096
-"""Bytes from the end of a ledger in which its last line stands."""
-
 
 class SnapshotFolder(NamedTuple):
     """A snapshot of a rotation. `totals` is the ledger's last line; empty while it is being written."""
@@ -274,7 +269,9 @@ def _snapshots(data_dir: Path) -> list[SnapshotFolder]:
     found = [(name, match) for name in names if (match := _NAME.fullmatch(name))]
     found.sort(key=lambda pair: (pair[1][1], _age(root / pair[0])))
     return [
-        SnapshotFolder(name, root / name, _spelled(match[1]), match[2], _last_line(root / f"{name}.ledger"))
+        SnapshotFolder(
+            name, root / name, _spelled(match[1]), match[2], ledgers.last_line(root / f"{name}.ledger")
+        )
         for name, match in found
         if not (root / name).is_symlink()
     ]
@@ -298,17 +295,6 @@ def _names(root: Path) -> list[str]:
 def _spelled(time_of_name: str) -> str:
     t = time_of_name
     return f"{t[:4]}-{t[4:6]}-{t[6:8]}T{t[9:11]}:{t[11:13]}:{t[13:15]}Z"
-
-
-def _last_line(ledger: Path) -> Mapping[str, Any]:
-    try:
-        with open(regular(ledger), "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-            line = file.read().splitlines()[-1]
-        value = json_loads(line)
-        return value if isinstance(value, dict) and {"totals", "sig"} == set(value) else {}
-    except (OSError, ValueError, IndexError):
-        return {}
 
 
 def backups_list(data_dir: Path) -> list[dict[str, Any]]:
@@ -388,21 +374,7 @@ def _check_ledgers(data_dir: Path, reader: SqliteReader, keys: Keys, faults: Fau
             faults.add("the audit key does not open under any configured KEK")
             return 0
         for one in finished:
-            totals = one.totals["totals"]
-            sig = b64encode(mac(key, json_dumps(totals).encode()))
-            fits = same(sig.encode(), str(one.totals["sig"]).encode())
             with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
-                if not fits or totals.get("sha256") != _digest(one.ledger):
+                if ledgers.signed(one.ledger, key) is None:
                     faults.add(f"{one.ledger}: the ledger is not the one that was signed")
     return len(finished)
-
-
-def _digest(ledger: Path) -> str:
-    """SHA-256 of all lines but the last."""
-    digest = hashlib.sha256()
-    held = b""
-    with open(regular(ledger), "rb") as file:
-        for line in file:
-            digest.update(held)
-            held = line
-    return digest.hexdigest()

@@ -656,6 +656,29 @@ class TestSnapshots:
         with daemon.start().session() as kms:
             assert kms.decrypt(key_id, boxes[key_id]) == b"secret"
 
+    def test_a_chosen_dek(self, rotated: Rotated) -> None:
+        """The service wraps what a caller brings, for a key_id that exists too: who writes it into a snapshot
+        chooses a DEK. Only the signed ledger tells that another one was there."""
+        daemon, paths, boxes = rotated
+        key_id = next(iter(boxes))
+        with daemon.start().session() as kms:
+            chosen = kms.ok("POST", "/wrap", {"dek": b64encode(os.urandom(32)), "key_id": key_id})["wrapped"]
+        daemon.stop()
+        lose(daemon, key_id)
+        path = Path(paths[0], f"{key_id}.json")
+        path.write_text(json.dumps({**json.loads(path.read_text()), "wrapped": chosen}))
+        one = ("restore", "--snapshot", paths[0], "--key", key_id)
+        assert "is not the DEK of that time" in run(daemon, *one, code=1)[1]
+        assert key_id not in stored(daemon)
+        assert json_of(daemon, *one, "--force")["restored"] == 1
+        assert stored(daemon)[key_id]["state"] == "disabled"
+        ledger = Path(paths[1] + ".ledger")
+        ledger.write_text(ledger.read_text().replace('"new_sha256":"', '"new_sha256":"0', 1))
+        error = run(daemon, "restore", "--snapshot", paths[1], code=1)[1]
+        assert "is not the one that was signed: nothing tells whether the snapshot is as" in error
+        ledger.unlink()
+        assert "can't be read" in run(daemon, "restore", "--snapshot", paths[1], code=1)[1]
+
     def test_never_a_shredded_one(self, rotated: Rotated, short_tmp: Path) -> None:
         daemon, paths, boxes = rotated
         key_id = next(iter(boxes))
