@@ -40,6 +40,8 @@ def distrust(uid: int | None, path: str, server_uid: int | None) -> str:
         return ""
     if uid == _overflow_uid():
         return "it is a user whom this namespace doesn't know"
+    if path.startswith("\0"):
+        return "anybody may bind a name that is in no folder"
     try:
         *above, folder = [(name, os.stat(name)) for name in folders(path)]
     except (OSError, ValueError) as error:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from ..disk import sync
+from ..disk import regular, sync
 from ..errors import OperatorError
 
 STDIO = "-"
@@ -212,7 +212,7 @@ def _part(part: Path) -> int:
     """A private file of a known name; what a killed run left of it is removed."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     with contextlib.suppress(FileNotFoundError):
-        old = os.open(part, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        old = regular(part, os.O_WRONLY | os.O_NOFOLLOW)
         try:
             fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
             part.unlink()

@@ -48,7 +48,7 @@ from ..config.weakkeys import check_master_key
 from ..crypto.aead import KEY_SIZE
 from ..crypto.keyring import fingerprint
 from ..crypto.memory import LockedBuffer
-from ..disk import sync
+from ..disk import regular, sync
 from ..errors import ConfigError
 from . import asowner
 from .console import CommandFailed
@@ -189,7 +189,7 @@ def prove_replaceable(path: Path, probe: Path) -> None:
 def remove_key(path: Path) -> None:
     """Unlink a key file, and overwrite it unless it has another name. On a journal or flash, old blocks may
     live on all the same."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    descriptor = regular(path, os.O_WRONLY | os.O_NOFOLLOW)
     try:
         os.unlink(path)
         _overwrite(descriptor)

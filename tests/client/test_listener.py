@@ -260,3 +260,12 @@ def test_a_daemon_that_says_yes_and_stays(short_tmp: Path) -> None:
         change.rotate(memoryview(bytearray(new)))
     assert sent == keyfiles.TRIES and waits == [keyfiles.POLL * n for n in range(keyfiles.TRIES)]
     assert (short_tmp / "kek.next").exists()  # the key is kept: it may have been used
+
+
+def test_a_name_that_is_in_no_folder(safe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Abstract names have no owner: that of the working directory says nothing."""
+    os.chown(safe, STRANGER, STRANGER)
+    monkeypatch.chdir(safe)
+    assert listener.distrust(STRANGER, "s", None) == ""
+    assert listener.distrust(STRANGER, "\0s", None).startswith("anybody may bind")
+    assert listener.distrust(STRANGER, "\0s", STRANGER) == listener.distrust(ROOT, "\0s", None) == ""
