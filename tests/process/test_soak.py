@@ -42,12 +42,14 @@ class Size(NamedTuple):
 
     @classmethod
     def of(cls, daemon: Daemon) -> Size:
-        pids = daemon.pids()
-        return cls(
-            sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids),
-            sum(int(status(pid, "Threads")) for pid in pids),
-            sum(rss_kib(pid) for pid in pids),
-        )
+        while True:
+            pids = daemon.pids()
+            with contextlib.suppress(FileNotFoundError):  # one of them was soon over
+                return cls(
+                    sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids),
+                    sum(int(status(pid, "Threads")) for pid in pids),
+                    sum(rss_kib(pid) for pid in pids),
+                )
 
 
 class Caller:
