@@ -103,6 +103,8 @@ class Connection:
     def __init__(self, path: Path, mode: str) -> None:
         """`mode`: ro, rw, or rwc, which makes the file where there is none."""
         self.lock = threading.RLock()
+        if path.exists() and not path.is_file():  # SQLite would wait for whoever writes to a pipe
+            raise StoreUnavailable(f"{path} is no regular file", hint="find out who put it there")
         uri = f"file://{quote(os.fsencode(path.absolute()))}?mode={mode}"
         try:
             self._db = sqlite3.connect(

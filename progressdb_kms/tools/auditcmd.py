@@ -17,6 +17,7 @@ from ..audit.tail import in_order
 from ..audit.verify import Report
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
 from ..crypto.keyring import KekNotLoaded
+from ..disk import regular
 from ..encoding import json_loads, timestamp
 from ..errors import KeyMismatch, StoreDamaged
 from ..service import ownkeys
@@ -220,7 +221,7 @@ def tail(data_dir: Path, lines: int, *, follow: bool, as_json: bool) -> None:
     """Write to stdout; signatures are `verify`'s matter. With `follow` it ends by a signal only."""
     path = data_dir / FILE_NAME
     try:
-        log: IO[bytes] = open(path, "rb")  # noqa: SIM115  # followed over rotations, closed below
+        log: IO[bytes] = open(regular(path), "rb")  # noqa: SIM115  # followed over rotations, closed below
     except FileNotFoundError:
         raise CommandFailed(
             f"there is no audit log {path}", hint="--data-dir or --config says where it is"
@@ -262,7 +263,7 @@ def _new(path: Path, log: IO[bytes], as_json: bool) -> IO[bytes]:
     if os.path.samestat(other, os.fstat(log.fileno())):
         return log
     log.close()
-    return open(path, "rb")
+    return open(regular(path), "rb")
 
 
 def _whole_lines(log: IO[bytes]) -> Iterator[bytes]:

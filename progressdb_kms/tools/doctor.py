@@ -394,6 +394,9 @@ def _store(patient: Patient) -> Findings:
         if not (patient.data_dir / AUDIT_LOG).exists():
             yield Finding(OK, "there is no store yet: the first start makes it")
         return
+    if not path.is_file():  # SQLite would wait for whoever writes to a pipe
+        yield Finding(FAIL, f"{path} is no regular file", "find out who put it there; move it away")
+        return
     try:
         # Without a write-ahead log SQLite would make one, and root's would lock the daemon out.
         mode = "mode=ro" if path.with_name(STORE + "-wal").exists() else "mode=ro&immutable=1"

@@ -99,6 +99,19 @@ def test_pipes_among_our_files(stopped: Daemon) -> None:
         copy.stop()
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("kms.db", ("doctor",)), ("kms.db", ("audit", "verify")), ("kms-audit.log", ("audit", "tail"))],
+)
+def test_a_command_that_would_wait_for_a_pipe(stopped: Daemon, name: str, words: tuple[str, ...]) -> None:
+    copy = stopped.copy()
+    (copy.data_dir / name).unlink()
+    os.mkfifo(copy.data_dir / name)
+    done = copy.offline(*words)
+    assert done.returncode == 1 and b"is no regular file" in done.stdout + done.stderr
+    copy.close()
+
+
 def test_a_data_dir_of_another_owner(theirs: Daemon) -> None:
     said = str(theirs.refusal())
     assert f"belongs to uid {OWNER}, and this is uid 0" in said
