@@ -111,14 +111,13 @@ def _time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    share_what_is_rewritten()
-    try:
+    with contextlib.suppress(ImportError):
         from hypothesis import HealthCheck, settings
-    except ImportError:
-        return
-    slow = [HealthCheck.too_slow]  # a slow machine is no failure
-    settings.register_profile("kms", deadline=None, suppress_health_check=slow)
-    settings.load_profile("kms")
+
+        slow = [HealthCheck.too_slow]  # a slow machine is no failure
+        settings.register_profile("kms", deadline=None, suppress_health_check=slow)
+        settings.load_profile("kms")  # before any test is imported: each keeps what is set then
+    share_what_is_rewritten()
 
 
 sys.dont_write_bytecode = False  # here, whatever the environment says: what pytest makes of a test is kept
