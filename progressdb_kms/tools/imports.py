@@ -524,7 +524,7 @@ def _ledger(path: Path, key: memoryview, only: str | None, force: bool) -> Mappi
     """Raises CommandFailed."""
     why = "is not the one that was signed"
     try:
-        found = ledgers.signed(path, key, only)
+        found = ledgers.signed(path, key, lambda line: only is None or only.encode() in line)
     except OSError as error:
         found, why = None, f"can't be read: {error.strerror}"
     if found is None and not force:

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 from ..crypto.aead import mac, same
 from ..disk import regular
@@ -31,21 +31,22 @@ def last_line(ledger: Path) -> Mapping[str, Any]:
         return {}
 
 
-def signed(ledger: Path, key: memoryview, only: str | None = None) -> dict[str, str] | None:
-    """SHA-256 of each DEK's old blob (of the key_id `only` alone, where given). None: nobody signed this
-    ledger under the audit key. Raises OSError."""
+def signed(ledger: Path, key: memoryview, wanted: Callable[[bytes], bool]) -> dict[str, str] | None:
+    """SHA-256 of each DEK's old blob, of the lines that are `wanted`. None: this is not what was signed under
+    the audit key. Raises OSError."""
     os.stat(ledger)
     last = last_line(ledger)
     totals = last.get("totals", {})
     sig = b64encode(mac(key, json_dumps(totals).encode()))
     if not last or not same(sig.encode(), str(last["sig"]).encode("utf-8", "replace")):
         return None
-    digest, found, held = hashlib.sha256(), {}, b""
+    digest, rows, held = hashlib.sha256(), list[bytes](), b""
     with open(regular(ledger), "rb") as file:
         for line in file:
             digest.update(held)
-            if held and (only is None or only.encode() in held):
-                row = json_loads(held)
-                found[str(row["key_id"])] = str(row["old_sha256"])
+            if held and wanted(held):
+                rows.append(held)
             held = line
-    return found if isinstance(totals, dict) and totals.get("sha256") == digest.hexdigest() else None
+    if not isinstance(totals, dict) or totals.get("sha256") != digest.hexdigest():
+        return None
+    return {row["key_id"]: row["old_sha256"] for row in map(json_loads, rows)}

@@ -529,7 +529,12 @@ class TestVerify:
         full.stop()
         assert json_of(full, "verify")["ledgers"] == 1
         text = ledger.read_text()
-        for old, forged in (('"k_1"', '"k_7"'), ('"rewrapped":3', '"rewrapped":2')):
+        for old, forged in (
+            ('"k_1"', '"k_7"'),
+            ('"rewrapped":3', '"rewrapped":2'),
+            ('{"key_id"', "no JSON"),
+            ('"old_sha256"', '"older"'),
+        ):
             assert old in text
             ledger.write_text(text.replace(old, forged))
             assert "the ledger is not the one that was signed" in run(full, "verify", code=1)[1]
@@ -673,9 +678,11 @@ class TestSnapshots:
         assert json_of(daemon, *one, "--force")["restored"] == 1
         assert stored(daemon)[key_id]["state"] == "disabled"
         ledger = Path(paths[1] + ".ledger")
-        ledger.write_text(ledger.read_text().replace('"new_sha256":"', '"new_sha256":"0', 1))
-        error = run(daemon, "restore", "--snapshot", paths[1], code=1)[1]
-        assert "is not the one that was signed: nothing tells whether the snapshot is as" in error
+        text = ledger.read_text()
+        for old, forged in (('"new_sha256":"', '"new_sha256":"0'), ('{"key_id"', "no JSON")):
+            ledger.write_text(text.replace(old, forged, 1))
+            error = run(daemon, "restore", "--snapshot", paths[1], code=1)[1]
+            assert "is not the one that was signed: nothing tells whether the snapshot is as" in error
         ledger.unlink()
         assert "can't be read" in run(daemon, "restore", "--snapshot", paths[1], code=1)[1]
 
