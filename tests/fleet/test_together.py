@@ -91,13 +91,8 @@ def test_all_that_was_sent_before_sigterm_is_answered(daemon: Daemon) -> None:
         for sock in socks:
             sock.sendall(NEXT)
             assert statuses(sock.recv(1000)) == [200]
-        with daemon.standing_still():
-            for sock, data in zip(socks, sent):
-                sock.sendall(data)
-            daemon.signal(signal.SIGTERM)
-        for sock, data in zip(socks, sent):
-            with sock.makefile("rb") as answers:
-                assert len(statuses(answers.read())) == data.count(b"HTTP/1.1")
+        for data, answers in zip(sent, daemon.stopped_behind(list(zip(socks, sent)))):
+            assert len(statuses(answers)) == data.count(b"HTTP/1.1")
     daemon.wait()
 
 

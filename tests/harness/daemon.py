@@ -322,6 +322,16 @@ class Daemon:
             for pid in reversed(pids):
                 os.kill(pid, signal.SIGCONT)
 
+    def stopped_behind(self, sent: Sequence[tuple[Any, bytes]]) -> Iterator[bytes]:
+        """SIGTERM comes when all of this lies on the sockets. Yields what is answered, socket by socket."""
+        with self.standing_still():
+            for sock, data in sent:
+                sock.sendall(data)
+            self.signal(signal.SIGTERM)
+        for sock, _ in sent:
+            with sock.makefile("rb") as answers:
+                yield answers.read()
+
     def kill(self) -> None:
         """SIGKILL to the parent alone: the workers must die with it."""
         self.pids()

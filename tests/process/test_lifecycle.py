@@ -55,13 +55,8 @@ def test_all_that_was_sent_before_sigterm_is_answered(workers: int) -> None:
         for sock in socks[::2]:  # these were answered before
             sock.sendall(HEALTH)
             assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
-        with daemon.standing_still():
-            for sock, data in zip(socks, sent):
-                sock.sendall(data)
-            daemon.signal(signal.SIGTERM)
-        for sock, data in zip(socks, sent):
-            with sock.makefile("rb") as answers:
-                heads = re.findall(rb"HTTP/1.1 200 OK\r\n(?:[A-Z][^\r\n]*\r\n)*\r\n", answers.read())
+        for data, answers in zip(sent, daemon.stopped_behind(list(zip(socks, sent)))):
+            heads = re.findall(rb"HTTP/1.1 200 OK\r\n(?:[A-Z][^\r\n]*\r\n)*\r\n", answers)
             told = [b"Connection: close" in head for head in heads]
             assert len(told) == data.count(b" HTTP/1.1\r\n") and not any(told[:-1])
         daemon.wait()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from progressdb_kms.tools import console
 from progressdb_kms.tools.console import PAGE, table
 from tests.harness import Daemon
 from tests.harness.daemon import REPO, base_environment
@@ -107,3 +108,13 @@ def test_without_nameless_files_two_at_once_don_t_mix(tmp_path: Path) -> None:
             _, said = second.communicate(timeout=30)
         assert b"another command is writing" in said
         first.send_signal(signal.SIGKILL)
+
+
+def test_a_pipe_under_the_name_of_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file can't be without a name, what a killed run left is opened: that waited for a reader."""
+    monkeypatch.setattr(console, "_nameless", lambda folder: None)
+    part = tmp_path / ".out.part"
+    os.mkfifo(part)
+    with pytest.raises(OSError, match=r"\.out\.part"):
+        console.write_binary(str(tmp_path / "out"), b"x")
+    assert os.listdir(tmp_path) == [part.name]
