@@ -1,7 +1,7 @@
 """The machine that holds the lines of an audit log against each other: bytes in, the first fault out.
 
 A line that begins as the next of its chain must, and is signed, costs one HMAC and is looked into no
-further: who can sign is who writes them. Everything else goes the slow way, `_line`, and ends there as a
+further: who can sign is who writes them. Everything else goes the slow way, `look`, and ends there as a
 fault, or as one of the few things that an honest log may hold:
 
 - a torn record: bytes that a recovery event, further on, names by length and SHA-256. Until then they are
@@ -29,8 +29,8 @@ LONGEST = 1 << 20
 _NAME, _EVENT, _TAIL = len(MARK), len(b'{"event":'), len(b',"sig":""}') + 44
 """Where in a line the chain's name begins, where its event does, and how far from the end that ends."""
 _BEGUN = re.compile(rb'\{"event":\{"chain":"([0-9.]{3,32})","seq":([0-9]{1,19}),"prev":"([A-Za-z0-9+/=]*)",')
-_SPECIAL = frozenset((b"start", b"shred", b"audit_recovered"))
-_SPECIAL_OP = re.compile(rb'"ts":"[^"]*","op":"(?:%b)"' % b"|".join(_SPECIAL)).match
+SPECIAL = frozenset((b"start", b"shred", b"audit_recovered"))
+_SPECIAL_OP = re.compile(rb'"ts":"[^"]*","op":"(?:%b)"' % b"|".join(SPECIAL)).match
 
 
 class Fault(NamedTuple):
@@ -87,7 +87,7 @@ class _Loose(NamedTuple):
 Watch = dict[int, list[Expected]]
 
 
-class _Chain:
+class Chain:
     __slots__ = ("_begin", "event", "first", "next", "seq", "sig", "watch")
 
     def __init__(self, name: bytes, first: int, watch: Watch) -> None:
@@ -108,11 +108,11 @@ class _Chain:
 class Verifier:
     def __init__(self, key: memoryview, watch: dict[bytes, Watch], partial: bool, report: Report) -> None:
         self.file, self.line = "", 0
-        self._key = key
-        self._watch = watch
-        self._partial = partial
+        self.key = key
+        self.watch = watch
+        self.partial = partial
         self._report = report
-        self._chains: dict[bytes, _Chain] = {}
+        self.chains: dict[bytes, Chain] = {}
         self.loose: list[_Loose] = []
         self._named: set[Torn] = set()  # a keeper that starts may name what a worker names too
         self._blank: tuple[str, int] | None = None  # the first blank line
@@ -127,7 +127,7 @@ class Verifier:
 
     def feed(self, block: bytes) -> None:
         """Take whole lines. What continues its chain byte by byte, and is signed, is a record."""
-        chains, line, key = self._chains, self.line, self._key
+        chains, line, key = self.chains, self.line, self.key
         for text in block[:-1].split(b"\n") if block else ():
             line += 1
             chain = chains.get(text[_NAME : text.find(b'"', _NAME, _NAME + 33)])
@@ -141,14 +141,14 @@ class Verifier:
                 chain.follow(chain.seq + 1, sig, event)
             else:
                 self.line = line
-                self._line(text, True, bool(RECORD.fullmatch(text)), block)
+                self.look(text, True, bool(RECORD.fullmatch(text)), block)
         self.line = line
 
-    def _line(self, line: bytes, ended: bool, shaped: bool, block: bytes) -> None:
+    def look(self, line: bytes, ended: bool, shaped: bool, block: bytes) -> None:
         """The slow way: a line of any kind. `shaped`: it looks like one record."""
         if len(line) > LONGEST:
             self._fault(f"a line of {len(line)} bytes is no audit record")
-        found = list(pieces(line, self._key))
+        found = list(pieces(line, self.key))
         records = sum(record is not None for _, record in found)
         self.spare += ended - records
         if not found and self._blank is None:
@@ -167,34 +167,34 @@ class Verifier:
         """`rest`: what stands after the last line end."""
         if rest:
             self.line += 1
-            self._line(rest, False, bool(RECORD.fullmatch(rest)), rest)
+            self.look(rest, False, bool(RECORD.fullmatch(rest)), rest)
 
     # -- one record
 
     def _accept(self, record: re.Match[bytes], first: bool) -> None:
         event, name, digits, prev, op, sig = record.groups()
         seq = int(digits)
-        chain = self._chains.get(name)
+        chain = self.chains.get(name)
         if chain is None:
-            chain = self._chains[name] = self._begin(name, seq, prev)
+            chain = self.chains[name] = self._begin(name, seq, prev)
         else:
             self._continues(name, chain, seq, prev)
-        if op in _SPECIAL:
+        if op in SPECIAL:
             self._special(op, parse(record[0]), first)
         chain.follow(seq, sig, event)
         for expected in chain.watch.pop(seq, ()):
             if not b64decode(sig).startswith(expected.digest):
                 self._fault(f"line {seq} of chain {name.decode()} is not the one that {expected.who} names")
 
-    def _begin(self, name: bytes, seq: int, prev: bytes) -> _Chain:
-        if (seq == 1) != (prev == b"") or (seq != 1 and not self._partial):
+    def _begin(self, name: bytes, seq: int, prev: bytes) -> Chain:
+        if (seq == 1) != (prev == b"") or (seq != 1 and not self.partial):
             self._fault(
                 f"chain {name.decode()} begins at its line {seq}: earlier log files were not given, "
                 "or the lines before it were removed"
             )
-        return _Chain(name, seq, self._watch.setdefault(name, {}))
+        return Chain(name, seq, self.watch.setdefault(name, {}))
 
-    def _continues(self, name: bytes, chain: _Chain, seq: int, prev: bytes) -> None:
+    def _continues(self, name: bytes, chain: Chain, seq: int, prev: bytes) -> None:
         if seq > chain.seq + 1:
             missing = f"line {seq - 1}" if seq == chain.seq + 2 else f"lines {chain.seq + 1} to {seq - 1}"
             self._fault(f"{missing} of chain {name.decode()} should stand before this one: deleted or moved")
@@ -219,8 +219,8 @@ class Verifier:
 
     def _left(self, name: str, seq: int, sig: str) -> None:
         """A start names the heads that the run before it left."""
-        chain = self._chains.get(name.encode())
-        if chain is None and (self._partial or not seq):
+        chain = self.chains.get(name.encode())
+        if chain is None and (self.partial or not seq):
             return
         if chain is None or chain.seq < seq or (chain.seq == seq and chain.sig != sig.encode()):
             self._fault(
@@ -235,8 +235,8 @@ class Verifier:
         begun = _BEGUN.match(piece)
         if begun is None:
             return
-        chain = self._chains.get(begun[1])
-        if chain is None and self._partial:
+        chain = self.chains.get(begun[1])
+        if chain is None and self.partial:
             return
         seq, sig = (chain.seq, chain.sig) if chain else (0, b"")
         if (int(begun[2]), begun[3]) != (seq + 1, sig):
@@ -253,7 +253,7 @@ class Verifier:
                 continue
             if self._ended_for(claim):
                 unended += 1
-            elif self._partial and self._files == 1:
+            elif self.partial and self._files == 1:
                 self._blind = True  # the torn record stands in a file that was not given
             else:
                 self._fault(f"no torn record of {size} bytes is in the log, as this recovery event says")
@@ -272,16 +272,14 @@ class Verifier:
 
     def _ended_for(self, claim: Torn) -> bool:
         """Is it a whole record, of which only the line end was missing, and a repair wrote that?"""
-        return any(
-            torn(b'{"event":%b,"sig":"%b"}' % (c.event, c.sig)) == claim for c in self._chains.values()
-        )
+        return any(torn(b'{"event":%b,"sig":"%b"}' % (c.event, c.sig)) == claim for c in self.chains.values())
 
     # -- the end
 
     def finish(self) -> None:
         if self.loose:
             self._fault("the log ends before that")
-        for name, watch in self._watch.items():
+        for name, watch in self.watch.items():
             for seq in sorted(watch):
                 self._unmet(name, seq, watch[seq])
         if self.spare and not self._blind:
@@ -290,11 +288,11 @@ class Verifier:
                 self._fault("a blank line that no recovery event accounts for")
             self._fault("line ends are missing that a recovery event names")
         self._report.lines += self.line
-        self._report.chains = {name.decode(): (c.first, c.seq) for name, c in self._chains.items()}
+        self._report.chains = {name.decode(): (c.first, c.seq) for name, c in self.chains.items()}
 
     def _unmet(self, name: bytes, seq: int, expected: Sequence[Expected]) -> None:
-        chain = self._chains.get(name)
-        if self._partial and (chain is None or seq < chain.first):
+        chain = self.chains.get(name)
+        if self.partial and (chain is None or seq < chain.first):
             self._report.unchecked += len(expected)
         elif chain is None:
             self._fault(f"chain {name.decode()} is missing whole: {expected[0].who} names its line {seq}")
@@ -324,10 +322,10 @@ class Verifier:
 
     def _unsigned(self, block: bytes) -> str:
         """Why does a signature not fit? Where nothing fits at all, it is the key."""
-        if self._chains:
+        if self.chains:
             return "the signature does not fit: the line was edited"
         others = list(islice(RECORD.finditer(block), 33))
-        if len(others) > 1 and not any(genuine(self._key, record) for record in others):
+        if len(others) > 1 and not any(genuine(self.key, record) for record in others):
             return "no signature fits: the audit key is not the one that wrote this log"
         return "the signature does not fit: the line was edited, or the audit key is another"
 

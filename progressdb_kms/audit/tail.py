@@ -51,7 +51,7 @@ def _age(path: str) -> tuple[int, str]:
     with suppress(*UNREADABLE):
         file, raw = opened(path)
         with raw:
-            found = _BORN.search(file.read(LONGEST))
+            found = _BORN.search(file.read(1024)) or _BORN.search(file.read(LONGEST))
     return (int(found[1]), found[2].decode()) if found else (1 << 62, "")
 
 

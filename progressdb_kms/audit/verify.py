@@ -10,6 +10,7 @@ anchors and receipts name.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -38,39 +39,95 @@ _RECEIPT = re.compile(r"([0-9.]{3,32}):([1-9][0-9]{0,18}):([0-9a-f]{16})(?:\s.*)
 # ---- blocks and witnesses ------------------------------------------------------------------------
 
 
-def _blocks(file: BinaryIO, live: bool) -> Iterator[bytes]:
-    """Blocks that end with a line end, and at last what stands after the last one, maybe nothing. Of a line
-    that is far too long the beginning comes in between, without a line end: it is a fault, and no end.
+class Blocks:
+    """A file's blocks of whole lines, and at last what stands after the last line end, maybe nothing. Of a
+    line that is far too long the beginning comes in between, without a line end: it is a fault, and no end.
 
-    `live`: the daemon may be in the middle of a line; give it a moment.
+    Where a block ends follows from the place in the file alone, wherever one begins to read.
     """
-    rest = b""
-    while True:
-        block = file.read(BLOCK)
-        if not block:
-            if not (live and rest):
-                break
-            live = False
-            time.sleep(tail.SETTLE)
-            continue
+
+    def __init__(self, file: BinaryIO, *, live: bool = False, start: int = 0, careful: bool = False) -> None:
+        """`live`: the daemon may be in the middle of a line; give it a moment. `start`: a multiple of BLOCK.
+        `careful`: a line that is far too long is a TooLong, as it is always where `start` is in one."""
+        self.position = start
+        self.ended = False
+        self._file = file
+        self._live = live
+        self._careful = careful
+        self._rest = _begun(file, start) if start else b""
+        self._skips = False  # the rest of a line that is too long
+
+    def read(self, stop: int | None = None) -> Iterator[bytes]:
+        """Those of the bytes before `stop`, a multiple of BLOCK; the last only where there is no such limit
+        or the file ends before."""
+        while stop is None or self.position < stop:
+            block = self._next()
+            if not block:
+                if self._live and self._rest:
+                    self._live = False
+                    time.sleep(tail.SETTLE)
+                    continue
+                self.ended = True
+                yield self._rest
+                return
+            yield from self._take(block)
+
+    def _next(self) -> bytes:
+        with _reading():
+            block = self._file.read(BLOCK)
+        self.position += len(block)
+        return block
+
+    def _take(self, block: bytes) -> Iterator[bytes]:
+        if self._skips:
+            begin = block.find(b"\n") + 1
+            self._rest, self._skips = block[begin:] if begin else b"", not begin
+            return
         cut = block.rfind(b"\n") + 1
+        if self._careful and len(self._rest) + (block.find(b"\n") if cut else len(block)) > LONGEST:
+            raise TooLong(self.position - len(block))
         if cut:
+            rest, self._rest = self._rest, block[cut:]
             yield rest + memoryview(block)[:cut]
-            rest = block[cut:]
-        elif len(rest) + len(block) <= 2 * LONGEST:
-            rest += block
+        elif len(self._rest) + len(block) <= 2 * LONGEST:
+            self._rest += block
         else:
+            rest, self._rest, self._skips = self._rest, b"", True
             yield rest
-            rest = _next_line(file)
-    yield rest
 
 
-def _next_line(file: BinaryIO) -> bytes:
-    """What is read with the end of this line, behind it."""
-    while block := file.read(BLOCK):
-        if cut := block.find(b"\n") + 1:
-            return block[cut:]
-    return b""
+def _begun(file: BinaryIO, start: int) -> bytes:
+    """Of the line in which `start` is, what stands before; leaves the file there."""
+    with _reading():
+        for size in (BLOCK, LONGEST):
+            file.seek(begin := max(0, start - size))
+            before = file.read(start - begin)
+            cut = before.rfind(b"\n") + 1
+            if cut or not begin:
+                return before[cut:]
+    raise TooLong(start)
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except UNREADABLE as error:
+        raise Unreadable(str(error)) from None
+
+
+class TooLong(Exception):
+    """In a line that is longer than a record can be. `position`: the last end of a block before that is
+    known."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__(position)
+        self.position = position
+
+
+class Unreadable(Exception):
+    """What the system says of a file that can't be read, or unpacked. Of reading alone: whoever observes may
+    fail with an OSError of its own."""
 
 
 def _expectations(
@@ -106,6 +163,7 @@ def verify(
     sort: bool = True,
     progress: Callable[[int, int], None] | None = None,
     observe: Observer | None = None,
+    reading: Callable[[Report, Callable[[int, int], None] | None], Reading] | None = None,
 ) -> Report:
     """Verify the log in `paths` (.gz too), up to the first fault.
 
@@ -115,12 +173,12 @@ def verify(
     `sort`: the files may be in any order; else they are taken as given, oldest first.
     `progress`: called with bytes done and bytes in all.
     `observe`: given all that is read, block by block; then a fault ends the verifying and not the reading.
+    `reading`: who goes through the files, such as `Shared`; else this process does.
     """
     report = Report(in_order(paths) if sort else [os.fspath(path) for path in paths])
     try:
         machine = Verifier(key, _expectations(anchors, receipts, report), partial, report)
-        read = Reading(report, progress)
-        read.through(machine, observe)
+        (reading or Reading)(report, progress).through(machine, observe)
         if report.fault is None:
             machine.finish()
     except Found as found:
@@ -132,48 +190,63 @@ class Reading:
     """One pass over the files of a report, in order."""
 
     def __init__(self, report: Report, progress: Callable[[int, int], None] | None) -> None:
-        self._report = report
+        self.report = report
         self._progress = progress
+        self._done = 0  # bytes of the files before
+        self._total = 0  # bytes of all of them
 
     def through(self, machine: Verifier | None, observe: Observer | None) -> None:
         """Raises Found at a fault where nobody observes; else notes it, and goes on without the machine."""
-        total = sum(os.path.getsize(path) for path in self._report.files if os.path.exists(path))
-        done = 0
-        for path in self._report.files:
-            if machine is not None and self._report.fault is None:
+        sizes = self.sizes()
+        self._total = sum(sizes)
+        for path, size in zip(self.report.files, sizes):
+            if machine is not None and self.report.fault is None:
                 machine.open(path)
             try:
-                for block, position in self._file(path):
-                    if machine is not None and self._report.fault is None:
-                        self._verify(machine, block, observe is not None)
-                    if observe is not None:
-                        observe(block, machine is not None and self._report.fault is None)
-                    if self._progress:
-                        self._progress(done + position, total)
-            except UNREADABLE as error:
+                self.one(path, machine, observe)
+            except Unreadable as error:
                 fault = Fault(path, machine.line if machine else 0, f"can't be read ({error})")
                 if observe is None:
                     raise Found(fault) from None
-                self._report.fault = self._report.fault or fault
-                continue
-            done += os.path.getsize(path)
+                self.report.fault = self.report.fault or fault
+            self._done += size
 
-    def _file(self, path: str) -> Iterator[tuple[bytes, int]]:
-        file, raw = opened(path)
+    def sizes(self) -> list[int]:
+        """In bytes, as the files lie there."""
+        return [os.path.getsize(path) if os.path.exists(path) else 0 for path in self.report.files]
+
+    def one(self, path: str, machine: Verifier | None, observe: Observer | None) -> None:
+        """Raises Unreadable."""
+        with _reading():
+            file, raw = opened(path)
         with raw:
-            for block in _blocks(file, file is raw and path == self._report.files[-1]):
-                yield block, raw.tell()
+            for block in Blocks(file, live=file is raw and path == self.report.files[-1]).read():
+                self.block(block, machine, observe)
+                self.tell(raw.tell())
 
-    def _verify(self, machine: Verifier, block: bytes, go_on: bool) -> None:
+    def block(self, block: bytes, machine: Verifier | None, observe: Observer | None) -> None:
+        if machine is not None and self.report.fault is None:
+            with self.going_on(observe):
+                if block.endswith(b"\n"):
+                    machine.feed(block)
+                else:
+                    machine.end_of_file(block)
+        if observe is not None:
+            observe(block, machine is not None and self.report.fault is None)
+
+    @contextlib.contextmanager
+    def going_on(self, observe: Observer | None) -> Iterator[None]:
+        """A fault in here is noted, where somebody goes on to observe."""
         try:
-            if block.endswith(b"\n"):
-                machine.feed(block)
-            else:
-                machine.end_of_file(block)
+            yield
         except Found as found:
-            if not go_on:
+            if observe is None:
                 raise
-            self._report.fault = found.fault
+            self.report.fault = found.fault
+
+    def tell(self, position: int) -> None:
+        if self._progress:
+            self._progress(self._done + position, self._total)
 
 
 class History(NamedTuple):
@@ -197,11 +270,11 @@ def history(paths: Iterable[Name], key: memoryview) -> History:
         try:
             file, raw = opened(path)
             with raw:
-                for block in _blocks(file, False):
+                for block in Blocks(file).read():
                     for line in block.split(b"\n") if _TOLD.search(block) else ():
                         if _TOLD.search(line[:LONGEST]):
                             _note(line, key, found)
-        except UNREADABLE as error:
+        except (OSError, Unreadable) as error:
             raise StoreDamaged(
                 f"the audit log {path} can't be read ({error})", hint="restore the file, or leave it out"
             ) from None

@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple
 
 from ..audit import verify as auditverify
 from ..audit.log import FILE_NAME
+from ..audit.shared import Shared
 from ..audit.tail import in_order
 from ..audit.verify import Report
+from ..config.options import cores
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
 from ..crypto.keyring import KekNotLoaded
 from ..disk import regular
@@ -25,7 +27,7 @@ from ..service.ownkeys import ROWS
 from ..store.heads import Head, heads
 from ..store.sqlite import SqliteReader
 from . import asowner, auditreport, datadir
-from .auditcounts import Observer
+from .auditcounts import Counts
 from .auditsearch import Hits, Query, as_csv, as_json, as_table, moment, summary
 from .command import EVENTS
 from .console import CommandFailed, Progress, output, safe, say, show
@@ -61,9 +63,14 @@ def verify(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
             receipts=receipts,
             partial=args.partial,
             progress=progress,
+            reading=_shared,
         )
     _tell(report, args.json)
     return 0 if report.ok else 1
+
+
+def _shared(report: Report, progress: Callable[[int, int], None] | None) -> Shared:
+    return Shared(report, progress, cores())
 
 
 def _logs(data_dir: Path) -> Sequence[Path]:
@@ -94,24 +101,27 @@ def _tell(report: Report, as_json: bool) -> None:
 @contextlib.contextmanager
 def _audit_key(loaded: Loaded, host: str | None) -> Iterator[tuple[memoryview, Mapping[str, Head]]]:
     """The audit key in locked memory, and the heads of the chains, both from the store; of this `host` of a
-    fleet, if one is named. Raises StoreDamaged where they are not all that the daemon wrote."""
-    with datadir.keys(loaded) as keys, contextlib.ExitStack() as stack:
-        with _reader(loaded.settings, host) as reader:
-            row = reader.read(ROWS[AUDIT_KEY])
-            with datadir.own_key(keys.keyring, ROW_KEY, reader.read(ROWS[ROW_KEY])) as row_key:
-                if row_key is not None:  # else the audit key tells what is wrong
-                    reader.unlock(row_key)
-                    reader.vouch()
-            anchors = heads(reader)
-        if row is None:
-            raise StoreDamaged("the store has no audit key", hint="is data_dir the right folder?")
-        try:
-            key = stack.enter_context(ownkeys.opened(keys.keyring, AUDIT_KEY, row))
-        except KekNotLoaded as missing:
-            raise KeyMismatch(
-                f"the audit key is wrapped under the KEK {missing.kek_id}, which is not configured",
-                hint="`progressdb-kms kek-id FILE…` finds the key file",
-            ) from None
+    fleet, if one is named. The KEKs are wiped before it is lent: who reads a log has no use for them, nor
+    have the processes that help with it. Raises StoreDamaged where they are not all that the daemon wrote."""
+    with contextlib.ExitStack() as stack:
+        with datadir.keys(loaded) as keys:
+            with _reader(loaded.settings, host) as reader:
+                row = reader.read(ROWS[AUDIT_KEY])
+                with datadir.own_key(keys.keyring, ROW_KEY, reader.read(ROWS[ROW_KEY])) as row_key:
+                    if row_key is not None:  # else the audit key tells what is wrong
+                        reader.unlock(row_key)
+                        reader.vouch()
+                anchors = heads(reader)
+            if row is None:
+                raise StoreDamaged("the store has no audit key", hint="is data_dir the right folder?")
+            try:
+                key = stack.enter_context(ownkeys.opened(keys.keyring, AUDIT_KEY, row))
+            except KekNotLoaded as missing:
+                raise KeyMismatch(
+                    f"the audit key is wrapped under the KEK {missing.kek_id}, which is not configured",
+                    hint="`progressdb-kms kek-id FILE…` finds the key file",
+                ) from None
+        loaded.close()
         yield key, anchors
 
 
@@ -173,12 +183,11 @@ def span(args: argparse.Namespace) -> tuple[str, str]:
     return since, until
 
 
-def report(args: argparse.Namespace, loaded: Loaded, progress: Progress, observer: Observer) -> int:
+def report(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
     """One HTML page to a file. Returns 1 where a fault was found; the page is made and tells it."""
-    now, data_dir = time.time(), loaded.settings.data_dir
+    now, data_dir, counts = time.time(), loaded.settings.data_dir, Counts(*span(args))
     with _read_log(args, loaded, False) as read:
-        found = read(progress, observer)
-        counts = observer.result()
+        found = read(progress, counts)
     with _reader(loaded.settings, args.host) as reader:
         held = auditreport.holdings(reader, counts.keys, now)
     with output(args.output) as file:
@@ -197,10 +206,16 @@ class LogReader(NamedTuple):
     def __call__(self, progress: Progress, observe: auditverify.Observer) -> Report:
         if self.key is None:
             report = Report(in_order(self.logs))
-            auditverify.Reading(report, progress).through(None, observe)
+            _shared(report, progress).through(None, observe)
             return report
         return auditverify.verify(
-            self.logs, self.key, self.anchors, partial=True, progress=progress, observe=observe
+            self.logs,
+            self.key,
+            self.anchors,
+            partial=True,
+            progress=progress,
+            observe=observe,
+            reading=_shared,
         )
 
 

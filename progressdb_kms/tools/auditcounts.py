@@ -1,28 +1,18 @@
 """What `audit report` counts of a log: calls, callers, DEKs, and the events that are listed one by one.
 
-An observer of `verify`, of which only counts are kept. Where a second core is there, a process of its own
-counts while this one verifies: it is forked before a key is read, gets what was read by a pipe, and
-hands its counts back as JSON.
+An observer of `verify`, of which only counts are kept. Several processes may count parts of a log (see
+`audit.shared`): what is listed goes to the first of them piece by piece, in order, and all counts at the end.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import re
-import signal
-import sys
 from collections import Counter
-from collections.abc import Iterator
 from operator import itemgetter
-from typing import Any, BinaryIO, NoReturn, Union
+from typing import Any
 
-from ..config.options import cores
-from ..encoding import json_dumps
 from ..rules import BATCHES
 from .auditsearch import events_of, lines_with
-from .console import CommandFailed
 
 EVENTS = 200
 """Rotations, shreds and starts that are shown at most, the newest."""
@@ -32,9 +22,6 @@ LONG = 1 << 16
 
 MAX_KEY_ID = 128
 """Characters of the longest."""
-
-PIPE = 1 << 20
-"""Bytes that may lie between the two processes, so that neither waits for the other at each block."""
 
 TOLD = frozenset(
     (
@@ -133,23 +120,31 @@ class Counts:
                     self.told.append(event)
         del self.told[:-EVENTS]
 
-    def result(self) -> Counts:
-        return self
+    # -- as part of several
 
-    def dump(self) -> dict[str, Any]:
+    def apart(self) -> None:
+        """Nothing was counted yet."""
+
+    def piece(self) -> list[dict[str, Any]]:
+        told, self.told = self.told, []
+        return told
+
+    def told_of(self, found: list[dict[str, Any]]) -> None:
+        self.told = (self.told + found)[-EVENTS:]
+
+    def rest(self) -> dict[str, Any]:
         """As JSON takes it: each byte of a name is a character."""
         tables = (("calls", self.calls), ("uids", self.uids), ("keys", self.keys))
         return {
             **{name: [[_chars(key), count] for key, count in table.items()] for name, table in tables},
-            "told": self.told,
             "lines": self.lines,
         }
 
-    def load(self, found: dict[str, Any]) -> None:
-        self.calls.update({tuple(map(_bytes, call)): count for call, count in found["calls"]})  # type: ignore[misc]
-        self.uids.update({tuple(map(_bytes, uid)): count for uid, count in found["uids"]})  # type: ignore[misc]
-        self.keys.update({_bytes(key): count for key, count in found["keys"]})
-        self.told, self.lines = found["told"], found["lines"]
+    def add(self, rest: dict[str, Any]) -> None:
+        self.calls.update({tuple(map(_bytes, call)): count for call, count in rest["calls"]})  # type: ignore[misc]
+        self.uids.update({tuple(map(_bytes, uid)): count for uid, count in rest["uids"]})  # type: ignore[misc]
+        self.keys.update({_bytes(key): count for key, count in rest["keys"]})
+        self.lines += rest["lines"]
 
 
 def _chars(name: bytes | tuple[bytes, ...]) -> str | list[str]:
@@ -158,91 +153,3 @@ def _chars(name: bytes | tuple[bytes, ...]) -> str | list[str]:
 
 def _bytes(name: str) -> bytes:
     return name.encode("latin-1")
-
-
-# ---- on another core ---------------------------------------------------------------------------------
-
-
-class Beside:
-    """Has a process of its own count what it is given."""
-
-    def __init__(self, counts: Counts) -> None:
-        self._counts = counts
-        (blocks, self._blocks), (self._found, found) = os.pipe(), os.pipe()
-        with contextlib.suppress(
-            OSError, AttributeError
-        ):  # Python 3.10; a user has so much of pipes, and no more
-            import fcntl
-
-            fcntl.fcntl(self._blocks, fcntl.F_SETPIPE_SZ, PIPE)
-        self._child = os.fork()
-        if not self._child:
-            os.close(self._blocks)
-            _count(counts, os.fdopen(blocks, "rb"), os.fdopen(found, "wb"))
-        os.close(blocks)
-        os.close(found)
-
-    def __call__(self, block: bytes, verified: bool) -> None:
-        """Raises CommandFailed where the process is gone."""
-        if block:  # nothing of one is the end
-            self._send(len(block).to_bytes(8, "little"))
-            self._send(block)
-
-    def _send(self, data: bytes) -> None:
-        rest = memoryview(data)
-        try:
-            while rest:
-                rest = rest[os.write(self._blocks, rest) :]
-        except BrokenPipeError:
-            raise self._gone() from None
-
-    def result(self) -> Counts:
-        """The counts of all that was given. Raises CommandFailed."""
-        self._send(bytes(8))
-        with os.fdopen(os.dup(self._found), "rb") as found:
-            text = found.read()
-        if not text:
-            raise self._gone()
-        self._counts.load(json.loads(text))
-        return self._counts
-
-    def _gone(self) -> CommandFailed:
-        return CommandFailed(
-            "the process that counts is gone", hint="is there memory enough? see the kernel's log"
-        )
-
-    def close(self) -> None:
-        os.close(self._blocks)  # an end without the last block: it ends too, with nothing
-        os.close(self._found)
-        os.waitpid(self._child, 0)
-
-
-def _count(counts: Counts, blocks: BinaryIO, found: BinaryIO) -> NoReturn:
-    """The process that counts. It leaves nothing to do for whoever forked it: no file is flushed twice."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is asked to end closes the pipe
-    try:
-        while head := blocks.read(8):
-            block = blocks.read(int.from_bytes(head, "little"))
-            if not block:
-                found.write(json_dumps(counts.dump()).encode())
-                found.flush()
-                break
-            counts(block, False)
-        os._exit(0)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        os._exit(1)
-
-
-Observer = Union[Counts, Beside]
-
-
-@contextlib.contextmanager
-def counting(since: str, until: str) -> Iterator[Observer]:
-    counts = Counts(since, until)
-    if cores() < 2:
-        yield counts
-        return
-    with contextlib.closing(Beside(counts)) as beside:
-        yield beside

@@ -7,6 +7,7 @@ own head; every text from the log or the store goes through `esc`.
 
 from __future__ import annotations
 
+import heapq
 import html
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -81,10 +82,15 @@ def holdings(reader: Reader, used: Counter[bytes], now: float) -> Holdings:
             if len(never) < MOST:
                 never.append(record.key_id)
     active = reader.state().active
-    named = [*never, *(_text(name) for name, _ in used.most_common(MOST))]
+    named = [*never, *(_text(name) for name, _ in most(used))]
     kept = (reader.usage(named), stale, reader.heavy())
     kek_id = active.kek_id if active else ""
     return Holdings(states, kek_id, _first(due), never, unused, sum(states.values()), *kept)
+
+
+def most(used: Counter[bytes]) -> list[tuple[bytes, int]]:
+    """Where two are used as often, by name: whoever counted them in whatever order."""
+    return heapq.nsmallest(MOST, used.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _first(due: list[DekRecord]) -> list[DekRecord]:
@@ -287,7 +293,7 @@ def _operations(calls: Mapping[tuple[bytes, bytes, bytes], int]) -> str:
     begins, size = _hours(calls)
     by_op = _outcomes(calls, 1)
     rows = []
-    for op, outcomes in sorted(by_op.items(), key=lambda item: -sum(item[1].values())):
+    for op, outcomes in sorted(by_op.items(), key=lambda item: (-sum(item[1].values()), item[0])):
         line: Counter[str] = Counter()
         for (hour, name, _), count in calls.items():
             if name == op:
@@ -321,7 +327,7 @@ def _callers(uids: Mapping[tuple[bytes, bytes], int]) -> str:
         (uid.decode(), row[b"ok"], row[b"refused"], row[b"failed"], row[b"items"])
         for uid, row in sorted(
             _outcomes({row: count for row, count in uids.items() if row[0]}, 0).items(),
-            key=lambda item: (-item[1][b"refused"], -sum(item[1].values())),
+            key=lambda item: (-item[1][b"refused"], -sum(item[1].values()), item[0]),
         )
     ]
     return _table(("UID", "ok", "refused", "failed", "failed items of batches"), rows, (1, 2, 3, 4))
@@ -341,7 +347,7 @@ def _states(held: Holdings) -> str:
 def _most(keys: Counter[bytes], held: Holdings) -> str:
     """Uses in these records, and what the store has counted since the DEK was made."""
     rows = []
-    for key, count in keys.most_common(MOST):
+    for key, count in most(keys):
         usage = held.usage.get(_text(key), Usage())
         uid = usage.uid if usage.uid >= 0 else ""
         rows.append((_text(key), count, usage.encrypts, usage.decrypts, _last(usage), f"{uid}"))

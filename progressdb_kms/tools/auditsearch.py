@@ -11,6 +11,7 @@ around it is still found.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import sys
@@ -184,6 +185,7 @@ class Hits:
         self._low, self._high = query.since.encode(), (query.until or "~").encode()
         self._key = key
         self._show = show
+        self._text = io.StringIO()
 
     def __call__(self, block: bytes, verified: bool) -> None:
         if not all(needle in block for needle in self._needles) or not self._at_that_time(block):
@@ -196,6 +198,29 @@ class Hits:
                     self._show_plain(match)
             elif not verified or line.count(b"{") != PLAIN:
                 self._look(line)
+
+    # -- as part of several processes, each of which renders what it finds
+
+    def apart(self) -> None:
+        sys.stdout = self._text = io.StringIO()
+
+    def piece(self) -> list[Any]:
+        seen = [self._text.getvalue(), self.found, self.unsigned]
+        self._text.seek(0)
+        self._text.truncate()
+        self.found = self.unsigned = 0
+        return seen
+
+    def told_of(self, found: list[Any]) -> None:
+        sys.stdout.write(found[0])
+        self.found += found[1]
+        self.unsigned += found[2]
+
+    def rest(self) -> None:
+        """All was told."""
+
+    def add(self, rest: None) -> None:
+        """Nothing."""
 
     def _at_that_time(self, block: bytes) -> bool:
         if not self._query.since and not self._query.until:
@@ -234,11 +259,10 @@ def as_json(event: dict[str, Any]) -> None:
 
 def as_csv() -> Callable[[dict[str, Any]], None]:
     """A writer of rows below a header line. A cell that a spreadsheet would calculate gets a quote first."""
-    rows = csv.writer(sys.stdout, lineterminator="\n")
-    rows.writerow((*COLUMNS, "verified", "more"))
+    csv.writer(sys.stdout, lineterminator="\n").writerow((*COLUMNS, "verified", "more"))
 
     def write(event: dict[str, Any]) -> None:
-        rows.writerow(
+        csv.writer(sys.stdout, lineterminator="\n").writerow(
             [_tame(cell) for cell in (*cells(event), _told(event["verified"]), json.dumps(more(event)))]
         )
 

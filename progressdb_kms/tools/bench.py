@@ -28,14 +28,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
 from ..audit import verify as auditverify
 from ..audit.log import AuditLog, Fragment, fragment, key_fragment, peer_fragment
+from ..audit.shared import Shared
 from ..client import Client
+from ..config.options import cores
 from ..crypto import envelope
 from ..crypto.aead import KEY_SIZE, NONCE_SIZE, Aead
 from ..crypto.envelope import parse
@@ -58,7 +61,7 @@ from ..store.sqlite import SqliteStore
 from ..wire import data
 from ..wire.call import App, Call
 from ..wire.http1 import parse_head
-from .auditcounts import Observer, counting
+from .auditcounts import Counts
 from .auditsearch import Hits, Query
 
 MESSAGE = 200  # bytes: a chat message
@@ -558,19 +561,19 @@ def audit(seconds: float, deks: int) -> Iterator[Figure]:
         path = Path(folder, "log")
         _write_log(path, key.view, max(1000, int(seconds * 50_000)), deks)
         found = Hits(Query(key="k_none"), key.view, lambda event: None)
-        yield _gone_through("verify", path, key.view, nullcontext())
-        yield _gone_through("search, nothing found", path, key.view, nullcontext(found))
-        yield _gone_through("report", path, key.view, counting("", ""))
+        for processes in dict.fromkeys((1, cores())):
+            by = f"{processes} process" + "es" * (processes > 1)
+            yield _gone_through(f"verify, {by}", path, key.view, None, processes)
+            yield _gone_through(f"search, nothing found, {by}", path, key.view, found, processes)
+            yield _gone_through(f"report, {by}", path, key.view, Counts(), processes)
 
 
 def _gone_through(
-    name: str, path: Path, key: memoryview, observing: AbstractContextManager[Hits | Observer | None]
+    name: str, path: Path, key: memoryview, observe: Hits | Counts | None, processes: int
 ) -> Figure:
     begun, spent = time.perf_counter(), _used()
-    with observing as observe:
-        report = auditverify.verify([path], key, {}, observe=observe)
-        if not isinstance(observe, (Hits, type(None))):
-            observe.result()
+    shared = partial(Shared, processes=processes)
+    report = auditverify.verify([path], key, {}, observe=observe, reading=shared)
     if report.fault is not None:
         raise BenchFailed(str(report.fault))
     took, spent = time.perf_counter() - begun, _used() - spent

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import csv
 import gzip
 import io
 import json
-import os
 import random
 import re
-import signal
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -36,7 +33,7 @@ from progressdb_kms.store.contract import HEAVY, DekRecord, Usage
 from progressdb_kms.store.memstore import MemoryStore
 from progressdb_kms.tools import auditcounts, auditreport, auditsearch
 from progressdb_kms.tools.auditsearch import Hits, Query, moment
-from progressdb_kms.tools.console import CommandFailed, UsageError
+from progressdb_kms.tools.console import UsageError
 from progressdb_kms.wire.admission import Refusals
 from tests.harness import Daemon
 from tests.harness.auditlogs import KEY, Clock, tearing
@@ -407,41 +404,6 @@ def assert_counted(counts: auditcounts.Counts, events: list[dict[str, Any]]) -> 
     told = [event for event in events if event["op"] in auditcounts.TOLD]
     assert [event["seq"] for event in counts.told] == [e["seq"] for e in told][-auditcounts.EVENTS :]
     assert counts.lines == len(events)
-
-
-class TestBeside:
-    """Another process counts, where a core is there for it."""
-
-    def test_it_counts_the_same(self, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        lines = log.read_bytes().splitlines(keepends=True)
-        old = log.with_name("kms-audit.log.1")
-        old.write_bytes(b"".join(lines[:5]))
-        log.write_bytes(b"".join([*lines[5:], *FORGED]))
-        found = []
-        for cores in ({0}, {0, 1}):
-            monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: cores)
-            with auditcounts.counting("", "") as observer:
-                assert isinstance(observer, auditcounts.Beside) == (len(cores) > 1)
-                verify([old, log], KEY, {}, partial=True, observe=observer)
-                found.append(vars(observer.result()))
-        assert found[0] == found[1] and found[0]["lines"] > 8 and found[0]["told"]
-
-    def test_one_that_dies_is_told(self) -> None:
-        with contextlib.closing(auditcounts.Beside(auditcounts.Counts())) as beside:
-            os.kill(beside._child, signal.SIGKILL)
-            with pytest.raises(CommandFailed, match="the process that counts is gone"):
-                for _ in range(10_000):
-                    beside(b"x" * 100_000, True)
-        with contextlib.closing(auditcounts.Beside(auditcounts.Counts())) as beside:
-            os.kill(beside._child, signal.SIGKILL)
-            os.waitid(os.P_PID, beside._child, os.WEXITED | os.WNOWAIT)
-            with pytest.raises(CommandFailed, match="the process that counts is gone"):
-                beside.result()
-
-    def test_one_that_is_given_up_ends(self) -> None:
-        with pytest.raises(KeyboardInterrupt), auditcounts.counting("", "") as observer:
-            observer(b"x\n", True)
-            raise KeyboardInterrupt  # and it is waited for
 
 
 def test_a_fault_stands_in_the_page(log: Path) -> None:

@@ -106,15 +106,9 @@ def audit_search(args: argparse.Namespace) -> int:
 )
 def audit_report(args: argparse.Namespace) -> int:
     from .. import auditcmd
-    from ..auditcounts import counting
 
-    since, until = auditcmd.span(args)
-    with (
-        counting(since, until) as observer,  # before there is a key
-        load(args, need_key=True, fleet=True) as loaded,
-        Progress("audit report") as bar,
-    ):
-        return auditcmd.report(args, loaded, bar, observer)
+    with load(args, need_key=True, fleet=True) as loaded, Progress("audit report") as bar:
+        return auditcmd.report(args, loaded, bar)
 
 
 @command(
