@@ -26,7 +26,7 @@ from typing import Any, Callable
 
 import pytest
 
-from tests.harness import postgres
+from tests.harness import postgres, warm
 from tests.harness.daemon import Daemon
 from tests.harness.folders import new_folder
 
@@ -108,6 +108,11 @@ def _time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures, of which some start daemons
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    warm.enabled = warm.WANTED and item.get_closest_marker("fresh") is None
 
 
 def pytest_configure(config: pytest.Config) -> None:

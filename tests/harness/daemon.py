@@ -23,7 +23,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,12 +31,12 @@ from typing import Any, ClassVar
 
 import yaml
 
-from . import procs, wire
+from . import procs, warm, wire
 from .folders import new_folder
 from .wire import Body, Reply, Session
 
 REPO = Path(__file__).resolve().parents[2]
-COMMAND = (sys.executable, "-m", "progressdb_kms")
+COMMAND = warm.WORDS
 
 # Where the master key comes from. `hexfile` and `rawfile` are named in the YAML; `env` starts without one.
 SOURCES = ("hexfile", "rawfile", "yaml", "credential", "env", "none")
@@ -177,7 +176,7 @@ class Daemon:
         assert self.process is None or self.process.poll() is not None, "it is running already"
         with open(self.home / "out", "ab") as out, open(self.home / "err", "ab") as err:
             self._err_start = err.tell()
-            self.process = subprocess.Popen(
+            self.process = self._starter()(
                 self.argv,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -188,6 +187,10 @@ class Daemon:
             )
         Daemon.running.append(self)
         return self
+
+    def _starter(self) -> type[subprocess.Popen[bytes]]:
+        odd = self.wrapper or self.source in ("env", "credential")
+        return subprocess.Popen if odd or not warm.possible(self.command, self.env) else warm.Warm
 
     def start(self) -> Daemon:
         """Start it and wait until /healthz answers 200. DaemonFailed as soon as it ends instead."""
@@ -397,15 +400,17 @@ def cli(
     wrapper: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[bytes]:
     """`progressdb-kms ARGS…` to its end, in a clean environment; look at returncode, stdout and stderr."""
-    return subprocess.run(
-        [*wrapper, *COMMAND, *args],
-        input=stdin,
-        capture_output=True,
-        env={**base_environment(cwd or Path("/nonexistent")), **(env or {})},
-        cwd=cwd,
-        timeout=timeout,
-        check=False,
-    )
+    words = [*wrapper, *COMMAND, *args]
+    starter = warm.Warm if not wrapper and warm.possible(COMMAND, env or {}) else subprocess.Popen
+    variables = {**base_environment(cwd or Path("/nonexistent")), **(env or {})}
+    pipe = subprocess.PIPE
+    with starter(words, stdin=pipe, stdout=pipe, stderr=pipe, env=variables, cwd=cwd) as process:
+        try:
+            out, err = process.communicate(stdin, timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 def base_environment(home: Path) -> dict[str, str]:

@@ -26,7 +26,10 @@ OWNER, STRANGER = 12_001, 12_003
 OURS = [f"kms.db{end}" for end in ("", "-wal", "-shm", "-journal")]
 OURS += ["kms-audit.log", "kms.lock", "kms-deks-backup"]
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+pytestmark = [
+    pytest.mark.fresh,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user"),
+]
 
 
 @pytest.fixture(scope="module")

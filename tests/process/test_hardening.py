@@ -34,6 +34,8 @@ from tests.harness import Daemon, procs
 from tests.harness.daemon import cli
 from tests.harness.faults import injecting, need_strace
 
+pytestmark = pytest.mark.fresh
+
 REPO = Path(__file__).resolve().parents[2]
 KEY = bytes(range(7, 39)).hex()
 FAST = "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=4194304:glibc.malloc.trim_threshold=8388608"

@@ -18,6 +18,8 @@ import pytest
 from tests.harness import Daemon, procs
 from tests.harness.daemon import COMMAND, DaemonFailed, base_environment
 
+pytestmark = pytest.mark.fresh
+
 EXEC = "import os, signal, socket, sys, resource, time\n{}\nos.execvp(sys.argv[1], sys.argv[1:])"
 
 

@@ -16,6 +16,8 @@ import pytest
 from tests.harness import Daemon, procs, raw
 from tests.harness.wire import connect
 
+pytestmark = pytest.mark.fresh
+
 TEXT = base64.b64encode(b"hello").decode()
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: unix\r\n\r\n"
 

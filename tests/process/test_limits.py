@@ -18,6 +18,8 @@ from tests.harness.load import Load
 from tests.harness.procs import rss_kib, wait_until
 from tests.harness.wire import connect
 
+pytestmark = pytest.mark.fresh
+
 HEAD = (
     b"POST /encrypt HTTP/1.1\r\nHost: unix\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
 )
