@@ -185,7 +185,9 @@ class Client:
     def dek(self, thread_id: str = "", *, key_id: str = "") -> DekHandle:
         """A handle for the DEK of a thread, which is made where there is none, or for one that is known.
 
-        Raises KeyShredded where the thread's DEK was: what was deleted stays deleted.
+        A thread's DEK is the one with the key_id `thread:<thread_id>` (`key_id_of_thread`), so that all who
+        ask get the same. One of the thread that was made under another key_id, by ProgressDB or by
+        `create_dek`, is not looked for: give that key_id. Raises KeyShredded where the thread's DEK was: what was deleted stays deleted.
         """
         if key_id:
             return DekHandle(self, key_id)
