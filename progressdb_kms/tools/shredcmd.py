@@ -24,12 +24,12 @@ def run(args: argparse.Namespace, kms: Client) -> None:
     deks = _meant(args, kms)
     if args.dry_run:
         _list(deks)
-        say(f"{_count(deks)} would be {_how(args)}; nothing was done")
+        say(f"{_count(_left(deks))} would be {_how(args)}; nothing was done")
         return
     if not deks:
         say("there is nothing to shred")
         return
-    _confirm(args, deks)
+    _confirm(args, _left(deks))
     if len(deks) == 1 and args.key_id:
         _show(kms.shred(deks[0].key_id, args.now, args.days), args.json)
         return
@@ -49,12 +49,17 @@ def check(args: argparse.Namespace) -> None:
 def _meant(args: argparse.Namespace, kms: Client) -> Sequence[Dek]:
     """Those that are named, each once; or those of the thread that are not shredded yet."""
     if args.thread_id is not None:
-        return [dek for dek in kms.list(args.thread_id) if dek.state != "shredded"]
+        return _left(list(kms.list(args.thread_id)))
     return [kms.describe(key_id) for key_id in dict.fromkeys(args.key_id)]
 
 
+def _left(deks: Sequence[Dek]) -> Sequence[Dek]:
+    """To be shredded once more does no harm to a DEK, and nothing else."""
+    return [dek for dek in deks if dek.state != "shredded"]
+
+
 def _confirm(args: argparse.Namespace, deks: Sequence[Dek]) -> None:
-    if args.yes or (len(deks) == 1 and not args.now):
+    if args.yes or not deks or (len(deks) == 1 and not args.now):
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         if len(deks) > 1:
@@ -64,8 +69,11 @@ def _confirm(args: argparse.Namespace, deks: Sequence[Dek]) -> None:
         say(f"  {dek.key_id}  {dek.thread_id}  ({dek.state}{_used(dek)})")
     if len(deks) > SHOWN:
         say(f"  and {len(deks) - SHOWN} more")
+    them = "it" if len(deks) == 1 else "them"
     lost = (
-        "What was encrypted under them is gone for ever." if args.now else "Until then `enable` cancels it."
+        f"What was encrypted under {them} is gone for ever."
+        if args.now
+        else "Until then `enable` cancels it."
     )
     if not ask(f"{_count(deks)} will be {_how(args)}. {lost} Go on?"):
         raise CommandFailed("nothing was shredded")

@@ -116,3 +116,14 @@ def test_times_are_told_in_the_largest_unit(past: int, told: str) -> None:
 
 def asked(kms: FakeKms, answer: bytes, *words: str) -> tuple[int, str]:
     return on_terminal("shred", *words, "--socket", str(kms.path), typed=answer)
+
+
+def test_one_that_is_shredded_is_no_reason_to_ask(kms: FakeKms) -> None:
+    run(kms, "k_0", "--now")
+    done, shown = asked(kms, b"", "k_0", "--now")
+    assert done == 0 and "[y/N]" not in shown
+    assert (
+        run(kms, "k_0", "k_1", "--dry-run").stderr == b"1 DEK would be shredded in 7 days; nothing was done\n"
+    )
+    _, shown = asked(kms, b"\n", "k_0", "k_1", "--now")
+    assert "1 DEK will be shredded at once. What was encrypted under it is gone" in shown

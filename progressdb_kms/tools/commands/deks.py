@@ -201,7 +201,7 @@ def enable(args: argparse.Namespace) -> None:
     "Once a DEK is shredded nothing can bring back what was encrypted under it: its wrapped bytes"
     " are removed from the store, its log and the snapshots. Backups made before hold it still, "
     "but restore refuses it. Without --now it is due in 7 days, until then `enable` cancels it. On a "
-    "terminal it asks before it shreds at once, or more than one DEK; elsewhere that needs --yes.",
+    "terminal it asks before it shreds at once, or more than one DEK; elsewhere more than one needs --yes.",
     (
         SOCKET,
         CONFIG,
