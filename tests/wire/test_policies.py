@@ -290,6 +290,13 @@ def test_the_manual_s_entry_for_a_scraper_leaves_no_more_than_it_says() -> None:
         (["--op", "decrypt", "--thread-id", "hall"], 1, "entry 2)"),
         (["--op", "decrypt", "--key-id", "x", "--gid", str(APP), "--thread-id", "room-1"], 1, "entry 3)"),
         (["--op", "list", "--thread-id", "room-1"], 0, "every policy"),
+        (["--op", "decrypt"], 0, "--key-id and --thread-id ask about one"),
+        (
+            ["--op", "decrypt", "--key-id", "k_1"],
+            2,
+            "entry 2 of policies names threads: give --thread-id too",
+        ),
+        (["--op", "create_dek", "--key-id", "room-1"], 0, "[1, 2]"),
         (["--op", "shred"], 1, "may not delete_dek (policies, entry 1)"),
         (["--op", "POST /deks/{key_id}/disable"], 1, "may not disable_dek (policies, entry 1)"),
         (["--op", "crypt"], 2, "known: accept_clock, create_dek, decrypt, delete_dek, "),
