@@ -113,7 +113,7 @@ def _reading() -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        raise Unreadable(str(error)) from None
+        raise Unreadable(getattr(error, "strerror", None) or str(error)) from None
 
 
 class TooLong(Exception):

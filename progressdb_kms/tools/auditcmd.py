@@ -186,11 +186,11 @@ def span(args: argparse.Namespace) -> tuple[str, str]:
 def report(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
     """One HTML page to a file. Returns 1 where a fault was found; the page is made and tells it."""
     now, data_dir, counts = time.time(), loaded.settings.data_dir, Counts(*span(args))
-    with _read_log(args, loaded, False) as read:
-        found = read(progress, counts)
-    with _reader(loaded.settings, args.host) as reader:
-        held = auditreport.holdings(reader, counts.keys, now)
-    with output(args.output) as file:
+    with output(args.output) as file:  # now, so that nobody waits for a page that can't be written
+        with _read_log(args, loaded, False) as read:
+            found = read(progress, counts)
+        with _reader(loaded.settings, args.host) as reader:
+            held = auditreport.holdings(reader, counts.keys, now)
         file.write(auditreport.page(counts, held, found, str(data_dir), timestamp(now)).encode())
     say(f"{args.output}: {counts.lines} records" + (f", FAULT at {found.fault}" if found.fault else ""))
     return 0 if found.ok else 1

@@ -276,7 +276,7 @@ def _tame(cell: str) -> str:
 
 def as_table() -> Callable[[dict[str, Any]], None]:
     """A line a record, written as it is found: columns have fixed widths that are seldom passed."""
-    sys.stdout.write("TIME                  OP               OUTCOME     UID  KEY / THREAD\n")
+    sys.stdout.write("TIME                  OP               OUTCOME       UID  KEY / THREAD\n")
 
     def write(event: dict[str, Any]) -> None:
         outcome, uid = f"{event['outcome']} {event.get('status', '')}", event.get("uid", "-")
@@ -284,7 +284,7 @@ def as_table() -> Callable[[dict[str, Any]], None]:
         about += [f"{name}={value}" for name, value in more(event).items()]
         mark = "  NOT SIGNED" if event["verified"] is False else ""
         time_of = event["ts"][:19].replace("T", " ")
-        line = f"{time_of:20}  {event['op']:15}  {outcome:9} {uid!s:>5}  {'  '.join(about)}{mark}"
+        line = f"{time_of:20}  {event['op']:15}  {outcome:11} {uid!s:>5}  {'  '.join(about)}{mark}"
         sys.stdout.write(safe(line.rstrip()) + "\n")
 
     return write
@@ -305,7 +305,7 @@ def _told(verified: bool | None) -> str:
 def summary(report: Report, hits: Hits, key: bool, started: float) -> str:
     """The line on stderr: what was looked through, and whether it can be believed."""
     if not key:
-        trust = "not verified: the audit key needs the configured master key (--config)"
+        trust = "not verified (--no-verify)"
     elif report.fault is not None:
         trust = f"FAULT at {report.fault}: chains are verified up to there"
     else:
