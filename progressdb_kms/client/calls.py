@@ -187,7 +187,9 @@ class Client:
 
         A thread's DEK is the one with the key_id `thread:<thread_id>` (`key_id_of_thread`), so that all who
         ask get the same. One of the thread that was made under another key_id, by ProgressDB or by
-        `create_dek`, is not looked for: give that key_id. Raises KeyShredded where the thread's DEK was: what was deleted stays deleted.
+        `create_dek`, is not looked for: give that key_id.
+
+        Raises KeyShredded where the thread's DEK was: what was deleted stays deleted.
         """
         if key_id:
             return DekHandle(self, key_id)
