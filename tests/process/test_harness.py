@@ -32,7 +32,9 @@ from tests.harness import (
     memscan,
     procs,
     raw,
+    warm,
 )
+from tests.harness.daemon import base_environment
 from tests.harness.memscan import Secret, scan
 from tests.harness.powerloss import MODES, Recording, Unmodelled
 
@@ -1067,3 +1069,42 @@ class TestOnTheDaemonItself:
         report.assert_clean()
         assert all("secretmem" in row.mapping.name for row in report.unreadable)
         assert report.scanned > 10 << 20
+
+
+# ---- programs that start warm ---------------------------------------------------------------------------
+
+
+class TestWarm:
+    """Forked from a template instead of started by execve (`warm`): nobody sees a difference."""
+
+    @pytest.mark.parametrize(
+        "words",
+        [["--version"], ["kek-id"], ["nonsense"], ["status", "--socket", "nowhere"], ["genkey"]],
+        ids=str,
+    )
+    def test_a_command_is_the_same(self, words: list[str], short_tmp: Path) -> None:
+        environment = base_environment(short_tmp)
+        ends = []
+        for starter in (warm.Warm, subprocess.Popen):
+            with starter(
+                [*warm.WORDS, *words], env=environment, cwd=short_tmp, stdin=-1, stdout=-1, stderr=-1
+            ) as one:
+                out, err = one.communicate(b"")
+            ends.append((one.returncode, bool(out) if words == ["genkey"] else out, err))
+        assert ends[0] == ends[1]
+
+    def test_it_is_a_child_like_any_other(self, short_tmp: Path) -> None:
+        daemon = Daemon(workers=2)
+        daemon._starter = lambda: warm.Warm  # type: ignore[method-assign]
+        with daemon:
+            assert procs.stat(daemon.pid)[1] == str(os.getpid())  # type: ignore[index]
+            assert procs.stat(daemon.pid)[3] == str(daemon.pid)  # type: ignore[index]
+            assert len(daemon.pids()) >= 3
+            daemon.kill()
+
+    @pytest.mark.parametrize("name", ["LD_PRELOAD", "TZ", "PYTHONWARNINGS", "PROGRESSDB_KMS_MASTER_KEY_HEX"])
+    def test_what_is_read_before_us_needs_a_start(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(warm, "enabled", True)
+        assert warm.possible(warm.WORDS, {"NO_COLOR": "1"})
+        assert not warm.possible(warm.WORDS, {name: "x"})
+        assert not warm.possible(("strace", *warm.WORDS), {})
