@@ -28,8 +28,8 @@ DEFAULT_DATA_DIR = "./kms-data"
 
 
 class Arg(NamedTuple):
-    """One argument. `kind`: flag, text, count (from 1), uid, file, folder, key_id, or a key of CHOICES or
-    OFFERED."""
+    """One argument. `kind`: flag, text, count (from 1), uid, file, folder, key_id, topic (of the manual), or
+    a key of CHOICES or OFFERED."""
 
     names: tuple[str, ...]
     help: str
@@ -79,7 +79,7 @@ EVENTS = tuple(
 )
 """Operations as the audit log has them."""
 
-OFFERED: dict[str, tuple[str, ...]] = {"op": tuple(sorted({*OPERATIONS, *BATCHES}))}
+OFFERED: dict[str, tuple[str, ...]] = {"op": tuple(sorted({*OPERATIONS, *BATCHES})), "event": EVENTS}
 """Words that the shells complete; others are taken too, and judged by the command."""
 
 GROUP_TITLES = {

@@ -14,7 +14,7 @@ import pytest
 
 from progressdb_kms.config.options import OPTIONS
 from progressdb_kms.config.values import Option
-from progressdb_kms.tools.command import CHOICES, ENVIRONMENT, OFFERED, Command
+from progressdb_kms.tools.command import CHOICES, ENVIRONMENT, EVENTS, OFFERED, Command
 from progressdb_kms.tools.commands import COMMANDS
 from progressdb_kms.tools.manual import TOPICS, default_text, text_of
 
@@ -173,7 +173,8 @@ def test_bash_knows_what_takes_a_value(bash: Shell) -> None:
     assert bash("list", "--thread-id", "=", "status", "--j") == {"--json"}
     assert bash("bench", "") >= set(CHOICES["bench"])
     assert bash("policy", "test", "--op", "") == set(OFFERED["op"])
-    assert bash("audit", "search", "--op", "enc") == {"encrypt", "encrypt_batch"}
+    assert bash("audit", "search", "--op", "") == set(EVENTS) > set(OFFERED["op"])
+    assert bash("help", "") >= set(TOPICS) and bash("help", "thr") == {"threats"}
 
 
 def test_bash_offers_files_and_folders(bash: Shell, short_tmp: Path) -> None:
@@ -273,6 +274,8 @@ def test_fish_offers_commands(fish: Shell) -> None:
     assert fish("progressdb-kms backups ") == {"list", "prune"}
     assert fish("progressdb-kms bench ") == set(CHOICES["bench"])
     assert fish("progressdb-kms policy test --op ") == set(OFFERED["op"])
+    assert fish("progressdb-kms audit search --op ") == set(EVENTS)
+    assert fish("progressdb-kms help ") == set(TOPICS)
     assert fish("progressdb-kms list --state ") == set(CHOICES["state"])
     assert fish("progressdb-kms list --thread-id ") == set()
 

@@ -47,7 +47,7 @@ class TestTable:
             assert "progressdb-kms " in example
 
     def test_every_argument_says_what_it_is(self, command: Command) -> None:
-        kinds = {"flag", "text", "count", "uid", "file", "folder", "key_id", *CHOICES, *OFFERED}
+        kinds = {"flag", "text", "count", "uid", "file", "folder", "key_id", "topic", *CHOICES, *OFFERED}
         for arg in command.args:
             assert arg.help and arg.kind in kinds and (arg.kind == "flag") == (not arg.metavar)
             assert arg.positional or all(name.startswith("-") for name in arg.names)

@@ -58,7 +58,7 @@ def audit_verify(args: argparse.Namespace) -> int:
         Arg(("--key",), "that name this key_id, in a batch too", "key_id", "ID"),
         Arg(("--thread",), "of this thread", "text", "ID"),
         Arg(("--uid",), "of callers with this UID", "uid", "N"),
-        Arg(("--op",), "of this operation, such as decrypt", "op", "OP"),
+        Arg(("--op",), "of this operation, such as decrypt", "event", "OP"),
         Arg(("--outcome",), "ok, refused or failed", "outcome", "WORD"),
         Arg(("--since",), "not before this time", "text", "TIME"),
         Arg(("--until",), "before this time", "text", "TIME"),
