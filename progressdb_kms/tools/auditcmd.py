@@ -30,7 +30,7 @@ from . import asowner, auditreport, datadir
 from .auditcounts import Counts
 from .auditsearch import Hits, Query, as_csv, as_json, as_table, moment, summary
 from .command import EVENTS
-from .console import CommandFailed, Progress, output, safe, say, show
+from .console import CommandFailed, Progress, UsageError, output, safe, say, show
 
 if TYPE_CHECKING:
     from ..config.load import Loaded
@@ -95,6 +95,8 @@ def _tell(report: Report, as_json: bool) -> None:
         "shredded": len(report.shredded),
         "files": list(report.files) if as_json else len(report.files),
     }
+    if report.fault and not as_json:  # nothing was counted to the end
+        values = {name: values[name] for name in ("result", "fault", "files")}
     show(values, as_json)
 
 
@@ -157,8 +159,10 @@ def search(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
         until,
         args.embedded,
     )
-    show_as = as_json if args.json else as_csv() if args.csv else as_table()
+    if args.json and args.csv:
+        raise UsageError("--json and --csv exclude each other")
     with _read_log(args, loaded, args.no_verify) as read:
+        show_as = as_json if args.json else as_csv() if args.csv else as_table()
         hits = Hits(query, read.key, show_as)
         report = read(progress, hits)
         sys.stdout.flush()

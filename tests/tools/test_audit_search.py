@@ -478,7 +478,14 @@ def test_search_as_a_command(stopped: Daemon) -> None:
     done = stopped.offline("audit", "search", "--op", "encrypt", "--since", "1h")
     assert done.stdout.count(b"\n") == 4 and b"k_2" in done.stdout
     assert stopped.offline("audit", "search", "--since", "soon").returncode == 2
+    done = stopped.offline("audit", "search", "--json", "--csv")
+    assert done.returncode == 2 and not done.stdout and b"--json and --csv exclude" in done.stderr
     assert stopped.offline("audit", "search", "--outcome", "good").returncode == 2
+
+
+def test_a_page_that_can_t_be_written_is_told_before_the_log_is_read(stopped: Daemon, tmp_path: Path) -> None:
+    done = stopped.offline("audit", "report", f"{tmp_path}/none/page.html", f"{tmp_path}/no-log")
+    assert done.returncode == 1 and b"there is no folder" in done.stderr and b"no-log" not in done.stderr
 
 
 def test_report_as_a_command(stopped: Daemon, tmp_path: Path) -> None:

@@ -141,6 +141,7 @@ def test_audit_verify(stopped: Daemon) -> None:
         copy.audit_log.write_bytes(b"".join(lines[:2] + lines[3:]))
         done = copy.offline("audit", "verify")
         assert done.returncode == 1 and b"fault" in done.stdout and b"kms-audit.log:3" in done.stdout
+        assert b"recoveries" not in done.stdout  # they were not counted to the end
         found = json.loads(copy.offline("audit", "verify", "--json").stdout)
         assert found["result"] == "fault" and "kms-audit.log:3" in found["fault"]
         write_secret(copy.kek_file, os.urandom(32))
