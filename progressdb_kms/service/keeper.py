@@ -58,7 +58,7 @@ from .clock import REMEDY, Clock, TrustedTime, overdue
 from .keyfile import KeyFile
 from .lock import Files, publish
 from .plan import Configured
-from .rotation import Rewrapper, Rotation, Steps
+from .rotation import Rewrapper, Rotation, Steps, refuse_retired
 from .shredding import Shredding
 from .told import NAMED, Readiness, attend
 from .usage import LOST, SPENT, USING, dead, near
@@ -471,6 +471,7 @@ class Keeper:
             self._refuse_beside_rotation()
             active = self._keyring.active
             target = fingerprint(new_kek.view)
+            refuse_retired(self._store, target)
             self._check_wraps(target)
             version = active.version if target == active.kek_id else self._version(target)
             if target not in self._keyring.kek_ids():

@@ -157,12 +157,7 @@ class Rotation:
     def _check(self, new_kek: memoryview) -> str:
         """May it begin? Returns the kek_id of the new KEK."""
         new_id = _check_new(self._keyring, new_kek, self.coming)
-        if self._store.read(RETIRED_KEK + new_id) is not None:
-            raise Conflict(
-                f"the KEK {new_id} was rotated out: it must not become the active one again",
-                code="kek_in_use",
-                hint=_FRESH,
-            )
+        refuse_retired(self._store, new_id)
         if self._store.heavy().get(KEK_ROW + new_id, 0) >= SPENT:
             raise refusal(KEK_ROW + new_id)
         absent = sorted(set(self._store.keks()) - set(self._keyring.kek_ids()))
@@ -293,6 +288,16 @@ class Rotation:
             self._keyring.remove(new_id)
         if self._snapshot is not None:
             self._snapshot.close()
+
+
+def refuse_retired(store: Store, kek_id: str) -> None:
+    """Conflict where it was rotated out: whoever it was taken from may have lost it for that."""
+    if store.read(RETIRED_KEK + kek_id) is not None:
+        raise Conflict(
+            f"the KEK {kek_id} was rotated out: no key must come under it again",
+            code="kek_in_use",
+            hint=_FRESH,
+        )
 
 
 _FRESH = "rotate to a fresh key: `progressdb-kms rotate-kek --generate`"

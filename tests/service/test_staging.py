@@ -22,6 +22,7 @@ from progressdb_kms.service.channel import KeeperClient, StagingSlots, channel
 from progressdb_kms.service.keeper import Keeper
 from progressdb_kms.service.lock import claim
 from progressdb_kms.service.plan import Configured, ConfiguredKey
+from progressdb_kms.service.rotation import RETIRED_KEK
 from progressdb_kms.service.start import open_keeper
 from progressdb_kms.store.sqlite import Connection
 from tests.harness.procs import quickest
@@ -161,6 +162,15 @@ def test_a_rewrap_that_fails_leaves_no_kek(site: Site) -> None:
         with site.running(), pytest.raises(error):
             site.rewrap(bad, secret())
     assert site.keyring.kek_ids() == [site.kek_id] and not any(site.staging)
+
+
+def test_no_rewrap_to_a_kek_that_was_rotated_out(site: Site) -> None:
+    key, kek = site.create(), secret()
+    with site.keeper._store.transaction():
+        site.keeper._store.write(RETIRED_KEK + fingerprint(kek), {"since": "2026-11-24T00:00:00Z"})
+    with site.running(), pytest.raises(Conflict, match="rotated out"):
+        site.rewrap(key, kek)
+    assert site.kek_of(key) == site.kek_id and site.keyring.kek_ids() == [site.kek_id]
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["it was not made", "it was made after all"])
