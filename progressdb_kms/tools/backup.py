@@ -103,21 +103,26 @@ def backup(data_dir: Path, file: Path, progress: Progress) -> dict[str, Any]:
     check_target(data_dir, file)
     if not store.is_file():
         raise CommandFailed(f"there is no store {store}", hint="--data-dir or --config says where it is")
-    with _part_file(file) as (descriptor, part):
-        try:
-            with datadir.beside(data_dir):
-                _copy(store, part, progress)
-            contents = _describe(part)
-        except sqlite3.Error as error:
-            raise CommandFailed(
-                f"the backup can't be made: {error}", hint="nothing was left behind"
-            ) from None
+    try:
+        with datadir.beside(data_dir), contextlib.closing(_opened_as_owner(store)) as source:
+            contents = _write(source, file, progress)
+    except sqlite3.Error as error:
+        raise CommandFailed(f"the backup can't be made: {error}", hint="nothing was left behind") from None
+    return {"file": str(file), **_shown(contents)}
+
+
+def _write(source: sqlite3.Connection, file: Path, progress: Progress) -> Contents:
+    """With the rights of the folder's owner, who could put a link in the place of the part meanwhile."""
+    folder = file.absolute().parent
+    with asowner.acting_as(asowner.of(folder)), _part_file(file) as (descriptor, part):
+        _copy(source, part, progress)
+        contents = _describe(part)
         os.lseek(descriptor, 0, os.SEEK_END)
         write_all(descriptor, contents.line())
         os.fsync(descriptor)
         _name(part, file)
-    sync(file.absolute().parent)
-    return {"file": str(file), **_shown(contents)}
+        sync(folder)
+    return contents
 
 
 def _name(part: Path, file: Path) -> None:
@@ -208,11 +213,8 @@ def _remove_left(file: Path) -> None:
             os.close(descriptor)
 
 
-def _copy(store: Path, part: Path, progress: Progress) -> None:
-    with (
-        contextlib.closing(_opened_as_owner(store)) as source,
-        contextlib.closing(_connect(part, "mode=rw")) as target,
-    ):
+def _copy(source: sqlite3.Connection, part: Path, progress: Progress) -> None:
+    with contextlib.closing(_connect(part, "mode=rw")) as target:
         source.backup(target, pages=PAGES, progress=lambda status, left, total: progress(total - left, total))
         source.execute("COMMIT")
         target.execute("PRAGMA journal_mode=DELETE")

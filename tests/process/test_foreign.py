@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -196,6 +197,33 @@ def test_a_folder_of_another_user(stopped: Daemon, stranger: Path) -> None:
     done = stopped.offline("backup", str(stranger / "b"))
     assert done.returncode == 1 and f"belongs to uid {STRANGER}".encode() in done.stderr
     assert os.listdir(stranger) == []
+
+
+RACED = """
+import sys
+from pathlib import Path
+from progressdb_kms.tools import backup
+real = backup._copy
+def raced(source, part, progress):
+    part.unlink()
+    part.symlink_to(sys.argv[3])
+    real(source, part, progress)
+backup._copy = raced
+backup.backup(Path(sys.argv[1]), Path(sys.argv[2]), lambda done, total: None)
+"""
+
+
+def test_a_folder_of_the_daemons_user(theirs: Daemon, stranger: Path) -> None:
+    """Who owns it may put a link in the place of the part while it is written: root's hand doesn't follow."""
+    os.chown(stranger, OWNER, OWNER)
+    assert theirs.offline("backup", str(stranger / "b")).returncode == 0
+    assert ((stranger / "b").stat().st_uid, (stranger / "b").stat().st_mode & 0o777) == (OWNER, 0o600)
+    victim = theirs.home / "victim"
+    victim.touch(0o600)
+    words = [sys.executable, "-c", RACED, str(theirs.data_dir), str(stranger / "c"), str(victim)]
+    done = subprocess.run(words, cwd=REPO, capture_output=True, check=False)
+    assert done.returncode == 1 and victim.stat().st_size == 0, done.stderr
+    assert os.listdir(stranger) == ["b"]
 
 
 def test_what_a_killed_backup_left_goes(stopped: Daemon, short_tmp: Path) -> None:
