@@ -225,4 +225,4 @@ def json_item(text: str, at: int) -> tuple[Any, int]:
 
 def json_dumps(value: Any) -> str:
     """Compact JSON, ASCII only: one line whatever the strings hold."""
-    return _COMPACT.encode(value)
+    return str(value) if type(value) is int else _COMPACT.encode(value)  # it builds an encoder

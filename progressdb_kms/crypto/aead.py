@@ -67,7 +67,7 @@ class _OneShot:
     def open(self, nonce: Buffer, sealed: Buffer, aad: bytes) -> bytes:
         """For data: the plaintext. Raises AuthenticationFailed."""
         try:
-            result: bytes = self._aesgcm.decrypt(nonce, sealed, aad)
+            result: bytes = self._aesgcm.decrypt(nonce, sealed, aad or None)
         except InvalidTag:
             raise AuthenticationFailed from None
         return result

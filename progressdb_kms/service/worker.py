@@ -11,6 +11,7 @@ Nothing here knows HTTP: arguments are checked values, errors are KMSErrors.
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable, NamedTuple, TypeVar, Union
 
@@ -66,6 +67,10 @@ BatchItem = tuple[Source, bytes, bytes]
 
 Batch = Sequence[Union[BatchItem, KMSError]]
 Results = list[Union[bytes, KMSError]]
+Groups = dict[Source, list[int]]
+"""Which of them are under a DEK."""
+One = Callable[[Aead, bytes, bytes], bytes]
+"""What is done with each of them: the cipher under its DEK, its data, its AAD."""
 
 
 class Service:
@@ -236,69 +241,59 @@ class Service:
     def decrypt_many(self, items: Batch, scratch: memoryview, uid: int = NOBODY) -> Results:
         return self._many(items, scratch, envelope.decrypt, uid)
 
-    def _many(
-        self, items: Batch, scratch: memoryview, one: Callable[[Aead, bytes, bytes], bytes], uid: int
-    ) -> Results:
+    def _many(self, items: Batch, scratch: memoryview, one: One, uid: int) -> Results:
         """Each DEK is unwrapped once; an item that fails spoils no other. Results in order: of an item
         that is an error already, that error."""
-        groups: dict[Source, list[int]] = {}
+        groups: Groups = defaultdict(list)
         results: Results = [_NOT_DONE] * len(items)
         for index, item in enumerate(items):
-            if isinstance(item, KMSError):
-                results[index] = item
+            if type(item) is tuple:
+                groups[item[0]].append(index)
             else:
-                groups.setdefault(item[0], []).append(index)
-        if len(groups) > 1:
-            groups = self._in_one_loan(groups, items, scratch, one, results, uid)
+                results[index] = item  # type: ignore[assignment]
+        done = self._in_one_loan(groups, items, scratch, one, results) if len(groups) > 1 else {}
         for source, indices in groups.items():
             try:
-                if one is _encrypt_item:
-                    self.uses.check(_name(source))
-                done = self._with_dek(self.dek(source), scratch, _each, items, indices, one, results)
-                self.uses.add(_name(source), *((done, 0) if one is _encrypt_item else (0, done)), uid)
+                if source not in done:
+                    self._check(source, one)
+                    dek = self.dek(source)
+                    done[source] = self._with_dek(dek, scratch, _each, items, indices, one, results)
+                uses = (done[source], 0) if one is _encrypt_item else (0, done[source])
+                self.uses.add(_name(source), *uses, uid)
             except KMSError as error:
                 for index in indices:
                     results[index] = error.bare()
         return results
 
+    def _check(self, source: Source, one: One) -> None:
+        if one is _encrypt_item:
+            self.uses.check(_name(source))
+
     def _in_one_loan(
-        self,
-        groups: dict[Source, list[int]],
-        items: Batch,
-        scratch: memoryview,
-        one: Callable[[Aead, bytes, bytes], bytes],
-        results: Results,
-        uid: int,
-    ) -> dict[Source, list[int]]:
+        self, groups: Groups, items: Batch, scratch: memoryview, one: One, results: Results
+    ) -> dict[Source, int]:
         """Do all whose DEK is stored under the active KEK, for one cipher under that: a third of what a page
-        over many DEKs costs. Returns what is left to be done one by one, errors among it; all of it, where
-        the KEK changed meanwhile."""
+        over many DEKs costs. Returns for how many items of each it worked; what is not in it is to be done
+        one by one, errors among it: all of it, where the KEK changed meanwhile."""
         kek_id = self.keyring.active.kek_id
-        done: list[tuple[Source, int]] = []
+        done: dict[Source, int] = {}
         try:
             with self.keyring.borrow(kek_id) as kek:
                 opener = Aead(kek)
                 for source, indices in groups.items():
                     try:
-                        if (
-                            not isinstance(source, str)
-                            or (wrapped := self.entry(source).wrapped).kek_id != kek_id
-                        ):
-                            continue
-                        if one is _encrypt_item:
-                            self.uses.check(_name(source))
-                        dek = envelope.unwrap_by(opener, wrapped, scratch)
-                        done.append((source, _each(Aead(dek), items, indices, one, results)))
+                        wrapped = self.entry(source).wrapped if isinstance(source, str) else None
+                        if wrapped is not None and wrapped.kek_id == kek_id:
+                            self._check(source, one)
+                            dek = envelope.unwrap_by(opener, wrapped, scratch)
+                            done[source] = _each(Aead(dek), items, indices, one, results)
                     except KMSError:
                         continue  # told when it is done alone
                     finally:
                         scratch[:] = _ZEROS
         except (KeyringChanged, KekNotLoaded):
-            return groups
-        for source, count in done:
-            self.uses.add(_name(source), *((count, 0) if one is _encrypt_item else (0, count)), uid)
-        finished = {source for source, _ in done}
-        return {source: indices for source, indices in groups.items() if source not in finished}
+            return {}
+        return done
 
     # ---- wrapping DEKs that the caller holds --------------------------------------------------------
 
@@ -455,7 +450,7 @@ def _each(
     cipher: Aead,
     items: Batch,
     indices: list[int],
-    one: Callable[[Aead, bytes, bytes], bytes],
+    one: One,
     results: Results,
 ) -> int:
     """The items of one DEK, each for itself. How many it worked for."""

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from ..audit.log import fragment, key_fragment
-from ..encoding import b64encode, new_key_id, timestamp, wall
+from ..encoding import new_key_id, timestamp, wall
 from ..errors import BadRequest
 from ..service.keeper import describe
 from ..service.usage import told
@@ -14,7 +14,7 @@ from ..store.contract import DekRecord, Usage
 from ..store.policy import SHREDDED
 from .call import DEFAULT_PAGE, MAX_PAGE, App, Call, Reply
 from .fields import checked_key_id, checked_thread_id
-from .reading import answer, fields_of, known_query, optional_fields_of, path_key_id, query_dek
+from .reading import answer, answer_blob, fields_of, known_query, optional_fields_of, path_key_id, query_dek
 
 MAX_LOOKS = 20
 """Pages of the store that one call for a page looks through, where policies hide some of it."""
@@ -58,12 +58,7 @@ def _create(app: App, call: Call, thread_id: str | None, key_id: str | None = No
 def get_wrapped(app: App, call: Call) -> Reply:
     entry = query_dek(app, call)
     app.service.uses.add(entry.wrapped.key_id, 0, 0, call.peer.uid)
-    body = {
-        "wrapped": b64encode(entry.wrapped.blob),
-        "kek_id": entry.wrapped.kek_id,
-        "kek_version": str(entry.kek_version),
-    }
-    return answer(body)
+    return answer_blob(entry.wrapped.blob, entry.wrapped.kek_id, entry.kek_version)
 
 
 def list_deks(app: App, call: Call) -> Reply:
@@ -71,9 +66,7 @@ def list_deks(app: App, call: Call) -> Reply:
     cursor, limit, thread_id = (call.head.query.get(name) for name in ("cursor", "limit", "thread_id"))
     if cursor:
         checked_key_id(cursor, "cursor")
-    if limit is not None and not re.fullmatch("[0-9]{1,4}", limit):
-        raise BadRequest.invalid("limit", f"must be a whole number from 1 to {MAX_PAGE}")
-    size = int(limit) if limit is not None else DEFAULT_PAGE
+    size = DEFAULT_PAGE if limit is None else int(limit) if re.fullmatch("[0-9]{1,4}", limit) else 0
     if not 1 <= size <= MAX_PAGE:
         raise BadRequest.invalid("limit", f"must be a whole number from 1 to {MAX_PAGE}")
     if thread_id is not None:

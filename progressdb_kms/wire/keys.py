@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from ..audit.log import fragment, key_fragment
 from ..config.weakkeys import check_master_key
 from ..crypto.aead import KEY_SIZE
-from ..encoding import b64decode_into, b64encode, b64encode_into, hex_decode_into, new_key_id
-from ..errors import BadRequest, UnsupportedMediaType, WeakKey
+from ..encoding import b64decode_into, b64encode_into, hex_decode_into, new_key_id
+from ..errors import BadRequest, WeakKey
 from ..service.worker import wrapped_source
 from . import secretjson
-from .call import JSON, App, Call, Reply
+from .call import App, Call, Reply
 from .fields import checked_key_id
-from .reading import answer, fields_of, may_use
+from .reading import answer, answer_blob, fields_of, json_body, may_use
 
 
 def wrap(app: App, call: Call) -> Reply:
@@ -36,7 +36,7 @@ def wrap(app: App, call: Call) -> Reply:
     finally:
         call.scratch[:] = bytes(len(call.scratch))
     call.key = key_fragment(name)
-    return answer({"wrapped": b64encode(blob), "kek_id": kek_id, "kek_version": str(version)})
+    return answer_blob(blob, kek_id, version)
 
 
 def unwrap(app: App, call: Call) -> Reply:
@@ -67,12 +67,9 @@ def rewrap(app: App, call: Call) -> Reply:
         _new_kek(body, spans, new_kek.view)
         done = app.service.change("rewrap", key_id=key_id, new_kek=new_kek)
     call.details = fragment(new_kek_id=done["kek_id"])
-    names = {
-        "new_wrapped": done["wrapped"],
-        "new_kek_id": done["kek_id"],
-        "new_kek_version": str(done["kek_version"]),
-    }
-    return answer({"status": "ok", **done, "kek_version": str(done["kek_version"]), **names})
+    done["kek_version"] = str(done["kek_version"])
+    names = {f"new_{name}": done[name] for name in ("wrapped", "kek_id", "kek_version")}
+    return answer({"status": "ok", **done, **names})
 
 
 def rotate_kek(app: App, call: Call) -> Reply:
@@ -103,9 +100,7 @@ def _new_kek(body: memoryview, spans: Mapping[str, secretjson.Span], view: memor
 def _secret_fields(
     call: Call, strings: tuple[str, ...], booleans: tuple[str, ...] = ()
 ) -> tuple[memoryview, dict[str, secretjson.Span], dict[str, bool]]:
-    if call.head.content_type not in ("", JSON):
-        raise UnsupportedMediaType(f"send {JSON}")
-    body = memoryview(call.body)
+    body = memoryview(json_body(call))
     try:
         spans, flags = secretjson.scan(body)
     except ValueError as error:
@@ -129,7 +124,7 @@ def _plain(body: memoryview, spans: Mapping[str, secretjson.Span], name: str) ->
     """A value that is no secret."""
     if name not in spans:
         return None
-    start, end = spans[name]
-    if end - start > 128:
+    value = _span(body, spans, name)
+    if len(value) > 128:
         raise BadRequest.invalid(name, "is too long")
-    return bytes(body[start:end]).decode("utf-8", "replace")
+    return bytes(value).decode("utf-8", "replace")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..audit.log import key_fragment
-from ..encoding import Buffer, json_dumps
+from ..encoding import Buffer, b64encode, json_dumps
 from ..errors import BadRequest, KMSError, UnsupportedMediaType
 from ..service.worker import Entry, Source
 from .call import JSON, App, Call, Reply
@@ -49,6 +49,10 @@ def may_use(app: App, call: Call, key_id: str) -> None:
 
 def answer(value: Any, status: int = 200) -> Reply:
     return Reply(status, json_dumps(value).encode("ascii"))
+
+
+def answer_blob(blob: bytes, kek_id: str, version: int) -> Reply:
+    return answer({"wrapped": b64encode(blob), "kek_id": kek_id, "kek_version": str(version)})
 
 
 def usable(app: App, call: Call, source: Source) -> Entry:
