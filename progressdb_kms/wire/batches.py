@@ -52,11 +52,8 @@ def _permitted(
     counted with the call."""
     results: list[T | KMSError] = []
     for item in items:
-        if isinstance(item, KMSError):
-            results.append(item)
-            continue
         try:
-            for source in sources(item):
+            for source in () if isinstance(item, KMSError) else sources(item):
                 may_use(app, call, source if isinstance(source, str) else source.key_id)
             results.append(item)
         except PolicyRefused as error:

@@ -134,8 +134,7 @@ def delete_dek(app: App, call: Call) -> Reply:
     days = fields.integer("pending_days", 1, 365, 7)
     fields.end()
     call.details = fragment(immediately=now)
-    done = app.service.change(
-        "transition", key_id=key_id, action="shred" if now else "schedule_deletion", days=days
-    )
+    action = "shred" if now else "schedule_deletion"
+    done = app.service.change("transition", key_id=key_id, action=action, days=days)
     call.details = fragment(immediately=now, delete_at=done.get("delete_at"))
     return answer(done)
