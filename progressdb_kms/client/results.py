@@ -78,6 +78,17 @@ _BY_CODE: Mapping[str, type[ClientError]] = {
     "key_disabled": KeyDisabled,
     "key_spent": KeySpent,
     "kek_spent": KekSpent,
+    "policy_refused": PeerRefused,
+    "rate_limited": RateLimited,
+    "conflict": Conflict,
+    "internal": ServiceFailed,
+    **dict.fromkeys(
+        (
+            *("unavailable", "store_unavailable", "store_unreachable", "audit_unavailable", "overloaded"),
+            *("kek_not_loaded", "keyring_full"),
+        ),
+        Unavailable,
+    ),
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from progressdb_kms import errors
 from progressdb_kms.client import (
     AuthenticationFailed,
     BadAnswer,
@@ -35,6 +36,9 @@ from progressdb_kms.client import (
     transport,
 )
 from progressdb_kms.client import calls as module
+from progressdb_kms.client.results import failure
+from progressdb_kms.crypto.keyring import KekNotLoaded
+from progressdb_kms.errors import KMSError
 from tests.harness.fakekms import FakeKms, answer, kek_id_of, request, script
 from tests.harness.procs import wait_until
 
@@ -246,6 +250,23 @@ class TestErrors:
             code,
             "the message",
         )
+
+    def test_an_item_of_a_batch_is_the_error_that_a_call_of_its_own_is(self) -> None:
+        """It has no status, so the code must tell: of all that may become of an item."""
+
+        def leaves(group: type[KMSError]) -> Iterator[type[KMSError]]:
+            for one in group.__subclasses__():
+                yield from [one] if one.default_code and one.__module__ == errors.__name__ else ()
+                yield from leaves(one)
+
+        whole = (errors.MethodUnknown, errors.VersionNotSupported, errors.OperatorError)  # of a request
+        kinds = [KekNotLoaded, *(one for one in leaves(KMSError) if not issubclass(one, whole))]
+        found = {(one.status, one.default_code) for one in kinds}
+        found |= {(503, "store_unreachable"), (503, "keyring_full")}
+        assert {(429, "rate_limited"), (403, "policy_refused"), (503, "kek_not_loaded")} <= found
+        for status, code in found:
+            alone, item = failure(status, {"code": code}), failure(0, {"code": code})
+            assert type(item) is type(alone), code
 
     def test_an_error_without_a_body_of_ours(self, path: Path) -> None:
         def gateway(conn: socket.socket) -> None:
