@@ -159,13 +159,15 @@ def _alike(body: Buffer, item: re.Match[bytes], end: int, page: list[Any]) -> in
     before, *texts = bytes(body[tail:end]).split(lead, PAGE - len(page))
     key_id, mine = item[1].decode("ascii"), item[1] + middle
     for text in () if before else texts[:-1]:
-        if not text.startswith(mine):
-            name, found, _ = text.partition(middle)
-            key_id, mine = name.decode("ascii", "replace"), name + middle
+        if text.startswith(mine):
+            coded = text[len(mine) :]
+        else:
+            name, found, coded = text.partition(middle)
+            key_id, mine = str(name, "latin-1"), name + middle
             if not found or not KEY_ID.fullmatch(key_id):
                 break
         try:
-            page.append((key_id, b64decode(text[len(mine) :]), b""))
+            page.append((key_id, b64decode(coded), b""))
         except ValueError:
             break
         at += len(lead) + len(text)
