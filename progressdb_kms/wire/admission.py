@@ -86,22 +86,22 @@ class Refusals:
         self._counters = counters
         self._clock = clock
         self._lock = threading.Lock()
-        self._kinds: dict[_Kind | None, list[int]] = {}
+        self._kinds: dict[_Kind | None, tuple[Peer, list[int]]] = {}  # who was the first; how often
         self._next = 0.0
 
     def add(self, peer: Peer, error: KMSError, op: str = "connect") -> None:
-        kind = _Kind(peer, op, error.status, error.code, getattr(error, "entry", None))
+        kind = _Kind(peer.uid, op, error.status, error.code, getattr(error, "entry", None))
         self._counters.add("refused_peers" if kind.policy is None else "policy_denials", 1)
         with self._lock:
             self._next = self._next or self._clock() + EACH
             found = self._kinds.get(kind)
             if found is None and len(self._kinds) < NAMED:
-                found = self._kinds[kind] = [0]
-                if self._record(kind, 1):
+                found = self._kinds[kind] = peer, [0]
+                if self._record(kind, peer, 1):
                     return
             if found is None:
-                found = self._kinds.setdefault(None, [0])
-            found[0] += 1
+                found = self._kinds.setdefault(None, (peer, [0]))
+            found[1][0] += 1
 
     def flush(self, everything: bool = False) -> None:
         """Record the counts, once a minute or at the end. Who was not refused in that time is forgotten, so
@@ -109,14 +109,14 @@ class Refusals:
         if not self._next or (self._clock() < self._next and not everything):
             return
         with self._lock:
-            for kind, count in list(self._kinds.items()):
+            for kind, (peer, count) in list(self._kinds.items()):
                 if not count[0]:
                     del self._kinds[kind]
-                elif self._record(kind, count[0]):
+                elif self._record(kind, peer, count[0]):
                     count[0] = 0
             self._next = self._clock() + EACH if self._kinds else 0.0
 
-    def _record(self, kind: _Kind | None, count: int) -> bool:
+    def _record(self, kind: _Kind | None, peer: Peer, count: int) -> bool:
         """False: the log can't be written now, and the count waits."""
         try:
             if kind is None:
@@ -124,7 +124,7 @@ class Refusals:
                 self._audit.record("connect", "refused", 403, others, fragment(code="refused", count=count))
             else:
                 about = fragment(code=kind.code, policy=kind.policy, count=count)
-                self._audit.record(kind.op, "refused", kind.status, peer_fragment(*kind.peer), about)
+                self._audit.record(kind.op, "refused", kind.status, peer_fragment(*peer), about)
         except KMSError:
             return False
         return True
@@ -133,17 +133,8 @@ class Refusals:
 class _Kind(NamedTuple):
     """Refusals that are counted together."""
 
-    peer: Peer
+    uid: int
     op: str
     status: int
     code: str
     policy: int | None
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Kind) and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        return hash(self._key())
-
-    def _key(self) -> tuple[object, ...]:
-        return (self.peer.uid, *self[1:])  # the pid of the first is recorded, and no identity

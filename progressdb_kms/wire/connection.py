@@ -33,6 +33,7 @@ class Connection:
         "round",
         "route",
         "row",
+        "turn",
     )
 
     def __init__(self, request: socket.socket, peer: Peer, fragment: Fragment) -> None:
@@ -42,6 +43,7 @@ class Connection:
         self.phase = IDLE
         self.deadline = 0.0
         self.answered = False  # a request of it, with good grace: it stays
+        self.turn = 0  # in which something was done for it
         self.row = -1  # of the table of shares
         self.rights: Rights | None = None  # what policies leave this peer, since `round` of them
         self.round = -1

@@ -29,8 +29,9 @@ log = logging.getLogger("progressdb_kms.server")
 
 BACKLOG = 4096
 
-EVENTS, ENTERING = 64, 16
-"""Connections that are served before new ones are let in, and how many of these before the next."""
+EVENTS, ENTERING, ENTERING_SECONDS = 64, 16, 0.0005
+"""Connections that are served before new ones are let in, how many of these before the next, and for how long:
+whoever is refused takes longest."""
 
 YIELDS = 10
 """Milliseconds that a worker leaves a new connection to another one that has fewer."""
@@ -88,7 +89,7 @@ class Doors:
         return fd in self._doors
 
     def let_in(self, fd: int, most: int = ENTERING, closing: bool = False) -> None:
-        door = self._doors[fd]
+        door, until = self._doors[fd], time.monotonic() + ENTERING_SECONDS
         for _ in range(most):
             if not closing and self._others_first():
                 self._rest(fd, 0.001)
@@ -104,6 +105,8 @@ class Doors:
                 continue  # it was gone before it was let in
             request.setblocking(False)
             self._greet(door, request)
+            if time.monotonic() > until and not closing:
+                return
 
     def _others_first(self) -> bool:
         """Where another worker has fewer connections, it has some moments to be the first."""

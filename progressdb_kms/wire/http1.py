@@ -58,6 +58,9 @@ STEP, LONG = 4096, 1 << 20
 At so many it moves to pages of its own for all of it: none is there before something is written to it, none
 is copied again, and all go back to the system."""
 
+PIECE = 1 << 18
+"""Bytes that are received at once: a peer that sends as quickly as they are taken holds nobody up."""
+
 # ---- grammar ---------------------------------------------------------------------------------------
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
@@ -180,9 +183,11 @@ def parse_head(raw: bytes) -> Head:
     keep = "close" not in connection and (version == "1.1" or "keep-alive" in connection)
     content_type = headers.get("content-type", "").partition(";")[0].strip(" \t").lower()
     # RFC 9110, 10.1.1: in HTTP/1.0 the expectation must be ignored.
-    expects = _expects(headers) if version == "1.1" else False
+    expect = headers.get("expect") if version == "1.1" else None
+    if expect is not None and expect.lower() != "100-continue":
+        raise ExpectationFailed("of the expectations, 100-continue alone is known")
     coded = headers.get("content-encoding", "identity").lower() != "identity"  # RFC 9110, 8.4
-    rest = (length, chunked, keep, expects, content_type, coded)
+    rest = (length, chunked, keep, expect is not None, content_type, coded)
     return Head(method, target, path, query, version, headers, *rest)
 
 
@@ -256,18 +261,9 @@ def _decode(text: str) -> str:
     """Percent-decoding; a `%` that is none, or bytes that are no UTF-8, are refused."""
     if "%" not in text:
         return text
-    raw = bytearray()
-    at = 0
-    while at < len(text):
-        if text[at] != "%":
-            raw.append(ord(text[at]))
-            at += 1
-            continue
-        match = _PERCENT.match(text, at)
-        if match is None:
-            raise MalformedRequest("a % in the target is not followed by two hex digits")
-        raw.append(int(match[1], 16))
-        at += 3
+    if "%" in _PERCENT.sub("", text):
+        raise MalformedRequest("a % in the target is not followed by two hex digits")
+    raw = _PERCENT.sub(lambda found: chr(int(found[1], 16)), text).encode("latin-1")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -308,15 +304,6 @@ def _framing(headers: Mapping[str, str], version: str) -> tuple[int, bool]:
     if _LENGTH.fullmatch(length.encode("latin-1")) is None:
         raise MalformedRequest("Content-Length is not a number")
     return int(length), False
-
-
-def _expects(headers: Mapping[str, str]) -> bool:
-    expect = headers.get("expect")
-    if expect is None:
-        return False
-    if expect.lower() != "100-continue":
-        raise ExpectationFailed("of the expectations, 100-continue alone is known")
-    return True
 
 
 # ---- chunked bodies --------------------------------------------------------------------------------
@@ -558,7 +545,7 @@ class Reader:
             return None
         if self._filled == self._kept:
             self._grow(self.head.content_length, self._filled)
-        return memoryview(self._body)[self._filled : self._kept]
+        return memoryview(self._body)[self._filled : min(self._kept, self._filled + PIECE)]
 
     def placed(self, size: int) -> Request | None:
         head = self.head

@@ -171,17 +171,13 @@ _REQUESTS: dict[str, Schema] = {
         _named("RotateRequest", _object("new_kek_hex", "dry_run")),
         _named("RotateToRequest", _object("new_kek_id", "dry_run")),
     ),
-    "DELETE /deks/{key_id}": _named(
-        "DeleteRequest", _request("", "immediately pending_days", pending_days=_DAYS)
+    "DELETE /deks/{key_id}": (
+        _DELETE := _named("DeleteRequest", _request("", "immediately pending_days", pending_days=_DAYS))
     ),
     "/deks/{key_id}/disable": (_EMPTY := _named("EmptyRequest", _request(""))),
     "/deks/{key_id}/enable": _EMPTY,
     "/clock/accept": _EMPTY,
 }
-
-_OPTIONAL_BODY = frozenset(
-    ("DELETE /deks/{key_id}", "/deks/{key_id}/disable", "/deks/{key_id}/enable", "/clock/accept")
-)
 
 _BACKUP = _named("LastBackup", _object("file created_at sha256 checked_at"), "`checked_at`: see the manual.")
 _STATUS = _object(
@@ -282,7 +278,7 @@ def _operation(route: Route) -> Schema:
     }
     request = _of(_REQUESTS, route) if route.method != "GET" else None
     if request is not None:
-        required = f"{route.method} {route.path}" not in _OPTIONAL_BODY and route.path not in _OPTIONAL_BODY
+        required = request not in (_EMPTY, _DELETE)
         operation["requestBody"] = {"required": required, "content": {JSON: {"schema": request}}}
         if route.secret:
             operation["requestBody"]["description"] = f"At most {SECRET_BODY} bytes, no escapes in strings."

@@ -32,8 +32,11 @@ def scan(body: Buffer) -> tuple[dict[str, Span], dict[str, bool]]:
     spans: dict[str, Span] = {}
     flags: dict[str, bool] = {}
     at = found.end()
-    empty = _CLOSE.fullmatch(body, at)
-    while empty is None:
+    while _CLOSE.fullmatch(body, at) is None:
+        if spans or flags:
+            if body[at : at + 1] != b",":
+                raise ValueError("the body ends too early, or goes on behind the object, or is not JSON")
+            at += 1
         member = _MEMBER.match(body, at)
         if member is None:
             raise ValueError("the body must be a JSON object of plain strings (no escapes, nothing nested)")
@@ -45,13 +48,4 @@ def scan(body: Buffer) -> tuple[dict[str, Span], dict[str, bool]]:
         else:
             flags[name] = member.end(3) - member.start(3) == 4
         at = member.end()
-        if at >= len(body):
-            raise ValueError("the body ends too early")
-        if body[at] == 0x7D:  # }
-            if _CLOSE.fullmatch(body, at) is None:
-                raise ValueError("something follows the JSON object")
-            break
-        if body[at] != 0x2C:  # ,
-            raise ValueError("the body is not JSON")
-        at += 1
     return spans, flags

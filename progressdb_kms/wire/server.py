@@ -29,7 +29,7 @@ import struct
 import sys
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Callable, NamedTuple
@@ -45,6 +45,7 @@ from .answers import last_words, render, send_parts
 from .call import App, Call, Reply, Route
 from .connection import AHEAD, ANSWERING, BODY, BUSY, CLOSED, HEAD, IDLE, LINGERING, REFUSED, Connection
 from .doors import EVENTS, STRANGER, Door, Doors
+from .fair import Fair
 from .http1 import Head, Known, Reader, Request, Room
 from .lanes import SLICE, Breath, Lane, trim
 from .lone import LOOK, SOON, Lone
@@ -68,7 +69,7 @@ INLINE, INLINE_ITEMS = 64 * 1024, 128
 
 TURN = 0.0005
 """Seconds of a turn, in all, for those that sent requests ahead, send long bodies, or were never answered: as
-many of them come and go as like to. The others come first."""
+many of them come and go as like to. The others come first; where these are of several UIDs, so long too."""
 
 LINGER_SECONDS = 1.0
 """After the last answer the peer may still be sending: so long it is listened to, so that it reads that. A
@@ -100,11 +101,6 @@ class Limits(NamedTuple):
     descriptors: int = 1 << 20
     """that this process may open"""
     cores: int = 1
-
-
-def _has_many(batch: Any) -> bool:
-    """Each item is an object, and so is what they stand in."""
-    return bytes(batch).count(b"{") > 1 + INLINE_ITEMS
 
 
 def _more_lies_in(sock: socket.socket) -> bool:
@@ -154,6 +150,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._reader = Reader(self._judge, self._known)  # of requests that are whole when they are read first
         self._current: Any = None  # the connection whose bytes are read now
         self._connections: dict[int, Connection] = {}
+        self._uids: Counter[int] = Counter()
+        self._fair = Fair()
         self._turned_away: OrderedDict[int, Connection] = OrderedDict()
         self._ahead: deque[Connection] = deque()
         self._back: deque[tuple[Connection, bool, list[memoryview]]] = deque()
@@ -219,12 +217,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self.app.service.begin_turn(self.slab.waiter[0])
         connections = self._connections
         doors: list[int] = []
+        known: list[Connection] = []
         others: list[Connection] = []
         for fd, _ in events:
             connection = connections.get(fd)
             if connection is not None:
                 if connection.phase == IDLE and connection.answered:
-                    self._receive(connection)
+                    known.append(connection)
                 elif connection.phase != AHEAD:
                     others.append(connection)
             elif fd in self._doors:
@@ -232,6 +231,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             else:
                 with suppress(BlockingIOError):
                     self._bell.recv(4096)
+        self._serve_known(known)
         self.app.service.end_turn()
         if self._out:
             self._flush()
@@ -246,19 +246,40 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if self._now >= self._next_tick:
             self._tick()
 
+    def _serve_known(self, known: list[Connection]) -> None:
+        """Of one UID all, as they came. Of several as long as a turn takes: then it is asked who has come
+        meanwhile, and whoever is left is told of again."""
+        if len(self._uids) < 2:
+            for connection in known:
+                self._receive(connection)
+            return
+        until, uid = time.monotonic() + TURN, -1
+        for connection in self._fair.order(known):
+            if self._out and uid != connection.peer.uid:
+                self._flush()
+            uid = connection.peer.uid
+            if self._do(self._receive, connection) > until:
+                break
+
     def _serve_others(self, others: list[Connection]) -> None:
         """Each of them is the first at some time; whoever has no turn in this one is told of again. None of
         them lies in `_ahead` too: its next bytes, or its end, come when its answers are sent."""
-        first = self._turns % (len(others) or 1)
-        waiting = deque(others[first:] + others[:first])
-        until = time.monotonic() + TURN
-        while waiting or self._ahead:
+        waiting, self._ahead = deque(self._fair.order(others)), deque(self._fair.order(self._ahead))
+        until = now = time.monotonic() + TURN
+        while (waiting or self._ahead) and now <= until:
             if waiting:
-                self._comes(waiting.popleft())
+                now = self._do(self._comes, waiting.popleft())
             if self._ahead:
-                self._go_ahead(self._ahead.popleft())
-            if time.monotonic() > until:
-                break
+                now = self._do(self._go_ahead, self._ahead.popleft())
+
+    def _do(self, work: Callable[[Connection], object], connection: Connection) -> float:
+        """Charge it to its UID; returns the time."""
+        begun = time.monotonic()
+        connection.turn = self._turns
+        work(connection)
+        now = time.monotonic()
+        self._fair.took(connection.peer.uid, now - begun)
+        return now
 
     def _wait(self) -> list[tuple[int, int]]:
         seconds = self._tick_seconds if self._connections else 5.0
@@ -520,7 +541,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         head, body, room = request
         route: Route = room.route
         connection.phase = IDLE
-        long = len(body) > INLINE or (route.batch and _has_many(body))
+        # Each item is an object, and so is what they stand in.
+        long = len(body) > INLINE or (route.batch and bytes(body).count(b"{") > 1 + INLINE_ITEMS)
         if long or route.waits:
             lane = self._working if long else self._waiting if route.op else self._asking
             return self._hand_over(connection, route, request, lane)
@@ -583,12 +605,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         elif reply.secret or len(body) > LARGE:
             parts = [memoryview(render(reply, keep, head.version, reply.lead)), memoryview(body)]
         else:
-            whole = render(reply, keep, head.version, reply.lead, body)
-            try:
-                sent = sock.send(whole)
-            except BlockingIOError:
-                sent = 0
-            return _NOTHING if sent == len(whole) else [memoryview(whole)[sent:]]
+            parts = [memoryview(render(reply, keep, head.version, reply.lead, body))]
         left = send_parts(sock, parts)
         if left and reply.secret:
             raise ConnectionResetError  # a peer that leaves its answers lying gets no key
@@ -670,32 +687,35 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
         def run(scratch: memoryview, answer: memoryview) -> None:
             nonlocal request
-            keep = False
-            left: list[memoryview] = []
-            head = request.head
-            breathe = Breath(lambda: self._at_work) if long else None
             peer, fragment = connection.peer, connection.fragment
-            call = Call(head, request.body, peer, fragment, scratch, answer, connection.rights)
+            call = Call(request.head, request.body, peer, fragment, scratch, answer, connection.rights)
             del request
-            if breathe is not None:
-                call.breathe = breathe
-            try:
-                reply = dispatch.dispatch(self.app, route, call)
-                del call
-                keep = self._keeps(connection, head, reply, behind)
-                left = self._send(connection.request, head, reply, keep)
-            except OSError:
-                keep = False  # the peer is gone
-            except Exception:
-                keep = False
-                log.exception("a connection ended with an error")
+            if long:
+                call.breathe = Breath(lambda: self._at_work)
+            self._finish(self.app, connection, route, call, behind)
             answer[:] = _ZEROS[:ANSWER]
-            self._back.append((connection, keep, left))
             self._wake()
             if long:
                 self._untrimmed = True
 
         return run
+
+    def _finish(
+        self, app: App, connection: Connection, route: Route, call: Call, behind: bool, begun: float = 0.0
+    ) -> None:
+        """In a thread: carry it out, and give the connection back."""
+        keep, left = False, _NOTHING
+        try:
+            reply = dispatch.dispatch(app, route, call, begun)
+            call.body = b""  # which may be long, and so may the answer
+            keep = self._keeps(connection, call.head, reply, behind)
+            left = self._send(connection.request, call.head, reply, keep)
+        except OSError:
+            keep = False  # the peer is gone
+        except Exception:
+            keep = False
+            log.exception("a connection ended with an error")
+        self._back.append((connection, keep, left))
 
     def _take_back(self, connection: Connection, keep: bool, left: list[memoryview]) -> None:
         connection.phase = IDLE
@@ -783,6 +803,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         del self._connections[fd]
         self._turned_away.pop(fd, None)
         connection.request.close()
+        self._uids -= Counter((connection.peer.uid,))
         if connection.row >= 0:
             self._shares.leave(connection.row)
 
@@ -819,6 +840,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _enter(self, connection: Connection) -> None:
         fd = connection.request.fileno()
         self._connections[fd] = connection
+        self._uids[connection.peer.uid] += 1
         self._poll.register(fd, _IN)
 
     def _show_out(self, request: socket.socket, peer: Peer, error: KMSError) -> None:
@@ -853,9 +875,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._wake()
         self._ended.wait(seconds + 5.0)
         return not self._connections
-
-    def shutdown(self) -> None:
-        self.drain(0.0)
 
     def _begin_drain(self) -> None:
         """Let in who was there, then end each connection behind what it has sent."""

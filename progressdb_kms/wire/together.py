@@ -12,7 +12,6 @@ question is answered at once. Each create has its own record in the audit log, a
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
@@ -28,8 +27,6 @@ from .connection import BUSY, IDLE, Connection
 from .http1 import Request
 from .server import AWAY, Server
 
-log = logging.getLogger("progressdb_kms.server")
-
 SMALL = 4096
 """Bytes of a body that waits here; a longer one goes its own way, and counts to the budget of bodies."""
 
@@ -40,7 +37,6 @@ HELD_UP = 0.1
 """Seconds after which a job counts no more: the keeper may hang, and who waits should hear so in time."""
 
 _NO_THREAD = Overloaded("no thread is left", hint="raise TasksMax= and LimitNPROC= in the unit")
-_NOTHING: list[memoryview] = []
 _CREATES = deks.create_dek_for_thread, deks.create_dek
 
 
@@ -125,26 +121,16 @@ class TogetherServer(Server):
                     self._waiting.submit(uid, partial(self._see_to, halves, went))
                 except RuntimeError:
                     went.pop()
-                    self._finish(halves, [_NO_THREAD] * len(halves))
+                    self._finish_all(halves, [_NO_THREAD] * len(halves))
         return super()._wait()
 
     def _see_to(self, halves: list[Half], went: deque[float], *memory: memoryview) -> None:
         service: Any = self.app.service
-        self._finish(halves, service.create_many([half.wanted for half in halves]))
+        self._finish_all(halves, service.create_many([half.wanted for half in halves]))
         went.popleft()  # another's time, it may be: how many there are is what counts
         self._wake()
 
-    def _finish(self, halves: list[Half], made: Sequence[dict[str, Any] | Exception]) -> None:
+    def _finish_all(self, halves: list[Half], made: Sequence[dict[str, Any] | Exception]) -> None:
         told, app = self._telling()
         for (connection, route, call, begun, behind, _), told.made in zip(halves, made):
-            keep, left = False, _NOTHING
-            try:
-                reply = dispatch.dispatch(app, route, call, begun)
-                keep = self._keeps(connection, call.head, reply, behind)
-                left = self._send(connection.request, call.head, reply, keep)
-            except OSError:
-                keep = False  # the peer is gone
-            except Exception:
-                keep = False
-                log.exception("a connection ended with an error")
-            self._back.append((connection, keep, left))
+            self._finish(app, connection, route, call, behind, begun)

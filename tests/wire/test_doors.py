@@ -57,7 +57,8 @@ class Site:
 
 
 @pytest.fixture
-def site(short_tmp: Path) -> Iterator[Site]:
+def site(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    monkeypatch.setattr(doors, "ENTERING_SECONDS", 600.0)
     made = Site(short_tmp / "s")
     yield made
     made.listener.close()
@@ -68,6 +69,18 @@ def test_all_who_wait_come_in(site: Site) -> None:
         assert site.listening and site.fd in site.doors and -1 not in site.doors
         site.doors.let_in(site.fd)
     assert len(site.let_in) == 2 and not site.doors.resting
+
+
+def test_nobody_waits_until_all_are_in(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doors, "ENTERING_SECONDS", -1.0)  # it takes too long at once
+    with site.knock(), site.knock():
+        site.doors.let_in(site.fd)
+        assert len(site.let_in) == 1 and site.listening
+        site.doors.let_in(site.fd)
+        assert len(site.let_in) == 2 and not site.listening
+    with site.knock(), site.knock():
+        site.doors.close()
+    assert len(site.let_in) == 4
 
 
 def test_where_another_worker_has_fewer_it_may_be_the_first_for_some_moments(site: Site) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -11,25 +12,39 @@ import pytest
 
 from progressdb_kms.wire import server
 from progressdb_kms.wire.connection import AHEAD, BODY, HEAD, IDLE
+from progressdb_kms.wire.fair import Fair
 from progressdb_kms.wire.server import Server
 from progressdb_kms.wire.slab import ANSWER
 
 
-def connection(name: str, phase: int, answered: bool) -> Any:
-    return SimpleNamespace(name=name, phase=phase, answered=answered)
+LIGHT, HEAVY = 7, 8
+
+
+def connection(name: str, phase: int = IDLE, answered: bool = True, uid: int = LIGHT) -> Any:
+    peer, request = SimpleNamespace(uid=uid), SimpleNamespace(fileno=lambda: 5)
+    return SimpleNamespace(name=name, phase=phase, answered=answered, peer=peer, request=request, turn=0)
 
 
 def waiter() -> Any:
     """A Server's attributes, and of its methods those that a test calls by the class."""
     made = mock.MagicMock(
-        _sole=None, _turns=0, _back=deque(), _ahead=deque(), _out=[], _next_tick=float("inf")
+        _sole=None,
+        _turns=0,
+        _back=deque(),
+        _ahead=deque(),
+        _out=[],
+        _next_tick=float("inf"),
+        _uids={LIGHT: 9},
     )
+    made._fair, made._now = Fair(), 0.0
+    for name in ("_serve_known", "_serve_others", "_do", "_finish"):
+        getattr(made, name).side_effect = partial(getattr(Server, name), made)
     made._doors.resting, made._doors.renewed = {}, ()
     made.limits.idle_timeout = 1.0
     return made
 
 
-def test_who_was_answered_before_comes_first() -> None:
+def test_who_was_answered_before_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     ready = [
         connection("a long body", BODY, True),
         connection("new", IDLE, False),
@@ -38,30 +53,80 @@ def test_who_was_answered_before_comes_first() -> None:
         connection("known, too", IDLE, True),
         connection("its requests lie here", AHEAD, True),  # it is asked for more when they are answered
     ]
-    served: list[str] = []
-    fake = waiter()
-    fake._connections = dict(enumerate(ready))
-    fake._wait.return_value = [(fd, 1) for fd in range(len(ready))]
-    fake._receive.side_effect = lambda one: served.append(one.name)
-    fake._serve_others.side_effect = lambda others: served.extend(one.name for one in others)
-    Server._turn(fake)
+    fake, served = of_two_uids(monkeypatch, {LIGHT: 0.0})
+    turn(fake, *ready)
     assert served == ["known", "known, too", "a long body", "new", "slow"]
 
 
 def test_the_others_have_so_long_and_each_is_the_first_at_some_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "TURN", -1.0)  # it is over before it has begun: one of each kind
     fake, served = waiter(), []
-    fake._comes.side_effect = served.append
-    fake._go_ahead.side_effect = served.append
-    fake._ahead.extend(["ahead 1", "ahead 2"])
-    for fake._turns in range(4):
-        Server._serve_others(fake, ["a", "b", "c"])
+    fake._comes.side_effect = fake._go_ahead.side_effect = lambda one: served.append(one.name)
+    others = [connection(name) for name in "abc"]
+    fake._ahead.extend([connection("ahead 1"), connection("ahead 2")])
+    for fake._turns in range(1, 5):
+        Server._serve_others(fake, others)
     assert served == ["a", "ahead 1", "b", "ahead 2", "c", "a"]
     monkeypatch.setattr(server, "TURN", 3600.0)
     served.clear()
-    fake._turns = 1
-    Server._serve_others(fake, ["a", "b", "c"])
+    Server._serve_others(fake, others)
     assert served == ["b", "c", "a"]
+
+
+class Clock:
+    """Time passes where a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        for name in ("monotonic", "thread_time"):
+            monkeypatch.setattr(f"progressdb_kms.wire.server.time.{name}", lambda: self.now)
+
+
+def of_two_uids(
+    monkeypatch: pytest.MonkeyPatch, needs: dict[int, float], answers: bool = False
+) -> tuple[Any, list[str]]:
+    """A waiter of two UIDs' connections, and the names of what it serves: a request takes what its UID needs.
+    With `answers` it also says when these are sent."""
+    clock, fake, served = Clock(monkeypatch), waiter(), []
+    fake._uids = dict.fromkeys(needs, 1)
+
+    def serve(one: Any) -> None:
+        served.append(one.name)
+        clock.now += needs[one.peer.uid]
+        fake._out += ["an answer"] * answers
+
+    def flush() -> None:
+        served.append("sent")
+        fake._out.clear()
+
+    fake._receive.side_effect = fake._comes.side_effect = fake._go_ahead.side_effect = serve
+    fake._flush.side_effect = flush
+    return fake, served
+
+
+def turn(fake: Any, *ready: Any) -> None:
+    fake._connections = dict(enumerate(ready))
+    fake._wait.return_value = [(fd, 1) for fd in fake._connections]
+    Server._turn(fake)
+
+
+def test_one_who_asks_for_little_waits_for_one_request_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, served = of_two_uids(monkeypatch, {LIGHT: 0.0001, HEAVY: 0.005})
+    pages = [connection(f"page {number}", uid=HEAVY) for number in range(3)]
+    light = connection("light")
+    for _ in range(3):
+        turn(fake, *pages)
+        turn(fake, *pages, light)
+    assert served == [
+        *("page 0", "light", "page 1", "page 2", "light", "page 0", "page 1", "light", "page 2"),
+    ]
+
+
+def test_what_was_made_for_one_uid_is_sent_before_the_next_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, served = of_two_uids(monkeypatch, {LIGHT: 0.0001, HEAVY: 0.005}, answers=True)
+    turn(fake, connection("page", uid=HEAVY), connection("page, too", uid=HEAVY))
+    turn(fake, connection("page", uid=HEAVY), connection("light"), connection("light, too"))
+    assert served == ["page", "sent", "light", "light, too", "sent", "page", "sent"]
 
 
 def test_whom_an_answer_leaves_with_nothing_more_is_known_from_then_on() -> None:
