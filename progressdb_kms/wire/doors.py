@@ -30,8 +30,8 @@ log = logging.getLogger("progressdb_kms.server")
 BACKLOG = 4096
 
 EVENTS, ENTERING, ENTERING_SECONDS = 64, 16, 0.0005
-"""Connections that are served before new ones are let in, how many of these before the next, and for how long:
-whoever is refused takes longest."""
+"""Connections that are served before new ones are let in; how many of these before the next, and for how
+long: to refuse one takes longest."""
 
 YIELDS = 10
 """Milliseconds that a worker leaves a new connection to another one that has fewer."""

@@ -16,7 +16,6 @@ from progressdb_kms.wire.fair import Fair
 from progressdb_kms.wire.server import Server
 from progressdb_kms.wire.slab import ANSWER
 
-
 LIGHT, HEAVY = 7, 8
 
 
