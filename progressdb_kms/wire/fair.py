@@ -1,8 +1,9 @@
 """Who comes first where several UIDs are here: whoever took least of the waiter's time of late.
 
 Each UID has a mark: the seconds that were taken for it. The lowest comes first, and of one UID the connection
-that waits longest. So one who asks for little waits for one request of others at most, however many of them
-are ready. Whoever was away has saved nothing: no mark is lower than that of the last who was served.
+that waits longest. So one who asks for little waits for one long request of others, however many of them are
+ready (of the EVENTS that a turn is told of). Whoever was away has saved nothing: no mark is lower than
+that of the last who was served.
 """
 
 from __future__ import annotations

@@ -69,7 +69,8 @@ INLINE, INLINE_ITEMS = 64 * 1024, 128
 
 TURN = 0.0005
 """Seconds of a turn, in all, for those that sent requests ahead, send long bodies, or were never answered: as
-many of them come and go as like to. The others come first; where these are of several UIDs, so long too."""
+many of them come and go as like to. The others come first; of several UIDs, for four times as long: shorter
+turns cost more than they are worth."""
 
 LINGER_SECONDS = 1.0
 """After the last answer the peer may still be sending: so long it is listened to, so that it reads that. A
@@ -253,7 +254,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             for connection in known:
                 self._receive(connection)
             return
-        until, uid = time.monotonic() + TURN, -1
+        until, uid = time.monotonic() + 4 * TURN, -1
         for connection in self._fair.order(known):
             if self._out and uid != connection.peer.uid:
                 self._flush()
