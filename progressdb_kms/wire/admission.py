@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Callable, NamedTuple
+from typing import Callable, Union
 
 from ..audit.log import AuditLog, Fragment, fragment, peer_fragment
 from ..errors import KMSError, Overloaded
@@ -24,6 +24,10 @@ NAMED = 64
 
 EACH = 60.0
 """Seconds between two records of how often a UID was refused."""
+
+
+_Kind = tuple[int, str, int, str, Union[int, None]]
+"""Refusals that are counted together: UID, operation, status, code, number of the policy."""
 
 
 class Shares:
@@ -90,8 +94,9 @@ class Refusals:
         self._next = 0.0
 
     def add(self, peer: Peer, error: KMSError, op: str = "connect") -> None:
-        kind = _Kind(peer.uid, op, error.status, error.code, getattr(error, "entry", None))
-        self._counters.add("refused_peers" if kind.policy is None else "policy_denials", 1)
+        policy = getattr(error, "entry", None)
+        kind = peer.uid, op, error.status, error.code, policy
+        self._counters.add("refused_peers" if policy is None else "policy_denials", 1)
         with self._lock:
             self._next = self._next or self._clock() + EACH
             found = self._kinds.get(kind)
@@ -123,18 +128,9 @@ class Refusals:
                 others = Fragment(',"actor":"others"')
                 self._audit.record("connect", "refused", 403, others, fragment(code="refused", count=count))
             else:
-                about = fragment(code=kind.code, policy=kind.policy, count=count)
-                self._audit.record(kind.op, "refused", kind.status, peer_fragment(*peer), about)
+                _, op, status, code, policy = kind
+                about = fragment(code=code, policy=policy, count=count)
+                self._audit.record(op, "refused", status, peer_fragment(*peer), about)
         except KMSError:
             return False
         return True
-
-
-class _Kind(NamedTuple):
-    """Refusals that are counted together."""
-
-    uid: int
-    op: str
-    status: int
-    code: str
-    policy: int | None

@@ -390,16 +390,12 @@ class Chunked:
 # ---- the machine -----------------------------------------------------------------------------------
 
 
-def _granted(size: int) -> None:
-    """Nobody counts."""
-
-
 class Room(NamedTuple):
     """What a body gets, decided from its head."""
 
     limit: int
     """bytes"""
-    reserve: Callable[[int], None] = _granted
+    reserve: Callable[[int], None] = lambda size: None
     """asked before so many more bytes are kept; may raise"""
     store: Callable[[int], memoryview] | None = None
     """where a body that comes in pieces lies, by its length; None: on the heap"""

@@ -297,14 +297,9 @@ def _name_of(route: Route) -> str:
 
 
 def _parameters(route: Route) -> list[Schema]:
-    path = (
-        [{"name": "key_id", "in": "path", "required": True, "schema": _KEY_ID}] if "{" in route.path else []
-    )
-    query = [
-        {"name": name, "in": "query", "required": required, "schema": schema}
-        for name, required, schema in _of(_QUERIES, route) or ()
-    ]
-    return path + query
+    path = [("key_id", "path", True, _KEY_ID)] if "{" in route.path else []
+    query = [(name, "query", needed, schema) for name, needed, schema in _of(_QUERIES, route) or ()]
+    return [{"name": name, "in": place, "required": r, "schema": s} for name, place, r, s in path + query]
 
 
 _ERRORS = {
