@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from .errors import PeerRefused, PolicyRefused, RateLimited
@@ -98,9 +98,12 @@ class Policy(NamedTuple):
             entry.get("per_second", 0),
         )
 
-    def names(self, peer: Peer) -> bool:
-        """Over TCP nobody knows a peer's groups, and whoever is in one must not get around its policy so."""
-        return peer.uid == self.uid if self.uid is not None else peer.gid == self.gid or peer.via == TCP
+    def names(self, peer: Peer, groups: Collection[int] | None = ()) -> bool:
+        """`groups`: all that it is in beside `gid`. Where nobody knows them (None), as over TCP, each is
+        meant: whoever is in one must not get around its policy so."""
+        if self.uid is not None:
+            return peer.uid == self.uid
+        return groups is None or peer.via == TCP or self.gid == peer.gid or self.gid in groups
 
     def allows_operation(self, op: str) -> bool:
         return not self.operations or BATCHES.get(op, op) in self.operations
@@ -159,9 +162,11 @@ class Rights:
         return allowed, error
 
 
-def rights_of(peer: Peer, policies: Sequence[Policy], meter: Meter | None = None) -> Rights | None:
+def rights_of(
+    peer: Peer, policies: Sequence[Policy], meter: Meter | None = None, groups: Collection[int] | None = ()
+) -> Rights | None:
     """None: no policy names this peer."""
-    named = [policy for policy in policies if policy.names(peer)]
+    named = [policy for policy in policies if policy.names(peer, groups)]
     return Rights(named, meter) if named else None
 
 

@@ -68,7 +68,9 @@ def _permitted(
 def _within_rates(call: Call, items: list[T | KMSError]) -> list[T | KMSError]:
     asked = sum(not isinstance(item, KMSError) for item in items)
     assert call.rights is not None
-    granted, error = call.rights.spend(asked)
+    paid, call.paid = min(asked, call.paid), max(0, call.paid - asked)
+    granted, error = call.rights.spend(asked - paid)
+    granted += paid
     for index, item in enumerate(items):
         if error is not None and not isinstance(item, KMSError):
             granted -= 1

@@ -55,18 +55,9 @@ class Call:
     """One request on its way through."""
 
     __slots__ = (
-        "answer",
-        "body",
-        "breathe",
-        "denials",
-        "details",
-        "head",
-        "key",
-        "peer",
-        "peer_fragment",
-        "rights",
-        "scratch",
-    )
+        "answer", "body", "breathe", "denials", "details", "head", "key", "paid", "peer", "peer_fragment",
+        "rights", "scratch",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -90,6 +81,7 @@ class Call:
         self.rights = rights
         self.breathe = breathe
         self.key = self.details = NOTHING
+        self.paid = 1  # operations that were counted under a rate before they are done
         self.denials: frozenset[int] = frozenset()  # entries of `policies` that refused items of a batch
 
 

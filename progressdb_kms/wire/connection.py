@@ -16,25 +16,9 @@ class Connection:
     """What is known of a peer between two turns. Most of it is empty while it is idle."""
 
     __slots__ = (
-        "answered",
-        "body_piece",
-        "deadline",
-        "fragment",
-        "keep",
-        "kept",
-        "kept_piece",
-        "peer",
-        "pending",
-        "phase",
-        "reader",
-        "request",
-        "reserved",
-        "rights",
-        "round",
-        "route",
-        "row",
-        "turn",
-    )
+        "answered", "body_piece", "deadline", "fragment", "keep", "kept", "kept_piece", "peer", "pending",
+        "phase", "reader", "request", "reserved", "rights", "round", "route", "row", "turn",
+    )  # fmt: skip
 
     def __init__(self, request: socket.socket, peer: Peer, fragment: Fragment) -> None:
         self.request = request

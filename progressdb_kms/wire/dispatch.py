@@ -36,14 +36,13 @@ def admit(app: App, route: Route, head: Head, peer: Peer, rights: Rights | None)
     RateLimited), UnsupportedMediaType, LengthRequired."""
     if peer.via:
         _no_browser(app, head)
-    if route.admin:
-        app.service.rules.check(peer, True)
     if rights and route.op:
         rights.check_operation(route.op)
-        if not route.batch:
-            _, error = rights.spend(1)
-            if error is not None:
-                raise error
+        _, error = rights.spend(1)  # whatever comes of it: it costs a line of the audit log
+        if error is not None:
+            raise error
+    if route.admin:
+        app.service.rules.check(peer, True)
     if head.coded:  # it must not be sealed as if it were the message
         raise UnsupportedMediaType("send the body as it is, without Content-Encoding")
     if route.secret and head.chunked:

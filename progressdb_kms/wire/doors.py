@@ -42,6 +42,8 @@ STARVED_SECONDS, TELL_SECONDS = 0.1, 60.0
 STRANGER = Peer(-1, via=TCP)
 """Of whom the kernel does not tell the UID. Over a Unix socket it always does."""
 
+SO_PEERGROUPS = 59  # socket(7); since Linux 4.13
+
 _OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -54,6 +56,18 @@ def peer_of(sock: socket.socket) -> Peer:
         _, uid, _, gid = struct.unpack_from("=IIhxxI", sock.getsockopt(0, 1, 76))
         return Peer(uid, gid, struct.unpack("i", sock.getsockopt(0, 2, 4))[0])
     raise PeerRefused("this platform does not tell who is at the other end of a socket")
+
+
+def groups_of(sock: socket.socket) -> tuple[int, ...] | None:
+    """All groups that the process at the other end was in at connect(); None where that can't be told: over
+    TCP, and of more groups than one can ask for (256). Elsewhere than on Linux its first one is all."""
+    if not sys.platform.startswith("linux"):
+        return ()
+    try:
+        told = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)
+    except OSError:
+        return None
+    return tuple(memoryview(told).cast("I"))
 
 
 class Door(NamedTuple):

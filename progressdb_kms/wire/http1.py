@@ -434,17 +434,8 @@ class Reader:
     leaves `feed`, with `head` and `head_size` telling of which request."""
 
     __slots__ = (
-        "_body",
-        "_chunked",
-        "_filled",
-        "_judge",
-        "_kept",
-        "_known",
-        "_room",
-        "_seen",
-        "head",
-        "head_size",
-    )
+        "_body", "_chunked", "_filled", "_judge", "_kept", "_known", "_room", "_seen", "head", "head_size",
+    )  # fmt: skip
 
     def __init__(self, judge: Callable[[Head], Room], known: Known | None = None) -> None:
         self._judge = judge

@@ -44,7 +44,7 @@ from .admission import BODIES, Bodies, Refusals, Shares
 from .answers import last_words, render, send_parts
 from .call import App, Call, Reply, Route
 from .connection import AHEAD, ANSWERING, BODY, BUSY, CLOSED, HEAD, IDLE, LINGERING, REFUSED, Connection
-from .doors import EVENTS, STRANGER, Door, Doors
+from .doors import EVENTS, STRANGER, Door, Doors, groups_of
 from .fair import Fair
 from .http1 import Head, Known, Reader, Request, Room
 from .lanes import SLICE, Breath, Lane, trim
@@ -507,7 +507,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         room = self._rooms.get((head.method, head.path)) or self._rooms[routes.find(head)]
         connection.route = room.route
         if connection.round != self._round:
-            connection.rights = rights_of(connection.peer, self._policies, self._meter)
+            groups = groups_of(connection.request) if self._policies else ()
+            connection.rights = rights_of(connection.peer, self._policies, self._meter, groups)
             connection.round = self._round
         dispatch.admit(self.app, room.route, head, connection.peer, connection.rights)
         return room

@@ -186,6 +186,40 @@ def test_a_rate_holds_over_workers() -> None:
         daemon.close()
 
 
+def test_every_call_is_within_the_rate_and_a_batch_by_its_items() -> None:
+    """One of `reencrypt` too, and what is refused or malformed: each is at least a line of the audit log."""
+    daemon = serve(1, [{"uid": APP, "per_second": 2}])
+    try:
+        move = {"key_id": "k_1", "new_key_id": "k_4", "ciphertext": b64(bytes(28))}
+        calls: list[tuple[str, Any]] = [
+            ("/reencrypt", move),
+            ("/encrypt_batch", {"items": [{}]}),
+            ("/decrypt_batch", {"no": "items"}),
+            ("/encrypt_batch", {"items": [encrypt("k_none")]}),
+        ]
+        for path, body in calls:
+            begun = time.monotonic()
+            statuses = [ask(daemon, "POST", path, body).status for _ in range(30)]
+            seconds = int(time.monotonic() - begun) + 2
+            assert len(statuses) - statuses.count(429) <= 2 * seconds, (path, statuses)
+    finally:
+        daemon.close()
+
+
+def test_a_peer_is_in_all_of_its_groups(daemon: Daemon) -> None:
+    """The group of the socket is seldom the first one of those that are let in by it."""
+    before = os.getgroups()
+    os.setgroups([OTHER + 1, APP])
+    try:
+        assert entry(ask(daemon, "POST", "/encrypt", encrypt("x_3"), uid=OTHER)) == "3"
+        assert ask(daemon, "POST", "/encrypt", encrypt("k_2"), uid=OTHER).status == 200
+        os.setgroups(range(30_000, 30_300))  # more than one can ask for: any may be among them
+        assert entry(ask(daemon, "POST", "/encrypt", encrypt("x_3"), uid=OTHER)) == "3"
+    finally:
+        os.setgroups(before)
+    assert ask(daemon, "POST", "/encrypt", encrypt("x_3"), uid=OTHER).status == 200
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sighup_renews_them_all_or_nothing(workers: int) -> None:
     daemon = serve(workers, POLICIES)
