@@ -91,7 +91,7 @@ SPARE_FILES = 64
 _ZEROS = bytes(RECEIVED)
 _NOTHING: list[memoryview] = []
 _SOON = struct.pack("ll", 0, int(SOON * 1e6))
-_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_CONTINUE = memoryview(b"HTTP/1.1 100 Continue\r\n\r\n")
 _IN, _OUT = select.POLLIN, select.POLLOUT  # the same numbers as EPOLLIN and EPOLLOUT
 
 
@@ -467,8 +467,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
             connection.phase = phase
             connection.deadline = self._now + self.limits.request_timeout
             if reader.head is not None and reader.head.expect_continue:
-                with suppress(OSError):
-                    connection.request.send(_CONTINUE)
+                with suppress(OSError):  # that is told of
+                    if left := send_parts(connection.request, [_CONTINUE]):
+                        self._answer_later(connection, True, left)
 
     def _keep_ahead(self, connection: Connection, at: int, fill: int, next_turn: bool) -> None:
         """Requests were sent ahead: they may hold a key."""
@@ -652,6 +653,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._answer_later(connection, connection.keep, left)
         elif not left:
             self._poll.modify(connection.request.fileno(), _IN)
+            if connection.reader is not None and connection.reader.head is not None:
+                connection.phase = BODY  # it was asked for; what is kept of it stays
+                connection.deadline = self._now + self.limits.request_timeout
+                return
             self._forget_body(connection)
             (self._rest if connection.keep else self._linger)(connection)
 

@@ -116,6 +116,20 @@ class TestExpect:
     def test_who_sent_the_body_already_needs_no_answer(self, daemon: Daemon) -> None:
         assert statuses(raw(daemon.socket, self.HEAD % 2 + b"{}")) == [400]
 
+    def test_it_comes_behind_answers_that_are_not_taken_yet(self, daemon: Daemon) -> None:
+        """Of some count of these answers the last one just fits, and it does not any more."""
+        for ahead in range(1, 14):
+            with connect(daemon.socket) as sock:
+                sock.sendall(get(target="/metrics") * ahead + self.HEAD % 4)
+                settled(daemon, sock)
+                come = b""
+                while not come.endswith(b"HTTP/1.1 100 Continue\r\n\r\n"):
+                    come += sock.recv(1 << 20)
+                for piece in (b"{", b"}  "):
+                    sock.sendall(piece)
+                    settled(daemon, sock)
+                assert statuses(sock.recv(1000)) == [400]
+
     def test_what_is_refused_is_not_asked_for(self, daemon: Daemon) -> None:
         assert statuses(raw(daemon.socket, self.HEAD % (1 << 30), end=False)) == [413]
         assert statuses(raw(daemon.socket, (self.HEAD % 4).replace(b"encrypt", b"nothing"))) == [404]
