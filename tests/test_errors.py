@@ -64,8 +64,12 @@ def test_a_keeper_that_is_gone() -> None:
 
 def test_a_keeper_that_is_silent() -> None:
     inbox, outbox = channel.channel()
-    with inbox, outbox, pytest.raises(errors.StoreUnavailable, match="does not answer"):
-        channel.KeeperClient(outbox).call("x", {}, timeout=0.05)
+    with inbox, outbox:
+        with pytest.raises(errors.StoreUnavailable, match="does not answer: a change may or") as change:
+            channel.KeeperClient(outbox).call("x", {}, ("1.1", 7, "sig"), timeout=0.05)
+        with pytest.raises(errors.StoreUnavailable, match="does not answer$") as question:
+            channel.KeeperClient(outbox).call("status", {}, timeout=0.05)
+    assert "may be repeated" in change.value.hint and "help troubleshooting" in question.value.hint
 
 
 def test_a_job_comes_over_whole() -> None:

@@ -97,7 +97,7 @@ class KeeperClient:
                 message = json_dumps({"op": op, "args": args, "head": head}).encode()
                 self._send(message, theirs, deadline)
             try:
-                answer = _read(ours, None if timeout is None else deadline)
+                answer = _read(ours, None if timeout is None else deadline, head is None)
             except BaseException:
                 if new_kek is not None:
                     new_kek.leave(ours)
@@ -127,6 +127,9 @@ SEND_SECONDS = 30.0
 """How long a job of no limited time may wait for room in the queue."""
 
 
+SILENT = "the keeper process does not answer"
+
+
 def _ready(sock: socket.socket, event: int, deadline: float | None) -> bool:
     """Wait until the socket is ready for it; False after the deadline."""
     poller = select.poll()
@@ -134,14 +137,17 @@ def _ready(sock: socket.socket, event: int, deadline: float | None) -> bool:
     return bool(poller.poll(None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000))
 
 
-def _read(sock: socket.socket, deadline: float | None = None) -> bytes:
+def _read(sock: socket.socket, deadline: float | None = None, asked: bool = False) -> bytes:
+    """`asked`: nothing was to be changed."""
     parts: list[bytes] = []
     while _ready(sock, select.POLLIN, deadline):
         if not (part := sock.recv(65536)):
             return b"".join(parts)
         parts.append(part)
+    if asked:
+        raise StoreUnavailable(SILENT, hint="it hangs, or its disk: `progressdb-kms help troubleshooting`")
     raise StoreUnavailable(
-        "the keeper process does not answer: a change may or may not be made",
+        f"{SILENT}: a change may or may not be made",
         hint="ask again: every change may be repeated; `progressdb-kms doctor`",
     )
 
