@@ -69,8 +69,8 @@ INLINE, INLINE_ITEMS = 64 * 1024, 128
 
 TURN = 0.0005
 """Seconds of a turn, in all, for those that sent requests ahead, send long bodies, or were never answered: as
-many of them come and go as like to. The others come first; of several UIDs, for four times as long: shorter
-turns cost more than they are worth."""
+many of them come and go as like to. The others come first; of several UIDs, until one of them took so long,
+or all ten times as long: shorter turns cost more than they are worth."""
 
 LINGER_SECONDS = 1.0
 """After the last answer the peer may still be sending: so long it is listened to, so that it reads that. A
@@ -248,39 +248,40 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._tick()
 
     def _serve_known(self, known: list[Connection]) -> None:
-        """Of one UID all, as they came. Of several as long as a turn takes: then it is asked who has come
+        """Of one UID all, as they came. Of several until one takes long: then it is asked who has come
         meanwhile, and whoever is left is told of again."""
         if len(self._uids) < 2:
             for connection in known:
                 self._receive(connection)
             return
-        until, uid = time.monotonic() + 4 * TURN, -1
+        spent = 0.0
         for connection in self._fair.order(known):
-            if self._out and uid != connection.peer.uid:
+            if self._out and self._out[-1][0].peer.uid != connection.peer.uid:
                 self._flush()
-            uid = connection.peer.uid
-            if self._do(self._receive, connection) > until:
+            took = self._do(self._receive, connection)
+            spent += took
+            if took > TURN or spent > 10 * TURN:
                 break
 
     def _serve_others(self, others: list[Connection]) -> None:
         """Each of them is the first at some time; whoever has no turn in this one is told of again. None of
         them lies in `_ahead` too: its next bytes, or its end, come when its answers are sent."""
         waiting, self._ahead = deque(self._fair.order(others)), deque(self._fair.order(self._ahead))
-        until = now = time.monotonic() + TURN
-        while (waiting or self._ahead) and now <= until:
+        spent = 0.0
+        while (waiting or self._ahead) and spent <= TURN:
             if waiting:
-                now = self._do(self._comes, waiting.popleft())
+                spent += self._do(self._comes, waiting.popleft())
             if self._ahead:
-                now = self._do(self._go_ahead, self._ahead.popleft())
+                spent += self._do(self._go_ahead, self._ahead.popleft())
 
     def _do(self, work: Callable[[Connection], object], connection: Connection) -> float:
-        """Charge it to its UID; returns the time."""
+        """Charge it to its UID; returns the seconds."""
         begun = time.monotonic()
         connection.turn = self._turns
         work(connection)
-        now = time.monotonic()
-        self._fair.took(connection.peer.uid, now - begun)
-        return now
+        seconds = time.monotonic() - begun
+        self._fair.took(connection.peer.uid, seconds)
+        return seconds
 
     def _wait(self) -> list[tuple[int, int]]:
         seconds = self._tick_seconds if self._connections else 5.0

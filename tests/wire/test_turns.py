@@ -58,7 +58,7 @@ def test_who_was_answered_before_comes_first(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_others_have_so_long_and_each_is_the_first_at_some_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "TURN", -1.0)  # it is over before it has begun: one of each kind
+    monkeypatch.setattr(server, "TURN", 0.0)  # it is over as soon as it has begun: one of each kind
     fake, served = waiter(), []
     fake._comes.side_effect = fake._go_ahead.side_effect = lambda one: served.append(one.name)
     others = [connection(name) for name in "abc"]
@@ -92,7 +92,7 @@ def of_two_uids(
     def serve(one: Any) -> None:
         served.append(one.name)
         clock.now += needs[one.peer.uid]
-        fake._out += ["an answer"] * answers
+        fake._out += [(one, b"an answer")] * answers
 
     def flush() -> None:
         served.append("sent")
@@ -119,6 +119,12 @@ def test_one_who_asks_for_little_waits_for_one_request_of_the_others(monkeypatch
     assert served == [
         *("page 0", "light", "page 1", "page 2", "light", "page 0", "page 1", "light", "page 2"),
     ]
+
+
+def test_short_requests_are_served_as_long_as_they_are_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, served = of_two_uids(monkeypatch, {LIGHT: 0.0001, HEAVY: 0.0003})
+    turn(fake, *(connection("light") for _ in range(30)), *(connection("page", uid=HEAVY) for _ in range(30)))
+    assert served == ["light"] * 30 + ["page"] * 7
 
 
 def test_what_was_made_for_one_uid_is_sent_before_the_next_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
