@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
 from ..audit.log import fragment, key_fragment
+from ..crypto.aead import KEY_SIZE, NONCE_SIZE, Aead
 from ..encoding import new_key_id, timestamp, wall
-from ..errors import BadRequest
+from ..errors import AuthenticationFailed, BadRequest, Conflict
 from ..service.keeper import describe
 from ..service.usage import told
 from ..store.contract import DekRecord, Usage
@@ -65,7 +67,8 @@ def list_deks(app: App, call: Call) -> Reply:
     known_query(call, "cursor", "limit", "thread_id", "unused_for")
     cursor, limit, thread_id = (call.head.query.get(name) for name in ("cursor", "limit", "thread_id"))
     if cursor:
-        checked_key_id(cursor, "cursor")
+        veiled = re.fullmatch("~([0-9a-f]{2})+", cursor)
+        cursor = _unveiled(cursor) if veiled else checked_key_id(cursor, "cursor")
     size = DEFAULT_PAGE if limit is None else int(limit) if re.fullmatch("[0-9]{1,4}", limit) else 0
     if not 1 <= size <= MAX_PAGE:
         raise BadRequest.invalid("limit", f"must be a whole number from 1 to {MAX_PAGE}")
@@ -113,7 +116,25 @@ def _visible(
         if not more:
             return shown, None
         after = records[-1].key_id
-    return shown, after
+    return shown, _veiled(after) if call.rights else after
+
+
+_VEIL = os.urandom(KEY_SIZE)
+"""Of all workers of this run, which fork from who made it. It hides names; no key is under it."""
+
+
+def _veiled(key_id: str) -> str:
+    """A cursor that goes to somebody who may not see the DEK where it stands."""
+    nonce = os.urandom(NONCE_SIZE)
+    return "~" + (nonce + Aead(memoryview(_VEIL)).seal(nonce, key_id.encode(), b"")).hex()
+
+
+def _unveiled(cursor: str) -> str:
+    raw = bytes.fromhex(cursor[1:])
+    try:
+        return Aead(memoryview(_VEIL)).open(raw[:NONCE_SIZE], raw[NONCE_SIZE:], b"").decode()
+    except (ValueError, AuthenticationFailed):
+        raise Conflict("the cursor is of another run: list from the start", code="wrong_cursor") from None
 
 
 def describe_dek(app: App, call: Call) -> Reply:

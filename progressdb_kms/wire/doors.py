@@ -60,9 +60,7 @@ def peer_of(sock: socket.socket) -> Peer:
 
 def groups_of(sock: socket.socket) -> tuple[int, ...] | None:
     """All groups that the process at the other end was in at connect(); None where that can't be told: over
-    TCP, and of more groups than one can ask for (256). Elsewhere than on Linux its first one is all."""
-    if not sys.platform.startswith("linux"):
-        return ()
+    TCP, elsewhere than on Linux, and of more groups than one can ask for (256)."""
     try:
         told = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)
     except OSError:

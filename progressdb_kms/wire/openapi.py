@@ -238,7 +238,7 @@ _ANSWERS: dict[str, Schema] = {
 _QUERIES: dict[str, list[tuple[str, bool, Schema]]] = {
     "/get_wrapped": [("key_id", True, _KEY_ID)],
     "GET /deks": [
-        ("cursor", False, _either({"const": ""}, _KEY_ID)),
+        ("cursor", False, _either(_KEY_ID, {"type": "string", "pattern": "^(~([0-9a-f]{2})+)?$"})),
         ("limit", False, {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}),
         ("thread_id", False, _THREAD_ID),
         ("unused_for", False, {"type": "integer", "minimum": 0, "maximum": 9_999_999_999}),

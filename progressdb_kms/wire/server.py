@@ -655,8 +655,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         elif not left:
             self._poll.modify(connection.request.fileno(), _IN)
             if connection.reader is not None and connection.reader.head is not None:
-                connection.phase = BODY  # it was asked for; what is kept of it stays
-                connection.deadline = self._now + self.limits.request_timeout
+                # its body was asked for; what is kept of that stays
+                connection.phase, connection.deadline = BODY, self._now + self.limits.request_timeout
                 return
             self._forget_body(connection)
             (self._rest if connection.keep else self._linger)(connection)

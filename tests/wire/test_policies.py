@@ -147,6 +147,30 @@ def test_what_one_may_not_use_one_does_not_see(daemon: Daemon) -> None:
     assert set(seen) < set(everything) and len(seen) == len(set(seen))
 
 
+def test_a_page_that_is_not_the_last_names_nobody_else_s_dek() -> None:
+    """Where more is hidden than one call looks through. Both workers know the cursor, nobody else made it."""
+    daemon = serve(2, [{"uid": APP, "threads": ["room-*"]}])
+    try:
+        with daemon.session() as kms:
+            for number in range(70):
+                body = {"key_id": f"others-{number:02}", "thread_id": "cellar"}
+                kms.ok("POST", "/deks", body, 201)
+        seen, cursors = [], [""]
+        while cursors[-1] is not None:
+            page = ask(daemon, "GET", f"/deks?limit=1&cursor={cursors[-1]}").json()
+            seen += [dek["key_id"] for dek in page["deks"]]
+            cursors.append(page["next_cursor"])
+        assert seen == ["k_1", "k_4", "x_3"]
+        assert not any("others" in (cursor or "") for cursor in cursors)
+        veiled = next(cursor for cursor in cursors if cursor and cursor.startswith("~"))
+        for wrong in ("~00", veiled[:-2], veiled[:-1] + ("0" if veiled[-1] != "0" else "1"), "~", "~xy"):
+            reply = ask(daemon, "GET", f"/deks?cursor={wrong}")
+            told = (400, "invalid_cursor") if wrong in ("~", "~xy") else (409, "wrong_cursor")
+            assert (reply.status, reply.code) == told, wrong
+    finally:
+        daemon.close()
+
+
 def test_refusals_are_counted_on_the_record(short_tmp: Any) -> None:
     daemon = serve(1, POLICIES)
     try:
