@@ -30,6 +30,7 @@ CHUNK = 64 * 1024
 """Bytes a read, where the answer doesn't tell its length."""
 
 HINT_NOT_RUNNING = "is it running? systemctl status progressdb-kms"
+HINT_HANGS = "it listens, and may hang: `progressdb-kms help troubleshooting`"
 
 
 class ClientError(Exception):
@@ -140,7 +141,7 @@ class Pool:
 
     def _timed_out(self, request: Request) -> ConnectionFailed:
         message = f"no answer from {self._path} within {request.timeout:g} s"
-        return ConnectionFailed(message, code="timeout", hint=_what_now(request, True))
+        return ConnectionFailed(message, code="timeout", hint=_what_now(request, True, HINT_HANGS))
 
     def _broken(self, request: Request, why: str, complete: bool) -> ConnectionFailed:
         message = f"the connection to {self._path} broke: {why}"
@@ -264,7 +265,7 @@ def _unreachable(path: str, error: OSError) -> ConnectionFailed:
     return ConnectionFailed(f"can't connect to {path}: {why}", code="connection_failed", hint=hint)
 
 
-def _what_now(request: Request, complete: bool) -> str:
+def _what_now(request: Request, complete: bool, hint: str = HINT_NOT_RUNNING) -> str:
     if complete and not request.repeatable:
         return "whether it was carried out is not known: look before you repeat it"
-    return HINT_NOT_RUNNING
+    return hint

@@ -35,7 +35,7 @@ from ..config.options import Settings
 from ..config.values import host_and_port
 from ..crypto.keyring import fingerprint
 from ..crypto.memory import PAGE, LockedBuffer
-from ..errors import KMSError
+from ..errors import KMSError, PeerRefused
 from ..process import hardening
 from ..process.streams import DEPENDENCIES
 from ..service import lastbackup
@@ -574,7 +574,10 @@ def _tcp(patient: Patient) -> Findings:
             "copy tcp.conf from the packages' examples into progressdb-kms.service.d, daemon-reload, restart"
         )
         yield Finding(FAIL, f"the unit lets the daemon have no TCP: {families}", todo)
-    yield _answers(host, port, address) if is_held(patient.data_dir) else _bindable(host, port, address)
+    if is_held(patient.data_dir):
+        yield _answers(host, port, address, patient.owner)
+    else:
+        yield _bindable(host, port, address)
     served = {0, patient.owner} if rules.callers is None else rules.callers
     uids = ", ".join(map(str, sorted(served | (rules.admins or frozenset())))) or "none"
     level = WARN if rules.callers is None else OK
@@ -583,16 +586,25 @@ def _tcp(patient: Patient) -> Findings:
     )
 
 
-def _answers(host: str, port: int, address: str) -> Finding:
-    """Also 403 is an answer: root may not be one of the callers."""
-    remote = http.client.HTTPConnection(host, port, timeout=ANSWER_SECONDS)
+def _answers(host: str, port: int, address: str, owner: int) -> Finding:
+    """Also 403 is an answer: root may not be one of the callers. Anybody may listen where the daemon does
+    not, and what answers is asked no more than who it is."""
+    remote, peers, uid = http.client.HTTPConnection(host, port, timeout=ANSWER_SECONDS), loopback.Peers(), 0
     try:
-        with contextlib.closing(remote):
+        with contextlib.closing(remote), contextlib.closing(peers):
+            remote.connect()
+            sock = remote.sock
             remote.request("GET", "/healthz", headers={"Host": address})
-            status = remote.getresponse().status
+            response = remote.getresponse()
+            status = response.status
+            with contextlib.suppress(PeerRefused):  # it has closed already
+                uid = peers.identify(sock).uid
     except (OSError, http.client.HTTPException) as error:
         todo = "its log tells why; with a changed tcp_address, or a new drop-in tcp.conf, restart it"
         return Finding(FAIL, f"the daemon runs, and nothing answers at {address}: {error}", todo)
+    if uid not in (0, owner):
+        todo = "it gets what is sent there: find it (`ss -ltnp`), end it, and restart the daemon"
+        return Finding(FAIL, f"uid {uid} answers at {address}, and the daemon's user is {owner}", todo)
     if status not in (200, 403):
         return Finding(FAIL, f"{address} answers /healthz with {status}", "is it another program? `ss -ltnp`")
     return Finding(OK, f"{address} answers" + ("" if status == 200 else f", and refuses uid {os.geteuid()}"))

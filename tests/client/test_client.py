@@ -304,8 +304,11 @@ class TestErrors:
         with script(path, silent), Client(path, timeout=0.05) as client:
             with pytest.raises(ConnectionFailed) as caught:
                 client.create_dek("t")
+            with pytest.raises(ConnectionFailed) as question:
+                client.status()
             gone.set()
         assert caught.value.code == "timeout" and "not known" in caught.value.hint
+        assert "help troubleshooting" in question.value.hint  # somebody listens
 
     @pytest.mark.parametrize(
         "body",

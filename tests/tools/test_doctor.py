@@ -9,6 +9,8 @@ import os
 import shutil
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -356,6 +358,23 @@ class TestTcp:
             found = list(doctor._tcp(patient(home, tcp_address=address, allowed_peer_uids="[7]")))
             thread.join(30)
         assert (found[0].level, found[0].text) == (level, f"{address} {told}")
+
+    @pytest.mark.root
+    def test_another_user_answers(self, home: Path, running: None) -> None:
+        """Where the daemon does not listen, or not yet, anybody may."""
+        code = (
+            "import os, socket; os.setuid(20_005); s = socket.create_server(('127.0.0.1', 0))\n"
+            "print(s.getsockname()[1], flush=True); peer = s.accept()[0]; peer.recv(4096)\n"
+            "peer.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\n\\r\\n'); peer.recv(1)"
+        )
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+            assert other.stdout is not None
+            try:
+                address = f"127.0.0.1:{int(other.stdout.readline())}"
+                found = list(doctor._tcp(patient(home, tcp_address=address, allowed_peer_uids="[7]")))
+            finally:
+                other.kill()
+        assert found[0].level == FAIL and f"uid 20005 answers at {address}" in found[0].text
 
     def test_the_unit_lacks_the_drop_in(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         families = ["AF_UNIX"]

@@ -252,6 +252,19 @@ def test_a_port_that_is_taken(address: Address) -> None:
         assert refused.code == 1 and "can't be bound" in refused.stderr and "ss -ltnp" in refused.stderr
 
 
+def test_nobody_else_can_listen_beside_it(daemon: Daemon, address: Address) -> None:
+    """Nor at an address that is in it, by whatever option; and root is not asked for less than others."""
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    for host in (address[0], "::" if family == socket.AF_INET6 else "0.0.0.0"):
+        for options in ((), (socket.SO_REUSEADDR,), (socket.SO_REUSEADDR, socket.SO_REUSEPORT)):
+            with socket.socket(family) as other:
+                for option in options:
+                    other.setsockopt(socket.SOL_SOCKET, option, 1)
+                with pytest.raises(OSError, match="in use"):
+                    other.bind((host, address[1]))
+                    other.listen()
+
+
 def test_a_restart_takes_the_port_again(fresh: Address) -> None:
     with on_tcp(fresh, workers=2) as daemon:
         for _ in range(2):
