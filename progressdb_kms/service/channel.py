@@ -97,7 +97,8 @@ class KeeperClient:
                 message = json_dumps({"op": op, "args": args, "head": head}).encode()
                 self._send(message, theirs, deadline)
             try:
-                answer = _read(ours, None if timeout is None else deadline, head is None)
+                asked = head is None and new_kek is None
+                answer = _read(ours, None if timeout is None else deadline, asked)
             except BaseException:
                 if new_kek is not None:
                     new_kek.leave(ours)
