@@ -89,6 +89,11 @@ def test_all_that_name_a_peer_must_allow() -> None:
     assert found.sees("k_1", "room-") and not found.sees("k_1", "aroom-1")
 
 
+def test_patterns_say_nothing_of_calls_that_are_for_no_dek() -> None:
+    found = policies({"uid": 20002, "keys": ["k_*"], "threads": ["room-*"]})
+    assert operation(found, "rotate_kek") == operation(found, "accept_clock") == ""
+
+
 @pytest.mark.parametrize(
     "text, fits, fails",
     [

@@ -55,4 +55,4 @@ class Board:
         except ConfigError as error:
             log.error("the policies stay as they were: %s", error.told)
             return
-        log.info("SIGHUP: policies in force: %d", len(entries))
+        log.info("SIGHUP: policies in force: %d; peer rules and limits are those of the start", len(entries))

@@ -256,7 +256,7 @@ def test_sighup_renews_them_all_or_nothing(workers: int) -> None:
             for config, allowed, told in (
                 ([{"uid": APP, "keys": ["k_1"]}], False, "SIGHUP: policies in force: 1"),
                 ([{"uid": APP, "key": ["k_2"]}], False, "unknown key 'key', did you mean 'keys'?\n"),
-                ([], True, "SIGHUP: policies in force: 0"),
+                ([], True, "SIGHUP: policies in force: 0; peer rules and limits are those of the start"),
             ):
                 daemon.write_config({"policies": config})
                 daemon.signal(signal.SIGHUP)
