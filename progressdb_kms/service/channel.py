@@ -97,8 +97,7 @@ class KeeperClient:
                 message = json_dumps({"op": op, "args": args, "head": head}).encode()
                 self._send(message, theirs, deadline)
             try:
-                asked = head is None and new_kek is None
-                answer = _read(ours, None if timeout is None else deadline, asked)
+                answer = _read(ours, None if timeout is None else deadline, (head or new_kek) is None)
             except BaseException:
                 if new_kek is not None:
                     new_kek.leave(ours)
