@@ -36,7 +36,7 @@ def doctor(args: argparse.Namespace) -> int:
     "entry of policies. Rates are not looked at.",
     (
         Arg(("--uid",), "the caller's UID", "uid", "N", required=True),
-        Arg(("--gid",), "a group that the caller is in (default: none of those that policies name)", "uid", "N"),
+        Arg(("--gid",), "a group of the caller (default: none of those that policies name)", "uid", "N"),
         Arg(("--op",), "the operation: a command, or as the audit log names it", "op", "OP", required=True),
         Arg(("--key-id",), "the DEK", "key_id", "ID"),
         Arg(("--thread-id",), "its thread", "text", "ID"),
