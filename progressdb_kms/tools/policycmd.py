@@ -46,12 +46,13 @@ def operation(text: str) -> str | None:
 def _ask(args: argparse.Namespace, settings: Settings, peer: Peer, op: str, policies: list[Policy]) -> bool:
     """True: for every DEK that was asked about; False: none was, and a policy names some."""
     settings.peer_rules.check(peer, False)
+    rights = rights_of(peer, policies)
+    if rights is not None:
+        rights.check_operation(op)
     if any(route.admin for route in ROUTES if route.op == op):
         settings.peer_rules.check(peer, True)
-    rights = rights_of(peer, policies)
     if rights is None:
         return True
-    rights.check_operation(op)
     key_id, thread_id = args.key_id, args.thread_id
     if op == "create_dek" and (key_id, thread_id) != (None, None):  # as the daemon names them then
         key_id, thread_id = key_id or new_key_id(0, bytes(10)), thread_id or key_id or ""

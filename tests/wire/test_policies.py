@@ -365,6 +365,19 @@ def test_policy_test(daemon: Daemon, words: list[str], code: int, told: str) -> 
     assert done.returncode == code and told in (done.stdout + done.stderr).decode(), done
 
 
+def test_policy_test_asks_in_the_order_of_the_daemon(short_tmp: Any) -> None:
+    """What a policy refuses is counted, and of many times one line a minute: so it is asked before the list
+    of admins, whose every refusal is a line."""
+    config = {"admin_peer_uids": [0], "policies": [{"uid": APP, "operations": ["encrypt"], "per_second": 2}]}
+    with Daemon(config, workers=1) as daemon:
+        daemon.home.chmod(0o755)
+        daemon.socket.chmod(0o666)
+        codes = {ask(daemon, "POST", "/rotate_kek", {"new_kek_hex": "x"}).code for _ in range(5)}
+        assert codes == {"policy_refused"}
+        done = daemon.offline("policy", "test", "--uid", str(APP), "--op", "rotate_kek")
+        assert done.returncode == 1 and b"policies, entry 1" in done.stdout
+
+
 def test_policy_test_asks_the_other_rules_first(short_tmp: Any) -> None:
     daemon = Daemon({"allowed_peer_uids": [0, APP], "admin_peer_uids": [0]}, workers=1)
     try:
