@@ -139,6 +139,35 @@ def test_after_thousands_of_operations(count: int) -> None:
         scan(daemon.pids(), secrets).assert_clean()
 
 
+LAST = {
+    "encrypt": lambda text, sealed: ("/encrypt", {"plaintext": text}),
+    "decrypt": lambda text, sealed: ("/decrypt", {"ciphertext": sealed}),
+    "encrypt_batch": lambda text, sealed: ("/encrypt_batch", {"items": [{"plaintext": text}] * 2}),
+    "decrypt_batch": lambda text, sealed: ("/decrypt_batch", {"items": [{"ciphertext": sealed}] * 2}),
+    "with a failure": lambda text, sealed: (
+        "/decrypt_batch",
+        {"items": [{"ciphertext": sealed}, {"ciphertext": sealed[:-8] + "AAAAAAA="}]},
+    ),
+    "reencrypt": lambda text, sealed: ("/reencrypt", {"items": [{"ciphertext": sealed}] * 2}),
+}
+
+
+@pytest.mark.parametrize("size", [48, 300])
+def test_what_the_last_call_leaves(size: int) -> None:
+    """No later one is there to overwrite it: the C code for base64 makes short texts on the stack."""
+    with Daemon(workers=1) as daemon, daemon.session() as kms:
+        key_id = kms.create_dek("t")["key_id"]
+        for name, last in LAST.items():
+            plaintext = os.urandom(size)
+            sealed = kms.ok("POST", "/encrypt", {"key_id": key_id, "plaintext": b64(plaintext)})["ciphertext"]
+            path, body = last(b64(plaintext), sealed)
+            for item in body.get("items", [body]):
+                item |= {"key_id": key_id, **({"new_key_id": key_id} if name == "reencrypt" else {})}
+            kms.ok("POST", path, body)
+            report = scan(daemon.pids(), [Secret("plaintext", plaintext, key=False)])
+            assert not report.hits, f"{name}: {report}"
+
+
 def own_keys(daemon: Daemon) -> list[Secret]:
     """Each record of the audit log is signed with the one, each row of the store with the other."""
     found, kek = [], memoryview(bytearray(daemon.kek))
