@@ -223,7 +223,7 @@ class Soak:
         assert left == []
         root = self.daemon.data_dir / "kms-deks-backup"
         few = "what killed rotations left to be tidied up"
-        wait_until(lambda: sum(path.is_dir() for path in root.iterdir()) <= 4, 60, few)
+        wait_until(lambda: sum(path.is_dir() for path in root.glob("*")) <= 4, 60, few)
 
     def verify(self) -> None:
         with self.daemon.session() as kms:
