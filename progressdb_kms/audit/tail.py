@@ -30,7 +30,8 @@ TAIL = 64 << 10
 SETTLE = 0.05
 """Seconds after which the end of a log that stays the same is not a line that is just being written."""
 
-_BORN = re.compile(MARK + rb'([0-9]+)\.[0-9.]+","seq":[0-9]+,"prev":"[^"]*","ts":"([0-9T:.Z-]+)"')
+_BORN = rb'([0-9]+)\.%b[0-9.]*","seq":[0-9]+,"prev":"[^"]*","ts":"([0-9T:.Z-]+)"'
+_BY_A_WORKER, _BY_ANYBODY = (re.compile(MARK + _BORN % slot).search for slot in (b"[1-9]", b""))
 UNREADABLE = (OSError, EOFError, zlib.error)
 
 
@@ -46,12 +47,17 @@ def opened(path: str) -> tuple[BinaryIO, BinaryIO]:
 
 
 def _age(path: str) -> tuple[int, str]:
-    """When a file's first record was written: its start epoch and time. A file without one is the newest."""
-    found = None
+    """When a file's first record was written: its start epoch and time. A file without one is the newest.
+
+    A keeper that took another's place has an epoch of its own, while the workers keep theirs: that counts,
+    whoever was the first in the file. Of a packed file that was cut the beginning can be read."""
+    head = b""
     with suppress(*UNREADABLE):
         file, raw = opened(path)
         with raw:
-            found = _BORN.search(file.read(1024)) or _BORN.search(file.read(LONGEST))
+            for size in (1024, TAIL, TAIL):
+                head += file.read(size)
+    found = _BY_A_WORKER(head) or _BY_ANYBODY(head)
     return (int(found[1]), found[2].decode()) if found else (1 << 62, "")
 
 

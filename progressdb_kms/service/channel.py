@@ -127,9 +127,6 @@ SEND_SECONDS = 30.0
 """How long a job of no limited time may wait for room in the queue."""
 
 
-SILENT = "the keeper process does not answer"
-
-
 def _ready(sock: socket.socket, event: int, deadline: float | None) -> bool:
     """Wait until the socket is ready for it; False after the deadline."""
     poller = select.poll()
@@ -144,12 +141,11 @@ def _read(sock: socket.socket, deadline: float | None = None, asked: bool = Fals
         if not (part := sock.recv(65536)):
             return b"".join(parts)
         parts.append(part)
+    made = ": a change may or may not be made"
+    hint = "ask again: every change may be repeated; `progressdb-kms doctor`"
     if asked:
-        raise StoreUnavailable(SILENT, hint="it hangs, or its disk: `progressdb-kms help troubleshooting`")
-    raise StoreUnavailable(
-        f"{SILENT}: a change may or may not be made",
-        hint="ask again: every change may be repeated; `progressdb-kms doctor`",
-    )
+        made, hint = "", "it hangs, or its disk: `progressdb-kms help troubleshooting`"
+    raise StoreUnavailable(f"the keeper process does not answer{made}", hint=hint)
 
 
 def _unpack(answer: bytes) -> dict[str, Any]:

@@ -115,7 +115,8 @@ def _batch_reply(
         sources.update([item[0] for item in items if type(item) is tuple])
         failed += (bad := len(results) - list(map(type, results)).count(bytes))
         count += len(results)
-        out += (_with_errors if bad else _rendered)(lead, results) + b","
+        for some in [[one] for one in results] if bad else [results]:
+            out += _rendered(lead, some) + b","
         call.breathe()
     out[-1:] = b"]}"
     denied = sorted(call.denials) or None
@@ -130,16 +131,13 @@ _BLANK = bytes(381)
 
 
 def _rendered(lead: bytes, results: Sequence[Any]) -> bytes:
-    """All of them are bytes. What `b2a_base64` leaves of the last on its stack is overwritten from the same
-    place. Base64 has no line end but its last, which is cheaper to take away than to ask for none."""
+    """All of them are bytes, or it is an error alone. What `b2a_base64` leaves of the last on its stack is
+    overwritten from the same place. Base64 has no line end but its last, which is cheaper to take away than
+    to ask for none."""
+    if isinstance(results[0], KMSError):
+        return _item_error(results[0])
     *texts, _ = map(b2a_base64, [*results, _BLANK])
     return (lead + (b'"},' + lead).join(texts) + b'"}').replace(b"\n", b"")
-
-
-def _with_errors(lead: bytes, results: Results) -> bytes:
-    return b",".join(
-        [_item_error(one) if isinstance(one, KMSError) else _rendered(lead, [one]) for one in results]
-    )
 
 
 def _item_error(error: KMSError) -> bytes:

@@ -852,6 +852,17 @@ def test_files_may_come_in_any_order(path: Path, order: tuple[int, ...]) -> None
     assert check(files, {}, sort=False).ok
 
 
+def test_the_first_in_a_file_may_be_a_keeper_that_took_anothers_place(path: Path) -> None:
+    """It has an epoch of its own, and the workers keep theirs."""
+    worker, files = made(path, ["15.1"])[0], []
+    for first, second in ((None, worker), (AuditLog(path, KEY, "16.0"), worker), (worker, None)):
+        for log in filter(None, (first, second)):
+            encrypt(log)
+        files.append(path.rename(path.with_name(f"kms-audit.log.{len(files)}")))
+    assert in_order(reversed(files)) == [str(file) for file in files]
+    assert check(files, {}).ok
+
+
 def test_an_empty_file_is_in_order(path: Path) -> None:
     anchors = fill(path)
     empty = path.with_name("empty")
