@@ -145,7 +145,7 @@ def told(
     found = {"report": {**vars(report), "chains": list(report.chains.items())}, "out": out.getvalue()}
     if both is not None:
         hits, counts = both.parts
-        found.update(hits=(hits.found, hits.unsigned), counts=vars(counts))
+        found.update(hits=(hits.found, hits.unsigned), counts=dict(vars(counts)))
     return found
 
 
