@@ -267,8 +267,8 @@ def test_too_little_address_space_is_one_line(workers: int) -> None:
             daemon.start().stop()
         said = daemon.stderr
         daemon.close()
-        if "_run_module_as_main" in said and "progressdb-kms" not in said:
-            continue  # the interpreter itself had no room, before a line of ours ran
+        if "progressdb-kms" not in said and ("_run_module_as_main" in said or "memory allocation of" in said):
+            continue  # the interpreter, or a library that ends the process for it, had no room
         assert "Traceback" not in said, said
         refused += "raise" in said and "LimitAS=" in said
         assert "internal error" not in said and len(said.splitlines()) <= 1
