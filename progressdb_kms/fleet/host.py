@@ -129,6 +129,7 @@ class Host:
         self._given_up: list[str] = []
         self._active = ""
         self._watch: Watch = barrier.FIRST
+        self._timeline = 0  # of the rows that it is of
         self._next_beat = self._next_look = 0.0
         self._pause = self.impatience[0]
         self._pruned = 0
@@ -277,6 +278,8 @@ class Host:
         pending, asked = list(self._pending), self._now()
         sight: Sight = yield from ask(lambda registry: registry.sight())
         me, now = (self._who.host, self._inc), self._now()
+        if sight.fleet.timeline != self._timeline:  # there a beat of the same number may be another one
+            self._watch, self._timeline = barrier.FIRST, sight.fleet.timeline
         self._watch = barrier.watched(self._watch, sight.hosts, asked, now, self._span)
         self._next_look = now + self._span / lease.BEATS
         mine = self._board.seen

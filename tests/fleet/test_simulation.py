@@ -48,6 +48,13 @@ def test_each_safeguard_is_needed(safeguard: str) -> None:
     assert search(FIRST.get(safeguard, 0), 5000, without=[safeguard], troubles=WITHOUT[safeguard]).found
 
 
+@pytest.mark.parametrize("number", [10_074_342, 20_074_796])
+def test_a_beat_of_the_same_number_on_another_timeline(number: int) -> None:
+    """Two of 150,000: who looked at the old primary, and then at the new one, took a host that beat on both
+    for one that was silent."""
+    assert search(number, 1).found == ""
+
+
 def test_a_schedule_replays() -> None:
     """The same number, the same history: whatever was found can be looked at line by line."""
     with unheard():
