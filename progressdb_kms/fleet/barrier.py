@@ -26,13 +26,14 @@ class Seen(NamedTuple):
 
 
 class Watch(NamedTuple):
-    """Of all incarnations, and when the last look ended."""
+    """Of all incarnations; when the last look ended, and on which timeline it was."""
 
     rows: Mapping[Name, Seen]
     last: float
+    timeline: int
 
 
-FIRST = Watch({}, float("-inf"))
+FIRST = Watch({}, float("-inf"), 0)
 
 KEPT_CHANGES = 10_000
 """Changes that are kept although every host knows them: for whoever looks at what happened."""
@@ -47,16 +48,17 @@ def living(rows: Sequence[HostRow]) -> list[HostRow]:
     return [row for row in rows if not row.fenced]
 
 
-def watched(watch: Watch, rows: Sequence[HostRow], asked: float, answered: float, span: float) -> Watch:
+def watched(watch: Watch, sight: Sight, asked: float, answered: float, span: float) -> Watch:
     """The watch after another look. `span` is fence_seconds; times by our steady clock, before the question
-    and after the answer."""
-    known = watch.rows if asked - watch.last <= span * 2 / BEATS else {}
-    now = {name(row): Seen(row.beat, answered) for row in living(rows)}
+    and after the answer. On another timeline a beat of the same number may be another beat."""
+    goes_on = sight.fleet.timeline == watch.timeline and asked - watch.last <= span * 2 / BEATS
+    known = watch.rows if goes_on else {}
+    now = {name(row): Seen(row.beat, answered) for row in living(sight.hosts)}
     for key, found in now.items():
         before = known.get(key)
         if before is not None and before.beat == found.beat:
             now[key] = before
-    return Watch(now, answered)
+    return Watch(now, answered, sight.fleet.timeline)
 
 
 def everywhere(sight: Sight, me: Name, mine: Point, change: Point) -> bool:

@@ -25,7 +25,7 @@ from . import barrier, lease
 from .barrier import Watch
 from .board import Board
 from .lease import Clock
-from .rows import ChangeRow, FleetRow, News, Point, Registry, Sight
+from .rows import ChangeRow, FleetRow, HostRow, News, Point, Registry, Sight
 
 log = logging.getLogger("progressdb_kms")
 
@@ -129,7 +129,6 @@ class Host:
         self._given_up: list[str] = []
         self._active = ""
         self._watch: Watch = barrier.FIRST
-        self._timeline = 0  # of the rows that it is of
         self._next_beat = self._next_look = 0.0
         self._pause = self.impatience[0]
         self._pruned = 0
@@ -278,9 +277,7 @@ class Host:
         pending, asked = list(self._pending), self._now()
         sight: Sight = yield from ask(lambda registry: registry.sight())
         me, now = (self._who.host, self._inc), self._now()
-        if sight.fleet.timeline != self._timeline:  # there a beat of the same number may be another one
-            self._watch, self._timeline = barrier.FIRST, sight.fleet.timeline
-        self._watch = barrier.watched(self._watch, sight.hosts, asked, now, self._span)
+        self._watch = barrier.watched(self._watch, sight, asked, now, self._span)
         self._next_look = now + self._span / lease.BEATS
         mine = self._board.seen
         self._done([each for each in pending if barrier.everywhere(sight, me, mine, each.point)])
@@ -288,16 +285,16 @@ class Host:
         self._pause = min(2 * self._pause, self.impatience[1]) if late else self.impatience[0]
         slow = [*barrier.behind(sight.hosts, max(late, default=0)), *barrier.rotating(sight)]
         for row in barrier.dead(self._watch, slow, me, self._now(), self._span):
-            yield from self._fence(row.host, row.inc, row.beat, row.name)
+            yield from self._fence(row, sight.fleet.timeline)
         if not late and (below := barrier.prunable(sight, me)) > self._pruned:
             self._pruned = below
             yield from ask(lambda registry: registry.prune(below))
 
-    def _fence(self, host: str, inc: str, beat: int, name: str) -> Steps[None]:
-        if (yield from ask(lambda registry: registry.fence(host, inc, beat))):
+    def _fence(self, row: HostRow, timeline: int) -> Steps[None]:
+        if (yield from ask(lambda registry: registry.fence(row.host, row.inc, row.beat, timeline))):
             log.warning(
                 "the host %s (%s) was silent for %.0f s: it is fenced, and changes wait for it no more",
-                *(name, host, self._span),
+                *(row.name, row.host, self._span),
             )
 
     def _done(self, changes: Sequence[Pending]) -> None:

@@ -5,7 +5,8 @@ One connection, used by the thread that keeps this host's place in the fleet; `w
 
 - A statement that changes something commits before it answers, and the session's `synchronous_commit` was
   looked at when it was made. A WARNING means that the COMMIT did not wait: the outcome is unknown.
-- A beat names the timeline on which its `seen` was seen, and changes nothing on a server of another one.
+- A beat names the timeline on which its `seen` was seen, a fence that on which the silence was, and neither
+  changes anything on a server of another one.
 - `register` reads the row of `fleet` FOR SHARE: that waits for a change which is under way, and then sees it.
 
 Notices (LISTEN) come on this connection; one that was lost takes them along, so after each new connection
@@ -39,13 +40,14 @@ SELECT {_FLEET} FROM f"""  # noqa: S608  # our own columns
 _BEAT = f"""
 UPDATE hosts SET beat = beat + 1, seen = greatest(seen, %(seen)s), keks = %(keks)s
 WHERE host = %(host)s AND inc = %(inc)s AND NOT fenced AND {TIMELINE} = %(timeline)s RETURNING 1"""  # noqa: S608
-_FENCE = """
+_FENCE = f"""
 UPDATE hosts SET fenced = true WHERE host = %(host)s AND inc = %(inc)s AND beat = %(beat)s AND NOT fenced
-RETURNING 1"""
+AND {TIMELINE} = %(timeline)s RETURNING 1"""  # noqa: S608
 _CUT = f"""
 SELECT pg_terminate_backend(a.pid) FROM hosts AS h JOIN pg_stat_activity AS a
 ON a.usename = current_user AND a.application_name = '{WRITER}' || h.host
-WHERE h.host = %(host)s AND h.inc = %(inc)s AND h.beat = %(beat)s AND NOT h.fenced"""  # noqa: S608
+WHERE h.host = %(host)s AND h.inc = %(inc)s AND h.beat = %(beat)s AND NOT h.fenced
+AND {TIMELINE} = %(timeline)s"""  # noqa: S608
 _LEAVE = "DELETE FROM hosts WHERE host = %(host)s AND inc = %(inc)s RETURNING 1"
 _PRUNE = """
 DELETE FROM changes WHERE gen IN (SELECT gen FROM changes WHERE gen < %(below)s ORDER BY gen LIMIT 20000)
@@ -85,10 +87,10 @@ class Engine:
         about = {"host": host, "inc": inc, "keks": sorted(keks), "seen": seen.gen, "timeline": seen.timeline}
         return bool(self._committed(_BEAT, about))
 
-    def fence(self, host: str, inc: str, beat: int) -> bool:
+    def fence(self, host: str, inc: str, beat: int, timeline: int) -> bool:
         """Its writer's session is ended first. A host that was stopped in the middle of a pipeline has sent
         half of a transaction: its backend waits for the rest, with all locks, and no timeout ends that."""
-        about = {"host": host, "inc": inc, "beat": beat}
+        about = {"host": host, "inc": inc, "beat": beat, "timeline": timeline}
         self._rows(_CUT, about)
         return bool(self._committed(_FENCE, about))
 

@@ -128,9 +128,10 @@ class Registry(Protocol):
 
     def sight(self) -> Sight: ...
 
-    def fence(self, host: str, inc: str, beat: int) -> bool:
-        """Compare and set: only where (inc, beat) are these and it is not fenced. False: it lives, or
-        somebody else did it."""
+    def fence(self, host: str, inc: str, beat: int, timeline: int) -> bool:
+        """Compare and set: only where (inc, beat) are these and it is not fenced, and this server is on that
+        timeline: on another one a beat of that number may be another beat. False: it lives, or somebody else
+        did it, or the look was at another server."""
         ...
 
     def prune(self, below: int) -> None:

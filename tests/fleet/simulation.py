@@ -142,9 +142,9 @@ class Transactions:
         row = row._replace(beat=row.beat + 1, seen=max(seen.gen, row.seen), keks=keks, fenced=False)
         return db._replace(hosts={**db.hosts, (host, inc): row}), True
 
-    def fence(self, db: Db, host: str, inc: str, beat: int) -> Done:
+    def fence(self, db: Db, host: str, inc: str, beat: int, timeline: int) -> Done:
         row = db.hosts.get((host, inc))
-        if row is None or row.fenced or row.beat != beat:
+        if row is None or row.fenced or (row.beat, db.timeline) != (beat, timeline):
             return db, False
         return db._replace(hosts={**db.hosts, (host, inc): row._replace(fenced=True)}), True
 

@@ -51,7 +51,7 @@ def test_a_change_holds_everywhere(seen: Sight, mine: Point, change: Point, hold
 def looks(*steps: tuple[float, HostRow]) -> barrier.Watch:
     watch = FIRST
     for when, row in steps:
-        watch = barrier.watched(watch, [row], when, when + 0.1, SPAN)
+        watch = barrier.watched(watch, sight(row), when, when + 0.1, SPAN)
     return watch
 
 
@@ -71,6 +71,16 @@ def test_a_beat_begins_the_wait_anew() -> None:
     watch = looks(*every(15.0, until=45.0, row=host("b1", seen=4)), (60.0, row))
     assert barrier.dead(watch, [row], ME, 120.0, SPAN) == []
     assert barrier.dead(watch, [row], ME, 123.2, SPAN) == [row]
+
+
+def test_a_beat_of_the_same_number_on_another_timeline_begins_the_wait_anew() -> None:
+    """The old primary lives on: a host that moved to the new one may reach the same number there."""
+    row = host("b1", seen=4)
+    watch = looks(*every(15.0, until=60.0, row=row))
+    watch = barrier.watched(watch, sight(row, timeline=2), 75.0, 75.1, SPAN)
+    assert barrier.dead(watch, [row], ME, 120.0, SPAN) == []
+    watch = barrier.watched(watch, sight(row), 90.0, 90.1, SPAN)  # nor does the old one's count go on
+    assert barrier.dead(watch, [row], ME, 120.0, SPAN) == []
 
 
 def test_another_incarnation_is_another_host() -> None:

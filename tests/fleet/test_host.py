@@ -130,7 +130,7 @@ class TestBeating:
 
     def test_who_is_fenced_forgets_all_and_registers_anew(self, database: Database, host: Stepped) -> None:
         first, flushes = host.inc, host.board.flushes
-        database.do("fence", "a", first, 0)
+        database.do("fence", "a", first, 0, 1)
         host.clock.seconds += SPAN
         host.turn()
         assert host.board.lease == NONE and "given up" in host.host.why

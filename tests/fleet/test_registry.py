@@ -55,7 +55,7 @@ class TestQuestions:
         for inc in ("a1", "a2", "a3"):
             engine.register("a", inc, "", K)
         engine.register("b", "a1", "", K)
-        assert engine.fence("a", "a3", 0)
+        assert engine.fence("a", "a3", 0, 1)
         engine.register("a", "a4", "", K, ["a1"])
         assert [(row.host, row.inc) for row in engine.sight().hosts] == [
             ("a", "a2"),
@@ -80,10 +80,11 @@ class TestQuestions:
     def test_a_fence_compares(self, engine: Any) -> None:
         engine.register("a", "a1", "", K)
         engine.beat("a", "a1", Point(1, 0), K)
-        assert not engine.fence("a", "a1", 0)
-        assert not engine.fence("a", "a2", 1)
-        assert engine.fence("a", "a1", 1)
-        assert not engine.fence("a", "a1", 1)
+        assert not engine.fence("a", "a1", 0, 1)
+        assert not engine.fence("a", "a2", 1, 1)
+        assert not engine.fence("a", "a1", 1, 2)  # what was seen on another server is no news of this one
+        assert engine.fence("a", "a1", 1, 1)
+        assert not engine.fence("a", "a1", 1, 1)
         assert not engine.beat("a", "a1", Point(1, 0), K)
 
     def test_who_leaves_is_gone(self, engine: Any) -> None:
@@ -276,9 +277,9 @@ def test_a_host_that_was_stopped_in_half_of_a_transaction_holds_nothing_up(
             "SELECT 1 FROM hosts WHERE host = 'one' FOR UPDATE",
         ):
             session.execute(half)
-        assert not engine.fence("one", "1", 9)  # it has beaten meanwhile: nothing of it is ended
+        assert not engine.fence("one", "1", 9, 1)  # it has beaten meanwhile: nothing of it is ended
         session.execute("SELECT 1")
-        assert engine.fence("one", "1", 0)
+        assert engine.fence("one", "1", 0, 1)
         with other.transaction():
             other.write("probe", {"at": "now"})
         session.execute("COMMIT")

@@ -53,8 +53,8 @@ class Twin:
     def beat(self, host: str, inc: str, seen: Point, keks: frozenset[str]) -> bool:
         return bool(self.database.do("beat", host, inc, seen, keks))
 
-    def fence(self, host: str, inc: str, beat: int) -> bool:
-        return bool(self.database.do("fence", host, inc, beat))
+    def fence(self, host: str, inc: str, beat: int, timeline: int) -> bool:
+        return bool(self.database.do("fence", host, inc, beat, timeline))
 
     def prune(self, below: int) -> None:
         self.database.do("prune", below)
