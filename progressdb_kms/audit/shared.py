@@ -17,6 +17,7 @@ pages are wiped by whoever made them.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gzip
 import io
 import json
@@ -241,11 +242,7 @@ def _is_packed(descriptor: int) -> bool:
 class _Helper:
     def __init__(self, worker: _Worker, units: Sequence[_Unit], others: Sequence[_Helper]) -> None:
         here, there = os.pipe()
-        with contextlib.suppress(
-            OSError, AttributeError
-        ):  # Python 3.10; a user has so much of pipes, no more
-            import fcntl
-
+        with contextlib.suppress(OSError, AttributeError):  # a user has so much of pipes; Python 3.10 on
             fcntl.fcntl(there, fcntl.F_SETPIPE_SZ, PIPE)
         self._child = os.fork()
         if not self._child:

@@ -147,6 +147,7 @@ def test_what_one_may_not_use_one_does_not_see(daemon: Daemon) -> None:
     assert set(seen) < set(everything) and len(seen) == len(set(seen))
 
 
+@pytest.mark.fresh  # its key is drawn when the module is loaded
 def test_a_page_that_is_not_the_last_names_nobody_else_s_dek() -> None:
     """Where more is hidden than one call looks through. Both workers know the cursor, nobody else made it."""
     daemon = serve(2, [{"uid": APP, "threads": ["room-*"]}])
@@ -167,6 +168,10 @@ def test_a_page_that_is_not_the_last_names_nobody_else_s_dek() -> None:
             reply = ask(daemon, "GET", f"/deks?cursor={wrong}")
             told = (400, "invalid_cursor") if wrong in ("~", "~xy") else (409, "wrong_cursor")
             assert (reply.status, reply.code) == told, wrong
+        daemon.stop()
+        daemon.start()
+        daemon.socket.chmod(0o666)
+        assert ask(daemon, "GET", f"/deks?cursor={veiled}").code == "wrong_cursor"
     finally:
         daemon.close()
 
