@@ -354,6 +354,8 @@ class ChangeOver:
         current, active = kek_id_if_there(self._files.current, self._user), self._service.active()
         if current is not None or active.rotating_to is not None:
             decide(current, None, active)
+        if current is not None:
+            self._check_kept(current, "move it away, and do this again")
         self._prove()
 
     def _prove(self) -> None:
@@ -400,6 +402,8 @@ class ChangeOver:
 
     def _replace(self, old_kek_id: str | None) -> None:
         files = self._files
+        if old_kek_id is not None:
+            self._check_kept(old_kek_id, f"move it away, then {RESUME}")
         if old_kek_id is None:
             os.replace(files.following, files.current)
             sync(files.current.parent)
@@ -418,6 +422,16 @@ class ChangeOver:
             os.replace(files.following, files.current)
             sync(files.current.parent)
         self._step("replaced")
+
+    def _check_kept(self, kek_id: str, hint: str) -> None:
+        """What has the name under which the old key is kept must be that key: an earlier run's."""
+        kept = self._files.kept(kek_id)
+        if not os.path.lexists(kept):
+            return
+        with contextlib.suppress(ConfigError):
+            if kek_id_of(kept, self._user) == kek_id:
+                return
+        raise CommandFailed(f"{kept} is there, and does not hold the KEK {kek_id}", hint=hint)
 
     def _remove_parts(self) -> None:
         for part in self._files.parts():

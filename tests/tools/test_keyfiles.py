@@ -425,6 +425,43 @@ class TestRotate:
             assert old.read() == bytes(65)
         assert names(files) == {"kek"} and kek_id_of(files.current) == B
 
+    @pytest.mark.parametrize("forget", [False, True])
+    @pytest.mark.parametrize("other", ["another key", "half a key", "a folder", "a link to nowhere"])
+    def test_the_name_of_the_old_key_is_taken(self, files: KeyFiles, other: str, forget: bool) -> None:
+        """By what isn't that key: then nothing begins, and it comes to no harm."""
+        kept, service = files.kept(A), Service()
+        self.take(kept, other)
+        with pytest.raises(CommandFailed, match=f"{kept} is there, and does not hold the KEK {A}"):
+            ChangeOver(files, service, forget_old=forget).rotate(memoryview(bytearray(NEW)))
+        assert not service.asked and names(files) == {"kek", f"kek.old-{A}"} and kek_id_of(files.current) == A
+
+    @pytest.mark.parametrize("other", ["another key", "half a key", "a folder", "a link to nowhere"])
+    def test_it_is_taken_while_the_daemon_rotates(self, files: KeyFiles, other: str) -> None:
+        kept, service = files.kept(A), Service()
+
+        def take(name: str) -> None:
+            if name == "rotated":
+                self.take(kept, other)
+
+        with pytest.raises(CommandFailed, match="does not hold the KEK") as refused:
+            rotate(files, service, step=take)
+        assert "move it away" in refused.value.hint and kek_id_of(files.current) == A
+        kept.rename(kept.with_name("away"))
+        ChangeOver(files, service).resume()
+        assert kek_id_of(files.current) == B and kek_id_of(kept) == A
+        assert names(files) == {"kek", f"kek.old-{A}", "away"}
+
+    @staticmethod
+    def take(path: Path, other: str) -> None:
+        if other == "another key":
+            put(path, OTHER)
+        elif other == "half a key":
+            path.write_text(OLD.hex()[:30])
+        elif other == "a folder":
+            path.mkdir()
+        else:
+            path.symlink_to("nowhere")
+
     def test_forget_old_spares_a_file_with_another_name(self, files: KeyFiles) -> None:
         os.link(files.current, files.current.with_name("safe"))
         ChangeOver(files, Service(), forget_old=True).rotate(memoryview(bytearray(NEW)))
