@@ -176,7 +176,9 @@ class Client:
         return _dek(self._json("POST", _dek_path(key_id) + "/enable", {}))
 
     def shred(self, key_id: str, immediately: bool = False, pending_days: int | None = None) -> Dek:
-        """Schedule a crypto-shred (in 7 days, or in 1 to 365 `pending_days`), or do it at once, for good."""
+        """Schedule a crypto-shred (in 7 days, or in 1 to 365 `pending_days`), or do it at once, for good.
+
+        Where both are asked for nothing is done: raises RequestRefused."""
         fields: dict[str, Any] = {"immediately": True} if immediately else {}
         if pending_days is not None:
             fields["pending_days"] = pending_days

@@ -89,8 +89,7 @@ def _unused_since(call: Call) -> str | None:
 
 def _unused(record: DekRecord, usage: Usage | None, since: str) -> bool:
     """One that is younger than that time was no use to anybody yet, and is not meant."""
-    used = timestamp(usage.last) if usage else ""
-    return record.state != SHREDDED and max(record.created_at, used) < since
+    return record.state != SHREDDED and max(record.created_at, timestamp(usage.last) if usage else "") < since
 
 
 def _visible(
@@ -111,8 +110,7 @@ def _visible(
             if not call.rights or call.rights.sees(record.key_id, record.thread_id):
                 shown.append({**describe(record), **told(record, used)})
                 if len(shown) == size:
-                    last = record is records[-1] and not more
-                    return shown, None if last else record.key_id
+                    return shown, None if record is records[-1] and not more else record.key_id
         if not more:
             return shown, None
         after = records[-1].key_id
@@ -152,10 +150,12 @@ def delete_dek(app: App, call: Call) -> Reply:
     key_id = path_key_id(app, call)
     fields = optional_fields_of(call)
     now = fields.flag("immediately")
-    days = fields.integer("pending_days", 1, 365, 7)
+    days = fields.integer("pending_days", 1, 365, 0)
     fields.end()
+    if now and days:  # one of the two is a mistake, and what is shredded stays so
+        raise BadRequest("immediately and pending_days contradict each other", code="invalid_pending_days")
     call.details = fragment(immediately=now)
     action = "shred" if now else "schedule_deletion"
-    done = app.service.change("transition", key_id=key_id, action=action, days=days)
+    done = app.service.change("transition", key_id=key_id, action=action, days=days or 7)
     call.details = fragment(immediately=now, delete_at=done.get("delete_at"))
     return answer(done)

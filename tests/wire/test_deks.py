@@ -220,6 +220,7 @@ class TestStates:
             ({"pending_days": 366}, "invalid_pending_days"),
             ({"pending_days": 1.5}, "invalid_pending_days"),
             ({"pending_days": True}, "invalid_pending_days"),
+            ({"pending_days": 3, "immediately": True}, "invalid_pending_days"),
             ({"now": True}, "unknown_field"),
         ],
         ids=str,
