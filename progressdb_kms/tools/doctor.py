@@ -277,7 +277,8 @@ def _config(patient: Patient) -> Findings:
         assert patient.keys is not None
         yield Finding(OK, f"{patient.keys.master.source} holds the KEK {patient.keys.master.kek_id}")
     elif patient.settings and _only_systemd_knows(patient.settings):
-        yield Finding(WARN, "the master key is a systemd credential, which is not to be had here")
+        said = "the master key is a systemd credential, which is not to be had here"
+        yield Finding(WARN, said, "run it by systemd-run: `progressdb-kms help install`")
     else:
         yield Finding(FAIL, trouble.message, trouble.hint)
 

@@ -169,7 +169,7 @@ def test_credential(tmp_path: Path) -> None:
     assert "No such file" in _read("credential", "other", {"CREDENTIALS_DIRECTORY": str(tmp_path)})[1]
     message = _read("credential", "master")[1]
     assert "$CREDENTIALS_DIRECTORY is not set" in message
-    assert "LoadCredential=master:" in message
+    assert "LoadCredential=master:" in message and "help install" in message
 
 
 def test_variable() -> None:

@@ -276,6 +276,18 @@ def test_the_lines_for_a_container_fit_the_image() -> None:
     )
 
 
+def test_a_command_that_needs_a_credential_is_run_by_systemd() -> None:
+    """The line of the manual is one of ours, the credential is the drop-in's, and `test-boot` runs it so."""
+    joined = re.compile(r"\s*\\\n\s*")
+    text = joined.sub(" ", (REPO / "progressdb_kms/manual/install.md").read_text())
+    (line,) = re.findall(r"^ {4}(systemd-run .*)$", text, re.M)
+    before, _, command = line.partition(" progressdb-kms ")
+    assert build_parser().parse_args(shlex.split(command)).command.name == "verify"
+    assert f"{before} progressdb-kms verify" in joined.sub(" ", (PACKAGING / "test-boot").read_text())
+    (loaded,) = unit("credential.conf")["LoadCredentialEncrypted"]
+    assert f"-p LoadCredentialEncrypted={loaded}" in before
+
+
 def test_what_the_manual_has_pip_install_is_there() -> None:
     setup = configparser.ConfigParser()
     setup.read(REPO / "setup.cfg")
