@@ -23,7 +23,7 @@ from tests.harness import Daemon, Session, memscan, raw
 from tests.harness.daemon import DaemonFailed
 from tests.harness.faults import injecting, need_strace, without_memfd_secret
 from tests.harness.load import hammer
-from tests.harness.memscan import Secret, scan
+from tests.harness.memscan import Secret, forms, scan
 from tests.harness.procs import wait_until
 from tests.harness.wire import b64, connect
 
@@ -118,6 +118,15 @@ def used(daemon: Daemon, count: int = 30) -> list[Secret]:
     return [Secret("KEK", daemon.kek), *material.secrets]
 
 
+def nothing_kept(daemon: Daemon, secrets: list[Secret]) -> None:
+    """Who has a copy of the data-dir, of a backup or of the journal has none of them, in any spelling."""
+    given = (daemon.kek_file, daemon.config_file)
+    texts = {path: path.read_bytes() for path in daemon.home.rglob("*") if path.is_file() and path not in given}
+    assert {"kms.db", "kms.db-wal", "kms-audit.log", "out", "err"} <= {path.name for path in texts}
+    for form in (form for secret in secrets for form in forms(secret)):
+        assert not [path for path, text in texts.items() if form.data in text], (form.label, form.name)
+
+
 # ---- start and work --------------------------------------------------------------------------------
 
 
@@ -137,6 +146,7 @@ def test_after_thousands_of_operations(count: int) -> None:
         hammer(daemon.socket, material.work, count=count, threads=CONNECTIONS)
         secrets = [Secret("KEK", daemon.kek), *own_keys(daemon), *material.secrets]
         scan(daemon.pids(), secrets).assert_clean()
+        nothing_kept(daemon, secrets)
 
 
 LAST = {
@@ -207,6 +217,7 @@ def test_a_rotation_in_small_pieces(daemon: Daemon) -> None:
             assert sock.recv(1000).startswith(b"HTTP/1.1 200")
     daemon.kek = new
     scan(daemon.pids(), [*secrets, *used(daemon)]).assert_clean()
+    nothing_kept(daemon, secrets)
 
 
 REFUSED: dict[str, Callable[[bytes], bytes]] = {
@@ -237,6 +248,7 @@ def test_refused_requests_leave_no_copy() -> None:
             assert not answer.startswith(b"HTTP/1.1 2"), (name, answer)
         secrets += used(daemon)
         scan(daemon.pids(), secrets).assert_clean()
+        nothing_kept(daemon, secrets)
         assert daemon.ok("GET", "/status")["kek_version"] == "1"
 
 
@@ -299,6 +311,7 @@ def test_after_a_new_worker_a_hangup_and_offline_commands() -> None:
         assert daemon.offline("verify").returncode == 0
         secrets += used(daemon)
         scan(daemon.pids(), secrets).assert_clean()
+        nothing_kept(daemon, secrets)
 
 
 EXIT_GROUP = {"x86_64": "231", "aarch64": "94"}.get(platform.machine(), "")
