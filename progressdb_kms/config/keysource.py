@@ -75,7 +75,7 @@ def _from_credential(
     if not folder:
         raise ConfigError(
             f"{source.label} can't be read: $CREDENTIALS_DIRECTORY is not set",
-            hint=f"the unit needs LoadCredential={source.place}:FILE; a command systemd-run: see `help install`",
+            hint=f"the unit needs LoadCredential={source.place}:FILE; for a command see `help install`",
         )
     _read_file(os.path.join(folder, source.place), source.label, scratch, out, credential=True)
 

@@ -121,7 +121,9 @@ def used(daemon: Daemon, count: int = 30) -> list[Secret]:
 def nothing_kept(daemon: Daemon, secrets: list[Secret]) -> None:
     """Who has a copy of the data-dir, of a backup or of the journal has none of them, in any spelling."""
     given = (daemon.kek_file, daemon.config_file)
-    texts = {path: path.read_bytes() for path in daemon.home.rglob("*") if path.is_file() and path not in given}
+    texts = {
+        path: path.read_bytes() for path in daemon.home.rglob("*") if path.is_file() and path not in given
+    }
     assert {"kms.db", "kms.db-wal", "kms-audit.log", "out", "err"} <= {path.name for path in texts}
     for form in (form for secret in secrets for form in forms(secret)):
         assert not [path for path, text in texts.items() if form.data in text], (form.label, form.name)
