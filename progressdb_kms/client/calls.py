@@ -84,7 +84,8 @@ class Client:
 
     `timeout`: seconds without a byte from the daemon, None for ever. `max_response`: bytes. `retry_seconds`:
     how long a call may be repeated in all, 0 for not at all. `server_uid`: the daemon's UID, where its socket
-    lies in a folder that others may write to; see `listener`.
+    lies in a folder that others may write to; see `listener`. `patient`: disable, enable and shred are waited
+    for as long as the daemon answers others: in a fleet they may wait for a host that is dead.
     """
 
     def __init__(
@@ -95,10 +96,12 @@ class Client:
         max_response: int = MAX_RESPONSE,
         retry_seconds: float = 0.0,
         server_uid: int | None = None,
+        patient: bool = False,
     ) -> None:
         path = os.fspath(socket_path)
         self.socket_path = path[len("unix://") :] if path.startswith("unix://") else path
         self._timeout = timeout
+        self._patient = patient
         self._retry_seconds = retry_seconds
         self._pool = Pool(self.socket_path, max_response, server_uid)
         self._local = threading.local()
@@ -169,11 +172,11 @@ class Client:
             cursor = str(following) if following else None
 
     def disable(self, key_id: str) -> Dek:
-        return _dek(self._json("POST", _dek_path(key_id) + "/disable", {}))
+        return self._change("POST", _dek_path(key_id) + "/disable", {})
 
     def enable(self, key_id: str) -> Dek:
         """Take a disabled key into use again; cancels a scheduled deletion."""
-        return _dek(self._json("POST", _dek_path(key_id) + "/enable", {}))
+        return self._change("POST", _dek_path(key_id) + "/enable", {})
 
     def shred(self, key_id: str, immediately: bool = False, pending_days: int | None = None) -> Dek:
         """Schedule a crypto-shred (in 7 days, or in 1 to 365 `pending_days`), or do it at once, for good.
@@ -182,7 +185,10 @@ class Client:
         fields: dict[str, Any] = {"immediately": True} if immediately else {}
         if pending_days is not None:
             fields["pending_days"] = pending_days
-        return _dek(self._json("DELETE", _dek_path(key_id), fields or None))
+        return self._change("DELETE", _dek_path(key_id), fields or None)
+
+    def _change(self, method: str, path: str, fields: dict[str, Any] | None) -> Dek:
+        return _dek(self._json(method, path, fields, patient=self._patient))
 
     def dek(self, thread_id: str = "", *, key_id: str = "") -> DekHandle:
         """A handle for the DEK of a thread, which is made where there is none, or for one that is known.
@@ -324,11 +330,18 @@ class Client:
         return results
 
     def _json(
-        self, method: str, path: str, fields: Mapping[str, Any] | None = None, *, repeatable: bool = True
+        self,
+        method: str,
+        path: str,
+        fields: Mapping[str, Any] | None = None,
+        *,
+        repeatable: bool = True,
+        patient: bool = False,
     ) -> dict[str, Any]:
         body = None if fields is None else json.dumps(fields, separators=(",", ":")).encode()
         headers = {} if body is None else {"Content-Type": "application/json"}
-        return _parse(self._checked(Request(method, path, body, headers, self._timeout, repeatable)))
+        request = Request(method, path, body, headers, self._timeout, repeatable, patient)
+        return _parse(self._checked(request))
 
     def _with_kek(self, path: str, start: str, kek: Buffer, end: str, repeatable: bool) -> dict[str, Any]:
         """POST a body that holds a KEK as hex; it is put together in locked memory and wiped."""

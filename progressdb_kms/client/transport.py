@@ -14,9 +14,10 @@ import http.client
 import os
 import select
 import socket
+import time
 from collections import deque
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from . import listener
 
@@ -62,7 +63,8 @@ def bad_answer(why: str) -> BadAnswer:
 
 
 class Request(NamedTuple):
-    """`timeout`: seconds without a byte, None for ever. `repeatable`: doing it twice does no harm."""
+    """`timeout`: seconds without a byte, None for ever. `repeatable`: doing it twice does no harm. `patient`:
+    after that time it is waited for as long as the daemon answers others."""
 
     method: str
     path: str
@@ -70,6 +72,7 @@ class Request(NamedTuple):
     headers: Mapping[str, str] = {}
     timeout: float | None = None
     repeatable: bool = True
+    patient: bool = False
 
 
 class Reply(NamedTuple):
@@ -113,7 +116,7 @@ class Pool:
     def _use(self, conn: _Connection, request: Request) -> Reply:
         try:
             conn.open(request.timeout)
-            reply = _round_trip(conn, request, self._max_response)
+            reply = _round_trip(conn, request, self._max_response, self._alive)
         except BaseException as error:
             conn.close()
             if isinstance(error, socket.timeout):
@@ -126,6 +129,18 @@ class Pool:
         else:
             conn.close()
         return reply
+
+    def _alive(self, timeout: float) -> bool:
+        """Does the daemon answer another connection?"""
+        probe = _Connection(self._path, self._server_uid)
+        try:
+            probe.open(timeout)
+            question = Request("GET", "/healthz", timeout=timeout)
+            return _round_trip(probe, question, self._max_response, self._alive).status == 200
+        except (OSError, ClientError, _NotAnswered):
+            return False
+        finally:
+            probe.close()
 
     def _take(self) -> _Connection | None:
         """The connection that was used last, unless it is stale: then the others are, too."""
@@ -195,7 +210,7 @@ class _Connection(http.client.HTTPConnection):
         return bool(poller.poll(0))
 
 
-def _round_trip(conn: _Connection, request: Request, limit: int) -> Reply:
+def _round_trip(conn: _Connection, request: Request, limit: int, alive: Callable[[float], bool]) -> Reply:
     complete = True
     try:
         conn.request(request.method, request.path, request.body, dict(request.headers))
@@ -203,8 +218,8 @@ def _round_trip(conn: _Connection, request: Request, limit: int) -> Reply:
         # Its last piece was not taken, so the request can't have been carried out. It may have been refused
         # before all of it was read: then that answer is waiting.
         complete = False
-    if request.timeout is None:
-        _wait(conn)
+    if request.timeout is None or request.patient:
+        _wait(conn, request.timeout, alive)
     try:
         response = conn.getresponse()
     except ConnectionResetError:  # also http.client.RemoteDisconnected
@@ -218,14 +233,18 @@ def _round_trip(conn: _Connection, request: Request, limit: int) -> Reply:
     return reply
 
 
-def _wait(conn: _Connection) -> None:
+def _wait(conn: _Connection, timeout: float | None, alive: Callable[[float], bool]) -> None:
     """For as long as it takes, with a look in between at signals: one that comes right before a call that
-    blocks, or to another thread, doesn't end the call."""
-    if conn.sock is not None:
-        poller = select.poll()
-        poller.register(conn.sock, select.POLLIN)
-        while not poller.poll(LOOK_SECONDS * 1000):
-            pass
+    blocks, or to another thread, doesn't end the call. Every `timeout` seconds the daemon must be alive."""
+    if conn.sock is None:
+        return
+    poller, asked = select.poll(), time.monotonic()
+    poller.register(conn.sock, select.POLLIN)
+    while not poller.poll(min(LOOK_SECONDS, timeout or LOOK_SECONDS) * 1000):
+        if timeout is not None and time.monotonic() - asked >= timeout:
+            if not alive(timeout):
+                raise socket.timeout
+            asked = time.monotonic()
 
 
 def _receive(response: http.client.HTTPResponse, limit: int) -> Reply:

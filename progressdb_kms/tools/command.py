@@ -157,7 +157,7 @@ def client(args: argparse.Namespace) -> Client:
     from ..client import Client
     from .finding import socket_of
 
-    return Client(socket_of(args), server_uid=args.server_uid)
+    return Client(socket_of(args), server_uid=args.server_uid, patient=True)
 
 
 def no_stream(name: str, why: str) -> None:

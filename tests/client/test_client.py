@@ -301,14 +301,36 @@ class TestErrors:
         def silent(conn: socket.socket) -> None:
             gone.wait(10)
 
-        with script(path, silent), Client(path, timeout=0.05) as client:
+        with script(path, silent), Client(path, timeout=0.05, patient=True) as client:
             with pytest.raises(ConnectionFailed) as caught:
                 client.create_dek("t")
             with pytest.raises(ConnectionFailed) as question:
                 client.status()
+            with pytest.raises(ConnectionFailed) as patient:
+                client.disable("k")
             gone.set()
+        assert patient.value.code == "timeout"
         assert caught.value.code == "timeout" and "not known" in caught.value.hint
         assert "help troubleshooting" in question.value.hint  # somebody listens
+
+    def test_a_change_is_waited_for_as_long_as_the_daemon_answers_others(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In a fleet it may wait for a host that is dead, longer than any answer else takes."""
+        with FakeKms(path) as kms, Client(path, timeout=0.2, patient=True) as client:
+            key_id, change = client.create_dek("t").key_id, kms.change
+
+            def slow(*about: Any) -> dict[str, Any]:
+                asked = [seen.path for seen in kms.seen].count("/healthz")
+                wait_until(
+                    lambda: [seen.path for seen in kms.seen].count("/healthz") > asked, 60, "two questions"
+                )
+                return change(*about)
+
+            monkeypatch.setattr(kms, "change", slow)
+            assert client.disable(key_id).state == "disabled"
+            assert client.enable(key_id).state == "enabled"
+            assert client.shred(key_id).state == "pending_deletion"
 
     @pytest.mark.parametrize(
         "body",
