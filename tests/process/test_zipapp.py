@@ -98,6 +98,8 @@ def test_both_run_here(plain: Path, bundle: Path) -> None:
     for pyz in (plain, bundle):
         done = run(pyz, "--version")
         assert (done.returncode, done.stdout) == (0, f"progressdb-kms {__version__}\n"), done.stderr
+        done = run(pyz, "help", "threats")
+        assert (done.returncode, done.stdout.partition("\n")[0]) == (0, "# Threat model"), done.stderr
 
 
 def test_a_package_that_was_changed_is_not_taken(tree: Path, plain: Path, short_tmp: Path) -> None:
