@@ -184,6 +184,7 @@ def test_a_daemon_from_the_plain_one(plain: Path, make_daemon: type[Daemon]) -> 
     daemon = make_daemon(command=(sys.executable, str(plain)))
     with daemon.session() as kms:
         assert kms.create_dek("t")["key_id"]
+        assert kms.ok("GET", "/openapi.json")["info"]["version"] == __version__
     daemon.stop()
 
 

@@ -9,12 +9,17 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from progressdb_kms.wire.openapi import document
+from progressdb_kms.tools.openapi import FILE, document, text
 from progressdb_kms.wire.routes import ROUTES
 from tests.conftest import MakeDaemon
 
-DOCUMENT = document(ROUTES)
+DOCUMENT = document()
 OPERATIONS = [operation for path in DOCUMENT["paths"].values() for operation in path.values()]
+
+
+def test_what_is_served_is_what_the_table_of_routes_says() -> None:
+    """If this fails: `python -m progressdb_kms.tools.openapi`, and look at the diff."""
+    assert FILE.read_text("ascii") == text() and json.loads(text()) == DOCUMENT
 
 
 def nodes(value: Any) -> Iterator[dict[str, Any]]:

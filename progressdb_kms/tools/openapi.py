@@ -1,15 +1,22 @@
-"""The API as OpenAPI 3.1, made from the table of routes and the schemas below."""
+"""The API as OpenAPI 3.1, made from the table of routes and the schemas below.
+
+The daemon loads none of this: it serves `wire/openapi.json` as that stands in the package. After a change
+here, of the routes or of the version, `python -m progressdb_kms.tools.openapi` writes it anew.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..encoding import MAX_THREAD_ID
-from .call import BINARY, JSON, MAX_PAGE, PROMETHEUS, SECRET_BODY, TEXT, Route
-from .fields import MAX_ITEMS
+from ..encoding import MAX_THREAD_ID, json_dumps
+from ..wire.call import BINARY, JSON, MAX_PAGE, PROMETHEUS, SECRET_BODY, TEXT, Route
+from ..wire.fields import MAX_ITEMS
+from ..wire.routes import ROUTES
+
+FILE = Path(__file__).parent.parent / "wire" / "openapi.json"
 
 Schema = dict[str, Any]
 
@@ -246,9 +253,9 @@ _QUERIES: dict[str, list[tuple[str, bool, Schema]]] = {
 }
 
 
-def document(routes: Iterable[Route]) -> Schema:
+def document() -> Schema:
     paths: dict[str, Schema] = {}
-    for route in routes:
+    for route in ROUTES:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
     return {
         "openapi": "3.1.0",
@@ -336,3 +343,18 @@ def _responses(route: Route) -> Schema:
         body = _ANSWERS["/readyz"] if (status, route.path) == ("503", "/readyz") else _ERROR
         responses[status] = {"description": text, "content": {JSON: {"schema": body}}}
     return responses
+
+
+def text() -> str:
+    """As the file has it: a line for each path and each model, so that a diff shows what changed."""
+    whole = document()
+    paths, models = _lines(whole.pop("paths")), _lines(whole.pop("components")["schemas"])
+    return f'{{{_lines(whole)},\n"paths":{{{paths}}},\n"components":{{"schemas":{{{models}}}}}}}\n'
+
+
+def _lines(members: Schema) -> str:
+    return ",".join(f"\n{json_dumps(name)}:{json_dumps(value)}" for name, value in members.items())
+
+
+if __name__ == "__main__":
+    FILE.write_text(text(), encoding="ascii")
