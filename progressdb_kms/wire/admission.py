@@ -74,7 +74,7 @@ class Bodies:
     def take(self, size: int) -> None:
         """Raises Overloaded."""
         if sum(self._metrics.gauge("body_bytes")) + size > self.most:
-            raise Overloaded("too many long messages at once", hint="try again, or lower max_body_bytes")
+            raise Overloaded("too many long messages at once", hint="try again; max_body_bytes bounds them")
         self._block.add("body_bytes", size)
 
     def give_back(self, size: int) -> None:
