@@ -262,6 +262,9 @@ class Recording:
         return self
 
     def _date_marks(self) -> None:
+        """What was sent is told in the order in which the calls returned. While strace has yet to see that an
+        answer's has, its reader goes on, and what is sent after that may stand before it."""
+        self.sent.sort(key=lambda one: one[1])
         times = [when for _, when, _ in self.sent]
         for label, when in self._marks:
             last = bisect.bisect_right(times, when) - 1

@@ -704,6 +704,15 @@ class TestPowerLoss:
             *(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5)
         ]
 
+    def test_an_answer_that_strace_sees_late_is_dated_right(self, tmp_path: Path) -> None:
+        """Its reader has gone on meanwhile, and something else was sent after that."""
+        recording = Recording(tmp_path)
+        recording.sent = [(1, 10.0, b"asked"), (9, 10.3, b"something else"), (5, 10.1, b"the answer")]
+        recording._marks = [("it", 10.2)]
+        recording._date_marks()
+        assert [point for point in range(9) if recording.acknowledged(point)] == [5, 6, 7, 8]
+        recording.finish()
+
     @pytest.mark.parametrize(
         "deed",
         [
