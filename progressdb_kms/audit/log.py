@@ -159,7 +159,7 @@ def _open(path: str) -> tuple[int, os.stat_result]:
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             raise AuditUnavailable(
                 "the audit log is not a regular file of the daemon's own user",
-                hint=f"move {path} away, then send SIGHUP",
+                hint=f"chown {path} to that user, or move it away; then SIGHUP, or a start",
             )
         if stat.S_IMODE(status.st_mode) != 0o600:
             os.fchmod(fd, 0o600)

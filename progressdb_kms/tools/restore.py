@@ -245,6 +245,7 @@ def _past(
     rows = {**source.rows(RETIRED_KEK), **rows}
     rows.pop(RESTORED, None)
     logs = tail.logs(data_dir)
+    _owned(logs)
     history, floor = verify.History({}, {}), None
     checked = False
     for holder in (rows, theirs):
@@ -285,6 +286,18 @@ def _own_keys(keys: Keys, chosen: Plan, holders: Sequence[Mapping[str, Any]]) ->
                 hint="add the KEK to previous_master_keys",
             )
     return result
+
+
+def _owned(logs: list[Path]) -> None:
+    """Most often root copied them here. Who can't read them doesn't know what was shredded, and the daemon
+    would not go on with the newest: not even `--force` helps."""
+    ours = os.geteuid()
+    for path in logs:
+        if (uid := asowner.of(path)) != ours:
+            raise CommandFailed(
+                f"{path} belongs to uid {uid}, and the daemon's user is uid {ours}",
+                hint=f"chown {ours} {path}: it tells what was shredded since the backup; nothing was changed",
+            )
 
 
 def _verify(

@@ -299,6 +299,25 @@ class TestRestore:
         finally:
             twin.close()
 
+    @pytest.mark.root
+    def test_a_log_that_root_copied_here(self, site: Site) -> None:
+        """Without it the shredded would come back: no fault that is to be forced, but one to mend."""
+        shred(site.daemon, site.keys[0])
+        site.daemon.stop()
+        twin = site.daemon.copy(data=False)
+        try:
+            twin.home.chmod(0o755)
+            for path in (twin.data_dir, twin.kek_file, twin.config_file):
+                os.chown(path, 12345, 12345)
+            write_secret(twin.audit_log, site.daemon.audit_log.read_bytes())
+            for force in ([], ["--force"]):
+                done = twin.offline("restore", str(site.backup), *force)
+                assert done.returncode == 1 and f"chown 12345 {twin.audit_log}".encode() in done.stderr
+            os.chown(twin.audit_log, 12345, 12345)
+            assert told(twin.offline("restore", str(site.backup), "--json"))["shredded_since"] == 1
+        finally:
+            twin.close()
+
     def test_the_shredded_stay_shredded(self, site: Site) -> None:
         dead, scheduled, *live = site.keys
         with site.daemon.session() as kms:
