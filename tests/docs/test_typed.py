@@ -116,6 +116,39 @@ def test_how_to_see_whether_progressdb_is_served() -> None:
     assert re.search(rf"^ok +tcp +{address} answers$", done.stdout, re.M)
 
 
+def test_how_to_hold_the_log_against_the_journal(daemon: Daemon) -> None:
+    """The lines of the page on threats: of store and log together, put back, nothing else tells."""
+    (block,) = re.findall(r"((?:^ {4}\S.*\n)+)", section("Threat model"), re.M)
+    typed = (
+        re.sub(r"^ {4}", "", block, flags=re.M)
+        .replace("journalctl -u progressdb-kms -o cat", f"cat {daemon.home}/err")
+        .replace("progressdb-kms audit", f"{sys.executable} -m progressdb_kms audit")
+        .replace(
+            "/etc/progressdb-kms/progressdb-kms.yaml", f"{daemon.config_file} --data-dir {daemon.data_dir}"
+        )
+        .replace("receipts receipts", f"receipts {daemon.home}/receipts")
+        .replace(">receipts", f">{daemon.home}/receipts")
+    )
+
+    def told() -> subprocess.CompletedProcess[str]:
+        command = [needs("bash"), "-e", "-c", typed]
+        return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+
+    daemon.stop()
+    earlier = daemon.home / "earlier"
+    shutil.copytree(daemon.data_dir, earlier)
+    daemon.start()
+    daemon.ok("POST", "/deks", {"thread_id": "t"}, 201)
+    daemon.stop()
+    found = told()
+    assert found.returncode == 0 and re.search("receipts +[1-9]", found.stdout), found.stdout + found.stderr
+    shutil.rmtree(daemon.data_dir)
+    earlier.rename(daemon.data_dir)
+    assert daemon.offline("audit", "verify").returncode == 0
+    found = told()
+    assert found.returncode == 1 and "fault" in found.stdout, found.stdout + found.stderr
+
+
 @pytest.mark.long
 def test_the_first_line_of_the_production_set_up(tmp_path: Path) -> None:
     """An environment and the package in it, by pip and its index: under another path than /opt."""
