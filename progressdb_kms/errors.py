@@ -82,16 +82,11 @@ class PolicyRefused(PeerRefused):
         self.entry = entry
 
 
-class RateLimited(PeerRefused):
-    """429: past the rate of a policy. `retry_after` in seconds."""
+class RateLimited(PolicyRefused):
+    """429: past the rate of a policy, which counts by the second."""
 
     status = 429
     default_code = "rate_limited"
-
-    def __init__(self, message: str, *, entry: int, retry_after: int = 1) -> None:
-        super().__init__(message)
-        self.entry = entry
-        self.retry_after = retry_after
 
 
 class NotFound(RequestError):

@@ -16,7 +16,7 @@ from ..config.options import Settings
 from ..config.values import host_and_port
 from ..errors import AlreadyRunning, ConfigError, KMSError
 from ..wire import loopback
-from ..wire.doors import BACKLOG
+from ..wire.doors import BACKLOG, peer_of
 from . import systemd
 
 log = logging.getLogger(__name__)
@@ -152,8 +152,6 @@ def _clear_stale(path: Path) -> None:
             if error.errno != errno.EAGAIN and not isinstance(error, socket.timeout):
                 raise ConfigError(f"the socket {path} can't be tried: {error.strerror}") from error
             raise AlreadyRunning(f"the socket {path} is in use, and its server is busy") from None
-        from ..wire.doors import peer_of
-
         holder = peer_of(probe)
         raise AlreadyRunning(
             f"the socket {path} is in use by pid {holder.pid} (uid {holder.uid})",

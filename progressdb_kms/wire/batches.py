@@ -13,7 +13,7 @@ from typing import Any, Callable, NamedTuple, TypeVar
 from ..audit.log import Fragment, fragment, key_fragment
 from ..crypto.envelope import Wrapped
 from ..encoding import b64encode_bytes, json_dumps
-from ..errors import AuthenticationFailed, KMSError, PolicyRefused, RateLimited
+from ..errors import AuthenticationFailed, KMSError, PolicyRefused
 from ..service.worker import Batch, BatchItem, Results
 from . import dialect
 from .call import App, Call, Reply
@@ -60,7 +60,7 @@ def _permitted(
             call.denials |= {error.entry}
             results.append(error.bare())
     results = _within_rates(call, results)
-    denied = sum(isinstance(item, (PolicyRefused, RateLimited)) for item in results)
+    denied = sum(isinstance(item, PolicyRefused) for item in results)
     app.service.counters.add("policy_denials", denied)
     return results
 
@@ -105,8 +105,7 @@ def _batch_reply(
     pages: Iterator[list[Any]],
     carry_out: Callable[[list[Any]], tuple[Batch, Results]],
 ) -> Reply:
-    """Page by page, so that a long batch is never there as text, items and results at once, and lets others
-    in between. An item that is malformed or failed has an error in its place. One audit record for all."""
+    """`pages` of rows, each carried out before the next is read."""
     out, count, failed = bytearray(b'{"items":['), 0, 0
     sources: set[str | Wrapped] = set()
     lead = b'{"%b":"' % wanted.encode("ascii")

@@ -10,7 +10,7 @@ from ..errors import BadRequest
 from ..service.worker import Entry
 from . import dialect
 from .call import BINARY, JSON, App, Call, Reply
-from .items import item_pattern
+from .items import PLAIN
 from .reading import fields_of, query_dek, usable
 
 # What clients send most, read without a JSON parser: the key_id, then the data, nothing else. Whatever does
@@ -18,8 +18,7 @@ from .reading import fields_of, query_dek, usable
 LONG = 64 * 1024
 """Bytes of a body whose data are not copied before they are decoded."""
 
-_DATA = ("plaintext", "ciphertext")
-_ONE = {field: re.compile(item_pattern(field, b" ?: ?", b" ?, ?")) for field in _DATA}
+_ONE = {field: re.compile(plain) for field, plain in PLAIN.items()}
 
 
 def encrypt(app: App, call: Call) -> Reply:

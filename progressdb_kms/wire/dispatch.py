@@ -32,8 +32,8 @@ _request_numbers = itertools.count(1)
 
 
 def admit(app: App, route: Route, head: Head, peer: Peer, rights: Rights | None) -> None:
-    """Judge a request by its head, before its body is read. Raises PeerRefused (also as PolicyRefused and
-    RateLimited), UnsupportedMediaType, LengthRequired."""
+    """Judge a request by its head, before its body is read. Raises PeerRefused (also as PolicyRefused),
+    UnsupportedMediaType, LengthRequired."""
     if peer.via:
         _no_browser(app, head)
     if rights and route.op:
@@ -89,7 +89,7 @@ def refuse(app: App, route: Route, call: Call, error: PeerRefused) -> Reply:
     """What dispatch does for a peer that `admit` refused: nothing, on the record. What a policy refuses may
     come in thousands: it is counted, and recorded as one."""
     reply = _answer_error(call, error)
-    if isinstance(error, (PolicyRefused, RateLimited)):
+    if isinstance(error, PolicyRefused):
         app.denied(call.peer, error, route.op or "connect")
     elif route.op:
         app.service.counters.add("refused_peers", 1)
@@ -124,5 +124,5 @@ def error_reply(error: KMSError) -> Reply:
         body["hint"] = error.hint
     extra = f"Allow: {error.allow}\r\n" if isinstance(error, MethodNotAllowed) else ""
     if isinstance(error, RateLimited):
-        extra = f"Retry-After: {error.retry_after}\r\n"
+        extra = "Retry-After: 1\r\n"
     return Reply(error.status, json_dumps({"error": body}).encode("ascii"), extra=extra, close=error.close)

@@ -14,9 +14,6 @@ MAX_ITEMS = 1000
 """Items of a batch. A page of chat is 100."""
 
 
-# ---- reading requests ----------------------------------------------------------------------------
-
-
 class Fields:
     """The members of a JSON object, each taken once and checked; what is left over is an error."""
 
@@ -54,8 +51,8 @@ class Fields:
     def key_id(self, name: str = "key_id") -> str:
         return checked_key_id(self.text(name), name)
 
-    def optional_key_id(self, name: str = "key_id") -> str | None:
-        return None if self._absent(name) else self.key_id(name)
+    def optional_key_id(self) -> str | None:
+        return None if self._absent("key_id") else self.key_id()
 
     def source(self) -> str | Wrapped:
         """A key_id, or an inline wrapped DEK."""

@@ -478,12 +478,7 @@ class Reader:
                 return at + length - start, Request(head, view[at : at + length] if length else b"", room)
             self._room = room
         taken, body = (self._feed_chunked if head.chunked else self._feed_length)(view[at:end], head)
-        at += taken
-        if body is None:
-            return at - start, None
-        room = self._room
-        self.reset()
-        return at - start, Request(head, body, room)
+        return at + taken - start, self._request(head, body)
 
     def _parse(self, raw: bytes) -> Head:
         head = parse_head(raw)
@@ -535,9 +530,11 @@ class Reader:
         return memoryview(self._body)[self._filled : min(self._kept, self._filled + PIECE)]
 
     def placed(self, size: int) -> Request | None:
-        head = self.head
-        assert head is not None
-        body = self._whole(size, head.content_length)
+        assert self.head is not None
+        return self._request(self.head, self._whole(size, self.head.content_length))
+
+    def _request(self, head: Head, body: memoryview | None) -> Request | None:
+        """Once its body is there."""
         if body is None:
             return None
         room = self._room

@@ -95,6 +95,9 @@ _CONTINUE = memoryview(b"HTTP/1.1 100 Continue\r\n\r\n")
 _IN, _OUT = select.POLLIN, select.POLLOUT  # the same numbers as EPOLLIN and EPOLLOUT
 
 
+NO_THREAD = Overloaded("no thread is left", hint="raise TasksMax= and LimitNPROC= in the unit")
+
+
 class Limits(NamedTuple):
     max_connections: int
     idle_timeout: float
@@ -670,9 +673,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
             job = self._job(connection, route, request._replace(body=body), lane is self._working)
             lane.submit(connection.peer.uid, job)
         except (Overloaded, RuntimeError) as error:
-            if not isinstance(error, Overloaded):
-                error = Overloaded("no thread is left", hint="raise TasksMax= and LimitNPROC= in the unit")
-            return self._answer(connection, request.head, dispatch.error_reply(error))
+            told = error if isinstance(error, Overloaded) else NO_THREAD
+            return self._answer(connection, request.head, dispatch.error_reply(told))
         connection.phase = BUSY
         self._poll.unregister(connection.request.fileno())
         return AWAY

@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..errors import Overloaded, Unavailable
+from ..errors import Unavailable
 from ..service.channel import Wanted
 from ..service.worker import Service
 from . import deks, dispatch
 from .call import App, Call, Route
 from .connection import BUSY, IDLE, Connection
 from .http1 import Request
-from .server import AWAY, Server
+from .server import AWAY, NO_THREAD, Server
 
 SMALL = 4096
 """Bytes of a body that waits here; a longer one goes its own way, and counts to the budget of bodies."""
@@ -36,7 +36,6 @@ UNDER_WAY = 2
 HELD_UP = 0.1
 """Seconds after which a job counts no more: the keeper may hang, and who waits should hear so in time."""
 
-_NO_THREAD = Overloaded("no thread is left", hint="raise TasksMax= and LimitNPROC= in the unit")
 _CREATES = deks.create_dek_for_thread, deks.create_dek
 
 
@@ -121,7 +120,7 @@ class TogetherServer(Server):
                     self._waiting.submit(uid, partial(self._see_to, halves, went))
                 except RuntimeError:
                     went.pop()
-                    self._finish_all(halves, [_NO_THREAD] * len(halves))
+                    self._finish_all(halves, [NO_THREAD] * len(halves))
         return super()._wait()
 
     def _see_to(self, halves: list[Half], went: deque[float], *memory: memoryview) -> None:
