@@ -102,20 +102,20 @@ def plain_text(value: Value, option: Option) -> str:
     return value.text
 
 
-def whole_number(value: Value, option: Option) -> int:
-    if not isinstance(value, Scalar) or value.type not in _NUMERIC or not _WHOLE.fullmatch(value.text):
-        raise option.wrong()
-    if not option.low <= int(value.text) <= option.high:
-        raise option.wrong()
-    return int(value.text)
-
-
-def seconds(value: Value, option: Option) -> float:
-    if not isinstance(value, Scalar) or value.type not in _NUMERIC or not _DECIMAL.fullmatch(value.text):
+def _number(value: Value, option: Option, form: re.Pattern[str]) -> str:
+    if not isinstance(value, Scalar) or value.type not in _NUMERIC or not form.fullmatch(value.text):
         raise option.wrong()
     if not option.low <= float(value.text) <= option.high:
         raise option.wrong()
-    return float(value.text)
+    return value.text
+
+
+def whole_number(value: Value, option: Option) -> int:
+    return int(_number(value, option, _WHOLE))
+
+
+def seconds(value: Value, option: Option) -> float:
+    return float(_number(value, option, _DECIMAL))
 
 
 def worker_count(value: Value, option: Option) -> int | str:
@@ -257,41 +257,38 @@ KEY_FORMS: Mapping[str, Option] = {
 def key_list(value: Value, option: Option) -> list[tuple[str, Any]]:
     if not isinstance(value, list) or len(value) > option.high:
         raise option.wrong()
-    return [_key(item, f"entry {number}", option) for number, item in enumerate(value, 1)]
+    return [_key(item, f"entry {number}") for number, item in enumerate(value, 1)]
 
 
-def _key(item: Value, entry: str, option: Option) -> tuple[str, Any]:
-    if not isinstance(item, dict):
-        raise Wrong(f"{entry} must be a mapping such as `file: PATH`")
-    for name in item:
-        if name not in KEY_FORMS:
-            raise Wrong(f"{entry}: {unknown(name, KEY_FORMS)}")
-    if len(item) != 1:
+def _key(item: Value, entry: str) -> tuple[str, Any]:
+    found = _members(item, entry, KEY_FORMS, "`file: PATH`")
+    if len(found) != 1:
         raise Wrong(f"{entry} must have exactly one of hex, file and credential")
-    ((form, value),) = item.items()
-    try:
-        return form, KEY_FORMS[form].parse(value, KEY_FORMS[form])
-    except Wrong as wrong:
-        raise Wrong(f"{entry}: {form} {wrong}") from None
+    return found.popitem()
+
+
+def _members(item: Value, entry: str, forms: Mapping[str, Option], example: str) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise Wrong(f"{entry} must be a mapping such as {example}")
+    found: dict[str, Any] = {}
+    for name, value in item.items():
+        if name not in forms:
+            raise Wrong(f"{entry}: {unknown(name, forms)}")
+        try:
+            found[name] = forms[name].parse(value, forms[name])
+        except Wrong as wrong:
+            raise Wrong(f"{entry}: {name} {wrong}") from None
+    return found
 
 
 def policy_list(value: Value, option: Option) -> list[dict[str, Any]]:
     if not isinstance(value, list) or len(value) > MAX_POLICIES:
         raise option.wrong()
-    return [_policy(item, f"entry {number}", option) for number, item in enumerate(value, 1)]
+    return [_policy(item, f"entry {number}") for number, item in enumerate(value, 1)]
 
 
-def _policy(item: Value, entry: str, option: Option) -> dict[str, Any]:
-    if not isinstance(item, dict):
-        raise Wrong(f"{entry} must be a mapping such as `uid: 1000` with `operations: [encrypt]`")
-    found: dict[str, Any] = {}
-    for name, value in item.items():
-        if name not in _POLICY_FORMS:
-            raise Wrong(f"{entry}: {unknown(name, _POLICY_FORMS)}")
-        try:
-            found[name] = _POLICY_FORMS[name](value, option)
-        except Wrong as wrong:
-            raise Wrong(f"{entry}: {name} {wrong}") from None
+def _policy(item: Value, entry: str) -> dict[str, Any]:
+    found = _members(item, entry, _POLICY_FORMS, "`uid: 1000` with `operations: [encrypt]`")
     if ("uid" in found) == ("gid" in found):
         raise Wrong(f"{entry} must name either a uid or a gid")
     if len(found) == 1:
@@ -299,49 +296,39 @@ def _policy(item: Value, entry: str, option: Option) -> dict[str, Any]:
     return found
 
 
-def _id(value: Value, option: Option) -> int:
-    try:
-        return whole_number(value, option._replace(low=0, high=MAX_UID))
-    except Wrong:
-        raise Wrong("must be a number of a user or group") from None
-
-
-def _operations(value: Value, option: Option) -> list[str]:
-    names = _names(value, "operations")
-    if wrong := sorted(set(names) - OPERATIONS):
-        near = CALLED.get(wrong[0]) or "".join(difflib.get_close_matches(wrong[0], OPERATIONS, 1, 0.5))
-        meant = f"did you mean {near}?" if near else f"known are {', '.join(sorted(OPERATIONS))}"
-        raise Wrong(f"names what is no operation ({meant})")
-    return sorted(set(names))
-
-
-def _patterns(value: Value, option: Option) -> list[str]:
-    return _names(value, "patterns, in which * stands for any characters")
-
-
-def _names(value: Value, what: str) -> list[str]:
+def _texts(value: Value, option: Option) -> list[str]:
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_PATTERNS:
-        raise Wrong(f"must be a list of 1 to {MAX_PATTERNS} {what}")
+        raise option.wrong()
     if not all(isinstance(item, Scalar) and 1 <= len(item.text) <= MAX_PATTERN for item in value):
-        raise Wrong(f"must be a list of {what}, each of 1 to {MAX_PATTERN} characters")
+        raise option.wrong()
     return [item.text for item in value]
 
 
-def _rate(value: Value, option: Option) -> int:
-    try:
-        return whole_number(value, option._replace(low=1, high=10**9))
-    except Wrong:
-        raise Wrong("must be a whole number of operations, at least 1") from None
+def _operations(value: Value, option: Option) -> list[str]:
+    names = set(_texts(value, option))
+    if wrong := sorted(names - OPERATIONS):
+        near = CALLED.get(wrong[0]) or "".join(difflib.get_close_matches(wrong[0], OPERATIONS, 1, 0.5))
+        meant = f"did you mean {near}?" if near else f"known are {', '.join(sorted(OPERATIONS))}"
+        raise Wrong(f"names what is no operation ({meant})")
+    return sorted(names)
 
 
-_POLICY_FORMS: Mapping[str, Callable[[Value, Option], Any]] = {
-    "uid": _id,
-    "gid": _id,
-    "operations": _operations,
-    "threads": _patterns,
-    "keys": _patterns,
-    "per_second": _rate,
+_PATTERNS = (
+    f"a list of 1 to {MAX_PATTERNS} patterns of 1 to {MAX_PATTERN} characters, in which * stands for any"
+)
+
+_POLICY_FORMS: Mapping[str, Option] = {
+    row.name: row
+    for row in (
+        Option("uid", whole_number, "a number of a user", high=MAX_UID),
+        Option("gid", whole_number, "a number of a group", high=MAX_UID),
+        Option("operations", _operations, f"a list of 1 to {MAX_PATTERNS} operations"),
+        Option("threads", _texts, _PATTERNS),
+        Option("keys", _texts, _PATTERNS),
+        Option("per_second", whole_number, "a whole number of operations, at least 1", low=1, high=10**9),
+    )
 }
+"""What a policy may have: whom it names, and how it narrows that."""
 
 
 # ---- words for messages ----------------------------------------------------------------------------

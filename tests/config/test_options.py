@@ -130,7 +130,7 @@ WRONG: list[tuple[str, Value, str]] = [
     ("policies", [{"uid": number("1"), "key": [text("a")]}], "unknown key 'key', did you mean 'keys'?"),
     ("policies", [{"uid": number("1"), "keys": text("k_*")}], "keys must be a list of 1 to 100 patterns"),
     ("policies", [{"uid": number("1"), "threads": []}], "threads must be a list of 1 to 100"),
-    ("policies", [{"uid": number("1"), "threads": [[]]}], "threads must be a list of patterns"),
+    ("policies", [{"uid": number("1"), "threads": [[]]}], "threads must be a list of 1 to 100 patterns"),
     ("policies", [{"uid": number("1"), "operations": [text("crypt")]}], "did you mean "),
     ("policies", [{"uid": number("1"), "operations": [text("encrypt_batch")]}], "did you mean encrypt?"),
     ("policies", [{"uid": number("1"), "operations": [text("shred")]}], "did you mean delete_dek?"),
