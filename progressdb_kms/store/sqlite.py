@@ -135,6 +135,11 @@ class Connection:
         rows = self.select(sql, args)
         return rows[0] if rows else None
 
+    def named(self, kind: str, prefix: str) -> list[str]:
+        """Tables, or indexes, whose names begin so."""
+        sql = "SELECT name FROM sqlite_master WHERE type = ? AND substr(name, 1, ?) = ?"
+        return [row[0] for row in self.select(sql, (kind, len(prefix), prefix))]
+
     def commit(self, blocking: bool = True) -> None:
         """SqliteDict calls this after its own CREATE TABLE; transactions are begun and ended by the store."""
 
@@ -384,14 +389,12 @@ class SqliteStore(SealedStore, SqliteReader):
 
     def _index(self, table: str) -> None:
         """Find the DEKs of a thread without a scan; the name is free, as renamed tables keep theirs."""
-        name = self._free_name("deks_thread_")
+        name = self._free_name("index", "deks_thread_")
         self._conn.execute(f'CREATE INDEX "{name}" ON "{table}" (json_extract(value, \'$.thread_id\'), key)')
 
-    def _free_name(self, prefix: str) -> str:
-        rows = self._conn.select(
-            "SELECT name FROM sqlite_master WHERE substr(name, 1, ?) = ?", (len(prefix), prefix)
-        )
-        return f"{prefix}{max((int(row[0][len(prefix) :]) for row in rows), default=0) + 1}"
+    def _free_name(self, kind: str, prefix: str) -> str:
+        numbers = (int(name[len(prefix) :]) for name in self._conn.named(kind, prefix))
+        return f"{prefix}{max(numbers, default=0) + 1}"
 
     def _reopen(self) -> None:
         """After a COMMIT of unknown outcome: a new connection, and a look at the whole file."""
@@ -579,8 +582,8 @@ class SqliteStore(SealedStore, SqliteReader):
 
     def staging(self, on: bool) -> None:
         """Make the empty table that rewrapped rows are built in; drop what an earlier try left of one."""
-        if self._conn.select_one("SELECT 1 FROM sqlite_master WHERE name = ?", (STAGED,)):
-            self._conn.execute(f'ALTER TABLE "{STAGED}" RENAME TO "{self._free_name(RETIRED)}"')
+        if self._conn.named("table", STAGED):
+            self._conn.execute(f'ALTER TABLE "{STAGED}" RENAME TO "{self._free_name("table", RETIRED)}"')
         if on:
             Table(self.path, STAGED, self._conn)
             self._index(STAGED)
@@ -598,32 +601,22 @@ class SqliteStore(SealedStore, SqliteReader):
         return [(key[5:], {"mac": live}, {"mac": other} if other else None) for key, live, other in found]
 
     def _swap_tables(self) -> None:
-        self._conn.execute(f'ALTER TABLE "{DEKS}" RENAME TO "{self._free_name(RETIRED)}"')
+        self._conn.execute(f'ALTER TABLE "{DEKS}" RENAME TO "{self._free_name("table", RETIRED)}"')
         self._conn.execute(f'ALTER TABLE "{STAGED}" RENAME TO "{DEKS}"')
 
     def retire(self, limit: int) -> bool:
         """Delete up to `limit` rows that a swap left behind. True: there are more."""
-        row = self._conn.select_one(
-            "SELECT name FROM sqlite_master WHERE type = 'table' AND substr(name, 1, ?) = ?",
-            (len(RETIRED), RETIRED),
-        )
-        if row is None:
+        if not (left := self._conn.named("table", RETIRED)):
             return False
-        self._conn.execute(
-            f'DELETE FROM "{row[0]}" WHERE rowid IN (SELECT rowid FROM "{row[0]}" LIMIT ?)',  # noqa: S608
-            (limit,),
-        )
-        if not self._conn.select_one(f'SELECT 1 FROM "{row[0]}" LIMIT 1'):  # noqa: S608
-            self._conn.execute(f'DROP TABLE "{row[0]}"')
+        rows = f'SELECT rowid FROM "{left[0]}" LIMIT ?'  # noqa: S608
+        self._conn.execute(f'DELETE FROM "{left[0]}" WHERE rowid IN ({rows})', (limit,))  # noqa: S608
+        if not self._conn.select(rows, (1,)):
+            self._conn.execute(f'DROP TABLE "{left[0]}"')
         return True
 
     def forget(self, key_id: str) -> None:
         """Delete a key's row from the tables that are being emptied: it was shredded."""
-        for row in self._conn.select(
-            "SELECT name FROM sqlite_master WHERE type = 'table' AND substr(name, 1, ?) = ?",
-            (len(RETIRED), RETIRED),
-        ):
-            self._conn.execute(f'DELETE FROM "{row[0]}" WHERE key = ?', ("meta:" + key_id,))  # noqa: S608
+        _take_out(self._conn, RETIRED, (key_id,))
 
     def compact(self) -> None:
         """Write the whole database anew: free space and gaps between rows are left behind."""
@@ -646,14 +639,17 @@ class SqliteStore(SealedStore, SqliteReader):
             self._conn.select(f"PRAGMA busy_timeout={BUSY_WAIT}")
 
 
+def _take_out(db: Connection, prefix: str, key_ids: Iterable[str]) -> None:
+    """The rows of these keys, of all tables of DEKs whose names begin so."""
+    for name in db.named("table", prefix):
+        sql = f'DELETE FROM "{name}" WHERE key = ?'  # noqa: S608
+        db.executemany(sql, [("meta:" + key_id,) for key_id in key_ids])
+
+
 def forget_rescued(data_dir: Path, key_ids: Iterable[str]) -> None:
     """Take rows out of the files that `rescue` left: a shred must reach them. Raises StoreUnavailable."""
     for path in data_dir.glob(RESCUE + "*.db"):
         with contextlib.closing(Connection(path, "rw")) as db:
             db.execute("PRAGMA secure_delete=ON")
-            for row in db.select(
-                "SELECT name FROM sqlite_master WHERE type = 'table' AND substr(name, 1, 4) = 'deks'"
-            ):
-                sql = f'DELETE FROM "{row[0]}" WHERE key = ?'  # noqa: S608
-                db.executemany(sql, [("meta:" + key_id,) for key_id in key_ids])
+            _take_out(db, DEKS, key_ids)
             db.execute("VACUUM")
