@@ -1,0 +1,75 @@
+"""The numbers that the manual names are those that the program has; that it keeps to them other tests try."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+from progressdb_kms.audit import shared
+from progressdb_kms.config import options, values, weakkeys
+from progressdb_kms.crypto import envelope
+from progressdb_kms.encoding import MAX_THREAD_ID
+from progressdb_kms.process import serving, supervisor
+from progressdb_kms.service import anchors, clock, fleetawait, metrics, shredding, told
+from progressdb_kms.service.worker import Service
+from progressdb_kms.store import snapshots
+from progressdb_kms.tools.manual import text_of
+from progressdb_kms.wire import admission, call, fields, server, slab
+from tests.harness import REPO
+
+UNITS = REPO / "packaging" / "systemd"
+
+
+def of_unit(name: str, pattern: str) -> int:
+    (found,) = re.findall(pattern, (UNITS / name).read_text())
+    return int(found)
+
+
+WATCHDOG = of_unit("progressdb-kms.service", r"(?m)^WatchdogSec=(\d+)s$")
+KEPT = of_unit("progressdb-kms-backup.service", r"--keep (\d+)")
+SCRAPED = of_unit("progressdb-kms-metrics.timer", r"(?m)^OnUnitInactiveSec=(\d+)s$")
+
+OFF = (clock.BACK, clock.AHEAD) == (300, 7 * 86400)
+HANGS = supervisor.STALE_SECONDS + WATCHDOG <= 60
+PATIENCE = inspect.signature(Service.change).parameters["timeout"].default
+
+SAID: list[tuple[str, str, bool]] = [
+    ("api", f"up to {fields.MAX_ITEMS:,} as for encrypt", True),
+    ("api", f"`limit` 1 to {call.MAX_PAGE:,} (default {call.DEFAULT_PAGE})", True),
+    ("api", f"a `thread_id` 1 to {MAX_THREAD_ID} printable characters", True),
+    ("api", f"more than {server.INLINE_ITEMS} items or {server.INLINE >> 10} KiB are worked on beside", True),
+    ("api", "a record a minute and at the end", admission.EACH == 60),
+    ("api", "hand over twice a second", serving.ANCHOR_SECONDS == 0.5),
+    ("configuration", f"At most {options.MAX_SOCKET_PATH} bytes", True),
+    ("configuration", f"one a core, at most {options.MAX_WORKERS}", True),
+    ("configuration", f"may move to, at most {values.MAX_NEXT},", True),
+    ("configuration", f"at most {values.MAX_PREVIOUS}", True),
+    ("configuration", f"fewer than {weakkeys.MIN_DISTINCT} distinct bytes", True),
+    ("configuration", "as much as two bodies of full length", admission.BODIES == 2),
+    ("configuration", "another UID has connected within the last minute", metrics.SECONDS == 60),
+    ("runbook", f"the oldest beyond {KEPT} go", True),
+    ("runbook", "more than 5 minutes behind it or more than 7 days ahead", OFF),
+    ("runbook", "after 5 s at first and every minute in the end", shredding.ERASE_PAUSES == (5, 60)),
+    ("runbook", f"A rotation of up to {snapshots.SMALL:,} DEKs needs an inode a DEK", True),
+    ("runbook", "a keeper that was killed meanwhile: half a minute", supervisor.KEEPER_PAUSES[1] == 30),
+    ("troubleshooting", f"a change is told so after {PATIENCE:g} s", True),
+    ("troubleshooting", "restarts the daemon after a minute at most", HANGS),
+    ("troubleshooting", "shreds that are due for more than a minute", told.OVERDUE_SECONDS == 60),
+    ("install", "of which a main loop hangs, within a minute", HANGS),
+    ("monitoring", f"every {SCRAPED} s, whole or not at all", True),
+    ("threats", "once an hour and at a stop", anchors.WITNESS_SECONDS == 3600),
+    ("secrets", f"{envelope.SCRATCH_SIZE} bytes of locked scratch", True),
+    ("secrets", f"{slab.ANSWER} locked bytes", True),
+    ("commands", f"a log of more than {shared.LEAST >> 20} MiB is shared among the cores", True),
+    ("commands", "eight at most", shared.MOST == 8),
+    ("fleet", "then one in 15 minutes", fleetawait.REMIND_SECONDS == 900),
+]  # fmt: skip
+"""The page, its words, and what must hold of the program where the words don't name its number."""
+
+
+@pytest.mark.parametrize(("page", "words", "holds"), SAID, ids=lambda value: str(value)[:60])
+def test_the_words_of_the_page_are_the_program_s(page: str, words: str, holds: bool) -> None:
+    assert holds
+    assert words in " ".join(text_of(page).split())
