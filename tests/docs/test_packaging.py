@@ -136,6 +136,15 @@ def test_the_filter_of_system_calls_lets_the_key_memory_through() -> None:
     assert unit("progressdb-kms.service")["LimitMEMLOCK"] == ["infinity"]
 
 
+def test_where_the_host_runs_short_the_unit_comes_last() -> None:
+    """`packaging/test-boot` has a process of it killed."""
+    service, backup = (unit(f"progressdb-kms{kind}.service") for kind in ("", "-backup"))
+    assert service["OOMPolicy"] == ["continue"] and int(service["OOMScoreAdjust"][0]) < 0
+    text = (REPO / "progressdb_kms/manual/install.md").read_text()
+    times = {"five": 5}[re.search(r"processors it gets (\w+) times", text)[1]]  # type: ignore[index]
+    assert int(service["CPUWeight"][0]) == 100 * times and "CPUWeight" not in backup  # 100: what is not said
+
+
 # ---- the sample configuration ------------------------------------------------------------------------
 
 
