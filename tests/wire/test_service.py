@@ -13,7 +13,7 @@ import pytest
 
 from progressdb_kms import __version__
 from progressdb_kms.wire.gauges import FAMILIES
-from tests.harness import Daemon, Session, procs
+from tests.harness import Daemon, Session, procs, raw
 
 RECEIPT = re.compile(r"[0-9]+\.[0-9.]+:[1-9][0-9]*:[0-9a-f]{16}")
 
@@ -266,6 +266,23 @@ class TestAudit:
     def test_what_is_no_key_operation_has_no_receipt(self, kms: Session) -> None:
         for path in ("/healthz", "/status", "/metrics", "/nothing"):
             assert "X-KMS-Audit" not in kms.request("GET", path).headers
+
+    @pytest.mark.parametrize(
+        ("path", "header", "status"),
+        [
+            ("/encrypt", "Content-Length: 999999999", 413),
+            ("/encrypt", "Content-Length: 2\r\nContent-Encoding: gzip", 415),
+            ("/wrap", "Transfer-Encoding: chunked", 411),
+        ],
+    )
+    def test_what_is_refused_by_its_head_is_no_operation_yet(
+        self, daemon: Daemon, path: str, header: str, status: int
+    ) -> None:
+        before = len(events(daemon))
+        request = f"POST {path} HTTP/1.1\r\nHost: u\r\nContent-Type: application/json\r\n{header}\r\n\r\n"
+        answer = raw(daemon.socket, [request.encode()])
+        assert answer.startswith(b"HTTP/1.1 %d " % status) and b"x-kms-audit" not in answer.lower()
+        assert len(events(daemon)) == before
 
     def test_receipts_hold_the_log_to_what_callers_saw(self, tmp_path: Any) -> None:
         with Daemon(workers=2) as daemon:
