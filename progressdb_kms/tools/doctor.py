@@ -556,6 +556,22 @@ def _socket(patient: Patient) -> Findings:
         yield Finding(OK, f"{path} has mode {about.st_mode & 0o777:04o}")
 
 
+def _peers(patient: Patient) -> Findings:
+    """A list of callers that was written for the server alone leaves out who looks after the daemon."""
+    assert patient.settings is not None
+    rules = patient.settings.peer_rules
+    if rules.callers is None:
+        return
+    served = rules.callers | (rules.admins or frozenset())
+    asking = {0: "the commands of root", patient.owner: "the timer for metrics, and commands, of its user"}
+    left_out = [(uid, who) for uid, who in asking.items() if uid not in served]
+    for uid, who in left_out:
+        todo = "add it to allowed_peer_uids, or to admin_peer_uids, if it may rotate and shred"
+        yield Finding(WARN, f"uid {uid} is not served: {who} hear 403", todo)
+    if not left_out:
+        yield Finding(OK, f"{len(served)} UIDs are served")
+
+
 def _tcp(patient: Patient) -> Findings:
     """Does the kernel tell who connects, does the daemon answer there, or could it, and whom?"""
     assert patient.settings is not None
@@ -661,6 +677,7 @@ CHECKS: tuple[Check, ...] = (
     Check("start", _start),
     Check("clock", _clock),
     Check("socket", _socket),
+    Check("peers", _peers),
     Check("tcp", _tcp),
     Check("daemon", _daemon),
 )

@@ -286,6 +286,19 @@ class TestDaemon:
             assert only(doctor._socket, patient(home)).level == level
 
 
+def test_a_list_of_callers_without_who_looks_after_the_daemon(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Patient, "owner", 997)
+    assert levels(doctor._peers, patient(home)) == []
+    who = patient(home, allowed_peer_uids="[998]")
+    root, own = doctor._peers(who)
+    assert (root.level, own.level) == (WARN, WARN)
+    assert "uid 0 is not served" in root.text and "uid 997 is not served" in own.text
+    who = patient(home, admin_peer_uids="[0, 997]")
+    assert only(doctor._peers, who).level == OK
+
+
 def listening(host: str = "127.0.0.1") -> socket.socket:
     sock = socket.socket()
     sock.bind((host, 0))
