@@ -16,6 +16,7 @@ what was received is answered, workers end, the keeper writes the last audit hea
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import signal
 import sys
@@ -40,7 +41,7 @@ from ..wire.server import SPARE_FILES, THREADS
 from ..wire.slab import Slab
 from . import hardening, inherited
 from .board import Board
-from .serving import BEAT_SECONDS, MOMENT, Notifier, Shared, Worker, open_keeper, reopen_keeper
+from .serving import BEAT_SECONDS, MOMENT, Notifier, Pulse, Shared, Worker, open_keeper, reopen_keeper
 from .signals import SignalPipe
 from .socket import Name, handover_pair, listen, listen_tcp
 from .supervisor import Supervisor
@@ -156,8 +157,7 @@ class Alone:
     def __init__(self, shared: Shared, lock: Claim, announce: Callable[[str], None]) -> None:
         self._shared = shared
         self._announce = announce
-        self._stop = threading.Event()
-        self._hangup = threading.Event()
+        self._stop, self._hangup = threading.Event(), threading.Event()
         self._failure: BaseException | None = None
 
     def run(self) -> int:
@@ -168,14 +168,15 @@ class Alone:
         up = threading.Event()
         thread = threading.Thread(target=self._work, args=(f"{epoch}.1", up))
         thread.start()
-        notifier = Notifier(shared)
+        notifier, pulse = Notifier(shared), Pulse(shared.metrics)
         while thread.is_alive():
             settled = up.is_set() and not self._stop.is_set()
             keeper.round(BEAT_SECONDS if settled else MOMENT, signals.fd)
             signals.clear()
             if up.is_set():
                 notifier.ready(self._announce)
-                notifier.beat()
+                if pulse.beats({0: os.getpid()}):
+                    notifier.beat()
             if signals.take_hangup():
                 notifier.reloading()
                 shared.board.renew()

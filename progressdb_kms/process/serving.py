@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -54,6 +54,9 @@ BEAT_SECONDS = 1.0
 
 STOCK_SECONDS = 5.0
 """How often a worker counts its open files, threads and audit records."""
+
+STALE_SECONDS = 20.0
+"""A process whose main loop, or whose waiter, stands still for so long keeps the watchdog from being fed."""
 
 MOMENT = 0.05
 """Seconds of a turn while something is under way: a start, an end, a process that is to be replaced."""
@@ -196,7 +199,7 @@ class Worker:
         while not stop(ANCHOR_SECONDS):
             if not waiter.is_alive():  # another process serves again, this one never
                 raise RuntimeError("the thread that serves connections has ended")
-            self._counters.add("beats", 1)
+            self._counters.set("beats", self.server.turns)
             self._take_stock()
             streams.catch_up()
             if take_over(self._handover, self._listener):
@@ -255,6 +258,30 @@ def reopen_keeper(keeper: Keeper) -> None:
         keeper.reopen()
     except KMSError as error:
         log.error("%s", error.told)
+
+
+class Pulse:
+    """Who has come on lately? By its own looks, of which none counts for more than two beats: all that stood
+    still together (a frozen session) is not stuck."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics, self._told = metrics, Pause(0, 0)
+        self._now, self._looked = 0.0, time.monotonic()
+        self._since: dict[tuple[int, int], float] = {}  # of each process and number of beats
+
+    def beats(self, pids: Mapping[int, int]) -> bool:
+        """Do all of these, pids by their block? Who does not is a line of the journal, and so is the end."""
+        looked, self._looked = self._looked, time.monotonic()
+        self._now += min(2 * BEAT_SECONDS, self._looked - looked)
+        counts, since = self._metrics.gauge("beats"), self._since
+        seen = [(pid, counts[block]) for block, pid in pids.items()]
+        self._since = {one: since.get(one, self._now) for one in seen}
+        stuck = [str(pid) for (pid, _), then in self._since.items() if self._now - then >= STALE_SECONDS]
+        if stuck and self._told.failed(", ".join(stuck)):
+            log.error("pid %s: no step for %g s, it hangs, or its disk", self._told.why, STALE_SECONDS)
+        elif not stuck and self._told.worked():
+            log.info("all processes come on again")
+        return not stuck
 
 
 class Notifier:

@@ -18,15 +18,12 @@ from ..service import channel
 from ..service.keeper import STAGING_SLOTS
 from ..service.lock import Claim
 from ..store.pause import Pause
-from . import hardening
-from .serving import BEAT_SECONDS, DRAIN_SECONDS, MOMENT, Notifier, Shared, Worker, open_keeper, reopen_keeper
+from . import hardening, serving
+from .serving import BEAT_SECONDS, DRAIN_SECONDS, MOMENT, Notifier, Pulse, Shared, Worker
 from .signals import END, SignalPipe, Signals
 from .streams import catch_up, ran_out, told
 
 log = logging.getLogger("progressdb_kms")
-
-STALE_SECONDS = 20.0
-"""A process whose main loop has not run for so long keeps the watchdog from being fed."""
 
 KEEPER_PAUSES = 1.0, 30.0
 """Seconds between two tries to start a keeper that could not open the store; the workers go on reading."""
@@ -43,21 +40,15 @@ class Child:
 
     def __init__(self, slot: int) -> None:
         self.slot = slot  # 0: the keeper
-        self.pid = 0
-        self.incarnation = -1
-        self.started = 0.0
-        self.beats = 0
-        self.fresh = 0.0
+        self.pid, self.incarnation, self.started = 0, -1, 0.0
 
 
 class Supervisor:
     def __init__(self, shared: Shared, lock: Claim, announce: Callable[[str], None]) -> None:
-        self._shared = shared
-        self._lock = lock
-        self._announce = announce
+        self._shared, self._lock, self._announce = shared, lock, announce
         self._children = [Child(slot) for slot in range(shared.settings.workers + 1)]
         self._epoch = 0
-        self._keeping = Pause(*KEEPER_PAUSES)
+        self._keeping, self._pulse = Pause(*KEEPER_PAUSES), Pulse(shared.metrics)
         self._signals = Signals()
 
     def run(self) -> int:
@@ -75,8 +66,8 @@ class Supervisor:
                 self._shared.name.watch(at_once=True)
             self._shared.name.watch()
             self._replace_dead()
-            if self._all_alive():
-                notifier.beat()
+            if self._pulse.beats({self._block(child): child.pid for child in self._children if child.pid}):
+                notifier.beat()  # who waits for the disk to come back is not stuck
         notifier.stopping()
         self._shared.name.remove()
         self._end(self._children[1:])
@@ -87,7 +78,7 @@ class Supervisor:
 
     def _fork(self, child: Child, main: Callable[[], None]) -> None:
         child.incarnation += 1
-        child.started = child.fresh = time.monotonic()
+        child.started = time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()
         supervisor = os.getpid()
@@ -95,8 +86,10 @@ class Supervisor:
             child.pid = os.fork()
             if not child.pid:
                 _in_child(supervisor, self._lock, main)
-        block = child.slot - 1 if child.slot else self._shared.settings.workers
-        self._shared.metrics.block(block).add("starts", 1)
+        self._shared.metrics.block(self._block(child)).add("starts", 1)
+
+    def _block(self, child: Child) -> int:
+        return child.slot - 1 if child.slot else self._shared.settings.workers
 
     def _start_keeper(self) -> None:
         child = self._children[0]
@@ -111,9 +104,7 @@ class Supervisor:
         os.close(write)
         with open(read, "rb") as answers:
             line = answers.readline()
-        told: dict[str, Any] = (
-            json.loads(line) if line else {"error": ["the keeper process ended at its start", ""]}
-        )
+        told: dict[str, Any] = json.loads(line or b'{"error": ["the keeper process ended at its start", ""]}')
         if "error" in told:
             os.waitpid(child.pid, 0)
             child.pid = 0
@@ -168,21 +159,10 @@ class Supervisor:
             share = STAGING_SLOTS // self._shared.settings.workers * KEY_SIZE
             self._shared.staging[(slot - 1) * share : slot * share] = bytes(share)
 
-    def _all_alive(self) -> bool:
-        """Has every main loop run lately? Who waits for the disk to come back is not stuck."""
-        beats = self._shared.metrics.gauge("beats")
-        now = time.monotonic()
-        for child in self._children:
-            seen = beats[child.slot - 1 if child.slot else -1]
-            if seen != child.beats:
-                child.beats, child.fresh = seen, now
-        return all(now - child.fresh < STALE_SECONDS for child in self._children if child.pid)
-
     def _tell(self, number: int, children: list[Child]) -> None:
         for child in children:
-            if child.pid:
-                with suppress(ProcessLookupError):
-                    os.kill(child.pid, number)
+            if child.pid:  # nobody waited for it, so the number is its own still
+                os.kill(child.pid, number)
 
     def _end(self, children: list[Child]) -> None:
         """END, wait, and SIGKILL for what does not end in time."""
@@ -235,14 +215,12 @@ def _in_child(supervisor: int, lock: Claim, main: Callable[[], None]) -> NoRetur
 def _keeper_main(shared: Shared, incarnation: int, report: int) -> None:
     try:
         signals = SignalPipe(child=True)
-        keeper, epoch = open_keeper(shared, incarnation)
-    except KMSError as error:
-        os.write(report, json_dumps({"error": [error.message, error.hint]}).encode() + b"\n")
-        return
+        keeper, epoch = serving.open_keeper(shared, incarnation)
     except Exception as error:
-        if (limit := ran_out(error)) is None:
+        why = (error.message, error.hint) if isinstance(error, KMSError) else (ran_out(error), "")
+        if why[0] is None:
             raise
-        os.write(report, json_dumps({"error": [limit, ""]}).encode() + b"\n")
+        os.write(report, json_dumps({"error": why}).encode() + b"\n")
         return
     os.write(report, json_dumps({"epoch": epoch}).encode() + b"\n")
     os.close(report)
@@ -254,7 +232,7 @@ def _keeper_main(shared: Shared, incarnation: int, report: int) -> None:
         catch_up()
         signals.clear()
         if signals.take_hangup():
-            reopen_keeper(keeper)
+            serving.reopen_keeper(keeper)
     keeper.close()
 
 

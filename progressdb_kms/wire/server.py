@@ -166,7 +166,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._sole: Connection | None = None  # whose socket blocks for a moment
         self._spare = False
         self._untrimmed = False
-        self._turns = 0
+        self.turns = 0
         self._at_work = False
         self._now = time.monotonic()
         self._idle_until = self._now + limits.idle_timeout
@@ -212,7 +212,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._at_work = False
         events = self._wait()
         self._at_work = True
-        self._turns += 1
+        self.turns += 1
         self._now = time.monotonic()
         self._idle_until = self._now + self.limits.idle_timeout
         if self._doors.resting or self._doors.renewed:
@@ -280,7 +280,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _do(self, work: Callable[[Connection], object], connection: Connection) -> float:
         """Charge it to its UID; returns the seconds."""
         begun = time.monotonic()
-        connection.turn = self._turns
+        connection.turn = self.turns
         work(connection)
         seconds = time.monotonic() - begun
         self._fair.took(connection.peer.uid, seconds)

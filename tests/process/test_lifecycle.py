@@ -7,9 +7,11 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -149,6 +151,50 @@ def test_a_malformed_request_is_refused_and_the_worker_goes_on() -> None:
         answer = raw(daemon.socket, b"GET / HTTP/1.1\r\nHost : x\r\n\r\n")
         assert b" 400 " in answer[:20]
         assert daemon.healthy()
+
+
+A_WAIT = """
+import os, sys, time
+from progressdb_kms.process import serving
+from progressdb_kms.wire import server
+serving.STALE_SECONDS = 1.5
+flag = os.path.join(sys.argv[sys.argv.index("--data-dir") + 1], "fault")
+look = server.Server._look_around
+def look_around(self):
+    while os.path.exists(flag):
+        time.sleep(0.01)
+    look(self)
+server.Server._look_around = look_around
+from progressdb_kms.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_watchdog_is_not_fed_where_connections_wait(workers: int, short_tmp: Path) -> None:
+    """The main loop of the worker went on, and so did the watchdog."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(short_tmp / "notify"))
+        manager.settimeout(60.0)
+        env = {"NOTIFY_SOCKET": str(short_tmp / "notify"), "WATCHDOG_USEC": "200000"}
+        with contextlib.ExitStack() as stack:
+            command = sys.executable, "-c", A_WAIT
+            daemon = Daemon({"request_timeout": 2}, workers=workers, command=command, env=env)
+            stack.enter_context(daemon)
+            for _ in range(2 * workers):  # where there is one, a worker looks about in short times
+                stack.enter_context(connect(daemon.socket))
+            fault = daemon.data_dir / "fault"
+            fault.touch()
+            procs.wait_until(lambda: "no step for 1.5 s" in daemon.stderr, 60, "it to be told")
+            manager.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                while True:
+                    manager.recv(100)
+            manager.settimeout(60.0)
+            fault.unlink()
+            assert manager.recv(100) == b"WATCHDOG=1"
+            procs.wait_until(lambda: "come on again" in daemon.stderr, 60, "it to be told")
+            assert daemon.healthy()
 
 
 A_FAULT = """

@@ -28,7 +28,7 @@ def waiter() -> Any:
     """A Server's attributes, and of its methods those that a test calls by the class."""
     made = mock.MagicMock(
         _sole=None,
-        _turns=0,
+        turns=0,
         _back=deque(),
         _ahead=deque(),
         _out=[],
@@ -63,7 +63,7 @@ def test_the_others_have_so_long_and_each_is_the_first_at_some_time(monkeypatch:
     fake._comes.side_effect = fake._go_ahead.side_effect = lambda one: served.append(one.name)
     others = [connection(name) for name in "abc"]
     fake._ahead.extend([connection("ahead 1"), connection("ahead 2")])
-    for fake._turns in range(1, 5):
+    for fake.turns in range(1, 5):
         Server._serve_others(fake, others)
     assert served == ["a", "ahead 1", "b", "ahead 2", "c", "a"]
     monkeypatch.setattr(server, "TURN", 3600.0)
