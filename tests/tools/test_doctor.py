@@ -296,7 +296,7 @@ def test_a_list_of_callers_without_who_looks_after_the_daemon(
     assert (root.level, own.level) == (WARN, WARN)
     assert "uid 0 is not served" in root.text and "uid 997 is not served" in own.text
     who = patient(home, admin_peer_uids="[0, 997]")
-    assert only(doctor._peers, who).level == OK
+    assert levels(doctor._peers, who) == [OK]
 
 
 def listening(host: str = "127.0.0.1") -> socket.socket:
