@@ -305,9 +305,12 @@ class Load(NamedTuple):
         return f"p50 {self.p50 * 1e6:.0f} us, p99 {self.p99 * 1e6:.0f} us"
 
 
+PATIENCE = 30.0
+"""Seconds beyond those of a measurement in which its first answers are waited for, where a machine is busy."""
+
+
 def _too_few(took: list[float], each: int, until: float) -> bool:
-    """On a machine that is busy with others: those that are counted as one are waited for, half a minute."""
-    return 0 < len(took) < each and time.perf_counter() < until + 30.0
+    return len(took) < each and time.perf_counter() < until + PATIENCE
 
 
 def load(

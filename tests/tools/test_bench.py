@@ -237,6 +237,19 @@ GONE = "the daemon that is measured is gone: it closed the connection"
     ],
     ids=["refused", "silent", "gone", "gone at once", "gone in a body"],
 )
-def test_what_is_no_figure(short_tmp: Path, answers: tuple[bytes, ...], seconds: float, message: str) -> None:
+def test_what_is_no_figure(
+    short_tmp: Path,
+    answers: tuple[bytes, ...],
+    seconds: float,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench, "PATIENCE", 0.0)
     with answering(short_tmp / "s", *answers) as path, pytest.raises(bench.BenchFailed, match=message):
         bench.load(path, ASK, 1, seconds)
+
+
+def test_the_first_answer_is_waited_for(short_tmp: Path) -> None:
+    """However short the measurement: a machine may be busy."""
+    with answering(short_tmp / "s", FINE, FINE) as path:
+        assert bench.load(path, ASK, 1, 0.0).p50 > 0
