@@ -306,7 +306,7 @@ class Load(NamedTuple):
 
 
 PATIENCE = 30.0
-"""Seconds beyond those of a measurement in which its first answers are waited for, where a machine is busy."""
+"""Seconds beyond those of a measurement for which its first answers are waited for on a busy machine."""
 
 
 def _too_few(took: list[float], each: int, until: float) -> bool:
