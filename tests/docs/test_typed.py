@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from progressdb_kms import __version__
 from tests.harness import Daemon
 from tests.harness.book import book
 from tests.harness.daemon import REPO
+from tests.harness.wire import free_port, host_of
 
 BOOK = book()
 
@@ -96,9 +96,7 @@ def test_how_to_see_whether_progressdb_is_served() -> None:
     (block,) = re.findall(
         r"((?:^ {4}\S.*\n)+)", BOOK.split("\n### Check it\n", 1)[1].split("\n#", 1)[0], re.M
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = host_of(free_port())
     with Daemon({"tcp_address": address, "allowed_peer_uids": [os.geteuid()]}, workers=1) as daemon:
         daemon.ok("POST", "/deks", {"key_id": "t:1700000000000000000"}, 201)
         with daemon.config_file.open("a") as file:

@@ -18,7 +18,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from .folders import new_folder
+from .wire import free_port
 
 LEAST = 14
 STARTED_SECONDS = 60
@@ -85,7 +85,7 @@ class Postgres:
         self.folder = new_folder("kms-pg-")
         self.data = self.folder / "data"
         self.log = self.folder / "log"
-        self.port = _free_port() if tls else 5432
+        self.port = free_port()[1] if tls else 5432
         self.user = "nobody" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
         self.hba = hba
         self._made = 0
@@ -406,13 +406,6 @@ def _sweep() -> None:
                     if str(note.parent) in Path(f"/proc/{pid}/cmdline").read_text():
                         os.kill(pid, signal.SIGQUIT)
                 shutil.rmtree(note.parent, ignore_errors=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 # ---- certificates ----------------------------------------------------------------------------------

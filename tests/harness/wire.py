@@ -16,8 +16,10 @@ A `Session` belongs to one thread.
 from __future__ import annotations
 
 import base64
+import errno
 import http.client
 import json
+import random
 import socket
 import time
 from collections.abc import Iterable, Mapping
@@ -32,6 +34,22 @@ Body = Union[None, bytes, dict[str, Any], list[Any]]
 
 GO_HEADERS = {"Host": "unix", "User-Agent": "Go-http-client/1.1", "Accept-Encoding": "gzip"}
 TIMEOUT = 30.0  # seconds without a byte: a hung daemon fails the test instead of hanging it
+
+
+def free_port(host: str = "127.0.0.1") -> tuple[str, int]:
+    """Below those that the kernel gives to whoever connects: one of these may be gone before a daemon has it,
+    or while it starts anew. Raises OSError where there is no such host."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 99):
+        with socket.socket(family) as probe:
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return host, port
+    raise OSError(errno.EADDRINUSE, "no port was free")
 
 
 class Reply(NamedTuple):

@@ -7,7 +7,6 @@ import json
 import os
 import pwd
 import shutil
-import socket
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +18,7 @@ from progressdb_kms.tools import asowner, doctor
 from tests.conftest import MakeDaemon
 from tests.harness import Daemon
 from tests.harness.daemon import write_secret
+from tests.harness.wire import free_port, host_of
 
 
 @pytest.fixture
@@ -59,9 +59,7 @@ def test_what_it_passes_starts(stopped: Daemon) -> None:
 
 
 def test_a_daemon_on_tcp(make_daemon: MakeDaemon) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = host_of(free_port())
     daemon = make_daemon({"tcp_address": address, "allowed_peer_uids": [os.geteuid()]}, workers=1)
 
     def told() -> list[tuple[str, str]]:

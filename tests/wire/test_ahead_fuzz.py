@@ -27,9 +27,7 @@ from progressdb_kms.wire.slab import SPARES
 from tests.conftest import MakeDaemon
 from tests.harness import Daemon
 from tests.harness.procs import wait_until
-from tests.harness.wire import Address, b64, connect, host_of
-
-from .test_tcp import free_port
+from tests.harness.wire import Address, b64, connect, free_port, host_of
 
 PATIENCE = 60.0
 """Seconds in which nothing at all comes, until a client that waits is a failure."""

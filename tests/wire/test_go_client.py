@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.harness import Daemon
+from tests.harness.wire import free_port, host_of
 
 SOURCE = Path(__file__).with_name("goclient.go")
 
@@ -41,9 +41,7 @@ def test_first_and_second_generation(program: Path, workers: int) -> None:
 @pytest.mark.parametrize("tcp", [False, True], ids=["socket", "tcp"])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_third_generation(program: Path, workers: int, tcp: bool) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = host_of(free_port())
     config = {"tcp_address": address} if tcp else {}
     with Daemon(config, workers=workers) as daemon, subprocess.Popen(
         [str(program), "third", address if tcp else str(daemon.socket)],

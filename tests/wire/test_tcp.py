@@ -23,17 +23,11 @@ from progressdb_kms.rules import PeerRules
 from tests.harness import Daemon, Session
 from tests.harness.dialects import GENERATIONS
 from tests.harness.procs import wait_until
-from tests.harness.wire import connect, host_of, raw, request
+from tests.harness.wire import connect, free_port, host_of, raw, request
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
 NOBODY = 65534
 Address = tuple[str, int]
-
-
-def free_port(host: str) -> Address:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-        sock.bind((host, 0))
-        return host, sock.getsockname()[1]
 
 
 def on_tcp(address: Address, **config: Any) -> Daemon:
