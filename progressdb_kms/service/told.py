@@ -33,25 +33,24 @@ def attend(what: str, work: Callable[[], None], pause: Pause) -> None:
 
 
 class Readiness:
-    """A number in a reason may change unheard: else a disk that fills up would be a line a second."""
+    """Each reason is told once until all are over. A number in it may change unheard, and it may come and go
+    beside another: else a disk that fills up would be a line a second."""
 
     def __init__(self) -> None:
-        self._kind = self._text = ""
+        self._told: dict[str, str] = {}  # reasons, by what they are without their numbers
         self._since = 0.0
 
     def tell(self, reasons: Sequence[str]) -> None:
-        text = "; ".join(reasons)
-        kind = re.sub("[0-9]+", "#", text)
-        if kind == self._kind:
-            return
+        kinds = {re.sub("[0-9]+", "#", reason): reason for reason in reasons}
         now = time.monotonic()
-        if text:
-            log.error("not ready: %s", text)
-        else:
-            log.info("ready again, after %d s: %s", now - self._since, self._text)
-        if not self._kind:
-            self._since = now
-        self._kind, self._text = kind, text
+        if kinds:
+            self._since = self._since if self._told else now
+            if not kinds.keys() <= self._told.keys():
+                log.error("not ready: %s", "; ".join(reasons))
+            self._told = {**kinds, **self._told}
+        elif self._told:
+            log.info("ready again, after %d s: %s", now - self._since, "; ".join(self._told.values()))
+            self._told = {}
 
 
 class Scarcity:

@@ -105,7 +105,7 @@ def test_a_file_that_may_not_grow(make_daemon: MakeDaemon, mostly_two: int) -> N
             kms.request("GET", "/get_wrapped?key_id=none")
             kms.request("POST", "/create_dek_for_thread", {"thread_id": "t"})
     wait_until(lambda: bool(lines(daemon, "not ready: ")), 60, "it to be told")
-    assert len(lines(daemon, "not ready: ")) == 1, daemon.stderr
+    assert len(lines(daemon, "not ready: ")) <= 2, daemon.stderr  # the store may be full, too
     assert "LimitFSIZE" in lines(daemon, "not ready: ")[0]
     daemon.audit_log.rename(daemon.audit_log.with_name("kms-audit.log.1"))
     daemon.signal(signal.SIGHUP)
@@ -209,6 +209,21 @@ def test_a_shred_that_is_due_for_long_is_named_once(
     assert [record.getMessage() for record in caplog.records] == [
         "2 shreds are still due after 60 s: a, b (it is read)",
         "1 shred is still due after 60 s: c (it is read)",
+    ]
+
+
+def test_a_reason_that_comes_and_goes_beside_another_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    readiness = told.Readiness()
+    with caplog.at_level(logging.INFO):
+        for second in range(50):
+            readiness.tell(["the log is full", "the store is full"] if second % 2 else ["the log is full"])
+        readiness.tell([])
+        readiness.tell(["the store is full"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "not ready: the log is full",
+        "not ready: the log is full; the store is full",
+        "ready again, after 0 s: the log is full; the store is full",
+        "not ready: the store is full",
     ]
 
 
