@@ -299,7 +299,12 @@ class Shred(World):
         del self.boxes[self.dead]
         self.words = {"THREAD": "'to be deleted'", "KEY": self.dead}
 
+    def follow(self, line: str) -> None:
+        super().follow(line)
+        assert "kms status" not in line or re.search("^erasures +0 due$", self.output, re.M)
+
     def finish(self) -> None:
+        assert any("kms status" in line for line in self.ran)
         assert self.daemon.ok("GET", "/status")["erasures_due"] == 0
         assert self.daemon.request("GET", f"/deks/{self.dead}").json()["state"] == "shredded"
         super().finish()
