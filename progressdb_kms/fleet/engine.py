@@ -37,7 +37,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from ..errors import ConfigError, KMSError, StoreDamaged, StoreUnavailable
-from .settings import Where
+from .settings import Where, read_secret
 
 try:
     import psycopg
@@ -229,7 +229,7 @@ def _by_tls(where: Where, nowhere: str) -> dict[str, Any]:
         "ssl_min_protocol_version": "TLSv1.2",
     }
     if where.tls_cert:
-        read_key(where)
+        read_secret("tls_key_file", where.tls_key_file)  # looked at alone: libpq reads it
         return {
             **result,
             "sslcert": where.tls_cert,
@@ -244,13 +244,6 @@ def _by_tls(where: Where, nowhere: str) -> dict[str, Any]:
         "password": where.password(),
         "channel_binding": "require",
     }
-
-
-def read_key(where: Where) -> None:
-    """Only looks whether nobody else may read it; libpq reads it. Raises ConfigError."""
-    from .settings import read_secret
-
-    read_secret("tls_key_file", where.tls_key_file)
 
 
 _LOOK = (

@@ -32,6 +32,9 @@ HOSTS = ("store:", "audit:", "clock:", "snapshot:", "uses:", "probe")
 AT_ONCE = 1.0
 """Seconds in which a connection that is dead says so."""
 
+PAGE = 5000
+"""Rows that are asked for at a time, to add up all of them."""
+
 WRITES = "store:writes"
 """The row that counts a host's transactions: see `store`."""
 
@@ -160,13 +163,13 @@ class FleetReader(SealedReader):
         sql = f"SELECT key_id, value FROM deks WHERE key_id > %s {thread}ORDER BY key_id LIMIT %s"  # noqa: S608
         return [(key_id, row_of(value)) for key_id, value in self._select(sql, args)]
 
-    def added_up(self, page: int = 5000) -> tuple[dict[str, int], int]:
+    def added_up(self) -> tuple[dict[str, int], int]:
         """What the state has to say: DEKs by the KEK that they need, and the sum of all rows. Of a row that
         is none of ours nothing is added."""
         keks: dict[str, int] = {}
         total, after = 0, ""
         sql = "SELECT key_id, value FROM deks WHERE key_id > %s ORDER BY key_id LIMIT %s"
-        while rows := self._select(sql, (after, page)):
+        while rows := self._select(sql, (after, PAGE)):
             after = rows[-1][0]
             for _, text in rows:
                 with contextlib.suppress(StoreDamaged, KeyError, TypeError, ValueError):
@@ -199,10 +202,7 @@ class FleetReader(SealedReader):
     # ---- usage ---------------------------------------------------------------------------------
 
     def usage(self, key_ids: Sequence[str]) -> dict[str, Usage]:
-        rows = self._select(
-            "SELECT key_id, encrypts, decrypts, first, last, uid FROM usage WHERE key_id = ANY(%s)",
-            (list(key_ids),),
-        )
+        rows = self._select(_USAGE, (list(key_ids),))
         return {key_id: Usage(*counts) for key_id, *counts in rows}
 
     def heavy(self) -> dict[str, int]:

@@ -6,15 +6,17 @@ table and renames it, which only an owner may. Nothing in it is secret: DEKs are
 authentic by their MACs, not by who may write here. Who writes here can destroy rows, and can't make or change
 one unnoticed.
 
-    deks      one row a DEK. `value` is the row of every store, JSON with its MAC, as text. The columns beside
-    it are
-              for finding it, and decide nothing: `thread_id`; `kek_id`, empty once shredded; `rev`, which
-              counts the row's writes: a change names the one that it saw, so that none is lost.
+    deks      one row a DEK. `value` is the row of every store, JSON with its MAC, as text. The columns
+              beside it are for finding it, and decide nothing: `thread_id`; `kek_id`, empty once shredded;
+              `rev`, which counts the row's writes: a change names the one that it saw, so that none is lost
     kms       rows of the service: of the fleet (host ''), and of each host (its state row, audit heads,
-    clock). usage     what was done under each DEK: no MAC, untouched by rotation. fleet     one row: who is
-    the fleet, the number of its last change, the active KEK, who rotates. hosts     a row for each daemon
-    that runs; see `rows`. changes   what the hosts must hear of, by number. touched   while a rotation is
-    under way: which DEKs were written since it began, and how much the sum moved.
+              clock)
+    usage     what was done under each DEK: no MAC, untouched by rotation
+    fleet     one row: who is the fleet, the number of its last change, the active KEK, who rotates
+    hosts     a row for each daemon that runs; see `rows`
+    changes   what the hosts must hear of, by number
+    touched   while a rotation is under way: which DEKs were written since it began, and how much the sum
+              moved
 
 Two releases run side by side while hosts are upgraded one by one. So a step of the schema must leave what the
 release before it needs: it adds, and what it makes useless goes with the step after it. `fleet.least` says so

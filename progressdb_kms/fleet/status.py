@@ -13,7 +13,7 @@ from ..store.seal import STATE, StoreState
 from .engine import Link, Session
 from .reader import combined
 from .rows import FleetRow
-from .schema import FLEET
+from .schema import fleet_row
 
 _HOSTS = "SELECT host, inc, name, beat, seen, keks, fenced FROM hosts ORDER BY name, host, inc"
 _STATES = "SELECT value FROM kms WHERE name = %s"
@@ -34,7 +34,7 @@ _STANDBYS = (
 def status(link: Link) -> dict[str, Any]:
     """Raises StoreDamaged where there is no fleet, StoreUnavailable."""
     with link.session() as session:
-        fleet = FleetRow(*session.execute(FLEET).fetchall()[0])
+        fleet = fleet_row(session)
         hosts = [_host(fleet, row) for row in session.execute(_HOSTS).fetchall()]
         states = [
             StoreState.from_row(json.loads(row[0])) for row in session.execute(_STATES, (STATE,)).fetchall()

@@ -7,13 +7,13 @@ one Sync, which makes it one implicit transaction, READ COMMITTED. In this order
     guard     this host's count of transactions goes from n to n + 1, and nobody else's did meanwhile
     deks      new rows; changed ones, each as long as its `rev` is the one that was seen
     touched   SELECT … FROM fleet WHERE rotating: after the rows, whose table lock a rotation's beginning
-    waits for kms       rows of the service, this host's state row among them, as long as it is the one that
-    was read changes   of rows that were there before: a number from the fleet's row, which is held to the
-    COMMIT, so that the
-              order of numbers is the order of commits; a NOTIFY, which is a hint. Creates make no change.
-    fence     the active KEK is ours, and this incarnation of this host is registered and not fenced. Its row
-    is
-              held to the COMMIT, so that who fences us either comes before this, or waits for it
+              waits for
+    kms       rows of the service, this host's state row among them, as long as it is the one that was read
+    changes   of rows that were there before: a number from the fleet's row, which is held to the COMMIT, so
+              that the order of numbers is the order of commits; a NOTIFY, which is a hint. Creates make no
+              change
+    fence     the active KEK is ours, and this incarnation of this host is registered and not fenced. Its
+              row is held to the COMMIT, so that who fences us either comes before this, or waits for it
 
 Each condition is an error of its own where it doesn't hold (a division by zero, a logarithm, a root), because
 an error is what aborts the rest. Nothing is locked while this host thinks, so one that is stopped stops
@@ -179,7 +179,7 @@ _PAIRS = (
     "(SELECT key_id, value FROM deks WHERE key_id > %s ORDER BY key_id LIMIT %s) AS live "
     "LEFT JOIN deks_next AS staged USING (key_id) ORDER BY live.key_id"
 )
-_TABLES = "SELECT tablename FROM pg_tables WHERE schemaname = 'kms' AND starts_with(tablename, %s)"
+TABLES = "SELECT tablename FROM pg_tables WHERE schemaname = 'kms' AND starts_with(tablename, %s)"
 
 Statement = tuple[str, Sequence[Any]]
 Mark = tuple[StoreState, StoreState, Union[Tally, None], frozenset[str]]
@@ -890,7 +890,7 @@ class FleetStore(SealedStore, FleetReader):
         self._changed.append((KEKS, ""))
 
     def _left(self) -> list[str]:
-        return sorted(row[0] for row in self._select(_TABLES, (RETIRED,)))
+        return sorted(row[0] for row in self._select(TABLES, (RETIRED,)))
 
     def _free_name(self) -> str:
         return f"{RETIRED}{max((int(name[len(RETIRED) :]) for name in self._left()), default=0) + 1}"

@@ -8,9 +8,8 @@ import json
 from typing import Any
 
 from .engine import Link
-from .store import RETIRED
+from .store import RETIRED, TABLES
 
-_NAMES = "SELECT tablename FROM pg_tables WHERE schemaname = 'kms' AND starts_with(tablename, %s)"
 _RETIRED = "SELECT value FROM kms WHERE host = '' AND name = 'kek:retired:' || %s"
 
 
@@ -18,7 +17,7 @@ def left(link: Link) -> list[dict[str, Any]]:
     """Oldest first. `kek_id` is the KEK of most of its DEKs, "" where there is none left; `time` when that
     was rotated out."""
     with link.session() as session:
-        names = [row[0] for row in session.execute(_NAMES, (RETIRED,)).fetchall()]
+        names = [row[0] for row in session.execute(TABLES, (RETIRED,)).fetchall()]
         found = []
         for name in sorted(names, key=lambda name: int(name[len(RETIRED) :])):
             query = f"SELECT kek_id, count(*) FROM {name} WHERE kek_id <> '' GROUP BY 1 ORDER BY 2 DESC"  # noqa: S608
