@@ -32,7 +32,7 @@ import re
 import resource
 import stat
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Callable, NewType, NoReturn
 
 from .. import disk
@@ -239,7 +239,7 @@ class AuditLog:
                 self._mend()
             return self._append(op, outcome, status, "".join(fragments))
 
-    def note(self, op: str, outcome: str, details: Mapping[str, Any]) -> str:
+    def note(self, op: str, outcome: str = "ok", **details: Any) -> str:
         """Append an event of the daemon's own, which no peer asked for. Otherwise as `record`."""
         return self.record(op, outcome, 200 if outcome == "ok" else 500, fragment(**details))
 
@@ -272,7 +272,7 @@ class AuditLog:
             except OSError as error:
                 self._fail(error)
 
-    def reopen(self, reason: str = "requested") -> None:
+    def reopen(self) -> None:
         """SIGHUP: open the path anew and go on with the same chain, also after the log was unlinked or cut.
         An `audit_reopened` event says why, unless nothing has changed."""
         with self._lock:
@@ -280,7 +280,7 @@ class AuditLog:
                 self._mend()
             fd, status = _open(self.path)
             if self._stopped or (status.st_ino, status.st_dev) != (self._inode, self._device):
-                self._note = self._stopped or self._note or reason
+                self._note = self._stopped or self._note or "requested"
             self._stopped = ""
             self._take(fd, status)
             self._mend()

@@ -323,16 +323,16 @@ def _is_wiped(copies: int) -> bool:
 # ---- for workers -----------------------------------------------------------------------------------
 
 
-def die_with_parent(parent: int, number: int = signal.SIGKILL) -> bool:
-    """Have the kernel send a signal when the parent's thread that forked us ends. Call it right after fork.
+def die_with_parent(parent: int) -> bool:
+    """Have the kernel kill us when the parent's thread that forked us ends. Call it right after fork.
 
-    `parent`: its pid, taken before the fork: if it is gone already, the signal comes at once. Returns False
+    `parent`: its pid, taken before the fork: if it is gone already, we are at once. Returns False
     where the system has no such thing.
     """
-    if _prctl(_PR_SET_PDEATHSIG, number) != 0:
+    if _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         return False
     if os.getppid() != parent:
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGKILL)
     return True
 
 

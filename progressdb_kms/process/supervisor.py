@@ -195,7 +195,7 @@ def _in_child(supervisor: int, lock: Claim, main: Callable[[], None]) -> NoRetur
     try:
         # Not SIGTERM: nobody is left to end them in order, and a worker would wait for a keeper that is gone
         # while the next daemon starts. What was acknowledged is on disk.
-        hardening.die_with_parent(supervisor, signal.SIGKILL)
+        hardening.die_with_parent(supervisor)
         lock.close()  # else the data-dir would stay locked after the supervisor's death
         main()
         code = 0

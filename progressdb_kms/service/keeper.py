@@ -157,7 +157,7 @@ class Keeper:
         self._tidying = Pause(*TIDY_PAUSES)
         self._anchors = Anchors(store, audit, clock, self._time)
         self._shredding = self._shreddings(
-            store, data_dir, self._forget, clock, self._time, self._put, self.note, self._anchors.write
+            store, data_dir, self._forget, clock, self._time, self._put, audit.note, self._anchors.write
         )
         self._writing = Pause(*WRITE_PAUSES)
         self._readiness = Readiness()
@@ -364,17 +364,13 @@ class Keeper:
 
     # ---- small jobs -------------------------------------------------------------------------------
 
-    def note(self, op: str, outcome: str = "ok", **details: Any) -> None:
-        """An audit record of the keeper's own: no peer asked for it."""
-        self._audit.note(op, outcome, details)
-
     def reopen(self) -> None:
         """SIGHUP. Raises AuditUnavailable."""
         self._audit.reopen()
 
     def hello(self, chain: str) -> dict[str, Any]:
         """A worker introduces its audit chain, and gets to know that the keeper is up."""
-        self.note("chain_opened", opened=chain)
+        self._audit.note("chain_opened", opened=chain)
         lost = dead(chain, [name[len(USING) :] for name in self._store.names(USING)])
         self._store.count([(name, Usage(LOST * len(lost))) for name in self._store.heavy() if lost])
         for name in lost:
@@ -543,16 +539,16 @@ class Keeper:
             if dry_run:
                 return (yield from rotation.dry_run(new_kek.view))
             target = fingerprint(new_kek.view)
-            self.note("rotation_started", new_kek_id=target)
+            self._audit.note("rotation_started", new_kek_id=target)
             log.info("a rotation to the KEK %s begins", target)
             try:
                 result = yield from rotation.run(new_kek.view)
             except KMSError as error:
                 log.error("the rotation to the KEK %s failed, nothing was changed: %s", target, error.message)
-                self.note("rotation_failed", "failed", new_kek_id=target, code=error.code)
+                self._audit.note("rotation_failed", "failed", new_kek_id=target, code=error.code)
                 raise
             log.info("the rotation to the KEK %s is done: %d DEKs", target, result["rewrapped"])
-            self.note("rotation_finished", new_kek_id=target, rewrapped=result["rewrapped"])
+            self._audit.note("rotation_finished", new_kek_id=target, rewrapped=result["rewrapped"])
             if target not in self._configured():
                 result["warning"] = _next_start(target, master=True)
                 log.warning("%s", result["warning"])
@@ -663,7 +659,7 @@ class Keeper:
     def close(self) -> None:
         """The last transaction holds the last heads; where the disk takes none, the next start finds that."""
         try:
-            self.note("stop")
+            self._audit.note("stop")
             self._anchors.close()
         except (StoreUnavailable, AuditUnavailable) as error:
             log.error("the end is not in the store or the audit log: %s", error.message)

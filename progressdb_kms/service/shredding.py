@@ -55,7 +55,7 @@ class Shredding:
         clock: Clock,
         time: TrustedTime,
         put: Callable[[DekRecord], None],
-        note: Callable[..., None],
+        note: Callable[..., object],
         anchor: Callable[[], None],
     ) -> None:
         self._store = store

@@ -118,11 +118,11 @@ def open_store(
             store.write(EPOCH, {"epoch": epoch})
         book = AuditLog(log_path, keyring.audit_key, f"{epoch}.0", change=keyring.change)
         tail.recover(book)
-        details = {"kek_id": chosen.active, "kek_version": chosen.version, "command": command}
-        book.note("start", "ok", {"previous": previous, "host": host_id(data_dir), **details})
+        kek: dict[str, Any] = {"kek_id": chosen.active, "kek_version": chosen.version}
+        book.note("start", previous=previous, host=host_id(data_dir), **kek, command=command)
         if floor and older:
             log.warning("%s: taken as it is, as --accept-older-store says", older)
-            book.note("older_store_accepted", "ok", {"store": was, "log": floor.change})
+            book.note("older_store_accepted", store=was, log=floor.change)
         _note_restore(store, book)
         if not incarnation:
             _begin_run(store, book, epoch)
@@ -146,7 +146,7 @@ def _note_restore(store: Store, book: AuditLog) -> None:
     """The event of a restore follows the swap of the files: here, even if the command was killed between."""
     due = store.read(RESTORED)
     if due is not None:
-        book.note("restore", "ok", due)
+        book.note("restore", **due)
         with store.transaction():
             store.erase(RESTORED)
 

@@ -178,7 +178,7 @@ class Work:
         anchor(self.store, chain, Head(seq, sig))
 
     def close(self) -> None:
-        self.audit.note("stop", "ok", {})
+        self.audit.note("stop")
         with self.store.transaction():
             self.anchor()
 

@@ -150,7 +150,7 @@ def restore(loaded: Loaded, file: Path, progress: Progress) -> dict[str, Any]:
         _go_on(work, source, chosen.active, chosen.version)
         result = take(work, "import", _entries(source), progress, skip_bad=False)
         event = {"backup": source.contents.created_at, "sha256": source.contents.sha256}
-        work.audit.note("restore", "ok", event)
+        work.audit.note("restore", **event)
         return {
             "file": str(file),
             "created_at": source.contents.created_at,

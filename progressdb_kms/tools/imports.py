@@ -461,7 +461,7 @@ def _recount(work: Work) -> None:
     """Where a row that was lost or could not be trusted is here again, all of them add up to another sum."""
     try:
         if work.store.recount():
-            work.audit.note("recount", "ok", {})
+            work.audit.note("recount")
     except StoreDamaged as error:
         say(f"{error.message}: `progressdb-kms verify` tells which rows are left to bring back")
 
@@ -469,7 +469,7 @@ def _recount(work: Work) -> None:
 def _note_failure(work: Work, op: str, error: BaseException) -> None:
     code = error.code if isinstance(error, KMSError) else type(error).__name__
     with contextlib.suppress(KMSError):
-        work.audit.note(op, "failed", {"code": code})
+        work.audit.note(op, "failed", code=code)
 
 
 def _refused(bad: list[str], op: str) -> CommandFailed:

@@ -112,7 +112,7 @@ def recount(loaded: Loaded) -> dict[str, Any]:
     ):
         before = _by_kek(work.store)
         if differed := work.store.recount():
-            work.audit.note("recount", "ok", {})
+            work.audit.note("recount")
         after = _by_kek(work.store)
         work.anchor()
     return {"recounted": differed, **({"counted": before, "there": after} if differed else {})}

@@ -241,8 +241,8 @@ def test_a_chain_is_numbers_joined_by_dots(path: Path, chain: str) -> None:
 
 
 def test_a_note_is_the_daemons_own(log: AuditLog, path: Path) -> None:
-    log.note("start", "ok", {"previous": {}, "kek_id": "00"})
-    log.note("rotation_failed", "failed", {})
+    log.note("start", previous={}, kek_id="00")
+    log.note("rotation_failed", "failed")
     first, second = (parse(line) for line in lines(path))
     assert (first["op"], first["status"], first["kek_id"]) == ("start", 200, "00")
     assert (second["outcome"], second["status"]) == ("failed", 500)
@@ -372,7 +372,7 @@ def test_an_unlinked_log_stops_everything_until_someone_says_so(log: AuditLog, p
         assert "SIGHUP" in caught.value.hint
     assert log.reasons() == ["the audit log was unlinked"]
     assert not path.exists()
-    log.reopen("sighup")
+    log.reopen()
     assert log.reasons() == []
     encrypt(log)
     assert ops(path) == ["audit_reopened", "encrypt"]
@@ -423,8 +423,8 @@ def test_reopening_an_unchanged_log_records_nothing(log: AuditLog, path: Path) -
 def test_reopening_after_logrotate_says_why(log: AuditLog, path: Path) -> None:
     encrypt(log)
     old = path.rename(path.with_name("kms-audit.log.1"))
-    log.reopen("sighup")
-    assert parse(lines(path)[0])["reason"] == "sighup"
+    log.reopen()
+    assert parse(lines(path)[0])["reason"] == "requested"
     assert check([old, path], closed([log])).ok
 
 
@@ -561,7 +561,7 @@ def test_what_a_dead_process_left_is_named_at_the_start(path: Path, less: int, a
     log = made(path, ["2.0"])[0]
     assert recover(log) == 1
     assert recover(log) == 0
-    log.note("start", "ok", {"previous": {c: list(head) for c, head in anchors.items()}})
+    log.note("start", previous={c: list(head) for c, head in anchors.items()})
     report = check(path, {**anchors, **closed([log])})
     assert report.fault is None
     assert report.recoveries == 1
@@ -761,7 +761,7 @@ def test_an_edited_first_line_is_not_taken_for_another_key(path: Path) -> None:
 
 def test_a_chain_of_which_nobody_knows_a_line_may_be_empty(path: Path) -> None:
     log = made(path, ["1.0"])[0]
-    log.note("chain_opened", "ok", {"opened": "1.1"})
+    log.note("chain_opened", opened="1.1")
     assert check(path, closed([log])).ok
     assert "1.1 is missing whole" in fault(path, {"1.1": (1, b64encode(bytes(32)))})[1]
 
@@ -781,7 +781,7 @@ def two_runs(path: Path) -> tuple[Path, Anchors]:
     heads = fill(path, chains=["1.0", "1.1"])
     old = path.rename(path.with_name("kms-audit.log.1"))
     log = AuditLog(path, KEY, "2.0", Clock(1_790_001_000.5))
-    log.note("start", "ok", {"previous": {chain: list(head) for chain, head in heads.items()}})
+    log.note("start", previous={chain: list(head) for chain, head in heads.items()})
     encrypt(log)
     return old, closed([log])
 
@@ -1052,7 +1052,7 @@ def test_a_line_however_long_hides_no_tombstone(path: Path, size: int) -> None:
 
 def test_the_largest_line_is_looked_into(path: Path) -> None:
     log = made(path, ["1.0"])[0]
-    log.note("start", "ok", {"previous": {}, "more": "x" * (chain.LONGEST - 400)})
+    log.note("start", previous={}, more="x" * (chain.LONGEST - 400))
     assert check(path, closed([log])).ok
 
 

@@ -79,7 +79,7 @@ class _World:
         self.logs = made(self.path, [f"{self.epoch}.{n}" for n in range(3)], self.clock)
         recover(self.logs[0])
         previous = {chain: list(head) for chain, head in self.anchors.items()}
-        self.receipts.append(self.logs[0].note("start", "ok", {"previous": previous}))
+        self.receipts.append(self.logs[0].note("start", previous=previous))
 
     def crash(self) -> None:
         """All processes die. Not modelled: a rotation between a torn record and its repair, and then this."""

@@ -149,7 +149,7 @@ def test_a_disk_that_fills_at_any_byte_is_repaired() -> None:
         log = AuditLog(path, KEY, "1.0")
         receipts: list[str] = []
         for number in range(60):
-            receipts.append(log.note("start", "ok", {"padding": "x" * (number * 53 % 400)}))
+            receipts.append(log.note("start", padding="x" * (number * 53 % 400)))
             disk.fill()
             with contextlib.suppress(AuditUnavailable):
                 while True:
@@ -260,7 +260,7 @@ def test_receipts_survive_sudden_death(path: Path, turn: int) -> None:
     log = AuditLog(path, KEY, "2.0")
     recover(log)
     anchors = anchors_of([path], crowd)
-    log.note("start", "ok", {"previous": {chain: list(head) for chain, head in anchors.items()}})
+    log.note("start", previous={chain: list(head) for chain, head in anchors.items()})
     verified([path], crowd)
 
 
@@ -271,5 +271,5 @@ def test_death_in_a_torn_state_is_recovered_at_the_start(path: Path) -> None:
             one.wait(refusals=5)
     log = AuditLog(path, KEY, "2.0")
     assert recover(log) in (0, 1)
-    log.note("start", "ok", {"previous": {}})
+    log.note("start", previous={})
     verified([path], crowd)

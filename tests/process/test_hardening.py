@@ -547,7 +547,7 @@ def test_a_parent_that_is_gone_already() -> None:
     child = os.fork()
     if not child:
         try:
-            hardening.die_with_parent(os.getppid() + 1, signal.SIGKILL)
+            hardening.die_with_parent(os.getppid() + 1)
         finally:
             os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL

@@ -108,7 +108,7 @@ def test_none_is_ahead_of_the_disk(site: Site, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_keepers_own_end_is_kept_where_nobody_asks(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    site.keeper.note("shred", key_id="k")
+    site.keeper._audit.note("shred", key_id="k")
     site.keeper.round(0.0)
     monkeypatch.setattr(anchors, "SYNC_SECONDS", 0.0)
     site.keeper.round(0.0)
@@ -122,7 +122,7 @@ def test_what_could_not_be_synced_is_kept_later(site: Site, monkeypatch: pytest.
     def refuse() -> None:
         raise AuditUnavailable("the audit log can't be synced")
 
-    site.keeper.note("shred", key_id="k")
+    site.keeper._audit.note("shred", key_id="k")
     monkeypatch.setattr(anchors, "SYNC_SECONDS", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(site.keeper._audit, "sync", refuse)

@@ -54,7 +54,7 @@ def log(tmp_path: Path) -> Iterator[Path]:
     book.record("decrypt", "refused", 403, other, fragment(code="peer_refused"))
     book.record("encrypt_batch", "ok", 200, me, fragment(count=3, failed=2, keys=["k_1", "k_3"]))
     book.record("reencrypt", "ok", 200, key_fragment("k_2"), me, fragment(new_key_id="k_9"))
-    book.note("rotation_finished", "ok", {"new_kek_id": "0" * 16, "rewrapped": 3})
+    book.note("rotation_finished", new_kek_id="0" * 16, rewrapped=3)
     book.record("decrypt", "ok", 200, key_fragment("k_10"), peer_fragment(10000, 1, 1))
     book.close()
     yield path
@@ -147,7 +147,7 @@ def test_the_short_way_finds_what_the_long_way_finds(
         op, outcome = chance.choice(("encrypt", "decrypt")), chance.choice(("ok", "failed"))
         book.record(op, outcome, 200, key_fragment(keys[0], thread), peer, chance.choice(more))
         if number % 50 == 0:
-            book.note("rotation_finished", "ok", {"nested": {"a": 1, "uid": 10, "key_id": "k_1"}})
+            book.note("rotation_finished", nested={"a": 1, "uid": 10, "key_id": "k_1"})
     book.close()
     block, stamps = path.read_bytes(), re.findall('"ts":"([^"]+)"', path.read_text())
     wanted: list[dict[str, Any]] = [{}, {"op": "encrypt"}, {"outcome": "failed"}, {"embedded": True}]

@@ -57,7 +57,7 @@ def written(path: Path, rounds: int = 40, starts: int = 3) -> tuple[Lines, Ancho
     for start in range(1, starts + 1):
         logs = [AuditLog(path, KEY, f"{start}.{place}", clock) for place in range(3)]
         previous = {name: list(head) for name, head in heads.items()}
-        logs[0].note("start", "ok", {"previous": previous})
+        logs[0].note("start", previous=previous)
         for number in range(rounds):
             log = chance.choice(logs)
             if number == rounds // 2:
