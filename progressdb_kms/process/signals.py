@@ -8,9 +8,6 @@ import threading
 import time
 from contextlib import suppress
 
-# ---- signals ---------------------------------------------------------------------------------------
-
-
 END = signal.SIGUSR1
 """The supervisor's word to a child. Not SIGTERM, which `timeout` or a container's manager may send to the
 whole group: then the keeper would be gone before the workers have answered."""

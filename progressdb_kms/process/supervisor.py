@@ -32,9 +32,6 @@ RESPAWN_SECONDS = 0.5
 """Least time between two starts of the same process, so that one that can't live does not eat the machine."""
 
 
-# ---- several processes -----------------------------------------------------------------------------
-
-
 class Child:
     """A keeper or worker process in its place; replaced when it dies."""
 

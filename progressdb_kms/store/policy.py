@@ -1,4 +1,4 @@
-"""Who may call what, and what a DEK in a given state allows: tables, and two functions that read them."""
+"""The states of a DEK: which action leads from which to which, and why one that isn't enabled is of no use."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ..errors import KeyDisabled, KeyShredded, KMSError
-
-# ---- states of a DEK -----------------------------------------------------------------------------
 
 ENABLED = "enabled"
 DISABLED = "disabled"

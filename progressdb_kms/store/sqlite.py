@@ -1,4 +1,4 @@
-"""Where wrapped DEKs live: `<data-dir>/kms.db`. `memstore` is a twin in memory that keeps the same contract.
+"""Where wrapped DEKs live: `<data-dir>/kms.db`. The tests have a twin in memory that keeps the same contract.
 
 The contract, for every store:
 

@@ -155,7 +155,6 @@ class _Move(NamedTuple):
 
 def reencrypt(app: App, call: Call) -> Reply:
     """From one DEK to another; the plaintext never leaves the process."""
-
     body = json_body(call)
     if is_batch(body):
         return _reencrypt_batch(app, call, batch_items(body, ""))

@@ -13,7 +13,7 @@ IDLE, HEAD, BODY, AHEAD, BUSY, ANSWERING, LINGERING, REFUSED, CLOSED = range(9)
 
 
 class Connection:
-    """What is known of a peer between two turns. Most of it is empty while it is idle."""
+    """Most of it is empty while it is idle."""
 
     __slots__ = (
         "answered", "body_piece", "deadline", "fragment", "keep", "kept", "kept_piece", "peer", "pending",

@@ -122,8 +122,6 @@ MORE, NEXT, AWAY = range(3)
 class Server(socketserver.ThreadingUnixStreamServer):
     """Serves on listening sockets that other workers may share. `process_request` decides who serves."""
 
-    daemon_threads = True
-
     def __init__(
         self, doors: Sequence[Door], app: App, limits: Limits, counters: Block, metrics: Metrics, slab: Slab
     ) -> None:

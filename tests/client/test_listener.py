@@ -20,6 +20,7 @@ from progressdb_kms.tools import keyfiles
 from tests.harness import REPO, folders
 from tests.harness.daemon import cli, write_secret
 from tests.harness.fakekms import FakeKms
+from tests.harness.procs import as_user
 
 DAEMON, APP, STRANGER = 12_001, 12_002, 12_003
 ROOT = 0
@@ -28,17 +29,6 @@ OPEN = f"others may write to {folders.ROOT}"
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not hasattr(socket, "SO_PEERCRED"), reason="only root can listen as another user"
 )
-
-
-@contextlib.contextmanager
-def as_user(uid: int) -> Iterator[None]:
-    os.setegid(uid)
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
 
 
 @contextlib.contextmanager

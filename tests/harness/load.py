@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from types import TracebackType
 from typing import Callable, Generic, TypeVar
 
 from .procs import wait_until
@@ -98,12 +97,7 @@ class Load(Generic[T]):
     def __enter__(self) -> Load[T]:
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
 

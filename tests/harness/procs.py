@@ -6,10 +6,11 @@ time (`Proc`). Nothing is ever signalled by name.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,6 +145,18 @@ def end(processes: Iterable[Proc], timeout: float = 10.0) -> None:
     for process in wanted:
         process.kill()
     wait_until(lambda: not any(process.alive() for process in wanted), timeout, "killed processes to be gone")
+
+
+@contextlib.contextmanager
+def as_user(uid: int) -> Iterator[None]:
+    """As root: what this process opens and connects to is this user's, and its group's of that number."""
+    os.setegid(uid)
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = 10.0, what: str = "") -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.harness import Daemon, raw
 from tests.harness.load import Load
-from tests.harness.procs import rss_kib, wait_until
+from tests.harness.procs import as_user, rss_kib, wait_until
 from tests.harness.wire import b64, connect
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can connect as another user")
@@ -31,15 +31,6 @@ BATCH = (
     b"POST /encrypt_batch HTTP/1.1\r\nHost: unix\r\n"
     b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 )
-
-
-@contextlib.contextmanager
-def as_user(uid: int) -> Iterator[None]:
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @contextlib.contextmanager

@@ -21,9 +21,9 @@ from progressdb_kms.service.plan import Configured, ConfiguredKey
 from progressdb_kms.service.rotation import LEAST, MOST, STEP_SECONDS, Pages
 from progressdb_kms.service.start import open_keeper
 from progressdb_kms.store.contract import DekRecord
-from progressdb_kms.store.memstore import MemoryStore
 from progressdb_kms.store.seal import STATE
 from progressdb_kms.store.sqlite import SqliteStore
+from tests.harness.memstore import MemoryStore
 
 
 class Worked:

@@ -16,8 +16,8 @@ from progressdb_kms.service import shredding
 from progressdb_kms.service.clock import Clock, TrustedTime
 from progressdb_kms.service.shredding import Shredding
 from progressdb_kms.store.contract import DekRecord
-from progressdb_kms.store.memstore import MemoryStore
 from progressdb_kms.store.policy import PENDING_DELETION, SHREDDED
+from tests.harness.memstore import MemoryStore
 
 NOW = Clock().now()
 PAST, LATER = timestamp(NOW - 60), timestamp(NOW + 86400)

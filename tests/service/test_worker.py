@@ -27,10 +27,10 @@ from progressdb_kms.service.channel import StagingSlots
 from progressdb_kms.service.metrics import Metrics
 from progressdb_kms.service.worker import Service
 from progressdb_kms.store.contract import DekRecord
-from progressdb_kms.store.memstore import MemoryStore
 from progressdb_kms.wire import routes
 from progressdb_kms.wire.call import App, Call
 from progressdb_kms.wire.http1 import parse_head
+from tests.harness.memstore import MemoryStore
 
 TEXT = b"a message"
 

@@ -14,11 +14,11 @@ import pytest
 from progressdb_kms.encoding import json_dumps
 from progressdb_kms.errors import StoreDamaged, StoreUnavailable
 from progressdb_kms.store.contract import HEAVY, KEK_ROW, DekRecord, Usage
-from progressdb_kms.store.memstore import MemoryReader, MemoryStore
 from progressdb_kms.store.policy import SHREDDED
 from progressdb_kms.store.seal import STATE, KekCount
 from progressdb_kms.store.sealed import Written
 from progressdb_kms.store.sqlite import SqliteReader, SqliteStore
+from tests.harness.memstore import MemoryReader, MemoryStore
 
 AnyStore = Union[SqliteStore, MemoryStore]
 AnyReader = Union[SqliteReader, MemoryReader]

@@ -30,7 +30,6 @@ from progressdb_kms.errors import AuditUnavailable, PolicyRefused
 from progressdb_kms.rules import Peer
 from progressdb_kms.service.metrics import Metrics
 from progressdb_kms.store.contract import HEAVY, DekRecord, Usage
-from progressdb_kms.store.memstore import MemoryStore
 from progressdb_kms.tools import auditcounts, auditreport, auditsearch
 from progressdb_kms.tools.auditsearch import Hits, Query, moment
 from progressdb_kms.tools.console import UsageError
@@ -38,6 +37,7 @@ from progressdb_kms.wire.admission import Refusals
 from tests.harness import Daemon
 from tests.harness.auditlogs import KEY, Clock, tearing
 from tests.harness.browser import CHROMIUM, Browser
+from tests.harness.memstore import MemoryStore
 
 EVIL = '"><script>alert(1)</script>,"uid":0,\\"key_id\\":\\"k_1\\"'
 

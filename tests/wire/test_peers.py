@@ -18,6 +18,7 @@ from progressdb_kms.service.metrics import Metrics
 from progressdb_kms.wire.admission import EACH, NAMED, Refusals
 from progressdb_kms.wire.routes import ROUTES
 from tests.harness import Daemon
+from tests.harness.procs import as_user
 from tests.harness.wire import Reply, connect
 
 CALLER, ADMIN, STRANGER = 12_001, 12_002, 12_003
@@ -42,17 +43,6 @@ CALLS = [
     ("GET", "/metrics", None),
     ("GET", "/healthz", None),
 ]
-
-
-@contextlib.contextmanager
-def as_user(uid: int) -> Iterator[None]:
-    os.setegid(uid)
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
 
 
 def ask(daemon: Daemon, uid: int, call: tuple[str, str, Any]) -> Reply:

@@ -1,7 +1,7 @@
-"""The store's twin in memory: the same contract (see `contract`), no file, no SQLite.
+"""The store's twin in memory: the same contract (see `store.contract`), no file, no SQLite.
 
 It lets the keeper and rotation be tried without a disk, and it says in plain dicts what SQLite is held to:
-both pass the same contract tests. What it holds is gone with the process, so no daemon serves from it.
+both pass the same contract tests. What it holds is gone with the process.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..encoding import json_loads
-from ..errors import StoreUnavailable
-from .contract import HEAVY, KEK_ROW, Usage
-from .policy import SHREDDED
-from .seal import Seal, StoreState, Tally
-from .sealed import Row, SealedReader, SealedStore, Written
+from progressdb_kms.encoding import json_loads
+from progressdb_kms.errors import StoreUnavailable
+from progressdb_kms.store.contract import HEAVY, KEK_ROW, Usage
+from progressdb_kms.store.policy import SHREDDED
+from progressdb_kms.store.seal import Seal, StoreState, Tally
+from progressdb_kms.store.sealed import Row, SealedReader, SealedStore, Written
 
 
 class State(NamedTuple):
