@@ -1,4 +1,4 @@
-"""The states of a DEK: which action leads from which to which, and why one that isn't enabled is of no use."""
+"""States of a DEK: which action leads from which to which, and why one that isn't enabled can't be used."""
 
 from __future__ import annotations
 
