@@ -1,10 +1,11 @@
-"""On the way to the disk: all of the bytes written, and a file or the names in a folder synced."""
+"""On the way to the disk: all of the bytes written; a file replaced; a file, or a folder's names, synced."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
+from pathlib import Path
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -30,3 +31,16 @@ def sync(path: str | os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def put(path: Path, data: bytes) -> None:
+    """Let a small file (0600) hold this, whatever was there: after a crash it is the old one or the new.
+    Raises OSError."""
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(part, flags, 0o600), "wb", buffering=0) as file:
+        write_all(file.fileno(), data)
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    sync(path.parent)

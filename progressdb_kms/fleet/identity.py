@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .. import disk
 from ..encoding import json_dumps
 from ..errors import StoreUnavailable
 
@@ -47,24 +48,14 @@ class Identity:
         inc = os.urandom(8).hex()
         self._made = [*self._made, inc]
         try:
-            self._write([*self._gone, *self._made][-KEPT:])
+            incs = [*self._gone, *self._made][-KEPT:]
+            disk.put(self._path, json_dumps({"place": self._place, "incarnations": incs}).encode())
         except OSError as error:
             raise StoreUnavailable(
                 f"{self._path} can't be written: {error.strerror}",
                 hint="this host registers in the fleet once it can",
             ) from error
         return inc
-
-    def _write(self, incs: list[str]) -> None:
-        part = self._path.with_name(FILE_NAME + ".part")
-        part.unlink(missing_ok=True)
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(descriptor, json_dumps({"place": self._place, "incarnations": incs}).encode())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(part, self._path)
 
     def gone(self) -> list[str]:
         return self._gone
