@@ -18,11 +18,12 @@ from ..audit import tail
 from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..audit.log import AuditLog, last_epoch
 from ..crypto.keyring import Keyring
-from ..disk import regular
+from ..disk import put, regular
 from ..encoding import timestamp, wall
 from ..errors import AuditUnavailable, ConfigError, KeyMismatch, StoreDamaged, StoreUnavailable
 from ..store.contract import Store
 from ..store.heads import forget, heads
+from ..store.seal import ActiveKek
 from ..store.sqlite import SqliteStore
 from . import ownkeys
 from .clock import Clock
@@ -83,36 +84,31 @@ def open_store(
     store: Any = fleet or SqliteStore(data_dir)
     with contextlib.ExitStack() as undo:
         undo.callback(store.close)
-        stored = store.state().active  # not held against its MAC yet: the key for that is in the store
-        active = (stored.kek_id, stored.version) if stored else None
-        chosen = _replacement(active, keyring) if incarnation and active else _plan(store, active, keys)
-        if fleet and chosen.adopt and active:
-            told = f"the fleet's active KEK is {active[0]}, and {keys.master.source} holds {chosen.active}"
-            raise KeyMismatch(told, hint=f"no other host has that: let this one's master key be {active[0]}")
+        was = store.state().active  # not held against its MAC yet: the key for that is in the store
+        chosen = _choose(store, was, keyring, keys, incarnation)
+        if fleet and was and chosen.adopt:
+            told = f"the fleet's active KEK is {was.kek_id}, and {keys.master.source} holds {chosen.active}"
+            hint = f"no other host has that: let this one's master key be {was.kek_id}"
+            raise KeyMismatch(told, hint=hint)
         if chosen.notice:
             log.warning("%s", chosen.notice)
         ours = _load_keys(store, keyring, chosen, joins=fleet is not None)
         store.unlock(keyring.row_key, keyring.publish)
         keyring.activate(chosen.active, chosen.version)
         _drop_unneeded(keyring, store, keys)
-        epoch = int((store.read(EPOCH) or {"epoch": 0})["epoch"]) + 1
+        epoch, change = int((store.read(EPOCH) or {"epoch": 0})["epoch"]) + 1, store.state().change
         log_path = data_dir / AUDIT_LOG
         floor = _floor(store, log_path, keyring)
-        older = floor.above(epoch - 1, store.state().change) if floor else ""
+        older = floor.above(epoch - 1, change)
         if older and (incarnation or not keys.accept_older):
             raise StoreDamaged(older, hint=tail.OLDER_HINT)
         store.vouch()
-        was = store.state().change
-        epoch = max(epoch, floor.epoch + 1) if floor else epoch
-        previous = heads(store)
+        epoch, previous = max(epoch, floor.epoch + 1), heads(store)
         with store.transaction():
-            if older or (fleet and not was):  # from now on this host has begun
-                store.advance(floor.change if floor else 0)
-            if chosen.adopt and active:
-                store.write(RETIRED_KEK + active[0], {"since": timestamp(wall())})
-                store.erase(RETIRED_KEK + chosen.active)
+            if older or (fleet and not change):  # from now on this host has begun
+                store.advance(floor.change)
             if chosen.adopt:
-                store.activate(chosen.active, chosen.version, timestamp(wall()))
+                _adopt(store, chosen, was)
             for name, key in ours.items():
                 store.write(ownkeys.ROWS[name], key)
             store.write(EPOCH, {"epoch": epoch})
@@ -120,9 +116,9 @@ def open_store(
         tail.recover(book)
         kek: dict[str, Any] = {"kek_id": chosen.active, "kek_version": chosen.version}
         book.note("start", previous=previous, host=host_id(data_dir), **kek, command=command)
-        if floor and older:
+        if older:
             log.warning("%s: taken as it is, as --accept-older-store says", older)
-            book.note("older_store_accepted", store=was, log=floor.change)
+            book.note("older_store_accepted", store=change, log=floor.change)
         _note_restore(store, book)
         if not incarnation:
             _begin_run(store, book, epoch)
@@ -151,15 +147,26 @@ def _note_restore(store: Store, book: AuditLog) -> None:
             store.erase(RESTORED)
 
 
-def _plan(store: Store, active: tuple[str, int] | None, keys: Configured) -> Plan:
+def _choose(
+    store: Store, was: ActiveKek | None, keyring: Keyring, keys: Configured, incarnation: int
+) -> Plan:
+    """Which KEK is the active one from now on? A keeper that takes another's place goes on with its."""
+    if incarnation and was:
+        if was.kek_id not in keyring.kek_ids():
+            told = f"the store's active KEK {was.kek_id} is not in memory"
+            raise StoreDamaged(told, hint="restart the daemon")
+        return Plan(was.kek_id, was.version, False)
     rows = {name: store.read(name) for name in store.names(RETIRED_KEK)}
-    return plan(active, store.keks(), keys, retired(rows))
+    return plan((was.kek_id, was.version) if was else None, store.keks(), keys, retired(rows))
 
 
-def _replacement(active: tuple[str, int], keyring: Keyring) -> Plan:
-    if active[0] not in keyring.kek_ids():
-        raise StoreDamaged(f"the store's active KEK {active[0]} is not in memory", hint="restart the daemon")
-    return Plan(active[0], active[1], False)
+def _adopt(store: Store, chosen: Plan, was: ActiveKek | None) -> None:
+    """Inside a transaction: another KEK becomes the active one."""
+    now = timestamp(wall())
+    if was:
+        store.write(RETIRED_KEK + was.kek_id, {"since": now})
+        store.erase(RETIRED_KEK + chosen.active)
+    store.activate(chosen.active, chosen.version, now)
 
 
 def _drop_unneeded(keyring: Keyring, store: Store, keys: Configured) -> None:
@@ -193,14 +200,14 @@ def _load_keys(store: Store, keyring: Keyring, chosen: Plan, joins: bool) -> dic
     return result
 
 
-def _floor(store: Store, log_path: Path, keyring: Keyring) -> tail.Floor | None:
+def _floor(store: Store, log_path: Path, keyring: Keyring) -> tail.Floor:
     """How far the store was, by the audit log: whatever is before that was put back."""
     if not store.state().change and last_epoch(log_path) is not None:
         raise StoreDamaged(
             f"kms.db is empty, but {log_path} beside it tells that there was a store",
             hint="put the file back, or restore a backup: `progressdb-kms restore FILE`",
         )
-    return tail.floor(tail.logs(log_path.parent), keyring.audit_key)
+    return tail.floor(tail.logs(log_path.parent), keyring.audit_key) or tail.Floor(0, 0)
 
 
 def host_id(data_dir: Path) -> str:
@@ -212,11 +219,5 @@ def host_id(data_dir: Path) -> str:
                 text = file.read(99).decode("ascii", "replace").strip()
             if re.fullmatch("[0-9a-f]{32}", text):
                 return text
-        part = path.with_name(HOST_FILE + ".part")
-        part.unlink(missing_ok=True)
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "wb", buffering=0) as file:
-            file.write(os.urandom(16).hex().encode() + b"\n")
-            os.fsync(descriptor)
-        os.replace(part, path)
+        put(path, os.urandom(16).hex().encode() + b"\n")
     raise StoreUnavailable(f"{path} can't be read", hint="the data-dir must be the daemon's own")
