@@ -22,12 +22,14 @@ from ..service.fleetworker import FleetService
 from ..service.keeper import Keeper
 from ..wire.together import TogetherServer
 from . import systemd
-from .board import Board as Policies
+from .policies import Policies
 
 _TRIED = "it is tried again by itself: /readyz tells why"
 
 
 class FleetSide:
+    server = TogetherServer
+
     def __init__(self, settings: Settings) -> None:
         """Raises ConfigError: what says where the database is."""
         self._where = where(settings)
@@ -43,11 +45,8 @@ class FleetSide:
     def service(self, reader: Any, *args: Any) -> FleetService:
         return FleetService(self._board, self._where.fence_seconds, reader, *args)
 
-    def server(self, *args: Any) -> TogetherServer:
-        return TogetherServer(*args)
-
     def policies(self, settings: Settings) -> Policies:
-        """The board that is renewed at SIGHUP; the coming KEKs with it."""
+        """They are renewed at SIGHUP, and the coming KEKs with them."""
         return _Renewed(settings, self._coming)
 
     def open_keeper(self, *args: Any) -> tuple[Keeper | Awaiting, int]:

@@ -24,7 +24,7 @@ ROOM = 1 << 20
 """Bytes for all policies as JSON: a hundred entries with a hundred patterns each, as long as most are."""
 
 
-class Board:
+class Policies:
     """Made before the first fork; the supervisor writes, the workers read."""
 
     def __init__(self, settings: Settings) -> None:

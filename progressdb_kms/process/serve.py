@@ -36,11 +36,11 @@ from ..service.keeper import STAGING_SLOTS
 from ..service.lock import Claim, claim
 from ..service.metrics import Metrics
 from ..service.plan import Configured
-from ..service.rates import Rates
+from ..service.rates import meters
 from ..wire.server import SPARE_FILES, THREADS
 from ..wire.slab import Slab
 from . import hardening, inherited
-from .board import Board
+from .policies import Policies
 from .serving import BEAT_SECONDS, MOMENT, Notifier, Pulse, Shared, Worker, open_keeper, reopen_keeper
 from .signals import SignalPipe
 from .socket import Name, handover_pair, listen, listen_tcp
@@ -95,8 +95,8 @@ def serve(
             measures=[measure._asdict() for measure in found],
             started=time.monotonic(),
             slabs=slabs, descriptors=descriptors, cores=cores(),
-            board=fleet.policies(settings) if fleet else Board(settings),
-            rates=Rates(settings.workers),
+            policies=fleet.policies(settings) if fleet else Policies(settings),
+            meters=meters(settings.workers),
             fleet=fleet,
         )  # fmt: skip
         run = Alone if settings.workers == 1 else Supervisor
@@ -179,7 +179,7 @@ class Alone:
                     notifier.beat()
             if signals.take_hangup():
                 notifier.reloading()
-                shared.board.renew()
+                shared.policies.renew()
                 reopen_keeper(keeper)
                 self._hangup.set()
                 shared.name.watch(at_once=True)

@@ -26,7 +26,7 @@ from ..service.channel import StagingSlots
 from ..service.keeper import STAGING_SLOTS, Keeper
 from ..service.metrics import Metrics
 from ..service.plan import Configured
-from ..service.rates import Rates
+from ..service.rates import RateMeter
 from ..service.worker import Service
 from ..store.pause import Pause
 from ..store.sqlite import SqliteReader
@@ -36,7 +36,7 @@ from ..wire.doors import Door, peer_of
 from ..wire.server import Limits, Server
 from ..wire.slab import Slab
 from . import hardening, streams, systemd
-from .board import Board
+from .policies import Policies
 from .socket import Name, hosts, take_over
 
 log = logging.getLogger("progressdb_kms")
@@ -84,8 +84,8 @@ class Shared(NamedTuple):
     descriptors: int
     """that a process may open"""
     cores: int
-    board: Board
-    rates: Rates
+    policies: Policies
+    meters: list[RateMeter]
     fleet: Any
     """A `fleetside.FleetSide`, or False: that is loaded where it is configured, and nowhere else"""
 
@@ -129,8 +129,8 @@ class Worker:
         server = shared.fleet.server if shared.fleet else Server
         self.server = server(doors, app, limits, self._counters, shared.metrics, shared.slabs[slot - 1])
         self._anchoring = Pause(0, 0)
-        self._meter = shared.rates.meter(slot - 1)
-        self.server.narrow(shared.board.read(), self._meter)
+        self._meter = shared.meters[slot - 1]
+        self.server.narrow(shared.policies.read(), self._meter)
 
     def _introduce(self) -> None:
         """The keeper records the chain of this worker. Where it can't (the log was unlinked, the disk is
@@ -219,7 +219,7 @@ class Worker:
         self.server.slab.wipe()
 
     def _reopen(self) -> None:
-        self.server.narrow(self._shared.board.read(), self._meter)
+        self.server.narrow(self._shared.policies.read(), self._meter)
         if not self._introduced:
             return
         try:

@@ -58,7 +58,7 @@ class Supervisor:
             self._signals.wait(BEAT_SECONDS if all(child.pid for child in self._children) else MOMENT)
             if self._signals.take_hangup():
                 notifier.reloading()
-                self._shared.board.renew()
+                self._shared.policies.renew()
                 self._tell(signal.SIGHUP, self._children)
                 self._shared.name.watch(at_once=True)
             self._shared.name.watch()

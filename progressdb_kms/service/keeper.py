@@ -60,7 +60,7 @@ from .lock import Files, publish
 from .plan import Configured
 from .rotation import Rewrapper, Rotation, Steps, refuse_retired
 from .shredding import Shredding
-from .told import NAMED, Readiness, attend
+from .told import NAMED, Outage, attend
 from .usage import LOST, SPENT, USING, dead, near
 from .usage import refusal as spent
 
@@ -160,7 +160,7 @@ class Keeper:
             store, data_dir, self._forget, clock, self._time, self._put, audit.note, self._anchors.write
         )
         self._writing = Pause(*WRITE_PAUSES)
-        self._readiness = Readiness()
+        self._outage = Outage()
         self._next_look = self._next_watch = 0.0
         self._lost = self._rescued = ""
         self._rescuer: threading.Thread | None = None
@@ -641,7 +641,7 @@ class Keeper:
             self._probe()
         if why := self._lost or self._writing.why or self._store.trouble():
             reasons.append(why)
-        self._readiness.tell(reasons)
+        self._outage.tell(reasons)
         self._shredding.tell()
 
     def _overdue_kek(self) -> str:

@@ -13,15 +13,10 @@ import time
 from ..config.values import MAX_POLICIES
 
 
-class Rates:
-    """The shared slots of all workers, made before they fork: (second, count) each."""
-
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
-        self._words = memoryview(mmap.mmap(-1, workers * MAX_POLICIES * 16)).cast("Q")
-
-    def meter(self, worker: int) -> RateMeter:
-        return RateMeter(self._words, self._workers, worker)
+def meters(workers: int) -> list[RateMeter]:
+    """One for each worker, over slots that all share: (second, count). To be made before they fork."""
+    words = memoryview(mmap.mmap(-1, workers * MAX_POLICIES * 16)).cast("Q")
+    return [RateMeter(words, workers, worker) for worker in range(workers)]
 
 
 class RateMeter:

@@ -32,9 +32,9 @@ def attend(what: str, work: Callable[[], None], pause: Pause) -> None:
             log.info("over: %s", what)
 
 
-class Readiness:
-    """Each reason is told once until all are over. A number in it may change unheard, and it may come and go
-    beside another: else a disk that fills up would be a line a second."""
+class Outage:
+    """Why the service isn't ready. Each reason is told once until all are over. A number in it may change
+    unheard, and it may come and go beside another: else a disk that fills up would be a line a second."""
 
     def __init__(self) -> None:
         self._told: dict[str, str] = {}  # reasons, by what they are without their numbers

@@ -228,12 +228,12 @@ def test_a_reason_that_comes_and_goes_beside_another_is_told_once(caplog: pytest
 
 
 def test_a_reason_with_another_number_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
-    readiness = told.Readiness()
+    outage = told.Outage()
     with caplog.at_level(logging.INFO):
         for free in range(50):
-            readiness.tell([f"only {free} bytes are free"])
-        readiness.tell(["only 1 bytes are free", "the store is cut"])
-        readiness.tell([])
-        readiness.tell([])
+            outage.tell([f"only {free} bytes are free"])
+        outage.tell(["only 1 bytes are free", "the store is cut"])
+        outage.tell([])
+        outage.tell([])
     said = [record.getMessage() for record in caplog.records]
     assert [line.split(":")[0].split(",")[0] for line in said] == ["not ready", "not ready", "ready again"]
