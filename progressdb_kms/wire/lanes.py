@@ -78,19 +78,13 @@ class Lane:
 # ---- long work
 
 
-class Breath:
-    """Leaves the interpreter to the waiter as long as that has something to do, but not for ever. It comes to
-    its turn at the end of a slice; without this it would lose the interpreter again with each call of the
-    system, of which a request takes some."""
-
-    def __init__(self, busy: Callable[[], bool]) -> None:
-        """Is the waiter at work?"""
-        self._busy = busy
-
-    def __call__(self) -> None:
-        begun = time.monotonic()
-        while self._busy() and time.monotonic() < begun + REST:
-            time.sleep(NAP)
+def breathe(busy: Callable[[], bool]) -> None:
+    """Leave the interpreter to the waiter as long as that is `busy`, but not for ever. It comes to its turn
+    at the end of a slice; without this it would lose the interpreter again with each call of the system, of
+    which a request takes some."""
+    begun = time.monotonic()
+    while busy() and time.monotonic() < begun + REST:
+        time.sleep(NAP)
 
 
 _libc = ctypes.CDLL(None)

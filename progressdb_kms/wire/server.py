@@ -32,6 +32,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Callable, NamedTuple
 
 from ..audit.log import Fragment, peer_fragment
@@ -47,7 +48,7 @@ from .connection import AHEAD, ANSWERING, BODY, BUSY, CLOSED, HEAD, IDLE, LINGER
 from .doors import EVENTS, STRANGER, Door, Doors, groups_of
 from .fair import Fair
 from .http1 import Head, Known, Reader, Request, Room
-from .lanes import SLICE, Breath, Lane, trim
+from .lanes import SLICE, Lane, breathe, trim
 from .lone import LOOK, SOON, Lone
 from .slab import ANSWER, RECEIVED, Slab
 
@@ -699,7 +700,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             call = Call(request.head, request.body, peer, fragment, scratch, answer, connection.rights)
             del request
             if long:
-                call.breathe = Breath(lambda: self._at_work)
+                call.breathe = partial(breathe, lambda: self._at_work)
             self._finish(self.app, connection, route, call, behind)
             answer[:] = _ZEROS[:ANSWER]
             self._wake()
