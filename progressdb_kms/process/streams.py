@@ -18,8 +18,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import KMSError
-
 PROG = "progressdb-kms"
 
 DEPENDENCIES = {"cryptography": "cryptography", "yaml": "pyyaml", "sqlitedict": "sqlitedict"}
@@ -127,8 +125,7 @@ def fail(text: str, code: int = 1) -> int:
 
 def told(error: Exception) -> str:
     """One line for an error. An unexpected one may quote data, so only its type and place are told."""
-    message = getattr(error, "message", None)
-    if isinstance(error, KMSError) or message is not None:
+    if (message := getattr(error, "message", None)) is not None:  # of ours, or of the client's
         hint = getattr(error, "hint", "")
         return f"{message} ({hint})" if hint else f"{message}"
     if (limit := ran_out(error)) is not None:
