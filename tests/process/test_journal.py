@@ -213,12 +213,12 @@ def test_a_shred_that_is_due_for_long_is_named_once(
 
 
 def test_a_reason_that_comes_and_goes_beside_another_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    readiness = told.Readiness()
+    outage = told.Outage()
     with caplog.at_level(logging.INFO):
         for second in range(50):
-            readiness.tell(["the log is full", "the store is full"] if second % 2 else ["the log is full"])
-        readiness.tell([])
-        readiness.tell(["the store is full"])
+            outage.tell(["the log is full", "the store is full"] if second % 2 else ["the log is full"])
+        outage.tell([])
+        outage.tell(["the store is full"])
     assert [record.getMessage() for record in caplog.records] == [
         "not ready: the log is full",
         "not ready: the log is full; the store is full",
