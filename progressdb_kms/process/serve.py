@@ -155,8 +155,7 @@ class Alone:
     """`workers: 1`: the keeper in the main thread, the worker in another."""
 
     def __init__(self, shared: Shared, lock: Claim, announce: Callable[[str], None]) -> None:
-        self._shared = shared
-        self._announce = announce
+        self._shared, self._announce = shared, announce
         self._stop, self._hangup = threading.Event(), threading.Event()
         self._failure: BaseException | None = None
 
@@ -169,25 +168,29 @@ class Alone:
         thread = threading.Thread(target=self._work, args=(f"{epoch}.1", up))
         thread.start()
         notifier, pulse = Notifier(shared), Pulse(shared.metrics)
-        while thread.is_alive():
-            settled = up.is_set() and not self._stop.is_set()
-            keeper.round(BEAT_SECONDS if settled else MOMENT, signals.fd)
-            signals.clear()
-            if up.is_set():
-                notifier.ready(self._announce)
-                if pulse.beats({0: os.getpid()}):
-                    notifier.beat()
-            if signals.take_hangup():
-                notifier.reloading()
-                shared.policies.renew()
-                reopen_keeper(keeper)
-                self._hangup.set()
-                shared.name.watch(at_once=True)
-            shared.name.watch()
-            if signals.stop and not self._stop.is_set():
-                notifier.stopping()
-                shared.name.remove()
-                self._stop.set()
+        try:
+            while thread.is_alive():
+                settled = up.is_set() and not self._stop.is_set()
+                keeper.round(BEAT_SECONDS if settled else MOMENT, signals.fd)
+                signals.clear()
+                if up.is_set():
+                    notifier.ready(self._announce)
+                    if pulse.beats({0: os.getpid()}):
+                        notifier.beat()
+                if signals.take_hangup():
+                    notifier.reloading()
+                    shared.policies.renew()
+                    reopen_keeper(keeper)
+                    self._hangup.set()
+                    shared.name.watch(at_once=True)
+                shared.name.watch()
+                if signals.stop and not self._stop.is_set():
+                    notifier.stopping()
+                    shared.name.remove()
+                    self._stop.set()
+        finally:  # whatever ends the keeper: nobody may be served without it, nor with keys that are wiped
+            self._stop.set()
+            thread.join()
         keeper.close()
         if self._failure is not None:
             raise self._failure

@@ -97,12 +97,10 @@ class Worker:
     """The serving side of one process."""
 
     def __init__(self, shared: Shared, slot: int, chain: str) -> None:
-        settings = shared.settings
-        self._shared = shared
+        self._shared, settings = shared, shared.settings
         self._counters = shared.metrics.block(slot - 1)
         self._counters.clear()
-        self._next_stock = 0.0
-        self._lines = 0  # audit records that were counted
+        self._next_stock, self._lines = 0.0, 0  # audit records that were counted
         path = settings.data_dir
         keyring = shared.keyring
         self._audit = AuditLog(path / AUDIT_LOG, keyring.audit_key, chain, change=keyring.change)
@@ -289,10 +287,9 @@ class Notifier:
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
-        self._said = False
+        self._said, self._next = False, 0.0
         interval = systemd.watchdog_seconds()
         self._interval = interval / 2 if interval else None
-        self._next = 0.0
 
     def ready(self, announce: Callable[[str], None]) -> None:
         if self._said or (self._shared.fleet and self._shared.fleet.waits(announce)):

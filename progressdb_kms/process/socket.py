@@ -38,10 +38,10 @@ def listen(settings: Settings) -> tuple[socket.socket, bool]:
 
 def bind(settings: Settings) -> socket.socket:
     """A new socket, listening under its name."""
-    _clear_stale(settings.socket)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     old = os.umask(0o777 & ~(0o600 if settings.socket_group is not None else settings.socket_mode))
     try:
+        _clear_stale(settings.socket)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.bind(str(settings.socket))
     except OSError as error:
         raise ConfigError(
@@ -172,14 +172,10 @@ class Name:
     def __init__(
         self, settings: Settings, listener: socket.socket, ours: bool, handovers: Sequence[socket.socket]
     ) -> None:
-        self._settings = settings
-        self._listener = listener
-        self._ours = ours
-        self._handovers = handovers
+        self._settings, self._listener, self._ours, self._handovers = settings, listener, ours, handovers
         self._path = Path(os.fsdecode(listener.getsockname()))
         self._seen = self._look()
-        self._next = 0.0
-        self._told = False
+        self._next, self._told = 0.0, False
 
     def _look(self) -> tuple[int, int] | None:
         with suppress(OSError):
@@ -227,7 +223,10 @@ class Name:
         """From here on a connect fails at once instead of waiting for nobody."""
         self._next = float("inf")
         if self._ours and self._look() == self._seen:
-            self._path.unlink(missing_ok=True)
+            try:
+                self._path.unlink(missing_ok=True)
+            except OSError as error:  # answers in flight, and the keys, are more
+                log.error("the socket's name %s can't be removed: %s", self._path, error.strerror)
 
 
 def handover_pair() -> tuple[socket.socket, socket.socket]:

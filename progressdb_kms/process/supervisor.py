@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from typing import Any, Callable, NoReturn
 
 from ..crypto.aead import KEY_SIZE
@@ -17,6 +18,7 @@ from ..errors import KMSError, OperatorError, StoreUnavailable
 from ..service import channel
 from ..service.keeper import STAGING_SLOTS
 from ..service.lock import Claim
+from ..service.told import attend
 from ..store.pause import Pause
 from . import hardening, serving
 from .serving import BEAT_SECONDS, DRAIN_SECONDS, MOMENT, Notifier, Pulse, Shared, Worker
@@ -44,9 +46,8 @@ class Supervisor:
     def __init__(self, shared: Shared, lock: Claim, announce: Callable[[str], None]) -> None:
         self._shared, self._lock, self._announce = shared, lock, announce
         self._children = [Child(slot) for slot in range(shared.settings.workers + 1)]
-        self._epoch = 0
-        self._keeping, self._pulse = Pause(*KEEPER_PAUSES), Pulse(shared.metrics)
-        self._signals = Signals()
+        self._epoch, self._signals, self._pulse = 0, Signals(), Pulse(shared.metrics)
+        self._keeping, self._working = Pause(*KEEPER_PAUSES), Pause(0, 0)
 
     def run(self) -> int:
         notifier = Notifier(self._shared)
@@ -97,9 +98,9 @@ class Supervisor:
             os.close(read)
             _keeper_main(self._shared, incarnation, write)
 
-        self._fork(child, main)
-        os.close(write)
         with open(read, "rb") as answers:
+            with open(write, "wb"):
+                self._fork(child, main)
             line = answers.readline()
         told: dict[str, Any] = json.loads(line or b'{"error": ["the keeper process ended at its start", ""]}')
         if "error" in told:
@@ -128,19 +129,19 @@ class Supervisor:
             if now - child.started >= RESPAWN_SECONDS:
                 if not child.slot:
                     self._revive_keeper()
-                elif self._children[0].pid:
-                    self._start_worker(child)
+                elif self._children[0].pid:  # where no process can be had now, the others go on
+                    attend("a worker is missing", partial(self._start_worker, child), self._working)
 
     def _revive_keeper(self) -> None:
         """It has served, so it will again: no state of the disk ends the daemon. Who asks meanwhile hears."""
         if self._keeping.over():
             try:
                 self._start_keeper()
-            except StartFailed as error:
+            except (StartFailed, OSError) as error:
                 if self._shared.fleet and not self._shared.fleet.opened:
                     raise
-                if self._keeping.failed(error.message):
-                    log.error("no change can be made, and it is tried again: %s", error.message)
+                if self._keeping.failed(str(error)):
+                    log.error("no change can be made, and it is tried again: %s", error)
             else:
                 if self._keeping.worked():
                     log.info("the keeper is up again")

@@ -197,6 +197,86 @@ def test_the_watchdog_is_not_fed_where_connections_wait(workers: int, short_tmp:
             assert daemon.healthy()
 
 
+NO_PROCESS = """
+import errno, os, sys
+flag = os.path.join(sys.argv[sys.argv.index("--data-dir") + 1], "fault")
+fork = os.fork
+def refused():
+    if os.path.exists(flag):
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    return fork()
+os.fork = refused
+from progressdb_kms.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_where_no_process_can_be_had_the_others_go_on() -> None:
+    """A dead worker, a dead keeper and a SIGHUP under a limit of processes ended the daemon."""
+    with Daemon(workers=2, command=(sys.executable, "-c", NO_PROCESS)) as daemon:
+        fault = daemon.data_dir / "fault"
+        fault.touch()
+        worker = max(set(daemon.pids()) - {daemon.pid, daemon.writer})
+        os.kill(worker, signal.SIGKILL)
+        procs.wait_until(lambda: "a worker is missing" in daemon.stderr, 60, "it to be told")
+        daemon.signal(signal.SIGHUP)
+        procs.wait_until(lambda: "the policies stay as they were" in daemon.stderr, 60, "it to be told")
+        os.kill(daemon.writer, signal.SIGKILL)
+        procs.wait_until(lambda: "no change can be made" in daemon.stderr, 60, "it to be told")
+        assert daemon.healthy()
+        assert daemon.request("POST", "/deks", {"thread_id": "t"}).status == 503
+        fault.unlink()
+        procs.wait_until(lambda: "over: a worker is missing" in daemon.stderr, 60, "another in its place")
+        daemon.ok("POST", "/deks", {"thread_id": "t"}, status=201)
+        daemon.stop()
+
+
+STAYS = """
+import pathlib, sys
+unlink = pathlib.Path.unlink
+def refused(self, missing_ok=False):
+    if self.name == "s":
+        raise PermissionError(1, "Operation not permitted")
+    unlink(self, missing_ok)
+pathlib.Path.unlink = refused
+from progressdb_kms.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_name_that_can_not_be_removed(workers: int) -> None:
+    """With two workers all was cut off, with one process the daemon stayed, without a keeper."""
+    with Daemon(workers=workers, command=(sys.executable, "-c", STAYS)) as daemon:
+        daemon.ok("POST", "/deks", {"thread_id": "t"}, status=201)
+        daemon.stop()
+        assert "can't be removed: Operation not permitted" in daemon.stderr
+        assert b'"op":"stop"' in daemon.audit_log.read_bytes().splitlines()[-1]
+
+
+THE_KEEPER_ENDS = """
+import os, sys
+from progressdb_kms.service import keeper
+flag = os.path.join(sys.argv[sys.argv.index("--data-dir") + 1], "fault")
+look = keeper.Keeper._look
+def fault(self):
+    if os.path.exists(flag):
+        raise ValueError("a fault of ours")
+    look(self)
+keeper.Keeper._look = fault
+from progressdb_kms.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_nobody_is_served_without_a_keeper_for_long() -> None:
+    """With one process nothing but a SIGKILL ended it any more."""
+    with Daemon(workers=1, command=(sys.executable, "-c", THE_KEEPER_ENDS)) as daemon:
+        (daemon.data_dir / "fault").touch()
+        assert daemon.process is not None and daemon.process.wait(120) == 1
+        assert "ValueError" in daemon.stderr
+
+
 A_FAULT = """
 import os, sys
 from progressdb_kms.wire import server
