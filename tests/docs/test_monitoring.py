@@ -16,6 +16,7 @@ import yaml
 
 from progressdb_kms.service import fleetgauges
 from progressdb_kms.service.metrics import CLASSES, OPS, Metrics
+from progressdb_kms.tools.commands.daemon import UP
 from progressdb_kms.tools.manual import text_of
 from progressdb_kms.wire.gauges import FAMILIES, LIMITS
 from tests.harness import REPO
@@ -30,8 +31,9 @@ NAMES = {
     *(name[len("progressdb_kms_") :] for name in re.findall("^# TYPE (\\w+)", Metrics(1).render(()), re.M)),
     *FAMILIES,
     *fleetgauges.FAMILIES,
+    *re.findall("^# TYPE progressdb_kms_(\\w+)", UP, re.M),
 }
-"""All families that the daemon serves."""
+"""All families that the daemon serves, and the one that `metrics` adds."""
 
 PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
 promtool = pytest.mark.skipif(shutil.which("promtool", path=PATH) is None, reason="promtool is not installed")
@@ -110,6 +112,8 @@ def test_the_dashboard_is_in_order() -> None:
 
 WELL = {
     'up{job="progressdb-kms"}': "1x{n}",
+    "up": "1x{n}",
+    'node_textfile_mtime_seconds{file="/run/progressdb-kms-metrics/progressdb-kms.prom"}': "1000000000x{n}",
     "uptime_seconds": "0+60x{n}",
     "ready": "1x{n}",
     "warnings": "0x{n}",
@@ -157,6 +161,9 @@ WELL = {
 
 FAULTS: dict[str, dict[str, str]] = {
     "KmsDown": {'up{job="progressdb-kms"}': "0x{n}"},
+    "KmsMetricsOld": {
+        'node_textfile_mtime_seconds{file="/run/progressdb-kms-metrics/progressdb-kms.prom"}': "0x{n}"
+    },
     "KmsServerErrors": {'requests_total{op="encrypt",status="5xx"}': "0+1x{n}"},
     "KmsClientErrors": {'requests_total{op="encrypt",status="4xx"}': "0+60x{n}"},
     "KmsDecryptRefused": {'requests_total{op="decrypt",status="4xx"}': "0+3x{n}"},
@@ -210,7 +217,7 @@ def series(host: str, count: int) -> list[dict[str, str]]:
     """Of a host on which the alert of this name must ring."""
     found = []
     for name, values in {**WELL, **FAULTS.get(host, {})}.items():
-        name = name if name.startswith("up{") else f"progressdb_kms_{name}"
+        name = name if name.startswith(("up{", "node_")) else f"progressdb_kms_{name}"
         labels = f'{name[:-1]},instance="{host}"}}' if name.endswith("}") else f'{name}{{instance="{host}"}}'
         found.append({"series": labels, "values": values.format(n=count)})
     return found
@@ -244,3 +251,17 @@ def test_each_alert_rings_for_its_fault_alone(tmp_path: Path) -> None:
         file = tmp_path / f"{every}.yml"
         file.write_text(yaml.safe_dump(trials(every, rings)))
         run("promtool", "test", "rules", str(file))
+
+
+@promtool
+def test_a_daemon_that_is_down_beside_one_that_is_not(tmp_path: Path) -> None:
+    """By the way of the packages: its file says no more than that, and the other host has all metrics."""
+    trial = trials(1, {"KmsDown": 12})
+    lines = [
+        line for line in trial["tests"][0]["input_series"] if f'instance="{WELL_HOST}"' in line["series"]
+    ]
+    down = {"series": 'progressdb_kms_up{instance="KmsDown"}', "values": "0x12"}
+    trial["tests"][0]["input_series"] = [*lines, down]
+    file = tmp_path / "down.yml"
+    file.write_text(yaml.safe_dump(trial))
+    run("promtool", "test", "rules", str(file))
