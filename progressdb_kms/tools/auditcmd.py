@@ -137,7 +137,7 @@ def _reader(settings: Settings, host: str | None = None) -> Iterator[FleetReader
         return
     if host:
         raise CommandFailed("--host names one of a fleet, and this store is no fleet's", hint="leave it out")
-    with asowner.acting_as(asowner.of(data_dir)), contextlib.closing(SqliteReader(data_dir)) as reader:
+    with asowner.acting_as(asowner.of(data_dir)), contextlib.closing(datadir.reader_of(data_dir)) as reader:
         yield reader
 
 

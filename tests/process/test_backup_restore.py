@@ -277,6 +277,8 @@ class TestRestore:
             twin.stop()
             checked(twin)
             assert [event["deks"] for event in events(twin, "restore")] == [4]
+            done = twin.offline("audit", "verify", "--partial", str(site.daemon.audit_log))
+            assert done.returncode == 0, (done.stdout, done.stderr)  # a log that was shipped here
         finally:
             twin.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sqlite3
 import stat
 from collections.abc import Iterator
@@ -147,6 +148,10 @@ def test_audit_verify(stopped: Daemon) -> None:
         write_secret(copy.kek_file, os.urandom(32))
         done = copy.offline("audit", "verify")
         assert done.returncode == 1 and b"which is not configured" in done.stderr
+        shutil.rmtree(copy.data_dir)
+        for command in ("verify", "search"):
+            done = copy.offline("audit", command, str(stopped.audit_log))
+            assert done.returncode == 1 and b"there is no store" in done.stderr
     finally:
         copy.close()
 
