@@ -43,8 +43,15 @@ def listed(daemon: Daemon) -> list[dict[str, object]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def rotation(daemon: Daemon) -> threading.Thread:
-    """One under way, in a thread: the daemon is killed under it."""
+def snapshots(daemon: Daemon) -> Path:
+    return daemon.data_dir / "kms-deks-backup"
+
+
+def rotating(daemon: Daemon, deks: int) -> threading.Thread:
+    """Started, with a rotation of so many under way in a thread: the daemon is to be killed under it."""
+    fill(daemon, deks)
+    daemon.start()
+    root = snapshots(daemon)
 
     def run() -> None:
         over = (OSError, http.client.HTTPException, UnexpectedReply)
@@ -53,17 +60,14 @@ def rotation(daemon: Daemon) -> threading.Thread:
 
     thread = threading.Thread(target=run)
     thread.start()
+    wait_until(lambda: root.is_dir() and len(list(root.glob("*/*.json"))) > 100, 60, "the first files")
     return thread
 
 
 def test_killed_and_resumed_at_once() -> None:
     daemon = Daemon(workers=1)
     try:
-        fill(daemon, 4000)
-        daemon.start()
-        root = daemon.data_dir / "kms-deks-backup"
-        started = rotation(daemon)
-        wait_until(lambda: root.is_dir() and len(list(root.glob("*/*.json"))) > 100, 30, "the first files")
+        started = rotating(daemon, 4000)
         daemon.kill()
         started.join()
         (left,) = listed(daemon)
@@ -73,7 +77,7 @@ def test_killed_and_resumed_at_once() -> None:
         daemon.write_kek(os.urandom(32))
         with daemon.session() as kms:
             assert kms.rotate(daemon.kek)["rewrapped"] == 4000
-        wait_until(lambda: len(os.listdir(root)) == 2, 30, "the first snapshot to be tidied up")
+        wait_until(lambda: len(os.listdir(snapshots(daemon))) == 2, 60, "the first snapshot to be tidied up")
         (kept,) = listed(daemon)
         assert kept["finished"] is True and kept["deks"] == 4000 and kept["path"] != left["path"]
         daemon.stop()
@@ -85,11 +89,7 @@ def test_killed_and_resumed_at_once() -> None:
 def test_prune_knows_what_was_left() -> None:
     daemon = Daemon(workers=1)
     try:
-        fill(daemon, 3000)
-        daemon.start()
-        root = daemon.data_dir / "kms-deks-backup"
-        started = rotation(daemon)
-        wait_until(lambda: root.is_dir() and len(list(root.glob("*/*.json"))) > 100, 30, "the first files")
+        started = rotating(daemon, 3000)
         daemon.signal(signal.SIGSTOP)
         done = daemon.offline("backups", "prune", "--keep", "1", "--json")
         assert done.returncode == 0 and json.loads(done.stdout)["paths"] == [], "it is being written"
@@ -98,7 +98,7 @@ def test_prune_knows_what_was_left() -> None:
         (left,) = listed(daemon)
         done = daemon.offline("backups", "prune", "--keep", "1", "--json")
         assert done.returncode == 0 and json.loads(done.stdout)["paths"] == [left["path"]]
-        assert os.listdir(root) == [] and listed(daemon) == []
+        assert os.listdir(snapshots(daemon)) == [] and listed(daemon) == []
     finally:
         daemon.close()
 
