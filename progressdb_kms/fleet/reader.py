@@ -181,9 +181,8 @@ class FleetReader(SealedReader):
 
     # ---- rows of the service -------------------------------------------------------------------
 
-    def check(self, name: str, row: Any) -> None:
-        if row is not None:
-            self._check_of(self._owner(name), name, row)
+    def _signed(self, name: str) -> str:
+        return named(self._owner(name), name)
 
     def _read(self, name: str) -> Any:
         rows = self._select("SELECT value FROM kms WHERE host = %s AND name = %s", (self._owner(name), name))

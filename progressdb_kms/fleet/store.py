@@ -52,7 +52,7 @@ from ..encoding import b64encode, json_dumps
 from ..errors import Conflict, StoreDamaged, StoreUnavailable
 from ..store.contract import KEK_ROW, DekRecord, Usage
 from ..store.policy import SHREDDED
-from ..store.seal import MODULUS, OWN, STATE, KekCount, Seal, StoreState, Tally, weight, without_mac
+from ..store.seal import MODULUS, STATE, KekCount, Seal, StoreState, Tally, weight, without_mac
 from ..store.sealed import SealedStore, Written, nobody
 from .engine import FORGOTTEN, TIMELINE, UNREACHABLE, Link, Session, Texts, translated
 from .reader import STATES, WRITES, FleetReader, combined, named, row_of, without
@@ -311,7 +311,7 @@ class FleetStore(SealedStore, FleetReader):
 
     def _refresh(self) -> None:
         """Read the others' part again. Ours stays: it may be on no disk yet."""
-        own = without(self._book, self._others)
+        own = self._own()
         _, self._others = self._combined(self._select(STATES))
         self._book = combined([own, self._others], own)
 
@@ -363,13 +363,8 @@ class FleetStore(SealedStore, FleetReader):
             self.acting = self._fenced_by
         self._committed(before[0])
 
-    def _settle(self, before: StoreState) -> None:
-        if self._book.wraps:
-            self.count((KEK_ROW + kek_id, Usage(wraps)) for kek_id, wraps in self._book.wraps.items())
-            self._book = self._book._replace(wraps={})
-        if self._book is not before:
-            own = without(self._book, self._others)
-            self._write(STATE, self._key.sealed(named(self.host, STATE), own.to_row()))
+    def _own(self) -> StoreState:
+        return without(self._book, self._others)
 
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:
@@ -680,12 +675,6 @@ class FleetStore(SealedStore, FleetReader):
                 total=(book.total + sum(row.weight for row in news)) % MODULUS,
                 wraps={**book.wraps, kek_id: book.wraps.get(kek_id, 0) + count},
             )
-
-    def write(self, name: str, value: dict[str, Any]) -> None:
-        if name.startswith(OWN):
-            value = self._key.sealed(named(self._owner(name), name), value)
-            self._owns(name, weight(value))
-        self._write(name, value)
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
         self._gathered.kms[name] = json_dumps(row)

@@ -108,7 +108,11 @@ class SealedReader(ABC):
     def check(self, name: str, row: Any) -> None:
         """Raises StoreDamaged for a row that is not as the daemon wrote it."""
         if self._seal is not None and row is not None:
-            self._seal.check(name, row)
+            self._seal.check(self._signed(name), row)
+
+    def _signed(self, name: str) -> str:
+        """A row's name as its MAC has it."""
+        return name
 
     def _record(self, key_id: str, row: Any) -> DekRecord:
         self.check("meta:" + key_id, row)
@@ -189,7 +193,11 @@ class SealedStore(SealedReader):
             self.count((KEK_ROW + kek_id, Usage(wraps)) for kek_id, wraps in self._book.wraps.items())
             self._book = self._book._replace(wraps={})
         if self._book is not before:
-            self._write(STATE, self._key.sealed(STATE, self._book.to_row()))
+            self._write(STATE, self._key.sealed(self._signed(STATE), self._own().to_row()))
+
+    def _own(self) -> StoreState:
+        """What the state row of this writer says."""
+        return self._book
 
     def _committed(self, before: StoreState) -> None:
         if self._book is not before:
@@ -199,7 +207,7 @@ class SealedStore(SealedReader):
 
     def write(self, name: str, value: Row) -> None:
         if name.startswith(OWN):
-            value = self._key.sealed(name, value)
+            value = self._key.sealed(self._signed(name), value)
             self._owns(name, weight(value))
         self._write(name, value)
 
