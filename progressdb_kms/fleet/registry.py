@@ -61,7 +61,7 @@ SELECT f.*, h.host, h.inc, h.name, h.beat, h.seen, h.keks, h.fenced
 FROM (SELECT {_FLEET} FROM fleet) AS f LEFT JOIN hosts AS h ON true"""  # noqa: S608
 
 
-class Engine:
+class EngineRegistry:
     """`span`: fence_seconds. An answer that takes longer than a heartbeat is given up."""
 
     def __init__(self, link: Link, span: float) -> None:

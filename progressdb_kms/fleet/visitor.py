@@ -14,7 +14,7 @@ import threading
 from ..errors import StoreUnavailable
 from .engine import Link
 from .lease import BEATS
-from .registry import Engine
+from .registry import EngineRegistry
 from .settings import Where
 
 
@@ -25,7 +25,7 @@ class Visitor:
         self.host, self.inc = host, os.urandom(8).hex()
         self._keks = keks
         self._pause = where.fence_seconds / BEATS
-        self._engine = Engine(Link(where, "progressdb-kms visitor"), where.fence_seconds)
+        self._engine = EngineRegistry(Link(where, "progressdb-kms visitor"), where.fence_seconds)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beats, daemon=True)
 

@@ -126,7 +126,7 @@ class Worker:
             doors.append(Door(shared.tcp, loopback.Peers().identify))
         server = shared.fleet.server if shared.fleet else Server
         self.server = server(doors, app, limits, self._counters, shared.metrics, shared.slabs[slot - 1])
-        self._anchoring = Pause(0, 0)
+        self._anchoring = Pause()
         self._meter = shared.meters[slot - 1]
         self.server.narrow(shared.policies.read(), self._meter)
 
@@ -263,7 +263,7 @@ class Pulse:
     still together (a frozen session) is not stuck."""
 
     def __init__(self, metrics: Metrics) -> None:
-        self._metrics, self._told = metrics, Pause(0, 0)
+        self._metrics, self._told = metrics, Pause()
         self._now, self._looked = 0.0, time.monotonic()
         self._since: dict[tuple[int, int], float] = {}  # of each process and number of beats
 

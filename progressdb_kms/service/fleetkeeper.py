@@ -31,7 +31,7 @@ from ..fleet.host import Host, run
 from ..fleet.identity import Identity
 from ..fleet.lease import BOOTTIME
 from ..fleet.lease import Clock as FleetClock
-from ..fleet.registry import Engine
+from ..fleet.registry import EngineRegistry
 from ..fleet.rows import Point, Sight
 from ..fleet.settings import Where
 from ..fleet.status import counted
@@ -124,7 +124,7 @@ class FleetKeeper(Keeper):
 
     def join(self, place: Place, member: Member, board: Board, coming: Coming) -> None:
         self._place, self._member, self._board, self._coming_keys = place, member, board, coming
-        self._beside = Pause(0, 0)
+        self._beside = Pause()
         self._survey: dict[str, Any] = {"warnings": []}
         self._next_survey = 0.0
         self._leaving: set[str] = set()
@@ -379,13 +379,14 @@ class Member:
 
     def __init__(self, where: Where, place: Place, board: Board, identity: Identity) -> None:
         self._where, self.span = where, where.fence_seconds
-        engine = Engine(Link(where, "progressdb-kms host"), self.span)
+        engine = EngineRegistry(Link(where, "progressdb-kms host"), self.span)
         self.host = Host(identity, place, board, FleetClock(), engine.wake, self.span)
         self._thread = threading.Thread(target=run, args=(self.host, engine), name="fleet", daemon=True)
         self._thread.start()
 
     def sight(self) -> Sight:
-        with contextlib.closing(Engine(Link(self._where, "progressdb-kms census"), self.span)) as engine:
+        link = Link(self._where, "progressdb-kms census")
+        with contextlib.closing(EngineRegistry(link, self.span)) as engine:
             return engine.sight()
 
     def everywhere(self, point: Point, then: Callable[[KMSError | None], None]) -> None:

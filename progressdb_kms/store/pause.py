@@ -9,10 +9,10 @@ class Pause:
     """For `first` seconds after a failure, twice as long after each further one, up to `longest`.
 
     By the monotonic clock: nobody sets that back. A failure within a pause (somebody could not wait) changes
-    nothing of it.
+    nothing of it. Without lengths it only tells what is news.
     """
 
-    def __init__(self, first: float, longest: float) -> None:
+    def __init__(self, first: float = 0.0, longest: float = 0.0) -> None:
         self._first, self._longest = first, longest
         self._length = self._until = 0.0
         self.why = ""  # what the last failure said; empty where the last try worked

@@ -31,7 +31,7 @@ from ..fleet.board import Board
 from ..fleet.engine import LEAST_SERVER, Link, connect
 from ..fleet.host import Host, run
 from ..fleet.lease import Clock
-from ..fleet.registry import Engine
+from ..fleet.registry import EngineRegistry
 from ..fleet.settings import Where
 from ..fleet.store import Contended, Fenced, FleetStore
 from ..service import ownkeys
@@ -129,7 +129,7 @@ class _Member:
 
     def __init__(self, where: Where, number: int) -> None:
         self.host, self.name, self.inc = f"bench{number}", f"bench{number}", ""
-        self._engine = Engine(Link(where, "progressdb-kms bench"), SPAN)
+        self._engine = EngineRegistry(Link(where, "progressdb-kms bench"), SPAN)
         self.place = Host(self, self, Board.new(), Clock(), self._engine.wake, SPAN)
         self._thread = threading.Thread(target=run, args=(self.place, self._engine), daemon=True)
         self._thread.start()

@@ -26,10 +26,10 @@ K = frozenset(["k1"])
 
 @pytest.fixture
 def engine(fleet_database: postgres.Fleet) -> Iterator[Any]:
-    from progressdb_kms.fleet.registry import Engine
+    from progressdb_kms.fleet.registry import EngineRegistry
 
     fleet_database.sql("UPDATE kms.fleet SET active_kek = 'k1', version = 1")
-    result = Engine(fleet_database.link(), SPAN)
+    result = EngineRegistry(fleet_database.link(), SPAN)
     yield result
     result.close()
 
@@ -151,9 +151,9 @@ class TestWaiting:
         assert engine.sight().hosts == []
 
     def test_whoever_wakes_one_that_is_closed_wakes_nobody(self, fleet_database: postgres.Fleet) -> None:
-        from progressdb_kms.fleet.registry import Engine
+        from progressdb_kms.fleet.registry import EngineRegistry
 
-        engine = Engine(fleet_database.link(), SPAN)
+        engine = EngineRegistry(fleet_database.link(), SPAN)
         engine.close()
         engine.wake()
 
@@ -163,10 +163,10 @@ class Running:
 
     def __init__(self, database: postgres.Fleet, name: str) -> None:
         from progressdb_kms.fleet.host import Host, run
-        from progressdb_kms.fleet.registry import Engine
+        from progressdb_kms.fleet.registry import EngineRegistry
 
         self.service, self.board, self.clock = Service(name), Board.new(), Clock()
-        self.registry = Engine(database.link(), SPAN)
+        self.registry = EngineRegistry(database.link(), SPAN)
         self.host = Host(self.service, self.service, self.board, self.clock, self.registry.wake, SPAN)
         self.thread = threading.Thread(target=run, args=(self.host, self.registry))
         self.thread.start()
@@ -263,12 +263,13 @@ def test_a_host_that_was_stopped_in_half_of_a_transaction_holds_nothing_up(
 ) -> None:
     """Of a pipeline without its Sync the engine waits for the rest, and knows no timeout for that."""
     from progressdb_kms.fleet.engine import Link
-    from progressdb_kms.fleet.registry import Engine
+    from progressdb_kms.fleet.registry import EngineRegistry
     from progressdb_kms.fleet.store import WRITER
 
     other = fleet_database.store(host="two")
     fleet_database.sql("INSERT INTO kms.hosts VALUES ('one', '1', '', 0, 0, '{}', false)")
-    stopped, engine = Link(fleet_database.where, WRITER + "one"), Engine(Link(fleet_database.where), 60.0)
+    stopped = Link(fleet_database.where, WRITER + "one")
+    engine = EngineRegistry(Link(fleet_database.where), 60.0)
     with contextlib.closing(engine), pytest.raises(StoreUnavailable), stopped.session() as session:
         for half in (
             "BEGIN",
