@@ -228,15 +228,21 @@ def _no_core_files() -> Measure:
 
 def _not_dumpable() -> Measure:
     """Against ptrace by the same user, and a core_pattern with a pipe, which RLIMIT_CORE does not stop."""
-    _prctl(_PR_SET_DUMPABLE, 0)
-    value = _prctl(_PR_GET_DUMPABLE)
-    return Measure("not_dumpable", value == 0, _prctl_detail("PR_GET_DUMPABLE", value))
+    return _by_prctl("not_dumpable", "PR_GET_DUMPABLE", _PR_SET_DUMPABLE, _PR_GET_DUMPABLE, 0)
 
 
 def _no_new_privileges() -> Measure:
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    value = _prctl(_PR_GET_NO_NEW_PRIVS)
-    return Measure("no_new_privs", value == 1, _prctl_detail("PR_GET_NO_NEW_PRIVS", value))
+    return _by_prctl("no_new_privs", "PR_GET_NO_NEW_PRIVS", _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS, 1)
+
+
+def _by_prctl(measure: str, word: str, change: int, look: int, wanted: int) -> Measure:
+    _prctl(change, wanted)
+    value = _prctl(look)
+    detail = f"{word} is {value}"
+    if value < 0:
+        linux = sys.platform.startswith("linux")
+        detail = f"{word} failed: {os.strerror(ctypes.get_errno())}" if linux else "only Linux has it"
+    return Measure(measure, value == wanted, detail)
 
 
 def _private_umask() -> Measure:
@@ -275,14 +281,6 @@ def _prctl(option: int, value: int = 0) -> int:
     words = [ctypes.c_ulong(word) for word in (value, 0, 0, 0)]
     result: int = _libc.prctl(ctypes.c_int(option), *words)
     return result
-
-
-def _prctl_detail(name: str, value: int) -> str:
-    if value >= 0:
-        return f"{name} is {value}"
-    if not sys.platform.startswith("linux"):
-        return "only Linux has it"
-    return f"{name} failed: {os.strerror(ctypes.get_errno())}"
 
 
 # ---- does free() wipe? -----------------------------------------------------------------------------

@@ -50,6 +50,8 @@ SMALL = 5_000
 
 _KEY = re.compile(rb'\{"key_id":"([^"]{1,128})"')
 
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -63,7 +65,7 @@ class Snapshot:
             root.mkdir(mode=0o700, exist_ok=True)
             _need_inodes(root, rows + 3 if rows <= SMALL else 3)
             self.path = _fresh(root, name)
-            self._ledger = open(ledger(self.path), "xb", opener=_private)  # noqa: SIM115
+            self._ledger = os.fdopen(os.open(ledger(self.path), _NEW, 0o600), "wb")
             fcntl.flock(self._ledger, fcntl.LOCK_EX)
             self.path.mkdir(mode=0o700)
             self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
@@ -88,8 +90,7 @@ class Snapshot:
         return len(pairs)
 
     def _create(self, name: str) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        return os.open(name, flags, 0o600, dir_fd=self._folder)
+        return os.open(name, _NEW, 0o600, dir_fd=self._folder)
 
     def _save_file(self, key_id: str, row: bytes) -> None:
         fd = self._create(key_id + ".json")
@@ -292,10 +293,6 @@ def _fresh(root: Path, name: str) -> Path:
         if not path.exists() and not ledger(path).exists():
             return path
     raise StoreUnavailable(f"{root} has a thousand snapshots of this second")
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 @contextlib.contextmanager

@@ -92,7 +92,7 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, list) or not 1 <= len(value) <= MAX_ITEMS:
-            raise BadRequest.invalid("items", f"must be an array of 1 to {MAX_ITEMS} items")
+            raise wrong_number()
         return value
 
     def end(self) -> None:
@@ -100,6 +100,10 @@ class Fields:
         if self._values:
             name = min(self._values)
             raise BadRequest(f"the field {name[:40]!r} is not known here", code="unknown_field")
+
+
+def wrong_number() -> BadRequest:
+    return BadRequest.invalid("items", f"must be an array of 1 to {MAX_ITEMS} items")
 
 
 def checked_key_id(value: str, name: str = "key_id") -> str:

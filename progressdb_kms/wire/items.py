@@ -14,7 +14,7 @@ from typing import Any
 
 from ..encoding import KEY_ID, Buffer, b64decode, json_item, json_loads
 from ..errors import BadRequest
-from .fields import MAX_ITEMS, Fields
+from .fields import MAX_ITEMS, Fields, wrong_number
 
 PAGE = 128
 """Items that are worked on at a time: a page of chat is 100, under one DEK that is opened once."""
@@ -114,12 +114,8 @@ def pages(rows: Iterator[Any], count: int = 0) -> Iterator[list[Any]]:
 def _counted(count: int, page: list[Any]) -> int:
     count += len(page)
     if not 1 <= count <= MAX_ITEMS:
-        raise _wrong_number()
+        raise wrong_number()
     return count
-
-
-def _wrong_number() -> BadRequest:
-    return BadRequest.invalid("items", f"must be an array of 1 to {MAX_ITEMS} items")
 
 
 def _items(body: Buffer, at: int, plain: re.Pattern[bytes] | None, field: str) -> Iterator[list[Any]]:
@@ -142,7 +138,7 @@ def _items(body: Buffer, at: int, plain: re.Pattern[bytes] | None, field: str) -
         return _nothing_more(_text(body, at), 0)
     rest = memoryview(body)[at:]
     if len(rest) > SMALL:
-        _bounded(rest, 2 * MAX_ITEMS, _wrong_number())
+        _bounded(rest, 2 * MAX_ITEMS, wrong_number())
     yield from pages(chain(page, _other_items(_text(rest, 0), not count and not page)), count)
 
 
