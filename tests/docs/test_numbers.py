@@ -32,7 +32,7 @@ KEPT = of_unit("progressdb-kms-backup.service", r"--keep (\d+)")
 SCRAPED = of_unit("progressdb-kms-metrics.timer", r"(?m)^OnUnitInactiveSec=(\d+)s$")
 
 OFF = (clock.BACK, clock.AHEAD) == (300, 7 * 86400)
-HANGS = supervisor.STALE_SECONDS + WATCHDOG <= 60
+HANGS = serving.STALE_SECONDS + WATCHDOG <= 60
 PATIENCE = inspect.signature(Service.change).parameters["timeout"].default
 
 SAID: list[tuple[str, str, bool]] = [
