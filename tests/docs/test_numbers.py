@@ -57,7 +57,7 @@ SAID: list[tuple[str, str, bool]] = [
     ("troubleshooting", f"a change is told so after {PATIENCE:g} s", True),
     ("troubleshooting", "restarts the daemon after a minute at most", HANGS),
     ("troubleshooting", "shreds that are due for more than a minute", told.OVERDUE_SECONDS == 60),
-    ("install", "of which a main loop hangs, within a minute", HANGS),
+    ("install", f"within a minute (the journal names it after {serving.STALE_SECONDS:g} s", HANGS),
     ("monitoring", f"every {SCRAPED} s, whole or not at all", True),
     ("threats", "once an hour and at a stop", anchors.WITNESS_SECONDS == 3600),
     ("secrets", f"{envelope.SCRATCH_SIZE} bytes of locked scratch", True),
