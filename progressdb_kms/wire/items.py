@@ -3,6 +3,11 @@
 One `json.loads` of 8 MiB of `{},` keeps everybody out for 0.35 s and takes 193 MiB. So a batch is read item
 by item, in pages, of which each is done and gone before the next is read; and what a parser is to read is
 counted before, at the speed of memory.
+
+Beside JSON there are two shorter ways to read a page of 100 short messages, which as a whole takes a
+millisecond. By JSON that is 0.35 ms of it, by the form that clients write (PLAIN) 0.14, by what the items
+have in common (`_alike`) 0.09. One message alone: 3.5 us by JSON, 1.0 by its form, of some 15 for an encrypt
+without HTTP.
 """
 
 from __future__ import annotations
