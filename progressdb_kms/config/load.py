@@ -22,9 +22,9 @@ from typing import Any
 from ..crypto.memory import LockedBuffer, wipe
 from ..errors import ConfigError
 from . import keysource, yamlfile
-from .keysource import FD_VARIABLE, HEX_VARIABLE, Source
+from .keysource import FD_VARIABLE, HEX_VARIABLE, KEY_SIZE, Source
 from .options import KEY_LISTS, MASTER_KEYS, SETTINGS, Settings
-from .values import ANY, KEY_SIZE, Option, Scalar
+from .values import ANY, Option, Scalar
 from .weakkeys import AT_RANDOM, refuse_weak
 from .yamlfile import ConfigFile
 

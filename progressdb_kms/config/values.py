@@ -17,8 +17,7 @@ from typing import Any, Callable, NamedTuple, Union
 from ..encoding import hex_decode_into
 from ..errors import ConfigError
 from ..rules import CALLED, OPERATIONS
-
-KEY_SIZE = 32
+from .keysource import KEY_SIZE
 
 MAX_PREVIOUS = 100
 """Most previous_master_keys: they, the next ones and the master key fit into one page of locked memory."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..crypto.memory import wipe
 from ..errors import WeakKey
-from .values import KEY_SIZE
+from .keysource import KEY_SIZE
 
 AT_RANDOM = "a key is 32 bytes that were drawn at random"
 
