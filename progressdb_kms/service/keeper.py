@@ -161,12 +161,11 @@ class Keeper:
         )
         self._writing = Pause(*WRITE_PAUSES)
         self._outage = Outage()
-        self._next_look = self._next_watch = 0.0
+        self._next_look = self._next_watch = self._next_reminder = self._rest = 0.0
         self._lost = self._rescued = ""
+        self._rescuing = Pause(*WRITE_PAUSES)
         self._rescuer: threading.Thread | None = None
         self._published: Files = {}
-        self._rest = 0.0
-        self._next_reminder = 0.0
         self._counted: dict[str, int] = {}  # of each worker, by its chain: the last batch of uses
         self._told_near: dict[str, bool] = {}
 
@@ -200,26 +199,26 @@ class Keeper:
         why = self._store.lost()
         if why and not self._lost:
             log.error("%s: no change is made", why)
-            if why.startswith(FILE_NAME):
-                self._rescuer = threading.Thread(target=self._rescue)
-                self._rescuer.start()
+            self._rescued = ""
         elif self._lost and not why:
             log.info("the files of the store are in their places again")
-        self._lost = why
+        self._lost, alone = why, self._rescuer is None or not self._rescuer.is_alive()
+        if why.startswith(FILE_NAME) and not self._rescued and alone and self._rescuing.over():
+            self._rescuer = threading.Thread(target=self._save)
+            self._rescuer.start()
         if not why and self._published != self._store.files():
             with contextlib.suppress(OSError):  # commands beside the daemon are not told, then
                 publish(self._data_dir, self._store.files())
                 self._published = self._store.files()
 
+    def _save(self) -> None:
+        """In a thread, since it may be long: meanwhile no transaction is begun. Tried until it is done: with
+        the end of the daemon all is gone that no backup has."""
+        attend("don't stop the daemon: what it holds can't be rescued now", self._rescue, self._rescuing)
+
     def _rescue(self) -> None:
-        """In a thread, since it may be long: meanwhile no transaction is begun."""
-        try:
-            file = self._store.rescue(self._clock.now())
-            self._rescued = (
-                f"what the daemon held is in {file}: stop the daemon, then `progressdb-kms restore {file}`"
-            )
-        except StoreUnavailable as error:
-            self._rescued = f"what the daemon holds can't be rescued ({error.message}): `restore` a backup"
+        file = self._store.rescue(self._clock.now())
+        self._rescued = f"what the daemon held is in {file}: stop it, then `progressdb-kms restore {file}`"
         log.error("%s", self._rescued)
 
     def _due_work(self) -> Callable[[], None] | None:
@@ -624,7 +623,7 @@ class Keeper:
                 self._anchors.write()
         except StoreUnavailable as error:
             self._writing.failed(error.message)
-            return [error.message, *filter(None, [self._rescued if self._lost else ""])]
+            return [error.message, *filter(None, [self._lost and (self._rescued or self._rescuing.why)])]
         self._writing.worked()
         return []
 
@@ -667,6 +666,8 @@ class Keeper:
             self._look()
         if self._rescuer is not None:
             self._rescuer.join()
+            if self._rescuing.why:
+                self._save()
         self._store.close()
         self._audit.close()
         self._memory.close()

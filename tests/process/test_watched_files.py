@@ -16,7 +16,9 @@ from typing import Callable
 
 import pytest
 
+from tests.conftest import MakeDaemon
 from tests.harness import Daemon, Session
+from tests.harness.faults import Tmpfs
 from tests.harness.kept import Kept
 from tests.harness.procs import wait_until
 
@@ -109,6 +111,33 @@ def test_taken_away(daemon: Daemon, harm: str) -> None:
         assert reasons(kms) == []
         kept.create(kms, 2)
     kept.verifies(daemon)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_rescue_for_which_there_is_no_room_yet(make_daemon: MakeDaemon, ends: bool) -> None:
+    """It was tried once, and at the end of the daemon all of it was gone."""
+    with Tmpfs(4 << 20) as disk:
+        daemon = make_daemon(home=disk.path, workers=2, start=False).start()
+        kept = Kept()
+        with daemon.session() as kms:
+            kept.create(kms, 20)
+            disk.fill()
+            daemon.data_dir.joinpath("kms.db").unlink()
+            wait_until(lambda: "full" in " ".join(reasons(kms)[1:]), 60, "it to be told")
+            assert rescued(daemon) == []
+        disk.drain()
+        if ends:
+            daemon.stop()
+        wait_until(lambda: len(rescued(daemon)) == 1, 120, "the rescue")
+        if not ends:
+            daemon.stop()
+        done = daemon.offline("restore", str(rescued(daemon)[0]))
+        assert done.returncode == 0, done.stderr
+        daemon.start()
+        with daemon.session() as kms:
+            kept.opens(kms)
+        daemon.stop()
 
 
 def test_a_shred_reaches_what_was_rescued(daemon: Daemon) -> None:
