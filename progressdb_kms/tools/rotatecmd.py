@@ -138,7 +138,13 @@ def _show(args: argparse.Namespace, done: Done) -> None:
         **{name: str(path) for name, path in done.files.items() if path is not None},
     }
     show({name: value for name, value in values.items() if value is not None}, args.json)
+    if "key_file" in done.files and not args.dry_run:
+        sys.stderr.write(KEEP.format(done.files["key_file"]))
     sys.stderr.write(done.remark)
+
+
+KEEP = "Keep a copy of {} in a safe place, now: the old key opens no backup that is made from here on.\n"
+"""What is there, if anything, is the key of before."""
 
 
 class Daemon:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from progressdb_kms.tools.rotatecmd import KEEP
 from tests.harness.daemon import cli, write_secret
 from tests.harness.fakekms import FakeKms, kek_id_of
 from tests.harness.faults import need_mount
@@ -76,7 +77,7 @@ def test_a_key_that_a_stranger_made(home: Path, kms: FakeKms, how: str) -> None:
 
 def test_new_key_file(home: Path, kms: FakeKms) -> None:
     done = rotate(home, "--new-key-file", "new")
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.returncode, done.stderr) == (0, KEEP.format(home / "F").encode())
     assert done.stdout.decode() == (
         "status        ok\n"
         f"kek_id        {B}\n"
@@ -108,6 +109,7 @@ def test_dry_run_changes_nothing(home: Path, kms: FakeKms) -> None:
     done = rotate(home, "--generate", "--dry-run", "--json")
     found = json.loads(done.stdout)
     assert (found["status"], found["rewrapped"], found["by_kek"]) == ("dry_run", 1, {A: 1})
+    assert done.stderr == b""
     assert files(home) == {"F"} and kms.kek == OLD
     assert f"by_kek.{A}  1\n" in rotate(home, "--new-key-file", "new", "--dry-run").stdout.decode()
 
@@ -198,6 +200,7 @@ class TestKeyInTheConfiguration:
         path = home / f"master-key-{kms.kek_id}"
         assert done.returncode == 0 and bytes.fromhex(path.read_text()) == kms.kek != OLD
         assert done.stderr.decode() == (
+            f"{KEEP.format(path)}"
             f"Before the next start, in {home}/c.yaml, replace the line\n    master_key_hex: …\nby\n"
             f"    master_key_file: {path}\nThe daemon goes on until then, but can't be started anew.\n"
         )
@@ -286,7 +289,7 @@ class TestLost:
         assert rotate(home, how, *(["new"] if "new" in how else []), "--dry-run").returncode == 0
         assert kms.kek == OLD and files(home) == set()
         done = rotate(home, how, *(["new"] if "new" in how else []))
-        assert (done.returncode, done.stderr) == (0, b"")
+        assert (done.returncode, done.stderr) == (0, KEEP.format(home / "F").encode())
         assert kms.kek != OLD and bytes.fromhex((home / "F").read_text()) == kms.kek
         assert files(home) == {"F"} and "old_key_file" not in done.stdout.decode()
 
@@ -303,7 +306,7 @@ class TestLost:
         (home / "F").unlink()
         env = {"PROGRESSDB_KMS_MASTER_KEY_FILE": str(home / "F")}
         done = cli("rotate-kek", "--socket", "s", how, *(["new"] if "new" in how else []), cwd=home, env=env)
-        assert (done.returncode, done.stderr) == (0, b"")
+        assert (done.returncode, done.stderr) == (0, KEEP.format(home / "F").encode())
         assert bytes.fromhex((home / "F").read_text()) == kms.kek != OLD
 
     def test_another_key_in_its_place(self, home: Path, kms: FakeKms, how: str) -> None:
