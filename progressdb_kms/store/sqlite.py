@@ -224,10 +224,10 @@ def check_schema(path: Path, application: int, version: int) -> None:
 class SqliteReader(SealedReader):
     """Read-only: for the workers, and for commands beside a running daemon; `key` is the row key."""
 
-    def __init__(self, data_dir: Path, key: memoryview | None = None) -> None:
+    def __init__(self, data_dir: Path, key: memoryview | None = None, mode: str = "ro") -> None:
         self.path = data_dir / FILE_NAME
         self._seal = Seal(key) if key is not None else None
-        self._conn = Connection(self.path, "ro")
+        self._conn = Connection(self.path, mode)
         with contextlib.ExitStack() as undo:
             undo.callback(self._conn.close)
             self._check_schema()

@@ -225,7 +225,7 @@ def _copy(source: sqlite3.Connection, part: Path, progress: Progress) -> None:
 def _opened_as_owner(store: Path) -> sqlite3.Connection:
     """In a transaction that has begun: all of its files are open, and root has made none of them."""
     with asowner.acting_as(asowner.of(store.parent)):
-        source = _connect(store, "mode=ro")
+        source = _connect(store, f"mode={datadir.access(store.parent)}")
         try:
             application, version = (
                 source.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")

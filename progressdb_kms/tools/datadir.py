@@ -23,14 +23,14 @@ from ..crypto.aead import NONCE_SIZE, same
 from ..crypto.envelope import AUDIT_KEY, Wrapped
 from ..crypto.keyring import REGION_SIZE, KekNotLoaded, Keyring
 from ..crypto.memory import LockedBuffer
-from ..errors import AlreadyRunning, AuthenticationFailed, KMSError, StoreDamaged
+from ..errors import AlreadyRunning, AuthenticationFailed, KMSError, StoreDamaged, StoreUnavailable
 from ..service import ownkeys, start
-from ..service.lock import claim, published
+from ..service.lock import claim, is_held, published
 from ..service.plan import Configured
 from ..store.contract import Reader, Usage
 from ..store.heads import Head, anchor
 from ..store.seal import STATE, StoreState
-from ..store.sqlite import FILE_NAME, SqliteReader, SqliteStore
+from ..store.sqlite import FILE_NAME, WAL, SqliteReader, SqliteStore
 from . import asowner
 from .console import CommandFailed
 
@@ -120,7 +120,21 @@ def reader_of(data_dir: Path) -> SqliteReader:
         raise CommandFailed(
             f"there is no store {data_dir / FILE_NAME}", hint="--data-dir or --config says where it is"
         )
-    return SqliteReader(data_dir)
+    return SqliteReader(data_dir, mode=access(data_dir))
+
+
+def access(data_dir: Path) -> str:
+    """The mode in which SQLite can read kms.db. To read it SQLite makes an index (-shm) beside it, which it
+    can't on a file system that is full, or read-only after an error of the disk. There kms.db is read alone
+    where it is all: nobody has the store open, and it was closed in order, so that no log of it is left."""
+    log = data_dir / WAL
+    if not is_held(data_dir) and (not log.exists() or not log.stat().st_size):
+        try:
+            with contextlib.closing(SqliteReader(data_dir)) as reader:
+                reader.names("")
+        except StoreUnavailable:
+            return "ro&immutable=1"
+    return "ro"
 
 
 @contextlib.contextmanager

@@ -156,7 +156,7 @@ def verify(loaded: Loaded, progress: Progress) -> dict[str, Any]:
 
 def _check_file(data_dir: Path, reader: SqliteReader, faults: Faults) -> None:
     """SQLite's integrity, and what the state row says of all rows together: in one snapshot."""
-    db = Connection(data_dir / FILE_NAME, "ro")
+    db = Connection(data_dir / FILE_NAME, datadir.access(data_dir))
     with contextlib.closing(db):
         db.execute("BEGIN")
         for row in db.select("PRAGMA integrity_check(20)"):

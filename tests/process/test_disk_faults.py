@@ -128,6 +128,29 @@ class TestFullDisk:
             refused(kms.request("POST", "/create_dek_for_thread", {"thread_id": "t"}))
             daemon.stop()
 
+    @pytest.mark.parametrize("state", ["full", "read-only"])
+    def test_what_only_reads_needs_no_room(self, disk: Tmpfs, short_tmp: Path, state: str) -> None:
+        """SQLite makes an index beside the store to read it: no backup could be taken to another disk."""
+        daemon, home = Daemon(home=disk.path, workers=1), short_tmp / "home"
+        with daemon:
+            daemon.ok("POST", "/deks", {"thread_id": "t"}, status=201)
+            daemon.stop()
+            home.mkdir(0o700)
+            if state == "full":
+                disk.fill()
+            else:
+                disk.readonly(True)
+            for words in (
+                ("backup", str(home / "b")), ("export", str(home / "e")), ("verify",), ("audit", "verify"),
+            ):  # fmt: skip
+                done = daemon.offline(*words)
+                assert done.returncode == 0, (words, done.stderr)
+            if state == "read-only":
+                disk.readonly(False)
+            else:
+                disk.drain()
+            assert daemon.offline("backup", "--check", str(home / "b")).returncode == 0
+
     def test_full_in_the_middle_of_a_rotation(self, disk: Tmpfs) -> None:
         """Room for a part of the second table and the snapshots."""
         kept = Kept()
