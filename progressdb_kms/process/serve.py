@@ -155,8 +155,10 @@ class Alone:
     """`workers: 1`: the keeper in the main thread, the worker in another."""
 
     def __init__(self, shared: Shared, lock: Claim, announce: Callable[[str], None]) -> None:
-        self._shared, self._announce = shared, announce
-        self._stop, self._hangup = threading.Event(), threading.Event()
+        self._shared = shared
+        self._announce = announce
+        self._stop = threading.Event()
+        self._hangup = threading.Event()
         self._failure: BaseException | None = None
 
     def run(self) -> int:

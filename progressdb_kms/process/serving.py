@@ -97,10 +97,12 @@ class Worker:
     """The serving side of one process."""
 
     def __init__(self, shared: Shared, slot: int, chain: str) -> None:
-        self._shared, settings = shared, shared.settings
+        settings = shared.settings
+        self._shared = shared
         self._counters = shared.metrics.block(slot - 1)
         self._counters.clear()
-        self._next_stock, self._lines = 0.0, 0  # audit records that were counted
+        self._next_stock = 0.0
+        self._lines = 0  # audit records that were counted
         path = settings.data_dir
         keyring = shared.keyring
         self._audit = AuditLog(path / AUDIT_LOG, keyring.audit_key, chain, change=keyring.change)
@@ -263,8 +265,10 @@ class Pulse:
     still together (a frozen session) is not stuck."""
 
     def __init__(self, metrics: Metrics) -> None:
-        self._metrics, self._told = metrics, Pause()
-        self._now, self._looked = 0.0, time.monotonic()
+        self._metrics = metrics
+        self._told = Pause()
+        self._now = 0.0
+        self._looked = time.monotonic()
         self._since: dict[tuple[int, int], float] = {}  # of each process and number of beats
 
     def beats(self, pids: Mapping[int, int]) -> bool:
@@ -287,7 +291,8 @@ class Notifier:
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
-        self._said, self._next = False, 0.0
+        self._said = False
+        self._next = 0.0
         interval = systemd.watchdog_seconds()
         self._interval = interval / 2 if interval else None
 

@@ -172,10 +172,14 @@ class Name:
     def __init__(
         self, settings: Settings, listener: socket.socket, ours: bool, handovers: Sequence[socket.socket]
     ) -> None:
-        self._settings, self._listener, self._ours, self._handovers = settings, listener, ours, handovers
+        self._settings = settings
+        self._listener = listener
+        self._ours = ours
+        self._handovers = handovers
         self._path = Path(os.fsdecode(listener.getsockname()))
         self._seen = self._look()
-        self._next, self._told = 0.0, False
+        self._next = 0.0
+        self._told = False
 
     def _look(self) -> tuple[int, int] | None:
         with suppress(OSError):

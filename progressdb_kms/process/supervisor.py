@@ -39,15 +39,22 @@ class Child:
 
     def __init__(self, slot: int) -> None:
         self.slot = slot  # 0: the keeper
-        self.pid, self.incarnation, self.started = 0, -1, 0.0
+        self.pid = 0
+        self.incarnation = -1
+        self.started = 0.0
 
 
 class Supervisor:
     def __init__(self, shared: Shared, lock: Claim, announce: Callable[[str], None]) -> None:
-        self._shared, self._lock, self._announce = shared, lock, announce
+        self._shared = shared
+        self._lock = lock
+        self._announce = announce
         self._children = [Child(slot) for slot in range(shared.settings.workers + 1)]
-        self._epoch, self._signals, self._pulse = 0, Signals(), Pulse(shared.metrics)
-        self._keeping, self._working = Pause(*KEEPER_PAUSES), Pause(0, 0)
+        self._epoch = 0
+        self._signals = Signals()
+        self._pulse = Pulse(shared.metrics)
+        self._keeping = Pause(*KEEPER_PAUSES)
+        self._working = Pause(0, 0)
 
     def run(self) -> int:
         notifier = Notifier(self._shared)

@@ -35,7 +35,8 @@ class Anchors:
         self._audit = audit
         self._clock, self._time = clock, time
         self._heads: dict[str, Head] = {}
-        self._syncing, self._keeping = Pause(), Pause(1.0, 60.0)
+        self._syncing = Pause()
+        self._keeping = Pause(1.0, 60.0)
         self._own = 0  # how far our own chain is kept
         self._synced = -SYNC_SECONDS
         self._next_witness = clock.monotonic() + WITNESS_SECONDS
