@@ -104,6 +104,8 @@ def open_store(
             raise StoreDamaged(older, hint=tail.OLDER_HINT)
         store.vouch()
         epoch, previous = max(epoch, floor.epoch + 1), heads(store)
+        if previous and not floor.epoch:
+            log.warning("no audit record of before is in %s, and the store knows of some", data_dir)
         with store.transaction():
             if older or (fleet and not change):  # from now on this host has begun
                 store.advance(floor.change)
@@ -203,10 +205,8 @@ def _load_keys(store: Store, keyring: Keyring, chosen: Plan, joins: bool) -> dic
 def _floor(store: Store, log_path: Path, keyring: Keyring) -> tail.Floor:
     """How far the store was, by the audit log: whatever is before that was put back."""
     if not store.state().change and last_epoch(log_path) is not None:
-        raise StoreDamaged(
-            f"kms.db is empty, but {log_path} beside it tells that there was a store",
-            hint="put the file back, or restore a backup: `progressdb-kms restore FILE`",
-        )
+        told = f"kms.db is empty, but {log_path} beside it tells that there was a store"
+        raise StoreDamaged(told, hint="put the file back, or restore a backup: `progressdb-kms restore FILE`")
     return tail.floor(tail.logs(log_path.parent), keyring.audit_key) or tail.Floor(0, 0)
 
 

@@ -124,6 +124,22 @@ def site(made: Site, tmp_path: Path) -> Iterator[Site]:
         yield daemon
 
 
+def test_a_log_that_is_gone_is_told_by_the_start(site: Site) -> None:
+    """Nothing else would, until somebody verifies. It is told once: then the store knows of a new log."""
+    told = "no audit record of before"
+    site.daemon.start()
+    assert told not in site.daemon.stderr
+    site.daemon.stop()
+    log = site.daemon.audit_log.rename(site.daemon.home / "log")
+    for expected in (True, False):
+        site.daemon.start()
+        assert (told in site.daemon.stderr) == expected
+        site.daemon.stop()
+    done = site.daemon.offline("audit", "verify")
+    assert done.returncode == 1 and b"fault" in done.stdout
+    assert site.daemon.offline("audit", "verify", str(log), str(site.daemon.audit_log)).returncode == 0
+
+
 def rotate_away(site: Site) -> None:
     site.daemon.audit_log.rename(site.daemon.audit_log.with_name("kms-audit.log.1"))
 
