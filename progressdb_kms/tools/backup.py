@@ -425,7 +425,9 @@ def last_line(file: Path) -> Contents:
         if values.pop(MARK) != FORMAT:
             raise ValueError("its format is of another release")
         contents = Contents(**values)
-        if not isinstance(contents.schema, int) or not isinstance(contents.keks, dict):
+        counts = contents.size, contents.schema, contents.deks, contents.shredded, *contents.keks.values()
+        texts = contents.created_at, contents.sha256, contents.active_kek_id
+        if {type(count) for count in counts} != {int} or {type(text) for text in texts} != {str}:
             raise TypeError
         if contents.line() != b"\n" + line or contents.size + len(contents.line()) != size:
             raise ValueError("its last line does not fit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any, Callable, NamedTuple
 
 import pytest
 
+from progressdb_kms.encoding import json_dumps
 from tests.conftest import MakeDaemon
 from tests.harness.daemon import Daemon, write_secret
 from tests.harness.faults import Step, killing, need_strace, steps_of
@@ -446,6 +448,19 @@ class TestRestore:
 # ---- a file that is no backup of ours ----------------------------------------------------------------
 
 
+def resealed(data: bytes, **fields: Any) -> bytes:
+    """As somebody would make it who knows how: the sum fits what the line says."""
+    body, _, line = data[:-1].rpartition(b"\n")
+    values = {**json.loads(line), **fields}
+
+    def end() -> bytes:
+        return b"\n" + json_dumps(values).encode() + b"\n"
+
+    values["sha256"] = ""
+    values["sha256"] = hashlib.sha256(body + end()).hexdigest()
+    return body + end()
+
+
 def flipped(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
@@ -469,6 +484,9 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "another schema": lambda data: with_trailer(data, lambda values: values.update(schema=99)),
     "another format": lambda data: with_trailer(data, lambda values: values.update(progressdb_kms_backup=2)),
     "no checksum": lambda data: with_trailer(data, lambda values: values.pop("sha256")),
+    "a count that is none": lambda data: resealed(data, deks="1"),
+    "a count of a KEK that is none": lambda data: resealed(data, keks={"0" * 16: True}),
+    "a time that is none": lambda data: resealed(data, created_at=None),
     "text": lambda data: b"SQLite format 3\0 this is none\n{}\n",
 }
 
