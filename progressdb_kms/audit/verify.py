@@ -175,7 +175,7 @@ def verify(
     `observe`: given all that is read, block by block; then a fault ends the verifying and not the reading.
     `reading`: who goes through the files, such as `Shared`; else this process does.
     """
-    report = Report(in_order(paths) if sort else [os.fspath(path) for path in paths])
+    report = Report(originals(paths) if sort else [os.fspath(path) for path in paths])
     try:
         machine = Verifier(key, _expectations(anchors, receipts, report), partial, report)
         (reading or Reading)(report, progress).through(machine, observe)
@@ -260,13 +260,33 @@ class History(NamedTuple):
 _TOLD = re.compile(rb'"op":"(?:shred|disable_dek|enable_dek|delete_dek)","outcome":"ok"')
 
 
+def originals(paths: Iterable[Name]) -> list[str]:
+    """In order, without what logrotate was packing, or had just packed, when the power went: a beginning
+    of the file that lies beside it still."""
+    files = in_order(paths)
+    packed = [path for path in files if path.endswith(".gz") and path[:-3] in files]
+    copies = {path for path in packed if _beginning(path[:-3]).startswith(_beginning(path))}
+    return [path for path in files if path not in copies]
+
+
+def _beginning(path: str) -> bytes:
+    """As much of the first 64 KiB as can be read."""
+    found = b""
+    with contextlib.suppress(*UNREADABLE):
+        file, raw = opened(path)
+        with raw:
+            while len(found) < 64 * 1024 and (more := file.read(1024)):
+                found += more
+    return found
+
+
 def history(paths: Iterable[Name], key: memoryview) -> History:
     """Whatever else is in the files. An event may have been edited away: who relies on this calls `verify`.
 
     Raises StoreDamaged where a file can't be read to its end.
     """
     found = History({}, {})
-    for path in in_order(paths):
+    for path in originals(paths):
         try:
             file, raw = opened(path)
             with raw:

@@ -14,8 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple
 from ..audit import verify as auditverify
 from ..audit.log import FILE_NAME
 from ..audit.shared import Shared
-from ..audit.tail import in_order
-from ..audit.verify import Report
+from ..audit.verify import Report, originals
 from ..config.options import cores
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
 from ..crypto.keyring import KekNotLoaded
@@ -209,7 +208,7 @@ class LogReader(NamedTuple):
 
     def __call__(self, progress: Progress, observe: auditverify.Observer) -> Report:
         if self.key is None:
-            report = Report(in_order(self.logs))
+            report = Report(originals(self.logs))
             _shared(report, progress).through(None, observe)
             return report
         return auditverify.verify(

@@ -852,6 +852,27 @@ def test_files_may_come_in_any_order(path: Path, order: tuple[int, ...]) -> None
     assert check(files, {}, sort=False).ok
 
 
+@pytest.mark.parametrize("part", [20, -30, None])
+def test_what_was_being_packed_when_the_power_went_is_no_fault(path: Path, part: int | None) -> None:
+    """logrotate removes the original last: both lie there, and the one that is whole has all of the log."""
+    log = made(path, ["9.0"])[0]
+    for number in range(50):
+        encrypt(log, number)
+    old = path.rename(path.with_name("kms-audit.log.1"))
+    encrypt(log)
+    head = {"9.0": closed([log])["9.0"]}
+    packed = path.with_name("kms-audit.log.1.gz")
+    packed.write_bytes(gzip.compress(old.read_bytes())[:part])
+    for files in ([old, packed, path], [packed, path, old]):
+        assert check(files, head).ok
+    another = path.with_name("kms-audit.log.2")
+    old.rename(another)  # of another file it is no copy
+    assert not check([another, packed, path], head).ok
+    packed.rename(path.with_name("kms-audit.log.2.gz"))
+    another.write_bytes(b"".join(lines(another)[1:]))  # it is no longer all of it
+    assert not check([another, path.with_name("kms-audit.log.2.gz"), path], head).ok
+
+
 def test_the_first_in_a_file_may_be_a_keeper_that_took_anothers_place(path: Path) -> None:
     """It has an epoch of its own, and the workers keep theirs."""
     worker, files = made(path, ["15.1"])[0], []
