@@ -147,14 +147,9 @@ _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK 
 
 def _open(path: str) -> tuple[int, os.stat_result]:
     """Open for appending, 0600; make it where absent. Raises AuditUnavailable unless it is a file of ours."""
+    fd = -1
     try:
         fd = os.open(path, _FLAGS, 0o600)
-    except OSError as error:
-        raise AuditUnavailable(
-            f"the audit log can't be opened ({error.strerror})",
-            hint=f"{path} must be a regular file in a directory that the daemon may write to",
-        ) from None
-    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             raise AuditUnavailable(
@@ -164,9 +159,13 @@ def _open(path: str) -> tuple[int, os.stat_result]:
         if stat.S_IMODE(status.st_mode) != 0o600:
             os.fchmod(fd, 0o600)
         return fd, status
-    except BaseException:
-        os.close(fd)
-        raise
+    except BaseException as error:
+        if fd >= 0:
+            os.close(fd)
+        if not isinstance(error, OSError):
+            raise
+        hint = f"{path} must be a regular file of mode 0600 in a directory that the daemon may write to"
+        raise AuditUnavailable(f"the audit log can't be opened ({error.strerror})", hint=hint) from None
 
 
 # ---- the writer ----------------------------------------------------------------------------------

@@ -280,6 +280,23 @@ def test_a_file_of_another_user_is_no_log(path: Path, monkeypatch: pytest.Monkey
         AuditLog(path, KEY, "1.0")
 
 
+def test_a_mode_that_can_not_be_changed_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """chattr +a, or a file system without modes: at a SIGHUP it ended worker and keeper again and again."""
+
+    def refused(descriptor: int, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fchmod", refused)
+    with contextlib.closing(AuditLog(path, KEY, "1.0")) as log:
+        path.chmod(0o640)
+        with pytest.raises(AuditUnavailable, match="Operation not permitted") as caught:
+            log.reopen()
+        assert "of mode 0600" in caught.value.hint
+        path.chmod(0o600)
+        log.reopen()
+        encrypt(log)
+
+
 def test_a_closed_log_records_nothing(log: AuditLog, path: Path) -> None:
     log.close()
     log.close()
