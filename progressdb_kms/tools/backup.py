@@ -104,8 +104,8 @@ def backup(data_dir: Path, file: Path, progress: Progress) -> dict[str, Any]:
     if not store.is_file():
         raise CommandFailed(f"there is no store {store}", hint="--data-dir or --config says where it is")
     try:
-        with datadir.beside(data_dir), contextlib.closing(_opened_as_owner(store)) as source:
-            contents = _write(source, file, progress)
+        with datadir.beside(data_dir), contextlib.ExitStack() as stack:
+            contents = _write(_opened_as_owner(store, stack), file, progress)
     except sqlite3.Error as error:
         raise CommandFailed(f"the backup can't be made: {error}", hint="nothing was left behind") from None
     return {"file": str(file), **_shown(contents)}
@@ -222,20 +222,18 @@ def _copy(source: sqlite3.Connection, part: Path, progress: Progress) -> None:
         _keep_tables(target)
 
 
-def _opened_as_owner(store: Path) -> sqlite3.Connection:
+def _opened_as_owner(store: Path, stack: contextlib.ExitStack) -> sqlite3.Connection:
     """In a transaction that has begun: all of its files are open, and root has made none of them."""
     with asowner.acting_as(asowner.of(store.parent)):
-        source = _connect(store, f"mode={datadir.access(store.parent)}")
-        try:
-            application, version = (
-                source.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-            )
-            check_schema(store, application, version)
-            source.execute("BEGIN")
-            source.execute("SELECT count(*) FROM sqlite_master").fetchone()  # pins what the copy sees
-        except BaseException:
-            source.close()
-            raise
+        if (mode := datadir.access(store.parent)) != "ro":
+            stack.enter_context(datadir.still(store.parent))
+        source = stack.enter_context(contextlib.closing(_connect(store, f"mode={mode}")))
+        application, version = (
+            source.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+        )
+        check_schema(store, application, version)
+        source.execute("BEGIN")
+        source.execute("SELECT count(*) FROM sqlite_master").fetchone()  # pins what the copy sees
     return source
 
 

@@ -8,6 +8,7 @@ begins with a `start` event naming the command and ends with `stop`.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -116,7 +117,7 @@ def reading(settings: Settings, host: str | None = None) -> Iterator[FleetReader
 
 def reader_of(data_dir: Path) -> SqliteReader:
     """Raises CommandFailed where there is no store."""
-    if not (data_dir / FILE_NAME).is_file():
+    if not (data_dir / FILE_NAME).exists():
         raise CommandFailed(
             f"there is no store {data_dir / FILE_NAME}", hint="--data-dir or --config says where it is"
         )
@@ -135,6 +136,22 @@ def access(data_dir: Path) -> str:
         except StoreUnavailable:
             return "ro&immutable=1"
     return "ro"
+
+
+@contextlib.contextmanager
+def still(data_dir: Path) -> Iterator[None]:
+    """No daemon starts meanwhile: for what reads kms.db alone, which a checkpoint would change under it.
+
+    Raises AlreadyRunning."""
+    folder = os.open(data_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyRunning(f"a daemon starts on {data_dir} just now", hint="do it again") from None
+        yield
+    finally:
+        os.close(folder)
 
 
 @contextlib.contextmanager

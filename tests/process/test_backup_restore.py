@@ -19,6 +19,7 @@ from typing import Any, Callable, NamedTuple
 import pytest
 
 from progressdb_kms.encoding import json_dumps
+from progressdb_kms.errors import AlreadyRunning
 from tests.conftest import MakeDaemon
 from tests.harness.daemon import Daemon, write_secret
 from tests.harness.faults import Step, killing, need_strace, steps_of
@@ -208,6 +209,30 @@ class TestBackup:
         backup.backup(site.daemon.data_dir, site.backup.parent / "fine", lambda done, total: None)
         assert whole(site.backup.parent / "fine")
         assert sorted(os.listdir(site.backup.parent)) == ["backup", "fine", "late"]
+
+    def test_no_daemon_starts_beside_one_that_reads_without_locks(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on a full disk on which room is made meanwhile: a checkpoint would change what is copied."""
+        from progressdb_kms.service.lock import claim
+        from progressdb_kms.tools import backup, datadir
+
+        started = []
+
+        def start(done: int, total: int) -> None:
+            with pytest.raises(AlreadyRunning):
+                claim(site.daemon.data_dir)
+            started.append(done)
+
+        site.daemon.stop()
+        monkeypatch.setattr(datadir, "access", lambda data_dir: "ro&immutable=1")
+        backup.backup(site.daemon.data_dir, site.backup.parent / "alone", start)
+        assert started and whole(site.backup.parent / "alone")
+        with (
+            contextlib.closing(claim(site.daemon.data_dir)),
+            pytest.raises(AlreadyRunning, match="starts on"),
+        ):
+            backup.backup(site.daemon.data_dir, site.backup.parent / "late", start)
 
     def test_a_stream_is_refused(self, site: Site) -> None:
         done = site.daemon.offline("backup", "-")

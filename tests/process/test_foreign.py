@@ -153,6 +153,7 @@ def test_a_link_in_the_place_of_the_socket(short_tmp: Path, monkeypatch: pytest.
     about = (short_tmp / "s").lstat()
     assert (about.st_gid, about.st_mode & 0o777) == (STRANGER, 0o666)
     made.close()
+    (short_tmp / "s").unlink()
     umask = os.umask
 
     def swap(mask: int) -> int:
