@@ -211,6 +211,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.root
 def test_where_no_process_can_be_had_the_others_go_on() -> None:
     """A dead worker, a dead keeper and a SIGHUP under a limit of processes ended the daemon."""
     with Daemon(workers=2, command=(sys.executable, "-c", NO_PROCESS)) as daemon:
