@@ -27,7 +27,9 @@ def ready(app: App, call: Call) -> Reply:
 
 
 def status(app: App, call: Call) -> Reply:
-    return answer({"version": __version__, "state": "ready", **app.service.status()})
+    found = app.service.status()
+    state = "not_ready" if app.service.readiness().reasons else "ready"
+    return answer({"version": __version__, "state": state, **found})
 
 
 def metrics(app: App, call: Call) -> Reply:

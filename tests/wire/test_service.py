@@ -59,6 +59,7 @@ class TestNotReady:
         reply = daemon.request("GET", "/readyz")
         assert reply.status == 503 and any(says in reason for reason in reply.json()["reasons"])
         assert daemon.request("GET", "/healthz").status == 200
+        assert daemon.ok("GET", "/status")["state"] == "not_ready"
         made = daemon.request("POST", "/create_dek_for_thread", {"thread_id": "t"})
         assert (made.status, made.code) == (503, "audit_unavailable") and "key_id" not in made.json()
         found = values(daemon)
