@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from progressdb_kms.crypto import envelope
@@ -64,10 +65,23 @@ def rotating(daemon: Daemon, deks: int) -> threading.Thread:
     return thread
 
 
+@contextlib.contextmanager
+def stopped_rotating(deks: int) -> Iterator[tuple[Daemon, threading.Thread]]:
+    """A daemon that stands still in the middle of it; another one, where it was done before that."""
+    for _ in range(5):
+        with contextlib.closing(Daemon(workers=1)) as daemon:
+            started = rotating(daemon, deks)
+            daemon.signal(signal.SIGSTOP)
+            if not listed(daemon)[0]["finished"]:
+                yield daemon, started
+                return
+            daemon.signal(signal.SIGCONT)
+            started.join()
+    raise AssertionError("the rotation is always done before the daemon is stopped")
+
+
 def test_killed_and_resumed_at_once() -> None:
-    daemon = Daemon(workers=1)
-    try:
-        started = rotating(daemon, 4000)
+    with stopped_rotating(4000) as (daemon, started):
         daemon.kill()
         started.join()
         (left,) = listed(daemon)
@@ -82,15 +96,10 @@ def test_killed_and_resumed_at_once() -> None:
         assert kept["finished"] is True and kept["deks"] == 4000 and kept["path"] != left["path"]
         daemon.stop()
         assert daemon.offline("verify").returncode == 0
-    finally:
-        daemon.close()
 
 
 def test_prune_knows_what_was_left() -> None:
-    daemon = Daemon(workers=1)
-    try:
-        started = rotating(daemon, 3000)
-        daemon.signal(signal.SIGSTOP)
+    with stopped_rotating(3000) as (daemon, started):
         done = daemon.offline("backups", "prune", "--keep", "1", "--json")
         assert done.returncode == 0 and json.loads(done.stdout)["paths"] == [], "it is being written"
         daemon.kill()
@@ -99,8 +108,6 @@ def test_prune_knows_what_was_left() -> None:
         done = daemon.offline("backups", "prune", "--keep", "1", "--json")
         assert done.returncode == 0 and json.loads(done.stdout)["paths"] == [left["path"]]
         assert os.listdir(snapshots(daemon)) == [] and listed(daemon) == []
-    finally:
-        daemon.close()
 
 
 def test_lines_in_a_large_store() -> None:
