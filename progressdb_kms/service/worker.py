@@ -411,6 +411,7 @@ class Service:
             "deletions": self.deletions(),
             **self.about(),
             **self.ask("status"),
+            "state": "not_ready" if self.readiness().reasons else "ready",
         }
 
     def readiness(self) -> Readiness:

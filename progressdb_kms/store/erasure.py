@@ -13,7 +13,7 @@ from pathlib import Path
 from ..encoding import b64encode
 from . import outside, snapshots
 from .contract import Store
-from .sqlite import FILE_NAME, forget_rescued
+from .sqlite import FILE_NAME, RESCUE, forget_rescued
 
 _PIECE = 20
 """Characters of base64 (15 bytes) that are taken for a trace of a blob; chance does not make these."""
@@ -21,19 +21,20 @@ _PIECE = 20
 
 def erase(store: Store, data_dir: Path, due: Mapping[str, bytes], patient: bool = True) -> None:
     """Make sure of it, for all these keys at once. Their blobs are empty where they aren't known any more
-    (after a restart): then the whole database is rewritten. Raises StoreUnavailable; call again later.
+    (after a restart): then the whole database is rewritten. Raises StoreUnavailable, OSError; call again.
 
     `patient`: wait a moment for those who read the write-ahead log. Nothing else is written meanwhile.
     """
     for key_id in due:
         snapshots.forget(data_dir, key_id)
-    forget_rescued(data_dir, due)
-    with store.transaction():
+    with store.transaction():  # from here on nothing is being rescued
         for key_id in due:
             store.forget(key_id)
+    forget_rescued(data_dir, due)
+    for part in data_dir.glob(RESCUE + "*.db.part*"):  # what a killed rescue left of a file is none
+        snapshots.destroy(part)
     store.checkpoint(patient)
-    known = all(due.values())
-    if not known or outside.holds(data_dir / FILE_NAME, _pieces(due.values())) is not False:
+    if not all(due.values()) or outside.holds(data_dir / FILE_NAME, _pieces(due.values())) is not False:
         store.compact()
         store.checkpoint(patient)
 

@@ -202,8 +202,7 @@ def forget(data_dir: Path, key_id: str) -> None:
         ours = [folder / f"{key_id}.json" for folder in folders(data_dir)]
         for path in (*ours, *_go_service(root, key_id)):
             with contextlib.suppress(FileNotFoundError):
-                _overwrite(path)
-                path.unlink()
+                destroy(path)
         for folder in folders(data_dir):
             with contextlib.suppress(FileNotFoundError):
                 _blank(folder / LINES, key_id)
@@ -281,10 +280,12 @@ def _blank(lines: Path, key_id: str) -> None:
         os.fsync(file.fileno())
 
 
-def _overwrite(path: Path) -> None:
+def destroy(path: Path) -> None:
+    """Overwrite a file, and take it away. Raises OSError."""
     with open(regular(path, os.O_WRONLY | os.O_NOFOLLOW), "wb", buffering=0) as file:
         write_all(file.fileno(), bytes(os.fstat(file.fileno()).st_size))
         os.fsync(file.fileno())
+    path.unlink()
 
 
 def _fresh(root: Path, name: str) -> Path:

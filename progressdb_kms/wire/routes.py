@@ -27,9 +27,7 @@ def ready(app: App, call: Call) -> Reply:
 
 
 def status(app: App, call: Call) -> Reply:
-    found = app.service.status()
-    state = "not_ready" if app.service.readiness().reasons else "ready"
-    return answer({"version": __version__, "state": state, **found})
+    return answer({"version": __version__, **app.service.status()})
 
 
 def metrics(app: App, call: Call) -> Reply:

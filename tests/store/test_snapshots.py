@@ -132,7 +132,7 @@ def test_a_shred_beside_a_prune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     gone, kept = made(tmp_path, NAMES), made(tmp_path, NAMES)
     gone.close()
     kept.close()
-    name = "_blank" if small == 10 else "_overwrite"
+    name = "_blank" if small == 10 else "destroy"
     real, taken = getattr(snapshots, name), []
 
     def late(path: Path, *more: str) -> None:
