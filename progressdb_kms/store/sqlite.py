@@ -248,10 +248,7 @@ class SqliteReader(SealedReader):
         self._kms = Table(self.path, "kms", self._conn)
 
     def _raw(self, key_id: str) -> Any:
-        try:
-            return self._deks["meta:" + key_id]
-        except KeyError:
-            return None
+        return self._deks.get("meta:" + key_id)
 
     def get(self, key_id: str) -> DekRecord | None:
         """As of any row, but with one look, one parse and one MAC: a worker asks for each DEK that it doesn't
@@ -276,8 +273,7 @@ class SqliteReader(SealedReader):
         return [(key[5:], _row_of(value)) for key, value in rows]
 
     def _read(self, name: str) -> Any:
-        value: dict[str, Any] | None = self._kms.get(name)
-        return value
+        return self._kms.get(name)
 
     def names(self, prefix: str) -> list[str]:
         rows = self._conn.select(
@@ -298,8 +294,7 @@ class SqliteReader(SealedReader):
 
     def heavy(self) -> dict[str, int]:
         """Encrypts under the DEKs that have HEAVY of them or more."""
-        rows = self._conn.select(f"SELECT key_id, encrypts FROM usage WHERE encrypts >= {HEAVY}")  # noqa: S608
-        return dict(rows)
+        return dict(self._conn.select(f"SELECT key_id, encrypts FROM usage WHERE encrypts >= {HEAVY}"))  # noqa: S608
 
     def close(self) -> None:
         self._conn.close()
@@ -412,11 +407,19 @@ class SqliteStore(SealedStore, SqliteReader):
                 raise StoreUnavailable(f"the store is damaged: {answer}", hint=hint)
         except (StoreUnavailable, StoreDamaged) as error:
             self._reopening.failed(error.message)
+            self._open_to_read()
             raise StoreUnavailable(error.message, hint=error.hint) from error
         self._reopening.worked()
         self._suspect = False
         if self._watch is not None:
             self.watch(*self._watched)
+
+    def _open_to_read(self) -> None:
+        """Until it can be written again: what needs no more than that goes on."""
+        self._conn.close()
+        with contextlib.suppress(StoreUnavailable):  # each read tells by itself that it can't be done
+            self._conn = Connection(self.path, "ro")
+            self._bind()
 
     # ---- the files are watched -----------------------------------------------------------------
 
@@ -474,6 +477,11 @@ class SqliteStore(SealedStore, SqliteReader):
                 hint="don't stop the daemon before you know what it rescued: `status --ready` tells",
             )
 
+    def _insist_on_writing(self) -> None:
+        self._insist()
+        if self._suspect:
+            self._reopen()
+
     def rescue(self, now: float) -> Path:
         """Write what is open to a new file beside our own. Raises StoreUnavailable."""
         name = f"{RESCUE}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))}.db"
@@ -503,9 +511,7 @@ class SqliteStore(SealedStore, SqliteReader):
 
     @contextlib.contextmanager
     def transaction(self, durable: bool = True) -> Iterator[None]:
-        self._insist()
-        if self._suspect:
-            self._reopen()
+        self._insist_on_writing()
         if self._synchronous != (wanted := FULL if durable else NORMAL):
             self._conn.execute(f"PRAGMA synchronous={wanted}")
             self._synchronous = wanted
@@ -516,13 +522,10 @@ class SqliteStore(SealedStore, SqliteReader):
                 self._least = min(self._least, self._length())
             yield
             self._settle(before[0])
-        except BaseException:
-            self._rollback(before)
-            raise
-        try:
+            self._suspect = True  # whether it is on the disk is known once COMMIT has worked
             self._conn.execute("COMMIT")
+            self._suspect = False
         except BaseException:
-            self._suspect = True
             self._rollback(before)
             raise
         self._insist()
@@ -533,10 +536,8 @@ class SqliteStore(SealedStore, SqliteReader):
         if self._conn.in_transaction():
             try:
                 self._conn.execute("ROLLBACK")
-            except StoreUnavailable:
-                self._suspect = (
-                    True  # the error under way tells the cause; the file is reopened before it is used
-                )
+            except StoreUnavailable:  # the error under way tells the cause
+                self._suspect = True
 
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:
@@ -620,10 +621,12 @@ class SqliteStore(SealedStore, SqliteReader):
 
     def compact(self) -> None:
         """Write the whole database anew: free space and gaps between rows are left behind."""
+        self._insist_on_writing()
         self._conn.execute("VACUUM")
 
     def checkpoint(self, patient: bool = True) -> None:
         """Move the write-ahead log into the file and cut it to nothing: no old page image stays behind."""
+        self._insist_on_writing()
         if not self._checkpointed(CHECKPOINT_WAIT if patient else CHECKPOINT_TRY):
             raise StoreUnavailable(
                 "the write-ahead log is being read by another program and can't be cut now",

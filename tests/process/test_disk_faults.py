@@ -162,6 +162,7 @@ class TestFullDisk:
             assert kms.ok("GET", "/status")["kek_id"] == before
             disk.drain()
             kept.opens(kms)
+            wait_until(lambda: kms.request("GET", "/readyz").status == 200, 60, "readiness")
             assert kms.rotate(os.urandom(32))["rewrapped"] == 300
             kept.opens(kms)
 

@@ -14,6 +14,7 @@ import pytest
 from progressdb_kms.encoding import json_dumps
 from progressdb_kms.errors import StoreDamaged, StoreUnavailable
 from progressdb_kms.store.contract import HEAVY, KEK_ROW, DekRecord, Usage
+from progressdb_kms.store.pause import Pause
 from progressdb_kms.store.policy import SHREDDED
 from progressdb_kms.store.seal import STATE, KekCount
 from progressdb_kms.store.sealed import Written
@@ -801,6 +802,33 @@ class TestFile:
         assert told[-1] == 3 and keys(store.page("", 9)) == ["a", "b", "c"]
         with store.transaction():
             assert not store.recount()
+        store.close()
+
+    def test_it_can_be_read_until_it_can_be_opened_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """After a COMMIT that failed, while the disk is still full."""
+        store = SqliteStore(tmp_path, KEY)
+        put(store, dek("a"))
+        monkeypatch.setattr(store, "_reopening", Pause(0.0, 0.0))
+
+        def full(*_: object) -> None:
+            raise StoreUnavailable("database or disk is full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store._conn, "execute", full)
+            with pytest.raises(StoreUnavailable, match="full"):
+                put(store, dek("b"))
+        store._suspect = True
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "_prepare", full)
+            for write in (lambda: put(store, dek("b")), store.checkpoint, store.compact):
+                with pytest.raises(StoreUnavailable, match="full"):
+                    write()
+                assert keys(store.page("", 9)) == ["a"] and store.read("nothing") is None
+                assert store.trouble() and store.heavy() == {} and store.keks()[OLD].deks == 1
+        put(store, dek("c"))
+        assert keys(store.page("", 9)) == ["a", "c"] and not store.trouble()
         store.close()
 
     def test_a_read_only_folder(self, tmp_path: Path) -> None:
