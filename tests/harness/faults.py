@@ -386,9 +386,15 @@ class Tmpfs:
         return found.f_bavail * found.f_frsize
 
     def fill(self, leave: int = 0) -> None:
-        """Take up all room but `leave` bytes (a whole number of pages)."""
+        """Take up all room but `leave` bytes (a whole number of pages), whoever else writes meanwhile."""
         with open(self._filler, "ab") as file:
-            os.posix_fallocate(file.fileno(), 0, file.tell() + self.free() - leave)
+            while (room := self.free() - leave) > 0:
+                try:
+                    os.posix_fallocate(file.fileno(), 0, file.tell() + room)
+                    return
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
 
     def drain(self) -> None:
         self._filler.unlink()
