@@ -179,7 +179,16 @@ _REQUESTS: dict[str, Schema] = {
         _named("RotateToRequest", _object("new_kek_id", "dry_run")),
     ),
     "DELETE /deks/{key_id}": (
-        _DELETE := _named("DeleteRequest", _request("", "immediately pending_days", pending_days=_DAYS))
+        _DELETE := _either(
+            _named(
+                "ScheduleDeletionRequest",
+                _request("", "pending_days immediately", pending_days=_DAYS, immediately={"const": False}),
+            ),
+            _named(
+                "ShredRequest",
+                _request("immediately", "pending_days", immediately={"const": True}, pending_days=_NULL),
+            ),
+        )
     ),
     "/deks/{key_id}/disable": (_EMPTY := _named("EmptyRequest", _request(""))),
     "/deks/{key_id}/enable": _EMPTY,

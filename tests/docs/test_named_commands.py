@@ -4,6 +4,7 @@ the messages of the program, the alerts and the units. What stands in for a valu
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shlex
 from collections.abc import Iterator
@@ -45,16 +46,18 @@ def commands(text: str) -> Iterator[list[str]]:
             yield shlex.split(line)[words[0] == "progressdb-kms" :]
 
 
-NAMED = sorted({(tuple(words), path.name) for path, text in sources() for words in commands(text)})
+@functools.cache
+def named() -> list[tuple[tuple[str, ...], str]]:
+    return sorted({(tuple(words), path.name) for path, text in sources() for words in commands(text)})
 
 
 def test_there_are_many() -> None:
-    assert len(NAMED) > 150
+    assert len(named()) > 150
 
 
 def test_each_is_one() -> None:
     wrong, parser = [], cli.build_parser()
-    for words, where in NAMED:
+    for words, where in named():
         if {"--help", "--version"} & {*words}:
             continue
         try:

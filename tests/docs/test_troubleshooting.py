@@ -8,6 +8,7 @@ is no witness.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,12 +34,12 @@ PUT_TOGETHER = {
 def rows() -> list[tuple[str, str]]:
     """What it says, and what to do."""
     lines = [line for line in text_of("troubleshooting").splitlines() if line.startswith("| `")]
-    return [(said, do) for _, said, do, _ in (re.split(r"(?<!\\)\|", line) for line in lines)]
+    return [(quotes, do) for _, quotes, do, _ in (re.split(r"(?<!\\)\|", line) for line in lines)]
 
 
 def quotations() -> list[str]:
     """Of `kms.db was removed` (`moved away`, …) `under the daemon` each part for itself."""
-    return [quoted for said, _ in rows() for quoted in re.findall("`([^`]+)`", said)]
+    return [quoted for quotes, _ in rows() for quoted in re.findall("`([^`]+)`", quotes)]
 
 
 def texts(node: ast.AST) -> Iterator[str]:
@@ -54,12 +55,14 @@ def words_of(text: str) -> list[str]:
     return [word.strip(":;,.()") for word in text.split()]
 
 
-SAID = [
-    words_of(text)
-    for path in sorted(PACKAGE.rglob("*.py"))
-    for text in texts(ast.parse(path.read_text("utf-8")))
-    if len(re.findall("[A-Za-z]", text)) >= LETTERS
-]
+@functools.cache
+def said() -> list[list[str]]:
+    return [
+        words_of(text)
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for text in texts(ast.parse(path.read_text("utf-8")))
+        if len(re.findall("[A-Za-z]", text)) >= LETTERS
+    ]
 
 
 def says(quotation: str, words: list[str]) -> bool:
@@ -87,10 +90,10 @@ def _alike(part: list[str], words: list[str], at: int) -> bool:
 @pytest.mark.parametrize("quotation", quotations())
 def test_what_is_quoted_is_said(quotation: str) -> None:
     for part in PUT_TOGETHER.get(quotation, [quotation]):
-        assert any(says(part, text) for text in SAID), f"no text of the program says {part}"
+        assert any(says(part, text) for text in said()), f"no text of the program says {part}"
 
 
 def test_a_quotation_that_nobody_says_would_be_seen() -> None:
     assert PUT_TOGETHER.keys() <= set(quotations())
-    assert not any(says("the keeper went for a walk", text) for text in SAID)
-    assert not any(says("the socket … is in use by uid …", text) for text in SAID)
+    assert not any(says("the keeper went for a walk", text) for text in said())
+    assert not any(says("the socket … is in use by uid …", text) for text in said())
