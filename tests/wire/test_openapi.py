@@ -3,6 +3,7 @@ allows is not refused as malformed, what it forbids is refused, and each answer 
 
 from __future__ import annotations
 
+import os
 import socket
 import socketserver
 import threading
@@ -89,8 +90,12 @@ def test_as_described(case: schemathesis.Case, url: str) -> None:
     hold(case, url)
 
 
-@pytest.mark.long
-@schema.parametrize()
-@LONG
-def test_as_described_at_length(case: schemathesis.Case, url: str) -> None:
-    hold(case, url)
+if (
+    "TESTS_WARM" not in os.environ
+):  # else the run is no long one, and to make the cases takes each process a second
+
+    @pytest.mark.long
+    @schema.parametrize()
+    @LONG
+    def test_as_described_at_length(case: schemathesis.Case, url: str) -> None:
+        hold(case, url)
