@@ -1,7 +1,8 @@
 """Policies on their way from the supervisor, who reads the configuration anew at SIGHUP, to the workers.
 
-A page of shared memory, written before the workers are told to look. What stands there is no secret; it is
-all that of a configuration can change while the daemon runs. A configuration that is wrong changes nothing.
+Shared memory, written before the workers are told to look. What stands there is no secret; it is all that of
+a configuration can change while the daemon runs. A configuration that is wrong changes nothing. One SIGHUP may
+come while a worker looks because of another: a checksum tells it that it saw half of each.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import mmap
+import struct
+import time
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +27,11 @@ log = logging.getLogger(__name__)
 ROOM = 1 << 20
 """Bytes for all policies as JSON: a hundred entries with a hundred patterns each, as long as most are."""
 
+MOMENT = 0.001
+"""Seconds; some 64 KiB of policies are written in a hundredth of it."""
+
+_HEAD = struct.Struct("<QQ")  # length and checksum of the text behind it
+
 
 class Policies:
     """Made before the first fork; the supervisor writes, the workers read."""
@@ -35,15 +44,18 @@ class Policies:
     def _write(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Raises ConfigError where they are too long."""
         text = json_dumps(list(entries)).encode("ascii")
-        if len(text) + 8 > ROOM:
+        if len(text) + _HEAD.size > ROOM:
             raise ConfigError(f"policies: more than {ROOM} bytes of entries", hint="use fewer patterns")
-        self._map[8 : 8 + len(text)] = text
-        self._map[:8] = len(text).to_bytes(8, "little")
+        self._map[: _HEAD.size + len(text)] = _HEAD.pack(len(text), zlib.crc32(text)) + text
 
     def read(self) -> list[Policy]:
-        size = int.from_bytes(self._map[:8], "little")
-        entries = json.loads(self._map[8 : 8 + size])
-        return [Policy.of(number, entry) for number, entry in enumerate(entries, 1)]
+        while True:
+            size, checksum = _HEAD.unpack(self._map[: _HEAD.size])
+            text = self._map[_HEAD.size : _HEAD.size + size]
+            if zlib.crc32(text) == checksum:
+                break
+            time.sleep(MOMENT)  # it is being written
+        return [Policy.of(number, entry) for number, entry in enumerate(json.loads(text), 1)]
 
     def renew(self) -> None:
         """SIGHUP, before the workers hear of it. All or nothing."""
