@@ -21,9 +21,9 @@ from ..encoding import json_loads
 from ..errors import StoreDamaged, StoreUnavailable
 from ..store.contract import HEAVY, DekRecord, Usage
 from ..store.policy import SHREDDED
-from ..store.seal import MODULUS, OWN, STATE, KekCount, Seal, StoreState, weight
+from ..store.seal import MODULUS, OWN, STATE, ActiveKek, KekCount, Seal, StoreState, weight
 from ..store.sealed import OWN_DONT_ADD_UP, OWN_HINT, SealedReader
-from .engine import TIMELINE, UNREACHABLE, Link, Session
+from .engine import SCHEMA, TIMELINE, UNREACHABLE, Link, Session
 from .rows import Point
 
 HOSTS = ("store:", "audit:", "clock:", "snapshot:", "uses:", "probe")
@@ -42,6 +42,7 @@ _PREFIX = "host = ANY(%s) AND name >= %s AND name < %s"
 _AT = f"SELECT {TIMELINE}, gen, (SELECT value FROM deks WHERE key_id = %s) FROM fleet"  # noqa: S608
 _USAGE = "SELECT key_id, encrypts, decrypts, first, last, uid FROM usage WHERE key_id = ANY(%s)"
 STATES = "SELECT host, value FROM kms WHERE name = 'store:state'"
+_SAID = "SELECT active_kek, host, value FROM fleet LEFT JOIN kms ON name = 'store:state'"
 
 
 def row_of(value: str) -> Any:
@@ -232,8 +233,23 @@ class FleetReader(SealedReader):
         if self._seal is not None:
             self._seal.check(named(host, name), row)
 
+    def agreed(self) -> ActiveKek | None:
+        """The active KEK, by the hosts' states. The fleet's row names it too, where each write asks, and has no
+        MAC: by that alone whoever writes rows could have all hosts wrap under a KEK of before. Raises
+        StoreDamaged where it names another."""
+        rows = self._select(_SAID)
+        active = self._combined([row[1:] for row in rows if row[1] is not None])[0].active
+        said, true = rows[0][0], active.kek_id if active else ""
+        if said != true:
+            raise StoreDamaged(
+                f"the fleet's own row names {said[:32]!r} as the active KEK, which its hosts made {true!r}",
+                hint=f"somebody wrote there by hand: UPDATE {SCHEMA}.fleet SET active_kek = '{true}'",
+            )
+        return active
+
     def vouch(self) -> None:
         """Of all hosts' rows and the fleet's, in one snapshot."""
+        self.agreed()
         total = own = 0
         for host, name, text in self._select("SELECT host, name, value FROM kms ORDER BY host, name"):
             row = row_of(text)

@@ -23,7 +23,7 @@ from ..config.weakkeys import check_master_key
 from ..crypto.aead import KEY_SIZE, Aead
 from ..crypto.keyring import KekNotLoaded, Keyring, fingerprint
 from ..crypto.memory import LockedBuffer
-from ..errors import Conflict, KeyMismatch, KMSError, OperatorError, StoreUnavailable, WeakKey
+from ..errors import Conflict, KeyMismatch, KMSError, OperatorError, StoreDamaged, StoreUnavailable, WeakKey
 from ..fleet import schema
 from ..fleet.board import Board
 from ..fleet.engine import Link
@@ -31,6 +31,7 @@ from ..fleet.host import Host, run
 from ..fleet.identity import Identity
 from ..fleet.lease import BOOTTIME
 from ..fleet.lease import Clock as FleetClock
+from ..fleet.reader import FleetReader
 from ..fleet.registry import EngineRegistry
 from ..fleet.rows import Point, Sight
 from ..fleet.settings import Where
@@ -38,6 +39,7 @@ from ..fleet.status import counted
 from ..fleet.store import WRITER, Fenced, FleetStore
 from ..store.contract import DekRecord
 from ..store.pause import Pause
+from ..store.seal import ActiveKek
 from . import start
 from .channel import Job, Wanted, answer, telling
 from .clock import Clock
@@ -70,7 +72,8 @@ FIRST_SECONDS = 30.0
 class Place:
     """What the fleet does to this host; see `fleet.host.Local`."""
 
-    def __init__(self, keyring: Keyring, keys: Configured) -> None:
+    def __init__(self, where: Where, host: str, keyring: Keyring, keys: Configured) -> None:
+        self._where, self._host = where, host
         self._keyring, self.keys = keyring, keys
         self.ring = threading.RLock()
         self.inc = ""
@@ -90,10 +93,11 @@ class Place:
             self.store.inc = inc
 
     def adopt(self, kek_id: str, version: int) -> None:
-        if not kek_id:
-            return  # a fleet that has none yet
         with self.ring:
-            if kek_id not in self._keyring.kek_ids():
+            if self.store is not None and self._keyring.active.kek_id != kek_id:
+                active = self._agreed()
+                kek_id, version = active.kek_id, active.version
+            if kek_id and kek_id not in self._keyring.kek_ids():  # a new fleet has none yet
                 raise KeyMismatch(
                     f"the fleet's active KEK {kek_id} is not configured on this host",
                     hint=f"the fleet was rotated: bring the key {kek_id} here from another host, let it be "
@@ -103,6 +107,17 @@ class Place:
                 if self._keyring.active.kek_id != kek_id:
                     self._move(kek_id, version)
                 self.store.acting = kek_id
+
+    def _agreed(self) -> ActiveKek:
+        """By a connection of its own: the store's may be at work for another thread."""
+        link = Link(self._where, "progressdb-kms rotated")
+        with contextlib.closing(FleetReader(link, self._host, self._keyring.row_key)) as reader:
+            active = reader.agreed()
+        if active is None:
+            raise StoreDamaged(
+                "the fleet's rows are gone", hint="restore a backup: `progressdb-kms help fleet`"
+            )
+        return active
 
     def _move(self, kek_id: str, version: int) -> None:
         """Another host has rotated: all DEKs are under this KEK now."""
@@ -218,7 +233,7 @@ class FleetKeeper(Keeper):
             return False
         try:
             self._place.adopt(found.active_kek, found.version)
-        except KeyMismatch as error:
+        except OperatorError as error:
             raise StoreUnavailable(error.message, hint=error.hint) from None
         return True
 
@@ -423,7 +438,7 @@ def open_keeper(
     keys = coming.into(keyring, keys, lambda kek_id: False)
     schema.check(Link(where))
     host = start.host_id(data_dir)
-    place = Place(keyring, keys)
+    place = Place(where, host, keyring, keys)
     identity = Identity(data_dir, host, platform.node(), clock.reading().boot)
     member = Member(where, place, board, identity)
     with contextlib.ExitStack() as undo:
