@@ -234,8 +234,8 @@ class FleetReader(SealedReader):
             self._seal.check(named(host, name), row)
 
     def agreed(self) -> ActiveKek | None:
-        """The active KEK, by the hosts' states. The fleet's row names it too, where each write asks, and has no
-        MAC: by that alone whoever writes rows could have all hosts wrap under a KEK of before. Raises
+        """The active KEK, by the hosts' states. The fleet's row names it too, where each write asks, and has
+        no MAC: by that alone whoever writes rows could have all hosts wrap under a KEK of before. Raises
         StoreDamaged where it names another."""
         rows = self._select(_SAID)
         active = self._combined([row[1:] for row in rows if row[1] is not None])[0].active
