@@ -14,6 +14,7 @@ import http.client
 import importlib
 import json
 import os
+import pwd
 import resource
 import shutil
 import socket
@@ -38,6 +39,7 @@ from ..crypto.memory import PAGE, LockedBuffer
 from ..errors import KMSError, PeerRefused
 from ..process import hardening
 from ..process.streams import DEPENDENCIES
+from ..rules import Peer, Policy, rights_of
 from ..service import lastbackup
 from ..service.clock import RELEASED, REMEDY, age, overdue
 from ..service.lock import is_held
@@ -49,6 +51,7 @@ from ..store.seal import STATE, StoreState
 from ..store.sqlite import FILE_NAME as STORE
 from ..store.sqlite import check_schema
 from ..wire import loopback
+from ..wire.routes import ROUTES
 from ..wire.server import SPARE_FILES, THREADS
 from ..wire.slab import size_of
 from . import asowner, rehearsal
@@ -572,6 +575,35 @@ def _peers(patient: Patient) -> Findings:
         yield Finding(OK, f"{len(served)} UIDs are served")
 
 
+def _policies(patient: Patient) -> Findings:
+    """One for a whole group, or one too narrow, may leave nobody who rotates and shreds."""
+    assert patient.settings is not None
+    policies = [Policy.of(number, entry) for number, entry in enumerate(patient.settings.policies, 1)]
+    if not policies:
+        return
+    asking = patient.settings.peer_rules.admins
+    rights = [_rights(uid, policies) for uid in ({0, patient.owner} if asking is None else asking)]
+    for op in sorted({route.op for route in ROUTES if route.admin}):
+        barred = [next((one for one in each if not one.allows_operation(op)), None) for each in rights]
+        if barred and None not in barred:
+            entries = ", ".join(sorted({str(one.number) for one in barred if one is not None}))
+            todo = f"let `operations` of entry {entries} have it, or name another in admin_peer_uids"
+            yield Finding(WARN, f"of those who look after the daemon nobody may {op}", todo)
+    told = f"{len(policies)} in the configuration; `policy test` tells what they say to a call"
+    yield Finding(OK, told)
+
+
+def _rights(uid: int, policies: list[Policy]) -> tuple[Policy, ...]:
+    """The policies that name a user, with the groups that the system has for it."""
+    try:
+        group = pwd.getpwuid(uid).pw_gid
+        groups = os.getgrouplist(pwd.getpwuid(uid).pw_name, group)
+    except KeyError:  # a UID without a name has what it was started with
+        group, groups = -1, []
+    rights = rights_of(Peer(uid, group), policies, groups=groups)
+    return rights.policies if rights is not None else ()
+
+
 def _tcp(patient: Patient) -> Findings:
     """Does the kernel tell who connects, does the daemon answer there, or could it, and whom?"""
     assert patient.settings is not None
@@ -678,6 +710,7 @@ CHECKS: tuple[Check, ...] = (
     Check("clock", _clock),
     Check("socket", _socket),
     Check("peers", _peers),
+    Check("policies", _policies),
     Check("tcp", _tcp),
     Check("daemon", _daemon),
 )

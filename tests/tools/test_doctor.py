@@ -299,6 +299,42 @@ def test_a_list_of_callers_without_who_looks_after_the_daemon(
     assert levels(doctor._peers, who) == [OK]
 
 
+BARRED = ["accept_clock", "delete_dek", "disable_dek", "enable_dek", "rewrap", "rotate_kek", "unwrap"]
+
+
+@pytest.mark.parametrize(
+    ("policies", "admins", "barred"),
+    [
+        ("[{uid: 998, operations: [encrypt]}]", "", []),
+        ("[{uid: 0, operations: [encrypt]}]", "", []),  # the daemon's own user is left
+        ("[{uid: 0, operations: [encrypt]}, {uid: 997, operations: [decrypt]}]", "", BARRED),
+        ("[{uid: 0, operations: [encrypt]}]", "[0]", BARRED),
+        (
+            "[{uid: 0, operations: [rotate_kek, unwrap, rewrap, delete_dek]}]",
+            "[0]",
+            [*BARRED[:1], *BARRED[2:4]],
+        ),
+        ("[{gid: 0, operations: [encrypt]}]", "[0]", BARRED),
+        ("[{uid: 998, operations: [encrypt]}]", "[998]", BARRED),
+        ("[{uid: 0, keys: [k_*]}, {uid: 997, per_second: 5}]", "", []),
+    ],
+)
+def test_policies_that_leave_nobody_who_rotates_and_shreds(
+    home: Path, monkeypatch: pytest.MonkeyPatch, policies: str, admins: str, barred: list[str]
+) -> None:
+    monkeypatch.setattr(Patient, "owner", 997)
+    keys = {"policies": policies, **({"admin_peer_uids": admins} if admins else {})}
+    *warned, last = doctor._policies(patient(home, **keys))
+    assert last.level == OK
+    assert [finding.text.rpartition(" ")[2] for finding in warned] == barred
+    assert {finding.level for finding in warned} <= {WARN}
+    assert all("operations" in finding.todo for finding in warned)
+
+
+def test_no_policies_no_line(home: Path) -> None:
+    assert list(doctor._policies(patient(home))) == []
+
+
 def listening(host: str = "127.0.0.1") -> socket.socket:
     sock = socket.socket()
     sock.bind((host, 0))
