@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from contextlib import suppress
 
 END = signal.SIGUSR1
 """The supervisor's word to a child. Not SIGTERM, which `timeout` or a container's manager may send to the
 whole group: then the keeper would be gone before the workers have answered."""
 
-NOTICED = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, END))
+NOTICED = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM, END))
 
 
 class Signals:
@@ -28,23 +27,20 @@ class Signals:
         self.stop = False
         self.hangup = False
         left_alone = (signal.SIGTERM, signal.SIGINT) if child else (END,)
-        self._awaited = NOTICED - frozenset(left_alone)
+        self._awaited = NOTICED - {signal.SIGALRM, *left_alone}
         for number in NOTICED:  # whatever our parent did with it
             signal.signal(number, signal.SIG_IGN if number in left_alone else signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, NOTICED)  # threads that are started from now on inherit it
 
     def wait(self, seconds: float) -> None:
-        """Until a signal comes, but no longer than this."""
-        if hasattr(signal, "sigtimedwait"):
-            found = signal.sigtimedwait(self._awaited, seconds)
-            if found is not None:
-                self._note(found.si_signo)
-            return
-        deadline = time.monotonic() + seconds  # macOS
-        while not (waiting := signal.sigpending() & self._awaited) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        if waiting:
-            self._note(signal.sigwait(waiting))
+        """Until a signal comes, but no longer than this; now and then less, by an alarm of the wait before.
+
+        Not by sigtimedwait: in a process that was stopped, frozen or traced until its time was over, Python's
+        returns a record that nobody has filled in, with a number of any signal: that of SIGTERM, perhaps."""
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        number = signal.sigwait(self._awaited | {signal.SIGALRM})
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self._note(number)
 
     def take_hangup(self) -> bool:
         taken, self.hangup = self.hangup, False
