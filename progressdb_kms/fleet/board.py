@@ -117,7 +117,7 @@ class Board:
         """The next change after `seen`."""
         start = HEADER + change.gen % SLOTS * SLOT
         self.words[start // _WORD] = 0
-        if change.kind != KEY:
+        if change.kind != KEY or not change.key_id.isascii() or len(change.key_id) > SLOT - 16:
             return self.flush(self.seen._replace(gen=change.gen))
         text = change.key_id.encode("ascii")
         self.words[start // _WORD + 1] = len(text)

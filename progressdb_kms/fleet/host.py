@@ -293,8 +293,8 @@ class Host:
     def _fence(self, row: HostRow, timeline: int) -> Steps[None]:
         if (yield from ask(lambda registry: registry.fence(row.host, row.inc, row.beat, timeline))):
             log.warning(
-                "the host %s (%s) was silent for %.0f s: it is fenced, and changes wait for it no more",
-                *(row.name, row.host, self._span),
+                "the host %s was silent for %.0f s: it is fenced, and changes wait for it no more",
+                *(row, self._span),
             )
 
     def _done(self, changes: Sequence[Pending]) -> None:

@@ -24,7 +24,7 @@ from ..store.policy import SHREDDED
 from ..store.seal import MODULUS, OWN, STATE, ActiveKek, KekCount, Seal, StoreState, weight
 from ..store.sealed import OWN_DONT_ADD_UP, OWN_HINT, SealedReader
 from .engine import SCHEMA, TIMELINE, UNREACHABLE, Link, Session
-from .rows import Point
+from .rows import Point, first
 
 HOSTS = ("store:", "audit:", "clock:", "snapshot:", "uses:", "probe")
 """Beginnings of the names of rows that each host has for itself. All others are the fleet's."""
@@ -151,7 +151,7 @@ class FleetReader(SealedReader):
 
     def at(self, key_id: str) -> tuple[DekRecord | None, Point]:
         """A row and the point of the snapshot in which it was read, for whoever remembers it."""
-        ((timeline, gen, text),) = self._select(_AT, (key_id,))
+        timeline, gen, text = first(self._select(_AT, (key_id,)))
         return self._opened(key_id, text) if text is not None else None, Point(timeline, gen)
 
     def there(self, key_ids: Sequence[str]) -> set[str]:
@@ -239,7 +239,7 @@ class FleetReader(SealedReader):
         StoreDamaged where it names another."""
         rows = self._select(_SAID)
         active = self._combined([row[1:] for row in rows if row[1] is not None])[0].active
-        said, true = rows[0][0], active.kek_id if active else ""
+        said, true = first(rows)[0], active.kek_id if active else ""
         if said != true:
             raise StoreDamaged(
                 f"the fleet's own row names {said[:32]!r} as the active KEK, which its hosts made {true!r}",

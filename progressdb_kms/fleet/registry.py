@@ -26,7 +26,7 @@ import psycopg
 from ..errors import StoreUnavailable
 from .engine import ANSWER_SECONDS, TIMELINE, UNREACHABLE, Link, Session
 from .lease import BEATS
-from .rows import ChangeRow, FleetRow, HostRow, News, Sight
+from .rows import ChangeRow, FleetRow, HostRow, News, Sight, first
 from .store import CHANNEL, WRITER
 
 _FLEET = ", ".join([*FleetRow._fields[:-1], TIMELINE])
@@ -80,8 +80,7 @@ class EngineRegistry:
         self, host: str, inc: str, name: str, keks: frozenset[str], gone: Sequence[str] = ()
     ) -> FleetRow:
         about = {"host": host, "inc": inc, "name": name, "keks": sorted(keks), "gone": list(gone)}
-        ((*row,),) = self._committed(_REGISTER, about)
-        return FleetRow(*row)
+        return FleetRow(*first(self._committed(_REGISTER, about)))
 
     def beat(self, host: str, inc: str, seen: Any, keks: frozenset[str]) -> bool:
         about = {"host": host, "inc": inc, "keks": sorted(keks), "seen": seen.gen, "timeline": seen.timeline}
@@ -103,12 +102,12 @@ class EngineRegistry:
     def news(self, after: int, limit: int) -> News:
         rows = self._rows(_NEWS, {"after": after, "limit": limit})
         changes = [ChangeRow(*row[_WIDTH:]) for row in rows if row[_WIDTH] is not None]
-        return News(FleetRow(*rows[0][:_WIDTH]), changes)
+        return News(FleetRow(*first(rows)[:_WIDTH]), changes)
 
     def sight(self) -> Sight:
         rows = self._rows(_SIGHT, {})
-        hosts = [_host(*row[_WIDTH:]) for row in rows if row[_WIDTH] is not None]
-        return Sight(FleetRow(*rows[0][:_WIDTH]), hosts)
+        hosts = [HostRow.of(*row[_WIDTH:]) for row in rows if row[_WIDTH] is not None]
+        return Sight(FleetRow(*first(rows)[:_WIDTH]), hosts)
 
     def _committed(self, sql: str, about: dict[str, Any]) -> list[tuple[Any, ...]]:
         with self._session() as session:
@@ -184,7 +183,3 @@ class EngineRegistry:
             os.close(self._woken)
             os.close(self._waker)
             self._woken = self._waker = -1
-
-
-def _host(host: str, inc: str, name: str, beat: int, seen: int, keks: list[str], fenced: bool) -> HostRow:
-    return HostRow(host, inc, name, beat, seen, frozenset(keks), fenced)

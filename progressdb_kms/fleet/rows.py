@@ -26,8 +26,10 @@ What the engine's side must hold, each for a reason that the simulation shows wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from ..errors import StoreDamaged
 
 KEY = "key"
 KEKS = "keks"
@@ -68,6 +70,16 @@ class FleetRow(NamedTuple):
         return Point(self.timeline, self.gen)
 
 
+def first(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Of an answer that has the fleet's row in it. Raises StoreDamaged where that was deleted."""
+    if not rows:
+        raise StoreDamaged(
+            "the fleet's own row is gone: somebody deleted it",
+            hint="restore a backup into another database: `progressdb-kms help fleet`",
+        )
+    return rows[0]
+
+
 class HostRow(NamedTuple):
     """A daemon that runs, or did. `name` is for people, and decides nothing."""
 
@@ -78,6 +90,22 @@ class HostRow(NamedTuple):
     seen: int  # every change up to this number is known to all of its processes
     keks: frozenset[str]  # the KEKs that it has configured, next ones too
     fenced: bool
+
+    @classmethod
+    def of(
+        cls, host: str, inc: str, name: str, beat: int, seen: int, keks: Iterable[str | None], fenced: bool
+    ) -> HostRow:
+        """From the columns, whoever wrote them."""
+        return cls(host, inc, plain(name), beat, seen, frozenset(filter(None, keks)), fenced)
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.name} ({plain(self.host)})"
+
+
+def plain(text: str) -> str:
+    """A name that stands in a row, for a line of the journal: it may hold whatever somebody wrote there."""
+    return "".join(char if char.isprintable() else "?" for char in text[:64])
 
 
 class ChangeRow(NamedTuple):

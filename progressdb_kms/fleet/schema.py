@@ -31,7 +31,7 @@ from typing import Any
 
 from ..errors import ConfigError, StoreDamaged
 from .engine import SCHEMA, TIMELINE, Link, Session
-from .rows import FleetRow
+from .rows import FleetRow, first
 
 VERSION = 1
 """The schema that this release writes, and the only one that it knows yet."""
@@ -76,8 +76,7 @@ _LOCK = "SELECT pg_advisory_xact_lock(hashtext('progressdb-kms schema'))"
 
 def fleet_row(session: Session) -> FleetRow:
     """As it is, whatever its schema."""
-    ((row),) = session.execute(FLEET).fetchall()
-    return FleetRow(*row)
+    return FleetRow(*first(session.execute(FLEET).fetchall()))
 
 
 def check(link: Link) -> FleetRow:

@@ -5,14 +5,13 @@ It reads rows as they stand, without any key: what decides is checked by the dae
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from ..errors import Conflict
 from ..store.seal import STATE, StoreState
 from .engine import Link, Session
-from .reader import combined
-from .rows import FleetRow
+from .reader import combined, row_of
+from .rows import FleetRow, HostRow
 from .schema import fleet_row
 
 _HOSTS = "SELECT host, inc, name, beat, seen, keks, fenced FROM hosts ORDER BY name, host, inc"
@@ -37,7 +36,7 @@ def status(link: Link) -> dict[str, Any]:
         fleet = fleet_row(session)
         hosts = [_host(fleet, row) for row in session.execute(_HOSTS).fetchall()]
         states = [
-            StoreState.from_row(json.loads(row[0])) for row in session.execute(_STATES, (STATE,)).fetchall()
+            StoreState.from_row(row_of(row[0])) for row in session.execute(_STATES, (STATE,)).fetchall()
         ]
         found = {"fleet": fleet._asdict(), "hosts": hosts, "engine": _engine(session)}
     whole = combined(states, StoreState())
@@ -47,15 +46,15 @@ def status(link: Link) -> dict[str, Any]:
 
 
 def _host(fleet: FleetRow, row: tuple[Any, ...]) -> dict[str, Any]:
-    host, inc, name, beat, seen, keks, fenced = row
+    found = HostRow.of(*row)
     return {
-        "host": host,
-        "incarnation": inc,
-        "name": name,
-        "beats": beat,
-        "behind": fleet.gen - seen,
-        "keks": sorted(keks),
-        "fenced": fenced,
+        "host": found.host,
+        "incarnation": found.inc,
+        "name": found.name,
+        "beats": found.beat,
+        "behind": fleet.gen - found.seen,
+        "keks": sorted(found.keks),
+        "fenced": found.fenced,
     }
 
 

@@ -56,7 +56,7 @@ from ..store.seal import MODULUS, STATE, KekCount, Seal, StoreState, Tally, weig
 from ..store.sealed import SealedStore, Written, nobody
 from .engine import FORGOTTEN, TIMELINE, UNREACHABLE, Link, Session, Texts, translated
 from .reader import STATES, WRITES, FleetReader, combined, named, row_of, without
-from .rows import ALL, KEKS, KEY, FleetRow, HostRow, Point
+from .rows import ALL, KEKS, KEY, FleetRow, HostRow, Point, first
 from .schema import FLEET
 from .status import status
 
@@ -719,7 +719,7 @@ class FleetStore(SealedStore, FleetReader):
         session = self._inside()
         if on:
             self._lock("SHARE")  # who writes now is done before `rotating` is seen
-        ((owner,),) = session.execute("SELECT owner FROM fleet FOR UPDATE").fetchall()
+        (owner,) = first(session.execute("SELECT owner FROM fleet FOR UPDATE").fetchall())
         if owner not in ("", self.host) and session.execute(_LIVES, (owner,)).fetchall()[0][0]:
             if on:
                 told = "another host rotates the fleet's KEK"
@@ -829,7 +829,7 @@ class FleetStore(SealedStore, FleetReader):
     def census(self) -> Sequence[HostRow]:
         """All hosts. To the end of the transaction none of them comes, goes, or says otherwise."""
         rows = self._asked(_CENSUS)
-        return [HostRow(*row)._replace(keks=frozenset(row[5])) for row in rows]
+        return [HostRow.of(*row) for row in rows]
 
     def _lock(self, mode: str, table: str = "deks") -> None:
         """While this waits for one host, it holds up all others."""
@@ -898,7 +898,7 @@ class FleetStore(SealedStore, FleetReader):
 
     def fleet(self) -> FleetRow:
         """As it is now."""
-        return FleetRow(*self._select(FLEET)[0])
+        return FleetRow(*first(self._select(FLEET)))
 
     def abandoned(self) -> bool:
         """Is there a rotation whose host is dead?"""

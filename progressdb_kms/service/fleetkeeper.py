@@ -195,10 +195,11 @@ class FleetKeeper(Keeper):
         self._retiring = False
 
     def round(self, timeout: float, wakeup: int = -1) -> None:
-        """What is done beside the jobs asks the engine, too, which may be gone at any question."""
+        """What is done beside the jobs asks the engine, too, which may be gone at any question; or somebody
+        wrote there what is none of ours, which must not end the daemons of all hosts."""
         try:
             super().round(timeout, wakeup)
-        except StoreUnavailable as error:
+        except (StoreUnavailable, OperatorError) as error:
             if self._beside.failed(error.message):
                 log.error("what is done beside the calls waits: %s", error.told)
         else:

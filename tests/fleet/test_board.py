@@ -53,6 +53,16 @@ def test_a_change_of_all_takes_all(board: Board, follower: Follower[str], kind: 
     assert len(follower) == 0
 
 
+@pytest.mark.parametrize("name", ["k" * 129, "k" * SIZE, "kä"], ids=["longer", "longest", "another alphabet"])
+def test_a_name_that_is_no_key_id_takes_all(board: Board, follower: Follower[str], name: str) -> None:
+    """Who writes rows by hand may write one: it must not reach into the next slot."""
+    board.tell(ChangeRow(11, KEY, "c"))
+    board.tell(ChangeRow(12 + SLOTS - 2, KEY, name))
+    assert board.key_id(11) == "c" and board.seen == Point(1, 12 + SLOTS - 2)
+    follower.follow()
+    assert len(follower) == 0
+
+
 def test_a_longer_name_after_a_short_one_in_the_same_slot(board: Board) -> None:
     board.tell(ChangeRow(11, KEY, "short"))
     for gen in range(12, 11 + SLOTS):

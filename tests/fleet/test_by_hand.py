@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.fleet.test_daemons import PATIENCE, configured, until
+from tests.fleet.test_daemons import PATIENCE, configured, until, use
 from tests.fleet.test_rotation import Hosts, ok
 from tests.harness import postgres
-from tests.harness.daemon import Daemon, write_secret
+from tests.harness.daemon import Daemon, cli, write_secret
 from tests.harness.fakekms import kek_id_of as kek_id
 from tests.harness.wire import Reply
 
@@ -65,3 +65,33 @@ def test_a_kek_that_was_rotated_out_comes_back_by_nobody_s_row(
         until(lambda daemon=daemon: ready(daemon).status == 200)
         ok(daemon, "POST", "/deks", {"thread_id": "t"}, 201)
     assert hosts.keks_of_rows() == [new]
+
+
+HOSTILE = "INSERT INTO kms.hosts VALUES ('x', 'y', E'\\x1b[31mred\\nline', 0, -5, ARRAY[NULL, 'ä'], false)"
+
+
+def test_rows_that_are_none_of_ours_end_no_daemon(fleet_database: postgres.Fleet, hosts: Hosts) -> None:
+    """A host's state that can't be trusted ended all daemons of the fleet at once."""
+    key_id = ok(hosts.all[0], "POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    pids = [daemon.process.pid for daemon in hosts.all if daemon.process]
+    for name in ("kä", "k" * 3000):
+        tell(fleet_database, "owner = ''", "key", name)
+    fleet_database.sql(HOSTILE)
+    for daemon in hosts.all:
+        assert ready(daemon).status == 200
+        with daemon.session(PATIENCE) as session:
+            assert use(session, key_id) == 200
+    told = cli("store", "status", "--config", str(hosts.all[0].config_file))
+    assert told.returncode == 0 and b"?[31mred?line" in told.stdout, told
+    fleet_database.sql(
+        "DELETE FROM kms.hosts WHERE host = 'x'", "INSERT INTO kms.kms VALUES ('h', 'store:state', '7')"
+    )
+    for daemon in hosts.all:
+        until(lambda daemon=daemon: b"store:state@h" in ready(daemon).body)
+    fleet_database.sql("DELETE FROM kms.kms WHERE host = 'h'")
+    for daemon in hosts.all:
+        until(lambda daemon=daemon: ready(daemon).status == 200)
+        ok(daemon, "POST", f"/deks/{key_id}/disable", {})
+        ok(daemon, "POST", f"/deks/{key_id}/enable", {})
+        assert "Traceback" not in daemon.stderr and "keeper (pid" not in daemon.stderr
+    assert pids == [daemon.process.pid for daemon in hosts.all if daemon.process]
