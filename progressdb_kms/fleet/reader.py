@@ -243,7 +243,7 @@ class FleetReader(SealedReader):
         if said != true:
             raise StoreDamaged(
                 f"the fleet's own row names {said[:32]!r} as the active KEK, which its hosts made {true!r}",
-                hint=f"somebody wrote there by hand: UPDATE {SCHEMA}.fleet SET active_kek = '{true}'",
+                hint=f"somebody wrote there by hand: UPDATE {SCHEMA}.fleet SET active_kek = '{true}'",  # noqa: S608
             )
         return active
 
