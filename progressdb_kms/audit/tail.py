@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple, Union
 
 from ..disk import regular
 from .chain import LONGEST, Found, Report, Verifier
-from .log import FILE_NAME, MARK, RECORD, AuditLog, genuine, pieces, torn
+from .log import FILE_NAME, MARK, AuditLog, pieces, torn
 
 Name = Union[str, "os.PathLike[str]"]
 
@@ -26,6 +26,10 @@ SCAN = 16 << 20
 
 TAIL = 64 << 10
 """Bytes in which the number of the store's last change is looked for: some 150 records."""
+
+DENSEST = 64
+"""Bytes of a log, at most, that gzip makes one of: of two HMACs in each record it can make one at best, so an
+honest log has less than 16. What unpacks to more is none, and could be without an end."""
 
 SETTLE = 0.05
 """Seconds after which the end of a log that stays the same is not a line that is just being written."""
@@ -104,42 +108,54 @@ class Floor(NamedTuple):
 
 
 def floor(paths: Iterable[Name], key: memoryview) -> Floor | None:
-    """From the end of the newest file that has a signed record; None where none has. Every record carries the
-    number, so that a few are enough; what is not signed doesn't count."""
+    """From the ends of all files that are plain, whatever they are called and begin with: nothing that is put
+    beside the log lowers it. A packed one is read where no newer file has a record that is signed, as in the
+    moment after logrotate. Every record carries the number, so that a few are enough."""
+    found: list[Floor] = []
     for path in reversed(in_order(paths)):
-        found: list[Floor] = []
         with suppress(*UNREADABLE):  # what was read before counts
-            for data, packed in _blocks(path):
+            found += next((some for data in _backwards(path) if (some := list(_floors(data, key)))), [])
+            for data in () if found else _unpacked(path):
                 found += _floors(data, key)
-                if found and not packed:
-                    break
-        if found:
-            return Floor(max(one.epoch for one in found), max(one.change for one in found))
-    return None
+    return Floor(max(one.epoch for one in found), max(one.change for one in found)) if found else None
 
 
-def _blocks(path: str) -> Iterator[tuple[bytes, bool]]:
-    """A file from its end on, a packed one from its beginning, and whether it is that. Each block has a whole
+def _backwards(path: str) -> Iterator[bytes]:
+    """A plain file from its end on, without its holes, which may be of any length. Each block has a whole
     line in common with the next: however long a file without a record is, little of it is held."""
     file, raw = opened(path)
     with raw:
-        end, size, held = raw.seek(0, os.SEEK_END), TAIL, b""
-        while file is raw and end:
-            start = max(0, end - size)
-            raw.seek(start)
-            yield raw.read(end - start + LONGEST), False
-            end, size = start, SCAN
-        raw.seek(0)
-        while file is not raw and (block := file.read(SCAN)):
-            yield held + block, True
-            held = block[-LONGEST:]
+        at, size, stretches = 0, TAIL, []
+        with suppress(OSError):  # there are no more
+            while file is raw:
+                at = os.lseek(raw.fileno(), at, os.SEEK_DATA)
+                begin, at = at, os.lseek(raw.fileno(), at, os.SEEK_HOLE)
+                stretches.append((begin, at))
+        for begin, end in reversed(stretches):
+            while end > begin:
+                start = max(begin, end - size)
+                yield os.pread(raw.fileno(), end - start + LONGEST, start)
+                end, size = start, SCAN
+
+
+def _unpacked(path: str) -> Iterator[bytes]:
+    """A packed file from its beginning, as far as it may be a log."""
+    file, raw = opened(path)
+    with raw:
+        held, size = b"", 0
+        while file is not raw and size <= SCAN + DENSEST * raw.tell() and (block := file.read(SCAN)):
+            yield held + block
+            held, size = block[-LONGEST:], size + len(block)
 
 
 def _floors(data: bytes, key: memoryview) -> Iterator[Floor]:
-    for record in RECORD.finditer(data):
-        if genuine(key, record):
-            change = _CHANGE.search(record[1])
-            yield Floor(int(record[2].split(b".")[0]), int(change[1]) if change else 0)
+    """A line that is longer than any is not looked into: what begins as a record again and again takes the
+    square of its length."""
+    for line in data.split(b"\n"):
+        for _, record in pieces(line, key) if len(line) <= LONGEST else ():
+            if record:
+                change = _CHANGE.search(record[1])
+                yield Floor(int(record[2].split(b".")[0]), int(change[1]) if change else 0)
 
 
 # ---- the start of the daemon ---------------------------------------------------------------------

@@ -1128,6 +1128,79 @@ class TestVectors:
 # ---- how far the store was ---------------------------------------------------------------------------
 
 
+def grown(path: Path) -> tuple[bytes, tail.Floor]:
+    """A log in which the store's changes go from 1 to 7. Returns its first line."""
+    changes = iter(range(1, 8))
+    log = AuditLog(path, KEY, "3.1", Clock(), change=lambda: next(changes))
+    for _ in range(7):
+        encrypt(log)
+    log.close()
+    return path.read_bytes().splitlines(keepends=True)[0], tail.Floor(3, 7)
+
+
+FORGED = b'{"event":{"chain":"99.1","seq":1,"prev":"","ts":"2999-01-01T00:00:00.000Z","op":"encrypt"'
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("head", [b"", b"x" * 99 + b"\n", FORGED + b"\n"], ids=["", "junk", "forged"])
+def test_nothing_that_is_put_beside_the_log_lowers_the_floor(path: Path, head: bytes, packed: bool) -> None:
+    """An older line of ours, in a file that claims to be the newest: by that an older store was let in."""
+    first, floor = grown(path)
+    other = path.with_name(path.name + ".zzz")
+    content = head * (3000 if head else 0) + first
+    other.write_bytes(gzip.compress(content) if packed else content)
+    for order in ([path, other], [other, path]):
+        assert tail.floor(order, KEY) == floor
+
+
+def test_the_floor_where_the_newest_is_packed_already(path: Path) -> None:
+    """And the file that goes on after it has no record yet."""
+    first, floor = grown(path)
+    older, packed = path.with_name(path.name + ".2"), path.with_name(path.name + ".1.gz")
+    older.write_bytes(first)
+    packed.write_bytes(gzip.compress(path.read_bytes()[len(first) :]))
+    path.write_bytes(b"")
+    assert tail.floor([path, older, packed], KEY) == floor
+
+
+def test_what_unpacks_to_far_more_than_a_log_is_not_read_on(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a start takes as long as somebody likes, who may write into the data-dir."""
+    first, floor = grown(path)
+    bomb = path.with_name(path.name + ".1.gz")
+    bomb.write_bytes(gzip.compress(first + bytes(16 << 20)))
+    monkeypatch.setattr(tail, "SCAN", 1 << 20)
+    done, read = [0], gzip.GzipFile.read
+
+    def counted(file: gzip.GzipFile, size: int = -1) -> bytes:
+        data = read(file, size)
+        done[0] += len(data)
+        return data
+
+    monkeypatch.setattr(gzip.GzipFile, "read", counted)
+    assert tail.floor([bomb], KEY) == tail.Floor(3, 1)
+    assert done[0] < 4 * tail.SCAN
+    assert tail.floor([bomb, path], KEY) == floor
+
+
+def test_the_floor_behind_what_is_no_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins as a record everywhere; to look for the end of each would take hours."""
+    _, floor = grown(path)
+    monkeypatch.setattr(tail, "SCAN", 2 << 20)
+    with open(path, "ab") as file:
+        file.write((FORGED + b',"outcome":"') * (3 * tail.SCAN // 100))
+        file.write(b"\n" + (FORGED + b',"outcome":"') * 10_000)
+    assert tail.floor([path], KEY) == floor
+
+
+def test_the_floor_behind_a_hole(path: Path) -> None:
+    """Of any length: it costs nothing to make one, so it must cost nothing to look behind it."""
+    _, floor = grown(path)
+    os.truncate(path, path.stat().st_size + (1 << 42))
+    assert tail.floor([path], KEY) == floor
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 def test_the_floor_behind_a_long_tail_that_nobody_signed(path: Path, packed: bool) -> None:
     """It hides nothing, and not much of it is held at once."""
