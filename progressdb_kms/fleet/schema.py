@@ -31,7 +31,7 @@ from typing import Any
 
 from ..errors import ConfigError, StoreDamaged
 from .engine import SCHEMA, TIMELINE, Link, Session
-from .rows import FleetRow, first
+from .rows import FleetRow, first, plain
 
 VERSION = 1
 """The schema that this release writes, and the only one that it knows yet."""
@@ -71,6 +71,23 @@ FLEET = f"SELECT fleet, epoch, schema, gen, active_kek, version, rotating, owner
 """The columns of a FleetRow."""
 
 _MAKE = "INSERT INTO fleet VALUES (true, %s, 1, %s, 0, '', 0, false, '', %s)"
+_OURS = f"'{SCHEMA}'::regnamespace::oid"
+_INSIDE = f"""
+SELECT 'the relation ' || relname::text FROM pg_class WHERE relnamespace = {_OURS} UNION ALL
+SELECT 'the function ' || proname::text FROM pg_proc WHERE pronamespace = {_OURS} LIMIT 1"""  # noqa: S608
+_OTHERS = f"""
+SELECT what, pg_get_userbyid(owner) FROM (
+SELECT 'it', nspowner FROM pg_namespace WHERE oid = {_OURS} UNION ALL
+SELECT 'the table ' || relname::text, relowner FROM pg_class WHERE relnamespace = {_OURS}
+AND relname IN ('fleet', 'deks', 'kms', 'usage', 'hosts', 'changes', 'touched') UNION ALL
+SELECT 'the operator ' || oprname::text, oprowner FROM pg_operator WHERE oprnamespace = {_OURS} UNION ALL
+SELECT 'the function ' || proname::text, proowner FROM pg_proc WHERE pronamespace = {_OURS}
+) AS found (what, owner) JOIN pg_roles ON oid = owner
+WHERE NOT rolsuper AND NOT pg_has_role(owner, 'MEMBER') LIMIT 1"""  # noqa: S608
+"""What belongs to a role that is neither ours nor the engine's administrator. Whose the schema is may drop
+and replace each table; and a function there that fits a question of ours better than the engine's own is run
+in our name. (So this question casts each argument to what the engine's own takes.)"""
+
 _LOCK = "SELECT pg_advisory_xact_lock(hashtext('progressdb-kms schema'))"
 
 
@@ -83,6 +100,7 @@ def check(link: Link) -> FleetRow:
     """Raises StoreDamaged where there is no fleet, or one of a schema that this release doesn't know."""
     with link.session() as session:
         found = fleet_row(session)
+        _refuse_others(link, session)
         ((least,),) = session.execute("SELECT least FROM fleet").fetchall()
     if found.schema > VERSION >= least:
         return found  # a release after this one has added what this one need not know
@@ -109,6 +127,12 @@ def create(link: Link) -> FleetRow:
                 hint="`progressdb-kms store status` shows it; another fleet needs another database",
             )
         session.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
+        _refuse_others(link, session)
+        for (inside,) in session.execute(_INSIDE).fetchall():
+            raise ConfigError(
+                f"the schema {SCHEMA} of {link.where} holds {inside} already: nothing was changed",
+                hint="a fleet needs that schema for itself: give it another database",
+            )
         for statement in TABLES:
             _execute(session, statement)
         session.execute(_MAKE, (os.urandom(16).hex(), VERSION, VERSION))
@@ -126,6 +150,15 @@ def migrate(link: Link) -> tuple[int, int]:
                 _execute(session, statement)
             session.execute("UPDATE fleet SET schema = %s, least = %s", (version + 1, version))
     return was, check(link).schema
+
+
+def _refuse_others(link: Link, session: Session) -> None:
+    for what, owner in session.execute(_OTHERS).fetchall():
+        raise ConfigError(
+            f"the schema {SCHEMA} of {link.where} is not {link.where.user}'s alone: {plain(what)} belongs to "
+            f"{plain(owner)}, who can have the daemons' questions answered otherwise",
+            hint=f"ALTER … OWNER TO {link.where.user}, or drop it, if it is none of the fleet's",
+        )
 
 
 def _is_there(session: Session) -> bool:

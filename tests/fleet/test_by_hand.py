@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from progressdb_kms.errors import ConfigError
+from progressdb_kms.fleet import schema
 from tests.fleet.test_daemons import PATIENCE, configured, until, use
 from tests.fleet.test_rotation import Hosts, ok
 from tests.harness import postgres
@@ -95,3 +97,63 @@ def test_rows_that_are_none_of_ours_end_no_daemon(fleet_database: postgres.Fleet
         ok(daemon, "POST", f"/deks/{key_id}/enable", {})
         assert "Traceback" not in daemon.stderr and "keeper (pid" not in daemon.stderr
     assert pids == [daemon.process.pid for daemon in hosts.all if daemon.process]
+
+
+MALLORY = (
+    "DO $$ BEGIN CREATE ROLE mallory; EXCEPTION WHEN duplicate_object THEN NULL; END $$",
+    "DROP SCHEMA kms CASCADE",
+)
+BETTER = "FUNCTION kms.starts_with(name, text) RETURNS boolean LANGUAGE sql AS 'SELECT true'"
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (
+            ["CREATE SCHEMA kms AUTHORIZATION mallory", "GRANT ALL ON SCHEMA kms TO kms"],
+            "it belongs to mallory",
+        ),
+        (["CREATE SCHEMA kms AUTHORIZATION kms", "CREATE TABLE kms.deks (x int)"], "the relation deks"),
+        (["CREATE SCHEMA kms AUTHORIZATION kms", f"CREATE {BETTER}"], "the function starts_with"),
+    ],
+    ids=["another's", "a table", "a function"],
+)
+def test_no_fleet_is_made_where_another_had_a_hand(
+    fleet_database: postgres.Fleet, made: list[str], says: str
+) -> None:
+    """Whose the schema was could drop each table of the fleet, and have functions of his run in its name."""
+    fleet_database.sql(*MALLORY, *made)
+    with pytest.raises(ConfigError, match=says):
+        schema.create(fleet_database.link())
+    assert not fleet_database.sql("SELECT 1 FROM pg_tables WHERE schemaname = 'kms' AND tablename = 'fleet'")
+
+
+@pytest.mark.parametrize(
+    ("done", "undone", "says"),
+    [
+        ("ALTER SCHEMA kms OWNER TO mallory", "ALTER SCHEMA kms OWNER TO kms", "it belongs to mallory"),
+        ("ALTER TABLE kms.hosts OWNER TO mallory", "ALTER TABLE kms.hosts OWNER TO kms", "the table hosts"),
+        (
+            f"CREATE {BETTER}; ALTER FUNCTION kms.starts_with OWNER TO mallory",
+            "DROP FUNCTION kms.starts_with",
+            "the function starts_with belongs to mallory",
+        ),
+    ],
+    ids=["the schema", "a table", "a function"],
+)
+def test_what_became_another_s_is_refused(
+    fleet_database: postgres.Fleet, done: str, undone: str, says: str
+) -> None:
+    fleet_database.sql(MALLORY[0], "GRANT USAGE ON SCHEMA kms TO kms", done)
+    fleet_database.sql("GRANT USAGE ON SCHEMA kms TO kms", "GRANT ALL ON ALL TABLES IN SCHEMA kms TO kms")
+    link = fleet_database.link()
+    with pytest.raises(ConfigError, match=says):
+        schema.check(link)
+    fleet_database.sql(undone)
+    schema.check(link)
+
+
+def test_the_engine_s_administrator_may_own_it(fleet_database: postgres.Fleet) -> None:
+    fleet_database.sql("ALTER SCHEMA kms OWNER TO postgres", "GRANT ALL ON SCHEMA kms TO kms")
+    schema.check(fleet_database.link())
+    fleet_database.sql("ALTER SCHEMA kms OWNER TO kms")
