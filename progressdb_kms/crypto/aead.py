@@ -33,94 +33,78 @@ hmac_new: Any = getattr(sys.modules.get("_hashlib"), "hmac_new", None)
 """What `hmac` itself is made of; None for a Python without OpenSSL."""
 
 
-class _OneShot:
-    """cryptography 47 and newer: AESGCM that writes into the caller's buffer."""
-
-    __slots__ = ("_aesgcm",)
-
-    def __init__(self, key: memoryview) -> None:
-        self._aesgcm: Any = AESGCM(key)
-
-    def seal_into(self, nonce: bytes, plaintext: Buffer, aad: bytes, out: memoryview) -> int:
-        """Write ciphertext and tag to `out`; returns their length, len(plaintext) + 16."""
-        size = len(plaintext) + TAG_SIZE
-        self._aesgcm.encrypt_into(nonce, plaintext, aad, out[:size])
-        return size
-
-    def open_into(self, nonce: Buffer, sealed: Buffer, aad: bytes, out: memoryview) -> int:
-        """Write the plaintext to `out`; returns its length. Raises AuthenticationFailed, `out` wiped."""
-        size = len(sealed) - TAG_SIZE
-        if size < 0:
-            raise AuthenticationFailed
-        try:
-            self._aesgcm.decrypt_into(nonce, sealed, aad, out[:size])
-        except InvalidTag:
-            out[:size] = bytes(size)  # the unauthenticated plaintext is already there
-            raise AuthenticationFailed from None
-        return size
-
-    def seal(self, nonce: bytes, plaintext: Buffer, aad: bytes) -> bytes:
-        """For data: ciphertext and tag."""
-        result: bytes = self._aesgcm.encrypt(nonce, plaintext, aad)
-        return result
-
-    def open(self, nonce: Buffer, sealed: Buffer, aad: bytes) -> bytes:
-        """For data: the plaintext. Raises AuthenticationFailed."""
-        try:
-            result: bytes = self._aesgcm.decrypt(nonce, sealed, aad or None)
-        except InvalidTag:
-            raise AuthenticationFailed from None
-        return result
-
-
 class _Contexts:
-    """Older releases: a cipher context an operation, which copies the key into OpenSSL's memory only."""
+    """What we need of AESGCM, of releases where it can't write into the caller's buffer (before 47): a cipher
+    context an operation, which copies the key into OpenSSL's memory only."""
 
     __slots__ = ("_key",)
 
     def __init__(self, key: memoryview) -> None:
         self._key = key
 
-    def seal_into(self, nonce: bytes, plaintext: Buffer, aad: bytes, out: memoryview) -> int:
+    def encrypt_into(self, nonce: bytes, data: Buffer, aad: bytes, out: memoryview) -> int:
         encryptor = Cipher(algorithms.AES(self._key), modes.GCM(nonce)).encryptor()
         encryptor.authenticate_additional_data(aad)
-        size = encryptor.update_into(plaintext, out)
+        size: int = encryptor.update_into(data, out)
         encryptor.finalize()
         out[size : size + TAG_SIZE] = encryptor.tag
         return size + TAG_SIZE
 
-    def open_into(self, nonce: Buffer, sealed: Buffer, aad: bytes, out: memoryview) -> int:
-        size = len(sealed) - TAG_SIZE
-        if size < 0:
-            raise AuthenticationFailed
-        body = memoryview(sealed)
+    def decrypt_into(self, nonce: Buffer, data: Buffer, aad: bytes, out: memoryview) -> int:
+        body, size = memoryview(data), len(data) - TAG_SIZE
         gcm = modes.GCM(bytes(nonce), bytes(body[size:]))
         decryptor = Cipher(algorithms.AES(self._key), gcm).decryptor()
         decryptor.authenticate_additional_data(aad)
         decryptor.update_into(body[:size], out)
-        try:
-            decryptor.finalize()
-        except InvalidTag:
-            out[:size] = bytes(size)
-            raise AuthenticationFailed from None
+        decryptor.finalize()
         return size
 
-    def seal(self, nonce: bytes, plaintext: Buffer, aad: bytes) -> bytes:
-        out = bytearray(len(plaintext) + ROOM)
-        size = self.seal_into(nonce, plaintext, aad, memoryview(out))
-        return bytes(out[:size])
+    def encrypt(self, nonce: bytes, data: Buffer, aad: bytes) -> bytes:
+        out = bytearray(len(data) + ROOM)
+        return bytes(out[: self.encrypt_into(nonce, data, aad, memoryview(out))])
 
-    def open(self, nonce: Buffer, sealed: Buffer, aad: bytes) -> bytes:
-        out = bytearray(len(sealed) + ROOM)
-        return bytes(out[: self.open_into(nonce, sealed, aad, memoryview(out))])
+    def decrypt(self, nonce: Buffer, data: Buffer, aad: bytes | None) -> bytes:
+        out = bytearray(len(data) + ROOM)
+        return bytes(out[: open_into(self, nonce, data, aad or b"", memoryview(out))])  # type: ignore[arg-type]
 
 
 if hasattr(AESGCM, "decrypt_into"):
-    Aead = _OneShot
+    Aead = AESGCM
 else:
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
     Aead = _Contexts  # type: ignore[assignment,misc]
+
+
+def seal_into(cipher: Aead, nonce: bytes, plaintext: Buffer, aad: bytes, out: memoryview) -> int:
+    """Write ciphertext and tag to `out`; returns their length, len(plaintext) + 16."""
+    return cipher.encrypt_into(nonce, plaintext, aad, out[: len(plaintext) + TAG_SIZE])
+
+
+def open_into(cipher: Aead, nonce: Buffer, sealed: Buffer, aad: bytes, out: memoryview) -> int:
+    """Write the plaintext to `out`; returns its length. Raises AuthenticationFailed, `out` wiped."""
+    size = len(sealed) - TAG_SIZE
+    if size < 0:
+        raise AuthenticationFailed
+    try:
+        cipher.decrypt_into(nonce, sealed, aad, out[:size] if type(cipher) is AESGCM else out)
+    except InvalidTag:
+        out[:size] = bytes(size)  # the unauthenticated plaintext is already there
+        raise AuthenticationFailed from None
+    return size
+
+
+def seal(cipher: Aead, nonce: bytes, plaintext: Buffer, aad: bytes) -> bytes:
+    """For data: ciphertext and tag."""
+    return cipher.encrypt(nonce, plaintext, aad)
+
+
+def open(cipher: Aead, nonce: Buffer, sealed: Buffer, aad: bytes) -> bytes:
+    """For data: the plaintext. Raises AuthenticationFailed."""
+    try:
+        return cipher.decrypt(nonce, sealed, aad or None)
+    except InvalidTag:
+        raise AuthenticationFailed from None
 
 
 def mac(key: memoryview, data: bytes) -> bytes:

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from ..encoding import KEY_ID, Buffer, is_json, is_text
 from ..errors import AuthenticationFailed
+from . import aead
 from .aead import KEY_SIZE, NONCE_SIZE, ROOM, TAG_SIZE, Aead
 
 VERSION = 1
@@ -134,7 +135,7 @@ def wrap_own(kek: memoryview, kek_id: str, name: str, nonce: bytes, key: memoryv
 
 def _wrap(sealer: Aead, head: bytes, label: bytes, nonce: bytes, key: memoryview) -> bytes:
     sealed = bytearray(KEY_SIZE + ROOM)
-    size = sealer.seal_into(nonce, key, label + head, memoryview(sealed))
+    size = aead.seal_into(sealer, nonce, key, label + head, memoryview(sealed))
     return head + nonce + bytes(sealed[:size])
 
 
@@ -148,7 +149,7 @@ def unwrap_into(kek: memoryview, wrapped: Wrapped, scratch: memoryview) -> memor
 
 def unwrap_by(opener: Aead, wrapped: Wrapped, scratch: memoryview) -> memoryview:
     """The same with a cipher under the KEK that is there already, for many DEKs in one loan of it."""
-    if opener.open_into(wrapped.nonce, wrapped.sealed, wrapped.aad, scratch) != KEY_SIZE:
+    if aead.open_into(opener, wrapped.nonce, wrapped.sealed, wrapped.aad, scratch) != KEY_SIZE:
         raise AuthenticationFailed
     return scratch[:KEY_SIZE]
 
@@ -159,7 +160,7 @@ def open_embedded(kek: memoryview, message: bytes, scratch: memoryview) -> bytes
     which the caller wipes, and only text leaves. Raises AuthenticationFailed for whatever is none."""
     size = len(message) - NONCE_SIZE - TAG_SIZE
     place = scratch if size == KEY_SIZE else memoryview(bytearray(max(0, size) + ROOM))
-    Aead(kek).open_into(message[:NONCE_SIZE], message[NONCE_SIZE:], b"", place)
+    aead.open_into(Aead(kek), message[:NONCE_SIZE], message[NONCE_SIZE:], b"", place)
     opened = place[:size]
     if (size == KEY_SIZE and not is_text(opened)) or not is_json(opened):
         opened[:] = bytes(size)
@@ -169,11 +170,11 @@ def open_embedded(kek: memoryview, message: bytes, scratch: memoryview) -> bytes
 
 def encrypt(cipher: Aead, nonce: bytes, plaintext: Buffer, aad: bytes) -> bytes:
     """ciphertext | tag; the message is the nonce and this, 28 bytes longer than the plaintext."""
-    return cipher.seal(nonce, plaintext, aad)
+    return cipher.encrypt(nonce, plaintext, aad)
 
 
 def decrypt(cipher: Aead, message: Buffer, aad: bytes) -> bytes:
     """Open nonce | ciphertext | tag. Raises AuthenticationFailed; a message too short is no exception."""
     if len(message) < NONCE_SIZE + TAG_SIZE:
         raise AuthenticationFailed
-    return cipher.open(message[:NONCE_SIZE], message[NONCE_SIZE:], aad)
+    return aead.open(cipher, message[:NONCE_SIZE], message[NONCE_SIZE:], aad)

@@ -253,16 +253,16 @@ class Service:
                 results[index] = item  # type: ignore[assignment]
         done = self._in_one_loan(groups, items, scratch, one, results) if len(groups) > 1 else {}
         for source, indices in groups.items():
-            try:
-                if source not in done:
+            if source not in done:
+                try:
                     self._check(source, one)
                     dek = self.dek(source)
                     done[source] = self._with_dek(dek, scratch, _each, items, indices, one, results)
-                uses = (done[source], 0) if one is _encrypt_item else (0, done[source])
-                self.uses.add(_name(source), *uses, uid)
-            except KMSError as error:
-                for index in indices:
-                    results[index] = error.bare()
+                except KMSError as error:
+                    for index in indices:
+                        results[index] = error.bare()
+        names = [_name(source) for source, count in done.items() for _ in range(count)]
+        self.uses.add_all(names, one is _encrypt_item, uid)
         return results
 
     def _check(self, source: Source, one: One) -> None:
@@ -289,10 +289,10 @@ class Service:
                             done[source] = _each(Aead(dek), items, indices, one, results)
                     except KMSError:
                         continue  # told when it is done alone
-                    finally:
-                        scratch[:] = _ZEROS
         except (KeyringChanged, KekNotLoaded):
             return {}
+        finally:
+            scratch[:] = _ZEROS  # each DEK is written over the one before
         return done
 
     # ---- wrapping DEKs that the caller holds --------------------------------------------------------

@@ -39,7 +39,7 @@ from ..audit.log import AuditLog, Fragment, fragment, key_fragment, peer_fragmen
 from ..audit.shared import Shared
 from ..client import Client
 from ..config.options import cores
-from ..crypto import envelope
+from ..crypto import aead, envelope
 from ..crypto.aead import KEY_SIZE, NONCE_SIZE, Aead
 from ..crypto.envelope import parse
 from ..crypto.keyring import REGION_SIZE, Keyring
@@ -291,7 +291,7 @@ def _cipher_of(size: int, seconds: float) -> float:
     with LockedBuffer(KEY_SIZE) as dek:
         _fill(dek.view)
         cipher, text = Aead(dek.view), bytes(size)
-        return _rate(lambda: cipher.seal(os.urandom(NONCE_SIZE), text, b""), seconds)
+        return _rate(lambda: aead.seal(cipher, os.urandom(NONCE_SIZE), text, b""), seconds)
 
 
 class Load(NamedTuple):
@@ -641,13 +641,13 @@ def _rate(work: Callable[[], object], seconds: float) -> float:
 
 def _naive(body: bytes) -> Callable[[], bytes]:
     kek, nonce = os.urandom(KEY_SIZE), os.urandom(NONCE_SIZE)
-    wrapped = Aead(memoryview(kek)).seal(nonce, os.urandom(KEY_SIZE), b"bench")
+    wrapped = aead.seal(Aead(memoryview(kek)), nonce, os.urandom(KEY_SIZE), b"bench")
 
     def encrypt() -> bytes:
         plaintext = base64.b64decode(json.loads(body)["plaintext"], validate=True)
-        dek = Aead(memoryview(kek)).open(nonce, wrapped, b"bench")
+        dek = aead.open(Aead(memoryview(kek)), nonce, wrapped, b"bench")
         own = os.urandom(NONCE_SIZE)
-        sealed = own + Aead(memoryview(dek)).seal(own, plaintext, b"")
+        sealed = own + aead.seal(Aead(memoryview(dek)), own, plaintext, b"")
         return json.dumps({"ciphertext": base64.b64encode(sealed).decode()}).encode()
 
     return encrypt

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from ..audit.log import fragment, key_fragment
+from ..crypto import aead
 from ..crypto.aead import KEY_SIZE, NONCE_SIZE, Aead
 from ..encoding import new_key_id, timestamp, wall
 from ..errors import AuthenticationFailed, BadRequest, Conflict
@@ -124,13 +125,13 @@ _VEIL = os.urandom(KEY_SIZE)
 def _veiled(key_id: str) -> str:
     """A cursor that goes to somebody who may not see the DEK where it stands."""
     nonce = os.urandom(NONCE_SIZE)
-    return "~" + (nonce + Aead(memoryview(_VEIL)).seal(nonce, key_id.encode(), b"")).hex()
+    return "~" + (nonce + aead.seal(Aead(memoryview(_VEIL)), nonce, key_id.encode(), b"")).hex()
 
 
 def _unveiled(cursor: str) -> str:
     raw = bytes.fromhex(cursor[1:])
     try:
-        return Aead(memoryview(_VEIL)).open(raw[:NONCE_SIZE], raw[NONCE_SIZE:], b"").decode()
+        return aead.open(Aead(memoryview(_VEIL)), raw[:NONCE_SIZE], raw[NONCE_SIZE:], b"").decode()
     except (ValueError, AuthenticationFailed):
         raise Conflict("the cursor is of another run: list from the start", code="wrong_cursor") from None
 

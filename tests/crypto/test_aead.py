@@ -14,7 +14,7 @@ from progressdb_kms.errors import AuthenticationFailed
 from tests.harness.vectors import load, secret
 
 GCM = load("aes256gcm")
-KINDS = ["_Contexts"] + ["_OneShot"] * (aead.Aead is not aead._Contexts)
+KINDS = ["_Contexts"] + ["AESGCM"] * (aead.Aead is aead.AESGCM)
 
 KEY = "07" * 32
 NONCE = bytes(12)
@@ -40,12 +40,14 @@ def room(size: int) -> memoryview:
 @pytest.mark.parametrize("row", GCM["opens"], ids=lambda row: row["source"])
 def test_known_answers(make: Any, row: dict[str, str]) -> None:
     key, nonce, plaintext, aad, sealed = data(row)
-    assert make(key).seal(nonce, plaintext, aad) == sealed
-    assert make(key).open(nonce, sealed, aad) == plaintext
+    assert aead.seal(make(key), nonce, plaintext, aad) == sealed
+    assert aead.open(make(key), nonce, sealed, aad) == plaintext
     out = room(len(sealed) + aead.ROOM)
-    assert make(key).seal_into(nonce, plaintext, aad, out) == len(sealed) and out[: len(sealed)] == sealed
+    assert (
+        aead.seal_into(make(key), nonce, plaintext, aad, out) == len(sealed) and out[: len(sealed)] == sealed
+    )
     out = room(len(sealed) + aead.ROOM)
-    assert make(key).open_into(nonce, sealed, aad, out) == len(plaintext)
+    assert aead.open_into(make(key), nonce, sealed, aad, out) == len(plaintext)
     assert out[: len(plaintext)] == plaintext
 
 
@@ -53,10 +55,10 @@ def test_known_answers(make: Any, row: dict[str, str]) -> None:
 def test_whatever_was_changed_is_refused(make: Any, row: dict[str, str]) -> None:
     key, nonce, plaintext, aad, sealed = data(row)
     with pytest.raises(AuthenticationFailed):
-        make(key).open(nonce, sealed, aad)
+        aead.open(make(key), nonce, sealed, aad)
     out = room(len(sealed) + aead.ROOM)
     with pytest.raises(AuthenticationFailed):
-        make(key).open_into(nonce, sealed, aad, out)
+        aead.open_into(make(key), nonce, sealed, aad, out)
     written = max(0, len(sealed) - aead.TAG_SIZE)
     assert plaintext[:8] not in bytes(out) and out[:written] == bytes(written)
 
@@ -65,13 +67,13 @@ def test_whatever_was_changed_is_refused(make: Any, row: dict[str, str]) -> None
 def test_what_is_shorter_than_a_tag_is_refused(make: Any, size: int) -> None:
     for into in ((), (room(64),)):
         with pytest.raises(AuthenticationFailed):
-            (make(secret(KEY)).open_into if into else make(secret(KEY)).open)(NONCE, bytes(size), b"", *into)
+            (aead.open_into if into else aead.open)(make(secret(KEY)), NONCE, bytes(size), b"", *into)
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 def test_any_buffer_is_taken(make: Any, kind: Any) -> None:
-    sealed = make(secret(KEY)).seal(NONCE, kind(b"text"), b"aad")
-    assert make(secret(KEY)).open(kind(NONCE), kind(sealed), b"aad") == b"text"
+    sealed = aead.seal(make(secret(KEY)), NONCE, kind(b"text"), b"aad")
+    assert aead.open(make(secret(KEY)), kind(NONCE), kind(sealed), b"aad") == b"text"
 
 
 @given(
@@ -81,7 +83,7 @@ def test_both_implementations_agree(plaintext: bytes, aad: bytes, nonce: bytes) 
     aead.__dict__.setdefault("Cipher", Cipher)
     aead.__dict__.setdefault("algorithms", algorithms)
     aead.__dict__.setdefault("modes", modes)
-    sealed = [getattr(aead, kind)(secret(KEY)).seal(nonce, plaintext, aad) for kind in KINDS]
+    sealed = [aead.seal(getattr(aead, kind)(secret(KEY)), nonce, plaintext, aad) for kind in KINDS]
     assert len(set(sealed)) == 1 and len(sealed[0]) == len(plaintext) + aead.TAG_SIZE
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_kms.crypto import envelope, keyring
+from progressdb_kms.crypto import aead, envelope, keyring
 from progressdb_kms.crypto.aead import Aead
 from progressdb_kms.errors import AuthenticationFailed
 from tests.harness.vectors import load, secret
@@ -90,7 +90,7 @@ class TestThreeForms:
         return {
             "a DEK": envelope.wrap(kek, KEK_ID, "audit", nonce, key),
             "our own": envelope.wrap_own(kek, KEK_ID, envelope.AUDIT_KEY, nonce, key),
-            "the Go service's": nonce + Aead(kek).seal(nonce, bytes(key), b""),
+            "the Go service's": nonce + aead.seal(Aead(kek), nonce, bytes(key), b""),
         }
 
     @pytest.mark.parametrize(
