@@ -5,9 +5,10 @@ one of our errors here, with what to do next.
 
 Why each of these is looked at, all of them tried:
 
-- **Who is there.** TLS with the name checked (`verify-full`), always, but for a Unix socket. A password is
-  given by SCRAM alone, bound to the TLS channel: an MD5 or clear-text request is refused before it hears
-  anything. The environment (PG*), ~/.pgpass, ~/.postgresql and a service file decide nothing.
+- **Who is there.** TLS with the name checked (`verify-full`), always, but for a Unix socket, whose folder not
+  everybody may write to. A password is given by SCRAM alone, bound to the TLS channel: an MD5 or clear-text
+  request is refused before it hears anything. The environment (PG*), ~/.pgpass, ~/.postgresql and a service
+  file decide nothing.
 - **Is it the primary?** It says so itself, without a query (`in_hot_standby`, PostgreSQL 14). One that became
   a standby under an open connection answers 25006: such a connection is dropped.
 - **Does COMMIT wait for the disk, and for a standby where there are any?** `synchronous_commit` may be off
@@ -30,10 +31,13 @@ import logging
 import os
 import re
 import select
+import socket
+import stat
 import struct
 import threading
 import time
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, KMSError, StoreDamaged, StoreUnavailable
@@ -178,6 +182,7 @@ def connect(where: Where, application: str = "progressdb-kms") -> Session:
     with contextlib.ExitStack() as undo:
         undo.callback(session.close)
         session.add_notice_handler(session.warned)
+        _look_who_listens(where, session)
         try:
             _check(where, session)
         except psycopg.Error as error:
@@ -222,10 +227,15 @@ def _by_socket(where: Where) -> dict[str, Any]:
 def _by_tls(where: Where, nowhere: str) -> dict[str, Any]:
     if not os.access(where.tls_ca, os.R_OK):
         raise ConfigError(f"tls_ca {where.tls_ca} can't be read", hint="it names the certificate of a CA")
+    if (mode := os.stat(where.tls_ca).st_mode) & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(
+            f"others may write to tls_ca {where.tls_ca} (mode {mode & 0o7777:04o}), which says who answers",
+            hint=f"chmod go-w {where.tls_ca}, where it holds what it should",
+        )
     result = {
         "sslmode": "verify-full",
         "sslrootcert": where.tls_ca,
-        "sslcrl": "",
+        "sslcrl": nowhere,
         "ssl_min_protocol_version": "TLSv1.2",
     }
     if where.tls_cert:
@@ -244,6 +254,24 @@ def _by_tls(where: Where, nowhere: str) -> dict[str, Any]:
         "password": where.password(),
         "channel_binding": "require",
     }
+
+
+def _look_who_listens(where: Where, session: Session) -> None:
+    """A server by a Unix socket proves nothing, where it asks for no password: whoever may write to the
+    folder can be there while the engine is down. Raises ConfigError."""
+    if not where.folder or where.password_file or not hasattr(socket, "SO_PEERCRED"):
+        return
+    with socket.socket(fileno=os.dup(session.fileno())) as sock:
+        _, uid, _ = struct.unpack("3I", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    folder = Path(where.folder).resolve()
+    for place in (folder, *folder.parents) if uid not in (0, os.geteuid()) else ():
+        mode = place.stat().st_mode
+        if mode & stat.S_IWOTH and (place == folder or not mode & stat.S_ISVTX):
+            raise ConfigError(
+                f"{where} may be anybody's: all users may write to {place}, and uid {uid} listens there",
+                hint="let unix_socket_directories be a folder of the engine's own, such as /run/postgresql; "
+                "or give a password_file, by which it proves itself",
+            )
 
 
 _LOOK = (

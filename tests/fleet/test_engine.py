@@ -182,6 +182,28 @@ class TestWhoIsThere:
         connect(place.by_socket()).close()
         assert "pg_hba.conf" in refused(place.by_socket("scram")).message
 
+    @pytest.mark.root
+    def test_a_folder_in_which_anybody_may_listen(self, place: Place) -> None:
+        """As /tmp is: who is there while the engine is down answers in its place."""
+        from progressdb_kms.fleet.engine import connect
+
+        place.server.folder.chmod(0o1777)
+        try:
+            error = refused(place.by_socket())
+            assert "anybody's" in error.message and "unix_socket_directories" in error.hint
+        finally:
+            place.server.folder.chmod(0o775)
+        connect(place.by_socket()).close()
+        place.server.folder.chmod(0o700)
+
+    def test_an_authority_that_others_may_replace(self, place: Place) -> None:
+        """Who writes there says who is the engine."""
+        for mode in (0o664, 0o646):
+            place.authority.file.chmod(mode)
+            error = refused(place.by_password())
+            assert f"mode {mode:04o}" in error.message and "chmod" in error.hint
+        place.authority.file.chmod(0o644)
+
     def test_a_password_over_the_socket_is_scram_s_too(self, place: Place) -> None:
         from psycopg import pq
 
@@ -205,6 +227,8 @@ class TestWhoIsThere:
         monkeypatch.setenv("PGOPTIONS", "-c synchronous_commit=off")
         monkeypatch.setenv("PGSERVICE", "nowhere")
         monkeypatch.setenv("HOME", str(place.folder))
+        (place.folder / ".postgresql").mkdir()
+        (place.folder / ".postgresql" / "root.crl").write_bytes(place.other.revoked())
         with connect(place.by_password()) as session:
             assert session.execute("SHOW synchronous_commit").fetchall() == [("on",)]
 

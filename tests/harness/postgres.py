@@ -466,6 +466,19 @@ class Authority:
         file.write_bytes(text)
         return certificate, file
 
+    def revoked(self) -> bytes:
+        """Its list of revoked certificates: none."""
+        import datetime
+
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+
+        day = datetime.timedelta(days=1)
+        now = datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)
+        listed = x509.CertificateRevocationListBuilder().issuer_name(self._certificate.subject)
+        listed = listed.last_update(now - day).next_update(now + 2 * day)
+        return listed.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
     def _write(self, name: str, certificate: Any) -> Path:
         from cryptography.hazmat.primitives import serialization
 
