@@ -332,7 +332,8 @@ class ChangeOver:
                 raise
             except ClientError as error:
                 raise CommandFailed(
-                    f"{error.message}; the new key is kept in {self._files.following}", hint=RESUME
+                    f"{error.message}; the new key is kept in {self._files.following}",
+                    hint=f"{error.hint}, then {RESUME}" if error.status and error.hint else RESUME,
                 ) from error
 
     def resume(self) -> RotationResult:

@@ -64,7 +64,7 @@ class FakeKms:
         self.deks: dict[str, dict[str, Any]] = {}
         self.keys: dict[str, bytes] = {}
         self.seen: list[Seen] = []
-        self.refuse: dict[str, tuple[int, str, str]] = {}
+        self.refuse: dict[str, tuple[int, str, str] | tuple[int, str, str, str]] = {}
         self.drop: set[str] = set()  # carry out, and close without an answer
         self.rotation: dict[str, Any] | None = None
         self.may_rotate: Callable[[], bool] = lambda: True  # a rotation goes on until then

@@ -140,6 +140,16 @@ def test_a_refusal_leaves_no_file(home: Path, kms: FakeKms) -> None:
     assert files(home) == {"F"}
 
 
+def test_what_the_daemon_proposes_comes_first(home: Path, kms: FakeKms) -> None:
+    """It said `--resume` alone, which would have failed for the same reason for ever."""
+    kms.refuse["/rotate_kek"] = (503, "kek_not_loaded", "a KEK is not loaded", "shred these DEKs")
+    done = rotate(home, "--generate")
+    assert done.stderr.decode() == (
+        f"progressdb-kms: a KEK is not loaded; the new key is kept in {home}/F.next "
+        "(shred these DEKs, then run `progressdb-kms rotate-kek --resume`)\n"
+    )
+
+
 def test_a_dry_run_of_somebody_else_is_no_rotation(home: Path, kms: FakeKms) -> None:
     kms.rotation = {"phase": "checking", "done": 1, "total": 4, "new_kek_id": "0011223344556677"}
     assert rotate(home, "--new-key-file", "new").returncode == 0 and kms.kek == NEW
