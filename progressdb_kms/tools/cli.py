@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import io
 import json
 import os
 import signal
@@ -162,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line. Returns the exit code; ends the process by its signal after an interrupt."""
     words = list(sys.argv[1:] if argv is None else argv)
     open_standard_streams()
+    _name_stdout()
     try:
         return _flushed(_run(_with_command(words)))
     except UsageError as error:
@@ -170,14 +172,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         return die(signal.SIGINT)
     except Interrupted as interrupt:
         return die(interrupt.number)
-    except BrokenPipeError:
-        # Whoever read our output has seen enough. stdout goes nowhere, or the interpreter would try again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        _give_up_stdout()
         return 1
     except UnicodeEncodeError as error:
         return _failed(words, error, "an argument is no text in this locale (set LC_ALL=C.UTF-8)", 2)
     except Exception as error:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _give_up_stdout()
         return _failed(words, error, told(error), 1)
+
+
+def _give_up_stdout() -> None:
+    """It goes nowhere, or the interpreter would try again what failed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+class _Named(io.FileIO):
+    """stdout. Where it can't be written the error says so: by itself it would name no file."""
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = "standard output"
+            raise
+
+
+def _name_stdout() -> None:
+    """Where it is the interpreter's own, and nobody put another in its place."""
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if type(raw) is io.FileIO and raw.fileno() == 1 and isinstance(sys.stdout, io.TextIOWrapper):
+        old, named = sys.stdout, io.BufferedWriter(_Named(1, "wb", closefd=False))
+        sys.stdout = io.TextIOWrapper(named, old.encoding, old.errors, line_buffering=old.line_buffering)
 
 
 def _failed(words: Sequence[str], error: Exception, text: str, code: int) -> int:

@@ -184,9 +184,11 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
                 _give_name(descriptor, part)
                 named = True
             os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         if named:
             part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not error.filename:  # a full disk: of which file?
+            error.filename = str(path)
         raise
     sync(path.parent)
 

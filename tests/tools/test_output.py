@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from progressdb_kms.process.streams import told
 from progressdb_kms.tools import console
 from progressdb_kms.tools.console import PAGE, table
 from tests.harness import Daemon
-from tests.harness.daemon import REPO, base_environment
+from tests.harness.daemon import REPO, base_environment, cli
 
 ODD = "ünï ☃ \ud7ff \U0001f511"
 LOCALES = {
@@ -37,6 +39,32 @@ def test_a_name_in_another_script(shared_daemon: Daemon, env: dict[str, str]) ->
     assert (done.returncode, done.stderr) == (0, b"")
     done = shared_daemon.cli("describe", ODD, env=env)
     assert done.returncode in (1, 2) and b"internal" not in done.stderr
+
+
+def test_a_full_disk_behind_stdout(shared_daemon: Daemon) -> None:
+    """It is named, and the interpreter doesn't try again at its end (`Exception ignored in …`, exit code 120)."""
+    said = b"progressdb-kms: standard output: No space left on device\n"
+    full = ["sh", "-c", 'exec "$@" >/dev/full', "sh"]
+    key = shared_daemon.home / "new.key"
+    assert cli("genkey", str(key)).returncode == 0
+    for done in (
+        shared_daemon.cli("list", wrapper=full),
+        shared_daemon.offline("verify", wrapper=full),
+        cli("kek-id", str(key), wrapper=full),
+        cli("help", "runbook", wrapper=full),
+    ):
+        assert (done.returncode, done.stderr) == (1, said), done.args
+
+
+def test_what_can_t_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError) as caught, console.output(str(tmp_path / "out")) as file:
+        file.write(b"x")
+    assert told(caught.value) == f"{tmp_path}/out: No space left on device"
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_long_table_is_shown_as_it_comes() -> None:
