@@ -42,7 +42,7 @@ def test_a_name_in_another_script(shared_daemon: Daemon, env: dict[str, str]) ->
 
 
 def test_a_full_disk_behind_stdout(shared_daemon: Daemon) -> None:
-    """It is named, and the interpreter doesn't try again at its end (`Exception ignored in …`, exit code 120)."""
+    """It is named, and the interpreter doesn't try again at its end (exit code 120)."""
     said = b"progressdb-kms: standard output: No space left on device\n"
     full = ["sh", "-c", 'exec "$@" >/dev/full', "sh"]
     key = shared_daemon.home / "new.key"
