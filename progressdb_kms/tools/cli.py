@@ -193,7 +193,7 @@ def _give_up_stdout() -> None:
 class _Named(io.FileIO):
     """stdout. Where it can't be written the error says so: by itself it would name no file."""
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
