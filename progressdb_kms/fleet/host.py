@@ -12,6 +12,7 @@ What must hold:
 - `seen` is told to the engine after the board of this host shows it, never before.
 - A host that finds itself fenced ends its lease, forgets everything, and registers under a fresh `inc`; so
   does one that starts, or that doesn't know whether its registration was done.
+- A host is of one fleet for life: where another's database answers, it does nothing there.
 - A change of this host's own is answered when all others know of it, and this one does: `everywhere`."""
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from . import barrier, lease
 from .barrier import Watch
 from .board import Board
 from .lease import Clock
-from .rows import ChangeRow, FleetRow, HostRow, News, Point, Registry, Sight
+from .rows import ChangeRow, FleetRow, HostRow, News, Point, Registry, Sight, plain
 
 log = logging.getLogger("progressdb_kms")
 
@@ -128,6 +129,7 @@ class Host:
         self._inc = ""
         self._given_up: list[str] = []
         self._active = ""
+        self._fleet = ""  # the one that this host is of
         self._watch: Watch = barrier.FIRST
         self._next_beat = self._next_look = 0.0
         self._pause = self.impatience[0]
@@ -194,17 +196,30 @@ class Host:
     def _register(self) -> Steps[None]:
         self._board.end()
         news: News = yield from ask(lambda registry: registry.news(0, 0))
+        yield from self._of_ours(news.fleet)
         self._adopt(news.fleet)  # first: who can't serve must not be waited for
         before, inc, gone = self._clock.read(), self._who.fresh(), [*self._who.gone(), *self._given_up]
         self._given_up.append(inc)  # until it is known that it is ours
         host, name, keks = self._who.host, self._who.name, self._local.keks()
         fleet = yield from ask(lambda registry: registry.register(host, inc, name, keks, gone))
-        self._given_up, self._inc, self.told = [], inc, keks
+        yield from self._of_ours(fleet)
+        self._given_up, self._inc, self.told, self._fleet = [], inc, keks, fleet.fleet
         self._local.registered(inc)
         yield from self._move_to(fleet)
         self._board.flush(fleet.point)
         self._renew(before)
         log.info("this host has its place in the fleet: %s, incarnation %s", host, inc)
+
+    def _of_ours(self, fleet: FleetRow) -> Steps[None]:
+        """An address may come to lead to another fleet's database, which has the same KEK perhaps: this host
+        has no place there. What it registers there is fenced in time; nothing is written as that."""
+        if self._fleet not in ("", fleet.fleet):
+            yield from ask(lambda registry: registry.drop())
+            raise StoreUnavailable(
+                f"the database that answers is of the fleet {plain(fleet.fleet)}, and this host's is "
+                f"{self._fleet}",
+                hint="where do the names in `hosts` lead to now? `store status` shows the fleet",
+            )
 
     def _beat(self) -> Steps[None]:
         before, inc, seen = self._clock.read(), self._inc, self._board.seen
@@ -234,6 +249,7 @@ class Host:
         begun = seen = self._board.seen
         while True:
             news: News = yield from ask(lambda registry: registry.news(self._board.seen.gen, PAGE))
+            yield from self._of_ours(news.fleet)
             if news.fleet.point < seen:
                 yield from ask(lambda registry: registry.drop())
                 raise StoreUnavailable(
@@ -276,6 +292,7 @@ class Host:
         """How far are the others? Who is silent for too long is fenced, where a change waits for it."""
         pending, asked = list(self._pending), self._now()
         sight: Sight = yield from ask(lambda registry: registry.sight())
+        yield from self._of_ours(sight.fleet)
         me, now = (self._who.host, self._inc), self._now()
         self._watch = barrier.watched(self._watch, sight, asked, now, self._span)
         self._next_look = now + self._span / lease.BEATS

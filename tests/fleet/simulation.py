@@ -92,11 +92,13 @@ class Db(NamedTuple):
     owner: str = ""  # who rotates
     staged: dict[str, Dek] | None = None
     touched: frozenset[str] = frozenset()
+    name: str = "f"  # of the fleet
 
     @property
     def fleet(self) -> FleetRow:
         rotating = self.staged is not None
-        return FleetRow("f", 1, 1, self.gen, self.kek, self.version, rotating, self.owner, self.timeline)
+        about = self.gen, self.kek, self.version, rotating, self.owner, self.timeline
+        return FleetRow(self.name, 1, 1, *about)
 
     def with_dek(self, key_id: str, dek: Dek) -> Db:
         """Another host's, or this one's: whoever rotates has it to stage again."""

@@ -9,7 +9,8 @@ import pytest
 from progressdb_kms.errors import KMSError
 from progressdb_kms.fleet import barrier, lease
 from progressdb_kms.fleet.lease import NONE
-from progressdb_kms.fleet.rows import ALL, KEY, ChangeRow, Point
+from progressdb_kms.fleet.rows import ALL, KEY, ChangeRow, HostRow, Point
+from tests.fleet.simulation import Db
 from tests.fleet.twin import SPAN, Database, Stepped
 
 
@@ -250,6 +251,52 @@ class TestFollowing:
         host.turn()
         assert host.registry.dropped == 1 and "old primary" not in host.host.why and "seen" in host.host.why
         assert host.board.seen == Point(1, 1)
+
+
+class TestAnotherFleetsDatabase:
+    """An address leads there, since it was mistaken, or moved. It may have the same KEK."""
+
+    def test_it_has_no_place_there(self, database: Database, host: Stepped) -> None:
+        ours = database.db
+        database.db = Db(50, "k1", 1, 1, {}, (), {}, name="g")
+        for _ in range(3):
+            host.turn()
+        assert database.db.hosts == {} and "of the fleet g" in host.host.why
+        assert host.registry.dropped == 3 and host.board.seen == Point(1, 0)
+        database.db = ours
+        host.turn()
+        assert host.host.why == ""
+
+    def test_a_host_that_registers_anew_does_so_in_its_own(self, database: Database, host: Stepped) -> None:
+        database.do("fence", "a", host.inc, 0, 1)
+        host.clock.seconds += SPAN
+        host.turn()
+        ours = database.db
+        database.db = Db(50, "k1", 1, 1, {}, (), {}, name="g")
+        host.turn()
+        assert database.db.hosts == {} and "of the fleet g" in host.host.why
+        database.db = ours
+        host.turn()
+        assert host.host.why == "" and row(database, host) is not None
+
+    def test_it_says_nothing_of_where_a_change_holds(self, database: Database, host: Stepped) -> None:
+        """Found between two questions of one turn."""
+        heard: list[KMSError | None] = []
+        silent = HostRow("b", "1", "", 0, 0, frozenset(["k1"]), False)
+        database.db = database.db._replace(hosts={**database.db.hosts, ("b", "1"): silent})
+        point = changed(database, "x")
+        host.turn()
+        host.host.everywhere(point, float("inf"), heard.append)
+        ours, sight = database.db, host.registry.sight
+
+        def elsewhere() -> Any:
+            database.db = Db(50, "k1", 1, 1, {}, (), {}, name="g")
+            return sight()
+
+        host.registry.sight = elsewhere  # type: ignore[method-assign]
+        host.turn()
+        assert heard == [] and "of the fleet g" in host.host.why
+        database.db = ours
 
 
 class TestEverywhere:
