@@ -182,7 +182,10 @@ def _op(word: str | None) -> str | None:
 
 def span(args: argparse.Namespace) -> tuple[str, str]:
     """From when until when records are meant. Raises UsageError."""
-    since, until = (moment(text, time.time()) if text else "" for text in (args.since, args.until))
+    now = time.time()
+    since, until = (moment(text, now) if text else "" for text in (args.since, args.until))
+    if until and since > until:
+        raise UsageError(f"--until {args.until[:40]} is before --since {args.since[:40]}")
     return since, until
 
 

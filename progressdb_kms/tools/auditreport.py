@@ -21,6 +21,7 @@ from ..service.usage import near
 from ..store.contract import DekRecord, Reader, Usage
 from ..store.policy import PENDING_DELETION, SHREDDED
 from .auditcounts import EVENTS, Counts
+from .auditsearch import missing
 from .console import safe
 
 BARS = 96
@@ -192,10 +193,18 @@ def _verdict(report: Report, lines: int) -> str:
             f" {report.recoveries} torn records were closed by a recovery." if report.recoveries else ""
         )
         chains = f"{len(report.chains)} chain{'s' * (len(report.chains) != 1)}"
+        told = f"{lines:,} records in {chains}, {files}"
+        if late := sum(first > 1 for first, _ in report.chains.values()):
+            told += f" ({late:,} of the chains begin in older files that were not read)"
+        if report.unchecked:
+            return (
+                f'<div class="verdict bad"><strong class="bad-text">What is here verifies, and '
+                f"something is not here.</strong> {told}: signatures and order agree; "
+                f"{esc(missing(report))}.{recovered}</div>"
+            )
         return (
-            f'<div class="verdict"><strong>The chains verify.</strong> {lines:,} records in '
-            f"{chains}, {files}: signatures, order and the heads kept in the store "
-            f"agree.{recovered}</div>"
+            f'<div class="verdict"><strong>The chains verify.</strong> {told}: signatures, order and the '
+            f"heads kept in the store agree.{recovered}</div>"
         )
     return (
         f'<div class="verdict bad"><strong class="bad-text">The log has a fault.</strong> '

@@ -305,14 +305,22 @@ def _told(verified: bool | None) -> str:
 def summary(report: Report, hits: Hits, key: bool, started: float) -> str:
     """The line on stderr: what was looked through, and whether it can be believed."""
     if not key:
-        trust = "not verified (--no-verify)"
+        trust = f"FAULT at {report.fault}; " if report.fault else ""
+        trust += "not verified (--no-verify)"
     elif report.fault is not None:
         trust = f"FAULT at {report.fault}: chains are verified up to there"
     else:
         trust = f"{_count(len(report.chains), 'chain')} verified"
+        trust += f"; {missing(report)}" if report.unchecked else ""
     unsigned = f", {hits.unsigned} of them NOT SIGNED" if hits.unsigned else ""
     found, files = _count(hits.found, "record"), _count(len(report.files), "file")
     return f"{found} found{unsigned} in {files} ({time.monotonic() - started:.1f} s); {trust}"
+
+
+def missing(report: Report) -> str:
+    """What `audit verify` calls a fault, unless it is told that older files are kept elsewhere."""
+    what = "a chain's head" if report.unchecked == 1 else f"{report.unchecked:,} heads of chains"
+    return f"{what} that the store names, in none of these files: older logs, or all of one, are missing"
 
 
 def _count(number: int, what: str) -> str:

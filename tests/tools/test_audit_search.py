@@ -9,6 +9,7 @@ import io
 import json
 import random
 import re
+from argparse import Namespace
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -30,12 +31,12 @@ from progressdb_kms.errors import AuditUnavailable, PolicyRefused
 from progressdb_kms.rules import Peer
 from progressdb_kms.service.metrics import Metrics
 from progressdb_kms.store.contract import HEAVY, DekRecord, Usage
-from progressdb_kms.tools import auditcounts, auditreport, auditsearch
+from progressdb_kms.tools import auditcmd, auditcounts, auditreport, auditsearch
 from progressdb_kms.tools.auditsearch import Hits, Query, moment
 from progressdb_kms.tools.console import UsageError
 from progressdb_kms.wire.admission import Refusals
 from tests.harness import Daemon
-from tests.harness.auditlogs import KEY, Clock, tearing
+from tests.harness.auditlogs import KEY, Anchors, Clock, fill, tearing
 from tests.harness.browser import CHROMIUM, Browser
 from tests.harness.memstore import MemoryStore
 
@@ -301,7 +302,7 @@ class Tags(HTMLParser):
 NOW = 1795515000.0  # 2026-11-24
 
 
-def page_of(log: Path) -> str:
+def page_of(log: Path, anchors: Anchors | None = None) -> str:
     store = MemoryStore(memoryview(bytearray(32)))
     with store.transaction():
         for name, state in (("k_1", "enabled"), ("k_7", "enabled"), ("k_8", "pending_deletion")):
@@ -313,10 +314,41 @@ def page_of(log: Path) -> str:
             [("k_1", Usage(5_000_000, 17, 1, int(NOW) - 86400, 1000)), ("k_7", Usage(HEAVY, 0, 1, 1))]
         )
     counts = auditcounts.Counts()
-    report = verify([log], KEY, {}, partial=True, observe=counts)
+    report = verify([log], KEY, anchors or {}, partial=True, observe=counts)
     return auditreport.page(
         counts, auditreport.holdings(store, counts.keys, NOW), report, "/data", "2026-11-24T10:00:00Z"
     )
+
+
+def test_what_the_store_names_and_no_file_has_is_told(tmp_path: Path) -> None:
+    """A log that was emptied was said to verify, and to agree with the store."""
+    path = tmp_path / "kms-audit.log"
+    anchors = fill(path)
+    assert "the heads kept in the store agree" in page_of(path, anchors)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[6:]))
+    assert "(3 of the chains begin in older files that were not read)" in page_of(path, anchors)
+    path.write_bytes(b"")
+    text = page_of(path, anchors)
+    assert "something is not here" in text and "3 heads of chains that the store names, in none" in text
+    assert "agree with" not in text and "The chains verify" not in text
+    hits = Hits(Query(), KEY, lambda event: None)
+    report = verify([path], KEY, anchors, partial=True, observe=hits)
+    assert "0 chains verified; 3 heads of chains" in auditsearch.summary(report, hits, True, 0.0)
+
+
+def test_what_can_t_be_read_is_named_without_a_key_too(log: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "kms-audit.log.1.gz"
+    packed.write_bytes(gzip.compress(log.read_bytes())[:-40])
+    hits = Hits(Query(), None, lambda event: None)
+    report = Report(in_order([packed]))
+    Reading(report, None).through(None, hits)
+    assert f"FAULT at {packed}: can't be read" in auditsearch.summary(report, hits, False, 0.0)
+
+
+def test_until_before_since() -> None:
+    with pytest.raises(UsageError, match="--until 2h is before --since 1h"):
+        auditcmd.span(Namespace(since="1h", until="2h"))
+    assert auditcmd.span(Namespace(since="2h", until="1h")) < ("~", "~")
 
 
 def test_the_page_is_whole_and_loads_nothing(log: Path) -> None:
