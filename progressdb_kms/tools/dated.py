@@ -5,8 +5,10 @@
 
 With `--keep N` the new one is opened as a drill at once. Only where it passes, older ones go, and of those
 only what was made here: a regular file of this user's, with a name of this form and the id of this data-dir,
-whose last line is that of a whole backup; the newest N stay, the new one among them. What failed a drill is
-for a person to look at: it counts for nothing, and nothing removes it. Two hosts may share a folder.
+whose last line is that of a whole backup; the newest N stay, the new one among them. One that is dated later
+than the new one was made while a clock was wrong, then or now: it counts for nothing and stays, or it would
+take the place of each that is made from here on. What failed a drill is for a person to look at: it counts
+for nothing either, and nothing removes it. Two hosts may share a folder.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def make(loaded: Loaded, folder: Path, keep: int | None, progress: Progress) -> 
     note(data_dir, file)
     if keep is not None:
         _drill(loaded, file, progress)
-        result.update(checked=True, removed=_prune(folder, start, keep))
+        result.update(checked=True, removed=_prune(file, start, keep))
     return result
 
 
@@ -70,10 +72,14 @@ def _drill(loaded: Loaded, file: Path, progress: Progress) -> None:
     note_checked(loaded.settings.data_dir, file)
 
 
-def _prune(folder: Path, start: str, keep: int) -> list[str]:
+def _prune(new: Path, start: str, keep: int) -> list[str]:
     """Returns what was removed."""
-    form = re.compile(re.escape(start) + "-[0-9]{8}T[0-9]{6}Z[.]backup")
+    folder, form = new.parent, re.compile(re.escape(start) + "-[0-9]{8}T[0-9]{6}Z[.]backup")
     names = sorted((name for name in os.listdir(folder) if form.fullmatch(name)), reverse=True)
+    later = names[: names.index(new.name)]
+    if later:
+        say(f"{len(later)} in {folder} dated later than the new one, up to {later[0]}: left, and not counted")
+        names = names[len(later) :]
     old = [folder / name for name in names if _ours(folder / name)][keep:]
     for file in old:
         file.unlink()

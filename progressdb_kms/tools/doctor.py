@@ -529,7 +529,22 @@ def _backup(patient: Patient) -> Findings:
             "`progressdb-kms backup --check` it: that tells what would not come back",
         )  # fmt: skip
     else:
-        yield Finding(OK, f"the last backup is of {last.created_at[:16]}, and a drill passed: {last.file}")
+        told = f"the last backup is of {last.created_at[:16]}, and a drill passed: {last.file}"
+        if _gone(last.file):
+            yield Finding(WARN, f"{told}, where it is no more", "was it moved, or removed? Then make another")
+        else:
+            yield Finding(OK, told)
+
+
+def _gone(file: str) -> bool:
+    """False where nobody can tell, too."""
+    try:
+        os.lstat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 # ---- the daemon ----------------------------------------------------------------------------------------

@@ -73,6 +73,28 @@ def test_the_newest_stay_and_what_was_not_made_here(daemon: Daemon, folder: Path
     assert set(names(folder)) == kept | stays
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_what_was_made_while_the_clock_was_wrong_takes_no_other_s_place(
+    daemon: Daemon, folder: Path, keep: int
+) -> None:
+    """The new one was removed as the oldest, at once and each night, and told as made and checked."""
+    first = Path(run(daemon, str(folder))["file"])
+    host = (daemon.data_dir / "kms.host").read_text()[:8]
+    later = [f"kms-{host}-209{year}0101T020000Z.backup" for year in range(4)]
+    older = [f"kms-{host}-1970010{day}T020000Z.backup" for day in (1, 2, 3)]
+    for name in (*later, *older):
+        shutil.copy(first, folder / name)
+    first.unlink()
+    done = daemon.offline("backup", str(folder), "--keep", str(keep), "--json")
+    assert done.returncode == 0
+    assert done.stderr.decode() == (
+        f"4 in {folder} dated later than the new one, up to {later[-1]}: left, and not counted\n"
+    )
+    new = Path(json.loads(done.stdout)["file"]).name
+    assert names(folder) == sorted([*older[len(older) - keep + 1 :], new, *later])
+    assert json.loads(done.stdout)["removed"] == [str(folder / name) for name in older[: 4 - keep][::-1]]
+
+
 def test_one_that_fails_its_drill_removes_none(daemon: Daemon, folder: Path) -> None:
     """The key that the daemon has is not the one of the configuration any more."""
     host = (daemon.data_dir / "kms.host").read_text()[:8]

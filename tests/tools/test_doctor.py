@@ -508,7 +508,7 @@ def test_no_backup_an_old_one_and_one_without_a_drill(home: Path) -> None:
     def noted(made: float, checked: float) -> None:
         text = json.dumps(
             {
-                "file": "/b/x",
+                "file": str(home / "x"),
                 "created_at": timestamp(time.time() - made * 3600),
                 "sha256": "00",
                 "checked_at": timestamp(time.time() - checked * 3600),
@@ -519,8 +519,11 @@ def test_no_backup_an_old_one_and_one_without_a_drill(home: Path) -> None:
     assert "was ever made" in only(doctor._backup, patient(home)).text
     noted(48, 48)
     found = only(doctor._backup, patient(home))
-    assert "/b/x" in found.text and "progressdb-kms-backup.timer" in found.todo
+    assert str(home / "x") in found.text and "progressdb-kms-backup.timer" in found.todo
     noted(2, 24 * 9)
     assert "--check" in only(doctor._backup, patient(home)).todo
     noted(2, 24)
+    found = only(doctor._backup, patient(home))
+    assert found.level == WARN and "where it is no more" in found.text
+    (home / "x").touch()
     assert levels(doctor._backup, patient(home)) == [OK]
