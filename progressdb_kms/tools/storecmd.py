@@ -145,6 +145,7 @@ def verify(loaded: Loaded, progress: Progress) -> dict[str, Any]:
         with Opener(keys.keyring) as opener:
             live, shredded = check_deks(reader, opener, total, faults, progress)
         checked = _check_ledgers(data_dir, reader, keys, faults)
+        _check_shredded(data_dir, faults)
     if faults.count:
         raise CommandFailed(
             f"{faults.count} faults were found in {data_dir}",
@@ -199,6 +200,10 @@ _CENSUS = (
     "SELECT json_extract(value, '$.kek_id'), count(*) FROM "  # noqa: S608
     f"{DEKS} WHERE json_extract(value, '$.state') <> ? GROUP BY 1"
 )
+_GONE = (
+    f"SELECT substr(key, 6) FROM {DEKS} AS d WHERE json_extract(value, '$.state') = ? AND NOT EXISTS ("  # noqa: S608
+    "SELECT 1 FROM kms WHERE key = 'erasure:' || substr(d.key, 6))"
+)
 _UNINDEXED = (
     f"SELECT key FROM {DEKS} AS d WHERE json_extract(value, '$.state') = ? AND NOT EXISTS ("  # noqa: S608
     "SELECT 1 FROM kms WHERE key = "
@@ -234,6 +239,7 @@ def check_deks(
 
 # ---- snapshots and ledgers --------------------------------------------------------------------------------
 
+_NAMED = re.compile(rb'"key_id":"([A-Za-z0-9._:-]{1,128})"').search
 _NAME = re.compile(r"(\d{8}T\d{6}Z)-([0-9a-f]{16})(?:-\d+)?")
 
 
@@ -260,6 +266,13 @@ class SnapshotFolder(NamedTuple):
         with contextlib.suppress(FileNotFoundError), open(regular(self.path / LINES), "rb") as file:
             return sum(b'"wrapped":' in line for line in file)
         return sum(name.endswith(".json") for name in _names(self.path))
+
+    def key_ids(self) -> Iterator[str]:
+        """Of these."""
+        with contextlib.suppress(FileNotFoundError), open(regular(self.path / LINES), "rb") as file:
+            held = (_NAMED(line) for line in file if b'"wrapped":' in line)
+            yield from (match[1].decode() for match in held if match)
+        yield from (name[:-5] for name in _names(self.path) if name.endswith(".json"))
 
 
 def _snapshots(data_dir: Path) -> list[SnapshotFolder]:
@@ -364,6 +377,16 @@ def _remove(snapshot: SnapshotFolder) -> None:
     with contextlib.suppress(FileNotFoundError):
         snapshot.path.rmdir()
     snapshot.ledger.unlink(missing_ok=True)
+
+
+def _check_shredded(data_dir: Path, faults: Faults) -> None:
+    """Does a snapshot hold a DEK that was shredded? It was put back since, or was not there then: another
+    folder was mounted over it. One whose erasure is under way is left to that."""
+    with contextlib.closing(Connection(data_dir / FILE_NAME, datadir.access(data_dir))) as db:
+        gone = {row[0] for row in db.select(_GONE, (SHREDDED,))}
+    for one in _snapshots(data_dir) if gone else ():
+        for key_id in sorted(gone.intersection(one.key_ids())):
+            faults.add(f"{key_id}: was shredded, and {one.path} has it still: see `backups prune`")
 
 
 def _check_ledgers(data_dir: Path, reader: SqliteReader, keys: Keys, faults: Faults) -> int:

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -108,6 +109,24 @@ def test_prune_knows_what_was_left() -> None:
         done = daemon.offline("backups", "prune", "--keep", "1", "--json")
         assert done.returncode == 0 and json.loads(done.stdout)["paths"] == [left["path"]]
         assert os.listdir(snapshots(daemon)) == [] and listed(daemon) == []
+
+
+def test_a_shredded_dek_that_comes_back_is_told(daemon: Daemon, tmp_path: Path) -> None:
+    """With a copy of the folder, or since another was mounted over it when the DEK was shredded."""
+    with daemon.session() as kms:
+        gone, kept = (kms.create_dek("t")["key_id"] for _ in range(2))
+        daemon.write_kek(os.urandom(32))
+        folder = Path(kms.rotate(daemon.kek)["backup"])
+        shutil.copytree(folder, tmp_path / "copy")
+        kms.ok("DELETE", f"/deks/{gone}", {"immediately": True})
+    row = (tmp_path / "copy" / f"{gone}.json").read_bytes()
+    for name, content in ((f"{gone}.json", row), (LINES, row.replace(b"\n", b"") + b"\n")):
+        assert daemon.offline("verify", "--json").returncode == 0
+        (folder / name).write_bytes(content)
+        done = daemon.offline("verify")
+        assert done.returncode == 1 and f"{gone}: was shredded".encode() in done.stderr
+        assert kept.encode() not in done.stderr
+        (folder / name).unlink()
 
 
 def test_lines_in_a_large_store() -> None:
