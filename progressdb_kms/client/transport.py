@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import os
 import select
@@ -28,7 +29,7 @@ IDLE_CONNECTIONS = 16
 """Connections kept open for the next request; more may be in use."""
 
 CHUNK = 64 * 1024
-"""Bytes a read, where the answer doesn't tell its length."""
+"""Bytes a read, where the answer comes in chunks."""
 
 HINT_NOT_RUNNING = "is it running? systemctl status progressdb-kms"
 HINT_HANGS = "it listens, and may hang: `progressdb-kms help troubleshooting`"
@@ -248,14 +249,21 @@ def _wait(conn: _Connection, timeout: float | None, alive: Callable[[float], boo
 
 
 def _receive(response: http.client.HTTPResponse, limit: int) -> Reply:
-    try:
-        body = _body(response, limit)
-    except http.client.HTTPException as error:
-        raise bad_answer("it ends too early") from error
+    with response:
+        if response.length is None and not response.chunked:
+            raise _cut()  # within its head, which http.client takes for the whole of it
+        try:
+            body = _body(response, limit)
+        except http.client.HTTPException as error:
+            raise (bad_answer("it ends too early") if response.chunked else _cut()) from error
     kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     wait = response.headers.get("Retry-After", "")
     seconds = float(wait) if wait.isascii() and wait.isdigit() else 0.0
     return Reply(response.status, kind, response.headers.get("X-KMS-Audit", ""), body, seconds)
+
+
+def _cut() -> OSError:
+    return ConnectionAbortedError(errno.ECONNABORTED, "it was closed within the answer")
 
 
 def _body(response: http.client.HTTPResponse, limit: int) -> bytes:

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -358,7 +358,6 @@ class TestErrors:
         [
             b"SSH-2.0-OpenSSH\r\n",
             b"HTTP/1.1 two hundred\r\n\r\n",
-            b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{}",
             b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
             b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 2000 + b"\r\n",
         ],
@@ -371,14 +370,47 @@ class TestErrors:
         with script(path, serve), Client(path) as client, pytest.raises(BadAnswer):
             client.status()
 
+    def test_an_answer_that_is_cut_is_none(self, path: Path) -> None:
+        """Whatever ended it, the daemon was there: one that was cut within its head was an empty plaintext,
+        any other `is it progressdb-kms that listens there?`."""
+        kind = b"Content-Type: application/octet-stream\r\n"
+        whole = b"HTTP/1.1 200 OK\r\n" + kind + b"Content-Length: 5\r\nX-KMS-Audit: 1.1:5:00\r\n\r\nhello"
+        lengths = range(len(b"HTTP/1.1 200 OK\r\n"), len(whole), 3)
+
+        def serves(length: int) -> Callable[[socket.socket], None]:
+            def serve(conn: socket.socket) -> None:
+                request(conn)
+                conn.sendall(whole[:length])
+
+            return serve
+
+        with script(path, *map(serves, [*lengths, lengths[9], len(whole)])):
+            for length in lengths:
+                with Client(path) as client, pytest.raises(ConnectionFailed, match="within") as caught:
+                    client.decrypt("k_1", b"x" * 70_000)
+                assert caught.value.code == "connection_lost", length
+            with Client(path, retry_seconds=60) as client:
+                assert client.decrypt("k_1", b"x" * 70_000) == b"hello"
+
+    def test_a_create_whose_answer_is_cut_is_not_sent_again(self, path: Path) -> None:
+        def serve(conn: socket.socket) -> None:
+            request(conn)
+            conn.sendall(b"HTTP/1.1 201 Created\r\nContent-Length: 10\r\n\r\n{}")
+
+        with script(path, serve, serve) as accepted, Client(path, retry_seconds=60) as client:
+            with pytest.raises(ConnectionFailed) as caught:
+                client.create_dek("t")
+            assert "look before you repeat it" in caught.value.hint and len(accepted) == 1
+
     @pytest.mark.parametrize("declared", [True, False])
     def test_an_answer_has_a_limit(self, path: Path, declared: bool) -> None:
         def serve(conn: socket.socket) -> None:
             request(conn)
             body = b'{"a": "%s"}' % (b"x" * 200_000)
             head = b"HTTP/1.1 200 OK\r\n" + (
-                b"Content-Length: %d\r\n" % len(body) if declared else b"Connection: close\r\n"
+                b"Content-Length: %d\r\n" % len(body) if declared else b"Transfer-Encoding: chunked\r\n"
             )
+            body = body if declared else b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
             with contextlib.suppress(OSError):
                 conn.sendall(head + b"\r\n" + body)
 
