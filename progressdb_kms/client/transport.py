@@ -25,6 +25,9 @@ from . import listener
 LOOK_SECONDS = 0.5
 """Between two looks at signals while an answer is waited for without a limit."""
 
+QUEUE_SECONDS = 0.02
+"""Between two tries to get into the daemon's queue of connections."""
+
 IDLE_CONNECTIONS = 16
 """Connections kept open for the next request; more may be in use."""
 
@@ -182,7 +185,7 @@ class _Connection(http.client.HTTPConnection):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.settimeout(self.timeout)
-            sock.connect(self._path)
+            self._join_queue(sock)
         except OSError as error:
             sock.close()
             raise _unreachable(self._path, error) from error
@@ -195,6 +198,18 @@ class _Connection(http.client.HTTPConnection):
                 hint=f"nothing was sent; if it is: --server-uid {uid}, or Client(server_uid={uid})",
             )
         self.sock = sock
+
+    def _join_queue(self, sock: socket.socket) -> None:
+        """Where the daemon's queue is full (it hangs, or many come at once) connect(2) waits only on a socket
+        that has no time limit. Raises OSError."""
+        until = time.monotonic() + (self.timeout or 0.0)
+        while True:
+            try:
+                return sock.connect(self._path)
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise socket.timeout from None
+                time.sleep(QUEUE_SECONDS)
 
     def open(self, timeout: float | None) -> None:
         """Connect where need be, and set the time limit. Raises ConnectionFailed, which names the socket."""
@@ -286,7 +301,7 @@ def _unreachable(path: str, error: OSError) -> ConnectionFailed:
     elif isinstance(error, PermissionError):
         why, hint = "permission denied", "socket_mode and socket_group in its config decide who may connect"
     elif isinstance(error, socket.timeout):
-        why, hint = "it takes no connections", HINT_NOT_RUNNING
+        why, hint = "it takes no connections", HINT_HANGS
     else:
         why, hint = error.strerror or str(error), HINT_NOT_RUNNING
     return ConnectionFailed(f"can't connect to {path}: {why}", code="connection_failed", hint=hint)

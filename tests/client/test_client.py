@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +370,32 @@ class TestErrors:
 
         with script(path, serve), Client(path) as client, pytest.raises(BadAnswer):
             client.status()
+
+    def test_a_full_queue_is_waited_for(self, path: Path) -> None:
+        """connect(2) fails at once there, whatever the time limit."""
+        with contextlib.ExitStack() as stack, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen(0)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+                    waiting.setblocking(False)
+                    waiting.connect(str(path))
+            with Client(path, timeout=0.2) as client, pytest.raises(ConnectionFailed) as caught:
+                client.status()
+            assert "takes no connections" in caught.value.message and "may hang" in caught.value.hint
+
+            def serve() -> None:
+                while not (conn := stack.enter_context(listener.accept()[0])).recv(1, socket.MSG_PEEK):
+                    pass
+                request(conn)
+                answer(conn, b'{"a":1}')
+
+            stack.pop_all().close()
+            with ThreadPoolExecutor(1) as pool, Client(path, timeout=60) as client:
+                served = pool.submit(serve)
+                assert client.status() == {"a": 1}
+                served.result(60)
 
     def test_an_answer_that_is_cut_is_none(self, path: Path) -> None:
         """Whatever ended it, the daemon was there: one that was cut within its head was an empty plaintext,
