@@ -35,6 +35,8 @@ def serve_flags(words: Sequence[str]) -> dict[str, str | None] | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line. Returns the exit code."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while modules are loaded, see `cli`
     words = list(sys.argv[1:] if argv is None else argv)
     flags = serve_flags(words)
     from .process import inherited
@@ -49,15 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .tools.cli import main as commands
 
         return commands(words)
-    from .process.streams import die, fail, open_standard_streams, told, unblock_standard_streams
+    from .process.streams import fail, open_standard_streams, told, unblock_standard_streams
 
     open_standard_streams()
     unblock_standard_streams()
     inherited.settle(os.environ)
     try:
         return _serve(words, flags)
-    except KeyboardInterrupt:
-        return die(signal.SIGINT)
     except Exception as error:
         return fail(told(error))
 

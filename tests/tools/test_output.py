@@ -146,3 +146,26 @@ def test_a_pipe_under_the_name_of_a_part(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match=r"\.out\.part"):
         console.write_binary(str(tmp_path / "out"), b"x")
     assert os.listdir(tmp_path) == [part.name]
+
+
+LOADS = """
+import builtins, os, signal, sys
+from progressdb_kms.__main__ import main
+real = builtins.__import__
+def load(name, *more):
+    if name == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(name, *more)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests ignores
+builtins.__import__ = load
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("words", [["argparse", "list"], ["mmap", "serve"]], ids=" ".join)
+def test_an_interrupt_while_modules_are_loaded(words: list[str]) -> None:
+    """Half of the time of a short command goes there, and it was a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS, *words], capture_output=True, env=base_environment(REPO), check=False
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
