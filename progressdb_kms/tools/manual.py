@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pkgutil
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from ..config.values import Option, file_mode
 from .console import UsageError
@@ -64,20 +66,34 @@ def show(text: str) -> None:
     command = pager()
     if command and sys.stdout.isatty():
         try:
-            subprocess.run(command, input=text.encode("utf-8"), check=False)
+            with _interrupts_are_the_pager_s():
+                subprocess.run(command, input=text.encode("utf-8"), check=False)
             return
         except OSError:
             pass  # it can't be started: the text itself is what was asked for
     sys.stdout.write(text)
 
 
+@contextlib.contextmanager
+def _interrupts_are_the_pager_s() -> Iterator[None]:
+    """It takes Ctrl-C as the end of a search or of a wait; ended meanwhile, it would leave a terminal that
+    shows nothing of what is typed. A handler, which the pager does not inherit, as it would `ignore`."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def pager() -> list[str]:
-    """The words of $PAGER, or the first usual one that is here; none of them goes through a shell."""
+    """The words of $PAGER, or the first usual one that is here, where the terminal can do what these want;
+    none of them goes through a shell."""
     try:
         wanted = shlex.split(os.environ.get("PAGER", ""))
     except ValueError:
         wanted = []
-    return wanted or next(([name] for name in PAGERS if shutil.which(name)), [])
+    usual = () if os.environ.get("TERM", "dumb") == "dumb" else PAGERS
+    return wanted or next(([name] for name in usual if shutil.which(name)), [])
 
 
 def default_text(option: Option) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from progressdb_kms.tools import manual
 from tests.harness import REPO
-from tests.harness.daemon import cli
+from tests.harness.daemon import base_environment, cli
 
 FOLDER = REPO / "progressdb_kms" / "manual"
 
@@ -41,6 +42,35 @@ def test_a_person_reads_it_through_the_pager(
     monkeypatch.setenv("PAGER", "/no/such/pager")
     manual.show("one\n")
     assert capfd.readouterr().out == "one\n"
+
+
+SHOWS = """
+import signal, sys
+from progressdb_kms.tools import manual
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.stdout.isatty = lambda: True
+manual.show("one\\n")
+"""
+
+
+def test_an_interrupt_is_the_pager_s() -> None:
+    """Ctrl-C killed `less`, and left a terminal without an echo."""
+    env = {**base_environment(REPO), "PAGER": "sh -c 'trap : INT; kill -INT $PPID; sleep 0.2; cat'"}
+    done = subprocess.run([sys.executable, "-c", SHOWS], capture_output=True, env=env, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"one\n", b"")
+
+
+def test_a_dumb_terminal_has_no_pager_but_one_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`less` shows a warning there, and waits for RETURN."""
+    monkeypatch.delenv("PAGER", raising=False)
+    monkeypatch.setattr(manual.shutil, "which", lambda name: f"/usr/bin/{name}")
+    for term, found in (("xterm", ["less"]), ("dumb", [])):
+        monkeypatch.setenv("TERM", term)
+        assert manual.pager() == found
+    monkeypatch.delenv("TERM")
+    assert manual.pager() == []
+    monkeypatch.setenv("PAGER", "cat")
+    assert manual.pager() == ["cat"]
 
 
 def test_as_a_command() -> None:
