@@ -33,6 +33,9 @@ verified: then whatever has a record's form in a line of its own is one."""
 BLOCK = 256 << 10
 """Bytes read at a time: some 600 records. 1 MiB is 8 % slower: what is made of it leaves the cache."""
 
+PIECE = 1024
+"""Bytes read at a time where a block can't be: of a packed file that was cut, all but the last few lines."""
+
 _RECEIPT = re.compile(r"([0-9.]{3,32}):([1-9][0-9]{0,18}):([0-9a-f]{16})(?:\s.*)?", re.S)
 
 
@@ -56,6 +59,7 @@ class Blocks:
         self._careful = careful
         self._rest = _begun(file, start) if start else b""
         self._skips = False  # the rest of a line that is too long
+        self._broken: Unreadable | None = None  # behind what was read
 
     def read(self, stop: int | None = None) -> Iterator[bytes]:
         """Those of the bytes before `stop`, a multiple of BLOCK; the last only where there is no such limit
@@ -73,10 +77,24 @@ class Blocks:
             yield from self._take(block)
 
     def _next(self) -> bytes:
-        with _reading():
-            block = self._file.read(BLOCK)
+        """Of a file that can't be read further, first what can be."""
+        if self._broken is not None:
+            raise self._broken
+        try:
+            with _reading():
+                block = self._file.read(BLOCK)
+        except Unreadable as error:
+            block, self._broken = self._readable(), error
         self.position += len(block)
-        return block
+        return block if block or self._broken is None else self._next()
+
+    def _readable(self) -> bytes:
+        found = b""
+        with contextlib.suppress(*UNREADABLE):
+            self._file.seek(self.position)
+            while len(found) < BLOCK and (piece := self._file.read(PIECE)):
+                found += piece
+        return found
 
     def _take(self, block: bytes) -> Iterator[bytes]:
         if self._skips:

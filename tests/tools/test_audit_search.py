@@ -25,6 +25,7 @@ from progressdb_kms.audit.log import (
     key_fragment,
     peer_fragment,
 )
+from progressdb_kms.audit.shared import Shared
 from progressdb_kms.audit.tail import in_order
 from progressdb_kms.audit.verify import Reading, verify
 from progressdb_kms.errors import AuditUnavailable, PolicyRefused
@@ -334,6 +335,24 @@ def test_what_the_store_names_and_no_file_has_is_told(tmp_path: Path) -> None:
     hits = Hits(Query(), KEY, lambda event: None)
     report = verify([path], KEY, anchors, partial=True, observe=hits)
     assert "0 chains verified; 3 heads of chains" in auditsearch.summary(report, hits, True, 0.0)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_of_a_packed_file_that_was_cut_what_is_there_is_found(tmp_path: Path, shared: bool) -> None:
+    """All of its last 256 KiB was left out, which may be the whole file."""
+    path, packed = tmp_path / "kms-audit.log", tmp_path / "kms-audit.log.1.gz"
+    anchors = fill(path, 1500)
+    whole = path.read_bytes()
+    packed.write_bytes(gzip.compress(whole)[:-2000])
+    path.unlink()
+    events: list[dict[str, Any]] = []
+    reading = (lambda report, progress: Shared(report, progress, 2)) if shared else None
+    report = verify(
+        [packed], KEY, anchors, partial=True, observe=Hits(Query(), KEY, events.append), reading=reading
+    )
+    assert str(report.fault).startswith(f"{packed}:") and "can't be read" in str(report.fault)
+    assert whole.count(b"\n") > len(events) > whole.count(b"\n") - 80
+    assert all(event["verified"] for event in events)
 
 
 def test_what_can_t_be_read_is_named_without_a_key_too(log: Path, tmp_path: Path) -> None:
