@@ -115,8 +115,7 @@ def floor(paths: Iterable[Name], key: memoryview) -> Floor | None:
     for path in reversed(in_order(paths)):
         with suppress(*UNREADABLE):  # what was read before counts
             found += next((some for data in _backwards(path) if (some := list(_floors(data, key)))), [])
-            for data in () if found else _unpacked(path):
-                found += _floors(data, key)
+            found += () if found else (one for data in _unpacked(path) for one in _floors(data, key))
     return Floor(max(one.epoch for one in found), max(one.change for one in found)) if found else None
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import time
 from contextlib import suppress
 from functools import partial
-from typing import Any, Callable, NoReturn
+from typing import IO, Any, Callable, NoReturn
 
 from ..crypto.aead import KEY_SIZE
 from ..encoding import json_dumps
@@ -29,6 +30,9 @@ log = logging.getLogger("progressdb_kms")
 
 KEEPER_PAUSES = 1.0, 30.0
 """Seconds between two tries to start a keeper that could not open the store; the workers go on reading."""
+
+SLOW_SECONDS = 5.0
+"""A keeper that has not opened the store by then may hang, or its disk: callers wait for it no more."""
 
 RESPAWN_SECONDS = 0.5
 """Least time between two starts of the same process, so that one that can't live does not eat the machine."""
@@ -51,6 +55,7 @@ class Supervisor:
         self._announce = announce
         self._children = [Child(slot) for slot in range(shared.settings.workers + 1)]
         self._epoch = 0
+        self._coming: IO[bytes] | None = None  # where a keeper that starts says that it is up
         self._signals = Signals()
         self._pulse = Pulse(shared.metrics)
         self._keeping = Pause(*KEEPER_PAUSES)
@@ -59,11 +64,13 @@ class Supervisor:
     def run(self) -> int:
         notifier = Notifier(self._shared)
         self._start_keeper()
+        self._hear(None)
         for child in self._children[1:]:
             self._start_worker(child)
         while not self._signals.stop:
             notifier.ready(self._announce)
-            self._signals.wait(BEAT_SECONDS if all(child.pid for child in self._children) else MOMENT)
+            waits = self._coming or not all(child.pid for child in self._children)
+            self._signals.wait(MOMENT if waits else BEAT_SECONDS)
             if self._signals.take_hangup():
                 notifier.reloading()
                 self._shared.policies.renew()
@@ -105,17 +112,26 @@ class Supervisor:
             os.close(read)
             _keeper_main(self._shared, incarnation, write)
 
-        with open(read, "rb") as answers:
-            with open(write, "wb"):
-                self._fork(child, main)
-            line = answers.readline()
-        told: dict[str, Any] = json.loads(line or b'{"error": ["the keeper process ended at its start", ""]}')
+        self._coming = open(read, "rb")  # noqa: SIM115  # closed when it was heard
+        with open(write, "wb"):
+            self._fork(child, main)
+
+    def _hear(self, seconds: float | None) -> bool:
+        """Is the keeper up that starts? Raises StartFailed."""
+        if self._coming is None or not select.select([self._coming], [], [], seconds)[0]:
+            return False
+        with self._coming as answers:
+            ended = b'{"error": ["the keeper process ended at its start", ""]}'
+            told: dict[str, Any] = json.loads(answers.readline() or ended)
+        self._coming, child = None, self._children[0]
         if "error" in told:
-            os.waitpid(child.pid, 0)
+            if child.pid:  # else there was none to be had
+                os.waitpid(child.pid, 0)
             child.pid = 0
             raise StartFailed(told["error"][0], hint=told["error"][1])
-        if not incarnation:
+        if not child.incarnation:
             self._epoch = told["epoch"]
+        return True
 
     def _start_worker(self, child: Child) -> None:
         suffix = f".{child.incarnation + 1}" if child.incarnation >= 0 else ""
@@ -123,9 +139,8 @@ class Supervisor:
         self._fork(child, lambda: _worker_main(self._shared, child.slot, chain))
 
     def _replace_dead(self) -> None:
-        now = time.monotonic()
         for child in self._children:
-            if child.pid:
+            if child.pid and (child.slot or not self._coming):
                 pid, status = os.waitpid(child.pid, os.WNOHANG)
                 if not pid:
                     continue
@@ -133,28 +148,29 @@ class Supervisor:
                 log.error("%s (pid %d) ended (%s): it is replaced", name, pid, _how(status))
                 child.pid = 0
                 self._wipe_after(child.slot)
-            if now - child.started >= RESPAWN_SECONDS:
+            if time.monotonic() - child.started >= RESPAWN_SECONDS:
                 if not child.slot:
                     self._revive_keeper()
                 elif self._children[0].pid:  # where no process can be had now, the others go on
                     attend("a worker is missing", partial(self._start_worker, child), self._working)
 
     def _revive_keeper(self) -> None:
-        """It has served, so it will again: no state of the disk ends the daemon. Who asks meanwhile hears."""
-        if self._keeping.over():
-            try:
+        """It has served, so it will again: no state of the disk ends the daemon. Who asks meanwhile hears.
+        Nothing is waited for here: one that hangs must not keep anybody from ending the daemon."""
+        try:
+            if self._coming is None and self._keeping.over():
                 self._start_keeper()
-            except (StartFailed, OSError) as error:
-                if self._shared.fleet and not self._shared.fleet.opened:
-                    raise
-                if self._keeping.failed(str(error)):
-                    log.error("no change can be made, and it is tried again: %s", error)
-            else:
-                if self._keeping.worked():
-                    log.info("the keeper is up again")
-                return
-        while (job := channel.receive(self._shared.inbox)) is not None:
-            channel.answer(job, StoreUnavailable(self._keeping.why, hint="it is tried again by itself"))
+            if self._hear(0) and self._keeping.worked():
+                log.info("the keeper is up again")
+        except (StartFailed, OSError) as error:
+            if self._shared.fleet and not self._shared.fleet.opened:
+                raise
+            if self._keeping.failed(str(error)):
+                log.error("no change can be made, and it is tried again: %s", error)
+        child, why = self._children[0], self._keeping.why or "the keeper process is only starting"
+        slow = self._coming is not None and time.monotonic() - child.started > SLOW_SECONDS
+        while (slow or not child.pid) and (job := channel.receive(self._shared.inbox)) is not None:
+            channel.answer(job, StoreUnavailable(why, hint="it is tried again by itself"))
 
     def _wipe_after(self, slot: int) -> None:
         """What a dead worker held: connections, locked memory, new KEKs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from contextlib import ExitStack
 import pytest
 
 from progressdb_kms.crypto.keyring import fingerprint
+from tests.conftest import MakeDaemon
 from tests.harness import Daemon, Session
 from tests.harness.kept import Kept
 from tests.harness.load import Load, hammer
@@ -186,6 +188,40 @@ def test_a_killed_worker_costs_its_own_connections_only(daemon: Daemon, everywhe
     wait_until(all_wrote, 20, "a chain of the keeper, two workers and the new one")
     daemon.stop()
     assert daemon.offline("audit", "verify").returncode == 0
+
+
+HANGS = """
+import os, sys, time
+from progressdb_kms.process import serving
+real = serving.open_keeper
+def hangs(shared, incarnation):
+    while incarnation and os.path.exists(shared.settings.data_dir.parent / "hang"):
+        time.sleep(0.05)
+    return real(shared, incarnation)
+serving.open_keeper = hangs
+from progressdb_kms.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone sees which process has the store open")
+def test_a_keeper_that_hangs_when_it_comes_again_holds_up_nobody_else(make_daemon: MakeDaemon) -> None:
+    """The supervisor waited for it: no worker was replaced then, no caller answered, no SIGTERM heard."""
+    daemon = make_daemon(workers=2, command=[sys.executable, "-c", HANGS])
+    (daemon.home / "hang").touch()
+    with daemon.session() as kms:
+        key = kms.create_dek("t")["key_id"]
+        keeper, before = daemon.writer, daemon.pids()
+        os.kill(keeper, signal.SIGKILL)
+        reply = kms.request("POST", "/deks", {"thread_id": "t"})
+        assert reply.status == 503 and b"starting" in reply.body
+        worker = max(pid for pid in before if pid not in (keeper, daemon.process and daemon.process.pid))
+        os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: len(daemon.pids()) == 4 and worker not in daemon.pids(), 60, "another worker")
+    assert daemon.request("POST", "/encrypt", {"key_id": key, "plaintext": TEXT}).status == 200
+    (daemon.home / "hang").unlink()
+    wait_until(lambda: daemon.request("GET", "/readyz").status == 200, 60, "a new keeper")
+    assert daemon.request("POST", "/deks", {"thread_id": "t"}).status == 201
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root alone sees which process has the store open")
