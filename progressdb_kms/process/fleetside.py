@@ -43,7 +43,8 @@ class FleetSide:
         return FleetReader(link, start.host_id(data_dir), row_key)
 
     def service(self, reader: Any, *args: Any) -> FleetService:
-        return FleetService(self._board, self._where.fence_seconds, reader, *args)
+        known = functools.partial(self._board.knows, self._settings.workers)
+        return FleetService(self._board, self._where.fence_seconds, reader, *args, everywhere=known)
 
     def policies(self, settings: Settings) -> Policies:
         """They are renewed at SIGHUP, and the coming KEKs with them."""

@@ -22,7 +22,7 @@ from ..store.contract import DekRecord
 from .channel import MAX_JOB, Staged, Wanted, outcome
 from .fleetgauges import FAMILIES
 from .usage import NOBODY
-from .worker import YOUNG, Batch, Entry, Results, Service, usable
+from .worker import YOUNG, Batch, Entry, Readiness, Results, Service, usable
 
 BARRIER_SPARE = 20.0
 """Seconds that a change may take beside the wait for a host that is dead."""
@@ -35,15 +35,25 @@ _worked = Service._with_dek  # found once: each call of a worker comes by here
 class FleetService(Service):
     families = FAMILIES
 
-    def __init__(self, board: Board, span: float, reader: FleetReader, *args: Any) -> None:
-        """`span`: fence_seconds; `args`: as of Service."""
+    def __init__(
+        self, board: Board, span: float, reader: FleetReader, *args: Any, everywhere: Callable[[], bool]
+    ) -> None:
+        """`span`: fence_seconds; `args`: as of Service; `everywhere`: do all workers of this host know that
+        there is a store?"""
         unasked: Any = _Unasked()
         super().__init__(unasked, *args)
-        self._reader, self._known = reader, False
+        self._reader, self._known, self._everywhere = reader, False, everywhere
         self._serves, self._words, self._span = board.serves, board.words, span
         self._rows = reader
         self._follower: Follower[Entry | None] = Follower(board, YOUNG)
         self._absent: Follower[bool] = Follower(board, YOUNG)
+
+    def readiness(self) -> Readiness:
+        """Who asks next may get to another worker, which hears a moment later that the database is there."""
+        found = super().readiness()
+        if found.reasons or self._everywhere():
+            return found
+        return found._replace(reasons=["not every process of this host has heard of the store yet"])
 
     def _serving(self) -> None:
         if not self._serves(clock_gettime_ns(BOOTTIME), time_ns()):

@@ -15,6 +15,7 @@ from progressdb_kms.fleet import lease
 from progressdb_kms.fleet.board import SIZE, Board
 from progressdb_kms.fleet.lease import Clock, Reading
 from progressdb_kms.fleet.rows import KEY, ChangeRow, Point
+from progressdb_kms.service.worker import Readiness, Service
 from progressdb_kms.store.contract import DekRecord
 from tests.harness import postgres
 
@@ -64,7 +65,8 @@ class Scene:
         self.lend()
         rows: Any = self.rows
         self.sealed = b""
-        self.service = FleetService(self.board, 60.0, rows, self.keyring, None, self.keeper, None, None, dict)
+        args: Any = (self.keyring, None, self.keeper, None, None, dict)
+        self.service = FleetService(self.board, 60.0, rows, *args, everywhere=lambda: self.board.knows(2))
 
     def lend(self, seconds: float = 3600.0) -> None:
         now = Clock().read()
@@ -90,6 +92,15 @@ class Scene:
 @pytest.fixture
 def scene() -> Scene:
     return Scene()
+
+
+def test_it_is_ready_when_all_workers_of_the_host_are(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has asked one of them, and heard that it is, may get to the other with a key."""
+    monkeypatch.setattr(Service, "readiness", lambda _: Readiness([], [], True, True))
+    scene.board.met(1)
+    assert "not every process" in scene.service.readiness().reasons[0]
+    scene.board.met(2)
+    assert scene.service.readiness().reasons == []
 
 
 def test_a_dek_is_read_once(scene: Scene) -> None:
