@@ -145,13 +145,15 @@ def _advising(data_dir: Path, first: bool) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        if error.hint not in (keysource.WHICH_FILE, AT_RANDOM) and _MAKE_A_KEY not in error.hint:
+        _, unnamed, how = error.hint.partition(_MAKE_A_KEY)
+        if error.hint not in (keysource.WHICH_FILE, AT_RANDOM) and not unnamed:
             raise
         used = _is_used(data_dir)
         if not first or used:
-            hint = _FIND_THE_KEY + (_KEEP_IT_RUNNING if used else "")
+            named = f"find its file{how}; where it is lost, " if unnamed else ""
+            hint = named + _FIND_THE_KEY + (_KEEP_IT_RUNNING if used else "")
         else:
-            hint = error.hint if _MAKE_A_KEY in error.hint else _MAKE_A_KEY
+            hint = error.hint if unnamed else _MAKE_A_KEY
         raise type(error)(error.message, code=error.code, hint=hint) from None
 
 
@@ -258,12 +260,9 @@ def _one(master: Sequence[Source], file: ConfigFile | None, need_key: bool) -> S
         return master[0]
     if not need_key:
         return None
+    what = f"no master key is given, by --config nor by {FILE_VARIABLE}"
+    how = f", then set {FILE_VARIABLE}=FILE or use --config"
     if file:
-        raise ConfigError(
-            f"{file.path} names no master key (the environment is not asked where there is a file)",
-            hint=f"{_MAKE_A_KEY} and put `master_key_file: FILE` into it",
-        )
-    raise ConfigError(
-        f"no master key is given, by --config nor by {FILE_VARIABLE}",
-        hint=f"{_MAKE_A_KEY}, then set {FILE_VARIABLE}=FILE or use --config",
-    )
+        what = f"{file.path} names no master key (the environment is not asked where there is a file)"
+        how = " and put `master_key_file: FILE` into it"
+    raise ConfigError(what, hint=_MAKE_A_KEY + how)

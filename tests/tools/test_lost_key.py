@@ -52,6 +52,10 @@ def test_beside_a_store_nothing_proposes_genkey(
     assert done.returncode == 1, said
     assert "genkey" not in said and "internal error" not in said
     assert "kek-id FILE" in said and "Don't stop it" in said, said
+    if how == "no key":  # most often it is no lost key, but a configuration that was not named
+        assert "find its file, then set PROGRESSDB_KMS_MASTER_KEY_FILE=FILE or use --config; where" in said
+    else:
+        assert "find its file" not in said
 
 
 @pytest.mark.parametrize("command", [["serve"], ["doctor"]], ids=" ".join)
