@@ -127,14 +127,22 @@ def reader_of(data_dir: Path) -> SqliteReader:
 def access(data_dir: Path) -> str:
     """The mode in which SQLite can read kms.db. To read it SQLite makes an index (-shm) beside it, which it
     can't on a file system that is full, or read-only after an error of the disk. There kms.db is read alone
-    where it is all: nobody has the store open, and it was closed in order, so that no log of it is left."""
+    where it is all: nobody has the store open, and it was closed in order, so that no log of it is left.
+    Where one is left, of a daemon that was killed, and no index, a copy has to be made: CommandFailed."""
     log = data_dir / WAL
-    if not is_held(data_dir) and (not log.exists() or not log.stat().st_size):
+    alone = not log.exists() or not log.stat().st_size
+    if not is_held(data_dir) and (alone or not (data_dir / f"{FILE_NAME}-shm").exists()):
         try:
             with contextlib.closing(SqliteReader(data_dir)) as reader:
                 reader.names("")
-        except StoreUnavailable:
-            return "ro&immutable=1"
+        except StoreUnavailable as error:
+            if alone:
+                return "ro&immutable=1"
+            raise CommandFailed(
+                f"{data_dir / FILE_NAME} can't be read where it is: a part of it is in {log.name}, and "
+                f"nothing can be written beside that ({error.message})",
+                hint=f"`cp -a {data_dir}` to a disk with room, and name the copy by --data-dir",
+            ) from None
     return "ro"
 
 

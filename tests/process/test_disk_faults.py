@@ -4,12 +4,14 @@ was hit hears of it, nobody waits for ever, nothing acknowledged is lost, and it
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import resource
 import shutil
 import signal
 import sqlite3
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -366,6 +368,26 @@ class TestReadOnly:
                 daemon.start()
                 with daemon.session() as again:
                     kept.opens(again)
+
+    def test_one_that_was_killed_there_and_has_no_index(self, short_tmp: Path) -> None:
+        """It can't be read in place; what the commands say leads to a copy that can be."""
+        with Tmpfs(8 << 20) as disk:
+            daemon = Daemon(home=disk.path, workers=1)
+            with daemon:
+                with daemon.session() as kms:
+                    Kept().create(kms, 2)
+                daemon.kill()
+                (daemon.data_dir / "kms.db-shm").unlink()
+                disk.readonly(True)
+                for command in (["verify"], ["backup", str(short_tmp / "backup")], ["export", "-"]):
+                    done = daemon.offline(*command)
+                    assert done.returncode == 1 and b"can't be read where it is" in done.stderr, done
+                    assert f"`cp -a {daemon.data_dir}`".encode() in done.stderr
+                subprocess.run(["cp", "-a", str(daemon.data_dir), str(short_tmp / "copy")], check=True)
+                folders = ("--data-dir", str(short_tmp / "copy"), "--config", str(daemon.config_file))
+                done = cli("verify", *folders, "--json", cwd=short_tmp)
+                assert done.returncode == 0 and json.loads(done.stdout)["deks"] == 2, done
+                disk.readonly(False)
 
 
 def zeroed(path: Path) -> None:
