@@ -162,10 +162,11 @@ class Client:
         older than so many seconds and were not used since. Pages are asked for as they are needed."""
         cursor: str | None = after
         while cursor is not None:
-            query = {"limit": str(page_size), "cursor": cursor, "thread_id": thread_id}
+            query = {"limit": str(page_size), "cursor": cursor or None, "thread_id": thread_id}
             if unused_for is not None:
                 query["unused_for"] = str(unused_for)
-            wanted = {name: value for name, value in query.items() if value}
+            # A thread_id that is empty is asked for like any other, and refused: it does not mean all.
+            wanted = {name: value for name, value in query.items() if value is not None}
             page = self._json("GET", "/deks?" + urlencode(wanted, safe=":"))
             yield from (_dek(row) for row in _field(page, "deks", list))
             following = page.get("next_cursor")

@@ -92,8 +92,8 @@ def _options(arg: Arg) -> dict[str, Any]:
     if arg.kind == "flag":
         return {**options, "action": "store_true"}
     options.update(metavar=arg.metavar, default=arg.default)
-    if arg.kind in _TYPES:
-        options["type"] = _TYPES[arg.kind]
+    if arg.kind not in CHOICES and not arg.empty:
+        options["type"] = _TYPES.get(arg.kind, _given)
     if arg.kind in CHOICES:
         options["choices"] = CHOICES[arg.kind]
     if arg.nargs:
@@ -101,6 +101,13 @@ def _options(arg: Arg) -> dict[str, Any]:
     if arg.required:
         options["required"] = True
     return options
+
+
+def _given(text: str) -> str:
+    """`--thread-id "$UNSET"` must not mean all threads, nor `--config "$UNSET"` that of this host."""
+    if not text:
+        raise argparse.ArgumentTypeError("what is given is empty")
+    return text
 
 
 def _count(text: str) -> int:

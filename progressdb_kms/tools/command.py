@@ -38,6 +38,7 @@ class Arg(NamedTuple):
     nargs: str = ""  # as argparse has it: ? * + or a number
     required: bool = False
     default: Any = None
+    empty: bool = False  # may it be ""?
 
     @property
     def positional(self) -> bool:
@@ -109,7 +110,13 @@ CONFIG = Arg(("--config",), "the YAML configuration", "file", "FILE")
 JSON = Arg(("--json",), "print JSON, for programs", "flag")
 KEY = Arg(("key_id",), "the DEK", "key_id", "KEY_ID")
 KEY_OPTION = Arg(("--key-id",), "the DEK to use", "key_id", "ID", required=True)
-AAD = Arg(("--aad",), "text that is bound to the data and must be given again to decrypt it", "text", "TEXT")
+AAD = Arg(
+    ("--aad",),
+    "text that is bound to the data and must be given again to decrypt it",
+    "text",
+    "TEXT",
+    empty=True,
+)
 INPUT = Arg(("input",), "what to read (default and `-`: stdin)", "file", "IN", "?", default="-")
 OUTPUT = Arg(("output",), "what to write (default and `-`: stdout)", "file", "OUT", "?", default="-")
 NEW_KEY_FILE = Arg(("--new-key-file",), "a key file with the new KEK (see genkey)", "file", "FILE")

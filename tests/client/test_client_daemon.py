@@ -128,6 +128,9 @@ def test_reencrypt_wrap_and_unwrap(kms: Client) -> None:
 def test_list(kms: Client) -> None:
     made = sorted(kms.create_dek("listed & found").key_id for _ in range(7))
     assert [dek.key_id for dek in kms.list("listed & found", page_size=3)] == made
+    with pytest.raises(RequestRefused) as caught:  # an empty name meant all DEKs
+        list(kms.list(""))
+    assert caught.value.code == "invalid_thread_id"
     every = [dek.key_id for dek in kms.list(page_size=2)]
     assert set(made) <= set(every) and every == sorted(every)
 

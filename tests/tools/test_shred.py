@@ -38,6 +38,14 @@ def test_one_dek_off_a_terminal_is_taken_at_its_word(kms: FakeKms) -> None:
     assert states(kms) == {"k_0": "shredded", "k_1": "enabled", "k_2": "enabled", "k_9": "enabled"}
 
 
+@pytest.mark.parametrize("words", [["--thread-id", ""], ["--thread-id="], [""], ["k_0", ""]])
+def test_an_unset_variable_of_a_script_means_nothing(kms: FakeKms, words: list[str]) -> None:
+    """`--thread-id "$THREAD" --yes` shredded every DEK that there was."""
+    done = run(kms, *words, "--now", "--yes")
+    assert done.returncode == 2 and b"what is given is empty" in done.stderr
+    assert set(states(kms).values()) == {"enabled"}
+
+
 def test_several_need_yes_where_nobody_can_be_asked(kms: FakeKms) -> None:
     for words in (["k_0", "k_1"], ["--thread-id", "room"]):
         done = run(kms, *words, "--now")

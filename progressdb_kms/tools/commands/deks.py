@@ -79,7 +79,7 @@ def _show_dek(dek: Dek, as_json: bool) -> None:
         CONFIG,
         Arg(("--thread-id",), "those of this thread only", "text", "ID"),
         Arg(("--state",), "those in this state only", "state", "STATE"),
-        Arg(("--prefix",), "those whose key_id begins so", "text", "TEXT"),
+        Arg(("--prefix",), "those whose key_id begins so", "text", "TEXT", empty=True),
         Arg(("--unused-for",), "those older than this and not used since: 90d, 12h", "text", "TIME"),
         Arg(("--limit",), "the first N only", "count", "N"),
         Arg(("--ids",), "print key_ids alone, a line each", "flag"),

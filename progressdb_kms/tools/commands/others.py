@@ -59,7 +59,7 @@ def policy_test(args: argparse.Namespace) -> int:
     OFFLINE,
     "show the manual",
     "Without a topic it lists them. On a terminal the text goes through $PAGER.",
-    (Arg(("topic",), "what to read about", "topic", "TOPIC", "?", default=""),),
+    (Arg(("topic",), "what to read about", "topic", "TOPIC", "?", default="", empty=True),),
     examples=("progressdb-kms help", "progressdb-kms help secrets"),
 )
 def manual(args: argparse.Namespace) -> None:
