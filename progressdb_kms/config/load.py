@@ -123,9 +123,9 @@ def load(
 
     Forks a child where there is a configuration file: call it before any thread is started.
     """
-    path = flags.get("config")
+    path = None if (named := flags.get("config")) is None else os.path.abspath(named)  # "" is the folder
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(contextlib.closing(yamlfile.read(os.path.abspath(path)))) if path else None
+        file = stack.enter_context(contextlib.closing(yamlfile.read(path))) if path else None
         values = {option.name: _choose(option, flags, file, environ) for option in SETTINGS}
         stack.enter_context(_advising(values["data_dir"], first))
         master, previous = _sources(file, environ)

@@ -297,6 +297,12 @@ def test_socket_group(place: Place) -> None:
     assert "socket_group in" in place.refused(HEX + "socket_group: no-such-group-here")
 
 
+def test_a_configuration_that_is_named_by_nothing_is_none() -> None:
+    """`--config "$UNSET"`: the environment's keys and rules were taken instead."""
+    message = refused(lambda: load({"config": ""}, {"PROGRESSDB_KMS_MASTER_KEY_HEX": A.hex()}))
+    assert "is no regular file" in message and "--config names a file" in message
+
+
 # ---- exactly one master key ------------------------------------------------------------------------
 
 
