@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any, Callable
 
+from ..audit.log import FILE_NAME as AUDIT_LOG
+from ..audit.log import last_epoch
 from ..config.weakkeys import check_master_key
 from ..crypto.aead import KEY_SIZE, Aead
 from ..crypto.keyring import KekNotLoaded, Keyring, fingerprint
@@ -446,6 +448,12 @@ def open_keeper(
         undo.callback(member.end)
         member.wait_for(place)
         store = FleetStore(Link(where, WRITER + host), host, place.inc)
+        if not store.state_of(host) and last_epoch(data_dir / AUDIT_LOG) is not None:
+            raise StoreDamaged(
+                f"{where} knows nothing of this host, and {data_dir / AUDIT_LOG} tells of a fleet's store",
+                hint="is it the right database? A host that goes to another fleet, or to one that was "
+                "restored elsewhere, needs a data-dir of its own",
+            )
         with place.ring:  # who rotates meanwhile is followed after it
             place.store = store
             _, book, epoch = start.open_store(data_dir, keyring, keys, incarnation, fleet=store)

@@ -69,6 +69,17 @@ def test_a_kek_that_was_rotated_out_comes_back_by_nobody_s_row(
     assert hosts.keks_of_rows() == [new]
 
 
+def test_a_host_of_another_fleet_is_told_so(fleet_database: postgres.Fleet, hosts: Hosts) -> None:
+    """Its configuration names another database, or another one stands under that name."""
+    daemon = hosts.all[0]
+    ok(daemon, "POST", "/deks", {"thread_id": "t"}, 201)
+    for each in hosts.all:
+        each.stop()
+    fleet_database.again()
+    told = daemon.refusal().stderr
+    assert "knows nothing of this host" in told and "data-dir of its own" in told
+
+
 HOSTILE = "INSERT INTO kms.hosts VALUES ('x', 'y', E'\\x1b[31mred\\nline', 0, -5, ARRAY[NULL, 'ä'], false)"
 
 
