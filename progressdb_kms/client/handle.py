@@ -43,8 +43,11 @@ class Receipted(NamedTuple):
 def key_id_of_thread(thread_id: str) -> str:
     """The key_id of a thread's own DEK: `thread:` and the thread_id where that fits, else its SHA-256.
 
-    It is the same for each caller, so that two who ask at once get one DEK and not two.
+    It is the same for each caller, so that two who ask at once get one DEK and not two. Raises TypeError for
+    what is no text: None would be the thread of that name.
     """
+    if not isinstance(thread_id, str):
+        raise TypeError(f"a thread_id is a str, not {type(thread_id).__name__}")
     plain = f"thread:{thread_id}"
     if KEY_ID.fullmatch(plain):
         return plain

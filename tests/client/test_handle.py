@@ -49,6 +49,14 @@ def test_the_key_id_of_a_thread(thread: str, expected: str) -> None:
     assert found.startswith(expected) and KEY_ID.fullmatch(found)
 
 
+@pytest.mark.parametrize("thread", [None, 42, b"room"], ids=repr)
+def test_what_is_no_text_names_no_thread(kms: Client, thread: Any) -> None:
+    """A DEK was made for all threads that nobody had named."""
+    with pytest.raises(TypeError, match="is a str"):
+        kms.dek(thread)
+    assert list(kms.list(str(thread))) == []
+
+
 def test_a_thread_has_one_dek_whoever_asks(kms: Client) -> None:
     found: list[str] = []
     threads = [threading.Thread(target=lambda: found.append(kms.dek("one").key_id)) for _ in range(8)]
