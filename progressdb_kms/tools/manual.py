@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import pkgutil
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 
 from ..config.values import Option, file_mode
@@ -61,16 +63,49 @@ def overview() -> str:
     )
 
 
+def fitted(text: str, columns: int) -> str:
+    """A page for a terminal: paragraphs, and rows of tables, are broken between words. What is typed stays as
+    it is, and what goes on of a list or of a row is indented."""
+    lines, block = [], False
+    for line in text.splitlines():
+        typed = line.startswith("```")
+        block ^= typed
+        if typed or block or line.startswith("    "):
+            lines.append(line)
+        elif lines and _GOES_ON.match(line) and _PROSE.match(lines[-1]):
+            lines[-1] += " " + line.strip()
+        else:
+            lines.append(line)
+    return "".join(_broken(line, min(columns, WIDEST)) + "\n" for line in lines)
+
+
+WIDEST = 100
+"""Columns: nobody likes to read longer lines."""
+
+_MARK = re.compile(r"(?:\|? *(?:- |\d+\. )?)")
+_GOES_ON = re.compile(r" {0,3}(?!- |\d+\. )[^ |#`]|  ?`|`(?!``)")
+_PROSE = re.compile(r" {0,3}[^ |#]")
+
+
+def _broken(line: str, columns: int) -> str:
+    if line.startswith("    ") or len(line) <= columns:
+        return line
+    hang = " " * len(_MARK.match(line)[0])  # type: ignore[index]  # it may be empty
+    return textwrap.fill(
+        line, columns, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False
+    )
+
+
 def show(text: str) -> None:
     """Through a pager where a person reads it on a terminal; as it stands into a pipe or file."""
     command = pager()
-    if command and sys.stdout.isatty():
-        try:
-            with _interrupts_are_the_pager_s():
-                subprocess.run(command, input=text.encode("utf-8"), check=False)
-            return
-        except OSError:
-            pass  # it can't be started: the text itself is what was asked for
+    if sys.stdout.isatty():
+        text = fitted(text, shutil.get_terminal_size().columns)
+        with contextlib.suppress(OSError):  # it can't be started: the text itself is what was asked for
+            if command:
+                with _interrupts_are_the_pager_s():
+                    subprocess.run(command, input=text.encode("utf-8"), check=False)
+                return
     sys.stdout.write(text)
 
 

@@ -215,7 +215,7 @@ def small_disk() -> Iterator[postgres.Postgres]:
         pytest.skip("only root may mount")
     server = postgres.Postgres({"wal_keep_size": "0", "max_wal_size": "64MB"}, durable=True)
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(server.folder)], check=False
+        ["mount", "-t", "tmpfs", "-o", "size=200m,mode=0755", "tmpfs", str(server.folder)], check=False
     )
     if done.returncode:
         pytest.skip("tmpfs can't be mounted here")

@@ -37,8 +37,8 @@ def test_a_person_reads_it_through_the_pager(
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("PAGER", "sed s/^/>/")
-    manual.show("one\ntwo\n")
-    assert capfd.readouterr().out == ">one\n>two\n"
+    manual.show("one\n\ntwo\n")
+    assert capfd.readouterr().out == ">one\n>\n>two\n"
     monkeypatch.setenv("PAGER", "/no/such/pager")
     manual.show("one\n")
     assert capfd.readouterr().out == "one\n"
@@ -71,6 +71,32 @@ def test_a_dumb_terminal_has_no_pager_but_one_that_is_named(monkeypatch: pytest.
     assert manual.pager() == []
     monkeypatch.setenv("PAGER", "cat")
     assert manual.pager() == ["cat"]
+
+
+@pytest.mark.parametrize("topic", manual.TOPICS)
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_a_page_fits_the_terminal(topic: str, columns: int) -> None:
+    """Word for word, and what is typed as it stands."""
+    page = manual.text_of(topic)
+    shown = manual.fitted(page, columns)
+    assert shown.split() == page.split()
+    for line in page.splitlines():
+        if line.startswith("    "):
+            assert f"\n{line}\n" in shown
+    block = False
+    for line in shown.splitlines():
+        block ^= line.startswith("```")
+        words = line.split()
+        assert len(line) <= columns or len(words) <= 1 or block or line.startswith("    "), line
+
+
+def test_what_goes_on_is_indented() -> None:
+    assert manual.fitted("- one two three four\n", 12) == "- one two\n  three four\n"
+    assert manual.fitted("one two three\nfour\n", 12) == "one two\nthree four\n"
+    assert manual.fitted("- one\n- two\n  `three` four\n\n# five\nsix\n", 80) == (
+        "- one\n- two `three` four\n\n# five\nsix\n"
+    )
+    assert manual.fitted("| one | two three |\n", 12) == "| one | two\n  three |\n"
 
 
 def test_as_a_command() -> None:
