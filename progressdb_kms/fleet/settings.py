@@ -134,7 +134,10 @@ def read_secret(name: str, path: str) -> str:
         if trouble := distrust(about, os.geteuid(), credential=path.startswith(_credentials())):
             mode = "" if not stat.S_ISREG(about.st_mode) else f"chmod 0600 {path}"
             raise ConfigError(f"{name} {path} {trouble}", hint=mode)
-        return os.read(descriptor, MAX_PASSWORD).decode()
+        text = os.read(descriptor, MAX_PASSWORD + 1)
+        if len(text) > MAX_PASSWORD:
+            raise ConfigError(f"{name} {path} holds more than {MAX_PASSWORD} bytes: is that a password?")
+        return text.decode()
     except UnicodeDecodeError:
         raise ConfigError(f"{name} {path} holds no text") from None
     finally:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from progressdb_kms.errors import ConfigError
-from progressdb_kms.fleet.settings import Host, Where, where
+from progressdb_kms.fleet.settings import Host, Where, read_secret, where
 
 TLS = {"hosts": ["db1:5433", "db2"], "database": "kms", "user": "kms", "tls_ca": "ca.pem"}
 SOCKET = {"hosts": "/run/postgresql", "database": "kms", "user": "kms"}
@@ -90,3 +91,23 @@ def test_refused(block: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says) as caught:
         read(**block)
     assert "postgresql in /etc/kms/kms.yaml" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"\xff", "holds no text"),
+        (b"x" * 1025, "holds more than 1024 bytes"),
+        (b"x" * 1024 + b"\n", "more than"),
+    ],
+    ids=["no text", "too long", "too long by its end"],
+)
+def test_a_password_file_is_read_whole_or_not_at_all(tmp_path: Path, text: bytes, says: str) -> None:
+    file = tmp_path / "password"
+    file.touch(0o600)
+    for good in (b"secret\n", b"x" * 1024):
+        file.write_bytes(good)
+        assert read_secret("password_file", str(file)).encode() == good
+    file.write_bytes(text)
+    with pytest.raises(ConfigError, match=says):
+        read_secret("password_file", str(file))
