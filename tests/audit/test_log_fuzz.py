@@ -31,7 +31,7 @@ from tests.harness.auditlogs import (
     tearing,
 )
 
-QUICK = settings(max_examples=150, deadline=None)
+QUICK = settings(max_examples=100, deadline=None)
 LONG = settings(max_examples=20_000, deadline=None)
 
 
@@ -251,13 +251,13 @@ def test_the_logs_to_edit_are_in_order() -> None:
     assert b"\n\n" in REPAIRED.data
 
 
-@settings(QUICK, max_examples=400)
+@settings(QUICK, max_examples=250)
 @given(_edited(PLAIN.data))
 def test_any_edit_is_found(data: bytes) -> None:
     assert _story(data) == _story(PLAIN.data) or _found(PLAIN, data)
 
 
-@settings(QUICK, max_examples=400)
+@settings(QUICK, max_examples=250)
 @given(_edited(REPAIRED.data))
 def test_any_edit_around_torn_records_is_found(data: bytes) -> None:
     assert _story(data) == _story(REPAIRED.data) or _found(REPAIRED, data)

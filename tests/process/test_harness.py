@@ -410,6 +410,7 @@ class TestMemscan:
         with pytest.raises(memscan.ScanRefused, match="gone"):
             scan([4_000_000], [KEY])
 
+    @pytest.mark.long
     def test_the_command(self, holder: Holder, tmp_path: Path) -> None:
         (tmp_path / "raw").write_bytes(KEY.value)
         (tmp_path / "hex").write_text(OTHER.value.hex() + "\n")

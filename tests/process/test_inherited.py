@@ -257,7 +257,7 @@ def test_commands_keep_what_nohup_asked_for(tmp_path: Path) -> None:
     assert done.stdout == "alive\n", done.stderr
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_too_little_address_space_is_one_line(workers: int) -> None:
     """From what is enough downwards: it serves, or says in one line what to raise."""
     refused = 0

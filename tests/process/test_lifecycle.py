@@ -106,7 +106,7 @@ def test_a_killed_worker_is_replaced_and_the_keys_stay() -> None:
         assert daemon.offline("audit", "verify").returncode == 0
 
 
-@pytest.mark.parametrize("rounds", [8, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [5, pytest.param(100, marks=pytest.mark.long)])
 def test_kill_9_loses_no_acknowledged_dek(rounds: int) -> None:
     """Creators run while the whole tree is killed; what was answered before must open after it."""
     acknowledged: dict[str, str] = {}

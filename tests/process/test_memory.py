@@ -141,7 +141,7 @@ def test_start_and_use_leave_no_copy(source: str) -> None:
                 assert daemon.kek.hex().encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
 
 
-@pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.long)])
 def test_after_thousands_of_operations(count: int) -> None:
     with Daemon(workers=2) as daemon:
         material = Material(daemon)
@@ -164,7 +164,7 @@ LAST = {
 }
 
 
-@pytest.mark.parametrize("size", [48, 300])
+@pytest.mark.parametrize("size", [pytest.param(48, marks=pytest.mark.long), 300])
 def test_what_the_last_call_leaves(size: int) -> None:
     """No later one is there to overwrite it: the C code for base64 makes short texts on the stack."""
     with Daemon(workers=1) as daemon, daemon.session() as kms:

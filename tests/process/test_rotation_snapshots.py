@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from progressdb_kms.crypto import envelope
 from progressdb_kms.crypto.keyring import fingerprint
 from progressdb_kms.encoding import b64encode
@@ -129,6 +131,7 @@ def test_a_shredded_dek_that_comes_back_is_told(daemon: Daemon, tmp_path: Path) 
         (folder / name).unlink()
 
 
+@pytest.mark.long
 def test_lines_in_a_large_store() -> None:
     daemon = Daemon(workers=1)
     try:

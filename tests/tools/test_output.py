@@ -27,7 +27,11 @@ LOCALES = {
 }
 
 
-@pytest.mark.parametrize("env", LOCALES.values(), ids=LOCALES)
+@pytest.mark.parametrize(
+    "env",
+    [pytest.param(env, marks=[pytest.mark.long] * (name == "latin-1")) for name, env in LOCALES.items()],
+    ids=LOCALES,
+)
 def test_a_name_in_another_script(shared_daemon: Daemon, env: dict[str, str]) -> None:
     """Never an internal error after the deed is done."""
     key = shared_daemon.ok("POST", "/create_dek_for_thread", {"thread_id": ODD})["key_id"]

@@ -539,7 +539,7 @@ def play_all(daemon: Daemon, seeds: Iterable[int], addresses: list[Address | Non
 
 def test_all_are_answered(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(refusing(), workers=1)
-    play_all(daemon, range(8), [None])
+    play_all(daemon, range(4), [None])
     all_is_free(daemon, 1)
 
 

@@ -81,7 +81,7 @@ def check(data: bytes) -> None:
 
 
 @given(st.one_of(ALMOST, MUTATED, st.binary(max_size=200)))
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_bytes(data: bytes) -> None:
     check(data)
 
