@@ -59,7 +59,7 @@ class TestDaemon:
             parent, worker = daemon.pids()
             assert parent == daemon.pid
             assert daemon.ok("POST", "/echo", {})["pid"] == worker
-            assert daemon.stderr == "standin: ready\n"
+            procs.wait_until(lambda: daemon.stderr == "standin: ready\n", 60, "what it says")
             daemon.stop()
             assert not daemon.alive
         assert not home.exists()

@@ -120,7 +120,7 @@ class TestProgram:
 
 
 class TestTest:
-    SHARED = f"-n {3 * min(4, os.cpu_count() or 1)} --dist loadscope"
+    SHARED = f"-n {2 * min(4, os.cpu_count() or 1)} --dist loadscope"
 
     def pytest_of(self, root: Path, *words: str) -> str:
         """The words that pytest gets from `bin/test --no-lint WORDS…`: its environment is a fake one."""
