@@ -484,4 +484,5 @@ class Authority:
 
         path = self.folder / name
         path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        path.chmod(0o644)  # whatever the umask: an authority that others may replace is none
         return path
