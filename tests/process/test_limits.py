@@ -136,7 +136,10 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("what", SLOW)
+@pytest.mark.parametrize(
+    "what",
+    ["the body", *(pytest.param(what, marks=pytest.mark.long) for what in ("the head", "the first byte"))],
+)
 def test_slow_senders(what: str) -> None:
     """A byte now and then keeps nobody alive: there is one deadline for the whole."""
     config = {"request_timeout": 2, "idle_timeout": 2}

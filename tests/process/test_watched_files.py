@@ -44,6 +44,10 @@ def daemon(request: pytest.FixtureRequest) -> Iterator[Daemon]:
         yield daemon
 
 
+ONE_IS_LONG = [pytest.param(1, marks=pytest.mark.long), 2]
+"""One process does as two do here."""
+
+
 def reasons(kms: Session) -> list[str]:
     reply = kms.request("GET", "/readyz")
     found: list[str] = reply.json()["reasons"]
@@ -243,6 +247,7 @@ def test_under_load(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize("command", [("backup", "HOME/copy"), ("export", "HOME/out"), ("verify",)])
+@pytest.mark.parametrize("daemon", ONE_IS_LONG, indirect=True)
 def test_commands_beside_it_read_no_other_files(daemon: Daemon, command: tuple[str, ...]) -> None:
     words = [word.replace("HOME", str(daemon.home)) for word in command]
     with daemon.session() as kms:
@@ -267,9 +272,11 @@ class TestWhatOthersMayDo:
             "TRUNCATE",
         ],
     )
+    @pytest.mark.parametrize("daemon", ONE_IS_LONG, indirect=True)
     def test_a_checkpoint(self, daemon: Daemon, mode: str) -> None:
         self.look(daemon, f"PRAGMA wal_checkpoint({mode})")
 
+    @pytest.mark.parametrize("daemon", ONE_IS_LONG, indirect=True)
     def test_a_vacuum(self, daemon: Daemon) -> None:
         self.look(daemon, "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)")
 
