@@ -88,12 +88,10 @@ class Uses:
         self._number = 0
         self._learn(heavy)
 
-    def _by(self, uid: int) -> Seen:
-        return self._seen.get(uid) or self._seen.setdefault(uid, ([], [], []))
-
     def add_all(self, names: list[str], encrypts: bool, uid: int) -> None:
         """Of a batch: each name as often as it was used."""
-        self._by(uid)[not encrypts].extend(names)
+        seen = self._seen.get(uid) or self._seen.setdefault(uid, ([], [], []))
+        seen[not encrypts].extend(names)
 
     def add(self, key_id: str, encrypts: int, decrypts: int, uid: int) -> None:
         encrypted, decrypted, touched = self._seen.get(uid) or self._seen.setdefault(uid, ([], [], []))
