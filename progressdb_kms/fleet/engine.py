@@ -12,7 +12,10 @@ Why each of these is looked at, all of them tried:
 - **Is it the primary?** It says so itself, without a query (`in_hot_standby`, PostgreSQL 14). One that became
   a standby under an open connection answers 25006: such a connection is dropped.
 - **Does COMMIT wait for the disk, and for a standby where there are any?** `synchronous_commit` may be off
-  for one role or one database: such a session acknowledges what a failover loses.
+  for one role or one database: such a session acknowledges what a failover loses. What was found good is kept
+  for the session: else a change in postgresql.conf holds for those that are open, unseen.
+- **Does it show all rows?** `row_security=off` makes an error of what a policy would hide, so that no DEK is
+  found absent which is there.
 - **Is it one session?** A pooler in between that gives each transaction another one breaks prepared
   statements, settings and notifications: its backend's number differs from the one that was told at the
   start.
@@ -82,7 +85,7 @@ TIMELINE = "('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::in
 _OPTIONS = (
     f"-c search_path={SCHEMA} -c idle_in_transaction_session_timeout=2s -c lock_timeout=2s "
     f"-c statement_timeout={STATEMENT_SECONDS}s -c default_transaction_isolation=read\\ committed "
-    "-c client_min_messages=warning -c timezone=UTC"
+    "-c idle_session_timeout=0 -c row_security=off -c client_min_messages=warning -c timezone=UTC"
 )
 
 SYNCHRONOUS = ("on", "remote_apply")
@@ -275,7 +278,8 @@ def _look_who_listens(where: Where, session: Session) -> None:
 
 
 _LOOK = (
-    "SELECT current_setting('synchronous_commit'), current_setting('in_hot_standby'), pg_backend_pid(), "
+    "SELECT set_config('synchronous_commit', current_setting('synchronous_commit'), false), "
+    "current_setting('in_hot_standby'), pg_backend_pid(), "
     "current_setting('default_transaction_read_only'), current_setting('search_path')"
 )
 
@@ -363,7 +367,7 @@ def _refused(where: Where, error: psycopg.Error) -> KMSError:
             "raise max_connections; `store status` tells who has them",
         )
     elif "read-only" in text or "hot standby" in text or "recovery mode" in text:
-        meaning, hint = "none of its servers is the primary now", _TRIED
+        meaning, hint = "no server is the primary now, or default_transaction_read_only is on", _TRIED
     else:
         meaning, hint = _line(text) or "no answer", _TRIED
     return StoreUnavailable(f"{where} can't be reached: {meaning}", code=UNREACHABLE, hint=hint)
@@ -376,9 +380,14 @@ def _line(text: str) -> str:
     return last.rpartition("failed: ")[2].rpartition("FATAL: ")[2].strip()[:200]
 
 
-FORGOTTEN = sqlstate.InvalidSqlStatementName, sqlstate.DuplicatePreparedStatement
+FORGOTTEN = (
+    sqlstate.InvalidSqlStatementName,
+    sqlstate.DuplicatePreparedStatement,
+    sqlstate.FeatureNotSupported,
+)
 """The driver prepares what is asked often. Where a pipeline is aborted, it may take for prepared what is
-not, or the other way round: then each later use fails, as long as the session lives. So that ends."""
+not, or the other way round; and where a column was altered, "cached plan must not change result type": then
+each later use fails, as long as the session lives. So that ends."""
 
 
 def translated(where: Where, error: psycopg.Error) -> KMSError:
@@ -391,7 +400,7 @@ def translated(where: Where, error: psycopg.Error) -> KMSError:
     if isinstance(error, sqlstate.InsufficientPrivilege):
         return ConfigError(
             f"{where} does not let {where.user} do that",
-            hint=f"the schema {SCHEMA} and its tables must be {where.user}'s",
+            hint=f"the schema {SCHEMA} and its tables must be {where.user}'s, without row security",
         )
     if isinstance(error, sqlstate.DiskFull):
         return StoreUnavailable(

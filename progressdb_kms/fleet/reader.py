@@ -45,13 +45,24 @@ STATES = "SELECT host, value FROM kms WHERE name = 'store:state'"
 _SAID = "SELECT active_kek, host, value FROM fleet LEFT JOIN kms ON name = 'store:state'"
 
 
-def row_of(value: str) -> Any:
+def row_of(value: Any) -> Any:
+    """Of what stands in a column, which somebody may have altered."""
     try:
-        return json_loads(value)
+        if isinstance(value, str):
+            return json_loads(value)
+        raise ValueError
     except ValueError:
         raise StoreDamaged(
             "a row of the store is not JSON", hint="run `progressdb-kms verify`, then restore a backup"
         ) from None
+
+
+def as_it_stands(value: Any) -> Any:
+    """Likewise; what is no JSON as it stands, so that whoever holds it against its MAC can name the row."""
+    try:
+        return row_of(value)
+    except StoreDamaged:
+        return value if isinstance(value, str) else ""
 
 
 def combined(rows: Iterable[StoreState], own: StoreState) -> StoreState:
@@ -137,17 +148,17 @@ class FleetReader(SealedReader):
 
     def _raw(self, key_id: str) -> Any:
         rows = self._select("SELECT value FROM deks WHERE key_id = %s", (key_id,))
-        return row_of(rows[0][0]) if rows else None
+        return as_it_stands(rows[0][0]) if rows else None
 
     def get(self, key_id: str) -> DekRecord | None:
         """As of any row, but with one parse and one MAC where it is spelled as we write it."""
         rows = self._select("SELECT value FROM deks WHERE key_id = %s", (key_id,))
         return self._opened(key_id, rows[0][0]) if rows else None
 
-    def _opened(self, key_id: str, text: str) -> DekRecord:
-        if self._seal is not None and self._seal.wrote("meta:" + key_id, text):
+    def _opened(self, key_id: str, text: Any) -> DekRecord:
+        if self._seal is not None and isinstance(text, str) and self._seal.wrote("meta:" + key_id, text):
             return DekRecord.from_row(key_id, json.loads(text))
-        return self._record(key_id, row_of(text))
+        return self._record(key_id, as_it_stands(text))
 
     def at(self, key_id: str) -> tuple[DekRecord | None, Point]:
         """A row and the point of the snapshot in which it was read, for whoever remembers it."""
@@ -162,7 +173,7 @@ class FleetReader(SealedReader):
         thread = "" if thread_id is None else "AND thread_id = %s "
         args = (after, limit) if thread_id is None else (after, thread_id, limit)
         sql = f"SELECT key_id, value FROM deks WHERE key_id > %s {thread}ORDER BY key_id LIMIT %s"  # noqa: S608
-        return [(key_id, row_of(value)) for key_id, value in self._select(sql, args)]
+        return [(key_id, as_it_stands(value)) for key_id, value in self._select(sql, args)]
 
     def added_up(self) -> tuple[dict[str, int], int]:
         """What the state has to say: DEKs by the KEK that they need, and the sum of all rows. Of a row that
@@ -221,7 +232,7 @@ class FleetReader(SealedReader):
         """The fleet's state, and that of all hosts but this one. Raises StoreDamaged."""
         states = {}
         for host, text in rows:
-            row = row_of(text)
+            row = as_it_stands(text)
             self._check_of(host, STATE, row)
             states[host] = StoreState.from_row(row)
         own = states.get(self.host, StoreState())
@@ -252,12 +263,13 @@ class FleetReader(SealedReader):
         self.agreed()
         total = own = 0
         for host, name, text in self._select("SELECT host, name, value FROM kms ORDER BY host, name"):
-            row = row_of(text)
-            if name == STATE or name.startswith(OWN):
-                self._check_of(host, name, row)
+            if name != STATE and not name.startswith(OWN):
+                continue
+            row = as_it_stands(text)
+            self._check_of(host, name, row)
             if name == STATE:
                 own += StoreState.from_row(row).own
-            elif name.startswith(OWN):
+            else:
                 total += weight(row)
         if (total - own) % MODULUS:
             raise StoreDamaged(OWN_DONT_ADD_UP, hint=OWN_HINT)

@@ -27,6 +27,8 @@ older than that is refused.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from ..errors import ConfigError, StoreDamaged
@@ -63,6 +65,8 @@ TABLES = (
     'CREATE TABLE touched (key_id text COLLATE "C" NOT NULL, was text NOT NULL, now text NOT NULL)',
 )
 
+_KEYLESS = ("touched",)
+
 MIGRATIONS: dict[int, tuple[str, ...]] = {}
 """From each older version: what leads to the next one."""
 
@@ -88,6 +92,17 @@ WHERE NOT rolsuper AND NOT pg_has_role(owner, 'MEMBER') LIMIT 1"""  # noqa: S608
 and replace each table; and a function there that fits a question of ours better than the engine's own is run
 in our name. (So this question casts each argument to what the engine's own takes.)"""
 
+_COLUMN = re.compile(r'\b(\w+) (text\[\]|text|bigint|integer|boolean)(?!\w)( COLLATE "C")?')
+_RELATIONS = f"""
+SELECT relname::text, relkind = 'r', relpersistence = 'p', relrowsecurity,
+EXISTS (SELECT FROM pg_rewrite WHERE ev_class = c.oid),
+EXISTS (SELECT FROM pg_index WHERE indrelid = c.oid AND indisprimary) FROM pg_class AS c
+WHERE relnamespace = {_OURS}"""  # noqa: S608
+_COLUMNS = f"""
+SELECT relname::text, attname::text, format_type(atttypid, atttypmod), collname::text, attnotnull
+FROM pg_class AS c JOIN pg_attribute ON attrelid = c.oid LEFT JOIN pg_collation AS l ON l.oid = attcollation
+WHERE relnamespace = {_OURS} AND attnum > 0 AND NOT attisdropped"""  # noqa: S608
+
 _LOCK = "SELECT pg_advisory_xact_lock(hashtext('progressdb-kms schema'))"
 
 
@@ -97,14 +112,14 @@ def fleet_row(session: Session) -> FleetRow:
 
 
 def check(link: Link) -> FleetRow:
-    """Raises StoreDamaged where there is no fleet, or one of a schema that this release doesn't know."""
+    """Raises StoreDamaged where there is no fleet, or one that this release doesn't know: of another schema,
+    or altered."""
     with link.session() as session:
         found = fleet_row(session)
         _refuse_others(link, session)
-        ((least,),) = session.execute("SELECT least FROM fleet").fetchall()
-    if found.schema > VERSION >= least:
-        return found  # a release after this one has added what this one need not know
-    if found.schema > VERSION:
+        (least,) = first(session.execute("SELECT least FROM fleet").fetchall())
+        strange = list(altered(session))
+    if found.schema > VERSION and least > VERSION:  # else what one after this has added need not be known
         raise StoreDamaged(
             f"{link.where} has schema {found.schema}, and this release knows {VERSION}",
             hint="install the release that the other hosts have",
@@ -114,6 +129,8 @@ def check(link: Link) -> FleetRow:
             f"{link.where} has schema {found.schema}, and this release writes {VERSION}",
             hint="run `progressdb-kms store migrate`: the release before this one goes on beside it",
         )
+    if strange:
+        raise StoreDamaged(f"{link.where}: {strange[0]}", hint=_UNDO)
     return found
 
 
@@ -150,6 +167,38 @@ def migrate(link: Link) -> tuple[int, int]:
                 _execute(session, statement)
             session.execute("UPDATE fleet SET schema = %s, least = %s", (version + 1, version))
     return was, check(link).schema
+
+
+_UNDO = (
+    "somebody altered it, or a restore left that out: undo it, or `restore` a backup into another database"
+)
+
+
+def altered(session: Session) -> Iterator[str]:
+    """What is no more as `create` made it, and what it does to us. A release after this one may have added
+    columns."""
+    there = {name: facts for name, *facts in session.execute(_RELATIONS).fetchall()}
+    columns = {(table, name): facts for table, name, *facts in session.execute(_COLUMNS).fetchall()}
+    for statement in TABLES:
+        if not (made := re.match(r"CREATE TABLE (\w+) (.*)", statement, re.DOTALL)):
+            continue
+        table, text = made.groups()
+        told = f"the table {SCHEMA}.{table}"
+        is_table, lasts, hides, rules, keyed = there.get(table, [False] * 5)
+        if not is_table:
+            yield f"{told} is not there, or is no table"
+            continue
+        if not lasts:
+            yield f"{told} is UNLOGGED: a crash of the engine, or a failover, empties it (SET LOGGED)"
+        if hides or rules:
+            yield f"{told} has {'row security' if hides else 'rules'}: rows are hidden, or not written"
+        if not keyed and table not in _KEYLESS:
+            yield f"{told} has no primary key"
+        for column, kind, collation in _COLUMN.findall(text):
+            is_now = columns.get((table, column))
+            if is_now is None or is_now[0] != kind or (collation and is_now[1] != "C") or not is_now[2]:
+                was = f"{kind}{collation} NOT NULL"
+                yield f"the column {column} of {told} is no more {was}"
 
 
 def _refuse_others(link: Link, session: Session) -> None:

@@ -12,7 +12,7 @@ from ..store.seal import STATE, StoreState
 from .engine import Link, Session
 from .reader import combined, row_of
 from .rows import FleetRow, HostRow
-from .schema import fleet_row
+from .schema import altered, fleet_row
 
 _HOSTS = "SELECT host, inc, name, beat, seen, keks, fenced FROM hosts ORDER BY name, host, inc"
 _STATES = "SELECT value FROM kms WHERE name = %s"
@@ -39,9 +39,10 @@ def status(link: Link) -> dict[str, Any]:
             StoreState.from_row(row_of(row[0])) for row in session.execute(_STATES, (STATE,)).fetchall()
         ]
         found = {"fleet": fleet._asdict(), "hosts": hosts, "engine": _engine(session)}
+        strange = list(altered(session))
     whole = combined(states, StoreState())
     found["deks"] = {kek_id: row.deks for kek_id, row in whole.keks.items()}
-    found["warnings"] = list(_warnings(found))
+    found["warnings"] = [*strange, *_warnings(found)]
     return found
 
 

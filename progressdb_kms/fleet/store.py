@@ -38,7 +38,6 @@ waits for it, or gives up and says so; before the next transaction all is read a
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -55,7 +54,7 @@ from ..store.policy import SHREDDED
 from ..store.seal import MODULUS, STATE, KekCount, Seal, StoreState, Tally, weight, without_mac
 from ..store.sealed import SealedStore, Written, nobody
 from .engine import FORGOTTEN, TIMELINE, UNREACHABLE, Link, Session, Texts, translated
-from .reader import STATES, WRITES, FleetReader, combined, named, row_of, without
+from .reader import STATES, WRITES, FleetReader, as_it_stands, combined, named, row_of, without
 from .rows import ALL, KEKS, KEY, FleetRow, HostRow, Point, first
 from .schema import FLEET
 from .status import status
@@ -197,6 +196,15 @@ class Row(NamedTuple):
     mac: str
     rev: int | None
     was: str
+
+
+def _writes(row: str | None) -> int:
+    """Of a row that has no MAC: where it is none of ours, a number that was never there."""
+    try:
+        found = row_of(row)["writes"] if row is not None else 0
+    except (StoreDamaged, KeyError, TypeError):
+        found = None
+    return found if type(found) is int and 0 <= found < 1 << 62 else time.time_ns()
 
 
 class Gathered:
@@ -400,8 +408,7 @@ class FleetStore(SealedStore, FleetReader):
         statements = self._statements()
         if not statements and not self._gathered.seen and self._open is None:
             return
-        writes = json.loads(self._count_row)["writes"] if self._count_row else 0
-        count = json_dumps({"writes": writes + 1, "inc": self.inc})
+        count = json_dumps({"writes": _writes(self._count_row) + 1, "inc": self.inc})
         guard = (_GUARD, (self.host, count, self._count_row or ""))
         stored = self._gathered.kms.get(STATE, self._stored)
         everything = [guard, *statements, *self._renames, *self._told()]
@@ -592,7 +599,7 @@ class FleetStore(SealedStore, FleetReader):
 
     def _raw(self, key_id: str) -> Any:
         text = self._text(key_id)
-        return None if text is None else row_of(text)
+        return None if text is None else as_it_stands(text)
 
     def get(self, key_id: str) -> DekRecord | None:
         text = self._text(key_id)
@@ -614,7 +621,7 @@ class FleetStore(SealedStore, FleetReader):
         if not waiting:
             return page
         merged = sorted({**dict(page), **waiting}.items())
-        return [(k, row) for k, row in merged if thread_id in (None, row["thread_id"])][:limit]
+        return [(k, row) for k, row in merged if thread_id is None or row["thread_id"] == thread_id][:limit]
 
     def _read(self, name: str) -> Any:
         if self._now is not None and name in self._now.kms:

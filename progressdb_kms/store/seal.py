@@ -131,10 +131,11 @@ class StoreState(NamedTuple):
         if row is None:
             return cls()
         try:
-            active = ActiveKek(*row["active"]) if row["active"] else None
-            keks = {kek_id: KekCount(*count) for kek_id, count in row["keks"].items()}
+            named, version, since = row["active"] or ("", 0, "")
+            active = ActiveKek(str(named), int(version), str(since)) if named else None
+            keks = {kek: KekCount(int(v), int(deks), str(at)) for kek, (v, deks, at) in row["keks"].items()}
             return cls(int(row["change"]), active, keks, int(row["sum"], 16), int(row["own"], 16))
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise StoreDamaged(
                 f"the row {STATE} can't be read", hint="restore a backup: `progressdb-kms restore FILE`"
             ) from None

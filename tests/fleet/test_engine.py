@@ -13,6 +13,7 @@ import pytest
 
 from progressdb_kms.errors import ConfigError, KMSError, StoreDamaged, StoreUnavailable
 from progressdb_kms.fleet.settings import Host, Where
+from tests.fleet.test_daemons import until
 from tests.harness import postgres
 from tests.harness.postgres import Authority, Database, Postgres
 
@@ -253,7 +254,8 @@ class TestWhatItMustBe:
     def test_read_only(self, postgres_server: Postgres, where: Where) -> None:
         postgres_server.sql(f"ALTER DATABASE {where.database} SET default_transaction_read_only = on")
         error = refused(where, StoreUnavailable)
-        assert "none of its servers is the primary" in error.message and error.code == "store_unreachable"
+        assert error.code == "store_unreachable" and "no server is the primary now" in error.message
+        assert "or default_transaction_read_only is on" in error.message
 
     def test_older(self, where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
         from progressdb_kms.fleet import engine
@@ -306,6 +308,49 @@ class TestLink:
         assert caught.value.code == "store_unreachable"
         with link.session() as session:
             assert session.info.backend_pid != pid and session.execute("SELECT 1").fetchall() == [(1,)]
+        link.close()
+
+    def test_what_was_found_good_holds_for_the_session(self, postgres_server: Postgres, where: Where) -> None:
+        """postgresql.conf is changed, and read again: a session that was open acknowledged what a failover
+        loses, and nobody looked again. Nor does a role's own setting end sessions that are at rest."""
+        from progressdb_kms.fleet.engine import Link
+
+        postgres_server.sql("ALTER ROLE kms SET idle_session_timeout = '1s'")
+        link = Link(where)
+        try:
+            with link.session() as session:
+                pid = session.info.backend_pid
+            postgres_server.sql("ALTER SYSTEM SET synchronous_commit = off", "SELECT pg_reload_conf()")
+            others = "SELECT current_setting('synchronous_commit')"
+            until(lambda: postgres_server.sql(others) == [("off",)])
+            with link.session() as session:
+                assert session.execute("SHOW synchronous_commit").fetchall() == [("on",)]
+                assert session.execute("SHOW idle_session_timeout").fetchall() == [("0",)]
+                assert session.info.backend_pid == pid
+        finally:
+            link.close()
+            postgres_server.sql(
+                "ALTER ROLE kms RESET ALL", "ALTER SYSTEM RESET synchronous_commit", "SELECT pg_reload_conf()"
+            )
+            until(lambda: postgres_server.sql(others) == [("on",)])
+
+    def test_a_column_that_was_altered_spoils_no_session(
+        self, postgres_server: Postgres, where: Where
+    ) -> None:
+        """What was prepared fails then, as long as its session lives."""
+        from progressdb_kms.fleet.engine import Link
+
+        link = Link(where)
+        with link.session() as session:
+            session.execute("CREATE SCHEMA kms")
+            session.execute("CREATE TABLE kms.x (a int)")
+            for _ in range(10):
+                session.execute("SELECT a FROM x")
+        postgres_server.sql("ALTER TABLE kms.x ALTER a TYPE bigint", database=where.database)
+        with pytest.raises(StoreUnavailable), link.session() as session:
+            session.execute("SELECT a FROM x")
+        with link.session() as session:
+            assert session.execute("SELECT a FROM x").fetchall() == []
         link.close()
 
     def test_one_that_became_a_standby_s_is_dropped(self, where: Where) -> None:
