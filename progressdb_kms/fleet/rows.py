@@ -51,6 +51,10 @@ class Point(NamedTuple):
         earlier timeline that was never acknowledged may be higher than one of a later."""
         return self.timeline >= other.timeline and self.gen >= other.gen
 
+    def __str__(self) -> str:
+        """For people."""
+        return f"change {self.gen} of timeline {self.timeline}"
+
 
 class FleetRow(NamedTuple):
     """The one row of the table `fleet`, and the timeline on which it was read."""

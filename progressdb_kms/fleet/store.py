@@ -157,9 +157,10 @@ _ACTIVATE = (
     "SELECT sqrt(count(*) - 1) FROM done"
 )
 _CHANGES = (
-    "WITH next AS (UPDATE fleet SET gen = gen + %s RETURNING gen) INSERT INTO changes "  # noqa: S608
+    "WITH next AS (UPDATE fleet SET gen = gen + %s RETURNING gen), done AS (INSERT INTO changes "  # noqa: S608
     "SELECT gen - %s + n.at, n.kind, n.key_id FROM next, "
-    "unnest(%s::text[], %s::text[]) WITH ORDINALITY AS n (kind, key_id, at)"
+    "unnest(%s::text[], %s::text[]) WITH ORDINALITY AS n (kind, key_id, at) RETURNING 1) "
+    "SELECT sqrt((count(*) = %s)::int - 1) FROM done"
 )
 _NOTIFY = "SELECT pg_notify(%s, '')"
 _FENCE = (  # and at which point this is
@@ -431,7 +432,7 @@ class FleetStore(SealedStore, FleetReader):
         told = self._changed if len(self._changed) <= MANY else [(ALL, "")]
         if told:
             kinds, names = [kind for kind, _ in told], [key_id for _, key_id in told]
-            result += [(_CHANGES, (len(told), len(told), kinds, names)), (_NOTIFY, (CHANNEL,))]
+            result += [(_CHANGES, (len(told), len(told), kinds, names, len(told))), (_NOTIFY, (CHANNEL,))]
         return [*result, (_FENCE, (self.host, self.inc, self._fenced_by))]
 
     def _end(self, statements: list[Statement], count: str) -> None:

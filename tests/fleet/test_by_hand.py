@@ -210,6 +210,30 @@ def test_the_engine_s_administrator_may_own_it(fleet_database: postgres.Fleet) -
     fleet_database.sql("ALTER SCHEMA kms OWNER TO kms")
 
 
+@pytest.mark.parametrize("table", ["fleet", "changes"])
+def test_a_change_that_nobody_would_hear_of_is_none(
+    fleet_database: postgres.Fleet, hosts: Hosts, table: str
+) -> None:
+    """The engine wrote the row, dropped what tells the other hosts of it (a trigger can), and said that all
+    is well: they went on to encrypt under a DEK that was answered to be disabled."""
+    one, two = hosts.all
+    key_id = ok(one, "POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    fleet_database.sql(
+        "CREATE FUNCTION kms.nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+        f"CREATE TRIGGER t BEFORE INSERT OR UPDATE ON kms.{table} FOR EACH ROW EXECUTE FUNCTION kms.nothing()",
+    )
+    try:
+        with one.session(PATIENCE) as a, two.session(PATIENCE) as b:
+            assert use(b, key_id) == 200
+            assert a.request("POST", f"/deks/{key_id}/disable", {}).code == "store_contended"
+            assert use(b, key_id) == use(a, key_id) == 200
+    finally:
+        fleet_database.sql(f"DROP TRIGGER t ON kms.{table}", "DROP FUNCTION kms.nothing")
+    with one.session(PATIENCE) as a, two.session(PATIENCE) as b:
+        assert a.request("POST", f"/deks/{key_id}/disable", {}).status == 200
+        assert use(b, key_id) == use(a, key_id) == 423
+
+
 @pytest.fixture
 def altered(fleet_database: postgres.Fleet) -> Iterator[postgres.Fleet]:
     """What a test leaves of its tables is nobody's."""
