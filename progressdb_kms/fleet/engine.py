@@ -16,6 +16,7 @@ Why each of these is looked at, all of them tried:
   for the session: else a change in postgresql.conf holds for those that are open, unseen.
 - **Does it show all rows?** `row_security=off` makes an error of what a policy would hide, so that no DEK is
   found absent which is there.
+- **Can it keep all texts?** In a database of LATIN1 one thread_id failed the writes of all callers beside it.
 - **Is it one session?** A pooler in between that gives each transaction another one breaks prepared
   statements, settings and notifications: its backend's number differs from the one that was told at the
   start.
@@ -291,6 +292,12 @@ def _check(where: Where, session: Session) -> None:
             f"{where} is PostgreSQL {version // 10000}, and a fleet needs 14 or newer",
             hint="upgrade the engine; `export` takes a host's own store there later",
         )
+    encoding = session.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        raise ConfigError(
+            f"{where} has the encoding {encoding}, in which not every thread_id can be written",
+            hint=f"CREATE DATABASE {where.database} OWNER {where.user} ENCODING 'UTF8' TEMPLATE template0",
+        )
     ((commit, standby, backend, read_only, path),) = session.execute(_LOOK).fetchall()
     if backend != session.info.backend_pid or path != SCHEMA:
         raise ConfigError(
@@ -394,8 +401,8 @@ def translated(where: Where, error: psycopg.Error) -> KMSError:
     """What became of a statement. The words of the engine may quote a row, so only its kind is told."""
     if isinstance(error, (sqlstate.UndefinedTable, sqlstate.InvalidSchemaName, sqlstate.UndefinedColumn)):
         return StoreDamaged(
-            f"{where} holds no fleet, or one of another release",
-            hint="`progressdb-kms store init`, or `store migrate`",
+            f"{where} holds no fleet that {where.user} may see, or one of another release",
+            hint="`progressdb-kms store init`, or `store migrate`; or GRANT USAGE ON SCHEMA kms",
         )
     if isinstance(error, sqlstate.InsufficientPrivilege):
         return ConfigError(

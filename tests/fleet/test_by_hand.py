@@ -10,6 +10,7 @@ import pytest
 from progressdb_kms.errors import ConfigError, StoreDamaged
 from progressdb_kms.fleet import schema
 from progressdb_kms.fleet.status import status
+from progressdb_kms.store.contract import KEK_ROW, Usage
 from tests.conftest import MakeDaemon
 from tests.fleet.test_daemons import PATIENCE, configured, until, use
 from tests.fleet.test_rotation import Hosts, ok
@@ -220,7 +221,8 @@ def test_a_change_that_nobody_would_hear_of_is_none(
     key_id = ok(one, "POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
     fleet_database.sql(
         "CREATE FUNCTION kms.nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
-        f"CREATE TRIGGER t BEFORE INSERT OR UPDATE ON kms.{table} FOR EACH ROW EXECUTE FUNCTION kms.nothing()",
+        f"CREATE TRIGGER t BEFORE INSERT OR UPDATE ON kms.{table} FOR EACH ROW "
+        "EXECUTE FUNCTION kms.nothing()",
     )
     try:
         with one.session(PATIENCE) as a, two.session(PATIENCE) as b:
@@ -232,6 +234,19 @@ def test_a_change_that_nobody_would_hear_of_is_none(
     with one.session(PATIENCE) as a, two.session(PATIENCE) as b:
         assert a.request("POST", f"/deks/{key_id}/disable", {}).status == 200
         assert use(b, key_id) == use(a, key_id) == 423
+
+
+def test_a_count_of_uses_without_end_stops_no_write(fleet_database: postgres.Fleet) -> None:
+    """Uses come with what else a host writes: one more than the engine's largest number failed all of it."""
+    store = fleet_database.store(memoryview(bytes(32)))
+    most, least = 2**63 - 1, -(2**63)
+    fleet_database.sql(
+        f"INSERT INTO kms.usage VALUES ('{KEK_ROW}x', {most}, {most}, {least}, {most}, {least})"
+    )
+    with store.transaction():
+        store.count([(KEK_ROW + "x", Usage(1, 1, 1, 1, 1))])
+        store.write("probe", {})
+    assert store.usage([KEK_ROW + "x"])[KEK_ROW + "x"].encrypts == 2**53 + 1
 
 
 @pytest.fixture

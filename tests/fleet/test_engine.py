@@ -257,6 +257,16 @@ class TestWhatItMustBe:
         assert error.code == "store_unreachable" and "no server is the primary now" in error.message
         assert "or default_transaction_read_only is on" in error.message
 
+    @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+    def test_another_encoding(self, postgres_server: Postgres, where: Where, encoding: str) -> None:
+        """One thread_id that could not be written failed all creates that came with it."""
+        name = f"{where.database}_other"
+        postgres_server.sql(
+            f"CREATE DATABASE {name} OWNER kms ENCODING '{encoding}' TEMPLATE template0 LOCALE 'C'"
+        )
+        error = refused(where._replace(database=name))
+        assert f"has the encoding {encoding}" in error.message and "ENCODING 'UTF8'" in error.hint
+
     def test_older(self, where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
         from progressdb_kms.fleet import engine
 
