@@ -198,7 +198,7 @@ class FleetReader(SealedReader):
 
     def _read(self, name: str) -> Any:
         rows = self._select("SELECT value FROM kms WHERE host = %s AND name = %s", (self._owner(name), name))
-        return row_of(rows[0][0]) if rows else None
+        return as_it_stands(rows[0][0]) if rows else None
 
     def names(self, prefix: str) -> list[str]:
         """In order."""

@@ -627,10 +627,10 @@ class FleetStore(SealedStore, FleetReader):
     def _read(self, name: str) -> Any:
         if self._now is not None and name in self._now.kms:
             text = self._now.kms[name]
-            return None if text is None else row_of(text)
+            return None if text is None else as_it_stands(text)
         if name in self._ahead:
             text = self._ahead[name]
-            return None if text is None else row_of(text)
+            return None if text is None else as_it_stands(text)
         return super()._read(name)
 
     def names(self, prefix: str) -> list[str]:

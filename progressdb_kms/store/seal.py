@@ -131,11 +131,10 @@ class StoreState(NamedTuple):
         if row is None:
             return cls()
         try:
-            named, version, since = row["active"] or ("", 0, "")
-            active = ActiveKek(str(named), int(version), str(since)) if named else None
+            active = ActiveKek(str(it[0]), int(it[1]), str(it[2])) if (it := row["active"]) else None
             keks = {kek: KekCount(int(v), int(deks), str(at)) for kek, (v, deks, at) in row["keks"].items()}
             return cls(int(row["change"]), active, keks, int(row["sum"], 16), int(row["own"], 16))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError):
             raise StoreDamaged(
                 f"the row {STATE} can't be read", hint="restore a backup: `progressdb-kms restore FILE`"
             ) from None

@@ -54,7 +54,9 @@ class SealedReader(ABC):
     def read(self, name: str) -> Row | None:
         """A row of the service's own. Those that carry a MAC are held against it all at once: see `vouch`."""
         row = self._read(name)
-        return without_mac(row) if name.startswith(OWN) and isinstance(row, dict) else row
+        if row is not None and not isinstance(row, dict):
+            raise StoreDamaged(f"the row {name} of the store can't be read", hint="restore a backup")
+        return without_mac(row) if row and name.startswith(OWN) else row
 
     def get(self, key_id: str) -> DekRecord | None:
         row = self._raw(key_id)

@@ -76,6 +76,7 @@ RESCUE = "kms-rescue-"  # and a time: what was open when its file was taken away
 DEKS = "deks"
 STAGED = "deks_next"
 RETIRED = "deks_old_"  # and a number: tables that are emptied bit by bit
+THREADS = "deks_thread_"  # and a number: the indexes of these tables
 
 
 # ---- SQLite --------------------------------------------------------------------------------------
@@ -87,6 +88,8 @@ def _unavailable(error: sqlite3.Error) -> StoreUnavailable:
         hint = "make room on the file system of the data-dir; nothing that was acknowledged is lost"
     elif "readonly" in text or "unable to open" in text:
         hint = "the data-dir must be writable by the daemon's user"
+    elif "locked" in text:
+        hint = "another program writes to it: `fuser -v` of kms.db tells which"
     else:
         hint = "look at the disk and the kernel log, then run `progressdb-kms doctor`"
     return StoreUnavailable(f"the store can't do that now: {text}", hint=hint)
@@ -110,6 +113,7 @@ class Connection:
             self._db = sqlite3.connect(
                 uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5
             )
+            self._db.text_factory = lambda raw: raw.decode("utf-8", "replace")  # its own error quotes the row
             self._db.execute("PRAGMA cell_size_check=ON")
         except sqlite3.Error as error:
             raise _unavailable(error) from error
@@ -152,12 +156,10 @@ class Connection:
 
 
 def _row_of(value: object) -> Any:
+    """An empty text for what is no JSON, as a byte that the disk lost makes it: its reader names the row."""
     with contextlib.suppress(ValueError):
-        if isinstance(value, str):
-            return json_loads(value)
-    raise StoreDamaged(
-        "a row of the store is not JSON", hint="run `progressdb-kms verify`, then restore a backup"
-    )
+        return json_loads(value) if isinstance(value, str) else ""
+    return ""
 
 
 class Table(SqliteDict):  # type: ignore[misc]
@@ -176,10 +178,10 @@ class Table(SqliteDict):  # type: ignore[misc]
 
 _VALUE = f'SELECT value FROM "{DEKS}" WHERE key = ?'  # noqa: S608
 _PAGE = f'SELECT key, value FROM "{DEKS}" WHERE key > ? ORDER BY key LIMIT ?'  # noqa: S608
-_PAGE_OF_THREAD = (
-    f"SELECT key, value FROM \"{DEKS}\" WHERE json_extract(value, '$.thread_id') = ? AND key > ? "  # noqa: S608
-    "ORDER BY key LIMIT ?"
-)
+THREAD = "CASE WHEN json_valid(value) THEN json_extract(value, '$.thread_id') END"
+"""By this a thread's DEKs are found. Of a row that lost a byte it is NULL, not an error that would keep the
+row from being replaced."""
+_PAGE_OF_THREAD = f'SELECT key, value FROM "{DEKS}" WHERE {THREAD} = ? AND key > ? ORDER BY key LIMIT ?'  # noqa: S608
 _THERE = f'SELECT key FROM "{DEKS}" WHERE key IN (SELECT value FROM json_each(?))'  # noqa: S608
 _PAIRS = (
     f"SELECT live.key, json_extract(live.value, '$.mac'), json_extract(staged.value, '$.mac') "  # noqa: S608
@@ -384,8 +386,8 @@ class SqliteStore(SealedStore, SqliteReader):
 
     def _index(self, table: str) -> None:
         """Find the DEKs of a thread without a scan; the name is free, as renamed tables keep theirs."""
-        name = self._free_name("index", "deks_thread_")
-        self._conn.execute(f'CREATE INDEX "{name}" ON "{table}" (json_extract(value, \'$.thread_id\'), key)')
+        name = self._free_name("index", THREADS)
+        self._conn.execute(f'CREATE INDEX "{name}" ON "{table}" ({THREAD}, key)')
 
     def _free_name(self, kind: str, prefix: str) -> str:
         numbers = (int(name[len(prefix) :]) for name in self._conn.named(kind, prefix))

@@ -32,6 +32,7 @@ from ..audit.log import key_fragment
 from ..audit.tail import logs
 from ..audit.verify import History, history
 from ..config.load import Loaded
+from ..config.options import Settings
 from ..disk import regular
 from ..encoding import KEK_ID, KEY_ID, MAX_THREAD_ID, b64decode, json_loads, timestamp
 from ..errors import KMSError, StoreDamaged
@@ -40,6 +41,7 @@ from ..store import snapshots
 from ..store.contract import KEK_ROW, DekRecord, Usage
 from ..store.policy import DISABLED, ENABLED, PENDING_DELETION, SHREDDED, STATES
 from ..store.snapshots import LINES, find
+from ..store.sqlite import FILE_NAME, THREAD, THREADS, Connection
 from . import asowner, datadir, ledgers, pebble
 from .console import CommandFailed, say
 from .datadir import Opener, Work, beyond
@@ -510,14 +512,27 @@ def restore_snapshot(
     if not folder.is_dir():
         raise CommandFailed(f"there is no folder {folder}", hint="`backups list` tells which there are")
     found = _as_owner(_snapshot(folder) if key is None else _one(folder, key), loaded)
-    with (
-        datadir.keys(loaded) as keys,
-        datadir.held(loaded),
-        datadir.working(loaded, keys, "restore") as work,
-    ):
-        ledger = _ledger(snapshots.ledger(folder.absolute()), work.audit.key, key, force)
-        result = take(work, "restore_key", found, progress, skip_bad=False, force=force, ledger=ledger)
+    with datadir.keys(loaded) as keys, datadir.held(loaded):
+        _index_anew(loaded.settings)
+        with datadir.working(loaded, keys, "restore") as work:
+            ledger = _ledger(snapshots.ledger(folder.absolute()), work.audit.key, key, force)
+            result = take(work, "restore_key", found, progress, skip_bad=False, force=force, ledger=ledger)
     return {"path": str(folder), "restored": result.imported, "unchanged": result.unchanged}
+
+
+def _index_anew(settings: Settings) -> None:
+    """What an index has of a row that lost a byte since is not what the row says now: SQLite would call the
+    file malformed where that row is replaced. Nobody else has it open."""
+    path = settings.data_dir / FILE_NAME
+    if settings.store != "sqlite" or not path.exists():
+        return
+    with contextlib.closing(Connection(path, "rw")) as db:
+        db.execute("BEGIN IMMEDIATE")
+        for name in db.named("index", THREADS):
+            (table,) = db.select_one("SELECT tbl_name FROM sqlite_master WHERE name = ?", (name,))
+            db.execute(f'DROP INDEX "{name}"')
+            db.execute(f'CREATE INDEX "{name}" ON "{table}" ({THREAD}, key)')
+        db.execute("COMMIT")
 
 
 def _ledger(path: Path, key: memoryview, only: str | None, force: bool) -> Mapping[str, str]:

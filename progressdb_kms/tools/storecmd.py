@@ -21,7 +21,7 @@ from ..config.options import Settings
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
 from ..disk import regular
 from ..encoding import json_dumps, json_loads
-from ..errors import StoreDamaged
+from ..errors import StoreDamaged, StoreUnavailable
 from ..service.ownkeys import ROWS
 from ..store import snapshots
 from ..store.contract import DekRecord, Reader, Usage
@@ -160,16 +160,19 @@ def _check_file(data_dir: Path, reader: SqliteReader, faults: Faults) -> None:
     db = Connection(data_dir / FILE_NAME, datadir.access(data_dir))
     with contextlib.closing(db):
         db.execute("BEGIN")
-        for row in db.select("PRAGMA integrity_check(20)"):
-            if row[0] != "ok":
-                faults.add(f"{FILE_NAME}: {row[0]}")
+        try:
+            for row in db.select("PRAGMA integrity_check(20)"):
+                if row[0] != "ok":
+                    faults.add(f"{FILE_NAME}: {row[0]}")
+        except StoreUnavailable as error:  # of an index over a row that is damaged, which is named below
+            faults.add(f"{FILE_NAME}: {error.message}")
         text = db.select_one("SELECT value FROM kms WHERE key = ?", (STATE,))
-        state = _state(reader, json_loads(text[0]) if text else None, faults)
+        state = _state(reader, text[0] if text else None, faults)
         kept = {kek_id: row.deks for kek_id, row in state.keks.items()}
         found = {row[0]: row[1] for row in db.select(_CENSUS, (SHREDDED,))}
         if kept != found:
             faults.add(f"{FILE_NAME}: DEKs by KEK are counted as {kept}, and there are {found}")
-        rows = db.select(f"SELECT json_extract(value, '$.mac') FROM {DEKS}")  # noqa: S608
+        rows = db.select(f"SELECT json_extract(value, '$.mac') FROM {_JSON}")  # noqa: S608
         if sum(_weight(row[0]) for row in rows) % MODULUS != state.total:
             faults.add(f"{FILE_NAME}: a row was deleted, or an older one was put back: they don't add up")
         try:
@@ -188,24 +191,31 @@ def _weight(mac_of_row: Any) -> int:
         return 0  # the row itself is a fault, which the look at each row finds
 
 
-def _state(reader: SqliteReader, row: Any, faults: Faults) -> StoreState:
+def _state(reader: SqliteReader, text: str | None, faults: Faults) -> StoreState:
+    row = None
     try:
+        with contextlib.suppress(ValueError):  # then the row is text, and none of ours
+            row = text
+            row = json_loads(text) if text is not None else None
         reader.check(STATE, row)
     except StoreDamaged as error:
         faults.add(error.message)
     return StoreState.from_row(row)
 
 
+_JSON = f"(SELECT key, CASE WHEN json_valid(value) THEN value ELSE '{{}}' END AS value FROM {DEKS})"  # noqa: S608
+"""The rows, with nothing in those that are damaged: each of them is named by whoever looks at all."""
+
 _CENSUS = (
     "SELECT json_extract(value, '$.kek_id'), count(*) FROM "  # noqa: S608
-    f"{DEKS} WHERE json_extract(value, '$.state') <> ? GROUP BY 1"
+    f"{_JSON} WHERE json_extract(value, '$.state') <> ? GROUP BY 1"
 )
 _GONE = (
-    f"SELECT substr(key, 6) FROM {DEKS} AS d WHERE json_extract(value, '$.state') = ? AND NOT EXISTS ("  # noqa: S608
+    f"SELECT substr(key, 6) FROM {_JSON} AS d WHERE json_extract(value, '$.state') = ? AND NOT EXISTS ("  # noqa: S608
     "SELECT 1 FROM kms WHERE key = 'erasure:' || substr(d.key, 6))"
 )
 _UNINDEXED = (
-    f"SELECT key FROM {DEKS} AS d WHERE json_extract(value, '$.state') = ? AND NOT EXISTS ("  # noqa: S608
+    f"SELECT key FROM {_JSON} AS d WHERE json_extract(value, '$.state') = ? AND NOT EXISTS ("  # noqa: S608
     "SELECT 1 FROM kms WHERE key = "
     "'deletion:' || json_extract(d.value, '$.delete_at') || '|' || substr(d.key, 6))"
 )

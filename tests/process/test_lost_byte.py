@@ -1,0 +1,90 @@
+"""The disk lost a byte of one row, and SQLite has no checksums: that row is named, its bytes are told to
+nobody, all others are served, and it can be brought back."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.conftest import MakeDaemon
+from tests.harness.daemon import Daemon, DaemonFailed, write_secret
+from tests.harness.wire import b64
+
+LOST = pytest.mark.parametrize(
+    ("at", "byte"),
+    [(0, b"x"), (1, b"z"), (60, b"\xff"), (80, b"\0"), (80, b"\x01")],
+    ids=["brace", "quote", "not UTF-8", "NUL", "control"],
+)
+
+
+def lose(daemon: Daemon, key_id: str, at: int, byte: bytes) -> None:
+    path = daemon.data_dir / "kms.db"
+    assert not (daemon.data_dir / "kms.db-wal").exists()
+    data, row = bytearray(path.read_bytes()), f"meta:{key_id}{{".encode()
+    places = [n for n in range(len(data)) if data.startswith(row, n)]
+    assert places
+    for place in places:
+        start = place + len(row) - 1 + at
+        data[start : start + 1] = byte
+    path.write_bytes(data)
+
+
+@LOST
+def test_a_row_that_lost_a_byte(make_daemon: MakeDaemon, at: int, byte: bytes) -> None:
+    daemon = make_daemon(workers=1)
+    with daemon.session() as session:
+        good, bad = (session.create_dek(f"thread-{number}")["key_id"] for number in range(2))
+        sealed = session.encrypt(bad, b"hello")
+        write_secret(daemon.home / "old", daemon.kek)
+        daemon.write_kek(new := os.urandom(32))
+        daemon.write_config({"workers": 1, "previous_master_keys": [{"file": "old"}]})
+        session.ok("POST", "/rotate_kek", {"new_kek_hex": new.hex()})
+        blob = session.ok("GET", f"/get_wrapped?key_id={bad}")["wrapped"]
+    daemon.stop()
+    (snapshot,) = (path for path in (daemon.data_dir / "kms-deks-backup").iterdir() if path.is_dir())
+    lose(daemon, bad, at, byte)
+    daemon.start()
+    told = f"the row meta:{bad} of the store is not as the daemon wrote it"
+    with daemon.session() as session:
+        for method, path, body in (
+            ("GET", "/deks", None),
+            ("GET", f"/deks/{bad}", None),
+            ("POST", "/encrypt", {"key_id": bad, "plaintext": b64(b"x")}),
+            ("POST", f"/deks/{bad}/disable", {}),
+            ("POST", "/rotate_kek", {"new_kek_hex": os.urandom(32).hex()}),
+        ):
+            reply = session.request(method, path, body)
+            assert (reply.status, reply.code) == (500, "store_damaged"), path
+            assert told.encode() in reply.body and blob[8:40].encode() not in reply.body
+        session.encrypt(good, b"x")
+        session.create_dek("another")
+    assert "Traceback" not in daemon.stderr and blob[8:40] not in daemon.stderr
+    daemon.stop()
+    verified = daemon.offline("verify")
+    assert verified.returncode == 1 and f"{bad}: its row is not as the daemon" in verified.stderr.decode()
+    assert f"{good}:" not in verified.stderr.decode()
+    exported = daemon.offline("export", str(daemon.home / "lines"))
+    assert exported.returncode == 1 and f"the row of key {bad} can't be read" in exported.stderr.decode()
+    restored = daemon.offline("restore", "--snapshot", str(snapshot), "--key", bad)
+    assert restored.returncode == 0, restored.stderr
+    assert daemon.offline("verify").returncode == 0
+    daemon.start()
+    with daemon.session() as session:
+        session.ok("POST", f"/deks/{bad}/enable", {})
+        assert session.decrypt(bad, sealed) == b"hello"
+
+
+def test_a_row_of_the_service_that_lost_a_byte_is_named(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(workers=1)
+    daemon.ok("POST", "/deks", {"thread_id": "t"}, 201)
+    daemon.stop()
+    path = daemon.data_dir / "kms.db"
+    data = path.read_bytes()
+    assert b'store:state{"' in data
+    path.write_bytes(data.replace(b'store:state{"', b"store:state{\xff"))
+    with pytest.raises(DaemonFailed) as refused:
+        daemon.start()
+    assert "the row store:state" in refused.value.stderr
+    verified = daemon.offline("verify")
+    assert verified.returncode == 1 and b"the row store:state" in verified.stderr
