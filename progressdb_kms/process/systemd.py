@@ -43,7 +43,8 @@ def listen_socket() -> socket.socket | None:
     except OSError:
         raise ConfigError(f"systemd hands over no socket (descriptor {FIRST_FD})", hint=_REMEDY) from None
     listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM or not listening:
+    stream = sock.family == socket.AF_UNIX and sock.type == socket.SOCK_STREAM
+    if not stream or not listening or sock.getsockname()[:1] != "/":  # an abstract one has no permissions
         sock.detach()  # it is not ours to close
         raise ConfigError("what systemd hands over is not a listening Unix stream socket", hint=_REMEDY)
     sock.set_inheritable(False)

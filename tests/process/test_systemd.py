@@ -86,11 +86,11 @@ print("open" if os.path.exists("/proc/self/fd/3") else "closed")
 """
 
 
-def take(third: int | None, pid: str = "0", count: str = "1") -> str:
+def take(third: int | None, pid: str = "0", count: str = "1", program: str = TAKE) -> str:
     """What a process says that has `third` as its descriptor 3, and what became of that descriptor."""
 
     result = subprocess.run(
-        [sys.executable, "-c", TAKE, pid, count, str(third or 0)],
+        [sys.executable, "-c", program, pid, count, str(third or 0)],
         pass_fds=() if third is None else (third,),
         capture_output=True,
         text=True,
@@ -132,7 +132,16 @@ def test_a_descriptor_that_is_no_socket() -> None:
     assert take(None).startswith("refused: systemd hands over no socket")
 
 
-@pytest.mark.parametrize("kind", ["not listening", "datagram", "seqpacket", "tcp", "connected"])
+@pytest.mark.parametrize("count", ["9" * 30, "9" * 5000, "\u00b2", "\u0661"], ids=["many", "more", "²", "١"])
+def test_a_number_of_sockets_that_can_t_be(listener: socket.socket, count: str) -> None:
+    """It was counted up to, or a traceback, before it could be refused."""
+    most = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
+    settle = "from progressdb_kms.process import inherited\ninherited.settle(os.environ)\n"
+    said = take(listener.fileno(), count=count, program=most + TAKE.replace("try:", settle + "try:"))
+    assert said.startswith("refused: systemd hands over more than one socket")
+
+
+@pytest.mark.parametrize("kind", ["not listening", "datagram", "seqpacket", "tcp", "connected", "abstract"])
 def test_other_sockets_are_refused_and_left_alone(kind: str, short_tmp: Path) -> None:
     types = {"datagram": socket.SOCK_DGRAM, "seqpacket": socket.SOCK_SEQPACKET}
     if kind == "connected":
@@ -141,8 +150,9 @@ def test_other_sockets_are_refused_and_left_alone(kind: str, short_tmp: Path) ->
     else:
         family = socket.AF_INET if kind == "tcp" else socket.AF_UNIX
         sock = other = socket.socket(family, types.get(kind, socket.SOCK_STREAM))
-        sock.bind(("127.0.0.1", 0) if kind == "tcp" else f"{short_tmp}/s")
-        if kind in ("seqpacket", "tcp"):
+        path = "\0" * (kind == "abstract") + f"{short_tmp}/s"
+        sock.bind(("127.0.0.1", 0) if kind == "tcp" else path)
+        if kind in ("seqpacket", "tcp", "abstract"):
             sock.listen(1)
     with sock, other:
         said = take(sock.fileno())
