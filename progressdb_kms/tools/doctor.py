@@ -371,6 +371,22 @@ def _folder(patient: Patient) -> Findings:
         )
     elif not about.st_mode & 0o077:
         yield Finding(OK, f"{path} belongs to uid {about.st_uid} alone")
+    yield from _unwritable(path)
+
+
+def _unwritable(folder: Path) -> Findings:
+    """What no start gets by: a disk that was made read-only after an error, an immutable file."""
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        todo = "look at the kernel log: the disk may have failed; then mount it anew"
+        yield Finding(FAIL, f"the file system of {folder} is read-only", todo)
+        return
+    for path in (folder, folder / STORE, folder / AUDIT_LOG):
+        if not path.exists():
+            continue
+        about = path.stat()
+        if not os.access(path, os.W_OK) or (about.st_uid and not about.st_mode & stat.S_IWUSR):
+            todo = "look at its rights and its owner, and with `lsattr` whether it is immutable"
+            yield Finding(FAIL, f"{path} can't be written", todo)
 
 
 def _is_open(path: Path, owner: int) -> bool:

@@ -8,6 +8,7 @@ import os
 import pwd
 import shutil
 import sqlite3
+import subprocess
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Callable
@@ -17,7 +18,8 @@ import pytest
 from progressdb_kms.tools import asowner, doctor
 from tests.conftest import MakeDaemon
 from tests.harness import Daemon
-from tests.harness.daemon import write_secret
+from tests.harness.daemon import DaemonFailed, write_secret
+from tests.harness.faults import need_mount
 from tests.harness.wire import free_port, host_of
 
 
@@ -120,6 +122,35 @@ def test_an_edited_audit_line(stopped: Daemon) -> None:
     stopped.audit_log.write_text(edited)
     (found,) = report(stopped)["fail"]
     assert found["check"] == "start" and "the audit log has a fault" in found["text"]
+
+
+def test_a_file_system_that_is_read_only(stopped: Daemon) -> None:
+    """As the kernel makes it after an error of the disk: no start, and doctor passed it."""
+    need_mount()
+    where = str(stopped.data_dir)
+    for words in (["--bind", where, where], ["-o", "remount,ro,bind", where]):
+        if subprocess.run(["mount", *words], capture_output=True, check=False).returncode:
+            pytest.skip("nothing can be mounted here")
+    try:
+        (found,) = report(stopped)["fail"]
+        assert found["text"] == f"the file system of {stopped.data_dir} is read-only"
+        with pytest.raises(DaemonFailed, match="Read-only file system"):
+            stopped.start()
+    finally:
+        subprocess.run(["umount", where], check=True)
+    stopped.start()
+
+
+@pytest.mark.parametrize("name", ["", "kms.db", "kms-audit.log"], ids=["folder", "store", "log"])
+def test_what_can_t_be_written(stopped: Daemon, name: str) -> None:
+    """Root may write all but what is immutable: so another is the owner."""
+    if os.geteuid() == 0:
+        for path in (stopped.data_dir, *stopped.data_dir.iterdir()):
+            os.chown(path, 12345, 12345)
+    path = stopped.data_dir / name
+    path.chmod(path.stat().st_mode & 0o555)
+    found = report(stopped)["fail"]
+    assert f"{path} can't be written" in [row["text"] for row in found]
 
 
 def test_erasures_that_are_due(stopped: Daemon) -> None:
