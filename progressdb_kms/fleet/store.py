@@ -1017,4 +1017,11 @@ def _weight(mac: str) -> int:
 
 def _columns(rows: Mapping[str, Row]) -> list[Texts]:
     values = rows.values()
-    return [Texts(rows), *map(Texts, zip(*((row.thread_id, row.text, row.kek_id) for row in values)))]
+    return [Texts(rows), *map(Texts, zip(*((_found_by(row), row.text, row.kek_id) for row in values)))]
+
+
+def _found_by(row: Row) -> str:
+    """By the API a thread_id is printable; what is imported may hold what PostgreSQL knows in no text."""
+    if row.thread_id.isprintable():
+        return row.thread_id
+    return row.thread_id.replace("\0", "\ufffd").encode("utf-8", "replace").decode()

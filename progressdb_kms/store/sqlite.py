@@ -87,7 +87,7 @@ def _unavailable(error: sqlite3.Error) -> StoreUnavailable:
     if "full" in text:
         hint = "make room on the file system of the data-dir; nothing that was acknowledged is lost"
     elif "readonly" in text or "unable to open" in text:
-        hint = "the data-dir must be writable by the daemon's user"
+        hint = "the data-dir must be writable by the daemon's user, and a descriptor be left (LimitNOFILE=)"
     elif "locked" in text:
         hint = "another program writes to it: `fuser -v` of kms.db tells which"
     else:

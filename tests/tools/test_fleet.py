@@ -363,6 +363,18 @@ class TestThereAndBack:
         with back.start().session() as kms:
             assert kms.decrypt(key_id, message) == b"before"
 
+    def test_a_thread_id_that_the_engine_can_t_keep(self, tmp_path: Path, fleet_database: Fleet) -> None:
+        """A host's own store takes any text: one line ended the import of all in a fault of ours."""
+        one = Host(tmp_path / "one", KEK, fleet_database)
+        lines = b""
+        for number, thread_id in enumerate(("a\0b", "\ud800", "a\nb", "plain")):
+            line = json.loads(_wrapped(KEK, f"k_{number}"))
+            lines += json.dumps({**line, "thread_id": thread_id}).encode() + b"\n"
+        one.run("import", "-", stdin=lines)
+        exported = one.run("export").splitlines()
+        assert [json.loads(line)["thread_id"] for line in exported] == ["a\0b", "\ud800", "a\nb", "plain"]
+        one.run("verify")
+
     def test_a_fleet_that_was_changed_by_hand_is_not_backed_up(
         self, tmp_path: Path, fleet_database: Fleet, make_daemon: Callable[..., Daemon]
     ) -> None:
