@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Optional
 
 from ..config.load import Loaded
 from ..config.options import Settings
@@ -55,27 +55,40 @@ TOLD = 100
 """Faults that are listed; all are counted."""
 
 
-def _pages(reader: Reader) -> Iterator[list[DekRecord]]:
+Judged = list[tuple[str, Optional[DekRecord]]]
+
+
+def _pages(reader: Reader) -> Iterator[Judged]:
     after = ""
     while page := reader.page(after, PAGE):
-        yield page
+        yield [(record.key_id, record) for record in page]
         after = page[-1].key_id
+
+
+def _judged(reader: SealedReader) -> Iterator[Judged]:
+    after = ""
+    while page := reader.judged(after, PAGE):
+        yield page
+        after = page[-1][0]
 
 
 # ---- export --------------------------------------------------------------------------------------------
 
 
-def export(settings: Settings, file: IO[bytes], progress: Progress) -> int:
-    """Write a JSON line a DEK, tombstones too; each as it stood when it was read. Returns how many."""
-    done = 0
+def export(settings: Settings, file: IO[bytes], progress: Progress, skip_bad: bool) -> tuple[int, list[str]]:
+    """Write a JSON line a DEK, tombstones too; each as it stood when it was read. Returns how many, and the
+    key_ids whose rows can't be read: none of these without `skip_bad`, which raises StoreDamaged."""
+    done, bad = 0, list[str]()
     with datadir.reading(settings) as reader:
         total = sum(row.deks for row in reader.keks().values())
-        for page in _pages(reader):
-            usage = reader.usage([record.key_id for record in page])
-            file.writelines(line(record, usage.get(record.key_id)) for record in page)
-            done += len(page)
+        for page in _judged(reader) if skip_bad else _pages(reader):
+            bad += [key_id for key_id, record in page if record is None]
+            whole = [record for _, record in page if record is not None]
+            usage = reader.usage([record.key_id for record in whole])
+            file.writelines(line(record, usage.get(record.key_id)) for record in whole)
+            done += len(whole)
             progress(done, max(done, total))
-    return done
+    return done, bad
 
 
 def line(record: DekRecord, usage: Usage | None) -> bytes:

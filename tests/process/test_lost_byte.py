@@ -4,6 +4,8 @@ nobody, all others are served, and it can be brought back."""
 from __future__ import annotations
 
 import os
+import shutil
+from contextlib import closing
 
 import pytest
 
@@ -66,6 +68,17 @@ def test_a_row_that_lost_a_byte(make_daemon: MakeDaemon, at: int, byte: bytes) -
     assert f"{good}:" not in verified.stderr.decode()
     exported = daemon.offline("export", str(daemon.home / "lines"))
     assert exported.returncode == 1 and f"the row of key {bad} can't be read" in exported.stderr.decode()
+    skipped = daemon.offline("export", "--skip-bad", str(daemon.home / "lines"))
+    assert skipped.returncode == 0 and f"{bad}: its row can't be read" in skipped.stderr.decode()
+    lines = (daemon.home / "lines").read_text()
+    assert f'"{good}"' in lines and f'"{bad}"' not in lines
+    with closing(daemon.copy(data=False)) as twin:  # where there is no copy of it, all others go elsewhere
+        shutil.copy(daemon.home / "old", twin.home / "old")
+        assert twin.offline("import", str(daemon.home / "lines")).returncode == 0
+        twin.start()
+        with twin.session() as session:
+            session.encrypt(good, b"x")
+            session.ok("POST", "/rotate_kek", {"new_kek_hex": os.urandom(32).hex()})
     restored = daemon.offline("restore", "--snapshot", str(snapshot), "--key", bad)
     assert restored.returncode == 0, restored.stderr
     assert daemon.offline("verify").returncode == 0

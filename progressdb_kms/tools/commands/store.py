@@ -134,7 +134,12 @@ def restore(args: argparse.Namespace) -> None:
     OFFLINE,
     "write all DEKs as JSON lines",
     "A line a DEK, wrapped: it opens under the same KEK only. OUT is written whole or not at all.",
-    (OUTPUT, DATA_DIR, CONFIG),
+    (
+        OUTPUT,
+        DATA_DIR,
+        CONFIG,
+        Arg(("--skip-bad",), "name DEKs whose rows can't be read, and go on with the others", "flag"),
+    ),
     examples=("progressdb-kms export deks.jsonl --config /etc/progressdb-kms/progressdb-kms.yaml",),
 )
 def export(args: argparse.Namespace) -> None:
@@ -146,8 +151,10 @@ def export(args: argparse.Namespace) -> None:
         output(args.output) as file,
         asowner.acting_as(asowner.of(loaded.settings.data_dir)),
     ):
-        count = storecmd.export(loaded.settings, file, progress=bar)
-    say(f"{count} DEKs exported")
+        count, bad = storecmd.export(loaded.settings, file, progress=bar, skip_bad=args.skip_bad)
+    for key_id in bad:
+        say(f"{key_id}: its row can't be read")
+    say(f"{count} DEKs exported" + (f", {len(bad)} left out" if bad else ""))
 
 
 @command(
