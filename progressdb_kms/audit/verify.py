@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import BinaryIO, Callable, NamedTuple
+from typing import BinaryIO, Callable, NamedTuple, Union
 
 from ..encoding import b64decode
 from ..errors import StoreDamaged
@@ -267,12 +267,16 @@ class Reading:
             self._progress(self._done + position, self._total)
 
 
+Left = Union[str, None]
+"""How a DEK was left: None: enabled; "": disabled; else the time for which its deletion is scheduled."""
+
+
 class History(NamedTuple):
-    """What the signed events of a log say of DEKs. `shredded`: time by key_id. `closed`: those whose last
-    event says that they must not be used, with the time of their deletion ("": disabled)."""
+    """What the signed events of a log say of DEKs. `shredded`: time by key_id. `left`: how the last event
+    left a DEK that was closed or opened, and the number of the store's last change by then."""
 
     shredded: dict[str, str]
-    closed: dict[str, str]
+    left: dict[str, tuple[int, Left]]
 
 
 _TOLD = re.compile(rb'"op":"(?:shred|disable_dek|enable_dek|delete_dek)","outcome":"ok"')
@@ -327,7 +331,6 @@ def _note(line: bytes, key: memoryview, found: History) -> None:
         op, key_id = event["op"], event["key_id"]
         if op == "shred" or event.get("immediately"):
             found.shredded[key_id] = event["ts"]
-        elif op == "enable_dek":
-            found.closed.pop(key_id, None)
         else:
-            found.closed[key_id] = event.get("delete_at", "")
+            left = None if op == "enable_dek" else event.get("delete_at", "")
+            found.left[key_id] = event["change"], left

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 from ..audit import tail
 from ..audit.log import AuditLog
+from ..audit.verify import Left
 from ..config.load import Loaded
 from ..config.options import Settings
 from ..crypto import envelope
@@ -28,8 +29,9 @@ from ..errors import AlreadyRunning, AuthenticationFailed, KMSError, StoreDamage
 from ..service import ownkeys, start
 from ..service.lock import claim, is_held, published
 from ..service.plan import Configured
-from ..store.contract import Reader, Usage
+from ..store.contract import DekRecord, Reader, Usage
 from ..store.heads import Head, anchor
+from ..store.policy import DISABLED, PENDING_DELETION, SHREDDED
 from ..store.seal import STATE, StoreState
 from ..store.sqlite import FILE_NAME, WAL, SqliteReader, SqliteStore
 from . import asowner
@@ -200,6 +202,14 @@ def beyond(usage: Usage, kept: Usage | None) -> Usage:
     return usage._replace(
         encrypts=max(0, usage.encrypts - kept.encrypts), decrypts=max(0, usage.decrypts - kept.decrypts)
     )
+
+
+def as_left(record: DekRecord, left: Left) -> DekRecord:
+    """A DEK of before, in no more open a state than it was left in. A deletion that was called off since does
+    not come back, or the next start might shred it; whether it may be used then a person decides."""
+    if record.state == SHREDDED or (left is None and record.state != PENDING_DELETION):
+        return record
+    return record._replace(state=PENDING_DELETION if left else DISABLED, delete_at=left or "")
 
 
 class Work:

@@ -39,12 +39,12 @@ from ..errors import KMSError, StoreDamaged
 from ..service.usage import SPENT, refusal
 from ..store import snapshots
 from ..store.contract import KEK_ROW, DekRecord, Usage
-from ..store.policy import DISABLED, ENABLED, PENDING_DELETION, SHREDDED, STATES
+from ..store.policy import ENABLED, PENDING_DELETION, SHREDDED, STATES
 from ..store.snapshots import LINES, find
-from ..store.sqlite import FILE_NAME, THREAD, THREADS, Connection
+from ..store.sqlite import FILE_NAME, THREAD, THREADS, Connection, SqliteStore
 from . import asowner, datadir, ledgers, pebble
 from .console import CommandFailed, say
-from .datadir import Opener, Work, beyond
+from .datadir import Opener, Work, as_left, beyond
 
 Progress = Callable[[int, int], None]
 
@@ -308,6 +308,7 @@ class Importer:
         """`ledger`: the SHA-256 that each DEK's blob must have; `force` takes another one, disabled."""
         self._store = work.store
         self._history = history
+        self._alone = isinstance(work.store, SqliteStore)  # in a fleet the last word may be in another's log
         self._active = work.keyring.active
         if self._store.heavy().get(name := KEK_ROW + self._active.kek_id, 0) >= SPENT:
             raise refusal(name)
@@ -362,7 +363,8 @@ class Importer:
         else:  # what belongs to the key stays as it is here: its thread, its state
             bound = self._bound(new)
             row = old._replace(wrapped=bound.wrapped, kek_id=bound.kek_id, kek_version=bound.kek_version)
-            self._put(self._closed(row) if row.key_id in self.distrusted else row)
+            distrusted = row.key_id in self.distrusted
+            self._put(self._alive(as_left(row, row.delete_at)) if distrusted else row)
 
     def _present_row(self, key_id: str) -> DekRecord | None:
         if key_id in self._new or key_id not in self._there:
@@ -377,12 +379,18 @@ class Importer:
 
     def _closed(self, new: DekRecord) -> DekRecord:
         """What the audit log says of a DEK that the store does not know (any more)."""
+        self._alive(new)
+        if new.key_id in self.distrusted:
+            new = as_left(new, "")
+        if new.key_id in self._history.left and (self._alone or new.state == ENABLED):
+            _, left = self._history.left[new.key_id]
+            new = as_left(new, left)
+        return new
+
+    def _alive(self, new: DekRecord) -> DekRecord:
         if new.key_id in self._history.shredded:
             raise ValueError(f"the key {new.key_id} was shredded, says the audit log: nothing brings it back")
-        if new.state != ENABLED or not (new.key_id in self._history.closed or new.key_id in self.distrusted):
-            return new
-        delete_at = self._history.closed.get(new.key_id, "")
-        return new._replace(state=PENDING_DELETION if delete_at else DISABLED, delete_at=delete_at)
+        return new
 
     def _present(self, old: DekRecord, new: DekRecord) -> bool:
         """Is it the same DEK? False where it may be replaced. ValueError where there is another one."""

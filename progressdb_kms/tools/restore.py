@@ -6,7 +6,8 @@ trigger, no free page, no half of a rotation. What is taken from where:
 
     DEKs                 the backup; shredded ones as tombstones
     tombstones           the present store, the signed `shred` events of the audit log, the backup
-    disabled, scheduled  likewise: what was closed since the backup stays closed
+    disabled, scheduled  likewise: what was closed since the backup stays closed; a deletion that was called
+                         off since is none any more, and the DEK disabled
     active KEK           the backup: its DEKs need it
     audit key, row key   the present store where they open, else the backup: they stay over rotations
     audit epoch, heads   the present store, else the backup, and above whatever the log knows of
@@ -38,6 +39,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from ..audit import tail, verify
+from ..audit.verify import Left
 from ..config.load import Loaded
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
 from ..disk import sync
@@ -50,12 +52,12 @@ from ..service.rotation import RETIRED_KEK, retired
 from ..service.start import EPOCH, RESTORE_FOLDER, RESTORED
 from ..store import heads
 from ..store.contract import KEK_ROW, DekRecord, Usage
-from ..store.policy import DISABLED, ENABLED, PENDING_DELETION, SHREDDED
+from ..store.policy import DISABLED, PENDING_DELETION, SHREDDED
 from ..store.sqlite import FILE_NAME, SqliteReader, SqliteStore
 from . import asowner, backup, datadir
 from .backup import Backup, Progress
 from .console import CommandFailed
-from .datadir import Keys, Opener, beyond
+from .datadir import Keys, Opener, as_left, beyond
 
 BATCH = 2000
 """Rows of one transaction while the new store is built."""
@@ -72,8 +74,8 @@ class Present(NamedTuple):
     audit: dict[str, Any]
     erasures: list[str]
     tombstones: dict[str, DekRecord]
-    closed: dict[str, str]
-    """DEKs that must not be used, with the time of their deletion."""
+    left: dict[str, Left]
+    """How DEKs are that are closed, or not as in the backup."""
     newer: list[str]
     """DEKs that the backup lacks, or has another row of."""
     change: int
@@ -85,7 +87,7 @@ class Past(NamedTuple):
     rows: dict[str, Any]
     """Of the audit log, and the keys of our own, wrapped under the KEK that the backup calls active."""
     tombstones: dict[str, DekRecord]
-    closed: dict[str, str]
+    left: dict[str, Left]
     erasures: list[str]
     change: int
 
@@ -210,7 +212,7 @@ def _look(data_dir: Path, source: Backup, keys: Keys, force: bool) -> Present | 
 
 def _read(store: SqliteStore, source: Backup) -> Present:
     tombstones: dict[str, DekRecord] = {}
-    closed: dict[str, str] = {}
+    left: dict[str, Left] = {}
     newer, after = [], ""
     while page := store.page(after, BATCH):
         for record in page:
@@ -218,14 +220,15 @@ def _read(store: SqliteStore, source: Backup) -> Present:
                 tombstones[record.key_id] = record
             elif source.get(record.key_id) != record.to_row():
                 newer.append(record.key_id)
+                left[record.key_id] = None
             if record.state in (DISABLED, PENDING_DELETION):
-                closed[record.key_id] = record.delete_at
+                left[record.key_id] = record.delete_at
         after = page[-1].key_id
     prefixes = ("audit:", RETIRED_KEK, TRUSTED_CLOCK)
     names = [name for prefix in prefixes for name in store.names(prefix)]
     rows = {name: store.read(name) for name in [*names, *ROWS.values()]}
     erasures = [name.partition(":")[2] for name in store.names("erasure:")]
-    return Present(rows, erasures, tombstones, closed, newer, store.state().change)
+    return Present(rows, erasures, tombstones, left, newer, store.state().change)
 
 
 # ---- what the new store must know of the time before ----------------------------------------------------
@@ -257,7 +260,7 @@ def _past(
                 checked, floor = True, tail.floor(logs, key)
             told = _history(logs, key)
             history.shredded.update(told.shredded)
-            history.closed.update(told.closed)
+            history.left.update(told.left)
     rows.update(_own_keys(keys, chosen, (rows, theirs)))
     dead = history.shredded.items()
     tombstones = {key_id: _tombstone(key_id, when, source, chosen) for key_id, when in dead}
@@ -265,9 +268,11 @@ def _past(
     _begin_anew(rows, logs, floor)
     pending = {name.partition(":")[2] for name in source.rows("erasure:")}
     erasures = sorted(pending.union(present.erasures if present else ()))
-    closed = {**history.closed, **(present.closed if present else {})}
-    change = max(source.state().change, present.change if present else 0, floor.change if floor else 0)
-    return Past(rows, tombstones, closed, erasures, change)
+    then = source.state().change  # of what was before, its rows tell
+    left = {key_id: how for key_id, (change, how) in history.left.items() if change > then}
+    left.update(present.left if present else {})
+    change = max(then, present.change if present else 0, floor.change if floor else 0)
+    return Past(rows, tombstones, left, erasures, change)
 
 
 def _own_keys(keys: Keys, chosen: Plan, holders: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -414,13 +419,9 @@ def _carry_wraps(store: SqliteStore, active: str, *kept: Callable[[Sequence[str]
 
 def _closed(record: DekRecord, past: Past, genuine: bool) -> DekRecord:
     """What was closed since the backup stays so, and so does what nobody can vouch for."""
-    if record.state == ENABLED and not genuine:
-        return record._replace(state=DISABLED)
-    delete_at = past.closed.get(record.key_id)
-    if record.state not in (ENABLED, DISABLED) or delete_at is None:
-        return record
-    state = PENDING_DELETION if delete_at else DISABLED
-    return record._replace(state=state, delete_at=delete_at)
+    if not genuine:
+        record = as_left(record, "")
+    return as_left(record, past.left[record.key_id]) if record.key_id in past.left else record
 
 
 def _opens(opener: Opener, record: DekRecord) -> bool:

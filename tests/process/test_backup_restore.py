@@ -390,6 +390,72 @@ class TestRestore:
         checked(site.daemon)  # `verify` misses the row of the janitor's list where there is none
         assert state(site.daemon.start(), site.keys[0]) == "pending_deletion"
 
+    @pytest.mark.parametrize("known_by", ["store", "log"])
+    def test_a_deletion_that_was_called_off_or_put_off_since_does_not_come_back(
+        self, site: Site, known_by: str
+    ) -> None:
+        """When its time of then has passed, the next start would shred what is in use."""
+        with site.daemon.session() as kms:
+            for key_id in site.keys:
+                kms.ok("DELETE", f"/deks/{key_id}", {"pending_days": 1})
+            site.backup.unlink()
+            ok(site.daemon.offline("backup", str(site.backup)))
+            off, closed, later, kept = site.keys
+            for key_id in (off, closed):
+                kms.ok("POST", f"/deks/{key_id}/enable")
+            kms.ok("POST", f"/deks/{closed}/disable")
+            kms.ok("DELETE", f"/deks/{later}", {"pending_days": 300})
+            due = {key_id: kms.ok("GET", f"/deks/{key_id}")["delete_at"] for key_id in (later, kept)}
+        site.daemon.stop()
+        if known_by == "log":
+            for path in site.daemon.data_dir.glob("kms.db*"):
+                path.unlink()
+        told(restore(site, "--force"))
+        checked(site.daemon)
+        site.daemon.start()
+        states = ["disabled", "disabled", "pending_deletion", "pending_deletion"]
+        assert [state(site.daemon, key_id) for key_id in site.keys] == states
+        assert {key_id: site.daemon.ok("GET", f"/deks/{key_id}")["delete_at"] for key_id in due} == due
+        site.daemon.ok("POST", f"/deks/{off}/enable")
+        opens(site.daemon, {off: site.boxes[off]})
+
+    def test_a_log_that_ends_before_the_backup_changes_nothing_of_it(self, site: Site) -> None:
+        """It was not copied as late as the backup was made: the rows know better."""
+        scheduled, enabled = site.keys[:2]
+        with site.daemon.session() as kms:
+            for key_id in (scheduled, enabled):
+                kms.ok("DELETE", f"/deks/{key_id}", {"pending_days": 1})
+            kms.ok("POST", f"/deks/{scheduled}/enable")
+            log = site.daemon.audit_log.read_bytes()
+            kms.ok("DELETE", f"/deks/{scheduled}", {"pending_days": 9})
+            kms.ok("POST", f"/deks/{enabled}/enable")
+        site.backup.unlink()
+        ok(site.daemon.offline("backup", str(site.backup)))
+        with contextlib.closing(site.daemon.copy(data=False)) as twin:
+            write_secret(twin.audit_log, log)
+            told(twin.offline("restore", str(site.backup), "--force", "--json"))
+            twin.start()
+            assert (state(twin, scheduled), state(twin, enabled)) == ("pending_deletion", "enabled")
+
+    def test_an_edited_row_comes_back_disabled_whatever_it_says(self, site: Site) -> None:
+        """A deletion that somebody wrote into it would shred the DEK at the next start."""
+        site.daemon.stop()
+        name = f"meta:{site.keys[0]}"
+        with contextlib.closing(sqlite3.connect(site.daemon.data_dir / "kms.db")) as db:
+            ((text,),) = db.execute("SELECT value FROM deks WHERE key = ?", (name,))
+            row = {
+                **json.loads(text),
+                "state": "pending_deletion",
+                "delete_at": "2026-01-01T00:00:00.000000Z",
+            }
+            db.execute("UPDATE deks SET value = ? WHERE key = ?", (json.dumps(row), name))
+            db.commit()
+        site.backup.unlink()
+        ok(site.daemon.offline("backup", str(site.backup)))
+        assert told(restore(site, "--force"))["damaged"] == site.keys[:1]
+        checked(site.daemon)
+        assert state(site.daemon.start(), site.keys[0]) == "disabled"
+
     def test_newer_deks_need_force(self, site: Site) -> None:
         with site.daemon.session() as kms:
             late = kms.create_dek("late")["key_id"]

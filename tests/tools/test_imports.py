@@ -648,6 +648,36 @@ class TestSnapshots:
         before[key_id]["wrapped"] = after[key_id]["wrapped"]
         assert after == before
 
+    def test_a_lost_row_comes_back_as_it_was_left(self, site: Daemon) -> None:
+        """A deletion that was called off since would shred it, one that was scheduled since be forgotten."""
+        states = {"off": "disabled", "on": "pending_deletion", "later": "pending_deletion"}
+        with site.start().session() as kms:
+            for key_id in states:
+                kms.ok("POST", "/deks", {"thread_id": "t", "key_id": key_id}, 201)
+            kms.ok("DELETE", "/deks/off", {"pending_days": 1})
+            kms.ok("DELETE", "/deks/later", {"pending_days": 1})
+            kms.ok("POST", "/deks/on/disable")
+            new, old = os.urandom(32), site.kek
+            folder = kms.rotate(new)["backup"]
+            kms.ok("POST", "/deks/off/enable")
+            due = {
+                key_id: kms.ok("DELETE", f"/deks/{key_id}", {"pending_days": 9}) for key_id in ("on", "later")
+            }
+        site.stop()
+        write_secret(site.home / "old", old.hex().encode())
+        site.write_kek(new)
+        site.write_config({"previous_master_keys": [{"file": str(site.home / "old")}]})
+        for key_id in states:
+            lose(site, key_id)
+        assert json_of(site, "restore", "--snapshot", folder)["restored"] == 3
+        run(site, "verify")
+        rows = stored(site)
+        assert {key_id: rows[key_id]["state"] for key_id in states} == states
+        assert "delete_at" not in rows["off"]
+        assert {key_id: rows[key_id]["delete_at"] for key_id in due} == {
+            key_id: told["delete_at"] for key_id, told in due.items()
+        }
+
     def test_another_dek_is_replaced_by_force_only(self, rotated: Rotated) -> None:
         daemon, paths, boxes = rotated
         key_id = next(iter(boxes))
