@@ -29,6 +29,7 @@ from ..service.lastbackup import LastBackup
 from ..service.start import host_id
 from . import asowner, drill
 from .backup import Progress, backup, last_line
+from .checkup import FAILED
 from .console import CommandFailed, replaced, say
 
 ID = 8
@@ -63,9 +64,11 @@ def _drill(loaded: Loaded, file: Path, progress: Progress) -> None:
     try:
         drill.check(loaded, file, progress)
     except CommandFailed as error:
-        aside = file.with_name(f"{file.name}.failed")
+        aside = file.with_name(file.name + FAILED)
         os.rename(file, aside)
         sync(file.parent)
+        with contextlib.suppress(CommandFailed):  # it may have failed because it is damaged
+            note(loaded.settings.data_dir, aside)
         raise CommandFailed(
             f"{error.message}; it is kept as {aside.name}, and no older one was removed", hint=error.hint
         ) from None

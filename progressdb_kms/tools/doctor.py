@@ -56,7 +56,7 @@ from ..wire.server import SPARE_FILES, THREADS
 from ..wire.slab import size_of
 from . import asowner, rehearsal
 from .asowner import PACKAGED_CONFIG
-from .checkup import FAIL, OK, WARN, Finding
+from .checkup import FAIL, OK, WARN, Finding, failed
 from .console import paint, safe
 from .keyfiles import RESUME, KeyFiles
 
@@ -539,6 +539,11 @@ def _backup(patient: Patient) -> Findings:
     seconds, checked = (age(moment, time.time()) for moment in (last.created_at, last.checked_at))
     if seconds is None or seconds > STALE_BACKUP:
         yield Finding(WARN, f"the last backup is of {last.created_at[:16]}: {last.file}", todo)
+    elif failed(last.file, last.created_at, last.checked_at):
+        yield Finding(
+            WARN, f"the last backup failed its drill: {last.file}",
+            "`progressdb-kms backup --check` it: that tells what would not come back",
+        )  # fmt: skip
     elif checked is None or checked > STALE_DRILL:
         yield Finding(
             WARN, f"no backup of the last days passed a drill; the last is {last.file}",

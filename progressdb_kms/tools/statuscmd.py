@@ -16,6 +16,7 @@ from typing import Any
 from ..client import Client, Readiness
 from ..service.usage import SPENT
 from ..store.contract import HEAVY
+from .checkup import failed
 from .console import paint, picture, safe, say
 
 NEAR = 0.8
@@ -108,8 +109,12 @@ def _backup(told: Told, now: float) -> Iterator[str]:
     if last is None:
         yield _row("backup", paint("none was ever made by `progressdb-kms backup`", "yellow"))
         return
-    checked = last["checked_at"] == last["created_at"]
-    passed = "passed its drill" if checked else paint("not checked (`backup --check`)", "yellow")
+    if last["checked_at"] == last["created_at"]:
+        passed = "passed its drill"
+    elif failed(last["file"], last["created_at"], last["checked_at"]):
+        passed = paint("failed its drill (`backup --check`)", "red")
+    else:
+        passed = paint("not checked (`backup --check`)", "yellow")
     yield _row("backup", f"{_when(last['created_at'], now)}, {passed}: {safe(last['file'])}")
 
 

@@ -110,7 +110,11 @@ def test_one_that_fails_its_drill_removes_none(daemon: Daemon, folder: Path) -> 
     assert old.exists()
     (failed,) = set(names(folder)) - {old.name}
     assert failed.endswith(".backup.failed") and failed.encode() in done.stderr
+    told = daemon.ok("GET", "/status")["backup"]
+    assert told["file"] == str(folder / failed) and told["checked_at"] < told["created_at"]
+    assert b"failed its drill" in daemon.cli("status").stdout
     assert run(daemon, "--check", str(folder / failed))["opened"] == 1, "it is a whole backup all the same"
+    assert b"passed its drill" in daemon.cli("status").stdout
 
 
 def test_the_daemon_knows_the_last_and_the_last_that_was_checked(daemon: Daemon, folder: Path) -> None:

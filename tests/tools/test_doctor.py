@@ -505,13 +505,14 @@ def test_an_old_kek(home: Path) -> None:
 def test_no_backup_an_old_one_and_one_without_a_drill(home: Path) -> None:
     note = home / "d" / "kms-backup.json"
 
-    def noted(made: float, checked: float) -> None:
+    def noted(made: float, checked: float, name: str = "x") -> None:
+        now = time.time()
         text = json.dumps(
             {
-                "file": str(home / "x"),
-                "created_at": timestamp(time.time() - made * 3600),
+                "file": str(home / name),
+                "created_at": timestamp(now - made * 3600),
                 "sha256": "00",
-                "checked_at": timestamp(time.time() - checked * 3600),
+                "checked_at": timestamp(now - checked * 3600),
             }
         )
         write_secret(note, text.encode())
@@ -527,3 +528,9 @@ def test_no_backup_an_old_one_and_one_without_a_drill(home: Path) -> None:
     assert found.level == WARN and "where it is no more" in found.text
     (home / "x").touch()
     assert levels(doctor._backup, patient(home)) == [OK]
+    (home / "x.failed").touch()
+    noted(2, 24, "x.failed")
+    found = only(doctor._backup, patient(home))
+    assert found.level == WARN and "failed its drill" in found.text and "--check" in found.todo
+    noted(2, 2, "x.failed")
+    assert levels(doctor._backup, patient(home)) == [OK], "it passed, once a key was configured again"
