@@ -11,6 +11,7 @@ trigger, no free page, no half of a rotation. What is taken from where:
     active KEK           the backup: its DEKs need it
     audit key, row key   the present store where they open, else the backup: they stay over rotations
     audit epoch, heads   the present store, else the backup, and above whatever the log knows of
+    trusted time         the present store, else the backup: a new host's clock may be wrong
     usage                the larger numbers of the present store and the backup
     number of changes    one above the present store, the backup and the log
     deletions            made anew from the DEKs
@@ -243,7 +244,11 @@ def _past(
     force: bool,
     progress: Progress,
 ) -> Past:
-    theirs = {**source.rows("audit:"), ROWS[ROW_KEY]: source.read(ROWS[ROW_KEY])}
+    theirs = {
+        **source.rows("audit:"),
+        **source.rows(TRUSTED_CLOCK),
+        ROWS[ROW_KEY]: source.read(ROWS[ROW_KEY]),
+    }
     rows = dict(present.audit) if present and present.audit else dict(theirs)
     rows = {**source.rows(RETIRED_KEK), **rows}
     rows.pop(RESTORED, None)

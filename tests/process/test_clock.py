@@ -92,6 +92,26 @@ def test_the_operator_accepts_a_clock(mostly_two: int) -> None:
         )
 
 
+def test_a_restore_brings_the_trusted_time_too() -> None:
+    """A new host's clock may well be wrong, and a store without a trusted time would take its word."""
+    with Shim() as shim, Daemon(env=shim.env, workers=1) as daemon:
+        key_id = scheduled(daemon)
+        backup = str(daemon.home / "backup")
+        assert daemon.offline("backup", backup).returncode == 0
+        daemon.stop()
+        for path in daemon.data_dir.iterdir():
+            path.unlink()
+        shim.clock(YEARS)
+        assert daemon.offline("restore", backup).returncode == 0
+        daemon.start()
+        assert "3650 days ahead" in warnings(daemon)[0]
+        assert daemon.ok("GET", f"/deks/{key_id}")["state"] == "pending_deletion"
+        shim.clock(0)
+        assert warnings(daemon) == []
+        daemon.stop()
+        assert daemon.offline("verify").returncode == 0
+
+
 def test_only_an_admin_accepts_a_clock() -> None:
     with Daemon({"admin_peer_uids": [4711]}) as daemon:
         reply = daemon.request("POST", "/clock/accept")
