@@ -9,9 +9,10 @@ All files are 0600. They hold wrapped DEKs only. A snapshot opens with the KEK t
 A file a key is easy to look at, but takes an inode and a block of 4 KiB each. The lines stand in the order of
 their key_ids, so that one is found by bisection; a shred overwrites all of its line but the key_id, in place.
 
-The ledger has a JSON line a key: key_id, old and new kek_id, SHA-256 of the old and of the new blob. Its
-last line holds the totals, the SHA-256 of all lines before it, and an HMAC of both under the audit key. While
-a rotation writes it, it is locked (flock): a ledger without totals that nobody holds was left by a crash.
+The ledger has a JSON line a key: key_id, old and new kek_id, SHA-256 of the old row as it stands in the
+snapshot, with thread and state, and of the new blob. Its last line holds the totals, the SHA-256 of all lines
+before it, and an HMAC of both under the audit key. While a rotation writes it, it is locked (flock): a ledger
+without totals that nobody holds was left by a crash.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ class Snapshot:
             else:
                 for (old, _), row in zip(pairs, rows):
                     self._save_file(old.key_id, row)
-            for old, new in pairs:
-                self._note(old, new)
+            for (old, new), row in zip(pairs, rows):
+                self._note(old, new, row)
         return len(pairs)
 
     def _create(self, name: str) -> int:
@@ -99,12 +100,12 @@ class Snapshot:
         finally:
             os.close(fd)
 
-    def _note(self, old: DekRecord, new: DekRecord) -> None:
+    def _note(self, old: DekRecord, new: DekRecord, row: bytes) -> None:
         line = {
             "key_id": old.key_id,
             "old_kek_id": old.kek_id,
             "new_kek_id": new.kek_id,
-            "old_sha256": hashlib.sha256(old.wrapped).hexdigest(),
+            "old_sha256": hashlib.sha256(row).hexdigest(),
             "new_sha256": hashlib.sha256(new.wrapped).hexdigest(),
         }
         text = json_dumps(line).encode() + b"\n"

@@ -305,7 +305,7 @@ class Importer:
         force: bool = False,
         ledger: Mapping[str, str] | None = None,
     ) -> None:
-        """`ledger`: the SHA-256 that each DEK's blob must have; `force` takes another one, disabled."""
+        """`ledger`: the SHA-256 that each DEK's row must have; `force` takes another one, disabled."""
         self._store = work.store
         self._history = history
         self._alone = isinstance(work.store, SqliteStore)  # in a fleet the last word may be in another's log
@@ -332,6 +332,7 @@ class Importer:
             try:
                 if isinstance(one, ValueError):
                     raise one
+                self._vouch(one.key_id, entry.data)
                 self._add(one)
                 if b'"usage":' in entry.data:
                     used[one.key_id] = _usage(json_loads(entry.data))
@@ -342,11 +343,13 @@ class Importer:
         self._store.count((key_id, beyond(one, kept.get(key_id))) for key_id, one in used.items())
         self._new.clear()
 
-    def _add(self, new: DekRecord) -> None:
-        if self._ledger is not None and self._ledger.get(new.key_id) != sha256(new.wrapped).hexdigest():
+    def _vouch(self, key_id: str, row: bytes) -> None:
+        if self._ledger is not None and self._ledger.get(key_id) != sha256(row).hexdigest():
             if not self._force:
-                raise ValueError("is not the DEK of that time, says the rotation's ledger (--force takes it)")
-            self.distrusted.add(new.key_id)
+                raise ValueError("is not as the rotation found it, says its ledger (--force takes it)")
+            self.distrusted.add(key_id)
+
+    def _add(self, new: DekRecord) -> None:
         old = self._present_row(new.key_id)
         if old is not None and old.state == SHREDDED:
             if new.state != SHREDDED:

@@ -1,6 +1,6 @@
-"""The signed ledger of a rotation, as commands read it (`store/snapshots` writes it): by it the DEKs of a
+"""The signed ledger of a rotation, as commands read it (`store/snapshots` writes it): by it the rows of a
 snapshot are those that were there. Who may write to a snapshot may have had another DEK wrapped for a key_id
-by the service itself (`/wrap`), and that one opens just as well.
+by the service itself (`/wrap`), and that one opens just as well; or may want the DEK in another thread.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def last_line(ledger: Path) -> Mapping[str, Any]:
 
 
 def signed(ledger: Path, key: memoryview, wanted: Callable[[bytes], bool]) -> dict[str, str] | None:
-    """SHA-256 of each DEK's old blob, of the lines that are `wanted`. None: this is not what was signed under
+    """SHA-256 of each DEK's old row, of the lines that are `wanted`. None: this is not what was signed under
     the audit key. Raises OSError."""
     os.stat(ledger)
     last = last_line(ledger)

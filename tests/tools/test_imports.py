@@ -703,7 +703,7 @@ class TestSnapshots:
         path = Path(paths[0], f"{key_id}.json")
         path.write_text(json.dumps({**json.loads(path.read_text()), "wrapped": chosen}))
         one = ("restore", "--snapshot", paths[0], "--key", key_id)
-        assert "is not the DEK of that time" in run(daemon, *one, code=1)[1]
+        assert "is not as the rotation found it" in run(daemon, *one, code=1)[1]
         assert key_id not in stored(daemon)
         assert json_of(daemon, *one, "--force")["restored"] == 1
         assert stored(daemon)[key_id]["state"] == "disabled"
@@ -715,6 +715,34 @@ class TestSnapshots:
             assert "is not the one that was signed: nothing tells whether the snapshot is as" in error
         ledger.unlink()
         assert "can't be read" in run(daemon, "restore", "--snapshot", paths[1], code=1)[1]
+
+    @pytest.mark.parametrize(
+        "edited",
+        [
+            {"thread_id": "room-of-another"},
+            {"state": "pending_deletion", "delete_at": "2026-01-01T00:00:00.000000Z"},
+            {"created_at": "2020-01-01T00:00:00.000000Z"},
+        ],
+        ids=lambda edited: next(iter(edited)),
+    )
+    def test_a_row_that_was_edited(self, rotated: Rotated, edited: dict[str, str]) -> None:
+        """The blob is the right one. But policies go by threads, and the janitor by times."""
+        daemon, paths, boxes = rotated
+        key_id = next(iter(boxes))
+        before = stored(daemon)[key_id]
+        lose(daemon, key_id)
+        path = Path(paths[0], f"{key_id}.json")
+        text = path.read_text()
+        path.write_text(json.dumps({**json.loads(text), **edited}))
+        one = ("restore", "--snapshot", paths[0], "--key", key_id)
+        assert "is not as the rotation found it" in run(daemon, *one, code=1)[1]
+        assert key_id not in stored(daemon)
+        assert json_of(daemon, *one, "--force")["restored"] == 1
+        assert stored(daemon)[key_id]["state"] == "disabled"
+        lose(daemon, key_id)
+        path.write_text(text)
+        assert json_of(daemon, *one)["restored"] == 1
+        assert {**stored(daemon)[key_id], "wrapped": ""} == {**before, "wrapped": ""}
 
     def test_never_a_shredded_one(self, rotated: Rotated, short_tmp: Path) -> None:
         daemon, paths, boxes = rotated
