@@ -361,8 +361,9 @@ def _staging(data_dir: Path) -> Iterator[Path]:
 
 
 def _build(folder: Path, source: Backup, chosen: Plan, past: Past, keys: Keys, progress: Progress) -> Built:
-    """Write the new store. A DEK of the backup that does not open is taken as it is, and named."""
-    again, damaged, done = 0, [], 0
+    """Write the new store. A DEK of the backup that does not open is taken as it is, and named. A tombstone
+    that nobody vouches for is not taken: it would stay, whatever is brought back after it."""
+    again, damaged, done, forged = 0, [], 0, 0
     total = source.contents.deks + source.contents.shredded
     left = dict(past.tombstones)
     records = source.records()
@@ -376,7 +377,10 @@ def _build(folder: Path, source: Backup, chosen: Plan, past: Past, keys: Keys, p
                 for record, genuine in batch:
                     dead = left.pop(record.key_id, None)
                     again += dead is not None and record.state != SHREDDED
-                    _put(store, dead or _closed(record, past, genuine))
+                    if dead is None and not genuine and record.state == SHREDDED:
+                        forged += 1
+                    else:
+                        _put(store, dead or _closed(record, past, genuine))
                     whole = genuine and (record.state == SHREDDED or _opens(opener, record))
                     if dead is None and not whole:
                         damaged.append(record.key_id)
@@ -391,7 +395,7 @@ def _build(folder: Path, source: Backup, chosen: Plan, past: Past, keys: Keys, p
                 store.put(tombstone)
             _carry_wraps(store, chosen.active, source.usage, present)
             deks = sum(row.deks for row in store.keks().values())
-            built = Built(deks, done + len(left) - deks, again, damaged)
+            built = Built(deks, done - forged + len(left) - deks, again, damaged)
             _put_rows(store, source, chosen, past, built)
     return built
 

@@ -437,24 +437,35 @@ class TestRestore:
             twin.start()
             assert (state(twin, scheduled), state(twin, enabled)) == ("pending_deletion", "enabled")
 
-    def test_an_edited_row_comes_back_disabled_whatever_it_says(self, site: Site) -> None:
-        """A deletion that somebody wrote into it would shred the DEK at the next start."""
-        site.daemon.stop()
+    def edit(self, site: Site, **fields: str) -> None:
+        """A row of the stopped daemon's store, of which the backup is made anew."""
         name = f"meta:{site.keys[0]}"
         with contextlib.closing(sqlite3.connect(site.daemon.data_dir / "kms.db")) as db:
             ((text,),) = db.execute("SELECT value FROM deks WHERE key = ?", (name,))
-            row = {
-                **json.loads(text),
-                "state": "pending_deletion",
-                "delete_at": "2026-01-01T00:00:00.000000Z",
-            }
-            db.execute("UPDATE deks SET value = ? WHERE key = ?", (json.dumps(row), name))
+            row = json.dumps({**json.loads(text), **fields})
+            db.execute("UPDATE deks SET value = ? WHERE key = ?", (row, name))
             db.commit()
         site.backup.unlink()
         ok(site.daemon.offline("backup", str(site.backup)))
+
+    def test_an_edited_row_comes_back_disabled_whatever_it_says(self, site: Site) -> None:
+        """A deletion that somebody wrote into it would shred the DEK at the next start."""
+        site.daemon.stop()
+        self.edit(site, state="pending_deletion", delete_at="2026-01-01T00:00:00.000000Z")
         assert told(restore(site, "--force"))["damaged"] == site.keys[:1]
         checked(site.daemon)
         assert state(site.daemon.start(), site.keys[0]) == "disabled"
+
+    def test_a_tombstone_that_somebody_wrote_shreds_nothing(self, site: Site, short_tmp: Path) -> None:
+        """It would stay, whatever older backup is brought back after this one."""
+        whole = Path(shutil.copy2(site.backup, short_tmp / "whole"))
+        site.daemon.stop()
+        self.edit(site, state="shredded", wrapped="", shredded_at="2026-01-01T00:00:00.000000Z")
+        found = told(restore(site, "--force"))
+        assert found["damaged"] == site.keys[:1] and (found["deks"], found["shredded"]) == (3, 0)
+        checked(site.daemon)
+        assert told(restore(site._replace(backup=whole)))["deks"] == 4
+        opens(site.daemon.start(), site.boxes)
 
     def test_newer_deks_need_force(self, site: Site) -> None:
         with site.daemon.session() as kms:
