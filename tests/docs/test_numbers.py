@@ -39,7 +39,7 @@ PATIENCE = inspect.signature(Service.change).parameters["timeout"].default
 SAID: list[tuple[str, str, bool]] = [
     ("api", f"up to {fields.MAX_ITEMS:,} as for encrypt", True),
     ("api", f"`limit` 1 to {call.MAX_PAGE:,} (default {call.DEFAULT_PAGE})", True),
-    ("api", f"a `thread_id` 1 to {MAX_THREAD_ID} printable characters", True),
+    ("api", f"a `thread_id` 1 to {MAX_THREAD_ID} characters, none of them a control character", True),
     ("api", f"more than {server.INLINE_ITEMS} items or {server.INLINE >> 10} KiB are worked on beside", True),
     ("api", "a record a minute and at the end", admission.EACH == 60),
     ("api", "hand over twice a second", serving.ANCHOR_SECONDS == 0.5),
