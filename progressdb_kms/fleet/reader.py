@@ -21,7 +21,7 @@ from ..encoding import json_loads
 from ..errors import StoreDamaged, StoreUnavailable
 from ..store.contract import HEAVY, DekRecord, Usage
 from ..store.policy import SHREDDED
-from ..store.seal import MODULUS, OWN, STATE, ActiveKek, KekCount, Seal, StoreState, weight
+from ..store.seal import MODULUS, OWN, STATE, ActiveKek, KekCount, Seal, StoreState, weight, without_mac
 from ..store.sealed import OWN_DONT_ADD_UP, OWN_HINT, SealedReader
 from .engine import SCHEMA, TIMELINE, UNREACHABLE, Link, Session
 from .rows import Point, first
@@ -227,6 +227,16 @@ class FleetReader(SealedReader):
     def state_of(self, host: str) -> bool:
         """Has this host ever written?"""
         return any(row[0] == host for row in self._select(STATES))
+
+    def of_others(self, name: str) -> list[Any]:
+        """A row that each host has for itself, of all but this one. Raises StoreDamaged."""
+        found = []
+        for host, text in self._select("SELECT host, value FROM kms WHERE name = %s", (name,)):
+            if host != self.host:
+                row = row_of(text)
+                self._check_of(host, name, row)
+                found.append(without_mac(row))
+        return found
 
     def _combined(self, rows: Sequence[tuple[Any, ...]]) -> tuple[StoreState, StoreState]:
         """The fleet's state, and that of all hosts but this one. Raises StoreDamaged."""

@@ -44,6 +44,7 @@ from ..store.pause import Pause
 from ..store.seal import ActiveKek
 from . import start
 from .channel import Job, Wanted, answer, telling
+from .clock import ROW as TRUSTED
 from .clock import Clock
 from .fleetkeys import Coming
 from .fleetrotation import FleetRotation, refuse_absent
@@ -458,12 +459,21 @@ def open_keeper(
             place.store = store
             _, book, epoch = start.open_store(data_dir, keyring, keys, incarnation, fleet=store)
             _drop_retired(store, keyring, keys)
+            _take_time(store)
         store.standing = lambda: member.host.why
         keeper = FleetKeeper(store, data_dir, keyring, keys, staging, book, inbox, clock)
         keeper.join(place, member, board, coming)
         member.host.tell_keks()
         undo.pop_all()
     return keeper, epoch
+
+
+def _take_time(store: FleetStore) -> None:
+    """A host that is new has no trusted time, and its clock may be wrong: that of the others is its own, or
+    it would shred at once what all of them have scheduled."""
+    if store.read(TRUSTED) is None and (known := store.of_others(TRUSTED)):
+        with store.transaction():
+            store.write(TRUSTED, max(known, key=lambda row: float(row["trusted"])))
 
 
 def _drop_retired(store: FleetStore, keyring: Keyring, keys: Configured) -> None:

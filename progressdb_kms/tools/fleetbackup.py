@@ -3,7 +3,7 @@
 What is copied is one moment of the database (REPEATABLE READ), row by row, into a store of SQLite beside the
 file that is to come: so it is of today's format, its sums are reckoned anew, and a row that was changed, lost
 or put back is noticed before there is a backup. It has the DEKs and the fleet's own rows, and of the hosts'
-rows those of the one that makes it: its audit key and how far its chains were.
+rows those of the one that makes it: its audit key, how far its chains were, and its trusted time.
 
 Such a file can be restored on a host with a store of its own, by `restore` as it is. Into a fleet it is taken
 only where that is empty: rows of a fleet in use are others' too. There each DEK is opened and wrapped anew.
@@ -24,6 +24,7 @@ from ..config.options import Settings
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
 from ..encoding import timestamp, wall
 from ..errors import KeyMismatch, StoreDamaged
+from ..service.clock import ROW as TRUSTED_CLOCK
 from ..service.ownkeys import ROWS
 from ..service.rotation import RETIRED_KEK
 from ..store.contract import KEK_ROW, DekRecord, Reader
@@ -38,7 +39,7 @@ from .storecmd import line
 
 PAGE = 1000
 
-COPIED = ("audit:", "kek:", "deletion:", "erasure:")
+COPIED = ("audit:", "kek:", "clock:", "deletion:", "erasure:")
 """Rows of the service that come along, by how their names begin, beside the row key."""
 
 
@@ -171,11 +172,11 @@ def _refuse_used(settings: Settings) -> None:
 
 
 def _go_on(work: Work, source: Backup, kek_id: str, version: int) -> None:
-    """The KEK's version counts on from the backup's, and what was rotated out stays so."""
+    """The KEK's version counts on from the backup's, what was rotated out stays so, and it is no earlier."""
     active = work.keyring.active.kek_id
     version += active != kek_id
     with work.store.transaction():
-        for name, row in source.rows(RETIRED_KEK).items():
+        for name, row in {**source.rows(RETIRED_KEK), **source.rows(TRUSTED_CLOCK)}.items():
             work.store.write(name, row)
         if active != kek_id:
             work.store.write(RETIRED_KEK + kek_id, {"since": timestamp(wall())})

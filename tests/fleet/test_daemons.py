@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import MakeDaemon
 from tests.harness import postgres
 from tests.harness.daemon import Daemon
+from tests.harness.faults import Shim
 from tests.harness.wire import Session, b64
 
 pytestmark = pytest.mark.skipif(bool(postgres.missing()), reason=postgres.missing())
@@ -199,3 +200,42 @@ def test_without_the_engine_all_is_refused_once_the_lease_is_over(
         until(lambda: use(a, key_id) == 200 and use(b, key_id) == 200)
         until(lambda: status(a, "GET", "/readyz") == 200)
         assert status(a, "POST", "/deks", {"thread_id": "t"}) == 201
+
+
+def test_a_host_whose_clock_is_wrong_when_it_comes_shreds_nothing(
+    fleet_database: postgres.Fleet, make_daemon: MakeDaemon
+) -> None:
+    """It has no trusted time of its own yet, and takes that of the others."""
+    one = make_daemon(configured(fleet_database), workers=1)
+    key_id = one.ok("POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    one.ok("DELETE", f"/deks/{key_id}", {"pending_days": 30})
+    with Shim() as shim:
+        shim.clock(10 * 365 * 86400)
+        two = make_daemon(configured(fleet_database), kek=one.kek, workers=1, env=shim.env)
+        until(lambda: two.request("GET", "/readyz").status == 200)
+        assert any("days ahead" in line for line in two.ok("GET", "/readyz")["warnings"])
+        shim.clock(0)
+        assert not any("ahead" in line for line in two.ok("GET", "/readyz")["warnings"])
+        two.stop()
+    assert one.ok("GET", f"/deks/{key_id}")["state"] == "pending_deletion"
+
+
+def test_nor_does_the_first_one_of_a_fleet_that_was_restored(
+    fleet_database: postgres.Fleet, make_daemon: MakeDaemon
+) -> None:
+    one = make_daemon(configured(fleet_database), workers=1)
+    key_id = one.ok("POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    one.ok("DELETE", f"/deks/{key_id}", {"pending_days": 30})
+    file = str(one.home / "backup")
+    assert one.offline("backup", file).returncode == 0
+    one.stop()
+    fleet_database.again()
+    with Shim() as shim:
+        shim.clock(10 * 365 * 86400)
+        two = make_daemon(configured(fleet_database), kek=one.kek, workers=1, env=shim.env, start=False)
+        assert two.offline("restore", file).returncode == 0
+        two.start()
+        until(lambda: two.request("GET", "/readyz").status == 200)
+        assert any("days ahead" in line for line in two.ok("GET", "/readyz")["warnings"])
+        assert two.ok("GET", f"/deks/{key_id}")["state"] == "pending_deletion"
+        two.stop()
