@@ -226,12 +226,14 @@ def session_of(path: str) -> int:
         return os.getsid(pid)
 
 
-def processor_seconds(session: int) -> float:
+def processor_seconds(leader: int) -> float:
+    """Of a session, and of what its leader has started: each backend of an engine makes a session of its own."""
     ticks = 0
     for process in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             fields = process.read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12]) if int(fields[3]) == session else 0
+            if leader in (int(fields[1]), int(fields[3])):
+                ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 

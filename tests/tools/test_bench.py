@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -36,6 +38,19 @@ def test_store() -> None:
     found = figures("store")
     assert list(found) == ["disk flushes alone", "durable creates, 1 callers", "durable creates, 64 callers"]
     assert all(row["value"] > 0 and row["unit"] == "a second" for row in found.values())
+
+
+def test_an_engine_whose_backends_leave_its_session_is_counted_whole() -> None:
+    """As PostgreSQL's do: each makes a session of its own."""
+    busy = "import os, sys\nos.setsid()\nwhile sum(os.times()[:2]) < 0.5: pass\nprint(1)\nsys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", busy], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None and child.stdin is not None
+        assert child.stdout.readline() == b"1\n"
+        assert os.getsid(child.pid) != os.getpid()
+        assert bench.processor_seconds(os.getpid()) >= 0.4
+        child.stdin.close()
 
 
 @pytest.mark.long
