@@ -227,7 +227,7 @@ def session_of(path: str) -> int:
 
 
 def processor_seconds(leader: int) -> float:
-    """Of a session, and of what its leader has started: each backend of an engine makes a session of its own."""
+    """Of a session, and of what its leader has started: an engine's backends make a session each."""
     ticks = 0
     for process in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
