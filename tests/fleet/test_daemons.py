@@ -202,13 +202,19 @@ def test_without_the_engine_all_is_refused_once_the_lease_is_over(
         assert status(a, "POST", "/deks", {"thread_id": "t"}) == 201
 
 
+def with_a_deletion(fleet_database: postgres.Fleet, make_daemon: MakeDaemon) -> tuple[Daemon, str]:
+    """A host, and a DEK that is to be shredded in 30 days."""
+    one = make_daemon(configured(fleet_database), workers=1)
+    key_id = one.ok("POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    one.ok("DELETE", f"/deks/{key_id}", {"pending_days": 30})
+    return one, key_id
+
+
 def test_a_host_whose_clock_is_wrong_when_it_comes_shreds_nothing(
     fleet_database: postgres.Fleet, make_daemon: MakeDaemon
 ) -> None:
     """It has no trusted time of its own yet, and takes that of the others."""
-    one = make_daemon(configured(fleet_database), workers=1)
-    key_id = one.ok("POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
-    one.ok("DELETE", f"/deks/{key_id}", {"pending_days": 30})
+    one, key_id = with_a_deletion(fleet_database, make_daemon)
     with Shim() as shim:
         shim.clock(10 * 365 * 86400)
         two = make_daemon(configured(fleet_database), kek=one.kek, workers=1, env=shim.env)
@@ -223,9 +229,7 @@ def test_a_host_whose_clock_is_wrong_when_it_comes_shreds_nothing(
 def test_nor_does_the_first_one_of_a_fleet_that_was_restored(
     fleet_database: postgres.Fleet, make_daemon: MakeDaemon
 ) -> None:
-    one = make_daemon(configured(fleet_database), workers=1)
-    key_id = one.ok("POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
-    one.ok("DELETE", f"/deks/{key_id}", {"pending_days": 30})
+    one, key_id = with_a_deletion(fleet_database, make_daemon)
     file = str(one.home / "backup")
     assert one.offline("backup", file).returncode == 0
     one.stop()
