@@ -14,7 +14,8 @@ The run goes under strace, which sees every write with its bytes, every sync and
 - Bytes and size of a file are safe once fsync or fdatasync of it (or syncfs, or O_DSYNC) returned which began
   after the write returned. Anything later may be there or not, in any order, by sectors of 512 bytes: each
   sector holds one of the versions it had since the last sync, and so does the size. A sector that was added
-  but never reached the disk reads as zeros.
+  but never reached the disk reads as zeros. A cut is the new size and nothing else: what it takes away is
+  still there where the old size is. (ext4 and XFS write the size first, and free what it left after that.)
 - A name (create, link, rename, unlink, mkdir) is safe once its *directory* was synced. Until then any number
   of the last changes of a directory may be missing, but in order: no later one without the earlier ones. A
   rename is never half done. That is POSIX plus a journal. `fs="journal"` is kinder, as ext4 and XFS are:
@@ -765,10 +766,14 @@ def _torn(image: bytearray, late: list[Write | Resize], rng: random.Random) -> b
     sizes = [len(image)]
     versions: dict[int, list[bytes]] = {}
     base = bytes(image)
-    for change in late:
+    eager = rng.choice((0.1, 0.5, 0.9))  # how likely a sector, or the size, is in its latest version
+    arrived = len(late) if rng.random() < eager else rng.randrange(len(late) + 1)  # the size is as of there
+    for number, change in enumerate(late):
         size = len(image)
         _apply(image, change)
         sizes.append(len(image))
+        if len(image) < size and number >= arrived:
+            continue
         first, last = _span(change, size)
         for sector in range(first // SECTOR, (last + SECTOR - 1) // SECTOR):
             place = sector * SECTOR
@@ -776,11 +781,10 @@ def _torn(image: bytearray, late: list[Write | Resize], rng: random.Random) -> b
             seen.append(bytes(image[place : place + SECTOR]).ljust(SECTOR, b"\0"))
     found = bytearray(base)
     _fit(found, max(sizes))
-    eager = rng.choice((0.1, 0.5, 0.9))  # how likely a sector is in its latest version
     for sector, seen in sorted(versions.items()):
         chosen = seen[-1] if rng.random() < eager else rng.choice(seen)
         found[sector * SECTOR : (sector + 1) * SECTOR] = chosen
-    _fit(found, sizes[-1] if rng.random() < eager else rng.choice(sizes))
+    _fit(found, sizes[arrived])
     return bytes(found)
 
 

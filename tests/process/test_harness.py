@@ -675,6 +675,18 @@ class TestPowerLoss:
         }
         assert found == wanted
 
+    def test_a_torn_cut_takes_all_of_what_it_takes_or_nothing(self, tmp_path: Path) -> None:
+        """SQLite's log is there after it, or not: a part of it would undo what followed that part."""
+        folder = tmp_path / "f"
+        folder.mkdir()
+        (folder / "f").write_bytes(b"a" * 2048)
+        recording = run_recorded("import os, sys; os.truncate(sys.argv[1] + '/f', 256)", folder)
+        found = {
+            (recording.rebuild(1, "torn", seed, tmp_path / str(seed)) / "f").read_bytes()
+            for seed in range(60)
+        }
+        assert found == {b"a" * 2048, b"a" * 256}
+
     def test_a_rebuild_can_be_repeated(self, tmp_path: Path) -> None:
         (tmp_path / "db").mkdir()
         recording = run_recorded(SQLITE, tmp_path / "db", "WAL", "OFF")
