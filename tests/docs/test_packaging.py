@@ -216,6 +216,24 @@ def test_the_lock_pins_each_package_for_each_host() -> None:
     assert all(re.fullmatch(r"[0-9a-f]{64}", row[3]) for row in rows)
 
 
+def test_the_runbook_knows_which_package_starts_the_daemon() -> None:
+    """On a new host nothing may have begun a log before the old one is there."""
+    rules = (PACKAGING / "debian" / "rules").read_text()
+    spec = (PACKAGING / "rpm" / "progressdb-kms.spec").read_text()
+    assert re.search(r"^\tdh_installsystemd progressdb-kms\.service$", rules, re.M)  # not --no-start
+    assert not re.search(r"systemctl (re)?start|enable --now", spec)
+    restore = (
+        (REPO / "progressdb_kms/manual/runbook.md")
+        .read_text()
+        .split("## Restore on a new host", 1)[1]
+        .split("\n2. ", 1)[0]
+    )
+    assert "The Debian package starts it at once" in restore
+    assert "`systemctl stop progressdb-kms.socket progressdb-kms.service`" in restore
+    for made in ("/etc/progressdb-kms/kek.key", "/var/lib/progressdb-kms"):
+        assert f"`{made}`" in restore
+
+
 def test_the_user_of_the_spec_is_that_of_sysusers() -> None:
     (line,) = (UNITS / "progressdb-kms.sysusers").read_text().splitlines()
     assert f"%global user_line {line}\n" in (PACKAGING / "rpm/progressdb-kms.spec").read_text()

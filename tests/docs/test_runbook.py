@@ -228,9 +228,22 @@ class NewHost(Snapshots):
         self.stop()
         old = self.daemon.data_dir.rename(self.home / "the old host")
         self.daemon.data_dir.mkdir(mode=0o700)
+        self.begun()
         for log in old.glob("kms-audit.log*"):
             shutil.copy2(log, self.daemon.data_dir)
         self.words = {"FILE": str(self.daemon.kek_file), "DIR": self.snapshot, "ID": self.one}
+
+    def begun(self) -> None:
+        """The package started the daemon with a key of its own; what it began is moved away."""
+        key = self.daemon.kek_file.read_bytes()
+        write_secret(self.daemon.kek_file, os.urandom(32).hex().encode())
+        self.start()
+        self.stop()
+        self.daemon.kek_file.unlink()
+        write_secret(self.daemon.kek_file, key)
+        (self.home / "what it began").mkdir()
+        for made in list(self.daemon.data_dir.iterdir()):
+            made.rename(self.home / "what it began" / made.name)
 
     def newest(self) -> Path:
         return self.copy
