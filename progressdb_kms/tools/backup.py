@@ -42,7 +42,7 @@ from ..store.contract import DekRecord, Usage
 from ..store.seal import MODULUS, OWN, STATE, Seal, StoreState, weight, without_mac
 from ..store.sqlite import APPLICATION_ID, DEKS, FILE_NAME, SCHEMA_VERSION, USAGE_OF, check_schema
 from . import asowner, datadir
-from .console import CommandFailed
+from .console import CommandFailed, naming
 
 Progress = Callable[[int, int], None]
 
@@ -114,7 +114,7 @@ def backup(data_dir: Path, file: Path, progress: Progress) -> dict[str, Any]:
 def _write(source: sqlite3.Connection, file: Path, progress: Progress) -> Contents:
     """With the rights of the folder's owner, who could put a link in the place of the part meanwhile."""
     folder = file.absolute().parent
-    with asowner.acting_as(asowner.of(folder)), _part_file(file) as (descriptor, part):
+    with naming(file), asowner.acting_as(asowner.of(folder)), _part_file(file) as (descriptor, part):
         _copy(source, part, progress)
         contents = _describe(part)
         os.lseek(descriptor, 0, os.SEEK_END)
@@ -198,19 +198,36 @@ def _remove_part(part: Path) -> None:
 
 def _remove_left(file: Path) -> None:
     """Parts of killed backups to this name: ours, and locked by nobody."""
-    for part in file.parent.glob(f".{glob.escape(file.name)}.{'[0-9a-f]' * 16}.part"):
-        try:
-            descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            if os.fstat(descriptor).st_uid == os.geteuid():
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove_part(part)
-        except BlockingIOError:
-            raise CommandFailed(f"another backup to {file} is under way", hint="wait for it") from None
-        finally:
-            os.close(descriptor)
+    if not all(_removed(part) for part in _parts(file.parent, glob.escape(file.name))):
+        raise CommandFailed(f"another backup to {file} is under way", hint="wait for it")
+
+
+def remove_all_left(folder: Path, names: str) -> None:
+    """The same for all names of this pattern; what another command is writing stays."""
+    with asowner.acting_as(asowner.of(folder)):
+        for part in _parts(folder, names):
+            _removed(part)
+
+
+def _parts(folder: Path, names: str) -> Iterator[Path]:
+    return folder.glob(f".{names}.{'[0-9a-f]' * 16}.part")
+
+
+def _removed(part: Path) -> bool:
+    """False where it is being written; what is not ours is left."""
+    try:
+        descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        if os.fstat(descriptor).st_uid == os.geteuid():
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove_part(part)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _copy(source: sqlite3.Connection, part: Path, progress: Progress) -> None:

@@ -171,29 +171,39 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
     if not path.parent.is_dir():
         raise CommandFailed(f"there is no folder {path.parent}", hint="make it, or name another one")
     part = path.with_name(f".{path.name}.part")
-    descriptor, named = _nameless(path.parent), False
+    descriptor, named = nameless(path.parent), False
     if descriptor is None:
         descriptor, named = _part(part), True
+    with naming(path):
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(descriptor)
+                if not named:
+                    part.unlink(missing_ok=True)  # of a run that was killed in this very moment
+                    named = True
+                    give_name(descriptor, part)
+                os.replace(part, path)
+        except BaseException:
+            if named:
+                part.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A full disk: of which file? The kernel doesn't say."""
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(descriptor)
-            if not named:
-                part.unlink(missing_ok=True)  # of a run that was killed in this very moment
-                _give_name(descriptor, part)
-                named = True
-            os.replace(part, path)
-    except BaseException as error:
-        if named:
-            part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not error.filename:  # a full disk: of which file?
+        yield
+    except OSError as error:
+        if not error.filename:
             error.filename = str(path)
         raise
-    sync(path.parent)
 
 
-def _nameless(folder: Path) -> int | None:
+def nameless(folder: Path) -> int | None:
     """A private file that vanishes unless it gets a name (open(2), O_TMPFILE); None where there are none."""
     with contextlib.suppress(OSError, AttributeError):
         os.stat("/proc/self/fd")
@@ -201,11 +211,15 @@ def _nameless(folder: Path) -> int | None:
     return None
 
 
-def _give_name(descriptor: int, path: Path) -> None:
-    """link(2) would link the symbolic link in /proc; with a folder's descriptor Python calls linkat(2)."""
+def give_name(descriptor: int, path: Path) -> None:
+    """Never that of another file. link(2) would link the symbolic link in /proc; with a folder's descriptor
+    Python calls linkat(2)."""
     folder = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.link(str(descriptor), path, src_dir_fd=folder, follow_symlinks=True)
+    except OSError as error:
+        error.filename = str(path)  # not the number of the descriptor
+        raise
     finally:
         os.close(folder)
 

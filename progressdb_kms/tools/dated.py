@@ -28,7 +28,7 @@ from ..service import lastbackup
 from ..service.lastbackup import LastBackup
 from ..service.start import host_id
 from . import asowner, drill
-from .backup import Progress, backup, last_line
+from .backup import Progress, backup, last_line, remove_all_left
 from .checkup import FAILED
 from .console import CommandFailed, replaced, say
 
@@ -42,6 +42,7 @@ def make(loaded: Loaded, folder: Path, keep: int | None, progress: Progress) -> 
     data_dir = loaded.settings.data_dir
     with asowner.acting_as(asowner.of(data_dir)):
         start = f"kms-{host_id(data_dir)[:ID]}"
+    remove_all_left(folder, f"{start}-*.backup")  # of a night that was cut short: no other has its name
     file = folder / f"{start}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.backup"
     result = made(loaded, file, progress)
     note(data_dir, file)

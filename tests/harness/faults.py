@@ -244,6 +244,12 @@ def killing(step: Step) -> list[str]:
     return ["strace", "-D", "-qq", "-o", os.devnull, "-e", f"trace={step.name}", "-e", f"inject={step.rule}"]
 
 
+def failing(step: Step, error: str = "ENOSPC") -> list[str]:
+    """The same for one that shall be told that this step failed."""
+    rule = f"inject={step.name}:error={error}:when={step.nth}"
+    return ["strace", "-D", "-qq", "-o", os.devnull, "-e", f"trace={step.name}", "-e", rule]
+
+
 def _steps_in(log: Path, folder: Path) -> Steps:
     """Calls that concern the folder; reading it is no step. Counts are over all calls, as strace counts."""
     steps = Steps()

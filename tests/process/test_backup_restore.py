@@ -22,7 +22,7 @@ from progressdb_kms.encoding import json_dumps
 from progressdb_kms.errors import AlreadyRunning
 from tests.conftest import MakeDaemon
 from tests.harness.daemon import Daemon, write_secret
-from tests.harness.faults import Step, killing, need_strace, steps_of
+from tests.harness.faults import Step, failing, killing, need_strace, steps_of
 from tests.harness.load import Load
 
 ROUNDS = 3
@@ -259,6 +259,22 @@ class TestBackup:
             else:
                 ok(run(()))
             assert sorted(os.listdir(folder)) == ["backup", "second"], f"killed at {step}"
+
+    def test_a_full_disk_is_told_with_the_name_of_the_file(self, site: Site) -> None:
+        need_strace()
+        target = site.backup.parent / "second"
+
+        def run(wrapper: Sequence[str]) -> Done:
+            return site.daemon.offline("backup", str(target), wrapper=wrapper)
+
+        steps = steps_of(run, site.backup.parent)
+        own = f"<{site.backup.parent}"
+        last = [step for step in steps if step.name in ("write", "fsync") and own in step.text]
+        assert len(last) == 3, [str(step) for step in steps]
+        for step in last:
+            target.unlink(missing_ok=True)
+            assert f"{target}: No space left" in refused(run(failing(step))), f"at {step}"
+            assert target.exists() == (step is last[-1]) and not list(target.parent.glob(".*"))
 
 
 def whole(file: Path) -> bool:

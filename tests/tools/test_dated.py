@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 
 from progressdb_kms.service import lastbackup
 from tests.harness.daemon import Daemon
+from tests.harness.faults import killing, need_strace, steps_of
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,30 @@ def test_what_was_made_while_the_clock_was_wrong_takes_no_other_s_place(
     new = Path(json.loads(done.stdout)["file"]).name
     assert names(folder) == sorted([*older[len(older) - keep + 1 :], new, *later])
     assert json.loads(done.stdout)["removed"] == [str(folder / name) for name in older[: 4 - keep][::-1]]
+
+
+def test_what_a_killed_one_left_goes_with_the_next(daemon: Daemon, folder: Path) -> None:
+    """No later one has its name, and so it stayed for ever, with the DEKs that were shredded since in it."""
+    need_strace()
+    steps = steps_of(lambda words: daemon.offline("backup", str(folder), wrapper=words), folder)
+    (step,) = [step for step in steps if step.name == "link"]
+    (first,) = folder.iterdir()
+    host = (daemon.data_dir / "kms.host").read_text()[:8]
+    whole = first.rename(folder / f"kms-{host}-20250101T020000Z.backup").name
+    done = daemon.offline("backup", str(folder), wrapper=killing(step))
+    assert done.returncode == -signal.SIGKILL
+    (left,) = [name for name in names(folder) if name != whole]
+    assert left.startswith(f".kms-{host}-") and left.endswith(".part")
+    other = folder / ".kms-00000000-20250101T020000Z.backup.0123456789abcdef.part"
+    other.write_bytes(b"of another data-dir")
+    written = folder / f".kms-{host}-20250102T020000Z.backup.0123456789abcdef.part"
+    with open(written, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        second = Path(run(daemon, str(folder))["file"])
+        assert names(folder) == sorted({whole, second.name, other.name, written.name})
+    second.unlink()
+    third = Path(run(daemon, str(folder), "--keep", "1")["file"])
+    assert names(folder) == sorted([other.name, third.name])
 
 
 def test_one_that_fails_its_drill_removes_none(daemon: Daemon, folder: Path) -> None:

@@ -144,12 +144,22 @@ def test_without_nameless_files_two_at_once_don_t_mix(tmp_path: Path) -> None:
 
 def test_a_pipe_under_the_name_of_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a file can't be without a name, what a killed run left is opened: that waited for a reader."""
-    monkeypatch.setattr(console, "_nameless", lambda folder: None)
+    monkeypatch.setattr(console, "nameless", lambda folder: None)
     part = tmp_path / ".out.part"
     os.mkfifo(part)
     with pytest.raises(OSError, match=r"\.out\.part"):
         console.write_binary(str(tmp_path / "out"), b"x")
     assert os.listdir(tmp_path) == [part.name]
+
+
+def test_where_the_name_can_t_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*names: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(names[0]), None, str(names[1]))
+
+    monkeypatch.setattr(os, "link", full)
+    with pytest.raises(OSError) as caught:
+        console.write_binary(str(tmp_path / "out"), b"x")
+    assert str(caught.value.filename) == str(tmp_path / ".out.part") and os.listdir(tmp_path) == []
 
 
 LOADS = """
