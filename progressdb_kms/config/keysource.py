@@ -130,7 +130,7 @@ def _read_file(path: str, label: str, scratch: memoryview, out: memoryview, *, c
         if stat.S_ISLNK(link.st_mode) and link.st_uid not in (0, os.geteuid()):
             trouble = f"is a symbolic link that belongs to uid {link.st_uid}"
         if trouble:
-            raise ConfigError(f"{label} {trouble}", hint=remedy(os.fstat(descriptor), path))
+            raise ConfigError(f"{label} {trouble}", hint=remedy(os.fstat(descriptor), path), code="distrust")
         decode_into(scratch, _fill(descriptor, scratch), out)
     finally:
         os.close(descriptor)

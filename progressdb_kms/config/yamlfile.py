@@ -110,21 +110,16 @@ def _open(path: str) -> tuple[FileIO, int]:
             f"the configuration file {path} can't be read: {why}", hint="--config names it"
         ) from None
     about = os.fstat(descriptor)
-    trouble = ""
+    trouble, hint = "", f"chown it to its user, chmod 0600 {path}"
     if not stat.S_ISREG(about.st_mode):
-        trouble = "is no regular file"
+        trouble, hint = "is no regular file", "--config names a file of YAML"
     elif about.st_uid not in (0, os.geteuid()):
         trouble = f"belongs to uid {about.st_uid}, who could put another key into it"
     elif about.st_mode & 0o022:
         trouble = f"may be written by others (mode {about.st_mode & 0o7777:04o})"
     if trouble:
         os.close(descriptor)
-        raise ConfigError(
-            f"the configuration file {path} {trouble}",
-            hint=f"chown it to its user, chmod 0600 {path}"
-            if stat.S_ISREG(about.st_mode)
-            else "--config names a file of YAML",
-        )
+        raise ConfigError(f"the configuration file {path} {trouble}", hint=hint, code="distrust")
     return FileIO(descriptor), about.st_mode
 
 

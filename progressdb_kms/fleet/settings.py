@@ -133,7 +133,7 @@ def read_secret(name: str, path: str) -> str:
         about = os.fstat(descriptor)
         if trouble := distrust(about, os.geteuid(), credential=path.startswith(_credentials())):
             mode = "" if not stat.S_ISREG(about.st_mode) else f"chmod 0600 {path}"
-            raise ConfigError(f"{name} {path} {trouble}", hint=mode)
+            raise ConfigError(f"{name} {path} {trouble}", hint=mode, code="distrust")
         text = os.read(descriptor, MAX_PASSWORD + 1)
         if len(text) > MAX_PASSWORD:
             raise ConfigError(f"{name} {path} holds more than {MAX_PASSWORD} bytes: is that a password?")

@@ -99,21 +99,24 @@ def _load_all() -> None:
 def load_config(
     flags: Mapping[str, str | None], *, need_key: bool = True, first: bool = False, fleet: bool = False
 ) -> Loaded:
-    """`load` for commands: what only the daemon's user trusts, root reads as that user."""
+    """`load` for commands: what only the daemon's user trusts, root reads as that user. Where both fail, and
+    root for want of trust alone, what the user met is the fault: it is what the daemon's start would say."""
     from ..config.load import load
     from ..config.yamlfile import preload
 
     flags = _or_packaged(flags)
     try:
         return load(flags, os.environ, need_key=need_key, first=first, fleet=fleet)
-    except ConfigError:
+    except ConfigError as met:
         user = _daemon_user(flags) if os.geteuid() == 0 else 0
         if user == 0:
             raise
         preload()
-        with contextlib.suppress(ConfigError), acting_as(user):
-            return load(flags, os.environ, need_key=need_key, first=first, fleet=fleet)
-        raise
+        try:
+            with acting_as(user):
+                return load(flags, os.environ, need_key=need_key, first=first, fleet=fleet)
+        except ConfigError as theirs:
+            raise (theirs if met.code == "distrust" else met) from None
 
 
 def _or_packaged(flags: Mapping[str, str | None]) -> Mapping[str, str | None]:

@@ -193,3 +193,23 @@ def test_before_the_first_start_of_a_package(short_tmp: Path, monkeypatch: pytes
         f for check in (doctor._config, doctor._key_file) for f in check(patient) if f.level != doctor.OK
     ]
     assert failed == []
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("whose", [0, 12345], ids=["root's", "the daemon's"])
+@pytest.mark.parametrize("command", [["verify"], ["doctor"], ["audit", "verify"]], ids=" ".join)
+def test_root_hears_what_the_daemon_s_user_would_hear(
+    stopped: Daemon, command: list[str], whose: int
+) -> None:
+    """The key file is the daemon's, as the packages make it, and what is wrong is something else."""
+    with stopped.config_file.open("a") as file:
+        file.write("previous_master_keys: [{file: gone}]\n")
+    for path in (stopped.home, stopped.data_dir, *stopped.data_dir.iterdir(), stopped.kek_file):
+        os.chown(path, 12345, 12345)
+    os.chown(stopped.config_file, whose, whose)
+    stopped.config_file.chmod(0o644)
+    done = stopped.offline(*command)
+    said = (done.stdout + done.stderr).decode()
+    assert done.returncode == 1
+    assert f"{stopped.home}/gone can't be read: No such file" in said
+    assert "chown" not in said and "another key" not in said
