@@ -33,6 +33,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import secrets
 import time
@@ -51,7 +52,7 @@ from ..crypto.memory import LockedBuffer
 from ..disk import regular, sync
 from ..errors import ConfigError
 from . import asowner
-from .console import CommandFailed
+from .console import CommandFailed, give_name, nameless, naming
 
 POLL = 0.5
 """Seconds between two looks at a rotation that somebody else began."""
@@ -78,7 +79,7 @@ class KeyFiles(NamedTuple):
 
     def parts(self) -> list[Path]:
         """What a crash left of files that were never complete."""
-        return sorted(self.current.parent.glob(f".{self.following.name}.*.part"))
+        return _parts(self.following)
 
 
 class Active(NamedTuple):
@@ -147,20 +148,25 @@ def write_key(path: Path, key: memoryview, like: os.stat_result | None = None) -
 
     `like`: a file whose owner and group it gets.
     """
-    part = _part_of(path)
+    for left in _parts(path):
+        remove_key(left)
     try:
-        _write_part(part, key, like)
-        os.link(part, path)
+        with _new_file(path) as (descriptor, part):
+            _write(descriptor, key, like)
+            os.link(part, path) if part else give_name(descriptor, path)
     except FileExistsError:
         raise CommandFailed(
             f"{path} exists, and a key is never overwritten", hint="name another file"
         ) from None
     except OSError as error:
         raise CommandFailed(f"{path} can't be made: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
-    sync(path.parent)
+    try:
+        sync(path.parent)
+    except OSError as error:
+        raise CommandFailed(
+            f"{path} is there, but its folder can't be brought to the disk: {error.strerror}",
+            hint="mend that first: a power cut may take the key away",
+        ) from error
 
 
 def prove_replaceable(path: Path, probe: Path) -> None:
@@ -208,20 +214,36 @@ def _part_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 
-def _write_part(part: Path, key: memoryview, like: os.stat_result | None) -> None:
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+def _parts(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part"))
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[tuple[int, Path | None]]:
+    """A file that has no name yet, so that no half of a key, and no second name of one, outlives us. Where
+    there are no such files a part, which the next run removes."""
+    descriptor, part = nameless(path.parent), None
+    if descriptor is None:
+        part = _part_of(path)
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        if like is not None and (like.st_uid, like.st_gid) != (os.geteuid(), os.getegid()):
-            os.fchown(descriptor, like.st_uid, like.st_gid)
-        os.fchmod(descriptor, 0o600)
-        with LockedBuffer(2 * KEY_SIZE + 1) as memory:
-            hex_into(key, memory.view)
-            memory.view[2 * KEY_SIZE] = 0x0A
-            if os.write(descriptor, memory.view) != 2 * KEY_SIZE + 1:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(descriptor)
+        yield descriptor, part
     finally:
         os.close(descriptor)
+        if part:
+            os.unlink(part)
+
+
+def _write(descriptor: int, key: memoryview, like: os.stat_result | None) -> None:
+    if like is not None and (like.st_uid, like.st_gid) != (os.geteuid(), os.getegid()):
+        os.fchown(descriptor, like.st_uid, like.st_gid)
+    os.fchmod(descriptor, 0o600)
+    with LockedBuffer(2 * KEY_SIZE + 1) as memory:
+        hex_into(key, memory.view)
+        memory.view[2 * KEY_SIZE] = 0x0A
+        if os.write(descriptor, memory.view) != 2 * KEY_SIZE + 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.fsync(descriptor)
 
 
 def _overwrite(descriptor: int) -> None:
@@ -340,8 +362,11 @@ class ChangeOver:
         """Finish what an earlier run began. `kek_version` is empty where it was done before."""
         with self._locked():
             self._remove_parts()
-            if self._files.following.exists():
-                self._prove()
+            with naming(self._files.following):  # what the earlier run may have been kept from
+                if self._files.following.exists():
+                    self._prove()
+                    sync(self._files.following)
+                sync(self._files.current.parent)
             return self._lead_on()
 
     def rehearse(self) -> None:
@@ -390,7 +415,7 @@ class ChangeOver:
             elif step == "wait":
                 self._sleep(POLL)
             elif step == "replace":
-                self._replace(current)
+                self._change_names(current)
             else:
                 remove_key(self._files.following)
 
@@ -400,6 +425,18 @@ class ChangeOver:
             result = self._service.rotate(memory.view)
         self._step("rotated")
         return result
+
+    def _change_names(self, old_kek_id: str | None) -> None:
+        """The daemon has the new KEK by now: whoever reads of an error must know that."""
+        files = self._files
+        try:
+            self._replace(old_kek_id)
+        except OSError as error:
+            raise CommandFailed(
+                f"the DEKs are rotated, but {files.following} could not take the place of {files.current} "
+                f"for sure: {error.strerror}",
+                hint=f"keep both files, see to the disk, then {RESUME}",
+            ) from error
 
     def _replace(self, old_kek_id: str | None) -> None:
         files = self._files

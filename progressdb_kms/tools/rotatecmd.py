@@ -28,6 +28,8 @@ IN_A_FLEET = (
     "once no file holds it.\n"
 )
 
+NOTHING_LEFT = "interrupted, and no rotation is left to finish: `progressdb-kms status` tells the active KEK"
+
 REFRESH = 0.2
 """Seconds between two questions how far a rotation is; asked only where a terminal shows it."""
 
@@ -74,7 +76,11 @@ def _in_file(args: argparse.Namespace, settings: Settings, service: Daemon, key:
         result = change.resume() if args.resume else change.rotate(key)
     except BaseException as error:
         if not isinstance(error, Exception):
-            say(f"interrupted: {keyfiles.RESUME} to finish")
+            say(
+                f"interrupted: {keyfiles.RESUME} to finish"
+                if KeyFiles(current).following.exists()
+                else NOTHING_LEFT
+            )
         raise
     return Done(result, {"key_file": current, "old_key_file": kept if kept and kept.exists() else None})
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import stat
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Callable
 
@@ -28,10 +31,22 @@ from progressdb_kms.tools.keyfiles import (
     kek_id_of,
     write_key,
 )
+from tests.harness.daemon import REPO, base_environment
 from tests.harness.fakekms import kek_id_of as fingerprint
+from tests.harness.faults import killing, need_strace, steps_of
 
 OLD, NEW, OTHER = (bytes([start]) + bytes(range(100, 131)) for start in (1, 2, 3))
 A, B, C = (fingerprint(key) for key in (OLD, NEW, OTHER))
+
+
+MAKER = """
+import os, sys
+if sys.argv[2:]:
+    del os.O_TMPFILE
+from pathlib import Path
+from progressdb_kms.tools.keyfiles import write_key
+write_key(Path(sys.argv[1]), memoryview(bytearray(range(100, 132))))
+"""
 
 
 class Died(BaseException):
@@ -121,6 +136,33 @@ class TestWriteKey:
                     put(short_tmp / "k", OLD)
             assert os.listdir(short_tmp) == []
 
+    @pytest.mark.parametrize("named", [False, True])
+    def test_killed_at_any_step_it_leaves_no_half_and_no_second_name(
+        self, short_tmp: Path, named: bool
+    ) -> None:
+        """A part stayed for ever: the half of a key, or the whole of one that came into use by its name."""
+        need_strace()
+
+        def make(words: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
+            took = [*words, sys.executable, "-c", MAKER, str(short_tmp / "k"), *["named"] * named]
+            return subprocess.run(took, env=base_environment(REPO), capture_output=True, check=False)
+
+        steps = steps_of(make, short_tmp)
+        assert len(steps) >= (3 if named else 1), [str(step) for step in steps]
+        for step in steps:
+            (short_tmp / "k").unlink(missing_ok=True)
+            assert make(killing(step)).returncode == -signal.SIGKILL, f"not killed at {step}"
+            assert named or set(os.listdir(short_tmp)) <= {"k"}, f"killed at {step}"
+            done = make(())
+            assert done.returncode == 0 or b"never overwritten" in done.stderr
+            assert os.listdir(short_tmp) == ["k"], f"killed at {step}"
+            assert kek_id_of(short_tmp / "k") and (short_tmp / "k").stat().st_nlink == 1
+
+    def test_a_folder_that_can_t_be_synced(self, short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(keyfiles, "sync", _no_space)
+        with pytest.raises(CommandFailed, match="k is there, but its folder"):
+            put(short_tmp / "k", OLD)
+
     def test_a_short_write_is_a_failure(self, short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write = os.write
         monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
@@ -155,13 +197,13 @@ def record(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def wrap(name: str) -> None:
         real = getattr(os, name)
 
-        def call(*args: object) -> object:
+        def call(*args: object, **options: object) -> object:
             what = name
             if name == "fsync":
                 assert isinstance(args[0], int)
                 what += " folder" if stat.S_ISDIR(os.fstat(args[0]).st_mode) else " file"
             order.append(what)
-            return real(*args)
+            return real(*args, **options)
 
         monkeypatch.setattr(os, name, call)
 
@@ -297,6 +339,36 @@ class TestRotate:
         assert result.kek_id == B
         settled(files)
         assert ChangeOver(files, service).resume().kek_id == B  # again: nothing left to do
+        settled(files)
+
+    @pytest.mark.parametrize("name", ["link", "replace", "fsync"])
+    def test_an_error_after_the_rotation_says_that_it_was_done(
+        self, files: KeyFiles, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """`kek: No space left on device` was all that it said, and the new KEK is in F.next alone."""
+        service = Service()
+
+        def full(step: str) -> None:
+            if step == "rotated":
+                patch.setattr(os, name, _no_space)
+
+        with monkeypatch.context() as patch, pytest.raises(CommandFailed) as caught:
+            rotate(files, service, step=full)
+        assert service.now == Active(B) and "rotated" in caught.value.message
+        assert "kek.next" in caught.value.message and "--resume" in caught.value.hint
+        ChangeOver(files, service).resume()
+        settled(files)
+
+    def test_resume_brings_to_the_disk_what_the_daemon_hears_of(
+        self, files: KeyFiles, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The earlier run was killed, or had an error, before it did: a power cut could take F.next away."""
+        service = Service()
+        put(files.following, NEW)
+        order = record(monkeypatch)
+        ChangeOver(files, service, step=order.append).resume()
+        before = order[: order.index("rotated")]
+        assert before[-2:] == ["fsync file", "fsync folder"]
         settled(files)
 
     @pytest.mark.parametrize("committed", [False, True])

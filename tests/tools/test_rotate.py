@@ -18,7 +18,7 @@ import pytest
 from progressdb_kms.tools.rotatecmd import KEEP
 from tests.harness.daemon import cli, write_secret
 from tests.harness.fakekms import FakeKms, kek_id_of
-from tests.harness.faults import need_mount
+from tests.harness.faults import need_mount, need_strace
 from tests.tools.test_online import on_terminal, spawn
 
 OLD = bytes(range(32))
@@ -190,6 +190,16 @@ def test_interrupted_while_the_daemon_works(home: Path, kms: FakeKms, number: in
     assert files(home) == {"F", "F.next"}
     done = rotate(home, "--resume")  # waits for the end of the daemon's work
     assert done.returncode == 0 and kms.kek == NEW and files(home) == {"F", f"F.old-{A}"}
+
+
+def test_interrupted_before_anything_was_begun(home: Path, kms: FakeKms) -> None:
+    """It proposed --resume, which then said `ok` of a rotation that never was."""
+    need_strace()
+    words = ["strace", "-D", "-qq", "-o", os.devnull, "-e", "trace=fchmod", "-e"]
+    words.append("inject=fchmod:signal=SIGTERM:when=1")
+    done = cli("rotate-kek", "--config", "c.yaml", "--generate", cwd=home, wrapper=words)
+    assert done.returncode == -signal.SIGTERM and files(home) == {"F"} and kms.kek == OLD
+    assert done.stderr.startswith(b"interrupted, and no rotation is left to finish")
 
 
 def test_a_bar_on_a_terminal(home: Path, kms: FakeKms) -> None:
