@@ -21,6 +21,7 @@ import gc
 import itertools
 import os
 import re
+import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -54,6 +55,9 @@ MAX_LINE = 64 * 1024
 AT_ONCE = 500
 """Entries that go to the store together: a query and a statement for all instead of three for each."""
 
+MAX_GARBAGE = 16 * 1024 * 1024
+"""Bytes without an end of line after which a source is none of lines. A device might go on for ever."""
+
 TOLD = 1000
 """Bad lines that are listed; beyond that they are counted."""
 
@@ -80,9 +84,25 @@ class Entry(NamedTuple):
 
 
 class Result(NamedTuple):
+    """`bad`: the first TOLD of those that were `skipped`."""
+
     imported: int
     unchanged: int
+    skipped: int
     bad: list[str]
+
+
+class Bad:
+    """Entries that can't be taken, and why."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[str] = []
+
+    def add(self, text: str) -> None:
+        self.count += 1
+        if self.count <= TOLD:
+            self.first.append(text)
 
 
 # ---- reading one entry: pure -----------------------------------------------------------------------------
@@ -235,8 +255,21 @@ def _pebble(folder: Path) -> Iterator[Entry]:
 
 
 def _lines_of(path: Path) -> Iterator[Entry]:
-    with open(path, "rb") as file:
+    with _opened(path) as file:
         yield from _lines(file, str(path), os.fstat(file.fileno()).st_size)
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """A file, or what a shell opened and names so: `<(zcat lines.gz)`. The data-dir is held meanwhile, so
+    nobody may let us wait: a pipe that nobody writes to never begins, and a device may never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    opened_before = stat.S_ISFIFO(mode) and os.path.realpath(path).startswith("/proc/")
+    if not stat.S_ISREG(mode) and not opened_before:
+        os.close(descriptor)
+        raise CommandFailed(f"{path} is no regular file", hint=f"`import - <{path}` reads what comes")
+    os.set_blocking(descriptor, True)
+    return open(descriptor, "rb")
 
 
 def _lines(file: IO[bytes], name: str, total: int) -> Iterator[Entry]:
@@ -244,9 +277,11 @@ def _lines(file: IO[bytes], name: str, total: int) -> Iterator[Entry]:
     while line := file.readline(MAX_LINE + 1):
         number += 1
         done += len(line)
-        whole = line
+        whole, begun = line, done
         while not whole.endswith(b"\n") and (whole := file.readline(MAX_LINE)):
             done += len(whole)
+            if done - begun > MAX_GARBAGE:
+                raise CommandFailed(f"{name}:{number}: goes on and on: this is no file of lines")
         if line.strip():
             yield Entry(f"{name}:{number}", None, line, done, total)
 
@@ -319,7 +354,7 @@ class Importer:
         self._new: dict[str, DekRecord] = {}
         self.taken: list[tuple[str, str]] = []
         self.unchanged = 0
-        self.bad: list[str] = []
+        self.bad = Bad()
         self.distrusted: set[str] = set()
         """Keys whose row was not as the daemon wrote it: their state is not known."""
 
@@ -337,7 +372,7 @@ class Importer:
                 if b'"usage":' in entry.data:
                     used[one.key_id] = _usage(json_loads(entry.data))
             except (ValueError, StoreDamaged) as error:
-                self.bad.append(f"{entry.where}: {error}")
+                self.bad.add(f"{entry.where}: {error}")
         self._store.put_all(list(self._new.values()))
         kept = self._store.usage(list(used))
         self._store.count((key_id, beyond(one, kept.get(key_id))) for key_id, one in used.items())
@@ -441,7 +476,7 @@ def take(
                     while some := list(itertools.islice(rest, AT_ONCE)):
                         importer.add(some, now)
                         progress(some[-1].done, some[-1].total)
-                if importer.bad and not skip_bad:
+                if importer.bad.count and not skip_bad:
                     raise _refused(importer.bad, op)
                 if work.store.mending and importer.taken:
                     _recount(work)
@@ -451,7 +486,7 @@ def take(
         except BaseException as error:
             _note_failure(work, op, error)
             raise
-    return Result(len(importer.taken), importer.unchanged, importer.bad[:TOLD])
+    return Result(len(importer.taken), importer.unchanged, importer.bad.count, importer.bad.first)
 
 
 @contextlib.contextmanager
@@ -485,11 +520,11 @@ def _note_failure(work: Work, op: str, error: BaseException) -> None:
         work.audit.note(op, "failed", code=code)
 
 
-def _refused(bad: list[str], op: str) -> CommandFailed:
-    for line in bad[:TOLD]:
+def _refused(bad: Bad, op: str) -> CommandFailed:
+    for line in bad.first:
         say(line)
     return CommandFailed(
-        f"{len(bad)} of the entries can't be taken; nothing was stored",
+        f"{bad.count} of the entries can't be taken; nothing was stored",
         hint="mend them, or leave them out with --skip-bad"
         if op == "import"
         else "take those that open, one by one, with --key ID",
@@ -505,7 +540,7 @@ def import_deks(loaded: Loaded, source: Path | None, skip_bad: bool, progress: P
         datadir.working(loaded, keys, "import") as work,
     ):
         result = take(work, "import", found, progress, skip_bad=skip_bad)
-    return {**result._asdict(), "skipped": len(result.bad)}
+    return result._asdict()
 
 
 def _as_owner(found: Iterable[Entry], loaded: Loaded) -> Iterable[Entry]:

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import sqlite3
 import stat
 import time
@@ -321,6 +322,40 @@ class TestImport:
         assert done.stderr.decode().splitlines() == err.splitlines()[:3]
         run(site, "verify")
         run(site, "audit", "verify")
+
+    def test_bad_lines_are_all_counted(self, site: Daemon) -> None:
+        """1,000 was what it said of any larger number, and it kept the text of each."""
+        good = {"key_id": "k_1", "thread_id": "t", "wrapped": go_blob(site.kek)}
+        file = lines(site.home / "in", *["{"] * 1500, good)
+        out, err = run(site, "import", file, code=1)
+        assert err.count("is not JSON") == 1000 and "1500 of the entries" in err
+        done = site.offline("import", file, "--skip-bad", "--json")
+        assert json.loads(done.stdout) == {"imported": 1, "unchanged": 0, "skipped": 1500}
+        assert done.stderr.count(b"\n") == 1000
+
+    @pytest.mark.parametrize("name", ["/dev/zero", "/dev/full", "/dev/urandom", "fifo", "socket"])
+    def test_what_may_never_end_or_begin_is_no_file(self, site: Daemon, name: str) -> None:
+        """It waited, and held the data-dir meanwhile, so that no daemon could start."""
+        source = site.home / name
+        with socket.socket(socket.AF_UNIX) as server:
+            if name == "fifo":
+                os.mkfifo(source)
+            if name == "socket":
+                server.bind(str(source))
+            out, err = run(site, "import", str(source), code=1)
+        assert out == "" and (f"{source} is no regular file" in err or "No such device" in err)
+
+    def test_what_a_shell_opened_is_read(self, site: Daemon) -> None:
+        row = {"key_id": "k_1", "thread_id": "t", "wrapped": go_blob(site.kek)}
+        lines(site.home / "in", row)
+        done = site.offline("import", "--json", wrapper=["bash", "-c", 'exec "$@" <(cat in)', "bash"])
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) == {"imported": 1, "unchanged": 0, "skipped": 0}
+
+    def test_a_stream_without_an_end(self, site: Daemon) -> None:
+        words = ["bash", "-c", 'exec "$@" </dev/zero', "bash"]
+        done = site.offline("import", "-", "--skip-bad", wrapper=words)
+        assert done.returncode == 1 and b"stdin:1: goes on and on" in done.stderr
 
     def test_a_blob_of_another_key(self, site: Daemon) -> None:
         """Two rows of a store were swapped before they were exported."""

@@ -168,7 +168,7 @@ def test_root_leaves_the_files_to_the_daemon(stopped: Daemon) -> None:
             ("verify",),
             ("export",),
             ("backup", str(copy.home / "b")),
-            ("import", "/dev/null"),
+            ("import", "-"),
             ("audit", "verify"),
         ):
             done = copy.offline(*words)
