@@ -144,6 +144,39 @@ def test_one_that_fails_its_drill_removes_none(daemon: Daemon, folder: Path) -> 
     assert b"passed its drill" in daemon.cli("status").stdout
 
 
+def test_a_kek_that_is_given_up_fails_no_drill(folder: Path) -> None:
+    """Each night ended as `.failed`, none of which ever goes; with allow_missing_keks the daemon does without
+    such a KEK, and so does a restore."""
+    with Daemon(workers=1) as daemon:
+        with daemon.session() as kms:
+            lost, _ = (kms.create_dek(f"t{number}")["key_id"] for number in range(2))
+            kms.ok("POST", "/rewrap", {"key_id": lost, "new_kek_hex": os.urandom(32).hex()})
+        host = (daemon.data_dir / "kms.host").read_text()[:8]
+        old = folder / f"kms-{host}-20250101T020000Z.backup"
+        assert daemon.offline("backup", str(old)).returncode == 0
+        strict = daemon.offline("backup", str(folder), "--keep", "1")
+        assert strict.returncode == 1 and b"is not configured" in strict.stderr and old.exists()
+        daemon.write_config({**daemon.config, "allow_missing_keks": True})
+        for failed in folder.glob("*.failed"):
+            failed.unlink()
+        done = daemon.offline("backup", str(folder), "--keep", "1", "--json")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.startswith(b"1 DEKs need the KEK ") and b"allow_missing_keks" in done.stderr
+        found = json.loads(done.stdout)
+        assert found["removed"] == [str(old)] and names(folder) == [Path(found["file"]).name]
+        checked = daemon.offline("backup", "--check", found["file"], "--json")
+        shown = json.loads(checked.stdout)
+        assert (shown["deks"], shown["opened"], shown["left_out"]) == (2, 1, 1)
+        assert daemon.ok("GET", "/status")["backup"]["checked_at"] == found["created_at"]
+        right = daemon.kek_file.read_bytes()
+        daemon.kek_file.write_text(os.urandom(32).hex())  # the active KEK is needed whatever is allowed
+        done = daemon.offline("backup", "--check", found["file"])
+        assert done.returncode == 1 and b"which is not configured, for 1 DEKs" in done.stderr
+        daemon.kek_file.write_bytes(right)
+        daemon.stop()
+        assert daemon.offline("restore", found["file"]).returncode == 0, "it brings back what it has"
+
+
 def test_the_daemon_knows_the_last_and_the_last_that_was_checked(daemon: Daemon, folder: Path) -> None:
     file = folder / "b"
     run(daemon, str(file))
