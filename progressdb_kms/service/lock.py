@@ -59,12 +59,12 @@ def claim(data_dir: Path) -> Claim:
             undo.callback(os.close, folder)
             file = os.open(data_dir / LOCK_FILE, _FLAGS | os.O_CREAT, 0o600)
             undo.callback(os.close, file)
+            for descriptor, name in ((folder, data_dir), (file, data_dir / LOCK_FILE)):
+                _lock(descriptor, name, data_dir, file)
+            line = f"pid {os.getpid()} since {timestamp(wall())}\n".encode()
+            os.ftruncate(file, os.pwrite(file, line, 0))  # a full disk takes what is written over
         except OSError as error:
             raise ConfigError(f"data_dir {data_dir} can't be used: {error.strerror}") from error
-        for descriptor, name in ((folder, data_dir), (file, data_dir / LOCK_FILE)):
-            _lock(descriptor, name, data_dir, file)
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"pid {os.getpid()} since {timestamp(wall())}\n".encode(), 0)
         undo.pop_all()
     return Claim(folder, file)
 

@@ -45,7 +45,7 @@ from ..config.load import Loaded
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
 from ..disk import sync
 from ..encoding import timestamp
-from ..errors import AuditUnavailable, KeyMismatch, KMSError, StoreDamaged
+from ..errors import AuditUnavailable, KeyMismatch, KMSError, StoreDamaged, StoreUnavailable
 from ..service.clock import ROW as TRUSTED_CLOCK
 from ..service.ownkeys import ROWS, held, wrap
 from ..service.plan import Plan, plan
@@ -57,7 +57,7 @@ from ..store.policy import DISABLED, PENDING_DELETION, SHREDDED
 from ..store.sqlite import FILE_NAME, SqliteReader, SqliteStore
 from . import asowner, backup, datadir
 from .backup import Backup, Progress
-from .console import CommandFailed
+from .console import CommandFailed, naming
 from .datadir import Keys, Opener, as_left, beyond
 
 BATCH = 2000
@@ -116,7 +116,8 @@ def restore(loaded: Loaded, file: Path, force: bool, progress: Progress) -> dict
             present = _look(data_dir, source, keys, force)
             past = _past(data_dir, source, present, chosen, keys, force, progress)
             built = _build(folder, source, chosen, past, keys, progress)
-            _swap(data_dir, folder)
+            with naming(data_dir / FILE_NAME):
+                _swap(data_dir, folder)
             chain = _record(loaded, keys)
         return _told(source, present, built, chain)
 
@@ -126,7 +127,7 @@ def _record(loaded: Loaded, keys: Keys) -> str:
     try:
         with datadir.working(loaded, keys, "restore") as work:
             return work.audit.chain
-    except AuditUnavailable as error:
+    except (AuditUnavailable, StoreUnavailable) as error:
         raise CommandFailed(
             f"the backup was restored, but that is not in the audit log yet: {error.message}",
             hint="the daemon records it at its start",

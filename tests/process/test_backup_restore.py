@@ -665,6 +665,30 @@ def killed_restores(site: Site, pick: Callable[[Any], Sequence[Step]]) -> None:
     assert seen == {False, True}
 
 
+def test_a_full_disk_is_told_with_what_was_done(site: Site) -> None:
+    """`No space left on device`, of no file; and `the store can't do that now`, of a store that was restored."""
+    need_strace()
+    daemon = site.daemon
+    daemon.stop()
+    steps = steps_of(lambda wrapper: restore(site, wrapper=wrapper), daemon.data_dir)
+    swap = next(at for at, step in enumerate(steps) if step.name == "rename")
+
+    def first(name: str, file: str, since: int = 0) -> Step:
+        return next(step for step in steps[since:] if step.name == name and f"/{file}>" in step.text)
+
+    lock = refused(restore(site, wrapper=failing(first("pwrite64", "kms.lock"))))
+    assert f"data_dir {daemon.data_dir} can't be used: No space left" in lock
+    built = refused(restore(site, wrapper=failing(first("fsync", ".kms-restore/kms.db"))))
+    assert f"{daemon.data_dir}/kms.db: No space left" in built
+    done = refused(restore(site, wrapper=failing(first("pwrite64", "kms.db-wal", swap))))
+    assert (
+        "the backup was restored, but that is not in the audit log yet: the store can't do that now" in done
+    )
+    daemon.start()
+    assert len(events(daemon, "restore")) == 2
+    opens(daemon, site.boxes)
+
+
 def test_killed_at_some_steps(site: Site) -> None:
     killed_restores(site, lambda steps: steps.spread(ROUNDS))
 
