@@ -663,27 +663,6 @@ class FleetStore(SealedStore, FleetReader):
         if len(self._gathered.rows) >= BULK and not self._parts:
             self._inside().execute("SET LOCAL idle_in_transaction_session_timeout = '60s'")
 
-    def _count_all(self, rows: list[Written], old: Mapping[str, tuple[Any, int]]) -> None:
-        """New rows of one time and KEK, as a batch of creates has them, are counted at once."""
-        alike: dict[tuple[str, int, str], list[Written]] = {}
-        for row in rows:
-            new = row.record.wrapped and row.record.state != SHREDDED and row.key_id not in old
-            if not new or self._tally is not None:
-                super()._count_all([row], old)
-            else:
-                kind = row.record.kek_id, row.record.kek_version, row.record.created_at
-                alike.setdefault(kind, []).append(row)
-        for (kek_id, version, since), news in alike.items():
-            book, count = self._book, len(news)
-            before = book.keks.get(kek_id, KekCount(version, 0, since))
-            row_of_kek = before._replace(deks=before.deks + count, since=min(before.since, since))
-            self._book = book._replace(
-                change=book.change + count,
-                keks={name: row for name, row in {**book.keks, kek_id: row_of_kek}.items() if row.deks},
-                total=(book.total + sum(row.weight for row in news)) % MODULUS,
-                wraps={**book.wraps, kek_id: book.wraps.get(kek_id, 0) + count},
-            )
-
     def _write(self, name: str, row: dict[str, Any]) -> None:
         self._gathered.kms[name] = json_dumps(row)
         self._ahead.pop(name, None)

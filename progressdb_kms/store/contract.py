@@ -142,14 +142,17 @@ class Store(Reader, Protocol):
 # ---- counts per KEK ------------------------------------------------------------------------------
 
 
-def counted(keks: Mapping[str, KekCount], old: DekRecord | None, new: DekRecord) -> dict[str, KekCount]:
-    """The counts after `old` (None: nothing) was replaced by `new`. A shredded DEK needs no KEK. One host of
-    a fleet may count below zero: it replaced what another had counted."""
+def counted(
+    keks: Mapping[str, KekCount], changes: Iterable[tuple[DekRecord | None, DekRecord]]
+) -> dict[str, KekCount]:
+    """The counts after each old record (None: nothing) was replaced by the new one beside it. A shredded DEK
+    needs no KEK. One host of a fleet may count below zero: it replaced what another had counted."""
     result = dict(keks)
-    if old is not None and old.state != SHREDDED:
-        row = result.get(old.kek_id, KekCount(old.kek_version, 0, old.created_at))
-        result[old.kek_id] = row._replace(deks=row.deks - 1)
-    if new.state != SHREDDED:
-        row = result.get(new.kek_id, KekCount(new.kek_version, 0, new.created_at))
-        result[new.kek_id] = row._replace(deks=row.deks + 1, since=min(row.since, new.created_at))
+    for old, new in changes:
+        if old is not None and old.state != SHREDDED:
+            row = result.get(old.kek_id) or KekCount(old.kek_version, 0, old.created_at)
+            result[old.kek_id] = KekCount(row.version, row.deks - 1, row.since)
+        if new.state != SHREDDED:
+            row = result.get(new.kek_id) or KekCount(new.kek_version, 0, new.created_at)
+            result[new.kek_id] = KekCount(row.version, row.deks + 1, min(row.since, new.created_at))
     return {kek_id: row for kek_id, row in result.items() if row.deks}

@@ -16,7 +16,7 @@ nothing about a DEK.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ..crypto.aead import mac, same
@@ -142,12 +142,16 @@ class StoreState(NamedTuple):
     def activated(self, kek_id: str, version: int, since: str) -> StoreState:
         return self._replace(change=self.change + 1, active=ActiveKek(kek_id, version, since))
 
-    def wrapped(self, kek_id: str) -> StoreState:
-        return self._replace(wraps={**self.wraps, kek_id: self.wraps.get(kek_id, 0) + 1})
+    def wrapped(self, kek_ids: Iterable[str]) -> StoreState:
+        """After a wrap under each of these."""
+        wraps = dict(self.wraps)
+        for kek_id in kek_ids:
+            wraps[kek_id] = wraps.get(kek_id, 0) + 1
+        return self._replace(wraps=wraps)
 
-    def counted(self, gone: int, come: int, keks: Mapping[str, KekCount]) -> StoreState:
-        """After a row was replaced: the weights of the old (0: there was none) and of the new one."""
-        return self._replace(change=self.change + 1, keks=keks, total=(self.total - gone + come) % MODULUS)
+    def counted(self, rows: int, more: int, keks: Mapping[str, KekCount]) -> StoreState:
+        """After so many rows were replaced: the weights of the new ones less those of the old."""
+        return self._replace(change=self.change + rows, keks=keks, total=(self.total + more) % MODULUS)
 
 
 class Tally(NamedTuple):

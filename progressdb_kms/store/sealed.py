@@ -194,7 +194,7 @@ class SealedStore(SealedReader):
         if self._book.wraps:
             self.count((KEK_ROW + kek_id, Usage(wraps)) for kek_id, wraps in self._book.wraps.items())
             self._book = self._book._replace(wraps={})
-        if self._book is not before:
+        if self._book != before:
             self._write(STATE, self._key.sealed(self._signed(STATE), self._own().to_row()))
 
     def _own(self) -> StoreState:
@@ -202,7 +202,7 @@ class SealedStore(SealedReader):
         return self._book
 
     def _committed(self, before: StoreState) -> None:
-        if self._book is not before:
+        if self._book != before:
             self._publish(self._book.change)
 
     # ---- rows of the service's own -------------------------------------------------------------
@@ -243,9 +243,8 @@ class SealedStore(SealedReader):
         keks: Mapping[str, KekCount] = {}
         total, after = 0, ""
         while page := self._raw_page(after, ROWS, None):
-            for key_id, row in page:
-                keks = counted(keks, None, self._record(key_id, row))
-                total = (total + weight(row)) % MODULUS
+            keks = counted(keks, [(None, self._record(key_id, row)) for key_id, row in page])
+            total = (total + sum(weight(row) for _, row in page)) % MODULUS
             after = page[-1][0]
         other = (dict(keks), total) != (dict(self._book.keks), self._book.total)
         if other:
@@ -260,23 +259,19 @@ class SealedStore(SealedReader):
     def put_all(self, records: Sequence[DekRecord]) -> None:
         """Many at once, of a key no more than one."""
         there = self.there([one.key_id for one in records])
-        old = {key_id: self._replaced(key_id) for key_id in there}
+        old = [self._replaced(one.key_id) if one.key_id in there else (None, 0) for one in records]
         rows = [self._written(one) for one in records]
         self._set_all(rows)
-        self._count_all(rows, old)
-
-    def _count_all(self, rows: list[Written], old: Mapping[str, tuple[Any, int]]) -> None:
-        for row in rows:
-            self._count(row.record, *old.get(row.key_id, (None, 0)), row.weight)
-
-    def _count(self, new: DekRecord, old: DekRecord | None, gone: int, come: int) -> None:
-        if new.state == SHREDDED:
-            self._forget_usage(new.key_id)
-        self._book = self._book.counted(gone, come, counted(self._book.keks, old, new))
-        if new.wrapped and (old is None or new.wrapped != old.wrapped):
-            self._book = self._book.wrapped(new.kek_id)
-        if self._tally is not None:
-            self._tally = self._tally.moved(new.key_id, live=come - gone)
+        changes = [(was, new) for new, (was, _) in zip(records, old)]
+        more = sum(row.weight - gone for row, (_, gone) in zip(rows, old))
+        book = self._book.counted(len(rows), more, counted(self._book.keks, changes))
+        made = [new.kek_id for was, new in changes if new.wrapped and new.wrapped != (was and was.wrapped)]
+        self._book = book.wrapped(made)
+        for row, (_, gone) in zip(rows, old):
+            if row.record.state == SHREDDED:
+                self._forget_usage(row.key_id)
+            if self._tally is not None:
+                self._tally = self._tally.moved(row.key_id, live=row.weight - gone)
 
     def _written(self, record: DekRecord) -> Written:
         return Written(record.key_id, *self._key.written("meta:" + record.key_id, record.to_row()), record)
@@ -294,14 +289,11 @@ class SealedStore(SealedReader):
 
     def stage(self, records: Iterable[DekRecord]) -> None:
         rows = [self._written(one) for one in records]
-        for row in rows:
-            if row.record.wrapped:
-                self._book = self._book.wrapped(row.record.kek_id)
+        self._book = self._book.wrapped(row.record.kek_id for row in rows if row.record.wrapped)
         if self._tally is not None:
             for row in rows:
-                old = self._staged(row.key_id)
-                more = row.weight - (weight(old) if old else 0)
-                self._tally = self._tally.moved(row.key_id, staged=more)
+                gone = weight(old) if (old := self._staged(row.key_id)) else 0
+                self._tally = self._tally.moved(row.key_id, staged=row.weight - gone)
         self._set_staged(rows)
 
     def check_staged(self, after: str, limit: int) -> str:

@@ -21,7 +21,7 @@ from ..audit.verify import Left
 from ..config.load import Loaded
 from ..config.options import Settings
 from ..crypto import envelope
-from ..crypto.aead import NONCE_SIZE, same
+from ..crypto.aead import NONCE_SIZE, Aead, same
 from ..crypto.envelope import AUDIT_KEY, Wrapped
 from ..crypto.keyring import REGION_SIZE, KekNotLoaded, Keyring
 from ..crypto.memory import LockedBuffer
@@ -299,6 +299,7 @@ class Opener:
         self._keyring = keyring
         self._parse = envelope.foreign if foreign else envelope.parse
         self._kek_ids = sorted(keyring.kek_ids(), key=lambda kek_id: kek_id != _active(keyring))
+        self._ciphers: dict[str, Aead] = {}
         self._memory = LockedBuffer(2 * envelope.SCRATCH_SIZE)
         self._first = self._memory.view[: envelope.SCRATCH_SIZE]
         self._second = self._memory.view[envelope.SCRATCH_SIZE :]
@@ -317,8 +318,9 @@ class Opener:
         dek = self._open(key_id, blob, self._first, self._parse)
         active = self._keyring.active.kek_id
         with self._keyring.borrow(active) as kek:
-            bound = envelope.wrap(kek, active, key_id, os.urandom(NONCE_SIZE), dek)
-            again = envelope.unwrap_into(kek, envelope.stored(key_id, bound), self._second)
+            cipher = self._cipher(active, kek)
+            bound = envelope.wrap_by(cipher, active, key_id, os.urandom(NONCE_SIZE), dek)
+            again = envelope.unwrap_by(cipher, envelope.stored(key_id, bound), self._second)
         if not same(dek, again):  # type: ignore[arg-type]
             raise ValueError("does not open any more after it was wrapped anew")
         return bound
@@ -333,7 +335,7 @@ class Opener:
         for kek_id in candidates:
             try:
                 with self._keyring.borrow(kek_id) as kek:
-                    return envelope.unwrap_into(kek, wrapped, place)
+                    return envelope.unwrap_by(self._cipher(kek_id, kek), wrapped, place)
             except KekNotLoaded:
                 raise ValueError(f"needs the KEK {kek_id}, which is not configured") from None
             except AuthenticationFailed:
@@ -342,10 +344,17 @@ class Opener:
             raise ValueError(f"does not open under the KEK {wrapped.kek_id} that it names")
         raise ValueError("does not open under any configured KEK (previous_master_keys may name more)")
 
+    def _cipher(self, kek_id: str, kek: memoryview) -> Aead:
+        """One for each KEK, as long as this lives: in an offline command a KEK stays where it is."""
+        if kek_id not in self._ciphers:
+            self._ciphers[kek_id] = Aead(kek)
+        return self._ciphers[kek_id]
+
     def __enter__(self) -> Opener:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._ciphers.clear()
         self._memory.wipe()
         with contextlib.suppress(BufferError):  # a traceback may hold slices; the wipe is what counts
             self._first.release()

@@ -157,14 +157,15 @@ def _record(row: dict[str, Any], key_id: str, thread_id: str, now: float) -> Dek
         "shredded_at" in times
     ):
         raise ValueError(f"is {state}, and its times don't fit that")
-    _usage(row)
+    if "usage" in row:
+        _usage(row)
     created = _time(row["created_at"]) if row.get("created_at") else _born(key_id, now)
     return DekRecord(key_id, thread_id, blob, kek_id, 0, created, state, **times)
 
 
 def _usage(row: dict[str, Any]) -> Usage:
     """Where a DEK was used elsewhere, its nonces are used up here too."""
-    value = row.get("usage", {})
+    value = row["usage"]
     names = set(Usage._fields)
     if not isinstance(value, dict) or set(value) not in (set(), names):
         raise ValueError("has a `usage` of an unknown form")
@@ -225,7 +226,8 @@ def _time(value: object) -> str:
     zone = "+00:00" if match[3] == "Z" else match[3]
     try:
         moment = datetime.datetime.fromisoformat(match[1] + zone)
-        return f"{timestamp(moment.timestamp())[:20]}{(match[2] or '')[:6]:0<6}Z"
+        ours = match[3] == "Z" and moment.year >= 1970
+        return f"{match[1] if ours else timestamp(moment.timestamp())[:19]}.{(match[2] or '')[:6]:0<6}Z"
     except (ValueError, OverflowError):
         raise ValueError("has a malformed time") from None
 
