@@ -313,13 +313,12 @@ class Opener:
         first = self._open(key_id, blob, self._first)
         return same(first, self._open(key_id, other, self._second, self._parse))  # type: ignore[arg-type]
 
-    def rebind(self, key_id: str, blob: bytes) -> bytes:
-        """The same DEK under the active KEK, bound to the key_id; opened again and compared. ValueError."""
+    def rebind(self, kek_id: str, key_id: str, blob: bytes) -> bytes:
+        """The same DEK under this KEK, bound to the key_id; opened again and compared. ValueError."""
         dek = self._open(key_id, blob, self._first, self._parse)
-        active = self._keyring.active.kek_id
-        with self._keyring.borrow(active) as kek:
-            cipher = self._cipher(active, kek)
-            bound = envelope.wrap_by(cipher, active, key_id, os.urandom(NONCE_SIZE), dek)
+        with self._keyring.borrow(kek_id) as kek:
+            cipher = self._cipher(kek_id, kek)
+            bound = envelope.wrap_by(cipher, kek_id, key_id, os.urandom(NONCE_SIZE), dek)
             again = envelope.unwrap_by(cipher, envelope.stored(key_id, bound), self._second)
         if not same(dek, again):  # type: ignore[arg-type]
             raise ValueError("does not open any more after it was wrapped anew")

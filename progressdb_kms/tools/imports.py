@@ -70,7 +70,8 @@ _FIELDS = frozenset(
 
 _SNAPSHOT = re.compile(r"(.+?)(?:\.json)?\.(\d{8}T\d{6}Z?|\d{10,19})")
 _NANOSECONDS = re.compile(r"(?:k_|dek_|t:)(1\d{18})")
-_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)")
+_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)", re.ASCII)
+_FIRST = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 
 
 class Entry(NamedTuple):
@@ -225,9 +226,8 @@ def _time(value: object) -> str:
         raise ValueError("has a malformed time")
     zone = "+00:00" if match[3] == "Z" else match[3]
     try:
-        moment = datetime.datetime.fromisoformat(match[1] + zone)
-        ours = match[3] == "Z" and moment.year >= 1970
-        return f"{match[1] if ours else timestamp(moment.timestamp())[:19]}.{(match[2] or '')[:6]:0<6}Z"
+        moment = datetime.datetime.fromisoformat(match[1] + zone).astimezone(datetime.timezone.utc)
+        return f"{max(moment, _FIRST).isoformat()[:19]}.{(match[2] or '')[:6]:0<6}Z"
     except (ValueError, OverflowError):
         raise ValueError("has a malformed time") from None
 
@@ -445,7 +445,7 @@ class Importer:
         return False
 
     def _bound(self, new: DekRecord) -> DekRecord:
-        blob = self._opener.rebind(new.key_id, new.wrapped)
+        blob = self._opener.rebind(self._active.kek_id, new.key_id, new.wrapped)
         return new._replace(wrapped=blob, kek_id=self._active.kek_id, kek_version=self._active.version)
 
     def _put(self, record: DekRecord) -> None:
