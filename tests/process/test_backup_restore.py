@@ -666,7 +666,7 @@ def killed_restores(site: Site, pick: Callable[[Any], Sequence[Step]]) -> None:
 
 
 def test_a_full_disk_is_told_with_what_was_done(site: Site) -> None:
-    """`No space left on device`, of no file; and `the store can't do that now`, of a store that was restored."""
+    """`No space left on device`, of no file; `the store can't do that now`, where it was restored."""
     need_strace()
     daemon = site.daemon
     daemon.stop()
