@@ -40,9 +40,7 @@ def check(loaded: Loaded, file: Path, progress: Progress) -> dict[str, Any]:
         for text in faults[:TOLD]:
             say(text)
         for kek_id, count in lost.items():
-            say(
-                f"{count} DEKs need the KEK {kek_id}, which is not configured: left out, by allow_missing_keks"
-            )
+            say(f"{count} DEKs need the KEK {kek_id}, which is not there: left out, by allow_missing_keks")
         if faults or missing != lost:
             raise CommandFailed(_verdict(file, source, missing, faults), hint=_remedy(missing))
         return {
