@@ -29,7 +29,7 @@ from . import asowner, auditreport, datadir
 from .auditcounts import Counts
 from .auditsearch import Hits, Query, as_csv, as_json, as_table, moment, summary
 from .command import EVENTS
-from .console import CommandFailed, Progress, UsageError, output, safe, say, show
+from .console import CommandFailed, Progress, UsageError, check_replaceable, output, safe, say, show
 
 if TYPE_CHECKING:
     from ..config.load import Loaded
@@ -192,6 +192,7 @@ def span(args: argparse.Namespace) -> tuple[str, str]:
 def report(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
     """One HTML page to a file. Returns 1 where a fault was found; the page is made and tells it."""
     now, data_dir, counts = time.time(), loaded.settings.data_dir, Counts(*span(args))
+    check_replaceable(args.output, auditreport.BEGINS)
     with output(args.output) as file:  # now, so that nobody waits for a page that can't be written
         with _read_log(args, loaded, False) as read:
             found = read(progress, counts)

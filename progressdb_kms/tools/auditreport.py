@@ -145,6 +145,9 @@ svg{display:block;color:var(--bar)}svg.chart{width:100%;height:12rem}svg.spark{w
 @media print{body{max-width:none;padding:0;font-size:11pt}h2{break-after:avoid}tr{break-inside:avoid}}
 """
 
+BEGINS = b"<!doctype html>\n"
+"""So each page begins."""
+
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">

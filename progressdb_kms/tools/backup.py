@@ -147,14 +147,20 @@ def _exists(file: Path) -> CommandFailed:
     return CommandFailed(f"{file} exists, and a backup is never overwritten", hint="name another file")
 
 
-def check_target(data_dir: Path, file: Path) -> None:
-    """Raises CommandFailed. In the data-dir a backup would keep what a later shred must remove, and be lost
-    together with it."""
+def check_outside(data_dir: Path, file: Path) -> Path:
+    """The file without links. Raises CommandFailed."""
     home, target = data_dir.resolve(), file.resolve()
     if home == target or home in target.parents:
         raise CommandFailed(
             f"{file} is inside the data-dir: a shred could not reach it", hint="choose another folder"
         )
+    return target
+
+
+def check_target(data_dir: Path, file: Path) -> None:
+    """Raises CommandFailed. In the data-dir a backup would keep what a later shred must remove, and be lost
+    together with it."""
+    target = check_outside(data_dir, file)
     if not target.parent.is_dir():
         raise CommandFailed(f"there is no folder {target.parent}", hint="make it first")
     if os.path.lexists(file):

@@ -158,6 +158,21 @@ def output(name: str) -> Iterator[IO[bytes]]:
             yield file
 
 
+def check_replaceable(name: str, begins: bytes) -> None:
+    """Raises CommandFailed where a file of this name does not begin so: a store, a log or a key, which a
+    slip of the hand named."""
+    path = Path(name)
+    if name == STDIO or not path.is_file():
+        return
+    with os.fdopen(regular(path), "rb") as file:
+        found = file.read(len(begins))
+    if found and found != begins:
+        raise CommandFailed(
+            f"{name} exists, and is none that this command wrote: it is not replaced",
+            hint="name another file",
+        )
+
+
 def write_binary(name: str, data: bytes) -> None:
     if name == STDIO and sys.stdout.isatty() and not _is_text(data):
         raise CommandFailed("binary data is not written to a terminal", hint="name a file or pipe it on")

@@ -91,6 +91,10 @@ def export(settings: Settings, file: IO[bytes], progress: Progress, skip_bad: bo
     return done, bad
 
 
+LINE = b'{"key_id":'
+"""So each line begins."""
+
+
 def line(record: DekRecord, usage: Usage | None) -> bytes:
     """A DEK as `export` writes it."""
     used = {"usage": usage._asdict()} if usage else {}

@@ -246,7 +246,7 @@ def test_under_load(daemon: Daemon) -> None:
     assert len(acknowledged) > 50 and set(acknowledged) <= found
 
 
-@pytest.mark.parametrize("command", [("backup", "HOME/copy"), ("export", "HOME/out"), ("verify",)])
+@pytest.mark.parametrize("command", [("backup", "HOME/copy"), ("export", "HOME/exported"), ("verify",)])
 @pytest.mark.parametrize("daemon", ONE_IS_LONG, indirect=True)
 def test_commands_beside_it_read_no_other_files(daemon: Daemon, command: tuple[str, ...]) -> None:
     words = [word.replace("HOME", str(daemon.home)) for word in command]
@@ -254,7 +254,7 @@ def test_commands_beside_it_read_no_other_files(daemon: Daemon, command: tuple[s
         kms.create_dek("t")
         assert daemon.offline(*words).returncode == 0
         replaced(daemon.data_dir / "kms.db")
-        words = [word.replace("copy", "copy2").replace("out", "out2") for word in words]
+        words = [word.replace("copy", "copy2").replace("exported", "exported2") for word in words]
         done = daemon.offline(*words)
         assert done.returncode == 1 and b"other file" in done.stderr, done.stderr
         assert not (daemon.home / "copy2").exists()

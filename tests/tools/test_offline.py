@@ -107,6 +107,33 @@ def test_export_and_import(stopped: Daemon, short_tmp: Path) -> None:
         other.close()
 
 
+def test_an_export_over_an_earlier_one(stopped: Daemon, short_tmp: Path) -> None:
+    out = short_tmp / "deks.jsonl"
+    out.touch()
+    for _ in range(2):
+        assert stopped.offline("export", str(out)).returncode == 0
+    assert out.read_bytes().count(b"\n") == 2
+
+
+def test_an_export_replaces_nothing_else(stopped: Daemon) -> None:
+    """A slip of the hand: the store, the log, the key."""
+    for file in (stopped.data_dir / "kms.db", stopped.audit_log, stopped.kek_file):
+        before = file.read_bytes()
+        done = stopped.offline("export", str(file))
+        assert (done.returncode, done.stdout) == (1, b"") and file.read_bytes() == before
+        done = stopped.offline("audit", "report", str(file))
+        assert done.returncode == 1 and b"it is not replaced" in done.stderr and file.read_bytes() == before
+
+
+def test_an_export_is_not_in_the_data_dir(stopped: Daemon, short_tmp: Path) -> None:
+    """A shred could not reach it there."""
+    (short_tmp / "link").symlink_to(stopped.data_dir)
+    for out in (stopped.data_dir / "deks.jsonl", short_tmp / "link" / "deks.jsonl"):
+        done = stopped.offline("export", str(out))
+        assert done.returncode == 1 and b"is inside the data-dir" in done.stderr
+        assert not out.exists()
+
+
 def test_a_failed_export_leaves_no_file(short_tmp: Path) -> None:
     done = cli("export", "out", "--data-dir", "none", cwd=short_tmp)
     assert done.returncode == 1 and b"there is no store" in done.stderr and os.listdir(short_tmp) == []

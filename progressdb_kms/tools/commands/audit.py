@@ -90,7 +90,7 @@ def audit_search(args: argparse.Namespace) -> int:
     "make one HTML page of the audit log and the store",
     "Calls by hour and operation, refusals and failures by UID, keys used most and never, DEKs by KEK "
     "and state, rotations, deletions that are due, and whether the chains verify. The page needs no "
-    "network and no script.",
+    "network and no script. It is written over nothing but an earlier page.",
     (
         Arg(("output",), "the page to write", "file", "FILE"),
         Arg(("log",), "audit logs (default: those of the data-dir)", "file", "LOG", "*"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .. import asowner
 from ..command import CONFIG, DATA_DIR, JSON, OFFLINE, OUTPUT, Arg, command, load, no_stream, own
-from ..console import STDIO, Progress, UsageError, output, say, show, table
+from ..console import STDIO, Progress, UsageError, check_replaceable, output, say, show, table
 
 if TYPE_CHECKING:
     pass
@@ -133,7 +133,8 @@ def restore(args: argparse.Namespace) -> None:
     "export",
     OFFLINE,
     "write all DEKs as JSON lines",
-    "A line a DEK, wrapped: it opens under the same KEK only. OUT is written whole or not at all.",
+    "A line a DEK, wrapped: it opens under the same KEK only. OUT is written whole or not at all, not in "
+    "the data-dir, and over nothing but an earlier export.",
     (
         OUTPUT,
         DATA_DIR,
@@ -144,14 +145,15 @@ def restore(args: argparse.Namespace) -> None:
 )
 def export(args: argparse.Namespace) -> None:
     from .. import storecmd
+    from ..backup import check_outside
 
-    with (
-        load(args, need_key=False, fleet=True) as loaded,
-        Progress("export") as bar,
-        output(args.output) as file,
-        asowner.acting_as(asowner.of(loaded.settings.data_dir)),
-    ):
-        count, bad = storecmd.export(loaded.settings, file, progress=bar, skip_bad=args.skip_bad)
+    with load(args, need_key=False, fleet=True) as loaded, Progress("export") as bar:
+        data_dir = loaded.settings.data_dir
+        if args.output != STDIO:
+            check_outside(data_dir, Path(args.output))
+            check_replaceable(args.output, storecmd.LINE)
+        with output(args.output) as file, asowner.acting_as(asowner.of(data_dir)):
+            count, bad = storecmd.export(loaded.settings, file, progress=bar, skip_bad=args.skip_bad)
     for key_id in bad:
         say(f"{key_id}: its row can't be read")
     say(f"{count} DEKs exported" + (f", {len(bad)} left out" if bad else ""))
