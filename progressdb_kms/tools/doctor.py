@@ -292,6 +292,7 @@ def _only_systemd_knows(settings: Settings) -> bool:
 
 def _key_file(patient: Patient) -> Findings:
     assert patient.settings is not None
+    yield from _beside_the_data(patient.settings)
     if patient.settings.master_key_file is None:
         yield Finding(OK, "the master key is not in a file of its own")
         return
@@ -315,6 +316,14 @@ def _key_file(patient: Patient) -> Findings:
         yield Finding(WARN, f"{path} is mounted alone, so no rotation can replace it", todo)
     else:
         yield Finding(OK, f"{path} has mode {about.st_mode & 0o777:04o}")
+
+
+def _beside_the_data(settings: Settings) -> Findings:
+    """A copy of the data-dir is worth nothing without the key."""
+    holder = settings.master_key_file or (settings.config_file if " in " in settings.master_source else None)
+    if holder and settings.data_dir.resolve() in Path(holder).resolve().parents:
+        said = f"{holder} is in the data-dir: whoever has a copy of that has the key, and all DEKs"
+        yield Finding(WARN, said, "move it to a folder of its own, and rotate the KEK if copies were made")
 
 
 def _is_mounted(path: Path) -> bool:

@@ -113,6 +113,23 @@ class TestConfig:
         (home / "F").unlink()
         assert only(doctor._key_file, patient(home)).level == FAIL
 
+    def test_a_key_in_the_data_dir(self, home: Path) -> None:
+        """Every copy of it, which is to be worth nothing without the key, holds the key."""
+        for name, text in (("F", "master_key_file: d/F\n"), ("c.yaml", f"master_key_hex: {KEK.hex()}\n")):
+            place = home / "d" / name
+            (home / name).rename(place)
+            config = place if name == "c.yaml" else home / "c.yaml"
+            write_secret(config, f"{text}socket: s\ndata_dir: {home}/d\n".encode())
+            asked = Patient(argparse.Namespace(socket=None, data_dir=None, config=str(config)))
+            found = [row for row in doctor._key_file(asked) if row.level == WARN]
+            assert len(found) == 1 and found[0].text.startswith(f"{place} is in the data-dir")
+
+    def test_a_configuration_in_the_data_dir_without_a_key(self, home: Path) -> None:
+        (home / "c.yaml").rename(home / "d" / "c.yaml")
+        write_secret(home / "d" / "c.yaml", b"master_key_file: ../F\nsocket: s\ndata_dir: .\n")
+        asked = Patient(argparse.Namespace(socket=None, data_dir=None, config=str(home / "d" / "c.yaml")))
+        assert levels(doctor._key_file, asked) == [OK]
+
     def test_a_key_file_that_others_may_replace(self, home: Path) -> None:
         home.chmod(0o777)
         assert "others may replace" in only(doctor._key_file, patient(home)).text
