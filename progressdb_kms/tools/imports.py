@@ -35,8 +35,10 @@ from ..audit.verify import History, history
 from ..config.load import Loaded
 from ..config.options import Settings
 from ..disk import regular
-from ..encoding import KEK_ID, KEY_ID, MAX_THREAD_ID, b64decode, json_loads, timestamp
+from ..encoding import KEK_ID, KEY_ID, MAX_THREAD_ID, b64decode, json_loads, moment, timestamp
 from ..errors import KMSError, StoreDamaged
+from ..service.clock import REMEDY, Anchor, Clock, judge
+from ..service.clock import ROW as TRUSTED_CLOCK
 from ..service.usage import SPENT, refusal
 from ..store import snapshots
 from ..store.contract import KEK_ROW, DekRecord, Usage
@@ -357,6 +359,11 @@ class Importer:
         self.taken: list[tuple[str, str]] = []
         self.unchanged = 0
         self.bad = Bad()
+        self._begun = timestamp(time.time())
+        self.due = 0
+        """Deletions that came along and that this host's clock has passed."""
+        self.newest = ""
+        """The last time that the rows themselves tell of."""
         self.distrusted: set[str] = set()
         """Keys whose row was not as the daemon wrote it: their state is not known."""
 
@@ -453,6 +460,13 @@ class Importer:
         if record.delete_at:
             self._store.write(f"deletion:{record.delete_at}|{record.key_id}", {})
         self.taken.append((record.key_id, record.thread_id))
+        self._note_times(record)
+
+    def _note_times(self, record: DekRecord) -> None:
+        self.due += record.state == PENDING_DELETION and record.delete_at <= self._begun
+        for told in (record.created_at, record.shredded_at):
+            if self.newest < told < self._begun:
+                self.newest = told
 
 
 def take(
@@ -482,6 +496,8 @@ def take(
                     raise _refused(importer.bad, op)
                 if work.store.mending and importer.taken:
                     _recount(work)
+                if importer.due:
+                    _hold(work, importer)
                 for key_id, thread_id in importer.taken:
                     work.audit.record(op, "ok", 200, key_fragment(key_id, thread_id))
                 work.anchor()
@@ -501,6 +517,18 @@ def _uncollected() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
+
+
+def _hold(work: Work, importer: Importer) -> None:
+    """A new host's clock may be ahead, and nothing here tells the time: the rows do, to a moment at which it
+    was not later than it is. What is due beyond the usual gap is held until a person accepts the clock."""
+    store = work.store
+    if isinstance(store, SqliteStore) and store.read(TRUSTED_CLOCK) is None:
+        now = Clock().reading()
+        trusted = min(moment(importer.newest), now.wall) if importer.newest else 0.0
+        store.write(TRUSTED_CLOCK, Anchor(trusted, *now)._asdict())
+        if held := judge(Anchor(trusted, *now), now).held:
+            say(f"{importer.due} of the deletions are due by this host's clock, and held: {held} ({REMEDY})")
 
 
 def _history(work: Work) -> History:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import MakeDaemon
 from tests.harness.daemon import Daemon
 from tests.harness.faults import Shim
 from tests.harness.procs import wait_until
@@ -110,6 +111,43 @@ def test_a_restore_brings_the_trusted_time_too() -> None:
         assert warnings(daemon) == []
         daemon.stop()
         assert daemon.offline("verify").returncode == 0
+
+
+def test_an_import_into_an_empty_store_trusts_no_clock_that_is_ahead() -> None:
+    """A new host has no trusted time yet: what was scheduled for later was shredded by its first start."""
+    with Shim() as shim, Daemon(env=shim.env, workers=1) as daemon:
+        key_id, later = scheduled(daemon, days=5), scheduled(daemon, days=30)
+        lines = daemon.offline("export").stdout
+        daemon.stop()
+        twin = daemon.copy(data=False)
+        try:
+            twin.env = dict(shim.env)
+            shim.clock(20 * 86400)
+            done = twin.offline("import", "-", stdin=lines)
+            assert done.returncode == 0
+            assert b"1 of the deletions are due by this host's clock, and held" in done.stderr
+            twin.start()
+            assert "20 days ahead" in warnings(twin)[0] and held(twin) == "1"
+            assert twin.ok("GET", f"/deks/{key_id}")["state"] == "pending_deletion"
+            assert twin.cli("clock", "accept").returncode == 0
+            wait_until(lambda: twin.ok("GET", f"/deks/{key_id}")["state"] == "shredded", 60, "the shred")
+            assert twin.ok("GET", f"/deks/{later}")["state"] == "pending_deletion"
+        finally:
+            twin.close()
+
+
+def test_an_import_holds_nothing_that_is_not_due(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(workers=1)
+    scheduled(daemon)
+    lines = daemon.offline("export").stdout
+    daemon.stop()
+    twin = daemon.copy(data=False)
+    try:
+        done = twin.offline("import", "-", stdin=lines)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert warnings(twin.start()) == [] and held(twin) == "0"
+    finally:
+        twin.close()
 
 
 def test_only_an_admin_accepts_a_clock() -> None:
