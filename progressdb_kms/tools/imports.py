@@ -271,7 +271,7 @@ def _opened(path: Path) -> IO[bytes]:
     opened_before = stat.S_ISFIFO(mode) and os.path.realpath(path).startswith("/proc/")
     if not stat.S_ISREG(mode) and not opened_before:
         os.close(descriptor)
-        raise CommandFailed(f"{path} is no regular file", hint=f"`import - <{path}` reads what comes")
+        raise CommandFailed(f"{path} is no regular file", hint=f"`import -` reads stdin: <{path}")
     os.set_blocking(descriptor, True)
     return open(descriptor, "rb")
 
