@@ -54,6 +54,11 @@ def verify(args: argparse.Namespace, loaded: Loaded, progress: Progress) -> int:
     """Returns 1 where a fault was found, which is told on stdout: it is what was asked for."""
     data_dir = loaded.settings.data_dir
     receipts = Path(args.receipts).read_text("utf-8", "replace").splitlines() if args.receipts else []
+    if args.receipts and not any(map(str.strip, receipts)):
+        raise CommandFailed(
+            f"{args.receipts} holds no receipt, so nothing would be held against the log",
+            hint="of the journal: once an hour, and at a stop, the daemon writes a line `witness:` to it",
+        )
     with _audit_key(loaded, args.host) as (key, anchors):
         report = auditverify.verify(
             args.log or _logs(data_dir),

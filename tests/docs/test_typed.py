@@ -132,6 +132,8 @@ def test_how_to_hold_the_log_against_the_journal(daemon: Daemon) -> None:
         command = [needs("bash"), "-e", "-c", typed]
         return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
 
+    found = told()  # before the first hour is over: nothing was held against anything, and that is no "ok"
+    assert found.returncode == 1 and "holds no receipt" in found.stderr
     daemon.stop()
     earlier = daemon.home / "earlier"
     shutil.copytree(daemon.data_dir, earlier)

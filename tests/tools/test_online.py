@@ -117,6 +117,9 @@ class TestKeys:
         done = run("rewrap", key, "--new-key-file", str(path))
         assert done.code == 0 and f"kek_id       {kek_id_of(new)}\n" in done.out
         assert "previous_master_keys" in done.err and kms.deks[key]["kek_id"] == kek_id_of(new)
+        path.write_text(kms.kek.hex())  # back to the active one, which each start has anyway
+        done = run("rewrap", key, "--new-key-file", str(path))
+        assert (done.code, done.err) == (0, "") and kms.deks[key]["kek_id"] == kms.kek_id
         path.chmod(0o644)
         done = run("rewrap", key, "--new-key-file", str(path))
         assert done.code == 1 and done.out == "" and "open to others" in done.err

@@ -242,9 +242,12 @@ def rewrap(args: argparse.Namespace) -> None:
             user = asowner.daemon_user(loaded.settings)
     with LockedBuffer(KEY_SIZE) as memory, client(args) as kms:
         read_key(Path(args.new_key_file), memory.view, user)
+        active = kms.status()["kek_id"]
         result = kms.rewrap(args.key_id, memory.view)
     show({"key_id": args.key_id, "kek_id": result.kek_id, "kek_version": result.kek_version}, args.json)
-    say(f"keep {args.new_key_file} in previous_master_keys: the next start asks for the KEK {result.kek_id}")
+    if result.kek_id != active:
+        again = f"the next start asks for the KEK {result.kek_id}"
+        say(f"keep {args.new_key_file} in previous_master_keys: {again}")
 
 
 @command(
