@@ -158,7 +158,7 @@ class Settings(NamedTuple):
     tcp_address: str | None = _row(
         values.loopback_address, "127.0.0.1:PORT or [::1]:PORT",
         "Also listen there. A peer is known by its UID as the kernel tells it; without allowed_peer_uids "
-        "only the daemon's own UID and root are served. Absent: no TCP.",
+        "only the daemon's own UID, root and admin_peer_uids are served. Absent: no TCP.",
         flag="--addr",
     )
     data_dir: Path = _row(

@@ -55,6 +55,14 @@ def test_the_manual_says_which_calls_are_an_administrator_s() -> None:
         assert words.get(route.path, route.path.rpartition("/")[2]) in meaning, route.path
 
 
+def test_whom_tcp_serves_is_the_same_on_each_page() -> None:
+    """Who they are tests/wire/test_tcp.py tries; the man page has the option's own words."""
+    (option,) = (option for option in OPTIONS if option.name == "tcp_address")
+    page = " ".join(book().split("\n## ProgressDB\n", 1)[1].split("\n## ", 1)[0].split())
+    for text in (option.doc, page):
+        assert re.search(r"only the daemon's own UID, root and `?admin_peer_uids`? are served", text)
+
+
 def test_the_numbers_of_usage_are_those_of_the_program() -> None:
     api, runbook = default_book("api"), default_book("runbook")
     for number in (usage.LOST, usage.SOON, usage.MOST, 2 * usage.ROWS, usage.BUSY):

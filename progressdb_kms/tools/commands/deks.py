@@ -41,7 +41,7 @@ _OUT_RULES = (
     "create-dek",
     ONLINE,
     "make a DEK for a thread",
-    "Prints the key_id of a new DEK. Each call makes another one.",
+    "Prints the key_id of a new DEK. Each call makes another one, but for a --key-id that the thread has.",
     (
         SOCKET,
         CONFIG,
