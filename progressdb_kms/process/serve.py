@@ -30,7 +30,7 @@ from ..config.options import Settings, cores
 from ..crypto.aead import KEY_SIZE
 from ..crypto.keyring import REGION_SIZE, Keyring
 from ..crypto.memory import LockedBuffer, settle
-from ..errors import LockRefused
+from ..errors import ConfigError, LockRefused
 from ..service import channel
 from ..service.keeper import STAGING_SLOTS
 from ..service.lock import Claim, claim
@@ -127,6 +127,9 @@ def _descriptors(settings: Settings) -> int:
     """That each process may open; the soft limit was raised. A worker may come to hold all connections."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     allowed = sys.maxsize if soft == resource.RLIM_INFINITY else soft
+    if allowed <= SPARE_FILES:
+        told = f"{allowed} open files are allowed: a worker needs {SPARE_FILES}, and one a connection"
+        raise ConfigError(told, hint="raise LimitNOFILE= in the unit, or `ulimit -n`")
     if allowed < settings.max_connections + SPARE_FILES:
         log.warning(
             "%d open files are allowed: a worker serves %d of max_connections %d (raise LimitNOFILE)",

@@ -242,8 +242,9 @@ def _descriptors(patient: Patient) -> Findings:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     need = patient.settings.max_connections + SPARE_FILES
     if hard != resource.RLIM_INFINITY and hard < need:
+        level = FAIL if hard <= SPARE_FILES else WARN  # with so few no start gets by
         yield Finding(
-            WARN, f"{hard} open files are allowed, max_connections needs {need}", "raise LimitNOFILE"
+            level, f"{hard} open files are allowed, max_connections needs {need}", "raise LimitNOFILE"
         )
     else:
         yield Finding(OK, f"enough open files are allowed for max_connections ({need})")

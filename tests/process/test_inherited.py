@@ -234,6 +234,16 @@ def test_what_can_not_be_set_right_is_told(wrapper: Sequence[str], told: str) ->
         assert daemon.stderr.count(told) == 1
 
 
+def test_too_few_open_files_are_refused() -> None:
+    """It started, served no connection at all, and said nothing of that but a warning."""
+    refused = Daemon(workers=2, wrapper=shell("ulimit -n 64"), ready_timeout=10).refusal()
+    assert "64 open files are allowed" in refused.stderr and "LimitNOFILE=" in refused.stderr
+    with Daemon(workers=2, wrapper=shell("ulimit -n 96")) as daemon:
+        assert daemon.request("GET", "/readyz").status == 200
+        done = daemon.offline("doctor", wrapper=shell("ulimit -n 64"))
+        assert done.returncode == 1 and b"64 open files are allowed" in done.stdout
+
+
 def test_a_relative_path_in_a_folder_that_is_gone(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()

@@ -50,6 +50,19 @@ def test_a_removed_name_comes_back(daemon: Daemon, workers: int) -> None:
     assert not daemon.socket.exists()
 
 
+def test_a_name_that_was_moved_away_and_back(daemon: Daemon) -> None:
+    """As under a mount that came and went. It called the old socket in use, by itself, and nobody was served:
+    its processes held it open."""
+    aside = daemon.home / "aside"
+    daemon.socket.rename(aside)
+    wait_until(daemon.socket.exists, 60, "the name to come back")
+    wait_until(daemon.healthy, 60, "it to be served")
+    aside.replace(daemon.socket)
+    wait_until(lambda: daemon.stderr.count("was removed: bound again") == 2, 60, "it to be bound once more")
+    wait_until(daemon.healthy, 60, "it to be served again")
+    assert "can't be had again" not in daemon.stderr
+
+
 def test_sighup_binds_it_at_once(daemon: Daemon) -> None:
     time.sleep(1.2)
     daemon.socket.unlink()
