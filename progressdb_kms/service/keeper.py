@@ -84,7 +84,7 @@ WRITE_PAUSES = 1.0, 30.0
 REMIND_SECONDS = 86400.0
 """How often the journal is told of a KEK that is older than kek_max_age_days."""
 
-REST = 3
+REST = 8
 """After a step of long work during which others wanted this core: the pause, in times of what the step took
 of it. It keeps the p99 of an encrypt beside a rotation within three times of its p99 alone; an idle machine
 never waits."""
