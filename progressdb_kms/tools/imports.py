@@ -111,9 +111,10 @@ class Bad:
 # ---- reading one entry: pure -----------------------------------------------------------------------------
 
 
-def read_entry(data: bytes, key_id: str | None, now: float) -> DekRecord:
-    """A line or file as a record; its `kek_id` counts for nothing yet. ValueError, with words that follow on
-    a place, for everything that is not exactly one of the known forms."""
+def read_entry(data: bytes, key_id: str | None, now: float) -> tuple[DekRecord, Usage | None]:
+    """A line or file as a record, whose `kek_id` counts for nothing yet, and how much the DEK was used, where
+    that is told. ValueError, with words that follow on a place, for everything that is not exactly one of the
+    known forms."""
     if len(data) > MAX_LINE:
         raise ValueError(f"has more than {MAX_LINE} bytes")
     try:
@@ -135,10 +136,10 @@ def read_entry(data: bytes, key_id: str | None, now: float) -> DekRecord:
     thread_id = _either(row, "thread_id", "thread_key") or found  # else it is its own thread
     if len(thread_id) > MAX_THREAD_ID:
         raise ValueError(f"has a thread_id of more than {MAX_THREAD_ID} characters")
-    return _record(row, found, thread_id, now)
+    return _record(row, found, thread_id, now), _usage(row["usage"]) if "usage" in row else None
 
 
-def _tried(entry: Entry, now: float) -> DekRecord | ValueError:
+def _tried(entry: Entry, now: float) -> tuple[DekRecord, Usage | None] | ValueError:
     try:
         return read_entry(entry.data, entry.key_id, now)
     except ValueError as error:
@@ -160,15 +161,12 @@ def _record(row: dict[str, Any], key_id: str, thread_id: str, now: float) -> Dek
         "shredded_at" in times
     ):
         raise ValueError(f"is {state}, and its times don't fit that")
-    if "usage" in row:
-        _usage(row)
     created = _time(row["created_at"]) if row.get("created_at") else _born(key_id, now)
     return DekRecord(key_id, thread_id, blob, kek_id, 0, created, state, **times)
 
 
-def _usage(row: dict[str, Any]) -> Usage:
+def _usage(value: object) -> Usage:
     """Where a DEK was used elsewhere, its nonces are used up here too."""
-    value = row["usage"]
     names = set(Usage._fields)
     if not isinstance(value, dict) or set(value) not in (set(), names):
         raise ValueError("has a `usage` of an unknown form")
@@ -369,17 +367,18 @@ class Importer:
 
     def add(self, found: Sequence[Entry], now: float) -> None:
         """Some entries: the store is asked for all at once, and gets all at once."""
-        records = [_tried(entry, now) for entry in found]
+        read = [_tried(entry, now) for entry in found]
         used: dict[str, Usage] = {}
-        self._there = self._store.there([one.key_id for one in records if isinstance(one, DekRecord)])
-        for entry, one in zip(found, records):
+        self._there = self._store.there([one[0].key_id for one in read if not isinstance(one, ValueError)])
+        for entry, one in zip(found, read):
             try:
                 if isinstance(one, ValueError):
                     raise one
-                self._vouch(one.key_id, entry.data)
-                self._add(one)
-                if b'"usage":' in entry.data:
-                    used[one.key_id] = _usage(json_loads(entry.data))
+                record, usage = one
+                self._vouch(record.key_id, entry.data)
+                self._add(record)
+                if usage is not None:
+                    used[record.key_id] = usage
             except (ValueError, StoreDamaged) as error:
                 self.bad.add(f"{entry.where}: {error}")
         self._store.put_all(list(self._new.values()))

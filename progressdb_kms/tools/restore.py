@@ -374,6 +374,7 @@ def _build(folder: Path, source: Backup, chosen: Plan, past: Past, keys: Keys, p
         Opener(keys.keyring) as opener,
     ):
         while batch := list(itertools.islice(records, BATCH)):
+            kept = []
             with store.transaction():
                 for record, genuine in batch:
                     dead = left.pop(record.key_id, None)
@@ -381,19 +382,19 @@ def _build(folder: Path, source: Backup, chosen: Plan, past: Past, keys: Keys, p
                     if dead is None and not genuine and record.state == SHREDDED:
                         forged += 1
                     else:
-                        _put(store, dead or _closed(record, past, genuine))
+                        kept.append(dead or _closed(record, past, genuine))
                     whole = genuine and (record.state == SHREDDED or _opens(opener, record))
                     if dead is None and not whole:
                         damaged.append(record.key_id)
+                _put(store, kept)
                 names = [record.key_id for record, _ in batch]
-                kept = source.usage(names)
-                store.count(kept.items())
-                store.count((name, beyond(used, kept.get(name))) for name, used in present(names).items())
+                told = source.usage(names)
+                store.count(told.items())
+                store.count((name, beyond(used, told.get(name))) for name, used in present(names).items())
             done += len(batch)
             progress(done, total)
         with store.transaction():
-            for tombstone in left.values():
-                store.put(tombstone)
+            _put(store, list(left.values()))
             _carry_wraps(store, chosen.active, source.usage, present)
             deks = sum(row.deks for row in store.keks().values())
             built = Built(deks, done - forged + len(left) - deks, again, damaged)
@@ -442,10 +443,11 @@ def _opens(opener: Opener, record: DekRecord) -> bool:
     return True
 
 
-def _put(store: SqliteStore, record: DekRecord) -> None:
-    store.put(record)
-    if record.delete_at:
-        store.write(f"deletion:{record.delete_at}|{record.key_id}", {})
+def _put(store: SqliteStore, records: Sequence[DekRecord]) -> None:
+    store.put_all(records)
+    for record in records:
+        if record.delete_at:
+            store.write(f"deletion:{record.delete_at}|{record.key_id}", {})
 
 
 def _put_rows(store: SqliteStore, source: Backup, chosen: Plan, past: Past, built: Built) -> None:

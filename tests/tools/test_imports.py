@@ -20,6 +20,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from progressdb_kms.encoding import b64encode, timestamp
+from progressdb_kms.store.contract import DekRecord, Usage
 from progressdb_kms.tools import imports
 from progressdb_kms.tools.imports import MAX_LINE, read_entry
 from tests.conftest import MakeDaemon
@@ -36,11 +37,25 @@ def line(**fields: Any) -> bytes:
     return json.dumps({name: value for name, value in values.items() if value is not None}).encode()
 
 
+def record_of(data: bytes, key_id: str | None, now: float) -> DekRecord:
+    return read_entry(data, key_id, now)[0]
+
+
 class TestReadEntry:
+    def test_how_much_it_was_used_however_that_is_spelled(self) -> None:
+        row = {**json.loads(line()), "usage": USED}
+        for text in (
+            json.dumps(row),
+            json.dumps(row, separators=(" , ", " : ")),
+            json.dumps(row).replace("usage", "us\\u0061ge"),
+        ):
+            assert read_entry(text.encode(), None, NOW)[1] == Usage(**USED)
+        assert read_entry(line(), None, NOW)[1] is None
+
     def test_a_line_of_ours(self) -> None:
         made = "2026-01-02T03:04:05.678901Z"
         data = line(kek_id="0" * 16, kek_version=3, created_at=made, state="disabled", format=1)
-        record = read_entry(data, None, NOW)
+        record = record_of(data, None, NOW)
         assert (record.key_id, record.thread_id, record.state) == ("k_1", "t", "disabled")
         assert (record.created_at, record.wrapped) == (made, BLOB)
 
@@ -57,25 +72,25 @@ class TestReadEntry:
         ],
     )
     def test_times(self, given: Any, stored: str) -> None:
-        assert read_entry(line(created_at=given), None, NOW).created_at == stored
+        assert record_of(line(created_at=given), None, NOW).created_at == stored
 
     @pytest.mark.parametrize("prefix", ["k_", "dek_", "t:"])
     def test_the_time_in_an_id(self, prefix: str) -> None:
         key_id = prefix + "1735787045000000000"
-        assert read_entry(line(key_id=key_id), None, NOW).created_at == "2025-01-02T03:04:05.000000Z"
-        assert read_entry(line(key_id="k_17"), None, NOW).created_at == timestamp(NOW)
+        assert record_of(line(key_id=key_id), None, NOW).created_at == "2025-01-02T03:04:05.000000Z"
+        assert record_of(line(key_id="k_17"), None, NOW).created_at == timestamp(NOW)
 
     def test_either_name(self) -> None:
         old = json.dumps({"id": "k_1", "thread_key": "t", "wrapped": b64encode(BLOB)}).encode()
-        assert read_entry(old, None, NOW) == read_entry(line(), None, NOW)
-        assert read_entry(line(thread_key="t", id="k_1"), "k_1", NOW).thread_id == "t"
+        assert record_of(old, None, NOW) == record_of(line(), None, NOW)
+        assert record_of(line(thread_key="t", id="k_1"), "k_1", NOW).thread_id == "t"
 
     def test_the_name_of_the_file(self) -> None:
         data = json.dumps({"wrapped": b64encode(BLOB)}).encode()
-        assert read_entry(data, "k_9", NOW).key_id == "k_9"
+        assert record_of(data, "k_9", NOW).key_id == "k_9"
 
     def test_without_a_thread_it_is_its_own(self) -> None:
-        assert read_entry(line(thread_id=None), None, NOW).thread_id == "k_1"
+        assert record_of(line(thread_id=None), None, NOW).thread_id == "k_1"
 
     @pytest.mark.parametrize("blob", [BLOB, b"{" + BLOB[1:], b"\x01" * 80], ids=["zeros", "brace", "ours"])
     def test_wrapped_dek_in_its_three_spellings(self, blob: bytes) -> None:
@@ -87,7 +102,7 @@ class TestReadEntry:
             {"ciphertext": b64encode(blob)},
         ):
             data = line(wrapped=None, wrapped_dek=value, kek_id="whatever", kek_version="", version=2)
-            assert read_entry(data, None, NOW).wrapped == blob
+            assert record_of(data, None, NOW).wrapped == blob
 
     @pytest.mark.parametrize(
         ("data", "why"),
@@ -138,12 +153,12 @@ class TestReadEntry:
     )
     def test_bad(self, data: bytes, why: str) -> None:
         with pytest.raises(ValueError, match="^(?:is|has|holds) ") as error:
-            read_entry(data, None, NOW)
+            record_of(data, None, NOW)
         assert why in str(error.value)
 
     def test_another_key_than_the_name_says(self) -> None:
         with pytest.raises(ValueError, match="holds the key k_1"):
-            read_entry(line(), "k_2", NOW)
+            record_of(line(), "k_2", NOW)
 
 
 # ---- with a data-dir ---------------------------------------------------------------------------------
