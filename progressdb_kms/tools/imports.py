@@ -241,24 +241,35 @@ def _born(key_id: str, now: float) -> str:
 # ---- sources -----------------------------------------------------------------------------------------------
 
 
-def entries(source: Path | None) -> Iterator[Entry]:
-    """What a file, a folder, or stdin (None) holds. Raises OSError, CommandFailed."""
+@contextlib.contextmanager
+def entries(source: Path | None, loaded: Loaded) -> Iterator[Iterable[Entry]]:
+    """What a file, a folder, or stdin (None) holds. From here on this process is the data-dir's owner; what
+    only root may read is open by then, or, of a folder, read. Raises OSError, CommandFailed."""
     if source is None:
-        return _lines(sys.stdin.buffer, "stdin", 0)
-    if source.is_dir():
+        yield _lines_as_owner(sys.stdin.buffer, "stdin", loaded)
+    elif source.is_dir():
         inside = next((folder for folder in (source, source / "kms.db") if pebble.is_store(folder)), None)
-        return _files(source) if inside is None else _pebble(inside)
-    return _lines_of(source)
+        yield _read_as_owner(_files(source) if inside is None else _pebble(inside), loaded)
+    else:
+        with _opened(source) as file:
+            yield _lines_as_owner(file, str(source), loaded)
+
+
+def _lines_as_owner(file: IO[bytes], name: str, loaded: Loaded) -> Iterator[Entry]:
+    asowner.become(loaded.settings.data_dir)
+    return _lines(file, name, os.fstat(file.fileno()).st_size)
+
+
+def _read_as_owner(found: Iterable[Entry], loaded: Loaded) -> Iterable[Entry]:
+    if asowner.switches(loaded.settings.data_dir):
+        found = list(found)
+        asowner.become(loaded.settings.data_dir)
+    return found
 
 
 def _pebble(folder: Path) -> Iterator[Entry]:
     for row in pebble.rows(folder):
         yield Entry(f"{folder}:{row.key_id}", row.key_id, row.data, row.done, row.total)
-
-
-def _lines_of(path: Path) -> Iterator[Entry]:
-    with _opened(path) as file:
-        yield from _lines(file, str(path), os.fstat(file.fileno()).st_size)
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -562,8 +573,8 @@ def _refused(bad: Bad, op: str) -> CommandFailed:
 
 def import_deks(loaded: Loaded, source: Path | None, skip_bad: bool, progress: Progress) -> dict[str, Any]:
     """Take the DEKs of a file, a folder or stdin. Raises CommandFailed, AlreadyRunning, OSError."""
-    found = _as_owner(entries(source), loaded)
     with (
+        entries(source, loaded) as found,
         datadir.keys(loaded) as keys,
         datadir.held(loaded),
         datadir.working(loaded, keys, "import") as work,
@@ -572,22 +583,13 @@ def import_deks(loaded: Loaded, source: Path | None, skip_bad: bool, progress: P
     return result._asdict()
 
 
-def _as_owner(found: Iterable[Entry], loaded: Loaded) -> Iterable[Entry]:
-    """The same entries, and from here on the data-dir's owner; what only root may read is read before."""
-    if asowner.switches(loaded.settings.data_dir):
-        found = list(found)
-        asowner.become(loaded.settings.data_dir)
-    return found
-
-
 def restore_snapshot(
     loaded: Loaded, folder: Path, key: str | None, force: bool, progress: Progress
 ) -> dict[str, Any]:
     """Bring one DEK, or all, back from a snapshot folder; over another DEK that opens only with `force`."""
     if not folder.is_dir():
         raise CommandFailed(f"there is no folder {folder}", hint="`backups list` tells which there are")
-    found = _as_owner(_snapshot(folder) if key is None else _one(folder, key), loaded)
-    with datadir.keys(loaded) as keys, datadir.held(loaded):
+    with _snapshot(folder, key, loaded) as found, datadir.keys(loaded) as keys, datadir.held(loaded):
         _index_anew(loaded.settings)
         with datadir.working(loaded, keys, "restore") as work:
             ledger = _ledger(snapshots.ledger(folder.absolute()), work.audit.key, key, force)
@@ -625,11 +627,15 @@ def _ledger(path: Path, key: memoryview, only: str | None, force: bool) -> Mappi
     return found or {}
 
 
-def _snapshot(folder: Path) -> Iterator[Entry]:
-    """All of a folder: a file a key, or one of lines; of a shredded key the line has nothing but its name."""
-    if not (folder / LINES).is_file():
-        return _files(folder)
-    return (entry for entry in _lines_of(folder / LINES) if b'"wrapped":' in entry.data)
+@contextlib.contextmanager
+def _snapshot(folder: Path, key: str | None, loaded: Loaded) -> Iterator[Iterable[Entry]]:
+    """All of a folder, a file a key or one of lines, or one key of it; of a shredded key the line has nothing
+    but its name. As `entries` otherwise."""
+    if key is not None or not (folder / LINES).is_file():
+        yield _read_as_owner(_files(folder) if key is None else _one(folder, key), loaded)
+        return
+    with entries(folder / LINES, loaded) as found:
+        yield (entry for entry in found if b'"wrapped":' in entry.data)
 
 
 def _one(folder: Path, key_id: str) -> list[Entry]:

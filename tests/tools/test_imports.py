@@ -14,6 +14,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,21 @@ def line(**fields: Any) -> bytes:
 
 def record_of(data: bytes, key_id: str | None, now: float) -> DekRecord:
     return read_entry(data, key_id, now)[0]
+
+
+def test_root_reads_a_file_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It opens it, and reads as the owner of the data-dir: a million DEKs would be a gigabyte of memory."""
+    became: list[Path] = []
+    monkeypatch.setattr(imports.asowner, "become", became.append)
+    monkeypatch.setattr(imports.asowner, "switches", lambda folder: True)
+    loaded: Any = SimpleNamespace(settings=SimpleNamespace(data_dir=tmp_path))
+    file = tmp_path / "lines"
+    file.write_bytes(line(key_id="k_1") + b"\n")
+    with imports.entries(file, loaded) as found:
+        assert became == [tmp_path]
+        with open(file, "ab") as more:
+            more.write(line(key_id="k_2") + b"\n")
+        assert [json.loads(entry.data)["key_id"] for entry in found] == ["k_1", "k_2"]
 
 
 class TestReadEntry:
