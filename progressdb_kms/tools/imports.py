@@ -531,13 +531,15 @@ def _uncollected() -> Iterator[None]:
 
 def _hold(work: Work, importer: Importer) -> None:
     """A new host's clock may be ahead, and nothing here tells the time: the rows do, to a moment at which it
-    was not later than it is. What is due beyond the usual gap is held until a person accepts the clock."""
+    was not later than it is. Beyond the usual gap all that is due is held until a person accepts the clock;
+    within it the clock is trusted as it stands, or each deletion would come late by that for ever."""
     store = work.store
     if isinstance(store, SqliteStore) and store.read(TRUSTED_CLOCK) is None:
         now = Clock().reading()
         trusted = min(moment(importer.newest), now.wall) if importer.newest else 0.0
-        store.write(TRUSTED_CLOCK, Anchor(trusted, *now)._asdict())
-        if held := judge(Anchor(trusted, *now), now).held:
+        held = judge(Anchor(trusted, *now), now).held
+        store.write(TRUSTED_CLOCK, Anchor(trusted if held else now.wall, *now)._asdict())
+        if held:
             say(f"{importer.due} of the deletions are due by this host's clock, and held: {held} ({REMEDY})")
 
 

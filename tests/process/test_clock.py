@@ -136,6 +136,26 @@ def test_an_import_into_an_empty_store_trusts_no_clock_that_is_ahead() -> None:
             twin.close()
 
 
+def test_an_import_whose_rows_are_near_to_the_clock_leaves_no_lag() -> None:
+    """The trusted time began at the newest row then, and stayed behind by that for ever: what was due, and
+    each deletion after it, came up to a week late, and nothing told of it."""
+    with Shim() as shim, Daemon(env=shim.env, workers=1) as daemon:
+        key_id = scheduled(daemon, days=5)
+        lines = daemon.offline("export").stdout
+        daemon.stop()
+        twin = daemon.copy(data=False)
+        try:
+            twin.env = dict(shim.env)
+            shim.clock(6 * 86400)
+            done = twin.offline("import", "-", stdin=lines)
+            assert (done.returncode, done.stderr) == (0, b"")
+            twin.start()
+            wait_until(lambda: twin.ok("GET", f"/deks/{key_id}")["state"] == "shredded", 60, "the shred")
+            assert warnings(twin) == [] and held(twin) == "0"
+        finally:
+            twin.close()
+
+
 def test_an_import_holds_nothing_that_is_not_due(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(workers=1)
     scheduled(daemon)
