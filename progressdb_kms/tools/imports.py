@@ -350,10 +350,12 @@ class Importer:
         work: Work,
         opener: Opener,
         history: History,
+        now: float,
         force: bool = False,
         ledger: Mapping[str, str] | None = None,
     ) -> None:
-        """`ledger`: the SHA-256 that each DEK's row must have; `force` takes another one, disabled."""
+        """`now`: the time of a row that tells none. `ledger`: the SHA-256 that each DEK's row must have;
+        `force` takes another one, disabled."""
         self._store = work.store
         self._history = history
         self._alone = isinstance(work.store, SqliteStore)  # in a fleet the last word may be in another's log
@@ -368,7 +370,7 @@ class Importer:
         self.taken: list[tuple[str, str]] = []
         self.unchanged = 0
         self.bad = Bad()
-        self._begun = timestamp(time.time())
+        self._now, self._begun = now, timestamp(now)
         self.due = 0
         """Deletions that came along and that this host's clock has passed."""
         self.newest = ""
@@ -376,9 +378,9 @@ class Importer:
         self.distrusted: set[str] = set()
         """Keys whose row was not as the daemon wrote it: their state is not known."""
 
-    def add(self, found: Sequence[Entry], now: float) -> None:
+    def add(self, found: Sequence[Entry]) -> None:
         """Some entries: the store is asked for all at once, and gets all at once."""
-        read = [_tried(entry, now) for entry in found]
+        read = [_tried(entry, self._now) for entry in found]
         used: dict[str, Usage] = {}
         self._there = self._store.there([one[0].key_id for one in read if not isinstance(one, ValueError)])
         for entry, one in zip(found, read):
@@ -475,7 +477,7 @@ class Importer:
     def _note_times(self, record: DekRecord) -> None:
         self.due += record.state == PENDING_DELETION and record.delete_at <= self._begun
         for told in (record.created_at, record.shredded_at):
-            if self.newest < told < self._begun:
+            if self.newest < told < self._begun:  # this host's own clock is no witness
                 self.newest = told
 
 
@@ -491,16 +493,15 @@ def take(
 ) -> Result:
     """Store what the entries hold, in one transaction with its audit records. Raises CommandFailed where
     something is bad and `skip_bad` is False: then nothing is stored."""
-    now = time.time()
     with Opener(work.keyring, foreign=op == "import") as opener:
         work.store.mending = op != "import"
-        importer = Importer(work, opener, _history(work), force, ledger)
+        importer = Importer(work, opener, _history(work), time.time(), force, ledger)
         try:
             with work.store.transaction():
                 with _uncollected():
                     rest = iter(found)
                     while some := list(itertools.islice(rest, AT_ONCE)):
-                        importer.add(some, now)
+                        importer.add(some)
                         progress(some[-1].done, some[-1].total)
                 if importer.bad.count and not skip_bad:
                     raise _refused(importer.bad, op)
