@@ -8,7 +8,8 @@ only what was made here: a regular file of this user's, with a name of this form
 whose last line is that of a whole backup; the newest N stay, the new one among them. One that is dated later
 than the new one was made while a clock was wrong, then or now: it counts for nothing and stays, or it would
 take the place of each that is made from here on. What failed a drill is for a person to look at: it counts
-for nothing either, and nothing removes it. Two hosts may share a folder.
+for nothing either, and nothing removes it. What a killed one left half done goes before the new one is made,
+with `--keep` or without. Two hosts may share a folder.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def make(loaded: Loaded, folder: Path, keep: int | None, progress: Progress) -> 
     data_dir = loaded.settings.data_dir
     with asowner.acting_as(asowner.of(data_dir)):
         start = f"kms-{host_id(data_dir)[:ID]}"
-    remove_all_left(folder, f"{start}-*.backup")  # of a night that was cut short: no other has its name
+    _remove_left(loaded, folder, f"{start}-*.backup")
     file = folder / f"{start}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.backup"
     result = made(loaded, file, progress)
     note(data_dir, file)
@@ -50,6 +51,15 @@ def make(loaded: Loaded, folder: Path, keep: int | None, progress: Progress) -> 
         _drill(loaded, file, progress)
         result.update(checked=True, removed=_prune(file, start, keep))
     return result
+
+
+def _remove_left(loaded: Loaded, folder: Path, names: str) -> None:
+    """Of a night that was cut short: no other has its name."""
+    remove_all_left(folder, names)
+    if loaded.settings.store != "sqlite":
+        from . import fleetbackup
+
+        fleetbackup.remove_all_left(folder, names)
 
 
 def made(loaded: Loaded, file: Path, progress: Progress) -> dict[str, Any]:

@@ -71,14 +71,8 @@ def _folder(file: Path) -> Iterator[Path]:
     folder = file.with_name(f".{file.name}.fleet")
     with contextlib.suppress(FileExistsError):
         folder.mkdir(0o700)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = _locked(folder)
     try:
-        if os.fstat(descriptor).st_uid != os.geteuid():
-            raise CommandFailed(f"{folder} belongs to somebody else", hint="remove it, or name another file")
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CommandFailed(f"another backup to {file} is under way", hint="wait for it") from None
         os.fchmod(descriptor, 0o700)
         for name in os.listdir(folder):
             (folder / name).unlink()
@@ -86,6 +80,35 @@ def _folder(file: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
+
+
+def _locked(folder: Path) -> int:
+    """A descriptor of a folder that is ours, and that nobody else works in. Raises CommandFailed, OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(descriptor).st_uid != os.geteuid():
+            raise CommandFailed(f"{folder} belongs to somebody else", hint="remove it, or name another file")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            file = folder.with_name(folder.name[1 : -len(".fleet")])
+            raise CommandFailed(f"another backup to {file} is under way", hint="wait for it") from None
+        raise
+    return descriptor
+
+
+def remove_all_left(folder: Path, names: str) -> None:
+    """What killed backups to names of this pattern left; not what another one works in, or is not ours."""
+    for left in folder.glob(f".{names}.fleet"):
+        try:
+            descriptor = _locked(left)
+        except (CommandFailed, OSError):
+            continue
+        try:
+            shutil.rmtree(left)
+        finally:
+            os.close(descriptor)
 
 
 def _build(folder: Path, reader: Reader, key: memoryview, progress: Progress) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import shutil
 from base64 import b64encode
 from collections.abc import Iterator
@@ -362,6 +364,31 @@ class TestThereAndBack:
         back.offline("verify")
         with back.start().session() as kms:
             assert kms.decrypt(key_id, message) == b"before"
+
+    def test_what_a_killed_backup_left_goes_with_the_next(
+        self, tmp_path: Path, fleet_database: Fleet
+    ) -> None:
+        """Each night has a name of its own, so its folder stayed for ever, with all DEKs. One that another
+        backup works in was emptied."""
+        one = Host(tmp_path / "one", KEK, fleet_database)
+        one.run("import", "-", stdin=_wrapped(KEK, "k_1"))
+        nights = tmp_path / "nights"
+        nights.mkdir(0o700)
+        host = (tmp_path / "one" / "data" / "kms.host").read_text()[:8]
+        names = (f"kms-{host}-20250101", f"kms-{host}-20250102", "kms-00000000-20250101")
+        left, written, other = (nights / f".{name}T020000Z.backup.fleet" for name in names)
+        for folder in (left, written, other):
+            folder.mkdir(0o700)
+            (folder / "kms.db").write_bytes(b"half done")
+        held = os.open(written, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            made = Path(json.loads(one.run("backup", str(nights), "--json"))["file"])
+            assert sorted(nights.iterdir()) == sorted((made, written, other))
+            assert b"is under way" in one.refused("backup", str(nights / written.name[1:-6]))
+            assert (written / "kms.db").read_bytes() == b"half done"
+        finally:
+            os.close(held)
 
     def test_a_thread_id_that_the_engine_can_t_keep(self, tmp_path: Path, fleet_database: Fleet) -> None:
         """A host's own store takes any text: one line ended the import of all in a fault of ours."""
