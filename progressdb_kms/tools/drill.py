@@ -41,8 +41,9 @@ def check(loaded: Loaded, file: Path, progress: Progress) -> dict[str, Any]:
             say(text)
         for kek_id, count in lost.items():
             say(f"{count} DEKs need the KEK {kek_id}, which is not there: left out, by allow_missing_keks")
-        if faults or missing != lost:
-            raise CommandFailed(_verdict(file, source, missing, faults), hint=_remedy(missing))
+        needed = {} if lost else missing
+        if faults or needed:
+            raise CommandFailed(_verdict(file, source, needed, faults), hint=_remedy(needed))
         return {
             "file": str(file),
             "created_at": source.contents.created_at,

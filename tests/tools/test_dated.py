@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import re
 import shutil
 import signal
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,7 +151,7 @@ def test_a_kek_that_is_given_up_fails_no_drill(folder: Path) -> None:
     such a KEK, and so does a restore."""
     with Daemon(workers=1) as daemon:
         with daemon.session() as kms:
-            lost, _ = (kms.create_dek(f"t{number}")["key_id"] for number in range(2))
+            lost, other = (kms.create_dek(f"t{number}")["key_id"] for number in range(2))
             kms.ok("POST", "/rewrap", {"key_id": lost, "new_kek_hex": os.urandom(32).hex()})
         host = (daemon.data_dir / "kms.host").read_text()[:8]
         old = folder / f"kms-{host}-20250101T020000Z.backup"
@@ -175,6 +177,11 @@ def test_a_kek_that_is_given_up_fails_no_drill(folder: Path) -> None:
         daemon.kek_file.write_bytes(right)
         daemon.stop()
         assert daemon.offline("restore", found["file"]).returncode == 0, "it brings back what it has"
+        with contextlib.closing(sqlite3.connect(daemon.data_dir / "kms.db")) as db, db:
+            db.execute("DELETE FROM deks WHERE key = ?", (f"meta:{other}",))
+        done = daemon.offline("backup", str(folder), "--keep", "1")
+        assert done.returncode == 1 and b"(run `progressdb-kms verify` on the store" in done.stderr
+        assert b"not configured" not in done.stderr, "what was given up is not what fails it"
 
 
 def test_the_daemon_knows_the_last_and_the_last_that_was_checked(daemon: Daemon, folder: Path) -> None:
