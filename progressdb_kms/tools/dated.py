@@ -29,7 +29,7 @@ from ..service import lastbackup
 from ..service.lastbackup import LastBackup
 from ..service.start import host_id
 from . import asowner, drill
-from .backup import Progress, backup, last_line, remove_all_left
+from .backup import Progress, backup, check_target, last_line, remove_all_left
 from .checkup import FAILED
 from .console import CommandFailed, replaced, say
 
@@ -43,8 +43,9 @@ def make(loaded: Loaded, folder: Path, keep: int | None, progress: Progress) -> 
     data_dir = loaded.settings.data_dir
     with asowner.acting_as(asowner.of(data_dir)):
         start = f"kms-{host_id(data_dir)[:ID]}"
-    _remove_left(loaded, folder, f"{start}-*.backup")
     file = folder / f"{start}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.backup"
+    check_target(data_dir, file)  # in a folder of others nothing is removed
+    _remove_left(loaded, folder, f"{start}-*.backup")
     result = made(loaded, file, progress)
     note(data_dir, file)
     if keep is not None:
