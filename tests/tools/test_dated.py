@@ -183,7 +183,9 @@ def test_a_kek_that_is_given_up_fails_no_drill(folder: Path) -> None:
         assert daemon.offline("restore", found["file"]).returncode == 0, "it brings back what it has"
         with contextlib.closing(sqlite3.connect(daemon.data_dir / "kms.db")) as db, db:
             db.execute("DELETE FROM deks WHERE key = ?", (f"meta:{other}",))
-        done = daemon.offline("backup", str(folder), "--keep", "1")
+        torn = str(folder / "torn")
+        assert daemon.offline("backup", torn).returncode == 0
+        done = daemon.offline("backup", "--check", torn)
         assert done.returncode == 1 and b"(run `progressdb-kms verify` on the store" in done.stderr
         assert b"not configured" not in done.stderr, "what was given up is not what fails it"
 
