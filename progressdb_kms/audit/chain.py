@@ -261,7 +261,8 @@ class Verifier:
         self.spare += unended - ends
 
     def _claim(self, claim: Torn) -> bool:
-        for index, loose in enumerate(self.loose):
+        """What has its size comes first: the end of a longer piece may look like a short one."""
+        for index, loose in sorted(enumerate(self.loose), key=lambda one: len(one[1].data) != claim[0]):
             rest = _without(loose.data, claim) if not loose.whole or len(loose.data) == claim[0] else None
             if rest is not None:
                 self.spare += loose.whole

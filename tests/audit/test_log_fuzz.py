@@ -143,6 +143,7 @@ def _run(steps: list[tuple[int, str, object]]) -> None:
 @example([(0, "record", -1), (1, "record", 1), (2, "record", 1)])
 @example([(2, "record", None), (2, "record", -1), (0, "record", 9)])
 @example([(0, "record", 5), (1, "record", 3), (2, "record", None), (1, "record", 1), (0, "record", 1)])
+@example([(0, "record", 1), (1, "record", 10), (0, "record", 2)])  # the second ends as the first begins
 @example([(0, "record", 7), (0, "record", 1), (0, "record", 8), (0, "rotate", None), (0, "record", None)])
 def test_whatever_happens_the_log_verifies(steps: list[tuple[int, str, object]]) -> None:
     _run(steps)
