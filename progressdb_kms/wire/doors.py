@@ -29,14 +29,12 @@ log = logging.getLogger("progressdb_kms.server")
 
 BACKLOG = 4096
 
-EVENTS, ENTERING, ENTERING_SECONDS = 64, 64, 0.0005
+EVENTS, ENTERING, ENTERING_SECONDS = 64, 16, 0.0005
 """Connections that are served before new ones are let in; how many of these before the next, and for how
-long; or for as long as those were served, where none is refused. So who comes last of many waits for a turn
-or two of the others, and not for all of theirs; and who comes again and again to be refused takes little."""
+long: to refuse one takes longest."""
 
-YIELDS = 4
-"""How often a worker leaves a new connection to another one that has fewer, for a millisecond each time. Who
-is still there then is let in with all others: the other worker has much to do."""
+YIELDS = 10
+"""Milliseconds that a worker leaves a new connection to another one that has fewer."""
 
 STARVED_SECONDS, TELL_SECONDS = 0.1, 60.0
 """Without a descriptor to accept with: the pause, and how often the log says so."""
@@ -84,7 +82,7 @@ class Doors:
         self,
         doors: Sequence[Door],
         poll: Any,
-        greet: Callable[[Door, socket.socket], bool],
+        greet: Callable[[Door, socket.socket], None],
         others_have_fewer: Callable[[], bool],
     ) -> None:
         self._doors = {door.listener.fileno(): door for door in doors}
@@ -102,17 +100,12 @@ class Doors:
     def __contains__(self, fd: int) -> bool:
         return fd in self._doors
 
-    def let_in(self, fd: int, served: float = 0.0, most: int = ENTERING, closing: bool = False) -> None:
-        """`served`: seconds that this turn took up to here."""
-        door, begun = self._doors[fd], time.monotonic()
-        until = begun + max(served, ENTERING_SECONDS)
-        patient = self._yields < YIELDS and not closing
+    def let_in(self, fd: int, most: int = ENTERING, closing: bool = False) -> None:
+        door, until = self._doors[fd], time.monotonic() + ENTERING_SECONDS
         for _ in range(most):
-            if patient and self._others_have_fewer():
-                self._yields += 1
+            if not closing and self._others_first():
                 self._rest(fd, 0.001)
                 return
-            self._yields = 0
             try:
                 request, _ = door.listener.accept()
             except BlockingIOError:
@@ -123,10 +116,17 @@ class Doors:
                     return
                 continue  # it was gone before it was let in
             request.setblocking(False)
-            if not self._greet(door, request):
-                until = min(until, begun + ENTERING_SECONDS)
+            self._greet(door, request)
             if time.monotonic() > until and not closing:
                 return
+
+    def _others_first(self) -> bool:
+        """Where another worker has fewer connections, it has some moments to be the first."""
+        if self._yields >= YIELDS or not self._others_have_fewer():
+            self._yields = 0
+            return False
+        self._yields += 1
+        return True
 
     def _rest(self, fd: int, seconds: float) -> None:
         self._poll.unregister(fd)
@@ -164,6 +164,6 @@ class Doors:
     def close(self) -> None:
         """Let in who is there, and nobody after that."""
         for fd in self._doors:
-            self.let_in(fd, most=BACKLOG, closing=True)
+            self.let_in(fd, BACKLOG, closing=True)
             if self.resting.pop(fd, None) is None:
                 self._poll.unregister(fd)

@@ -245,7 +245,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if self._out:
             self._flush()
         for fd in doors:
-            self._doors.let_in(fd, time.monotonic() - self._now)
+            self._doors.let_in(fd)
         if self._now >= self._next_tick:
             self._tick()
 
@@ -818,8 +818,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     # ---- coming in ---------------------------------------------------------------------------------
 
-    def _greet(self, door: Door, request: socket.socket) -> bool:
-        """Who is it, and is this UID served at all? It is answered here if not: False."""
+    def _greet(self, door: Door, request: socket.socket) -> None:
+        """Who is it, and is this UID served at all? It is answered here if not."""
         peer = STRANGER
         try:
             peer = door.identify(request)
@@ -832,7 +832,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
             request.close()  # it was gone before it was let in
         else:
             self.process_request(request, peer)
-        return request.fileno() not in self._turned_away
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """The waiter serves it from now on, and gives to threads what would hold it up."""
@@ -870,7 +869,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _others_have_fewer(self) -> bool:
         *workers, _ = self._metrics.gauge("connections")  # the last is the keeper's
         least = min(workers)
-        return self._counters.get("connections") > least + least // 4
+        return self._counters.get("connections") > least + least // 16
 
     def renew(self, listener: socket.socket) -> None:
         """The descriptor of this door leads to another socket now."""

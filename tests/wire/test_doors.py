@@ -35,17 +35,15 @@ class Site:
         self.poll: Any = select.epoll() if hasattr(select, "epoll") else select.poll()
         self.let_in: list[Peer] = []
         self.others_have_fewer = False
-        self.served = True
         self.doors = self.opened(self.listener)
 
     def opened(self, listener: Any) -> Doors:
         return Doors([Door(listener, peer_of)], self.poll, self.greet, lambda: self.others_have_fewer)
 
-    def greet(self, door: Door, request: socket.socket) -> bool:
+    def greet(self, door: Door, request: socket.socket) -> None:
         with request:
             assert not request.getblocking()
             self.let_in.append(door.identify(request))
-        return self.served
 
     def knock(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)
@@ -85,32 +83,16 @@ def test_nobody_waits_until_all_are_in(site: Site, monkeypatch: pytest.MonkeyPat
     assert len(site.let_in) == 4
 
 
-def test_as_long_as_others_were_served_new_ones_come_in(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But not where one of them is refused: who comes again and again would take half of the time."""
-    monkeypatch.setattr(doors, "ENTERING_SECONDS", -1.0)
-    with site.knock(), site.knock():
-        site.doors.let_in(site.fd, served=600.0)
-    assert len(site.let_in) == 2
-    site.served = False
-    with site.knock(), site.knock():
-        site.doors.let_in(site.fd, served=600.0)
-        assert len(site.let_in) == 3
-
-
 def test_where_another_worker_has_fewer_it_may_be_the_first_for_some_moments(site: Site) -> None:
-    """Then all come in who are there: that worker has much to do."""
     site.others_have_fewer = True
-    with site.knock(), site.knock(), site.knock():
+    with site.knock():
         for _ in range(YIELDS):
             site.doors.let_in(site.fd)
             assert site.let_in == [] and not site.listening and site.doors.resting
             site.doors.go_on(FAR)
             assert site.listening and not site.doors.resting
         site.doors.let_in(site.fd)
-        assert len(site.let_in) == 3
-    with site.knock():
-        site.doors.let_in(site.fd)
-        assert len(site.let_in) == 3 and site.doors.resting
+    assert len(site.let_in) == 1
 
 
 def test_a_door_rests_as_long_as_it_was_told(site: Site) -> None:
