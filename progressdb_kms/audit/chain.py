@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from binascii import b2a_base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, NoReturn
 
@@ -75,7 +75,7 @@ class Expected(NamedTuple):
     who: str
 
 
-class _Loose(NamedTuple):
+class Loose(NamedTuple):
     """Bytes that a recovery event must account for."""
 
     data: bytes
@@ -113,7 +113,7 @@ class Verifier:
         self.partial = partial
         self._report = report
         self.chains: dict[bytes, Chain] = {}
-        self.loose: list[_Loose] = []
+        self.loose: list[Loose] = []
         self._named: set[Torn] = set()  # a keeper that starts may name what a worker names too
         self._blank: tuple[str, int] | None = None  # the first blank line
         self.spare = 0  # line ends beyond those of records and named repairs: must come out as 0
@@ -161,7 +161,8 @@ class Verifier:
             else:
                 self._accept(record, number == 1)
             if record is None or number < len(found) or not ended:
-                self.loose.append(_Loose(piece, record is not None, self.file, self.line))
+                self.loose.append(Loose(piece, record is not None, self.file, self.line))
+                self.spare += record is not None  # a repair will end it
 
     def end_of_file(self, rest: bytes) -> None:
         """`rest`: what stands after the last line end."""
@@ -249,27 +250,21 @@ class Verifier:
         unended = 0
         for size, digest in named:
             claim = (size, digest)
-            if self._claim(claim) or claim in self._named:
-                continue
-            if self._ended_for(claim):
+            known = self._claim(claim) or claim in self._named
+            if not known and self._ended_for(claim):
                 unended += 1
-            elif self.partial and self._files == 1:
+            elif not known and self.partial and self._files == 1:
                 self._blind = True  # the torn record stands in a file that was not given
-            else:
+            elif not known:
                 self._fault(f"no torn record of {size} bytes is in the log, as this recovery event says")
             self._named.add(claim)
         self.spare += unended - ends
 
     def _claim(self, claim: Torn) -> bool:
-        """What has its size comes first: the end of a longer piece may look like a short one."""
-        for index, loose in sorted(enumerate(self.loose), key=lambda one: len(one[1].data) != claim[0]):
-            rest = _without(loose.data, claim) if not loose.whole or len(loose.data) == claim[0] else None
-            if rest is not None:
-                self.spare += loose.whole
-                self.loose[index : index + 1] = [loose._replace(data=data) for data in rest]
-                self._named.add(claim)
-                return True
-        return False
+        """Take the torn record that is named out of what is loose."""
+        left = next(ways(self.loose, claim), None)
+        self.loose = self.loose if left is None else left
+        return left is not None
 
     def _ended_for(self, claim: Torn) -> bool:
         """Is it a whole record, of which only the line end was missing, and a repair wrote that?"""
@@ -331,8 +326,16 @@ class Verifier:
         return "the signature does not fit: the line was edited, or the audit key is another"
 
 
-def _without(run: bytes, named: Torn) -> list[bytes] | None:
-    """What is left of torn bytes when the named piece is taken out; None if it isn't there.
+def ways(loose: Sequence[Loose], claim: Torn) -> Iterator[list[Loose]]:
+    """What is left loose without the piece that is named, by each place where it may have stood; first those
+    that are this piece and nothing else: the end of a longer one may look like a short one."""
+    for index, one in sorted(enumerate(loose), key=lambda place: len(place[1].data) != claim[0]):
+        for rest in _without(one.data, claim) if not one.whole or len(one.data) == claim[0] else ():
+            yield [*loose[:index], *(one._replace(data=data) for data in rest), *loose[index + 1 :]]
+
+
+def _without(run: bytes, named: Torn) -> Iterator[list[bytes]]:
+    """What is left of torn bytes when the named piece is taken out.
 
     Several processes may have left theirs side by side, and each piece begins as a record does.
     """
@@ -341,8 +344,7 @@ def _without(run: bytes, named: Torn) -> list[bytes] | None:
         left, piece, right = run[:at], run[at : at + size], run[at + size :]
         fits = (not left or _begins(piece)) and _begins(right)
         if fits and torn(piece) == named:
-            return [part for part in (left, right) if part]
-    return None
+            yield [part for part in (left, right) if part]
 
 
 def _begins(run: bytes) -> bool:

@@ -175,7 +175,7 @@ def recover(log: AuditLog) -> int:
         machine.feed(block)
         machine.end_of_file(rest)
         left = [torn(loose.data) for loose in machine.loose]
-        ends = max(0, machine.spare + sum(loose.whole for loose in machine.loose))
+        ends = max(0, machine.spare)
     except Found:
         left, ends = [torn(piece) for piece, _ in pieces(rest, log.key)], 0
     if left:

@@ -23,6 +23,7 @@ from . import tail
 from .chain import LONGEST, Expected, Fault, Found, Report, Verifier, Watch
 from .log import parse, pieces
 from .tail import UNREADABLE, Name, in_order, opened
+from .torn import Thorough
 
 __all__ = ["Fault", "Report", "history", "verify"]
 
@@ -195,7 +196,7 @@ def verify(
     """
     report = Report(originals(paths) if sort else [os.fspath(path) for path in paths])
     try:
-        machine = Verifier(key, _expectations(anchors, receipts, report), partial, report)
+        machine = Thorough(key, _expectations(anchors, receipts, report), partial, report)
         (reading or Reading)(report, progress).through(machine, observe)
         if report.fault is None:
             machine.finish()

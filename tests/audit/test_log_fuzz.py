@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import tempfile
@@ -154,6 +155,26 @@ def test_a_record_that_was_torn_at_the_beginning_of_a_file() -> None:
     _run([(0, "rotate", None), (0, "record", 1), (0, "crash", None)])
 
 
+_ALIKE = (1, 2, 9, 10, 11)
+"""Bytes after which a record that is cut may look like others: `{"event":{"chain"` begins so twice."""
+
+
+def _cut_alike(records: int) -> Iterator[list[tuple[int, str, object]]]:
+    """All ways in which two or three processes leave so many records of these lengths; that a repair was cut
+    is one byte longer for its line end."""
+    for steps in itertools.product(range(3), _ALIKE, repeat=records):
+        who = list(dict.fromkeys(steps[::2]))
+        if who == sorted(who) and who[0] == 0:
+            yield [(process, "record", size) for process, size in zip(steps[::2], steps[1::2])]
+
+
+@pytest.mark.parametrize("records", [3, pytest.param(4, marks=pytest.mark.long)])
+def test_records_that_are_cut_alike_verify(records: int) -> None:
+    for steps in _cut_alike(records):
+        _run(steps)
+
+
+@example([(0, "record", 1), (1, "record", 10), (0, "record", 10), (2, "record", 10)])
 @pytest.mark.long
 @LONG
 @given(st.lists(_STEP, max_size=40))
