@@ -374,7 +374,7 @@ def _build(folder: Path, source: Backup, chosen: Plan, past: Past, keys: Keys, p
         Opener(keys.keyring) as opener,
     ):
         while batch := list(itertools.islice(records, BATCH)):
-            kept = []
+            kept: dict[str, DekRecord] = {}  # a forged backup may have a row twice
             with store.transaction():
                 for record, genuine in batch:
                     dead = left.pop(record.key_id, None)
@@ -382,11 +382,11 @@ def _build(folder: Path, source: Backup, chosen: Plan, past: Past, keys: Keys, p
                     if dead is None and not genuine and record.state == SHREDDED:
                         forged += 1
                     else:
-                        kept.append(dead or _closed(record, past, genuine))
+                        kept[record.key_id] = dead or _closed(record, past, genuine)
                     whole = genuine and (record.state == SHREDDED or _opens(opener, record))
                     if dead is None and not whole:
                         damaged.append(record.key_id)
-                _put(store, kept)
+                _put(store, list(kept.values()))
                 names = [record.key_id for record, _ in batch]
                 told = source.usage(names)
                 store.count(told.items())

@@ -483,6 +483,22 @@ class TestRestore:
         assert told(restore(site._replace(backup=whole)))["deks"] == 4
         opens(site.daemon.start(), site.boxes)
 
+    def test_a_row_that_stands_twice_is_one_dek(self, site: Site, short_tmp: Path) -> None:
+        """A database of ours has no such row: somebody made it, who then has the store add up to too much."""
+        site.daemon.stop()
+        body, _, line = site.backup.read_bytes()[:-1].rpartition(b"\n")
+        (short_tmp / "db").write_bytes(body)
+        with contextlib.closing(sqlite3.connect(short_tmp / "db")) as db:
+            db.execute("CREATE TABLE twice AS SELECT * FROM deks UNION ALL SELECT * FROM deks")
+            db.execute("DROP TABLE deks")
+            db.execute("ALTER TABLE twice RENAME TO deks")
+            db.commit()
+        body = (short_tmp / "db").read_bytes()
+        site.backup.write_bytes(resealed(body + b"\n" + line + b"\n", size=len(body)))
+        told(restore(site, "--force"))
+        checked(site.daemon)
+        opens(site.daemon.start(), site.boxes)
+
     def test_newer_deks_need_force(self, site: Site) -> None:
         with site.daemon.session() as kms:
             late = kms.create_dek("late")["key_id"]
