@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,18 @@ def test_a_restore_brings_the_trusted_time_too() -> None:
         assert daemon.offline("verify").returncode == 0
 
 
+@contextlib.contextmanager
+def imported(
+    daemon: Daemon, lines: bytes, env: Mapping[str, str] | None = None
+) -> Iterator[tuple[Daemon, str]]:
+    """Another host with what this one, which is stopped, exported; and what the import said of it."""
+    with contextlib.closing(daemon.copy(data=False)) as twin:
+        twin.env = dict(env or {})
+        done = twin.offline("import", "-", stdin=lines)
+        assert done.returncode == 0
+        yield twin.start(), done.stderr.decode()
+
+
 def test_an_import_into_an_empty_store_trusts_no_clock_that_is_ahead() -> None:
     """A new host has no trusted time yet: what was scheduled for later was shredded by its first start. A row
     that tells no time gets one of that clock, and is no witness for it."""
@@ -128,21 +142,14 @@ def test_an_import_into_an_empty_store_trusts_no_clock_that_is_ahead() -> None:
         key_id, later = scheduled(daemon, days=5), scheduled(daemon, days=30)
         lines = without_time(daemon.offline("export").stdout, later)
         daemon.stop()
-        twin = daemon.copy(data=False)
-        try:
-            twin.env = dict(shim.env)
-            shim.clock(20 * 86400)
-            done = twin.offline("import", "-", stdin=lines)
-            assert done.returncode == 0
-            assert b"1 of the deletions are due by this host's clock, and held" in done.stderr
-            twin.start()
+        shim.clock(20 * 86400)
+        with imported(daemon, lines, shim.env) as (twin, said):
+            assert "1 of the deletions are due by this host's clock, and held" in said
             assert "20 days ahead" in warnings(twin)[0] and held(twin) == "1"
             assert twin.ok("GET", f"/deks/{key_id}")["state"] == "pending_deletion"
             assert twin.cli("clock", "accept").returncode == 0
             wait_until(lambda: twin.ok("GET", f"/deks/{key_id}")["state"] == "shredded", 60, "the shred")
             assert twin.ok("GET", f"/deks/{later}")["state"] == "pending_deletion"
-        finally:
-            twin.close()
 
 
 def test_an_import_whose_rows_are_near_to_the_clock_leaves_no_lag() -> None:
@@ -152,31 +159,18 @@ def test_an_import_whose_rows_are_near_to_the_clock_leaves_no_lag() -> None:
         key_id = scheduled(daemon, days=5)
         lines = daemon.offline("export").stdout
         daemon.stop()
-        twin = daemon.copy(data=False)
-        try:
-            twin.env = dict(shim.env)
-            shim.clock(6 * 86400)
-            done = twin.offline("import", "-", stdin=lines)
-            assert (done.returncode, done.stderr) == (0, b"")
-            twin.start()
+        shim.clock(6 * 86400)
+        with imported(daemon, lines, shim.env) as (twin, said):
             wait_until(lambda: twin.ok("GET", f"/deks/{key_id}")["state"] == "shredded", 60, "the shred")
-            assert warnings(twin) == [] and held(twin) == "0"
-        finally:
-            twin.close()
+            assert (said, warnings(twin), held(twin)) == ("", [], "0")
 
 
 def test_an_import_holds_nothing_that_is_not_due(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(workers=1)
     scheduled(daemon)
-    lines = daemon.offline("export").stdout
     daemon.stop()
-    twin = daemon.copy(data=False)
-    try:
-        done = twin.offline("import", "-", stdin=lines)
-        assert (done.returncode, done.stderr) == (0, b"")
-        assert warnings(twin.start()) == [] and held(twin) == "0"
-    finally:
-        twin.close()
+    with imported(daemon, daemon.offline("export").stdout) as (twin, said):
+        assert (said, warnings(twin), held(twin)) == ("", [], "0")
 
 
 def test_only_an_admin_accepts_a_clock() -> None:
