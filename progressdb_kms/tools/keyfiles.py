@@ -231,7 +231,7 @@ def _new_file(path: Path) -> Iterator[tuple[int, Path | None]]:
     finally:
         os.close(descriptor)
         if part:
-            os.unlink(part)
+            part.unlink(missing_ok=True)
 
 
 def _write(descriptor: int, key: memoryview, like: os.stat_result | None) -> None:
