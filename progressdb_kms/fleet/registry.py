@@ -58,7 +58,7 @@ SELECT f.*, c.* FROM (SELECT {_FLEET} FROM fleet) AS f LEFT JOIN
 ORDER BY c.gen"""  # noqa: S608
 _SIGHT = f"""
 SELECT f.*, h.host, h.inc, h.name, h.beat, h.seen, h.keks, h.fenced
-FROM (SELECT {_FLEET} FROM fleet) AS f LEFT JOIN hosts AS h ON true"""  # noqa: S608
+FROM (SELECT {_FLEET} FROM fleet) AS f LEFT JOIN hosts AS h ON true ORDER BY h.host, h.inc"""  # noqa: S608
 
 
 class EngineRegistry:

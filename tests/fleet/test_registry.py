@@ -59,8 +59,8 @@ class TestQuestions:
         engine.register("a", "a4", "", K, ["a1"])
         assert [(row.host, row.inc) for row in engine.sight().hosts] == [
             ("a", "a2"),
-            ("b", "a1"),
             ("a", "a4"),
+            ("b", "a1"),
         ]
 
     def test_a_beat_only_renews(self, engine: Any) -> None:
