@@ -22,6 +22,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import json
 import os
 import secrets
 import sqlite3
@@ -344,45 +345,38 @@ class Backup:
 
     def check_all(self) -> None:
         """Raises StoreDamaged for a row that isn't as it was written, and where one is missing or older."""
-        total = 0
-        for name, value in self._db.execute(f"SELECT key, value FROM {DEKS} ORDER BY key"):  # noqa: S608
-            row = self._json(name, value)
-            if self._seal is not None:
-                self._seal.check(name, row)
-            total += weight(row)
-        if total % MODULUS != self.state().total:
+        rows = self._db.execute(f"SELECT key, value FROM {DEKS} ORDER BY key")  # noqa: S608
+        if sum(weight(self._checked(*row)) for row in rows) % MODULUS != self.state().total:
             raise StoreDamaged("the rows don't add up: one was deleted, or an older one was put back")
-        self._check_own()
-
-    def _check_own(self) -> None:
-        """The same for the rows of the service's own."""
-        total = 0
-        for name, value in self._db.execute("SELECT key, value FROM kms"):
-            if name.startswith(OWN):
-                row = self._json(name, value)
-                if self._seal is not None:
-                    self._seal.check(name, row)
-                total += weight(row)
-        if total % MODULUS != self.state().own:
+        rows = self._db.execute("SELECT key, value FROM kms")
+        if (
+            sum(weight(self._checked(*row)) for row in rows if row[0].startswith(OWN)) % MODULUS
+            != self.state().own
+        ):
             raise StoreDamaged("the rows of the service's own don't add up: one was deleted or replaced")
 
     def records(self) -> Iterator[tuple[DekRecord, bool]]:
         """All DEKs, in order of key_id, and whether each is as it was written."""
         for key, value in self._db.execute(f"SELECT key, value FROM {DEKS} ORDER BY key"):  # noqa: S608
-            row = self._json(key, value)
+            genuine = True
+            try:
+                row = self._checked(key, value)
+            except StoreDamaged:
+                genuine, row = False, self._json(key, value)
             try:
                 record = DekRecord.from_row(key[len("meta:") :], row)
             except StoreDamaged as error:
                 raise _damaged(self.file, error.message) from None
-            yield record, self._genuine(key, row)
+            yield record, genuine
 
-    def _genuine(self, name: str, row: Any) -> bool:
-        try:
-            if self._seal is not None:
-                self._seal.check(name, row)
-        except StoreDamaged:
-            return False
-        return True
+    def _checked(self, name: str, text: Any) -> Any:
+        """A row. Raises StoreDamaged where it is not as it was written, if that can be told."""
+        if self._seal is not None and isinstance(text, str) and self._seal.wrote(name, text):
+            return json.loads(text)
+        row = self._json(name, text)
+        if self._seal is not None:
+            self._seal.check(name, row)
+        return row
 
     def _plain(self, name: str, text: Any) -> Any:
         return without_mac(self._json(name, text))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -198,7 +199,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 def beyond(usage: Usage, kept: Usage | None) -> Usage:
     """What must be counted beside what is kept so that the larger numbers stand."""
-    kept = kept or Usage()
+    if kept is None:
+        return usage
     return usage._replace(
         encrypts=max(0, usage.encrypts - kept.encrypts), decrypts=max(0, usage.decrypts - kept.decrypts)
     )
@@ -314,8 +316,11 @@ class Opener:
         return same(first, self._open(key_id, other, self._second, self._parse))  # type: ignore[arg-type]
 
     def rebind(self, kek_id: str, key_id: str, blob: bytes) -> bytes:
-        """The same DEK under this KEK, bound to the key_id; opened again and compared. ValueError."""
+        """The same DEK under this KEK, bound to the key_id: as it is where it is that already, else wrapped
+        anew, opened again and compared. ValueError."""
         dek = self._open(key_id, blob, self._first, self._parse)
+        if blob.startswith(envelope.binding(kek_id, key_id)):
+            return blob
         with self._keyring.borrow(kek_id) as kek:
             cipher = self._cipher(kek_id, kek)
             bound = envelope.wrap_by(cipher, kek_id, key_id, os.urandom(NONCE_SIZE), dek)
@@ -366,3 +371,15 @@ def _active(keyring: Keyring) -> str | None:
         return keyring.active.kek_id
     except KekNotLoaded:
         return None
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Rows make no circles, and to look for some among so many takes a tenth of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

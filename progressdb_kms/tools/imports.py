@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import gc
 import itertools
 import os
 import re
@@ -47,7 +46,7 @@ from ..store.snapshots import LINES, find
 from ..store.sqlite import FILE_NAME, THREAD, THREADS, Connection, SqliteStore
 from . import asowner, datadir, ledgers, pebble
 from .console import CommandFailed, say
-from .datadir import Opener, Work, as_left, beyond
+from .datadir import Opener, Work, as_left, beyond, uncollected
 
 Progress = Callable[[int, int], None]
 
@@ -123,9 +122,9 @@ def read_entry(data: bytes, key_id: str | None, now: float) -> tuple[DekRecord, 
         raise ValueError("is not JSON") from None
     if not isinstance(row, dict):
         raise ValueError("is not a JSON object")
-    for name in row:
-        if name not in _FIELDS:
-            raise ValueError(f"has the unknown field {name[:40]!r}")
+    if not row.keys() <= _FIELDS:
+        unknown = next(name for name in row if name not in _FIELDS)
+        raise ValueError(f"has the unknown field {unknown[:40]!r}")
     found = _either(row, "key_id", "id") or key_id
     if found is None:
         raise ValueError("has no key_id")
@@ -498,7 +497,7 @@ def take(
         importer = Importer(work, opener, _history(work), time.time(), force, ledger)
         try:
             with work.store.transaction():
-                with _uncollected():
+                with uncollected():
                     rest = iter(found)
                     while some := list(itertools.islice(rest, AT_ONCE)):
                         importer.add(some)
@@ -516,18 +515,6 @@ def take(
             _note_failure(work, op, error)
             raise
     return Result(len(importer.taken), importer.unchanged, importer.bad.count, importer.bad.first)
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Rows make no circles, and to look for some among so many takes a tenth of the time."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _hold(work: Work, importer: Importer) -> None:

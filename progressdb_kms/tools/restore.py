@@ -58,7 +58,7 @@ from ..store.sqlite import FILE_NAME, SqliteReader, SqliteStore
 from . import asowner, backup, datadir
 from .backup import Backup, Progress
 from .console import CommandFailed, naming
-from .datadir import Keys, Opener, as_left, beyond
+from .datadir import Keys, Opener, as_left, beyond, uncollected
 
 BATCH = 2000
 """Rows of one transaction while the new store is built."""
@@ -111,6 +111,7 @@ def restore(loaded: Loaded, file: Path, force: bool, progress: Progress) -> dict
         keys = stack.enter_context(datadir.keys(loaded))
         asowner.become(data_dir)
         chosen = plan_of(source, keys)
+        stack.enter_context(uncollected())
         trusted(source, stack.enter_context(datadir.own_key(keys.keyring, ROW_KEY, source.row_key)), force)
         with datadir.held(loaded), _staging(data_dir) as folder:
             present = _look(data_dir, source, keys, force)

@@ -289,6 +289,29 @@ class TestImport:
         assert "in:2: the key_id k_2 is taken by another DEK" in error
         assert set(stored(site)) == {"k_1"}
 
+    def test_what_is_bound_under_the_active_kek_comes_as_it_is(self, site: Daemon) -> None:
+        """It was opened, and to wrap it once more would use the KEK up a little; one that is damaged is told,
+        and one that is another key's or another KEK's is not taken for it."""
+        run(site, "import", lines(site.home / "in", {"key_id": "k_1", "wrapped": go_blob(site.kek)}))
+        row = stored(site)["k_1"]
+        given = {"key_id": "k_1", "wrapped": row["wrapped"]}
+        blob = base64.b64decode(row["wrapped"])
+        for name, wrong in (("k_1", blob[:-1] + bytes([blob[-1] ^ 1])), ("k_2", blob)):
+            shutil.rmtree(site.data_dir)
+            site.data_dir.mkdir(0o700)
+            file = lines(site.home / "in", {"key_id": name, "wrapped": b64encode(wrong)})
+            run(site, "import", file, code=1)
+            assert json_of(site, "import", lines(site.home / "in", given))["imported"] == 1
+            assert stored(site)["k_1"]["wrapped"] == row["wrapped"]
+        write_secret(site.home / "new", os.urandom(32).hex().encode())
+        shutil.rmtree(site.data_dir)
+        site.data_dir.mkdir(0o700)
+        settings = {"master_key_file": str(site.home / "new")}
+        site.write_config({**settings, "previous_master_keys": [{"file": str(site.kek_file)}]})
+        assert json_of(site, "import", lines(site.home / "in", given))["imported"] == 1
+        assert stored(site)["k_1"]["wrapped"] != row["wrapped"]
+        assert json_of(site, "verify")["result"] == "ok"
+
     def test_more_than_are_stored_at_once(self, site: Daemon) -> None:
         """What is wrong is told in the source's order, and what comes behind it is looked at too."""
         many = 2 * imports.AT_ONCE + 1
