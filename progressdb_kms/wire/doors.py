@@ -29,12 +29,16 @@ log = logging.getLogger("progressdb_kms.server")
 
 BACKLOG = 4096
 
-EVENTS, ENTERING, ENTERING_SECONDS = 64, 16, 0.0005
+EVENTS, ENTERING, ENTERING_SECONDS = 64, 64, 0.0005
 """Connections that are served before new ones are let in; how many of these before the next, and for how
-long: to refuse one takes longest."""
+long; or, while all is calm, for as long as those were served. So who comes last of many waits for a turn or
+two of the others, and not for all of theirs."""
 
-YIELDS = 10
-"""Milliseconds that a worker leaves a new connection to another one that has fewer."""
+YIELDS, CALM_YIELDS, CALM_SECONDS = 10, 2, 1.0
+"""How often a worker leaves a new connection to another one that has fewer, for a millisecond each time.
+While all is calm, who is still there then is let in with all others: the other worker has much to do. It is
+calm when nobody was refused for so long: who comes again and again to be refused would take half of the time
+of those who are served, and the worker that has the fewest of these should have him."""
 
 STARVED_SECONDS, TELL_SECONDS = 0.1, 60.0
 """Without a descriptor to accept with: the pause, and how often the log says so."""
@@ -82,7 +86,7 @@ class Doors:
         self,
         doors: Sequence[Door],
         poll: Any,
-        greet: Callable[[Door, socket.socket], None],
+        greet: Callable[[Door, socket.socket], bool],
         others_have_fewer: Callable[[], bool],
     ) -> None:
         self._doors = {door.listener.fileno(): door for door in doors}
@@ -92,6 +96,7 @@ class Doors:
         self.resting: dict[int, float] = {}  # doors, and until when
         self.renewed: deque[int] = deque()
         self._yields = 0
+        self._calm_from = 0.0
         self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._told = -TELL_SECONDS
         for fd in self._doors:
@@ -100,12 +105,19 @@ class Doors:
     def __contains__(self, fd: int) -> bool:
         return fd in self._doors
 
-    def let_in(self, fd: int, most: int = ENTERING, closing: bool = False) -> None:
-        door, until = self._doors[fd], time.monotonic() + ENTERING_SECONDS
+    def let_in(self, fd: int, served: float = 0.0, most: int = ENTERING, closing: bool = False) -> None:
+        """`served`: seconds that this turn took up to here."""
+        door, now = self._doors[fd], time.monotonic()
+        calm = now >= self._calm_from
+        until = now + max(ENTERING_SECONDS, served * calm)
+        patience, yields = 0 if closing else CALM_YIELDS if calm else YIELDS, self._yields
         for _ in range(most):
-            if not closing and self._others_first():
+            if yields < patience and self._others_have_fewer():
+                self._yields = yields + 1
                 self._rest(fd, 0.001)
                 return
+            self._yields = 0
+            yields *= calm  # else it is left to the other again before each
             try:
                 request, _ = door.listener.accept()
             except BlockingIOError:
@@ -116,17 +128,10 @@ class Doors:
                     return
                 continue  # it was gone before it was let in
             request.setblocking(False)
-            self._greet(door, request)
+            if not self._greet(door, request):
+                self._calm_from = now + CALM_SECONDS
             if time.monotonic() > until and not closing:
                 return
-
-    def _others_first(self) -> bool:
-        """Where another worker has fewer connections, it has some moments to be the first."""
-        if self._yields >= YIELDS or not self._others_have_fewer():
-            self._yields = 0
-            return False
-        self._yields += 1
-        return True
 
     def _rest(self, fd: int, seconds: float) -> None:
         self._poll.unregister(fd)
@@ -164,6 +169,6 @@ class Doors:
     def close(self) -> None:
         """Let in who is there, and nobody after that."""
         for fd in self._doors:
-            self.let_in(fd, BACKLOG, closing=True)
+            self.let_in(fd, most=BACKLOG, closing=True)
             if self.resting.pop(fd, None) is None:
                 self._poll.unregister(fd)

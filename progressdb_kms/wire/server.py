@@ -245,7 +245,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if self._out:
             self._flush()
         for fd in doors:
-            self._doors.let_in(fd)
+            self._doors.let_in(fd, time.monotonic() - self._now)
         if self._now >= self._next_tick:
             self._tick()
 
@@ -481,8 +481,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         connection.kept_piece, connection.kept = piece, piece[: fill - at]
         connection.kept[:] = self._view[at:fill]
         if next_turn:
-            connection.phase = AHEAD
-            self._ahead.append(connection)
+            self._rest(connection)
 
     def _go_ahead(self, connection: Connection) -> None:
         kept, piece = connection.kept, connection.kept_piece
@@ -818,8 +817,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     # ---- coming in ---------------------------------------------------------------------------------
 
-    def _greet(self, door: Door, request: socket.socket) -> None:
-        """Who is it, and is this UID served at all? It is answered here if not."""
+    def _greet(self, door: Door, request: socket.socket) -> bool:
+        """Who is it, and is this UID served at all? It is answered here if not: False."""
         peer = STRANGER
         try:
             peer = door.identify(request)
@@ -832,6 +831,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             request.close()  # it was gone before it was let in
         else:
             self.process_request(request, peer)
+        return request.fileno() not in self._turned_away
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """The waiter serves it from now on, and gives to threads what would hold it up."""
@@ -869,7 +869,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _others_have_fewer(self) -> bool:
         *workers, _ = self._metrics.gauge("connections")  # the last is the keeper's
         least = min(workers)
-        return self._counters.get("connections") > least + least // 16
+        return self._counters.get("connections") > least + least // 4
 
     def renew(self, listener: socket.socket) -> None:
         """The descriptor of this door leads to another socket now."""

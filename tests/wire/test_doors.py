@@ -18,7 +18,7 @@ import pytest
 
 from progressdb_kms.rules import Peer
 from progressdb_kms.wire import doors
-from progressdb_kms.wire.doors import YIELDS, Door, Doors, peer_of
+from progressdb_kms.wire.doors import CALM_YIELDS, YIELDS, Door, Doors, peer_of
 
 FAR = 1e12
 """A time by which every door has rested."""
@@ -35,15 +35,17 @@ class Site:
         self.poll: Any = select.epoll() if hasattr(select, "epoll") else select.poll()
         self.let_in: list[Peer] = []
         self.others_have_fewer = False
+        self.served = True
         self.doors = self.opened(self.listener)
 
     def opened(self, listener: Any) -> Doors:
         return Doors([Door(listener, peer_of)], self.poll, self.greet, lambda: self.others_have_fewer)
 
-    def greet(self, door: Door, request: socket.socket) -> None:
+    def greet(self, door: Door, request: socket.socket) -> bool:
         with request:
             assert not request.getblocking()
             self.let_in.append(door.identify(request))
+        return self.served
 
     def knock(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)
@@ -83,16 +85,56 @@ def test_nobody_waits_until_all_are_in(site: Site, monkeypatch: pytest.MonkeyPat
     assert len(site.let_in) == 4
 
 
-def test_where_another_worker_has_fewer_it_may_be_the_first_for_some_moments(site: Site) -> None:
-    site.others_have_fewer = True
+@pytest.mark.parametrize("seconds", [0.0, 600.0])
+def test_as_long_as_others_were_served_new_ones_come_in(
+    site: Site, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """But not where somebody was refused not long ago: who comes again and again would take half of it."""
+    monkeypatch.setattr(doors, "ENTERING_SECONDS", -1.0)
+    monkeypatch.setattr(doors, "CALM_SECONDS", seconds)
+    with site.knock(), site.knock():
+        site.doors.let_in(site.fd, served=600.0)
+    assert len(site.let_in) == 2
+    site.served = False
     with site.knock():
-        for _ in range(YIELDS):
+        site.doors.let_in(site.fd, served=600.0)
+    site.served = True
+    site.let_in.clear()
+    with site.knock(), site.knock():
+        site.doors.let_in(site.fd, served=600.0)
+        assert len(site.let_in) == (1 if seconds else 2)
+
+
+@pytest.mark.parametrize("calm", [True, False], ids=["calm", "somebody was refused"])
+def test_where_another_worker_has_fewer_it_may_be_the_first_for_some_moments(
+    site: Site, monkeypatch: pytest.MonkeyPatch, calm: bool
+) -> None:
+    """Then all come in who are there, since that worker has much to do; or one, where some are refused."""
+    if not calm:
+        monkeypatch.setattr(doors, "CALM_SECONDS", 600.0)
+        site.served = False
+        with site.knock():
             site.doors.let_in(site.fd)
-            assert site.let_in == [] and not site.listening and site.doors.resting
+        site.let_in.clear()
+    site.others_have_fewer = True
+
+    def patience() -> int:
+        for n in range(2 * YIELDS):
+            site.doors.let_in(site.fd)
+            if site.let_in:
+                return n
+            assert not site.listening and site.doors.resting
             site.doors.go_on(FAR)
             assert site.listening and not site.doors.resting
-        site.doors.let_in(site.fd)
-    assert len(site.let_in) == 1
+        raise AssertionError("nobody was let in")
+
+    with site.knock(), site.knock(), site.knock():
+        assert patience() == (CALM_YIELDS if calm else YIELDS)
+        assert len(site.let_in) == (3 if calm else 1)
+        site.doors.go_on(FAR)
+        site.let_in.clear()
+        if not calm:
+            assert patience() == YIELDS - 1  # it was asked for once already, right behind the first
 
 
 def test_a_door_rests_as_long_as_it_was_told(site: Site) -> None:
