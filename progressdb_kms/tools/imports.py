@@ -69,6 +69,8 @@ _FIELDS = frozenset(
     )
 )  # fmt: skip
 
+_USAGE = frozenset(Usage._fields)
+
 _SNAPSHOT = re.compile(r"(.+?)(?:\.json)?\.(\d{8}T\d{6}Z?|\d{10,19})")
 _NANOSECONDS = re.compile(r"(?:k_|dek_|t:)(1\d{18})")
 _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)", re.ASCII)
@@ -166,8 +168,7 @@ def _record(row: dict[str, Any], key_id: str, thread_id: str, now: float) -> Dek
 
 def _usage(value: object) -> Usage:
     """Where a DEK was used elsewhere, its nonces are used up here too."""
-    names = set(Usage._fields)
-    if not isinstance(value, dict) or set(value) not in (set(), names):
+    if not isinstance(value, dict) or (value and value.keys() != _USAGE):
         raise ValueError("has a `usage` of an unknown form")
     if not all(type(one) is int and -(name == "uid") <= one < 1 << 53 for name, one in value.items()):
         raise ValueError("has numbers in `usage` that can't be")
