@@ -64,9 +64,8 @@ class Seal:
         end = len(text) - len(_TAIL) - _MAC
         if text[end : end + len(_TAIL)] != _TAIL:
             return False
-        return same(
-            text[end + len(_TAIL) : -2].encode(), b64encode(self._mac(name, text[:end] + "}")).encode()
-        )
+        found = b64encode(self._mac(name, text[:end] + "}")) + '"}'
+        return same(text[end + len(_TAIL) :].encode(), found.encode())
 
     def check(self, name: str, row: Any) -> None:
         """Raises StoreDamaged where the row was not written by us, or under another name."""

@@ -15,8 +15,8 @@ from tests.harness.wire import b64
 
 LOST = pytest.mark.parametrize(
     ("at", "byte"),
-    [(0, b"x"), (1, b"z"), (60, b"\xff"), (80, b"\0"), (80, b"\x01")],
-    ids=["brace", "quote", "not UTF-8", "NUL", "control"],
+    [(0, b"x"), (1, b"z"), (60, b"\xff"), (80, b"\0"), (80, b"\x01"), (-2, b"x"), (-1, b"]")],
+    ids=["brace", "quote", "not UTF-8", "NUL", "control", "last quote", "last brace"],
 )
 
 
@@ -27,7 +27,7 @@ def lose(daemon: Daemon, key_id: str, at: int, byte: bytes) -> None:
     places = [n for n in range(len(data)) if data.startswith(row, n)]
     assert places
     for place in places:
-        start = place + len(row) - 1 + at
+        start = (place + len(row) - 1 if at >= 0 else data.index(b'"}', place) + 2) + at
         data[start : start + 1] = byte
     path.write_bytes(data)
 

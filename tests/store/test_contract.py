@@ -16,7 +16,7 @@ from progressdb_kms.errors import StoreDamaged, StoreUnavailable
 from progressdb_kms.store.contract import HEAVY, KEK_ROW, DekRecord, Usage
 from progressdb_kms.store.pause import Pause
 from progressdb_kms.store.policy import SHREDDED
-from progressdb_kms.store.seal import STATE, KekCount
+from progressdb_kms.store.seal import STATE, KekCount, Seal
 from progressdb_kms.store.sealed import Written
 from progressdb_kms.store.sqlite import SqliteReader, SqliteStore
 from tests.harness.memstore import MemoryReader, MemoryStore
@@ -476,6 +476,16 @@ class TestAuthentic:
         with pytest.raises(StoreDamaged):
             put(store, dek("a"))
         assert reader.judged("", 9) == [("a", None), ("b", dek("b"))]
+
+    def test_what_is_as_we_wrote_it_is_so_to_the_last_letter(self) -> None:
+        """It is parsed without a second look."""
+        seal = Seal(KEY)
+        text, _ = seal.written("meta:a", dek("a").to_row())
+        assert seal.wrote("meta:a", text) and not seal.wrote("meta:b", text)
+        for at in range(len(text)):
+            assert not seal.wrote("meta:a", text[:at] + "\x01" + text[at + 1 :])
+            assert not seal.wrote("meta:a", text[:at])
+        assert not seal.wrote("meta:a", text + " ")
 
     def test_a_row_under_another_name(self, store: AnyStore, reader: AnyReader) -> None:
         put(store, dek("a"), dek("b"))
