@@ -134,7 +134,8 @@ class Doors:
                 return
 
     def _rest(self, fd: int, seconds: float) -> None:
-        self._poll.unregister(fd)
+        if fd not in self.resting:  # at the end it may be
+            self._poll.unregister(fd)
         self.resting[fd] = time.monotonic() + seconds
 
     def go_on(self, now: float) -> None:

@@ -203,3 +203,18 @@ def test_without_a_descriptor_one_hears_why(site: Site, caplog: pytest.LogCaptur
             assert "no descriptor is left" in error["message"]
     assert caplog.text.count("no connection can be accepted") == 1  # in a minute
     assert doors.TELL_SECONDS == 60.0
+
+
+@pytest.mark.parametrize("rested", [True, False])
+def test_the_end_comes_without_a_descriptor_too(site: Site, rested: bool) -> None:
+    """Also while the door rests, as it does then most of the time."""
+    site.poll.unregister(site.fd)
+    made = site.opened(Out(site.listener))
+    with site.knock() as first, site.knock() as second:
+        if rested:
+            made.let_in(site.fd)
+            assert made.resting
+        made.close()
+        assert not made.resting and first.recv(4096).startswith(b"HTTP/1.1 503 ")
+        assert not site.listening
+        second.close()
