@@ -55,7 +55,7 @@ from ..store.seal import MODULUS, STATE, KekCount, Seal, StoreState, Tally, weig
 from ..store.sealed import SealedStore, Written, nobody
 from .engine import FORGOTTEN, TIMELINE, UNREACHABLE, Link, Session, Texts, translated
 from .reader import STATES, WRITES, FleetReader, as_it_stands, combined, named, row_of, without
-from .rows import ALL, KEKS, KEY, FleetRow, HostRow, Point, first
+from .rows import ALL, KEKS, KEY, FleetRow, HostRow, Point, first, plain
 from .schema import FLEET
 from .status import status
 
@@ -661,7 +661,11 @@ class FleetStore(SealedStore, FleetReader):
             rev = before.rev if before else seen[1] if seen else None
             now.rows[key_id] = Row(record.thread_id, text, _needed(record), _tail(text), rev, was)
         if len(self._gathered.rows) >= BULK and not self._parts:
-            self._inside().execute("SET LOCAL idle_in_transaction_session_timeout = '60s'")
+            self._unhurried()
+
+    def _unhurried(self) -> None:
+        """A command's transaction, which may think between two statements."""
+        self._inside().execute("SET LOCAL idle_in_transaction_session_timeout = '60s'")
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
         self._gathered.kms[name] = json_dumps(row)
@@ -855,6 +859,16 @@ class FleetStore(SealedStore, FleetReader):
             self._asked(_FOREIGN, *columns, name, len(rows))
         more = sum(weight(new[host]) - weight(row_of(text)) for host, (text, _) in values.items())
         self._book = self._book._replace(own=(self._book.own + more) % MODULUS)
+
+    def spread(self, name: str, value: dict[str, Any]) -> None:
+        """Each other host that has a row of this name has this one from now on."""
+        self._unhurried()
+        self.write_foreign(name, {host: (text, value) for host, text in self.foreign(name).items()})
+
+    def others(self) -> list[str]:
+        """The hosts that aren't fenced, but for this one, for people."""
+        sql = "SELECT host, name FROM hosts WHERE host <> %s AND NOT fenced ORDER BY name, host"
+        return [f"{plain(name)} ({plain(host)})" for host, name in self._select(sql, (self.host,))]
 
     def _swap_tables(self) -> None:
         self.left = self._free

@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config.load import Loaded
 from ..config.options import Settings
@@ -28,7 +28,7 @@ from ..service.clock import ROW as TRUSTED_CLOCK
 from ..service.ownkeys import ROWS
 from ..service.rotation import RETIRED_KEK
 from ..store.contract import KEK_ROW, DekRecord, Reader
-from ..store.sqlite import SqliteStore
+from ..store.sqlite import SqliteReader, SqliteStore
 from . import asowner, backup, datadir
 from .backup import Backup, Progress
 from .console import CommandFailed
@@ -36,6 +36,9 @@ from .datadir import Work, beyond
 from .imports import Entry, take
 from .restore import plan_of, trusted
 from .storecmd import line
+
+if TYPE_CHECKING:
+    from ..fleet.reader import FleetReader
 
 PAGE = 1000
 
@@ -48,6 +51,7 @@ def make(loaded: Loaded, file: Path, progress: Progress) -> dict[str, Any]:
     settings = loaded.settings
     backup.check_target(settings.data_dir, file)
     with datadir.keys(loaded) as keys, datadir.reading(settings) as reader:
+        assert not isinstance(reader, SqliteReader)
         row = reader.read(ROWS[ROW_KEY])
         if row is None or reader.read(ROWS[AUDIT_KEY]) is None:
             raise CommandFailed(
@@ -111,7 +115,7 @@ def remove_all_left(folder: Path, names: str) -> None:
             os.close(descriptor)
 
 
-def _build(folder: Path, reader: Reader, key: memoryview, progress: Progress) -> None:
+def _build(folder: Path, reader: FleetReader, key: memoryview, progress: Progress) -> None:
     state = reader.state()
     total = sum(row.deks for row in state.keks.values())
     if state.active is None:
@@ -120,6 +124,8 @@ def _build(folder: Path, reader: Reader, key: memoryview, progress: Progress) ->
         out.unlock(key)
         with out.transaction():
             out.activate(*state.active)
+            if reader.read(TRUSTED_CLOCK) is None and (known := reader.of_others(TRUSTED_CLOCK)):
+                out.write(TRUSTED_CLOCK, max(known, key=lambda row: float(row["trusted"])))
             for name in [ROWS[ROW_KEY], *(name for prefix in COPIED for name in reader.names(prefix))]:
                 out.write(name, reader.read(name) or {})
         done = 0
@@ -172,7 +178,8 @@ def restore(loaded: Loaded, file: Path, progress: Progress) -> dict[str, Any]:
         _refuse_used(loaded.settings)
         work = stack.enter_context(datadir.working(loaded, keys, "restore"))
         _go_on(work, source, chosen.active, chosen.version)
-        result = take(work, "import", _entries(source), progress, skip_bad=False)
+        known = float(source.rows(TRUSTED_CLOCK).get(TRUSTED_CLOCK, {}).get("trusted", 0.0))
+        result = take(work, "import", _entries(source), progress, skip_bad=False, known=known)
         event = {"backup": source.contents.created_at, "sha256": source.contents.sha256}
         work.audit.note("restore", **event)
         return {

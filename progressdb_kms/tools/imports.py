@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any, Callable, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple
 
 from ..audit.log import key_fragment
 from ..audit.tail import logs
@@ -36,7 +36,7 @@ from ..config.options import Settings
 from ..disk import regular
 from ..encoding import KEK_ID, KEY_ID, MAX_THREAD_ID, b64decode, json_loads, moment, timestamp
 from ..errors import KMSError, StoreDamaged
-from ..service.clock import REMEDY, Anchor, Clock, judge
+from ..service.clock import REMEDY, Anchor, Clock, judge, kept
 from ..service.clock import ROW as TRUSTED_CLOCK
 from ..service.usage import SPENT, refusal
 from ..store import snapshots
@@ -47,6 +47,9 @@ from ..store.sqlite import FILE_NAME, THREAD, THREADS, Connection, SqliteStore
 from . import asowner, datadir, ledgers, pebble
 from .console import CommandFailed, say
 from .datadir import Opener, Work, as_left, beyond, uncollected
+
+if TYPE_CHECKING:
+    from ..fleet.store import FleetStore
 
 Progress = Callable[[int, int], None]
 
@@ -61,6 +64,9 @@ MAX_GARBAGE = 16 * 1024 * 1024
 
 TOLD = 1000
 """Bad lines that are listed; beyond that they are counted."""
+
+TOLD_HOSTS = 10
+"""Other hosts of a fleet that a message names at most."""
 
 _FIELDS = frozenset(
     (
@@ -371,8 +377,8 @@ class Importer:
         self.unchanged = 0
         self.bad = Bad()
         self._now, self._begun = now, timestamp(now)
-        self.due = 0
-        """Deletions that came along and that this host's clock has passed."""
+        self.deletions: list[str] = []
+        """When those that came along are due."""
         self.newest = ""
         """The last time that the rows themselves tell of."""
         self.distrusted: set[str] = set()
@@ -475,7 +481,8 @@ class Importer:
         self._note_times(record)
 
     def _note_times(self, record: DekRecord) -> None:
-        self.due += record.state == PENDING_DELETION and record.delete_at <= self._begun
+        if record.delete_at:
+            self.deletions.append(record.delete_at)
         for told in (record.created_at, record.shredded_at):
             if self.newest < told < self._begun:  # this host's own clock is no witness
                 self.newest = told
@@ -490,12 +497,15 @@ def take(
     skip_bad: bool,
     force: bool = False,
     ledger: Mapping[str, str] | None = None,
+    known: float = 0.0,
 ) -> Result:
-    """Store what the entries hold, in one transaction with its audit records. Raises CommandFailed where
-    something is bad and `skip_bad` is False: then nothing is stored."""
+    """Store what the entries hold, in one transaction with its audit records. `known`: it is no earlier, as
+    who made them knew. Raises CommandFailed where something is bad and `skip_bad` is False: then nothing is
+    stored."""
     with Opener(work.keyring, foreign=op == "import") as opener:
         work.store.mending = op != "import"
         importer = Importer(work, opener, _history(work), time.time(), force, ledger)
+        unused = op == "import" and not work.store.keks()
         try:
             with work.store.transaction():
                 with uncollected():
@@ -507,8 +517,8 @@ def take(
                     raise _refused(importer.bad, op)
                 if work.store.mending and importer.taken:
                     _recount(work)
-                if importer.due:
-                    _hold(work, importer)
+                if importer.deletions:
+                    _hold(work, importer, unused, known)
                 for key_id, thread_id in importer.taken:
                     work.audit.record(op, "ok", 200, key_fragment(key_id, thread_id))
                 work.anchor()
@@ -518,18 +528,45 @@ def take(
     return Result(len(importer.taken), importer.unchanged, importer.bad.count, importer.bad.first)
 
 
-def _hold(work: Work, importer: Importer) -> None:
+def _hold(work: Work, importer: Importer, unused: bool, known: float) -> None:
     """A new host's clock may be ahead, and nothing here tells the time: the rows do, to a moment at which it
     was not later than it is. Beyond the usual gap all that is due is held until a person accepts the clock;
-    within it the clock is trusted as it stands, or each deletion would come late by that for ever."""
-    store = work.store
-    if isinstance(store, SqliteStore) and store.read(TRUSTED_CLOCK) is None:
-        now = Clock().reading()
-        trusted = min(moment(importer.newest), now.wall) if importer.newest else 0.0
-        held = judge(Anchor(trusted, *now), now).held
-        store.write(TRUSTED_CLOCK, Anchor(trusted if held else now.wall, *now)._asdict())
-        if held:
-            say(f"{importer.due} of the deletions are due by this host's clock, and held: {held} ({REMEDY})")
+    within it the clock is trusted as it stands, or each deletion would come late by that for ever.
+
+    In a store that was `unused`, what is kept as the trusted time is the word of clocks alone. And what it is
+    now is kept whatever is due: by a later start the clock may be wrong, or another host's is."""
+    store, now, mine = work.store, Clock().reading(), kept(work.store)
+    others = [] if isinstance(store, SqliteStore) else store.of_others(TRUSTED_CLOCK)
+    if (mine or others) and not unused:
+        return
+    latest = max([now.wall, *(float(row["wall"]) for row in others)])
+    due = sum(when <= timestamp(latest) for when in importer.deletions)
+    told = max(known, moment(importer.newest) if importer.newest else 0.0)
+    anchor = Anchor(min(told, now.wall), *now)
+    held = judge(anchor, now._replace(wall=latest)).held if due else ""
+    if not held:
+        if not mine and not others:
+            store.write(TRUSTED_CLOCK, Anchor(now.wall, *now)._asdict())
+        return
+    if mine and judge(mine, now).held:  # that goes on by itself once the clock is right
+        anchor = mine
+    whose = "this" if latest == now.wall else "another"
+    said = f"{due} of the deletions are due by {whose} host's clock"
+    if not isinstance(store, SqliteStore):
+        _hold_others(store, anchor, f"{said}, which nothing bears out: {held}")
+    store.write(TRUSTED_CLOCK, anchor._asdict())
+    say(f"{said}, and held: {held} ({REMEDY})")
+
+
+def _hold_others(store: FleetStore, anchor: Anchor, why: str) -> None:
+    """A daemon that runs goes by what it knows, and looks twice a minute: it would not hear of it."""
+    if running := store.others():
+        raise CommandFailed(
+            f"{why}; nothing was stored",
+            hint=f"set the clock; where it is right, stop the daemon of {', '.join(running[:TOLD_HOSTS])}, "
+            "which would shred them at once, and import again",
+        )
+    store.spread(TRUSTED_CLOCK, anchor._asdict())
 
 
 def _history(work: Work) -> History:

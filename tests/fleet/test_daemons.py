@@ -243,3 +243,103 @@ def test_nor_does_the_first_one_of_a_fleet_that_was_restored(
         assert any("days ahead" in line for line in two.ok("GET", "/readyz")["warnings"])
         assert two.ok("GET", f"/deks/{key_id}")["state"] == "pending_deletion"
         two.stop()
+
+
+YEARS = 10 * 365 * 86400
+
+
+def exported(make_daemon: MakeDaemon) -> tuple[bytes, str, bytes]:
+    """What a host with a store of its own had: a master key, a DEK that is to be shredded in 30 days, and the
+    lines."""
+    host = make_daemon(workers=1)
+    key_id = host.ok("POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    host.ok("DELETE", f"/deks/{key_id}", {"pending_days": 30})
+    host.stop()
+    return host.kek, key_id, host.offline("export").stdout
+
+
+def holds(daemon: Daemon, key_id: str) -> bool:
+    """Ready, and the janitor of a keeper that starts has looked: what is due is shredded by then."""
+    until(lambda: daemon.request("GET", "/readyz").status == 200)
+    told = daemon.ok("GET", "/readyz")["warnings"]
+    assert daemon.ok("GET", f"/deks/{key_id}")["state"] == "pending_deletion"
+    return any("scheduled deletions are held" in line for line in told)
+
+
+def test_nor_does_one_that_imports_into_an_empty_fleet(
+    fleet_database: postgres.Fleet, make_daemon: MakeDaemon
+) -> None:
+    """Nobody there knew how late it is, so the clock of the first daemon was believed."""
+    kek, key_id, lines = exported(make_daemon)
+    with Shim() as shim:
+        shim.clock(YEARS)
+        one, two = (
+            make_daemon(configured(fleet_database), kek=kek, workers=1, env=shim.env, start=False)
+            for _ in range(2)
+        )
+        done = one.offline("import", "-", stdin=lines)
+        assert done.returncode == 0 and b"1 of the deletions are due by this host's clock, and held" in (
+            done.stderr
+        )
+        for daemon in (two, one):
+            assert holds(daemon.start(), key_id)
+        assert one.cli("clock", "accept").returncode == 0
+        until(lambda: two.ok("GET", f"/deks/{key_id}")["state"] == "shredded")
+        one.stop()
+        two.stop()
+        assert one.offline("verify").returncode == 0
+
+
+def test_nor_another_one_than_the_host_that_imports(
+    fleet_database: postgres.Fleet, make_daemon: MakeDaemon
+) -> None:
+    """The one that imports has a clock that is right, and what it knows of the time stays."""
+    kek, key_id, lines = exported(make_daemon)
+    with Shim() as shim:
+        one = make_daemon(configured(fleet_database), kek=kek, workers=1, start=False)
+        two = make_daemon(configured(fleet_database), kek=kek, workers=1, env=shim.env, start=False)
+        assert one.offline("import", "-", stdin=lines).stderr == b""
+        shim.clock(YEARS)
+        assert holds(two.start(), key_id)
+        assert not holds(one.start(), key_id)
+        two.stop()
+
+
+def test_nor_daemons_that_were_there_before_any_dek(
+    fleet_database: postgres.Fleet, make_daemon: MakeDaemon
+) -> None:
+    """What they kept as the time is their own clocks' word. One that runs would shred at once."""
+    kek, key_id, lines = exported(make_daemon)
+    with Shim() as shim:
+        shim.clock(YEARS)
+        one = make_daemon(configured(fleet_database), kek=kek, workers=1, start=False)
+        two = make_daemon(configured(fleet_database), kek=kek, workers=1, env=shim.env)
+        until(lambda: two.request("GET", "/readyz").status == 200)
+        done = one.offline("import", "-", stdin=lines)
+        assert done.returncode == 1 and b"nothing was stored" in done.stderr and b"stop" in done.stderr
+        assert fleet_database.sql("SELECT count(*) FROM kms.deks") == [(0,)]
+        two.stop()
+        done = one.offline("import", "-", stdin=lines)
+        assert done.returncode == 0 and b"and held" in done.stderr
+        assert holds(two.start(), key_id)
+        assert not holds(one.start(), key_id)
+        two.stop()
+        one.stop()
+        assert one.offline("verify").returncode == 0
+
+
+def test_nor_does_what_a_host_backed_up_that_only_commands_ran_on(
+    fleet_database: postgres.Fleet, make_daemon: MakeDaemon
+) -> None:
+    """It has kept no time; the fleet has."""
+    one, key_id = with_a_deletion(fleet_database, make_daemon)
+    two = make_daemon(configured(fleet_database), kek=one.kek, start=False)
+    file = str(two.home / "backup")
+    assert two.offline("verify", "--recount").returncode == 0
+    assert two.offline("backup", file).returncode == 0
+    with Shim() as shim:
+        shim.clock(YEARS)
+        alone = make_daemon(kek=one.kek, workers=1, env=shim.env, start=False)
+        assert alone.offline("restore", file).returncode == 0
+        assert holds(alone.start(), key_id)
+        alone.stop()

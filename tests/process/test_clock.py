@@ -173,6 +173,24 @@ def test_an_import_holds_nothing_that_is_not_due(make_daemon: MakeDaemon) -> Non
         assert (said, warnings(twin), held(twin)) == ("", [], "0")
 
 
+def test_nor_does_one_into_a_store_that_never_had_a_dek() -> None:
+    """Its daemon ran once, to see that it does, and kept as trusted what the clock showed."""
+    with Shim() as shim, Daemon(workers=1) as daemon:
+        key_id = scheduled(daemon)
+        lines = daemon.offline("export").stdout
+        daemon.stop()
+        shim.clock(YEARS)
+        with contextlib.closing(daemon.copy(data=False)) as twin:
+            twin.env = shim.env
+            twin.start()
+            twin.stop()
+            done = twin.offline("import", "-", stdin=lines)
+            assert done.returncode == 0 and b"1 of the deletions are due" in done.stderr
+            twin.start()
+            assert "days ahead" in warnings(twin)[0] and held(twin) == "1"
+            assert twin.ok("GET", f"/deks/{key_id}")["state"] == "pending_deletion"
+
+
 def test_only_an_admin_accepts_a_clock() -> None:
     with Daemon({"admin_peer_uids": [4711]}) as daemon:
         reply = daemon.request("POST", "/clock/accept")
