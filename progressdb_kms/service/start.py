@@ -121,7 +121,7 @@ def open_store(
         if older:
             log.warning("%s: taken as it is, as --accept-older-store says", older)
             book.note("older_store_accepted", store=change, log=floor.change)
-        _note_restore(store, book)
+        note_restore(store, book)
         if not incarnation:
             _begin_run(store, book, epoch)
         undo.pop_all()
@@ -140,7 +140,7 @@ def _begin_run(store: Store, book: AuditLog, epoch: int) -> None:
         forget(store, epoch)
 
 
-def _note_restore(store: Store, book: AuditLog) -> None:
+def note_restore(store: Store, book: AuditLog) -> None:
     """The event of a restore follows the swap of the files: here, even if the command was killed between."""
     due = store.read(RESTORED)
     if due is not None:

@@ -26,7 +26,14 @@ from ..crypto.aead import NONCE_SIZE, Aead, same
 from ..crypto.envelope import AUDIT_KEY, Wrapped
 from ..crypto.keyring import REGION_SIZE, KekNotLoaded, Keyring
 from ..crypto.memory import LockedBuffer
-from ..errors import AlreadyRunning, AuthenticationFailed, KMSError, StoreDamaged, StoreUnavailable
+from ..errors import (
+    AlreadyRunning,
+    AuditUnavailable,
+    AuthenticationFailed,
+    KMSError,
+    StoreDamaged,
+    StoreUnavailable,
+)
 from ..service import ownkeys, start
 from ..service.lock import claim, is_held, published
 from ..service.plan import Configured
@@ -86,12 +93,23 @@ def fleet_link(settings: Settings) -> Iterator[Link]:
     from ..fleet.engine import Link
     from ..fleet.settings import where
 
-    with asowner.acting_as(asowner.of(settings.data_dir)):  # whose password file it is
+    with _nobody_else(), asowner.acting_as(asowner.of(settings.data_dir)):  # whose password file it is
         link = Link(where(settings), "progressdb-kms command")
         with link.session():
             """It is there from now on."""
-    with contextlib.closing(link):
+    with contextlib.closing(link), _nobody_else():
         yield link
+
+
+@contextlib.contextmanager
+def _nobody_else() -> Iterator[None]:
+    """A daemon tries again by itself what the engine could not do. A command is over."""
+    try:
+        yield
+    except StoreUnavailable as error:
+        if "by itself" in error.hint or "tried again" in error.hint:
+            error.hint = "run the command again"
+        raise
 
 
 @contextlib.contextmanager
@@ -250,7 +268,13 @@ def working(loaded: Loaded, the_keys: Keys, command: str) -> Iterator[Work]:
             with contextlib.suppress(KMSError):  # what went wrong first is what counts
                 work.close()
             raise
-        work.close()
+        try:
+            work.close()
+        except (AuditUnavailable, StoreUnavailable) as error:
+            raise CommandFailed(
+                f"`{command}` is done, all of it; but its end is not on record: {error.message}",
+                hint=error.hint,
+            ) from None
 
 
 @contextlib.contextmanager

@@ -23,10 +23,11 @@ from ..config.load import Loaded
 from ..config.options import Settings
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
 from ..encoding import timestamp, wall
-from ..errors import KeyMismatch, StoreDamaged
+from ..errors import AuditUnavailable, KeyMismatch, StoreDamaged, StoreUnavailable
 from ..service.clock import ROW as TRUSTED_CLOCK
 from ..service.ownkeys import ROWS
 from ..service.rotation import RETIRED_KEK
+from ..service.start import note_restore
 from ..store.contract import KEK_ROW, DekRecord, Reader
 from ..store.sqlite import SqliteReader, SqliteStore
 from . import asowner, backup, datadir
@@ -179,9 +180,9 @@ def restore(loaded: Loaded, file: Path, progress: Progress) -> dict[str, Any]:
         work = stack.enter_context(datadir.working(loaded, keys, "restore"))
         _go_on(work, source, chosen.active, chosen.version)
         known = float(source.rows(TRUSTED_CLOCK).get(TRUSTED_CLOCK, {}).get("trusted", 0.0))
-        result = take(work, "import", _entries(source), progress, skip_bad=False, known=known)
         event = {"backup": source.contents.created_at, "sha256": source.contents.sha256}
-        work.audit.note("restore", **event)
+        result = take(work, "import", _entries(source), progress, skip_bad=False, known=known, restored=event)
+        _record(work)
         return {
             "file": str(file),
             "created_at": source.contents.created_at,
@@ -192,12 +193,23 @@ def restore(loaded: Loaded, file: Path, progress: Progress) -> dict[str, Any]:
         }
 
 
+def _record(work: Work) -> None:
+    try:
+        note_restore(work.store, work.audit)
+    except (AuditUnavailable, StoreUnavailable) as error:
+        raise CommandFailed(
+            f"the backup was restored, but that is not in the audit log yet: {error.message}",
+            hint="this host's daemon records it at its start",
+        ) from None
+
+
 def _refuse_used(settings: Settings) -> None:
     with datadir.reading(settings) as reader:
         if reader.page("", 1):
             raise CommandFailed(
                 "the fleet is not empty, and what is in it is other hosts', too: nothing was changed",
-                hint="`store init` another database, restore there, and let the hosts follow",
+                hint="`store init` another database, restore there, and let the hosts follow; where this is "
+                "of a `restore` that was interrupted, it is whole: `verify`",
             )
 
 

@@ -38,6 +38,7 @@ from ..encoding import KEK_ID, KEY_ID, MAX_THREAD_ID, b64decode, json_loads, mom
 from ..errors import KMSError, StoreDamaged
 from ..service.clock import REMEDY, Anchor, Clock, judge, kept
 from ..service.clock import ROW as TRUSTED_CLOCK
+from ..service.start import RESTORED
 from ..service.usage import SPENT, refusal
 from ..store import snapshots
 from ..store.contract import KEK_ROW, DekRecord, Usage
@@ -498,10 +499,11 @@ def take(
     force: bool = False,
     ledger: Mapping[str, str] | None = None,
     known: float = 0.0,
+    restored: Mapping[str, Any] | None = None,
 ) -> Result:
     """Store what the entries hold, in one transaction with its audit records. `known`: it is no earlier, as
-    who made them knew. Raises CommandFailed where something is bad and `skip_bad` is False: then nothing is
-    stored."""
+    who made them knew. `restored`: the event that the store owes the log from then on. Raises CommandFailed
+    where something is bad and `skip_bad` is False: then nothing is stored."""
     with Opener(work.keyring, foreign=op == "import") as opener:
         work.store.mending = op != "import"
         importer = Importer(work, opener, _history(work), time.time(), force, ledger)
@@ -519,6 +521,8 @@ def take(
                     _recount(work)
                 if importer.deletions:
                     _hold(work, importer, unused, known)
+                if restored is not None:
+                    work.store.write(RESTORED, dict(restored))
                 for key_id, thread_id in importer.taken:
                     work.audit.record(op, "ok", 200, key_fragment(key_id, thread_id))
                 work.anchor()

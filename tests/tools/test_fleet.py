@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tests.harness import Daemon, cli, postgres
+from tests.harness.faults import Shim
 from tests.harness.postgres import Fleet, Postgres
 
 needs = pytest.mark.skipif(bool(postgres.missing()), reason=postgres.missing() or "")
@@ -365,6 +367,36 @@ class TestThereAndBack:
         with back.start().session() as kms:
             assert kms.decrypt(key_id, message) == b"before"
 
+    @pytest.mark.parametrize("command", ["import", "restore"])
+    def test_what_is_done_and_can_t_be_recorded_says_that_it_is_done(
+        self, tmp_path: Path, fleet_database: Fleet, command: str
+    ) -> None:
+        """The disk of the audit log is full from some record on: behind the COMMIT it said what it says of an
+        import of which nothing was stored. And no later start knew of a restore."""
+        file, lines = tmp_path / "backup", _wrapped(KEK, "k_1") + _wrapped(KEK, "k_2")
+        source = Host(tmp_path / "source", KEK, fleet_database)
+        source.run("import", "-", stdin=lines)
+        source.run("backup", str(file))
+        words, found = ("import", "-") if command == "import" else ("restore", str(file)), set()
+        for skip in itertools.count():
+            fleet_database.again()
+            host = Host(tmp_path / str(skip), KEK, fleet_database)
+            with Shim() as shim:
+                fault = shim.fail("write", "kms-audit.log", "ENOSPC", skip=skip)
+                done = cli(*words, "--config", str(host.file), stdin=lines, env=shim.env)
+                hits = fault.hits
+            ((rows,),) = fleet_database.sql("SELECT count(*) FROM kms.deks")
+            if not hits:
+                break
+            said = b"done, all of it" in done.stderr or b"was restored" in done.stderr
+            assert (done.returncode, said) == (1, rows == 2), done
+            found.add(rows)
+            if rows:
+                host.run("verify", "--recount")  # as any start
+                events = (host.data / "kms-audit.log").read_text().count('"op":"restore"')
+                assert events == (command == "restore")
+        assert (done.returncode, rows, found) == (0, 2, {0, 2})
+
     def test_what_a_killed_backup_left_goes_with_the_next(
         self, tmp_path: Path, fleet_database: Fleet
     ) -> None:
@@ -389,6 +421,14 @@ class TestThereAndBack:
             assert (written / "kms.db").read_bytes() == b"half done"
         finally:
             os.close(held)
+
+    def test_what_a_command_could_not_do_nobody_does_for_it(
+        self, tmp_path: Path, fleet_database: Fleet
+    ) -> None:
+        one = Host(tmp_path / "one", KEK, fleet_database)
+        with fleet_database.away():
+            said = one.refused("import", str(one.file))
+        assert b"run the command again" in said and b"by itself" not in said
 
     def test_a_thread_id_that_the_engine_can_t_keep(self, tmp_path: Path, fleet_database: Fleet) -> None:
         """A host's own store takes any text: one line ended the import of all in a fault of ours."""
