@@ -155,7 +155,7 @@ class Worker:
                 "kind": shared.region.kind,
                 "locked_bytes": locked,
                 "required": shared.settings.memory_lock == "require",
-                "wipe_on_free": hardening.wipe_on_free_active(),
+                "wipe_on_free": next(one["ok"] for one in shared.measures if one["name"] == "wipe_on_free"),
             },
             "hardening": shared.measures,
             "limits": self._limits(locked),

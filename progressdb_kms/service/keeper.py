@@ -567,11 +567,10 @@ class Keeper:
             if job.abandoned:
                 raise Conflict("the caller has given up: nothing was changed")
             check_master_key(copy.view)
-        except WeakKey as error:
+        except KMSError as error:
             copy.close()
-            raise BadRequest.invalid("new_kek_hex", f"can't be a KEK: {error.message}") from None
-        except Conflict:
-            copy.close()
+            if isinstance(error, WeakKey):
+                raise BadRequest.invalid("new_kek_hex", f"can't be a KEK: {error.message}") from None
             raise
         return {**args, "new_kek": copy}
 

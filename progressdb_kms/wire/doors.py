@@ -97,7 +97,7 @@ class Doors:
         self.renewed: deque[int] = deque()
         self._yields = 0
         self._calm_from = 0.0
-        self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._reserve = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)]
         self._told = -TELL_SECONDS
         for fd in self._doors:
             self._poll.register(fd, select.POLLIN)
@@ -158,13 +158,14 @@ class Doors:
         if time.monotonic() - self._told >= TELL_SECONDS:
             self._told = time.monotonic()
             log.error("no connection can be accepted (%s): raise LimitNOFILE", error.strerror)
-        os.close(self._reserve)
-        with suppress(OSError):
+        with suppress(OSError, IndexError):
+            os.close(self._reserve.pop())
             request, _ = door.listener.accept()
             with request:
                 request.setblocking(False)
                 request.send(last_words(error_reply(Overloaded("no descriptor is left", hint="try again"))))
-        self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        with suppress(OSError):  # somebody took it first: who waits goes on waiting
+            self._reserve.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
         self._rest(fd, STARVED_SECONDS)
 
     def close(self) -> None:

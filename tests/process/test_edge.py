@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import socket
 import time
 from collections.abc import Iterator
@@ -54,6 +55,14 @@ def status(sock: socket.socket) -> int:
     with contextlib.suppress(BrokenPipeError):  # who is turned away has its answer
         sock.sendall(GET)
     return int(sock.recv(4096)[9:12])
+
+
+def waits(pid: int) -> bool:
+    """Does this process serve connections?"""
+    with contextlib.suppress(FileNotFoundError):  # a descriptor that was closed meanwhile
+        files = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+        return "anon_inode:[eventpoll]" in files
+    return False
 
 
 def refusals(daemon: Daemon) -> list[dict[str, Any]]:
@@ -260,6 +269,33 @@ class TestDescriptors:
             wait_until(daemon.healthy, 20, "a free place")
             assert daemon.pids() == pids
             assert daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_none_at_all_ends_nothing(self, workers: int) -> None:
+        """A limit that was lowered meanwhile, or a full table of the system: not even the one in reserve is
+        to be had again. The worker ended of that, and `/readyz` was a fault of the daemon's."""
+        with Daemon(workers=workers) as daemon, ExitStack() as stack:
+            key_id = daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
+            pids = daemon.pids()
+            wait_until(lambda: sum(map(waits, pids)) == workers, 60, "all workers to be up")
+            kept = [stack.enter_context(daemon.session()) for _ in range(4)]
+            for kms in kept:
+                assert kms.request("GET", "/healthz").status == 200
+            soft, hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+            for pid in pids:
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, (5, hard))
+            waiting = [stack.enter_context(connect(daemon.socket)) for _ in range(8)]
+            wait_until(lambda: "no connection can be accepted" in daemon.stderr, 60, "a word of that")
+            for kms in kept:
+                assert kms.request("GET", "/readyz").status == 503
+                kms.ok("POST", "/encrypt", {"key_id": key_id, "plaintext": b64(b"x")})
+            time.sleep(2)  # some anchors
+            assert "Traceback" not in daemon.stderr and daemon.pids() == pids, daemon.stderr
+            for pid in pids:
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+            assert {status(sock) for sock in waiting} <= {200, 503}
+            wait_until(lambda: daemon.request("GET", "/readyz").status == 200, 60, "the daemon to be ready")
+            assert "Traceback" not in daemon.stderr and daemon.pids() == pids, daemon.stderr
 
 
 class TestLockedMemory:
