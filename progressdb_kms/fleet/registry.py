@@ -80,7 +80,7 @@ class EngineRegistry:
         self, host: str, inc: str, name: str, keks: frozenset[str], gone: Sequence[str] = ()
     ) -> FleetRow:
         about = {"host": host, "inc": inc, "name": name, "keks": sorted(keks), "gone": list(gone)}
-        return FleetRow(*first(self._committed(_REGISTER, about)))
+        return FleetRow.of(first(self._committed(_REGISTER, about)))
 
     def beat(self, host: str, inc: str, seen: Any, keks: frozenset[str]) -> bool:
         about = {"host": host, "inc": inc, "keks": sorted(keks), "seen": seen.gen, "timeline": seen.timeline}
@@ -102,12 +102,12 @@ class EngineRegistry:
     def news(self, after: int, limit: int) -> News:
         rows = self._rows(_NEWS, {"after": after, "limit": limit})
         changes = [ChangeRow(*row[_WIDTH:]) for row in rows if row[_WIDTH] is not None]
-        return News(FleetRow(*first(rows)[:_WIDTH]), changes)
+        return News(FleetRow.of(first(rows)[:_WIDTH]), changes)
 
     def sight(self) -> Sight:
         rows = self._rows(_SIGHT, {})
         hosts = [HostRow.of(*row[_WIDTH:]) for row in rows if row[_WIDTH] is not None]
-        return Sight(FleetRow(*first(rows)[:_WIDTH]), hosts)
+        return Sight(FleetRow.of(first(rows)[:_WIDTH]), hosts)
 
     def _committed(self, sql: str, about: dict[str, Any]) -> list[tuple[Any, ...]]:
         with self._session() as session:

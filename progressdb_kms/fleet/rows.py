@@ -69,9 +69,25 @@ class FleetRow(NamedTuple):
     owner: str  # the host that rotates, "" for none
     timeline: int  # no column: of the server that answered
 
+    @classmethod
+    def of(cls, columns: Sequence[Any]) -> FleetRow:
+        """From the columns, whoever wrote them. Raises StoreDamaged."""
+        for name, value in zip(cls._fields, columns):
+            if value is not None and (name not in _NUMBERS or value >= 0):
+                continue
+            raise StoreDamaged(
+                f"the fleet's own row can't be: its {name} is {'NULL' if value is None else value}",
+                hint="somebody wrote there by hand: put back what it was, or restore a backup into another "
+                "database: `progressdb-kms help fleet`",
+            )
+        return cls(*columns)
+
     @property
     def point(self) -> Point:
         return Point(self.timeline, self.gen)
+
+
+_NUMBERS = ("epoch", "schema", "gen", "version", "timeline")
 
 
 def first(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
@@ -99,7 +115,12 @@ class HostRow(NamedTuple):
     def of(
         cls, host: str, inc: str, name: str, beat: int, seen: int, keks: Iterable[str | None], fenced: bool
     ) -> HostRow:
-        """From the columns, whoever wrote them."""
+        """From the columns, whoever wrote them. Raises StoreDamaged."""
+        if None in (host, inc, name, beat, seen, keks, fenced):
+            raise StoreDamaged(
+                f"a row of kms.hosts has a NULL: {plain(host or '?')}",
+                hint="somebody altered that table: delete the row; a daemon that runs registers anew",
+            )
         return cls(host, inc, plain(name), beat, seen, frozenset(filter(None, keks)), fenced)
 
     def __str__(self) -> str:

@@ -108,7 +108,7 @@ _LOCK = "SELECT pg_advisory_xact_lock(hashtext('progressdb-kms schema'))"
 
 def fleet_row(session: Session) -> FleetRow:
     """As it is, whatever its schema."""
-    return FleetRow(*first(session.execute(FLEET).fetchall()))
+    return FleetRow.of(first(session.execute(FLEET).fetchall()))
 
 
 def check(link: Link) -> FleetRow:

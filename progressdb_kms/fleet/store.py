@@ -899,7 +899,7 @@ class FleetStore(SealedStore, FleetReader):
 
     def fleet(self) -> FleetRow:
         """As it is now."""
-        return FleetRow(*first(self._select(FLEET)))
+        return FleetRow.of(first(self._select(FLEET)))
 
     def abandoned(self) -> bool:
         """Is there a rotation whose host is dead?"""

@@ -349,3 +349,37 @@ def test_a_value_that_is_no_text_is_a_damaged_row(altered: postgres.Fleet) -> No
             ask()
     assert reader.added_up() == ({}, 0)
     altered.sql("DELETE FROM kms.deks", "ALTER TABLE kms.deks ALTER value SET NOT NULL")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "says"),
+    [
+        ("gen", "-1", "its gen is -1"),
+        ("fleet", "NULL", "its fleet is NULL"),
+        ("version", "-1", "its version is"),
+    ],
+)
+def test_a_fleet_s_row_that_can_t_be_is_told(
+    altered: postgres.Fleet, hosts: Hosts, column: str, value: str, says: str
+) -> None:
+    """Each heartbeat of each host was a fault of ours, with its traceback."""
+    if value == "NULL":
+        altered.sql(f"ALTER TABLE kms.fleet ALTER {column} DROP NOT NULL")
+    ((was,),) = altered.sql(f"SELECT {column} FROM kms.fleet")
+    altered.sql(f"UPDATE kms.fleet SET {column} = {value}")
+    for daemon in hosts.all:
+        until(lambda daemon=daemon: says.encode() in ready(daemon).body)
+    altered.sql(f"UPDATE kms.fleet SET {column} = '{was}'")
+    for daemon in hosts.all:
+        until(lambda daemon=daemon: ready(daemon).status == 200)
+        ok(daemon, "POST", "/deks", {"thread_id": "t"}, 201)
+        assert "Traceback" not in daemon.stderr
+
+
+def test_a_host_s_row_that_can_t_be_is_told(altered: postgres.Fleet) -> None:
+    altered.sql(
+        "ALTER TABLE kms.hosts ALTER keks DROP NOT NULL",
+        "INSERT INTO kms.hosts VALUES ('x', 'y', '', 0, 0, NULL, false)",
+    )
+    with pytest.raises(StoreDamaged, match="a row of kms.hosts has a NULL: x"):
+        status(altered.link())
