@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Callable, NamedTuple, Protocol
 
+from ..crypto.memory import wipe
 from ..encoding import Buffer
 from ..errors import (
     BodyTooLarge,
@@ -336,10 +337,6 @@ class Chunked:
             at += used
         return at
 
-    def wipe(self) -> None:
-        """A body may hold plaintext or a key."""
-        self.body[:] = bytes(len(self.body))
-
     def _data(self, view: memoryview) -> int:
         size = min(self._left, len(view))
         self._reserve(size)
@@ -542,8 +539,9 @@ class Reader:
         return Request(head, body, room)
 
     def wipe(self) -> None:
-        """What came of a body that nobody will take. It may hold plaintext or a key."""
+        """What came of a body that nobody will take. It may hold plaintext or a key. This takes no memory:
+        there may be none."""
         if self._chunked is not None:
-            self._chunked.wipe()
+            wipe(memoryview(self._chunked.body))
         if not isinstance(self._body, (mmap.mmap, type(None))):  # pages of its own go as they are
-            self._body[: self._filled] = bytes(self._filled)
+            wipe(memoryview(self._body)[: self._filled])

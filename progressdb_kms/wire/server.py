@@ -413,7 +413,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 size = connection.request.recv_into(place)
         except BlockingIOError:
             return True
-        except KMSError as error:
+        except (KMSError, MemoryError) as error:
             self._refuse(connection, reader, error, 0)
             return True
         except OSError:
@@ -440,7 +440,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                     break
             try:
                 used, request = reader.feed(self._map, at, fill, self._view)
-            except KMSError as error:
+            except (KMSError, MemoryError) as error:
                 used, step = self._refuse(connection, reader, error, fill - at)
             else:
                 self._behind = at + used < fill
@@ -449,10 +449,11 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if step == MORE:
             self._expect_more(connection, reader, at, fill)
             at = fill
-        elif at < ours and connection.keep and connection.phase in (IDLE, BUSY, ANSWERING):
-            self._keep_ahead(connection, at, fill, step == NEXT)
-        elif step == NEXT:
-            self._rest(connection)
+        else:
+            if at < ours and connection.keep and connection.phase in (IDLE, BUSY, ANSWERING):
+                self._keep_ahead(connection, at, fill)
+            if step == NEXT:
+                self._rest(connection)
         if ours < at and connection.phase < LINGERING:
             with suppress(OSError):  # it is told of again
                 connection.request.recv_into(self._view, at - ours)
@@ -474,14 +475,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
                     if left := send_parts(connection.request, [_CONTINUE]):
                         self._answer_later(connection, True, left)
 
-    def _keep_ahead(self, connection: Connection, at: int, fill: int, next_turn: bool) -> None:
+    def _keep_ahead(self, connection: Connection, at: int, fill: int) -> None:
         """Requests were sent ahead: they may hold a key."""
         piece = self.slab.take()
         assert piece is not None  # where they are scarce, nothing more is taken in
         connection.kept_piece, connection.kept = piece, piece[: fill - at]
         connection.kept[:] = self._view[at:fill]
-        if next_turn:
-            self._rest(connection)
 
     def _go_ahead(self, connection: Connection) -> None:
         kept, piece = connection.kept, connection.kept_piece
@@ -737,9 +736,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     # ---- faults ------------------------------------------------------------------------------------
 
-    def _refuse(self, connection: Connection, reader: Reader, error: KMSError, here: int) -> tuple[int, int]:
+    def _refuse(self, connection: Connection, reader: Reader, why: Exception, here: int) -> tuple[int, int]:
         """Answer what can't be read, or may not be served; go on only where its body is here already.
         `here`: bytes from the start of its head."""
+        error = why if isinstance(why, KMSError) else Overloaded("no memory is left", hint="try again")
         head = reader.head
         used = reader.head_size + (head.content_length if head is not None else 0)
         self._behind = used < here

@@ -310,6 +310,38 @@ class TestLockedMemory:
             assert daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
 
 
+class TestMemory:
+    @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
+    def test_none_for_long_bodies_ends_nothing(self, workers: int) -> None:
+        """`LimitAS=`, or a host that promises no more memory than it has: one long body ended the worker, and
+        with one worker the daemon."""
+        with Daemon(workers=workers) as daemon, daemon.session() as kms:
+            key_id = kms.create_dek("t")["key_id"]
+            pids = daemon.pids()
+            wait_until(lambda: sum(map(waits, pids)) == workers, 60, "all workers to be up")
+            _, hard = resource.prlimit(daemon.pid, resource.RLIMIT_AS)
+            for pid in pids:
+                pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+                resource.prlimit(pid, resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 20), hard))
+            head = (
+                f"POST /encrypt?key_id={key_id} HTTP/1.1\r\nHost: u\r\nContent-Type: application/octet-stream"
+            )
+            size = 7 << 20
+            for framing, lead in (
+                (f"Content-Length: {size}", ""),
+                ("Transfer-Encoding: chunked", f"{size:x}\r\n"),
+            ):
+                with connect(daemon.socket) as sock:
+                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it was answered
+                        sock.sendall(f"{head}\r\n{framing}\r\n\r\n{lead}".encode() + bytes(size))
+                    assert b" 503 " in sock.recv(4096)[:20]
+                kms.ok("POST", "/encrypt", {"key_id": key_id, "plaintext": b64(b"x")})
+            assert daemon.pids() == pids and "Traceback" not in daemon.stderr, daemon.stderr
+            for pid in pids:
+                resource.prlimit(pid, resource.RLIMIT_AS, (hard, hard))
+            assert kms.request("POST", f"/encrypt?key_id={key_id}", bytes(size)).status == 200
+
+
 class TestALoneConnection:
     """It is waited for in recv, which blocks: nobody else may be kept waiting for it, and it for nothing."""
 
