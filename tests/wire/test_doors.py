@@ -110,6 +110,7 @@ def test_where_another_worker_has_fewer_it_may_be_the_first_for_some_moments(
     site: Site, monkeypatch: pytest.MonkeyPatch, calm: bool
 ) -> None:
     """Then all come in who are there, since that worker has much to do; or one, where some are refused."""
+    monkeypatch.setattr(doors, "ENTERING_SECONDS", 600.0)
     if not calm:
         monkeypatch.setattr(doors, "CALM_SECONDS", 600.0)
         site.served = False
