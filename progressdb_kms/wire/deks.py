@@ -67,15 +67,16 @@ def get_wrapped(app: App, call: Call) -> Reply:
 def list_deks(app: App, call: Call) -> Reply:
     known_query(call, "cursor", "limit", "thread_id", "unused_for")
     cursor, limit, thread_id = (call.head.query.get(name) for name in ("cursor", "limit", "thread_id"))
-    if cursor:
-        veiled = re.fullmatch("~([0-9a-f]{2})+", cursor)
-        cursor = _unveiled(cursor) if veiled else checked_key_id(cursor, "cursor")
     size = DEFAULT_PAGE if limit is None else int(limit) if re.fullmatch("[0-9]{1,4}", limit) else 0
     if not 1 <= size <= MAX_PAGE:
         raise BadRequest.invalid("limit", f"must be a whole number from 1 to {MAX_PAGE}")
     if thread_id is not None:
         checked_thread_id(thread_id)
-    shown, following = _visible(app, call, cursor or "", size, thread_id, _unused_since(call))
+    since = _unused_since(call)
+    if cursor:  # the last, since it may be as it should and still be of another run
+        veiled = re.fullmatch("~([0-9a-f]{2})+", cursor)
+        cursor = _unveiled(cursor) if veiled else checked_key_id(cursor, "cursor")
+    shown, following = _visible(app, call, cursor or "", size, thread_id, since)
     return answer({"deks": shown, "next_cursor": following})
 
 

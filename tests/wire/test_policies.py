@@ -172,6 +172,8 @@ def test_a_page_that_is_not_the_last_names_nobody_else_s_dek() -> None:
         daemon.start()
         daemon.socket.chmod(0o666)
         assert ask(daemon, "GET", f"/deks?cursor={veiled}").code == "wrong_cursor"
+        for malformed in ("limit=0", "thread_id=%00", "unused_for=x"):
+            assert ask(daemon, "GET", f"/deks?cursor={veiled}&{malformed}").status == 400
     finally:
         daemon.close()
 
