@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections import deque
 from functools import partial
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 from progressdb_kms.wire import server
 from progressdb_kms.wire.connection import AHEAD, BODY, HEAD, IDLE
 from progressdb_kms.wire.fair import Fair
+from progressdb_kms.wire.http1 import Reader, Request, Room
 from progressdb_kms.wire.server import Server
 from progressdb_kms.wire.slab import ANSWER
 
@@ -167,6 +169,39 @@ def ticking() -> Any:
     made = waiter()
     made._connections, made._now, made._tick_seconds = {}, 0.0, 1.0
     return made
+
+
+@pytest.mark.parametrize("others", [0, 1], ids=["alone", "in company"])
+@pytest.mark.parametrize("batch", [False, True], ids=["message", "batch"])
+@pytest.mark.parametrize("size", [server.INLINE, server.INLINE + 1, server.ALONE, server.ALONE + 1])
+def test_who_is_alone_holds_nobody_up_with_a_long_message(others: int, batch: bool, size: int) -> None:
+    fake, one = waiter(), mock.MagicMock()
+    fake._connections, fake.slab.waiter = dict.fromkeys(range(1 + others)), (b"", b"")
+    route = mock.MagicMock(batch=batch, waits=False)
+    with mock.patch.object(server.dispatch, "dispatch"), mock.patch.object(server, "render"):
+        Server._carry_out(fake, one, Request(mock.MagicMock(), bytes(size), Room(0, route=route)))
+    most = server.INLINE if others or batch else server.ALONE
+    assert [call.args[3] for call in fake._hand_over.call_args_list] == [fake._working] * (size > most)
+
+
+@pytest.mark.parametrize("others", [0, 1], ids=["alone", "in company"])
+def test_who_is_alone_is_listened_to_until_its_body_is_there(others: int) -> None:
+    """In company, each has a piece at a time."""
+    fake, reader = waiter(), Reader(lambda head: Room(1 << 20))
+    fake._take.side_effect = partial(Server._take, fake)
+    fake._connections = dict.fromkeys(range(1 + others))
+    head = b"POST /encrypt HTTP/1.1\r\nHost: unix\r\nContent-Length: 60000\r\n\r\n"
+    reader.feed(head + bytes(16000), 0, len(head) + 16000)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(bytes(44000))
+        ours.setblocking(False)
+        one = SimpleNamespace(reader=reader, request=ours)
+        pieces = 0
+        while not fake._carry_out.called:
+            assert Server._receive_long(fake, one)  # type: ignore[arg-type]
+            pieces += 1
+    assert len(fake._carry_out.call_args.args[1].body) == 60000 and (pieces == 1) is (others == 0)
 
 
 def test_and_its_answer_is_sent() -> None:
