@@ -1,5 +1,6 @@
-"""What this machine can do, each figure beside the two limits that it can reach in the same run.
+"""What this machine can do, each figure beside the limits that it can reach in the same run.
 
+    socket   a socket's worth of requests and answers of that size, and nothing done with them: see `bare`
     http     GET /healthz through the same socket and handler: HTTP without keys, cipher or audit
     cipher   unwrap a DEK and encrypt in a loop: no HTTP, no audit
 
@@ -62,8 +63,10 @@ from ..wire.call import App, Call
 from ..wire.http1 import parse_head
 from .auditcounts import Counts
 from .auditsearch import Hits, Query
+from .bare import alone
 
 MESSAGE = 200  # bytes: a chat message
+ANSWER = 500  # bytes of an answer with one, its head included
 PAGE = 100  # messages of a page of chat
 CONNECTIONS = (1, 16, 64)
 LARGE = (64 << 10, 1 << 20)  # bytes of raw bodies
@@ -130,18 +133,27 @@ def calls(seconds: float, deks: int) -> Iterator[Figure]:
             ("create a DEK", post("/create_dek_for_thread", {"thread_id": "bench"}), 1),
         )
         for count in CONNECTIONS:
+            bare = _socket_alone(rows[0][1], ANSWER, count, seconds)
+            yield Figure(f"socket alone, {count} connections", bare.rate, "a second", bare.latency)
             http = load(path, b"GET /healthz HTTP/1.1\r\nHost: unix\r\n\r\n", count, seconds)
             yield Figure(f"http alone, {count} connections", http.rate, "a second", http.latency)
             for name, request, items in rows:
                 done = load(path, request, count, seconds)
-                share = f"{done.rate / http.rate:.0%} of http alone; {done.latency}"
+                limits = (
+                    f"{done.rate / bare.rate:.0%} of the socket alone, {done.rate / http.rate:.0%} of http"
+                )
+                share = f"{limits}; {done.latency}"
                 yield Figure(f"{name}, {count} connections", done.rate * items, "a second", share)
         for size in LARGE:
-            alone = _cipher_of(size, min(seconds, 1.0))
+            cipher = _cipher_of(size, min(seconds, 1.0))
             raw = _request(f"/encrypt?key_id={key_id}", "application/octet-stream", os.urandom(size))
+            bare = _socket_alone(raw, size, 1, seconds)
             done = load(path, raw, 1, seconds)
-            share = f"{done.rate / alone:.0%} of the cipher alone; {done.latency}"
+            limits = (
+                f"{done.rate / bare.rate:.0%} of the socket alone, {done.rate / cipher:.0%} of the cipher"
+            )
             rate = done.rate * size / 1e6
+            share = f"{limits}; {done.latency}"
             yield Figure(f"encrypt {size >> 10} KiB raw, 1 connection", rate, "MB a second", share)
 
 
@@ -272,6 +284,11 @@ def progressdb(seconds: float, deks: int) -> Iterator[Figure]:
                 if size == 300:
                     done = load(address, opening, 1, seconds, each=25)
                     yield Figure(f"page of 25, {way}", done.rate, "pages a second", done.latency)
+
+
+def _socket_alone(request: bytes, answer: int, connections: int, seconds: float) -> Load:
+    with alone(answer, cores()) as path:
+        return load(path, request, connections, seconds)
 
 
 def _cipher_alone(seconds: float) -> float:

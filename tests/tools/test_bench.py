@@ -153,7 +153,8 @@ def test_what_usage_is_compared_with_counts_nothing(before: str, counted: int) -
 def test_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "CONNECTIONS", (1, 2))
     found = {figure.name: figure for figure in bench.calls(0.1, 0)}
-    each = ("http alone", "encrypt 200 B", "decrypt 200 B", "decrypt a page of 100, messages", "create a DEK")
+    calls = ("encrypt 200 B", "decrypt 200 B", "decrypt a page of 100, messages", "create a DEK")
+    each = ("socket alone", "http alone", *calls)
     large = ("encrypt 64 KiB raw, 1 connection", "encrypt 1024 KiB raw, 1 connection")
     ends = ("cipher alone: unwrap and encrypt 200 B", *large)
     assert set(found) == {*ends, *(f"{name}, {count} connections" for name in each for count in (1, 2))}
