@@ -72,7 +72,7 @@ def manual(args: argparse.Namespace) -> None:
     "bench",
     OFFLINE,
     "measure this machine",
-    "calls: each call over 1, 16 and 64 connections, beside what HTTP alone and the cipher alone "
+    "calls: each call over 1, 16 and 64 connections, beside what a socket, HTTP and the cipher alone "
     "can do. many: more DEKs than a worker remembers, and pages over many. usage: what it costs to count "
     "what is done under each DEK. progressdb: its load, one message after another, over the socket and "
     "TCP. store: durable "
