@@ -7,12 +7,11 @@ remembers nothing of the store: whatever has happened, it has seen.
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
 import threading
 
 from ..errors import StoreUnavailable
 from .engine import Link
+from .identity import Identity
 from .lease import BEATS
 from .registry import EngineRegistry
 from .settings import Where
@@ -21,8 +20,10 @@ from .settings import Where
 class Visitor:
     """In a `with` block. The data-dir's lock is held, so no daemon of this host is at work."""
 
-    def __init__(self, where: Where, host: str, keks: frozenset[str]) -> None:
-        self.host, self.inc = host, os.urandom(8).hex()
+    def __init__(self, where: Where, who: Identity, keks: frozenset[str]) -> None:
+        """Where it is killed, or loses the engine at its end, its row stays: `who` lets the next start of
+        this host take it away, before a change waits for it or a rotation misses a KEK there."""
+        self.host, self._who, self.inc = who.host, who, ""
         self._keks = keks
         self._pause = where.fence_seconds / BEATS
         self._engine = EngineRegistry(Link(where, "progressdb-kms visitor"), where.fence_seconds)
@@ -31,7 +32,9 @@ class Visitor:
 
     def __enter__(self) -> Visitor:
         """Raises StoreUnavailable, StoreDamaged, ConfigError."""
-        self._engine.register(self.host, self.inc, platform.node() + " (a command)", self._keks)
+        self.inc = self._who.fresh()
+        name, gone = f"{self._who.name} (a command)", self._who.gone()
+        self._engine.register(self.host, self.inc, name, self._keks, gone)
         self._thread.start()
         return self
 

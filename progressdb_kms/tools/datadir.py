@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import gc
 import os
+import platform
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,6 +36,7 @@ from ..errors import (
     StoreUnavailable,
 )
 from ..service import ownkeys, start
+from ..service.clock import Clock
 from ..service.lock import claim, is_held, published
 from ..service.plan import Configured
 from ..store.contract import DekRecord, Reader, Usage
@@ -284,13 +286,16 @@ def _fleet_store(loaded: Loaded, the_keys: Keys) -> Iterator[FleetStore | None]:
         yield None
         return
     from ..fleet import schema
+    from ..fleet.identity import Identity
     from ..fleet.store import FleetStore
     from ..fleet.visitor import Visitor
 
     with fleet_link(loaded.settings) as link:
         schema.check(link)
         keks = frozenset(the_keys.keyring.kek_ids())
-        with Visitor(link.where, start.host_id(loaded.settings.data_dir), keks) as visitor:
+        data_dir = loaded.settings.data_dir
+        who = Identity(data_dir, start.host_id(data_dir), platform.node(), Clock().reading().boot)
+        with Visitor(link.where, who, keks) as visitor:
             yield FleetStore(link, visitor.host, visitor.inc)
 
 

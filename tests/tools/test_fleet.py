@@ -8,6 +8,8 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +19,10 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tests.harness import Daemon, cli, postgres
+from tests.harness.daemon import REPO
 from tests.harness.faults import Shim
 from tests.harness.postgres import Fleet, Postgres
+from tests.harness.procs import wait_until
 
 needs = pytest.mark.skipif(bool(postgres.missing()), reason=postgres.missing() or "")
 
@@ -489,6 +493,21 @@ class TestThereAndBack:
             assert json.loads(host.run("verify", "--json"))["deks"] == 3
         assert b'"op":"recount"' in (two.data / "kms-audit.log").read_bytes()
         two.run("audit", "verify")
+
+    def test_what_a_killed_command_left_goes_with_the_next(
+        self, tmp_path: Path, fleet_database: Fleet
+    ) -> None:
+        """Its row stayed: the first change waited for it, and a rotation missed its KEK there for ever."""
+        host = Host(tmp_path / "one", KEK, fleet_database)
+        words = [sys.executable, "-m", "progressdb_kms", "import", "-", "--config", str(host.file)]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, cwd=REPO) as command:
+            try:
+                wait_until(lambda: bool(fleet_database.sql("SELECT 1 FROM kms.hosts")), 60.0)
+            finally:
+                command.kill()
+        assert fleet_database.sql("SELECT fenced FROM kms.hosts") == [(False,)]
+        host.run("import", "-", stdin=_wrapped(KEK, "k_1"))
+        assert fleet_database.sql("SELECT 1 FROM kms.hosts") == []
 
     def test_audit_logs_of_all_hosts(self, tmp_path: Path, fleet_database: Fleet) -> None:
         """Each host's log under its own key, which any host of the fleet opens."""
