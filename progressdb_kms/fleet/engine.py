@@ -397,6 +397,12 @@ not, or the other way round; and where a column was altered, "cached plan must n
 each later use fails, as long as the session lives. So that ends."""
 
 
+FUTURE = f"{SCHEMA}.changes holds a change of a number that is still to come: somebody wrote there by hand"
+FUTURE_HINT = f"DELETE FROM {SCHEMA}.changes WHERE gen > (SELECT gen FROM {SCHEMA}.fleet)"  # noqa: S608
+"""To write over it would not do: the number may have been another change's, and the fleet's own row put back
+by hand. Then hosts that have seen that change would not hear of this one."""
+
+
 def translated(where: Where, error: psycopg.Error) -> KMSError:
     """What became of a statement. The words of the engine may quote a row, so only its kind is told."""
     if isinstance(error, (sqlstate.UndefinedTable, sqlstate.InvalidSchemaName, sqlstate.UndefinedColumn)):
@@ -419,6 +425,8 @@ def translated(where: Where, error: psycopg.Error) -> KMSError:
         return StoreUnavailable(f"the connection to {where} was lost", code=UNREACHABLE, hint=_TRIED)
     if (error.sqlstate or "")[:2] in ("08", "57", "25") or isinstance(error, FORGOTTEN):
         return StoreUnavailable(f"the connection to {where} was lost", code=UNREACHABLE, hint=_TRIED)
+    if isinstance(error, sqlstate.UniqueViolation) and error.diag.table_name == "changes":
+        return StoreUnavailable(FUTURE, hint=FUTURE_HINT)
     kind = type(error).__name__
     return StoreUnavailable(
         f"{where} can't do that now: {kind} ({error.sqlstate})", hint="its log tells more"

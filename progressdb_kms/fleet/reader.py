@@ -17,9 +17,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..encoding import json_loads
+from ..encoding import KEY_ID, json_loads
 from ..errors import StoreDamaged, StoreUnavailable
-from ..store.contract import HEAVY, DekRecord, Usage
+from ..store.contract import HEAVY, KEK_ROW, DekRecord, Usage
 from ..store.policy import SHREDDED
 from ..store.seal import MODULUS, OWN, STATE, ActiveKek, KekCount, Seal, StoreState, weight, without_mac
 from ..store.sealed import OWN_DONT_ADD_UP, OWN_HINT, SealedReader
@@ -40,7 +40,13 @@ WRITES = "store:writes"
 
 _PREFIX = "host = ANY(%s) AND name >= %s AND name < %s"
 _AT = f"SELECT {TIMELINE}, gen, (SELECT value FROM deks WHERE key_id = %s) FROM fleet"  # noqa: S608
-_USAGE = "SELECT key_id, encrypts, decrypts, first, last, uid FROM usage WHERE key_id = ANY(%s)"
+_MOST = (1 << 53) - 1
+_COUNTS = ", ".join(
+    f"least(greatest({name}, {least}), {_MOST})"
+    for name, least in (("encrypts", 0), ("decrypts", 0), ("first", 0), ("last", 0), ("uid", -1))
+)
+"""Of usage, as numbers that can be: the table has no MAC, and what stands in a backup must be taken back."""
+_USAGE = f"SELECT key_id, {_COUNTS} FROM usage WHERE key_id = ANY(%s)"  # noqa: S608
 STATES = "SELECT host, value FROM kms WHERE name = 'store:state'"
 _SAID = "SELECT active_kek, host, value FROM fleet LEFT JOIN kms ON name = 'store:state'"
 
@@ -94,6 +100,18 @@ def without(whole: StoreState, others: StoreState) -> StoreState:
     left = {kek_id: row for kek_id, row in keks.items() if row.deks}
     total, own = (whole.total - others.total) % MODULUS, (whole.own - others.own) % MODULUS
     return whole._replace(keks=left, total=total, own=own)
+
+
+def found_by(thread_id: Any) -> str:
+    """By the API a thread_id is printable; what is imported may hold what PostgreSQL knows in no text."""
+    if not isinstance(thread_id, str):
+        return ""
+    if thread_id.isprintable():
+        return thread_id
+    return thread_id.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+
+
+ANEW = "somebody wrote there by hand: put its column back, or rotate the KEK, which writes all of them anew"
 
 
 def named(host: str, name: str) -> str:
@@ -173,7 +191,24 @@ class FleetReader(SealedReader):
         thread = "" if thread_id is None else "AND thread_id = %s "
         args = (after, limit) if thread_id is None else (after, thread_id, limit)
         sql = f"SELECT key_id, value FROM deks WHERE key_id > %s {thread}ORDER BY key_id LIMIT %s"  # noqa: S608
-        return [(key_id, as_it_stands(value)) for key_id, value in self._select(sql, args)]
+        rows = [(key_id, as_it_stands(value)) for key_id, value in self._select(sql, args)]
+        for key_id, row in rows if thread_id is not None else ():
+            if isinstance(row, dict) and found_by(row.get("thread_id")) != thread_id:
+                raise StoreDamaged(f"the DEK {key_id} is found by a thread that it isn't of", hint=ANEW)
+        return rows
+
+    def misfiled(self) -> Iterator[str]:
+        """DEKs beside which the columns, by which they are found, say something else than their rows."""
+        after = ""
+        sql = "SELECT key_id, thread_id, kek_id, value FROM deks WHERE key_id > %s ORDER BY key_id LIMIT %s"
+        while rows := self._select(sql, (after, PAGE)):
+            after = rows[-1][0]
+            for key_id, thread_id, kek_id, text in rows:
+                row = as_it_stands(text)
+                if isinstance(row, dict):  # else it is named for that
+                    needed = "" if row.get("state") == SHREDDED else row.get("kek_id")
+                    if (found_by(row.get("thread_id")), needed) != (thread_id, kek_id):
+                        yield key_id
 
     def added_up(self) -> tuple[dict[str, int], int]:
         """What the state has to say: DEKs by the KEK that they need, and the sum of all rows. Of a row that
@@ -217,7 +252,11 @@ class FleetReader(SealedReader):
         return {key_id: Usage(*counts) for key_id, *counts in rows}
 
     def heavy(self) -> dict[str, int]:
-        return dict(self._select(f"SELECT key_id, encrypts FROM usage WHERE encrypts >= {HEAVY}"))  # noqa: S608
+        """A name that can be neither a DEK's nor a KEK's is somebody else's, and is told to nobody."""
+        rows = self._select(f"SELECT key_id, encrypts FROM usage WHERE encrypts >= {HEAVY}")  # noqa: S608
+        return {
+            name: min(count, _MOST) for name, count in rows if KEY_ID.fullmatch(name.removeprefix(KEK_ROW))
+        }
 
     # ---- the state -----------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ import psycopg
 from ..errors import StoreUnavailable
 from .engine import ANSWER_SECONDS, TIMELINE, UNREACHABLE, Link, Session
 from .lease import BEATS
-from .rows import ChangeRow, FleetRow, HostRow, News, Sight, first
+from .rows import ALL, ChangeRow, FleetRow, HostRow, News, Sight, first
 from .store import CHANNEL, WRITER
 
 _FLEET = ", ".join([*FleetRow._fields[:-1], TIMELINE])
@@ -54,8 +54,10 @@ DELETE FROM changes WHERE gen IN (SELECT gen FROM changes WHERE gen < %(below)s 
 RETURNING 1"""
 _NEWS = f"""
 SELECT f.*, c.* FROM (SELECT {_FLEET} FROM fleet) AS f LEFT JOIN
-(SELECT gen, kind, key_id FROM changes WHERE gen > %(after)s ORDER BY gen LIMIT %(limit)s) AS c ON true
+(SELECT gen, CASE WHEN key_id IS NULL THEN '{ALL}' ELSE kind END, coalesce(key_id, '')
+FROM changes WHERE gen > %(after)s ORDER BY gen LIMIT %(limit)s) AS c ON c.gen <= f.gen
 ORDER BY c.gen"""  # noqa: S608
+"""What stands there of a number that is still to come is no change, and a row that can't be one is of all."""
 _SIGHT = f"""
 SELECT f.*, h.host, h.inc, h.name, h.beat, h.seen, h.keks, h.fenced
 FROM (SELECT {_FLEET} FROM fleet) AS f LEFT JOIN hosts AS h ON true ORDER BY h.host, h.inc"""  # noqa: S608

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import Conflict
 from ..store.seal import STATE, StoreState
-from .engine import Link, Session
+from .engine import FUTURE, FUTURE_HINT, Link, Session
 from .reader import combined, row_of
 from .rows import FleetRow, HostRow
 from .schema import altered, fleet_row
@@ -39,11 +39,17 @@ def status(link: Link) -> dict[str, Any]:
             StoreState.from_row(row_of(row[0])) for row in session.execute(_STATES, (STATE,)).fetchall()
         ]
         found = {"fleet": fleet._asdict(), "hosts": hosts, "engine": _engine(session)}
-        strange = list(altered(session))
+        strange = [*altered(session), *_future(session)]
     whole = combined(states, StoreState())
     found["deks"] = {kek_id: row.deks for kek_id, row in whole.keks.items()}
     found["warnings"] = [*strange, *_warnings(found)]
     return found
+
+
+def _future(session: Session) -> list[str]:
+    """A row that stops each change, and no create."""
+    found = session.execute("SELECT 1 FROM changes, fleet WHERE changes.gen > fleet.gen LIMIT 1").fetchall()
+    return [f"{FUTURE}: no change can be made; {FUTURE_HINT}"] if found else []
 
 
 def _host(fleet: FleetRow, row: tuple[Any, ...]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ from ..store.policy import SHREDDED
 from ..store.seal import MODULUS, STATE, KekCount, Seal, StoreState, Tally, weight, without_mac
 from ..store.sealed import SealedStore, Written, nobody
 from .engine import FORGOTTEN, TIMELINE, UNREACHABLE, Link, Session, Texts, translated
-from .reader import STATES, WRITES, FleetReader, as_it_stands, combined, named, row_of, without
+from .reader import STATES, WRITES, FleetReader, as_it_stands, combined, found_by, named, row_of, without
 from .rows import ALL, KEKS, KEY, FleetRow, HostRow, Point, first, plain
 from .schema import FLEET
 from .status import status
@@ -122,8 +122,10 @@ _INSERT = (
 )
 _UPDATE = (
     "WITH done AS (UPDATE deks AS d SET thread_id = n.thread_id, value = n.value, kek_id = n.kek_id, "
-    "rev = n.rev + 1 FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::bigint[]) "
-    "AS n (key_id, thread_id, value, kek_id, rev) WHERE d.key_id = n.key_id AND d.rev = n.rev RETURNING 1) "
+    "rev = mod(n.rev, 1::bigint << 62) + 1 "
+    "FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::bigint[]) "
+    "AS n (key_id, thread_id, value, kek_id, rev) "
+    "WHERE d.key_id = n.key_id AND coalesce(d.rev, 0) = n.rev RETURNING 1) "
     "SELECT sqrt((count(*) = %s)::int - 1) FROM done"
 )
 _TOUCHED = (
@@ -145,8 +147,9 @@ _COUNT = (
     "AS n (key_id, encrypts, decrypts, first, last, uid) "
     "LEFT JOIN deks AS d ON d.key_id = n.key_id "
     f"WHERE d.kek_id <> '' OR starts_with(n.key_id, '{KEK_ROW}') "
-    "ON CONFLICT (key_id) DO UPDATE SET encrypts = least(u.encrypts, 1::bigint << 53) + excluded.encrypts, "
-    "decrypts = least(u.decrypts, 1::bigint << 53) + excluded.decrypts, "
+    "ON CONFLICT (key_id) DO UPDATE SET "
+    "encrypts = least(greatest(u.encrypts, 0), 1::bigint << 53) + excluded.encrypts, "
+    "decrypts = least(greatest(u.decrypts, 0), 1::bigint << 53) + excluded.decrypts, "
     "first = coalesce(least(nullif(u.first, 0), nullif(excluded.first, 0)), 0), "
     "uid = CASE WHEN excluded.last >= u.last THEN excluded.uid ELSE u.uid END, "
     "last = greatest(u.last, excluded.last)"
@@ -775,10 +778,20 @@ class FleetStore(SealedStore, FleetReader):
             yield session
             session.execute("COMMIT")
 
+    def check_staged(self, after: str, limit: int) -> str:
+        """As of any store; but somebody may put junk into a row since it was staged."""
+        try:
+            return super().check_staged(after, limit)
+        except (TypeError, ValueError):
+            raise StoreDamaged(
+                "a row of the store was overwritten by hand since it was staged",
+                hint="run `progressdb-kms verify`, which names it, then restore a backup",
+            ) from None
+
     def _drain(self, session: Session) -> None:
         """What other hosts wrote since the last time: it is to be staged again. Behind the place that the
         comparison has reached it is in no page any more, so its weight is moved here."""
-        for key_id, was, now in session.execute("DELETE FROM touched RETURNING key_id, was, now").fetchall():
+        for key_id, was, now in session.execute(_DRAIN).fetchall():
             self._owed.add(key_id)
             if self._tally is not None:
                 self._tally = self._tally.moved(key_id, live=_weight(now) - _weight(was))
@@ -949,8 +962,9 @@ class FleetStore(SealedStore, FleetReader):
         """Likewise: what was overwritten stays in its log, see the manual's page on fleets."""
 
 
-_WITH_REV = "SELECT key_id, value, rev FROM deks WHERE key_id = ANY(%s)"
+_WITH_REV = "SELECT key_id, value, coalesce(rev, 0) FROM deks WHERE key_id = ANY(%s)"
 _ROW = "SELECT value FROM kms WHERE host = %s AND name = %s"
+_DRAIN = "DELETE FROM touched RETURNING coalesce(key_id, ''), coalesce(was, ''), coalesce(now, '')"
 _POINT = f"SELECT {TIMELINE}, gen FROM fleet"  # noqa: S608
 _CONFIRM = "UPDATE kms SET value = value WHERE host = %s AND name = %s RETURNING value"
 _CENSUS = "SELECT host, inc, name, beat, seen, keks, fenced FROM hosts FOR SHARE"
@@ -968,7 +982,9 @@ _FOREIGN = (
     "SELECT sqrt((count(*) = %s)::int - 1) FROM done"
 )
 _LIVES = "SELECT EXISTS (SELECT 1 FROM hosts WHERE host = %s AND NOT fenced)"
-_KEK = "value::json ->> 'kek_id'"
+_KEK = """coalesce(substring(value from '"kek_id":"([^"]*)"'), '')"""
+"""Of an entry of an erasure, which has no MAC: one that is no JSON at all must not stop what is due."""
+
 _ERASURES = (
     "SELECT substr(name, 9) FROM kms WHERE host = '' AND name >= 'erasure:' AND name < 'erasure;' "  # noqa: S608
     f"AND {_KEK} <> '' AND {_KEK} <> ALL(%s) "
@@ -1010,11 +1026,7 @@ def _weight(mac: str) -> int:
 
 def _columns(rows: Mapping[str, Row]) -> list[Texts]:
     values = rows.values()
-    return [Texts(rows), *map(Texts, zip(*((_found_by(row), row.text, row.kek_id) for row in values)))]
-
-
-def _found_by(row: Row) -> str:
-    """By the API a thread_id is printable; what is imported may hold what PostgreSQL knows in no text."""
-    if row.thread_id.isprintable():
-        return row.thread_id
-    return row.thread_id.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+    return [
+        Texts(rows),
+        *map(Texts, zip(*((found_by(row.thread_id), row.text, row.kek_id) for row in values))),
+    ]

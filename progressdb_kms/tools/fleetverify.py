@@ -10,7 +10,7 @@ from typing import Any
 from ..config.load import Loaded
 from ..crypto.envelope import ROW_KEY
 from ..errors import KeyMismatch, StoreDamaged
-from ..fleet.reader import FleetReader
+from ..fleet.reader import ANEW, FleetReader
 from ..service.ownkeys import ROWS
 from . import datadir
 from .backup import Progress
@@ -56,3 +56,5 @@ def _check_sums(reader: FleetReader, faults: Faults) -> None:
         faults.add(f"DEKs by KEK are counted as {kept}, and there are {found}")
     if state.total != total:
         faults.add("a row was deleted, or an older one was put back: they don't add up")
+    for key_id in reader.misfiled():
+        faults.add(f"{key_id}: the columns by which it is found aren't what its row says; {ANEW}")

@@ -18,6 +18,7 @@ from tests.harness import postgres
 from tests.harness.daemon import Daemon, cli, write_secret
 from tests.harness.fakekms import kek_id_of as kek_id
 from tests.harness.wire import Reply
+from tests.store.test_contract import dek, put
 
 pytestmark = pytest.mark.skipif(bool(postgres.missing()), reason=postgres.missing())
 
@@ -248,7 +249,7 @@ def test_a_count_of_uses_without_end_stops_no_write(fleet_database: postgres.Fle
     with store.transaction():
         store.count([(KEK_ROW + "x", Usage(1, 1, 1, 1, 1))])
         store.write("probe", {})
-    assert store.usage([KEK_ROW + "x"])[KEK_ROW + "x"].encrypts == 2**53 + 1
+    assert store.usage([KEK_ROW + "x"])[KEK_ROW + "x"].encrypts == 2**53 - 1
 
 
 @pytest.fixture
@@ -383,3 +384,177 @@ def test_a_host_s_row_that_can_t_be_is_told(altered: postgres.Fleet) -> None:
     )
     with pytest.raises(StoreDamaged, match="a row of kms.hosts has a NULL: x"):
         status(altered.link())
+
+
+# ---- rows that carry no MAC, and columns beside those that do --------------------------------------------
+
+MOST, LEAST = 2**63 - 1, -(2**63)
+
+
+def loose(database: postgres.Fleet, table: str, *columns: str) -> None:
+    """Let them be NULL, as nobody's tables do."""
+    database.sql(*(f"ALTER TABLE kms.{table} ALTER {column} DROP NOT NULL" for column in columns))
+
+
+def quiet(hosts: Hosts) -> None:
+    for daemon in hosts.all:
+        assert "Traceback" not in daemon.stderr, daemon.stderr
+
+
+def test_a_change_that_is_still_to_come_stops_no_host(fleet_database: postgres.Fleet, hosts: Hosts) -> None:
+    """Each host followed the next change, and then this one: it had seen what was not there yet, took the
+    engine for an old primary's, and served no more, also once the row was gone."""
+    one, two = hosts.all
+    key_id = ok(one, "POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    fleet_database.sql("INSERT INTO kms.changes SELECT gen + 2, 'key', 'x' FROM kms.fleet")
+    ok(one, "POST", f"/deks/{key_id}/disable", {})
+    ((gen,),) = fleet_database.sql("SELECT gen FROM kms.fleet")
+    for daemon in hosts.all:
+        with daemon.session(PATIENCE) as session:
+            assert use(session, key_id) == 423
+    until(lambda: fleet_database.sql("SELECT DISTINCT seen FROM kms.hosts") == [(gen,)])
+    with two.session(PATIENCE) as session:
+        told = session.request("POST", f"/deks/{key_id}/enable", {})
+    assert told.status == 503 and b"a number that is still to come" in told.body, told.body
+    assert b"DELETE FROM kms.changes WHERE gen >" in told.body
+    assert any("no change can be made" in one for one in status(fleet_database.link())["warnings"])
+    ok(two, "POST", "/deks", {"thread_id": "t"}, 201)
+    fleet_database.sql("DELETE FROM kms.changes WHERE gen > (SELECT gen FROM kms.fleet)")
+    ok(two, "POST", f"/deks/{key_id}/enable", {})
+    assert not any("no change" in one for one in status(fleet_database.link())["warnings"])
+    for daemon in hosts.all:
+        ok(daemon, "GET", "/readyz")
+        with daemon.session(PATIENCE) as session:
+            assert use(session, key_id) == 200
+    quiet(hosts)
+
+
+def test_a_change_of_nobody_knows_what_is_of_all(altered: postgres.Fleet, hosts: Hosts) -> None:
+    """A NULL ended the thread that keeps a host's place, with a traceback."""
+    key_id = ok(hosts.all[0], "POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    loose(altered, "changes", "kind", "key_id")
+    before = altered.sql("SELECT host, inc FROM kms.hosts ORDER BY host")
+    for kind, name in (("'key'", "NULL"), ("NULL", "NULL"), ("NULL", "'x'")):
+        altered.sql(
+            "UPDATE kms.fleet SET gen = gen + 1",
+            f"INSERT INTO kms.changes SELECT gen, {kind}, {name} FROM kms.fleet",
+            "NOTIFY kms",
+        )
+    ((gen,),) = altered.sql("SELECT gen FROM kms.fleet")
+    until(lambda: altered.sql("SELECT DISTINCT seen FROM kms.hosts") == [(gen,)])
+    assert altered.sql("SELECT host, inc FROM kms.hosts ORDER BY host") == before
+    for daemon in hosts.all:
+        with daemon.session(PATIENCE) as session:
+            assert use(session, key_id) == 200
+    quiet(hosts)
+
+
+USAGE = ("encrypts", "decrypts", "first", "last", "uid")
+
+
+@pytest.mark.parametrize("value", [str(MOST), str(LEAST), "NULL"])
+def test_uses_that_can_t_be_are_told_as_what_can(altered: postgres.Fleet, hosts: Hosts, value: str) -> None:
+    """They went into backups and exports, and `restore` and `import` refused all of it."""
+    one = hosts.all[0]
+    key_id = ok(one, "POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    altered.sql(f"INSERT INTO kms.usage VALUES ('{key_id}', 0, 0, 0, 0, 0) ON CONFLICT DO NOTHING")
+    loose(altered, "usage", *USAGE)
+    altered.sql(f"UPDATE kms.usage SET {', '.join(f'{column} = {value}' for column in USAGE)}")
+    (found,) = altered.reader().usage([key_id]).values()
+    assert all(-(name == "uid") <= number < 1 << 53 for name, number in found._asdict().items())
+    store = altered.store(host="other")
+    with store.transaction():
+        store.count([(key_id, Usage(1, 1, 1, 1, 1))])
+    told = altered.sql(f"SELECT encrypts FROM kms.usage WHERE key_id = '{key_id}'")
+    assert told == [(2**53 + 1 if value == str(MOST) else 1,)]
+    with one.session(PATIENCE) as session:
+        assert use(session, key_id) == (409 if value == str(MOST) else 200)
+        session.ok("GET", f"/deks/{key_id}")
+    assert one.cli("list", "--socket", str(one.socket)).returncode == 0
+    quiet(hosts)
+
+
+def test_a_name_that_is_no_key_s_is_warned_of_by_nobody(fleet_database: postgres.Fleet) -> None:
+    """It went to the journal and to readyz as it stood, with what a terminal does of it."""
+    fleet_database.sql(
+        f"INSERT INTO kms.usage VALUES (E'\\x1b[31mx\\ny', {MOST}, 1, 1, 1, 1), (E'{KEK_ROW}x\\n', {MOST}, "
+        f"1, 1, 1, 1), ('k_1', {MOST}, 1, 1, 1, 1), ('{KEK_ROW}00aa', {2**31}, 1, 1, 1, 1)"
+    )
+    assert fleet_database.reader().heavy() == {"k_1": 2**53 - 1, KEK_ROW + "00aa": 2**31}
+
+
+@pytest.mark.parametrize("rev", [MOST, -1, LEAST, "NULL"])
+def test_a_number_of_writes_that_can_t_be_holds_up_no_change(
+    altered: postgres.Fleet, hosts: Hosts, rev: object
+) -> None:
+    """Such a DEK could be disabled and shredded no more: 503 of the engine, or a fault of ours."""
+    one, two = hosts.all
+    key_id = ok(one, "POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    loose(altered, "deks", "rev")
+    altered.sql(f"UPDATE kms.deks SET rev = {rev} WHERE key_id = '{key_id}'")
+    ok(one, "POST", f"/deks/{key_id}/disable", {})
+    ok(two, "POST", f"/deks/{key_id}/enable", {})
+    ok(two, "DELETE", f"/deks/{key_id}", {"immediately": True})
+    ((rev,),) = altered.sql(f"SELECT rev FROM kms.deks WHERE key_id = '{key_id}'")
+    assert isinstance(rev, int) and rev < 2**62 + 4
+    quiet(hosts)
+
+
+def test_an_entry_of_an_erasure_that_is_none_stops_no_deletion(
+    fleet_database: postgres.Fleet, hosts: Hosts
+) -> None:
+    """One that is no JSON made each look of each host at what is due fail: nothing scheduled was shredded."""
+    one = hosts.all[0]
+    key_id = ok(one, "POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    fleet_database.sql("INSERT INTO kms.kms VALUES ('', 'erasure:x', 'junk'), ('', 'erasure:y', '[7]')")
+    ok(one, "DELETE", f"/deks/{key_id}", {"immediately": True})
+    assert hosts.rotate().status == 200
+    until(lambda: fleet_database.sql("SELECT name FROM kms.kms WHERE name LIKE 'erasure:k%'") == [])
+    assert "can't be looked at" not in one.stderr
+    quiet(hosts)
+
+
+def test_marks_that_are_none_end_no_rotation_with_a_fault_of_ours(altered: postgres.Fleet) -> None:
+    loose(altered, "touched", "key_id", "was", "now")
+    store = altered.store(memoryview(bytes(32)))
+    put(store, dek("a"), dek("b"))
+    with store.transaction():
+        store.staging(True)
+        store.stage([dek("a"), dek("b")])
+    assert store.check_staged("", 9) == "b"
+    altered.sql("INSERT INTO kms.touched VALUES (NULL, NULL, NULL), ('k', NULL, 'x'), ('a', 'x', NULL)")
+    assert store.touched(9) == [dek("a")]
+    assert store.check_staged("b", 9) == ""
+    with store.transaction():
+        store.staging(False)
+
+
+def test_columns_that_say_something_else_than_the_row(fleet_database: postgres.Fleet, hosts: Hosts) -> None:
+    """By them a thread's DEKs are found, to be shredded: one was missed, or another thread's was shredded."""
+    one = hosts.all[0]
+    mine, other = (ok(one, "POST", "/deks", {"thread_id": name}, 201)["key_id"] for name in ("t", "u"))
+    fleet_database.sql(f"UPDATE kms.deks SET thread_id = 't' WHERE key_id = '{other}'")
+    with one.session(PATIENCE) as session:
+        told = session.request("GET", "/deks?thread_id=t")
+        assert told.code == "store_damaged" and other.encode() in told.body
+        assert [row["key_id"] for row in session.ok("GET", "/deks")["deks"]] == [mine, other]
+    fleet_database.sql(f"UPDATE kms.deks SET kek_id = '' WHERE key_id = '{mine}'")
+    verified = one.offline("verify")
+    assert verified.returncode == 1 and verified.stderr.count(b"by which it is found") == 2, verified
+    assert hosts.rotate().status == 200
+    assert one.offline("verify").returncode == 0
+    assert [row["key_id"] for row in ok(one, "GET", "/deks?thread_id=u")["deks"]] == [other]
+
+
+@pytest.mark.parametrize("junk", ["7", "", "x" * 200])
+def test_a_row_that_is_junk_after_it_was_staged(altered: postgres.Fleet, junk: str) -> None:
+    store = altered.store(memoryview(bytes(32)))
+    put(store, dek("a"), dek("b"))
+    with store.transaction():
+        store.staging(True)
+        store.stage([dek("a"), dek("b")])
+    altered.sql(f"UPDATE kms.deks SET value = '{junk}' WHERE key_id = 'b'")
+    with pytest.raises(StoreDamaged, match="overwritten by hand|don't add up"):
+        store.check_staged(store.check_staged("", 9), 9)
+    with store.transaction():
+        store.staging(False)
