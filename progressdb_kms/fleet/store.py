@@ -516,6 +516,13 @@ class FleetStore(SealedStore, FleetReader):
             return Unknown(translated(self._link.where, error).message)
         return translated(self._link.where, error)
 
+    def _failed(self, error: psycopg.Error) -> Exception:
+        """What an error before the COMMIT says: a connection that was lost then took all of it along."""
+        meant = self._meant(error)
+        if not isinstance(meant, Unknown):
+            return meant
+        return StoreUnavailable(str(meant), code=UNREACHABLE, hint="nothing took place: it may be repeated")
+
     # ---- what is sent --------------------------------------------------------------------------
 
     def _statements(self) -> list[Statement]:
@@ -701,7 +708,7 @@ class FleetStore(SealedStore, FleetReader):
                 with self._open.pipeline():
                     self._all(self._open, statements)
             except psycopg.Error as error:
-                raise self._meant(error) from None
+                raise self._failed(error) from None
         kept = self._gathered.kms.get(STATE)
         self._now = Gathered()
         self._stored = kept or self._stored
@@ -849,7 +856,7 @@ class FleetStore(SealedStore, FleetReader):
         try:
             return self._inside().execute(sql, args).fetchall()
         except psycopg.Error as error:
-            raise self._meant(error) from None
+            raise self._failed(error) from None
 
     def foreign(self, name: str) -> dict[str, str]:
         """Other hosts' rows of this name, by host, as they are written."""

@@ -402,6 +402,26 @@ class TestRotationOfAFleet:
             with store.transaction():
                 assert not store.recount()
 
+    @pytest.mark.parametrize("waiting", [False, True], ids=["a question", "what waited"])
+    def test_a_session_that_is_lost_before_the_end(
+        self, one: Any, fleet_database: Fleet, waiting: bool
+    ) -> None:
+        """It was a fault of ours, in a rotation at its end and in an import of many: nothing took place."""
+        put(one, dek("a"))
+        lost = "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE state LIKE 'idle in tr%'"
+        with pytest.raises(StoreUnavailable, match="was lost") as caught, one.transaction():
+            one.staging(True)
+            if waiting:
+                one.put(dek("b"))
+            assert fleet_database.sql(lost) == [(True,)]
+            one.census()
+        assert "repeated" in caught.value.hint and not one.trouble()
+        assert fleet_database.sql("SELECT rotating FROM kms.fleet") == [(False,)]
+        put(one, dek("c"))
+        assert keys(one.page("", 9)) == ["a", "c"]
+        with one.transaction():
+            assert not one.recount()
+
     def test_nothing_is_swapped_that_was_not_settled(self, one: Any, two: Any) -> None:
         from progressdb_kms.fleet.store import Contended
 
