@@ -50,7 +50,7 @@ from .fair import Fair
 from .http1 import PIECE, Head, Known, Reader, Request, Room
 from .lanes import SLICE, Lane, breathe, trim
 from .lone import LOOK, SOON, Lone
-from .slab import ANSWER, RECEIVED, Slab
+from .slab import ANSWER, RECEIVED, ZEROS, Slab
 
 log = logging.getLogger("progressdb_kms.server")
 
@@ -81,8 +81,10 @@ LINGER_SECONDS = 1.0
 """After the last answer the peer may still be sending: so long it is listened to, so that it reads that. A
 socket that is closed while bytes lie there is reset, and with it goes what the peer has not read."""
 
-TURNED_AWAY = 64
-"""Peers that are refused at accept and may read why at a time; where there are more, the oldest goes."""
+TURNED_AWAY, MOST_TURNED_AWAY, AT_ONCE = 64, 1024, 16
+"""Peers that are refused at accept and may read why at a time, and as many where descriptors are left; where
+there are more, the oldest goes. Where so many are there, who is not served at all hears so after a second:
+who comes again and again takes less of everybody's time that way."""
 
 TOGETHER = 16
 """Answers that are sent together: the first of them waits half a millisecond."""
@@ -93,7 +95,6 @@ LARGE = 64 * 1024
 SPARE_FILES = 64
 """Descriptors that a worker needs beside its connections: store, log, jobs for the keeper, a reserve."""
 
-_ZEROS = bytes(RECEIVED)
 _NOTHING: list[memoryview] = []
 _SOON = struct.pack("ll", 0, int(SOON * 1e6))
 _CONTINUE = memoryview(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -160,6 +161,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._uids: Counter[int] = Counter()
         self._fair = Fair()
         self._turned_away: OrderedDict[int, Connection] = OrderedDict()
+        self._most_turned_away = max(TURNED_AWAY, min(own - limits.max_connections, MOST_TURNED_AWAY))
         self._ahead: deque[Connection] = deque()
         self._back: deque[tuple[Connection, bool, list[memoryview]]] = deque()
         self._out: list[tuple[Connection, bytes]] = []
@@ -343,7 +345,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _tick(self) -> None:
         """Whose time is over?"""
         now = self._now
-        self._next_tick = now + self._tick_seconds
+        self._next_tick = now + (0.1 if self._turned_away else self._tick_seconds)
         for connection in [c for c in self._connections.values() if c.deadline <= now]:
             self._late(connection)
         if self._out:
@@ -468,7 +470,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if ours < at and connection.phase < LINGERING:
             with suppress(OSError):  # it is told of again
                 connection.request.recv_into(self._view, at - ours)
-        self._view[:fill] = _ZEROS[:fill]
+        self._view[:fill] = ZEROS[:fill]
 
     def _expect_more(self, connection: Connection, reader: Reader, at: int, fill: int) -> None:
         """What is left is no secret: part of a head, or of a line between chunks."""
@@ -606,7 +608,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         except OSError:
             left, keep = [], False
         if reply.secret:
-            self.slab.waiter[1][:] = _ZEROS[:ANSWER]
+            self.slab.waiter[1][:] = ZEROS[:ANSWER]
         return self._sent(connection, keep, left)
 
     def _keeps(self, connection: Connection, head: Head, reply: Reply, behind: bool) -> bool:
@@ -713,7 +715,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             if long:
                 call.breathe = partial(breathe, lambda: self._at_work)
             self._finish(self.app, connection, route, call, behind)
-            answer[:] = _ZEROS[:ANSWER]
+            answer[:] = ZEROS[:ANSWER]
             self._wake()
             if long:
                 self._untrimmed = True
@@ -794,7 +796,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _drop(self, connection: Connection) -> None:
         size = self._take(connection, self._view)
         if size > 0:
-            self._view[:size] = _ZEROS[:size]
+            self._view[:size] = ZEROS[:size]
 
     def _let_go(self, connection: Connection) -> None:
         """What it holds beside its descriptor."""
@@ -841,8 +843,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """The waiter serves it from now on, and gives to threads what would hold it up."""
-        why = self._shares.refusal(client_address.uid)
-        if why:
+        if why := self._shares.refusal(client_address.uid):
             self._counters.add("refused_connections", 1)
             error = Overloaded(why, hint="raise max_connections, or close idle connections")
             self._show_out(request, client_address, error)
@@ -852,15 +853,15 @@ class Server(socketserver.ThreadingUnixStreamServer):
         connection.deadline = self._idle_until
         self._enter(connection)
 
-    def _enter(self, connection: Connection) -> None:
+    def _enter(self, connection: Connection, events: int = _IN) -> None:
         fd = connection.request.fileno()
         self._connections[fd] = connection
         self._uids[connection.peer.uid] += 1
-        self._poll.register(fd, _IN)
+        self._poll.register(fd, events)
 
     def _show_out(self, request: socket.socket, peer: Peer, error: KMSError) -> None:
         """It hears why when it has said something, or soon; there is room for few of these."""
-        if len(self._turned_away) >= TURNED_AWAY:
+        if len(self._turned_away) >= self._most_turned_away:
             _, oldest = self._turned_away.popitem(last=False)
             if oldest.phase == REFUSED:
                 self._send_more(oldest)
@@ -869,7 +870,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         connection.phase, connection.keep = REFUSED, False
         connection.deadline = self._now + LINGER_SECONDS
         connection.pending = [memoryview(last_words(dispatch.error_reply(error)))]
-        self._enter(connection)
+        later = len(self._turned_away) >= AT_ONCE and isinstance(error, PeerRefused)
+        self._enter(connection, 0 if later else _IN)  # that it leaves is told in any case
         self._turned_away[request.fileno()] = connection
 
     def _others_have_fewer(self) -> bool:

@@ -22,7 +22,7 @@ ANSWER = 128
 """Bytes of an answer that holds a DEK."""
 
 _OWN = SCRATCH_SIZE + ANSWER
-_ZEROS = bytes(RECEIVED)
+ZEROS = bytes(RECEIVED)
 
 
 def size_of(threads: int) -> int:
@@ -57,7 +57,7 @@ class Slab:
         return self._spares.pop() if self._spares else None
 
     def give_back(self, piece: memoryview) -> None:
-        piece[:] = _ZEROS
+        piece[:] = ZEROS
         self._spares.append(piece)
         self.scarce = len(self._spares) < 2
 

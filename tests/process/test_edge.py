@@ -103,6 +103,22 @@ class TestRefusedPeers:
             (silent,) = connected(daemon, STRANGER, 1, stack)
             assert silent.recv(4096).startswith(b"HTTP/1.1 403 ")  # in a second, whatever it says
 
+    def test_of_many_each_hears_why_and_who_leaves_takes_no_place(self) -> None:
+        with serving(workers=1) as daemon, ExitStack() as stack:
+            (pid,) = [pid for pid in daemon.pids() if waits(pid)]
+            before = len(os.listdir(f"/proc/{pid}/fd"))
+            socks = connected(daemon, STRANGER, 60, stack)
+            with ExitStack() as gone:
+                connected(daemon, STRANGER, 60, gone)
+            for sock in socks:
+                sock.settimeout(60)
+                sock.sendall(HUGE)
+                assert sock.recv(4096).startswith(b"HTTP/1.1 403 ") and sock.recv(4096) == b""
+                sock.close()
+            wait_until(lambda: len(os.listdir(f"/proc/{pid}/fd")) <= before, 60, "their descriptors")
+            assert sum(event["count"] for event in refusals(daemon)) == 1  # the others are counted
+            assert daemon.healthy()
+
     def test_they_do_not_fill_the_audit_log(self) -> None:
         with serving() as daemon:
             for _ in range(300):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections import deque
+from collections import OrderedDict, deque
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +11,13 @@ from unittest import mock
 
 import pytest
 
+from progressdb_kms.errors import KMSError, Overloaded, PeerRefused
+from progressdb_kms.rules import Peer
 from progressdb_kms.wire import server
 from progressdb_kms.wire.connection import AHEAD, BODY, HEAD, IDLE
 from progressdb_kms.wire.fair import Fair
 from progressdb_kms.wire.http1 import Reader, Request, Room
-from progressdb_kms.wire.server import Server
+from progressdb_kms.wire.server import Limits, Server
 from progressdb_kms.wire.slab import ANSWER
 
 LIGHT, HEAVY = 7, 8
@@ -202,6 +204,30 @@ def test_who_is_alone_is_listened_to_until_its_body_is_there(others: int) -> Non
             assert Server._receive_long(fake, one)  # type: ignore[arg-type]
             pieces += 1
     assert len(fake._carry_out.call_args.args[1].body) == 60000 and (pieces == 1) is (others == 0)
+
+
+@pytest.mark.parametrize("error", [PeerRefused("no"), Overloaded("too many")], ids=["refused", "no room"])
+def test_who_comes_to_be_refused_again_and_again_hears_so_later(error: KMSError) -> None:
+    """Whoever then came at once again took a core. It is told when it leaves, and at the end of its time."""
+    fake = waiter()
+    fake._turned_away, fake._most_turned_away = OrderedDict(), server.AT_ONCE + 2
+    for fd in range(server.AT_ONCE + 3):
+        Server._show_out(fake, mock.MagicMock(fileno=lambda fd=fd: fd), Peer(LIGHT), error)
+    later = [call.args[0].deadline for call in fake._enter.call_args_list if not call.args[1]]
+    assert later == [server.LINGER_SECONDS] * (3 if isinstance(error, PeerRefused) else 0)
+    fake._send_more.assert_called_once()  # the oldest, for the last, and before it goes
+    fake._close.assert_called_once_with(fake._send_more.call_args.args[0])
+
+
+@pytest.mark.parametrize("spare", [-40, 0, 100, 4000])
+def test_so_many_may_wait_as_there_are_descriptors_left(spare: int) -> None:
+    most = 1000
+    limits = Limits(most, 60.0, 30.0, most + server.SPARE_FILES + spare)
+    rooms = {"a route": Room(1)}
+    make = mock.patch.object(Server, "_make_rooms", lambda made: made._rooms.update(rooms))
+    with make, mock.patch.object(Server, "_open_doors"):
+        made = Server([], mock.MagicMock(), limits, mock.MagicMock(), mock.MagicMock(), mock.MagicMock())
+    assert made._most_turned_away == {-40: 64, 0: 64, 100: 100, 4000: 1024}[spare]
 
 
 def test_and_its_answer_is_sent() -> None:
