@@ -488,6 +488,9 @@ class FleetStore(SealedStore, FleetReader):
         try:
             with session.pipeline():
                 cursors = self._all(session, statements)
+        except psycopg.Error as error:
+            raise self._failed(error) from None
+        try:
             said = session.execute("COMMIT").statusmessage
         except psycopg.Error as error:
             raise self._meant(error) from None
