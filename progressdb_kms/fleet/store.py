@@ -182,7 +182,10 @@ _PAIRS = (
     "(SELECT key_id, value FROM deks WHERE key_id > %s ORDER BY key_id LIMIT %s) AS live "
     "LEFT JOIN deks_next AS staged USING (key_id) ORDER BY live.key_id"
 )
-TABLES = "SELECT tablename FROM pg_tables WHERE schemaname = 'kms' AND starts_with(tablename, %s)"
+TABLES = (
+    "SELECT tablename FROM pg_tables WHERE schemaname = 'kms' AND tablename ~ ('^' || %s || '[0-9]{1,18}$')"
+)
+"""Of this beginning, with a number: any other is of somebody else's making, whatever stands in it."""
 
 Statement = tuple[str, Sequence[Any]]
 Mark = tuple[StoreState, StoreState, Union[Tally, None], frozenset[str]]

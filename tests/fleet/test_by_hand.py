@@ -558,3 +558,26 @@ def test_a_row_that_is_junk_after_it_was_staged(altered: postgres.Fleet, junk: s
         store.check_staged(store.check_staged("", 9), 9)
     with store.transaction():
         store.staging(False)
+
+
+def test_a_table_that_somebody_made_beside_ours_is_let_alone(altered: postgres.Fleet, hosts: Hosts) -> None:
+    """Its name begins as those do that rotations leave: each rotation failed by a fault of ours, at its end,
+    and each shred looked for its DEK there."""
+    one = hosts.all[0]
+    key_id = ok(one, "POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
+    altered.sql(
+        "CREATE TABLE kms.deks_old_copy (note text)",
+        'CREATE TABLE kms."deks_old_1 x" (note text)',
+        "ALTER TABLE kms.deks_old_copy OWNER TO kms",
+        'ALTER TABLE kms."deks_old_1 x" OWNER TO kms',
+    )
+    ok(one, "DELETE", f"/deks/{key_id}", {"immediately": True})
+    ok(one, "POST", "/deks", {"thread_id": "t"}, 201)
+    reply = hosts.rotate()
+    assert reply.status == 200 and reply.json()["backup"] == "deks_old_1", reply.body
+    told = one.offline("backups", "list", "--json")
+    assert told.returncode == 0 and told.stdout.count(b"deks_old") == 1, told
+    assert one.offline("backups", "prune", "--keep", "1").returncode == 0
+    ((left,),) = altered.sql("SELECT count(*) FROM pg_tables WHERE tablename LIKE 'deks_old%'")
+    assert left == 3
+    quiet(hosts)
