@@ -264,6 +264,11 @@ class Overloaded(Unavailable):
     close = True
 
 
+def told(error: Exception) -> KMSError:
+    """What a peer hears of it, be it one of these or MemoryError."""
+    return error.bare() if isinstance(error, KMSError) else Overloaded("no memory is left", hint="try again")
+
+
 # ---- the operator's set-up is at fault: the daemon does not start, the command ends with 1 -------
 
 

@@ -20,6 +20,7 @@ from ..errors import (
     PolicyRefused,
     RateLimited,
     UnsupportedMediaType,
+    told,
 )
 from ..rules import Peer, Rights
 from .call import App, Call, Reply, Route
@@ -72,8 +73,8 @@ def dispatch(app: App, route: Route, call: Call, begun: float = 0.0) -> Reply:
         outcome = "ok"
     except PolicyRefused as error:
         return refuse(app, route, call, error)
-    except KMSError as error:
-        reply = _answer_error(call, error.bare())
+    except (KMSError, MemoryError) as error:
+        reply = _answer_error(call, told(error))
     except Exception:
         log.exception("request %s (%s) failed", number, route.path)
         reply = _answer_error(

@@ -31,7 +31,6 @@ from ..errors import (
     HeadTooLarge,
     MalformedRequest,
     MethodUnknown,
-    Overloaded,
     UriTooLong,
     VersionNotSupported,
 )
@@ -415,7 +414,7 @@ def _moved(begun: bytearray, length: int) -> mmap.mmap:
     try:
         pages = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:
-        raise Overloaded("no memory is left for the message", hint="try again") from None
+        raise MemoryError from None
     pages[: len(begun)] = begun
     return pages
 

@@ -36,7 +36,7 @@ from functools import partial
 from typing import Any, Callable, NamedTuple
 
 from ..audit.log import Fragment, peer_fragment
-from ..errors import KMSError, Overloaded, PeerRefused, RequestTimeout
+from ..errors import KMSError, Overloaded, PeerRefused, RequestTimeout, told
 from ..rules import Meter, Peer, Policy, rights_of
 from ..service.metrics import Block, Metrics
 from ..service.told import Scarcity
@@ -420,8 +420,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         reader = connection.reader
         assert reader is not None
         self._current = connection
-        more = True
-        while more:
+        while True:
             try:
                 place = reader.place()
                 if place is None:
@@ -429,7 +428,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 with place:
                     room, size = len(place), self._take(connection, place)
             except (KMSError, MemoryError) as error:
-                self._refuse(connection, reader, error, 0)
+                self._refuse(connection, reader, told(error), 0)
                 return True
             if size <= 0:
                 return True
@@ -437,8 +436,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
             request = reader.placed(size)
             if request is not None and self._carry_out(connection, request) == NEXT:
                 self._rest(connection)
-            more = request is None and size == room < PIECE and len(self._connections) == 1
-        return True
+            if request is not None or not size == room < PIECE or len(self._connections) > 1:
+                return True
 
     def _work(self, connection: Connection, fill: int, ours: int) -> None:
         """Serve what lies in the first `fill` bytes of the received part. Those behind `ours` are in the
@@ -454,7 +453,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             try:
                 used, request = reader.feed(self._map, at, fill, self._view)
             except (KMSError, MemoryError) as error:
-                used, step = self._refuse(connection, reader, error, fill - at)
+                used, step = self._refuse(connection, reader, told(error), fill - at)
             else:
                 self._behind = at + used < fill
                 step = MORE if request is None else self._carry_out(connection, request)
@@ -751,10 +750,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     # ---- faults ------------------------------------------------------------------------------------
 
-    def _refuse(self, connection: Connection, reader: Reader, why: Exception, here: int) -> tuple[int, int]:
+    def _refuse(self, connection: Connection, reader: Reader, error: KMSError, here: int) -> tuple[int, int]:
         """Answer what can't be read, or may not be served; go on only where its body is here already.
         `here`: bytes from the start of its head."""
-        error = why if isinstance(why, KMSError) else Overloaded("no memory is left", hint="try again")
         head = reader.head
         used = reader.head_size + (head.content_length if head is not None else 0)
         self._behind = used < here

@@ -357,6 +357,23 @@ class TestMemory:
                 resource.prlimit(pid, resource.RLIMIT_AS, (hard, hard))
             assert kms.request("POST", f"/encrypt?key_id={key_id}", bytes(size)).status == 200
 
+    def test_none_to_work_with_is_no_fault_of_ours(self) -> None:
+        """The message is there, and to read or seal it takes more: it was 500, with a traceback."""
+        with Daemon(workers=1) as daemon, daemon.session() as kms:
+            key_id = kms.create_dek("t")["key_id"]
+            message = {"plaintext": b64(bytes(1 << 20)), "key_id": key_id}
+            _, hard = resource.prlimit(daemon.pid, resource.RLIMIT_AS)
+            heard: set[tuple[int, str]] = set()
+            for left in range(0, 12 << 20, 256 << 10):
+                pages = int(Path(f"/proc/{daemon.pid}/statm").read_text().split()[0])
+                resource.prlimit(
+                    daemon.pid, resource.RLIMIT_AS, (pages * resource.getpagesize() + left, hard)
+                )
+                reply = kms.request("POST", "/encrypt", message)
+                heard.add((reply.status, reply.code))
+                resource.prlimit(daemon.pid, resource.RLIMIT_AS, (hard, hard))
+            assert heard == {(200, ""), (503, "overloaded")} and "Traceback" not in daemon.stderr
+
 
 class TestALoneConnection:
     """It is waited for in recv, which blocks: nobody else may be kept waiting for it, and it for nothing."""

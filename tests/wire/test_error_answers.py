@@ -241,19 +241,31 @@ class TestRaw:
             assert (reply.status, reply.code) == (400, code)
 
 
-def test_an_internal_error_names_a_request_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    """A fault of ours: 500, the traceback in the log alone, and the thread goes on."""
+def answer_of(handler: Any) -> tuple[int, dict[str, str]]:
     service: Any = SimpleNamespace(rules=PeerRules(), counters=Metrics(1).block(0))
     app = App(service, Any, Any, 0)  # type: ignore[arg-type]
-    route = ROUTES[0]._replace(handler=lambda app, call: 1 / 0)
     head = parse_head(b"GET /healthz HTTP/1.1\r\nHost: unix\r\n\r\n")
     locked = memoryview(bytearray(64))
-    reply = dispatch.dispatch(app, route, Call(head, b"", Peer(1, 2, 3), Fragment(""), locked, locked))
-    error = json.loads(bytes(reply.body))["error"]
-    assert reply.status == 500 and error["code"] == "internal"
+    call = Call(head, b"", Peer(1, 2, 3), Fragment(""), locked, locked)
+    reply = dispatch.dispatch(app, ROUTES[0]._replace(handler=handler), call)
+    return reply.status, json.loads(bytes(reply.body))["error"]
+
+
+def test_an_internal_error_names_a_request_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """A fault of ours: 500, the traceback in the log alone, and the thread goes on."""
+    status, error = answer_of(lambda app, call: 1 / 0)
+    assert status == 500 and error["code"] == "internal"
     (record,) = caplog.records
     assert error["message"].split()[-1] in record.getMessage()
     assert "ZeroDivisionError" in caplog.text and "Zero" not in str(error)
+
+
+def test_want_of_memory_is_no_internal_error(caplog: pytest.LogCaptureFixture) -> None:
+    def greedy(app: App, call: Call) -> Any:
+        raise MemoryError
+
+    told = {"code": "overloaded", "message": "no memory is left", "hint": "try again"}
+    assert answer_of(greedy) == (503, told) and not caplog.records
 
 
 class TestFraming:

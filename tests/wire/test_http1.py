@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 import pytest
 
-from progressdb_kms.errors import BodyTooLarge, HttpError, KMSError, Overloaded
+from progressdb_kms.errors import BodyTooLarge, HttpError, KMSError
 from progressdb_kms.wire import http1
 from progressdb_kms.wire.http1 import Head, Reader, Room
 
@@ -439,7 +439,7 @@ def test_a_body_of_which_memory_has_no_room_is_refused(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(http1.mmap, "mmap", refused)
     body = bytes(2 * http1.LONG)
-    with pytest.raises(Overloaded):
+    with pytest.raises(MemoryError):
         Reader(lambda head: Room(len(body))).feed(
             data := post(body, f"Content-Length: {len(body)}")[:-1], 0, len(data)
         )
