@@ -82,7 +82,7 @@ def _socket(value: str, folder: str, label: str) -> Path:
 
 
 def _group_id(group: str | None, folder: str, label: str) -> int | None:
-    if group is None or group.isdigit():
+    if group is None or group.isdecimal():
         return None if group is None else int(group)
     try:
         return grp.getgrnam(group).gr_gid

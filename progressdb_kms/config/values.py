@@ -163,8 +163,8 @@ def file_mode(value: Value, option: Option) -> int:
 
 
 def group_name(value: Value, option: Option) -> str:
-    if isinstance(value, Scalar) and value.type == "int":
-        return str(whole_number(value, option._replace(high=MAX_UID)))
+    if isinstance(value, Scalar) and value.text.isdecimal():  # in quotes, too
+        return str(whole_number(value._replace(type="int"), option._replace(high=MAX_UID)))
     return plain_text(value, option)
 
 

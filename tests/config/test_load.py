@@ -294,7 +294,8 @@ def test_a_socket_for_everybody_needs_a_list_of_peers(place: Place) -> None:
 def test_socket_group(place: Place) -> None:
     with place.load(HEX + "socket_group: 4711") as loaded:
         assert loaded.settings.socket_group == 4711
-    assert "socket_group in" in place.refused(HEX + "socket_group: no-such-group-here")
+    for name in ("no-such-group-here", "\N{SUPERSCRIPT TWO}"):
+        assert "names no group of this host" in place.refused(HEX + f"socket_group: {name}")
 
 
 def test_a_configuration_that_is_named_by_nothing_is_none() -> None:

@@ -80,6 +80,7 @@ RIGHT: list[tuple[str, Value, Any]] = [
     ("socket_mode", number("0666"), 0o666),
     ("socket_group", text("adm"), "adm"),
     ("socket_group", number("4"), "4"),
+    ("socket_group", text("4294967294"), "4294967294"),
     ("data_dir", text("/var/lib/kms"), "/var/lib/kms"),
     ("store", text("sqlite"), "sqlite"),
     ("store", text("postgresql"), "postgresql"),
@@ -176,6 +177,11 @@ WRONG: list[tuple[str, Value, str]] = [
     ("socket_group", [text("adm")], "name or number of a group"),
     ("socket_group", number("-1"), "name or number of a group"),
     ("socket_group", number("4294967295"), "name or number of a group"),
+    ("socket_group", number("0x4"), "name or number of a group"),
+    *(
+        ("socket_group", text(digits), "name or number of a group")
+        for digits in ("4294967295", "99999999999999999999", "9" * 5000, "010", "\N{ARABIC-INDIC DIGIT FOUR}")
+    ),
     ("data_dir", {"a": text("b")}, "must be a path"),
     ("data_dir", text("a\nb"), "can't be shown"),
     ("allowed_peer_uids", number("1000"), "a list of at most"),
