@@ -58,8 +58,9 @@ STEP, LONG = 4096, 1 << 20
 At so many it moves to pages of its own for all of it: none is there before something is written to it, none
 is copied again, and all go back to the system."""
 
-PIECE = 1 << 18
-"""Bytes that are received at once: a peer that sends as quickly as they are taken holds nobody up."""
+PIECE = 1 << 16
+"""Bytes that are received at once: a peer that sends as quickly as they are taken holds nobody up, nor does
+the kernel while it makes pages for them."""
 
 # ---- grammar ---------------------------------------------------------------------------------------
 

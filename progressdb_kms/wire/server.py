@@ -47,7 +47,7 @@ from .call import App, Call, Reply, Route
 from .connection import AHEAD, ANSWERING, BODY, BUSY, CLOSED, HEAD, IDLE, LINGERING, REFUSED, Connection
 from .doors import EVENTS, STRANGER, Door, Doors, groups_of
 from .fair import Fair
-from .http1 import PIECE, Head, Known, Reader, Request, Room
+from .http1 import Head, Known, Reader, Request, Room
 from .lanes import SLICE, Lane, breathe, trim
 from .lone import LOOK, SOON, Lone
 from .slab import ANSWER, RECEIVED, ZEROS, Slab
@@ -416,7 +416,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _receive_long(self, connection: Connection) -> bool:
         """The next bytes of a body straight to where they belong; where nobody else is here, as long as they
-        fill each place. False: they must be looked at."""
+        fill each place, and for ten turns. False: they must be looked at."""
         reader = connection.reader
         assert reader is not None
         self._current = connection
@@ -436,7 +436,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
             request = reader.placed(size)
             if request is not None and self._carry_out(connection, request) == NEXT:
                 self._rest(connection)
-            if request is not None or not size == room < PIECE or len(self._connections) > 1:
+            alone = len(self._connections) == 1 and time.monotonic() < self._now + 10 * TURN
+            if request is not None or size < room or not alone:
                 return True
 
     def _work(self, connection: Connection, fill: int, ours: int) -> None:
@@ -792,8 +793,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         connection.deadline = self._now + LINGER_SECONDS
 
     def _drop(self, connection: Connection) -> None:
-        size = self._take(connection, self._view)
-        if size > 0:
+        if (size := self._take(connection, self._view)) > 0:
             self._view[:size] = ZEROS[:size]
 
     def _let_go(self, connection: Connection) -> None:

@@ -190,7 +190,7 @@ def test_who_is_alone_holds_nobody_up_with_a_long_message(others: int, batch: bo
 def test_who_is_alone_is_listened_to_until_its_body_is_there(others: int) -> None:
     """In company, each has a piece at a time."""
     fake, reader = waiter(), Reader(lambda head: Room(1 << 20))
-    fake._take.side_effect = partial(Server._take, fake)
+    fake._take.side_effect, fake._now = partial(Server._take, fake), float("inf")
     fake._connections = dict.fromkeys(range(1 + others))
     head = b"POST /encrypt HTTP/1.1\r\nHost: unix\r\nContent-Length: 60000\r\n\r\n"
     reader.feed(head + bytes(16000), 0, len(head) + 16000)
