@@ -400,6 +400,7 @@ def _build(folder: Path, source: Backup, chosen: Plan, past: Past, keys: Keys, p
             deks = sum(row.deks for row in store.keks().values())
             built = Built(deks, done - forged + len(left) - deks, again, damaged)
             _put_rows(store, source, chosen, past, built)
+        store.checkpoint()  # its file alone is swapped, and SQLite's own at a close fails unheard
     return built
 
 

@@ -705,6 +705,21 @@ def test_a_full_disk_is_told_with_what_was_done(site: Site) -> None:
     opens(daemon, site.boxes)
 
 
+def test_a_disk_that_is_full_when_the_new_store_goes_into_its_file(site: Site) -> None:
+    """SQLite's own move, at a close, fails unheard: a part of a store took the place of a whole one."""
+    need_strace()
+    daemon = site.daemon
+    daemon.stop()
+    steps = steps_of(lambda wrapper: restore(site, wrapper=wrapper), daemon.data_dir)
+    moved = [step for step in steps if step.name == "pwrite64" and "/.kms-restore/kms.db>" in step.text]
+    assert "disk is full" in refused(restore(site, wrapper=failing(moved[-1])))
+    daemon.start()
+    opens(daemon, site.boxes)
+    daemon.stop()
+    told(restore(site))
+    checked(daemon)
+
+
 def test_killed_at_some_steps(site: Site) -> None:
     killed_restores(site, lambda steps: steps.spread(ROUNDS))
 
