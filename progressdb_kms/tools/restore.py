@@ -66,7 +66,8 @@ BATCH = 2000
 NAMED = 10
 """Key ids that a message names at most."""
 
-_SIDE_FILES = (FILE_NAME + "-wal", FILE_NAME + "-shm")
+_LOG = FILE_NAME + "-wal"
+_SIDE_FILES = (_LOG, FILE_NAME + "-shm")
 
 
 class Present(NamedTuple):
@@ -204,6 +205,11 @@ def _look(data_dir: Path, source: Backup, keys: Keys, force: bool) -> Present | 
             f"the present store can't be read, so what it has beyond the backup is not known: {error}",
             hint=f"copy {path}* to another place if you need them, then restore with --force",
         ) from None
+    if (log := data_dir / _LOG).exists() and log.stat().st_size:
+        raise CommandFailed(
+            f"{log} could not be moved into the present store's file, so what it has would be lost",
+            hint="end what else reads that store, and see that the disk has room; then restore again",
+        )
     if present.newer and not force:
         names = ", ".join(present.newer[:NAMED]) + (", …" if len(present.newer) > NAMED else "")
         raise CommandFailed(
@@ -472,8 +478,8 @@ def _put_rows(store: SqliteStore, source: Backup, chosen: Plan, past: Past, buil
 
 
 def _swap(data_dir: Path, folder: Path) -> None:
-    """From one store to the other by one rename. The old one's log is in its file by now, or unreadable: left
-    in place, SQLite would play it into the new file."""
+    """From one store to the other by one rename. The old one's log is in its file by now, see `_look`, or
+    unreadable: left in place, SQLite would play it into the new file."""
     sync(folder / FILE_NAME)
     for name in _SIDE_FILES:
         (data_dir / name).unlink(missing_ok=True)

@@ -720,6 +720,27 @@ def test_a_disk_that_is_full_when_the_new_store_goes_into_its_file(site: Site) -
     checked(daemon)
 
 
+def test_a_present_store_whose_log_is_not_in_its_file_stays(site: Site) -> None:
+    """It went before the new store was there, and with it what a rename that failed would have left."""
+    daemon = site.daemon
+    with contextlib.closing(sqlite3.connect(daemon.data_dir / "kms.db")) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM deks LIMIT 1").fetchall()
+        later = daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "later"})["key_id"]
+        daemon.stop()
+        log = (daemon.data_dir / "kms.db-wal").read_bytes()
+        for more in ([], ["--force"]):
+            told_so = refused(restore(site, *more))
+            assert "kms.db-wal could not be moved" in told_so and "restore again" in told_so
+            assert (daemon.data_dir / "kms.db-wal").read_bytes() == log
+    daemon.start()
+    opens(daemon, site.boxes)
+    assert daemon.ok("GET", f"/deks/{later}")["state"] == "enabled"
+    daemon.stop()
+    told(restore(site, "--force"))
+    checked(daemon)
+
+
 def test_killed_at_some_steps(site: Site) -> None:
     killed_restores(site, lambda steps: steps.spread(ROUNDS))
 
