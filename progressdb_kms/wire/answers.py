@@ -40,9 +40,10 @@ def render(reply: Reply, keep: bool, version: str, *body: bytes | memoryview) ->
 
 
 def send_parts(sock: socket.socket, parts: list[memoryview]) -> list[memoryview]:
-    """Send without joining; what is left."""
+    """Send without joining; what is left. A socket that blocks for a moment would do so for each piece that
+    a slow peer takes."""
     try:
-        sent = sock.sendmsg(parts)
+        sent = sock.sendmsg(parts, (), socket.MSG_DONTWAIT)
     except BlockingIOError:
         return parts
     left = []

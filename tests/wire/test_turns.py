@@ -14,6 +14,7 @@ import pytest
 from progressdb_kms.errors import KMSError, Overloaded, PeerRefused
 from progressdb_kms.rules import Peer
 from progressdb_kms.wire import server
+from progressdb_kms.wire.answers import send_parts
 from progressdb_kms.wire.connection import AHEAD, BODY, HEAD, IDLE
 from progressdb_kms.wire.fair import Fair
 from progressdb_kms.wire.http1 import Reader, Request, Room
@@ -228,6 +229,16 @@ def test_so_many_may_wait_as_there_are_descriptors_left(spare: int) -> None:
     with make, mock.patch.object(Server, "_open_doors"):
         made = Server([], mock.MagicMock(), limits, mock.MagicMock(), mock.MagicMock(), mock.MagicMock())
     assert made._most_turned_away == {-40: 64, 0: 64, 100: 100, 4000: 1024}[spare]
+
+
+def test_a_long_answer_does_not_wait_for_who_takes_it_slowly() -> None:
+    """The socket of the only connection blocks for a moment: it did so with each 32 KiB of an answer."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(True)  # for ever, since nobody takes anything
+        left = send_parts(ours, [memoryview(bytes(100)), memoryview(bytes(8 << 20))])
+        assert 0 < sum(map(len, left)) < 100 + (8 << 20)
+        assert send_parts(ours, left) is left
 
 
 def test_and_its_answer_is_sent() -> None:
