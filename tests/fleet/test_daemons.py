@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -258,6 +259,15 @@ def exported(make_daemon: MakeDaemon) -> tuple[bytes, str, bytes]:
     return host.kek, key_id, host.offline("export").stdout
 
 
+def hosts(
+    database: postgres.Fleet, make_daemon: MakeDaemon, kek: bytes, *clocks: Shim | None
+) -> Iterator[Daemon]:
+    """Not started yet, each with the clock that a shim sets or, for None, with the right one."""
+    for shim in clocks:
+        env = shim.env if shim else None
+        yield make_daemon(configured(database), kek=kek, workers=1, env=env, start=False)
+
+
 def holds(daemon: Daemon, key_id: str) -> bool:
     """Ready, and the janitor of a keeper that starts has looked: what is due is shredded by then."""
     until(lambda: daemon.request("GET", "/readyz").status == 200)
@@ -273,10 +283,7 @@ def test_nor_does_one_that_imports_into_an_empty_fleet(
     kek, key_id, lines = exported(make_daemon)
     with Shim() as shim:
         shim.clock(YEARS)
-        one, two = (
-            make_daemon(configured(fleet_database), kek=kek, workers=1, env=shim.env, start=False)
-            for _ in range(2)
-        )
+        one, two = hosts(fleet_database, make_daemon, kek, shim, shim)
         done = one.offline("import", "-", stdin=lines)
         assert done.returncode == 0 and b"1 of the deletions are due by this host's clock, and held" in (
             done.stderr
@@ -296,8 +303,7 @@ def test_nor_another_one_than_the_host_that_imports(
     """The one that imports has a clock that is right, and what it knows of the time stays."""
     kek, key_id, lines = exported(make_daemon)
     with Shim() as shim:
-        one = make_daemon(configured(fleet_database), kek=kek, workers=1, start=False)
-        two = make_daemon(configured(fleet_database), kek=kek, workers=1, env=shim.env, start=False)
+        one, two = hosts(fleet_database, make_daemon, kek, None, shim)
         assert one.offline("import", "-", stdin=lines).stderr == b""
         shim.clock(YEARS)
         assert holds(two.start(), key_id)
@@ -312,8 +318,8 @@ def test_nor_daemons_that_were_there_before_any_dek(
     kek, key_id, lines = exported(make_daemon)
     with Shim() as shim:
         shim.clock(YEARS)
-        one = make_daemon(configured(fleet_database), kek=kek, workers=1, start=False)
-        two = make_daemon(configured(fleet_database), kek=kek, workers=1, env=shim.env)
+        one, two = hosts(fleet_database, make_daemon, kek, None, shim)
+        two.start()
         until(lambda: two.request("GET", "/readyz").status == 200)
         done = one.offline("import", "-", stdin=lines)
         assert done.returncode == 1 and b"nothing was stored" in done.stderr and b"stop" in done.stderr
