@@ -26,6 +26,7 @@ KEY_SIZE = 32
 SCRATCH_SIZE = 256
 """Bytes of locked scratch for one key file: 64 digits and white space. A longer file is refused."""
 
+FILE_VARIABLE = "PROGRESSDB_KMS_MASTER_KEY_FILE"
 HEX_VARIABLE = "PROGRESSDB_KMS_MASTER_KEY_HEX"
 FD_VARIABLE = "PROGRESSDB_KMS_MASTER_KEY_FD"
 """Number of the pipe by which `hardening.prepare` hands on the key that stood in HEX_VARIABLE."""

@@ -22,13 +22,11 @@ from typing import Any
 from ..crypto.memory import LockedBuffer, wipe
 from ..errors import ConfigError
 from . import keysource, yamlfile
-from .keysource import FD_VARIABLE, HEX_VARIABLE, KEY_SIZE, Source
+from .keysource import FD_VARIABLE, FILE_VARIABLE, HEX_VARIABLE, KEY_SIZE, Source
 from .options import KEY_LISTS, MASTER_KEYS, SETTINGS, Settings
 from .values import ANY, Option, Scalar
 from .weakkeys import AT_RANDOM, refuse_weak
 from .yamlfile import ConfigFile
-
-FILE_VARIABLE = "PROGRESSDB_KMS_MASTER_KEY_FILE"
 
 PENDING_SUFFIX = ".next"
 """Where `rotate-kek` puts the new key before the daemon hears of it."""
@@ -179,17 +177,16 @@ def read_policies(path: str) -> Sequence[Mapping[str, Any]]:
 def _choose(
     option: Option, flags: Mapping[str, str | None], file: ConfigFile | None, environ: Mapping[str, str]
 ) -> Any:
-    given = flags.get(option.name) if option.flag else None
-    if given is not None:
-        return option.settle(option.read(Scalar(given, ANY), option.flag), "", option.flag)
-    if file and option.name in file.values:
-        label = f"{option.name} in {file.path}"
-        return option.settle(file.values[option.name], os.path.dirname(file.path), label)
-    if option.env and not (option.private and file):
+    value, folder, label = option.default, "", option.name
+    if (given := flags.get(option.name)) is not None:
+        value, label = option.read(Scalar(given, ANY), option.flag), option.flag
+    elif file and option.name in file.values:
+        value, folder, label = file.values[option.name], os.path.dirname(file.path), f"{label} in {file.path}"
+    elif option.env and not (option.private and file):
         text = environ.get(option.env)
         if text is not None and (text or option.private):  # SOCKET= is as good as unset, ALLOWED_UIDS= is not
-            return option.settle(option.read(Scalar(text, ANY), option.env), "", option.env)
-    return option.settle(option.default, "", option.name)
+            value, label = option.read(Scalar(text, ANY), option.env), option.env
+    return None if value is None else option.settle(value, folder, label)
 
 
 def _settings(values: Mapping[str, Any], file: ConfigFile | None, master: Source | None) -> Settings:

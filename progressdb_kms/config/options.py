@@ -1,7 +1,7 @@
-"""Every key of the configuration, once: type, what it takes, its limits, its default and the reason for it.
+"""Every key of the configuration, once: type, what it takes, its limits and its default.
 
-The loader, the manual's table, the man page and the sample file's check are made from these rows, or held
-against them.
+What each means stands in the manual's page `configuration`, of which the man page is made; tests hold both
+and the sample file against these rows.
 """
 
 from __future__ import annotations
@@ -30,32 +30,10 @@ MAX_WORKERS = 4
 _KEY_LIST = "a list of at most {high} mappings with hex, file or credential"
 
 KEYS: tuple[Option, ...] = (
-    Option(
-        "master_key_hex", values.hex_key, values.KEY_FORMS["hex"].expects,
-        "The master key itself. The file that holds it must have mode 0600 or 0400.",
-        env="PROGRESSDB_KMS_MASTER_KEY_HEX", private=True,
-    ),
-    Option(
-        "master_key_file", values.plain_text, values.KEY_FORMS["file"].expects,
-        "A file with the master key: 64 hex digits, white space around them allowed, or exactly 32 raw "
-        "bytes; mode 0600 or 0400.",
-        env="PROGRESSDB_KMS_MASTER_KEY_FILE", private=True,
-    ),
-    Option(
-        "master_key_credential", values.credential_name, values.KEY_FORMS["credential"].expects,
-        "Name of a systemd credential (`LoadCredential=`, `LoadCredentialEncrypted=`) with the master key, "
-        "read from `$CREDENTIALS_DIRECTORY`.",
-        private=True,
-    ),
-    Option(
-        "previous_master_keys", values.key_list, _KEY_LIST, private=True, high=MAX_PREVIOUS,
-        doc="Keys that may unwrap and never wrap: a list of `hex: …`, `file: …` or `credential: …`.",
-    ),
-    Option(
-        "next_master_keys", values.key_list, _KEY_LIST, private=True, high=MAX_NEXT,
-        doc="Keys that a rotation of a fleet may move to, given like previous ones. SIGHUP reads them anew.",
-    ),
-)  # fmt: skip
+    *(form._replace(name=f"master_key_{name}") for name, form in values.KEY_FORMS.items()),
+    Option("previous_master_keys", values.key_list, _KEY_LIST, private=True, high=MAX_PREVIOUS),
+    Option("next_master_keys", values.key_list, _KEY_LIST, private=True, high=MAX_NEXT),
+)
 
 KEY_LISTS = ("previous_master_keys", "next_master_keys")
 
@@ -81,9 +59,9 @@ def _socket(value: str, folder: str, label: str) -> Path:
     return path
 
 
-def _group_id(group: str | None, folder: str, label: str) -> int | None:
-    if group is None or group.isdecimal():
-        return None if group is None else int(group)
+def _group_id(group: str, folder: str, label: str) -> int:
+    if group.isdecimal():
+        return int(group)
     try:
         return grp.getgrnam(group).gr_gid
     except KeyError:
@@ -98,17 +76,11 @@ def _processes(value: int | str, folder: str, label: str) -> int:
 
 def cores() -> int:
     """Cores that this process may use: a container or `taskset` may give it fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
-def _set(value: Sequence[int] | None, folder: str, label: str) -> frozenset[int] | None:
-    return None if value is None else frozenset(value)
-
-
-def _tuple(value: Sequence[Any] | None, folder: str, label: str) -> tuple[Any, ...]:
-    return tuple(value or ())
+def _set(value: Sequence[int], folder: str, label: str) -> frozenset[int]:
+    return frozenset(value)
 
 
 # ---- everything else ---------------------------------------------------------------------------------
@@ -126,118 +98,74 @@ class Settings(NamedTuple):
     """
 
     # fmt: off
-    allow_missing_keks: bool = _row(
-        values.true_or_false, "true or false",
-        "Start although DEKs need KEKs that are not configured: those are answered with 503, the others "
-        "served. The active KEK is always needed.",
-        default=False,
-    )
-    open_embedded_messages: bool = _row(
-        values.true_or_false, "true or false",
-        "Let decrypt and reencrypt open what ProgressDB's embedded mode sealed under a master key that is "
-        "configured here; see the manual's page progressdb.",
-        default=False,
-    )
+    allow_missing_keks: bool = _row(values.true_or_false, "true or false", default=False)
+    open_embedded_messages: bool = _row(values.true_or_false, "true or false", default=False)
     socket: Path = _row(
         values.socket_path, "a path or unix://PATH",
-        f"Where the daemon listens: a path of at most {MAX_SOCKET_PATH} bytes. `unix://PATH` is the same.",
         default="/tmp/progressdb-kms.sock",  # noqa: S108
         flag="--socket", env="PROGRESSDB_KMS_SOCKET",
         settle=_socket,
     )
     socket_mode: int = _row(
         values.file_mode, "an octal mode of at most 0666, such as 0660",
-        "Mode of the socket. Write access lets a peer connect; to let everybody in needs allowed_peer_uids.",
         default=0o600,
     )
     socket_group: int | None = _row(
-        values.group_name, "the name or number of a group",
-        "Group of the socket: with socket_mode 0660 its members may connect.",
-        settle=_group_id,
+        values.group_name, "the name or number of a group", settle=_group_id,
     )
     tcp_address: str | None = _row(
         values.loopback_address, "127.0.0.1:PORT or [::1]:PORT",
-        "Also listen there. A peer is known by its UID as the kernel tells it; without allowed_peer_uids "
-        "only the daemon's own UID, root and admin_peer_uids are served. Absent: no TCP.",
         flag="--addr",
     )
     data_dir: Path = _row(
         values.plain_text, "a path",
-        "Where the store, the audit log and the snapshots are. Mode 0700; made where missing.",
         default="./kms-data", flag="--data-dir", env="PROGRESSDB_KMS_DATA_DIR",
         settle=_absolute,
     )
-    store: str = _row(
-        values.one_of("sqlite", "postgresql"), "sqlite or postgresql",
-        "Where the DEKs are: `sqlite`, in the data_dir; `postgresql`, in a database that the hosts of a "
-        "fleet share. See the manual's page fleet.",
-        default="sqlite",
-    )
-    postgresql: Mapping[str, Any] | None = _row(
-        values.text_block, "a mapping such as hosts: [db1:5432]",
-        "How the fleet's database is reached: `hosts`, `database`, `user`, `password_file` or `tls_cert` "
-        "with `tls_key_file`, `tls_ca`, `fence_seconds`.",
-    )
+    store: str = _row(values.one_of("sqlite", "postgresql"), "sqlite or postgresql", default="sqlite")
+    postgresql: Mapping[str, Any] | None = _row(values.text_block, "a mapping such as hosts: [db1:5432]")
     allowed_peer_uids: frozenset[int] | None = _row(
         values.uid_list, f"a list of at most {MAX_UIDS} user ids (numbers)",
-        "Absent: every peer that the socket's permissions let in is served, and its UID is only logged. "
-        "A list: others get 403.",
         high=MAX_UID, env="PROGRESSDB_KMS_ALLOWED_UIDS", private=True,
         settle=_set,
     )
     admin_peer_uids: frozenset[int] | None = _row(
         values.uid_list, f"a list of at most {MAX_UIDS} user ids (numbers)",
-        "Absent: the same as callers. A list: unwrap, rewrap, rotate, disable, enable, delete and accepting "
-        "the clock need one of these UIDs.",
         high=MAX_UID, private=True,
         settle=_set,
     )
-    policies: tuple[Mapping[str, Any], ...] = _row(
+    policies: Sequence[Mapping[str, Any]] = _row(
         values.policy_list, f"a list of at most {MAX_POLICIES} mappings",
-        "Each narrows what the `uid` or `gid` that it names may do: `operations`, `threads` and `keys` "
-        "(patterns, `*` is any run of characters), `per_second`. All that name a peer must allow.",
-        private=True,
-        settle=_tuple,
+        default=(), private=True,
     )
     kek_max_age_days: int | None = _row(
         values.whole_number, "a whole number of days from {low} to {high}",
-        "After so many days under one KEK the journal reminds once a day of `rotate-kek`, and so do status, "
-        "doctor and the metrics. Absent: nobody is reminded.",
-        unit="days", low=1, high=36500,
+        low=1, high=36500,
     )
-    workers: int = _row(
+    workers: int = _row(  # more than 4 share the one writer and gain little
         values.worker_count, "auto or a whole number from {low} to {high}",
-        "Processes that answer. `auto`: one for each core that this process may use, at most 4; "
-        "more share the one writer and gain little.",
-        default="auto", unit="", low=1, high=64,
+        default="auto", low=1, high=64,
         settle=_processes,
     )
     memory_lock: str = _row(
         values.one_of("require", "try", "off"), "require, try or off",
-        "`require`: refuse to start where the pages of keys can't be locked. `try`: warn. `off`: don't lock.",
         default="try",
     )
-    max_body_bytes: int = _row(
+    max_body_bytes: int = _row(  # a batch of some thousand chat messages fits
         values.whole_number, "a whole number of bytes from {low} to {high}",
-        "Longest request body; a longer one gets 413. A batch of some thousand chat messages fits.",
-        default=8 * MIB, unit="bytes", low=4096, high=256 * MIB,
+        default=8 * MIB, low=4096, high=256 * MIB,
     )
     max_connections: int = _row(
         values.whole_number, "a whole number from {low} to {high}",
-        "Connections served at one time, in all workers; one more gets 503. Each costs a "
-        "descriptor.",
-        default=2048, unit="connections", low=1, high=65536,
+        default=2048, low=1, high=65536,
     )
-    idle_timeout: float = _row(
+    idle_timeout: float = _row(  # longer than a client's pool keeps one: Go's keeps it for 90
         values.seconds, "a number of seconds from {low} to {high}",
-        "How long a connection may wait for its next request. Longer than a client's pool keeps one: Go's "
-        "keeps it for 90.",
-        default=120.0, unit="seconds", low=0.1, high=86400,
+        default=120.0, low=0.1, high=86400,
     )
     request_timeout: float = _row(
         values.seconds, "a number of seconds from {low} to {high}",
-        "Deadline for the whole head of a request, and again for its whole body: a slow peer gets 408.",
-        default=30.0, unit="seconds", low=0.1, high=3600,
+        default=30.0, low=0.1, high=3600,
     )
     # fmt: on
 

@@ -17,7 +17,7 @@ from typing import Any, Callable, NamedTuple, Union
 from ..encoding import hex_decode_into
 from ..errors import ConfigError
 from ..rules import CALLED, OPERATIONS
-from .keysource import KEY_SIZE
+from .keysource import FILE_VARIABLE, HEX_VARIABLE, KEY_SIZE
 
 MAX_PREVIOUS = 100
 """Most previous_master_keys: they, the next ones and the master key fit into one page of locked memory."""
@@ -54,7 +54,8 @@ class Wrong(Exception):
 
 
 Settle = Callable[[Any, str, str], Any]
-"""(value, the folder that a path is relative to, label) -> the setting: for what needs the host."""
+"""(value that isn't None, the folder that a path is relative to, label) -> the setting: for what needs the
+host."""
 
 
 class Option(NamedTuple):
@@ -63,9 +64,7 @@ class Option(NamedTuple):
     name: str
     parse: Callable[[Value, Option], Any]
     expects: str
-    doc: str = ""
     default: Any = None
-    unit: str = ""
     low: float = 0
     high: float = 0
     flag: str = ""
@@ -245,9 +244,11 @@ def credential_name(value: Value, option: Option) -> str:
 KEY_FORMS: Mapping[str, Option] = {
     row.name: row
     for row in (
-        Option("hex", hex_key, "64 hex digits (32 bytes)"),
-        Option("file", plain_text, "a path"),
-        Option("credential", credential_name, "the name of a systemd credential (no slash in it)"),
+        Option("hex", hex_key, "64 hex digits (32 bytes)", env=HEX_VARIABLE, private=True),
+        Option("file", plain_text, "a path", env=FILE_VARIABLE, private=True),
+        Option(
+            "credential", credential_name, "the name of a systemd credential (no slash in it)", private=True
+        ),
     )
 }
 """How a key may be given: as master_key_hex and so on, or in an entry of a list of keys."""

@@ -132,12 +132,11 @@ def pager() -> list[str]:
 
 
 def default_text(option: Option) -> str:
-    """For tables of the configuration: `8388608 bytes`, `0600`, `(none)`."""
-    if option.default is None:
+    """For tables of the configuration: `8388608`, `0600`, `(none)`."""
+    if option.default in (None, ()):
         return "(none)"
     if option.parse is file_mode:
         return f"{option.default:04o}"
     if isinstance(option.default, bool):
         return str(option.default).lower()
-    number = f"{option.default:g}" if isinstance(option.default, float) else str(option.default)
-    return f"{number} {option.unit}".strip()
+    return f"{option.default:g}" if isinstance(option.default, float) else str(option.default)

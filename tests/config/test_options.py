@@ -281,19 +281,16 @@ def test_the_keys_are_those_of_the_contract() -> None:
 def test_each_default_is_a_value_that_is_taken() -> None:
     """What the documentation shows can be written into a file."""
     for option in OPTIONS:
-        assert option.doc.endswith(".")
-        if option.default is None:
-            assert default_text(option) == "(none)"
-        else:
-            shown_value = default_text(option).partition(" ")[0]
-            assert option.read(Scalar(shown_value, ANY), option.name) == option.default
+        if default_text(option) != "(none)":
+            assert option.read(Scalar(default_text(option), ANY), option.name) == option.default
 
 
 def test_default_texts() -> None:
     assert default_text(BY_NAME["socket_mode"]) == "0600"
-    assert default_text(BY_NAME["max_body_bytes"]) == "8388608 bytes"
-    assert default_text(BY_NAME["idle_timeout"]) == "120 seconds"
+    assert default_text(BY_NAME["max_body_bytes"]) == "8388608"
+    assert default_text(BY_NAME["idle_timeout"]) == "120"
     assert default_text(BY_NAME["workers"]) == "auto"
+    assert default_text(BY_NAME["socket_group"]) == default_text(BY_NAME["policies"]) == "(none)"
 
 
 @pytest.mark.parametrize(
