@@ -85,36 +85,32 @@ def prepare(argv: Sequence[str], environ: Mapping[str, str]) -> None:
     working directory changes, with nothing read from stdin. Returns too where it can't be done; `harden`
     reports that.
     """
-    if environ.get(MARKER) == str(os.getpid()):
-        return
     wanted = new_environment(environ, os.getpid(), wipes=_can_wipe_on_free())
     command = _command_line()
     if wanted is None or command is None:
         return
-    key = environ.get(HEX_VARIABLE)
-    pipe = None if key is None or has_config(argv) else _hand_over(key)
-    if pipe is not None:
-        wanted[FD_VARIABLE] = str(pipe)
-    try:
+    if HEX_VARIABLE in environ and not has_config(argv):
+        wanted[FD_VARIABLE] = str(_hand_over(environ[HEX_VARIABLE]))
+    with contextlib.suppress(OSError):
         os.execve(sys.executable, command, wanted)  # noqa: S606  # our own interpreter and arguments
-    except OSError:
-        if pipe is not None:
-            os.close(pipe)
+    if FD_VARIABLE in wanted:
+        os.close(int(wanted[FD_VARIABLE]))
 
 
 def new_environment(environ: Mapping[str, str], pid: int, *, wipes: bool) -> dict[str, str] | None:
-    """The environment to start with, without a key in it, or None where this one will do.
+    """The environment to start with, without a key in it, or None where this one will do, or is such.
 
     `wipes`: the C library and the interpreter know how to wipe on free.
     """
+    if environ.get(MARKER) == str(pid):
+        return None
     changes = dict(CAPABILITY) if _is_x86() else {}
     if wipes:
         tunables = merged_tunables(environ.get("GLIBC_TUNABLES", ""))
         changes.update(PYTHONMALLOC="malloc", GLIBC_TUNABLES=tunables, LD_BIND_NOW="1", PYTHONUTF8="1")
-    decided = {name for name in environ if name.startswith(("PYTHON", "MALLOC_"))} - KEPT
-    decided |= {name for name in environ if CAPABILITIES.fullmatch(name)}
-    decided -= set(changes)
-    dropped = {HEX_VARIABLE, FD_VARIABLE} & set(environ) | decided
+    inherited = {name for name in environ if name.startswith(("PYTHON", "MALLOC_"))} - KEPT
+    inherited |= {name for name in environ if CAPABILITIES.fullmatch(name)}
+    dropped = {HEX_VARIABLE, FD_VARIABLE} & set(environ) | inherited - set(changes)
     if not dropped and all(environ.get(name) == value for name, value in changes.items()):
         return None
     kept = {name: value for name, value in environ.items() if name not in dropped}
@@ -148,16 +144,12 @@ def _can_wipe_on_free() -> bool:
 
 def _command_line() -> list[str] | None:
     """How this process was started: interpreter, its options, program, arguments. None where nobody knows."""
-    if not sys.executable:
+    try:
+        with open("/proc/self/cmdline", "rb") as file:
+            words = [os.fsdecode(word) for word in file.read().split(b"\0")[:-1]]
+    except OSError:
         return None
-    command: list[str] = list(getattr(sys, "orig_argv", ()))  # Python 3.10
-    if not command:
-        try:
-            with open("/proc/self/cmdline", "rb") as file:
-                command = [os.fsdecode(arg) for arg in file.read().split(b"\0")[:-1]]
-        except OSError:
-            return None
-    return [sys.executable, *command[1:]] if command else None
+    return [sys.executable, *words[1:]] if sys.executable else None
 
 
 def _hand_over(key: str) -> int:
@@ -187,68 +179,33 @@ def harden() -> list[Measure]:
 
     Linux resets "not dumpable" at execve, so this comes after `prepare`. Children inherit all of it.
     """
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _prctl(_PR_SET_DUMPABLE, 0)  # ptrace by the same user; a core_pattern with a pipe asks for no RLIMIT_CORE
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    os.umask(UMASK)
+    core = resource.getrlimit(resource.RLIMIT_CORE)
+    dumpable, no_new_privileges = _prctl(_PR_GET_DUMPABLE), _prctl(_PR_GET_NO_NEW_PRIVS)
     return [
-        _started_anew(),
-        _no_core_files(),
-        _not_dumpable(),
-        _no_new_privileges(),
-        _private_umask(),
+        second_start(),
+        Measure("no_core_files", core == (0, 0), f"RLIMIT_CORE is {core[0]} (soft), {core[1]} (hard)"),
+        Measure("not_dumpable", dumpable == 0, f"PR_GET_DUMPABLE is {dumpable}"),
+        Measure("no_new_privs", no_new_privileges == 1, f"PR_GET_NO_NEW_PRIVS is {no_new_privileges}"),
         _wipe_on_free(),
-        _bound_now(),
-        _no_hash_keys(),
     ]
 
 
-SECOND_START = "second_start"
 REMEDY = "let it execute its own interpreter: NoExecPaths= and SystemCallFilter= in the unit may forbid it"
 
 
-def _started_anew() -> Measure:
+def second_start() -> Measure:
     """`prepare` returned, though it was needed?"""
-    if os.environ.get(MARKER) == str(os.getpid()):
-        return Measure(SECOND_START, True, "the program was started anew, with an environment of its own")
     if new_environment(os.environ, os.getpid(), wipes=_can_wipe_on_free()) is None:
-        return Measure(SECOND_START, True, "the environment was right from the start")
+        return Measure("second_start", True, "nothing that was inherited decides what memory keeps of keys")
     why = "the program could not be started anew: freed memory and stacks may keep copies of keys"
     if HEX_VARIABLE in os.environ:
         why += f", and {HEX_VARIABLE} can be read in /proc as long as it runs"
-    return Measure(SECOND_START, False, why)
-
-
-def _no_core_files() -> Measure:
-    try:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except (OSError, ValueError) as error:
-        return Measure("no_core_files", False, f"RLIMIT_CORE can't be set: {error}")
-    limits = resource.getrlimit(resource.RLIMIT_CORE)
-    return Measure(
-        "no_core_files", limits == (0, 0), f"RLIMIT_CORE is {limits[0]} (soft), {limits[1]} (hard)"
-    )
-
-
-def _not_dumpable() -> Measure:
-    """Against ptrace by the same user, and a core_pattern with a pipe, which RLIMIT_CORE does not stop."""
-    return _by_prctl("not_dumpable", "PR_GET_DUMPABLE", _PR_SET_DUMPABLE, _PR_GET_DUMPABLE, 0)
-
-
-def _no_new_privileges() -> Measure:
-    return _by_prctl("no_new_privs", "PR_GET_NO_NEW_PRIVS", _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS, 1)
-
-
-def _by_prctl(measure: str, word: str, change: int, look: int, wanted: int) -> Measure:
-    _prctl(change, wanted)
-    value = _prctl(look)
-    detail = f"{word} is {value}"
-    if value < 0:
-        linux = sys.platform.startswith("linux")
-        detail = f"{word} failed: {os.strerror(ctypes.get_errno())}" if linux else "only Linux has it"
-    return Measure(measure, value == wanted, detail)
-
-
-def _private_umask() -> Measure:
-    os.umask(UMASK)
-    value = os.umask(UMASK)
-    return Measure("umask", value == UMASK, f"umask is {value:04o}")
+    return Measure("second_start", False, why)
 
 
 def _wipe_on_free() -> Measure:
@@ -256,28 +213,11 @@ def _wipe_on_free() -> Measure:
         return Measure("wipe_on_free", True, "freed memory is overwritten (tried)")
     if sys.flags.ignore_environment:
         return Measure("wipe_on_free", False, "python -I and -E ignore PYTHONMALLOC: use -s, or neither")
-    if not _can_wipe_on_free():
-        return Measure("wipe_on_free", False, "needs CPython on glibc")
-    return Measure("wipe_on_free", False, f"needs PYTHONMALLOC=malloc GLIBC_TUNABLES={merged_tunables('')}")
-
-
-def _bound_now() -> Measure:
-    active = bool(os.environ.get("LD_BIND_NOW"))
-    return Measure("bind_now", active, f"LD_BIND_NOW is {'set' if active else 'not set'}")
-
-
-def _no_hash_keys() -> Measure:
-    if not _is_x86():
-        return Measure("no_hash_keys", True, "only code for x86 is known to leave keys of GHASH on the stack")
-    ((name, value),) = CAPABILITY.items()
-    found = os.environ.get(name)
-    return Measure("no_hash_keys", found == value, f"{name} is {'not set' if found is None else repr(found)}")
+    return Measure("wipe_on_free", False, "needs CPython on glibc, and its second start")
 
 
 def _prctl(option: int, value: int = 0) -> int:
-    """-1 where the system refuses or has no prctl."""
-    if not sys.platform.startswith("linux"):
-        return -1
+    """-1 where the system refuses."""
     words = [ctypes.c_ulong(word) for word in (value, 0, 0, 0)]
     result: int = _libc.prctl(ctypes.c_int(option), *words)
     return result
@@ -321,17 +261,14 @@ def _is_wiped(copies: int) -> bool:
 # ---- for workers -----------------------------------------------------------------------------------
 
 
-def die_with_parent(parent: int) -> bool:
+def die_with_parent(parent: int) -> None:
     """Have the kernel kill us when the parent's thread that forked us ends. Call it right after fork.
 
-    `parent`: its pid, taken before the fork: if it is gone already, we are at once. Returns False
-    where the system has no such thing.
+    `parent`: its pid, taken before the fork: if it is gone already, we are at once.
     """
-    if _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        return False
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
-    return True
 
 
 # A thread that handles a signal while it ciphers leaves its registers, and round keys in them, on its stack.

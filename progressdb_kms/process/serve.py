@@ -22,7 +22,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from typing import Any, Callable
 
 from ..config.load import Loaded
@@ -65,7 +64,7 @@ def serve(
     for remark in inherited.remarks():
         log.warning("%s", remark)
     found = hardening.harden()
-    _look_at_second_start(settings, found)
+    _look_at_second_start(settings, hardening.second_start())
     descriptors = _descriptors(settings)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     lock = claim(settings.data_dir)
@@ -115,12 +114,11 @@ def _fleet(settings: Settings) -> Any:
     return FleetSide(settings)
 
 
-def _look_at_second_start(settings: Settings, measures: Sequence[hardening.Measure]) -> None:
-    for measure in measures:
-        if measure.name == hardening.SECOND_START and not measure.ok:
-            if settings.memory_lock == "require":
-                raise LockRefused(f"memory_lock is 'require', but {measure.detail}", hint=hardening.REMEDY)
-            log.warning("%s (%s)", measure.detail, hardening.REMEDY)
+def _look_at_second_start(settings: Settings, measure: hardening.Measure) -> None:
+    if not measure.ok and settings.memory_lock == "require":
+        raise LockRefused(f"memory_lock is 'require', but {measure.detail}", hint=hardening.REMEDY)
+    if not measure.ok:
+        log.warning("%s (%s)", measure.detail, hardening.REMEDY)
 
 
 def _descriptors(settings: Settings) -> int:

@@ -274,7 +274,6 @@ def _worker_main(shared: Shared, slot: int, chain: str) -> None:
 
 def _pin(slot: int) -> None:
     """One core a worker: two threads on two cores would only fight for the interpreter's lock."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        with suppress(OSError):
-            os.sched_setaffinity(0, {cores[(slot - 1) % len(cores)]})
+    cores = sorted(os.sched_getaffinity(0))
+    with suppress(OSError):
+        os.sched_setaffinity(0, {cores[(slot - 1) % len(cores)]})

@@ -258,9 +258,9 @@ def _harden(words: Sequence[str]) -> None:
     from ..process import hardening
 
     hardening.prepare(words, os.environ)
-    for measure in hardening.harden():
-        if measure.name == hardening.SECOND_START and not measure.ok:
-            say(f"{PROG}: warning: {measure.detail} ({hardening.REMEDY})")
+    hardening.harden()
+    if not (measure := hardening.second_start()).ok:
+        say(f"{PROG}: warning: {measure.detail} ({hardening.REMEDY})")
 
 
 @contextlib.contextmanager

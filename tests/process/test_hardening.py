@@ -65,6 +65,7 @@ wiping = pytest.mark.skipif(not hardening._can_wipe_on_free(), reason="needs CPy
         ({**READY, HEX_VARIABLE: ""}, True, READY),
         ({**READY, FD_VARIABLE: "3"}, True, READY),
         ({**READY, MARKER: "12"}, True, None),
+        ({MARKER: "99", HEX_VARIABLE: KEY}, True, None),
         (CPU, False, None),
         ({"A": "1", HEX_VARIABLE: KEY}, False, {"A": "1", **CPU}),
         ({**READY, "OPENSSL_ia32cap": ""}, True, READY),
@@ -284,22 +285,10 @@ def test_a_child_of_a_prepared_process_prepares_itself(script: Path) -> None:
     assert found["starts"] == 2
 
 
-@linux
-def test_python_3_9_has_no_orig_argv(tmp_path: Path) -> None:
-    path = tmp_path / "program.py"
-    path.write_text(
-        PROGRAM.replace("hardening.prepare(", "sys.__dict__.pop('orig_argv', 0); hardening.prepare(")
-    )
-    found = run([sys.executable, "-s", path, *ARGUMENTS], {HEX_VARIABLE: KEY})
-    assert (found["starts"], found["argv"], found["key"]) == (2, ARGUMENTS, KEY)
-    assert found["flags"][2]
-
-
-def test_without_proc_and_orig_argv_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_proc_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_proc(path: str, mode: str) -> Any:
         raise FileNotFoundError
 
-    monkeypatch.delattr(sys, "orig_argv", raising=False)
     monkeypatch.setattr(hardening, "open", no_proc, raising=False)
     assert hardening._command_line() is None
 
@@ -401,8 +390,8 @@ def test_all_measures_are_in_force(hardened: subprocess.Popen[str]) -> None:
     """What the process says of itself, and what the kernel says of it."""
     assert hardened.stdout is not None
     measures = [Measure(*row) for row in json.loads(hardened.stdout.readline())]
-    names = ["no_core_files", "not_dumpable", "no_new_privs", "umask", "wipe_on_free", "bind_now"]
-    assert [measure.name for measure in measures] == ["second_start", *names, "no_hash_keys"]
+    names = ["no_core_files", "not_dumpable", "no_new_privs", "wipe_on_free"]
+    assert [measure.name for measure in measures] == ["second_start", *names]
     assert [measure for measure in measures if not measure.ok] == []
     assert all(measure.detail for measure in measures)
     folder = Path(f"/proc/{hardened.pid}")
@@ -437,14 +426,6 @@ def _cores_are_files() -> bool:
     return not Path("/proc/sys/kernel/core_pattern").read_text().startswith(("|", "/", "\n"))
 
 
-@pytest.fixture
-def limits() -> Iterator[None]:
-    mask, core = os.umask(0o022), resource.getrlimit(resource.RLIMIT_CORE)
-    yield
-    os.umask(mask)
-    resource.setrlimit(resource.RLIMIT_CORE, core)
-
-
 class Prctl:
     """A kernel that says yes and does nothing, or says no."""
 
@@ -457,64 +438,56 @@ class Prctl:
         return self.answer if option.value in (3, 39) else 0
 
 
+@pytest.fixture
+def unharmed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The measures, without the effect that they would have on all tests that follow."""
+    monkeypatch.setattr(hardening, "_libc", Prctl(0))
+    monkeypatch.setattr(hardening, "wipe_on_free_active", lambda: True)
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: None)
+    mask = os.umask(0o022)
+    yield
+    os.umask(mask)
+
+
 @linux
 @pytest.mark.parametrize("answer", [-1, 2])
-def test_a_measure_that_did_not_take_is_told(monkeypatch: pytest.MonkeyPatch, answer: int) -> None:
+def test_a_measure_that_did_not_take_is_told(
+    unharmed: None, monkeypatch: pytest.MonkeyPatch, answer: int
+) -> None:
     kernel = Prctl(answer)
     monkeypatch.setattr(hardening, "_libc", kernel)
-    found = [hardening._not_dumpable(), hardening._no_new_privileges()]
-    assert [measure.ok for measure in found] == [False, False]
-    assert [measure.name for measure in found] == ["not_dumpable", "no_new_privs"]
-    assert kernel.calls == [(4, 0), (3, 0), (38, 1), (39, 0)]
-    assert all(("failed" if answer < 0 else "is 2") in measure.detail for measure in found)
+    found = {measure.name: measure for measure in hardening.harden()}
+    assert not found["not_dumpable"].ok and not found["no_new_privs"].ok
+    assert sorted(kernel.calls) == [(3, 0), (4, 0), (38, 1), (39, 0)]
+    assert all(f"is {answer}" in found[name].detail for name in ("not_dumpable", "no_new_privs"))
 
 
-def test_on_another_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert hardening._not_dumpable() == Measure("not_dumpable", False, "only Linux has it")
-    assert hardening.die_with_parent(os.getpid()) is False
-
-
-def test_a_limit_that_can_not_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_that_can_not_be_set_or_does_not_take(
+    unharmed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(which: int, limits: tuple[int, int]) -> None:
         raise ValueError("not allowed")
 
-    monkeypatch.setattr(resource, "setrlimit", refuse)
-    found = hardening._no_core_files()
-    assert not found.ok
-    assert "not allowed" in found.detail
-
-
-def test_a_limit_that_did_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: None)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (0, 5))
-    assert not hardening._no_core_files().ok
+    for setrlimit in (resource.setrlimit, refuse):
+        monkeypatch.setattr(resource, "setrlimit", setrlimit)
+        (found,) = (measure for measure in hardening.harden() if measure.name == "no_core_files")
+        assert found == Measure("no_core_files", False, "RLIMIT_CORE is 0 (soft), 5 (hard)")
 
 
-def test_umask(limits: None, tmp_path: Path) -> None:
-    assert hardening._private_umask() == Measure("umask", True, "umask is 0077")
+def test_umask(unharmed: None, tmp_path: Path) -> None:
+    hardening.harden()
     (tmp_path / "file").write_text("")
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600
 
 
 def test_why_free_does_not_wipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardening, "wipe_on_free_active", lambda: False)
-    monkeypatch.setattr(hardening, "_can_wipe_on_free", lambda: True)
     found = hardening._wipe_on_free()
-    assert not found.ok
-    assert f"GLIBC_TUNABLES={OURS}" in found.detail
+    assert not found.ok and "CPython on glibc" in found.detail
     assert dict(part.split("=") for part in OURS.split(":")) == TUNABLES
-    monkeypatch.setattr(hardening, "_can_wipe_on_free", lambda: False)
-    assert "CPython on glibc" in hardening._wipe_on_free().detail
     monkeypatch.setattr(hardening, "wipe_on_free_active", lambda: True)
     assert hardening._wipe_on_free().ok
-
-
-def test_bind_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LD_BIND_NOW", "1")
-    assert hardening._bound_now().ok
-    monkeypatch.setenv("LD_BIND_NOW", "")
-    assert not hardening._bound_now().ok
 
 
 # ---- for workers ---------------------------------------------------------------------------------
@@ -528,7 +501,7 @@ def test_a_child_dies_with_its_parent() -> None:
         from progressdb_kms.process import hardening
         parent = os.getpid()
         if not os.fork():
-            assert hardening.die_with_parent(parent)
+            hardening.die_with_parent(parent)
             print(os.getpid(), flush=True)
         time.sleep(600)
     """
@@ -613,7 +586,7 @@ def test_what_openssl_inherits_decides_nothing(inherited: dict[str, str]) -> Non
         lines = Path(f"/proc/{daemon.pid}/environ").read_text().split("\0")
         assert [line for line in lines if line.startswith("OPENSSL_")] == ["OPENSSL_ia32cap=:~0x40000000000"]
         measures = {row["name"]: row["ok"] for row in daemon.ok("GET", "/status")["hardening"]}
-        assert measures["no_hash_keys"] and measures["second_start"]
+        assert measures["second_start"]
 
 
 PROBE = """
