@@ -2,13 +2,10 @@
 
 A line that begins as the next of its chain must, and is signed, costs one HMAC and is looked into no
 further: who can sign is who writes them. Everything else goes the slow way, `look`, and ends there as a
-fault, or as one of the few things that an honest log may hold:
+fault, or as one of the few things that an honest log may hold: see `loose`. What is loose at the end is a
+fault.
 
-- a torn record: bytes that a recovery event, further on, names by length and SHA-256. Until then they are
-  "loose"; what is loose at the end is a fault.
-- several pieces in one line, because another process appended straight after the torn part. The records
-  among them are records; one that has lost its line end is loose like a torn one.
-- blank lines, as many as recovery events account for: each line end belongs to a record or to a repair.
+The daemon does not verify its log: no process of it loads this.
 """
 
 from __future__ import annotations
@@ -21,10 +18,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from ..crypto.aead import mac, same
 from ..encoding import b64decode
-from .log import MARK, RECORD, Torn, genuine, parse, pieces, torn
-
-LONGEST = 1 << 20
-"""Bytes of the longest line that is looked into; a record has 300 to 2,000."""
+from .log import MARK, RECORD, Torn, genuine, parse
+from .loose import Account
 
 _NAME, _EVENT, _TAIL = len(MARK), len(b'{"event":'), len(b',"sig":""}') + 44
 """Where in a line the chain's name begins, where its event does, and how far from the end that ends."""
@@ -75,15 +70,6 @@ class Expected(NamedTuple):
     who: str
 
 
-class Loose(NamedTuple):
-    """Bytes that a recovery event must account for."""
-
-    data: bytes
-    whole: bool  # a record without its line end
-    file: str
-    line: int
-
-
 Watch = dict[int, list[Expected]]
 
 
@@ -105,18 +91,14 @@ class Chain:
 # ---- the machine ---------------------------------------------------------------------------------
 
 
-class Verifier:
+class Verifier(Account):
     def __init__(self, key: memoryview, watch: dict[bytes, Watch], partial: bool, report: Report) -> None:
-        self.file, self.line = "", 0
-        self.key = key
+        super().__init__(key)
         self.watch = watch
         self.partial = partial
         self._report = report
         self.chains: dict[bytes, Chain] = {}
-        self.loose: list[Loose] = []
-        self._named: set[Torn] = set()  # a keeper that starts may name what a worker names too
         self._blank: tuple[str, int] | None = None  # the first blank line
-        self.spare = 0  # line ends beyond those of records and named repairs: must come out as 0
         self._blind = False  # a torn record stands in a file that was not given
         self._files = 0
 
@@ -146,23 +128,12 @@ class Verifier:
 
     def look(self, line: bytes, ended: bool, shaped: bool, block: bytes) -> None:
         """The slow way: a line of any kind. `shaped`: it looks like one record."""
-        if len(line) > LONGEST:
-            self._fault(f"a line of {len(line)} bytes is no audit record")
-        found = list(pieces(line, self.key))
-        records = sum(record is not None for _, record in found)
-        self.spare += ended - records
+        found = self.split(line)
         if not found and self._blank is None:
             self._blank = (self.file, self.line)
-        if shaped and not records:
-            self._fault(self._unsigned(block))
-        for number, (piece, record) in enumerate(found, 1):
-            if record is None:
-                self._in_place(piece)
-            else:
-                self._accept(record, number == 1)
-            if record is None or number < len(found) or not ended:
-                self.loose.append(Loose(piece, record is not None, self.file, self.line))
-                self.spare += record is not None  # a repair will end it
+        if shaped and all(record is None for _, record in found):
+            self.fault(self._unsigned(block))
+        self.enter(found, ended)
 
     def end_of_file(self, rest: bytes) -> None:
         """`rest`: what stands after the last line end."""
@@ -172,7 +143,7 @@ class Verifier:
 
     # -- one record
 
-    def _accept(self, record: re.Match[bytes], first: bool) -> None:
+    def accept(self, record: re.Match[bytes], first: bool) -> None:
         event, name, digits, prev, op, sig = record.groups()
         seq = int(digits)
         chain = self.chains.get(name)
@@ -185,11 +156,11 @@ class Verifier:
         chain.follow(seq, sig, event)
         for expected in chain.watch.pop(seq, ()):
             if not b64decode(sig).startswith(expected.digest):
-                self._fault(f"line {seq} of chain {name.decode()} is not the one that {expected.who} names")
+                self.fault(f"line {seq} of chain {name.decode()} is not the one that {expected.who} names")
 
     def _begin(self, name: bytes, seq: int, prev: bytes) -> Chain:
         if (seq == 1) != (prev == b"") or (seq != 1 and not self.partial):
-            self._fault(
+            self.fault(
                 f"chain {name.decode()} begins at its line {seq}: earlier log files were not given, "
                 "or the lines before it were removed"
             )
@@ -198,13 +169,13 @@ class Verifier:
     def _continues(self, name: bytes, chain: Chain, seq: int, prev: bytes) -> None:
         if seq > chain.seq + 1:
             missing = f"line {seq - 1}" if seq == chain.seq + 2 else f"lines {chain.seq + 1} to {seq - 1}"
-            self._fault(f"{missing} of chain {name.decode()} should stand before this one: deleted or moved")
+            self.fault(f"{missing} of chain {name.decode()} should stand before this one: deleted or moved")
         if seq <= chain.seq:
-            self._fault(
+            self.fault(
                 f"line {seq} of chain {name.decode()} stands after line {chain.seq}: repeated or moved"
             )
         if prev != chain.sig:
-            self._fault(f"line {seq} of chain {name.decode()} does not continue the line before it")
+            self.fault(f"line {seq} of chain {name.decode()} does not continue the line before it")
 
     def _special(self, op: bytes, event: dict[str, Any], first: bool) -> None:
         try:
@@ -214,9 +185,14 @@ class Verifier:
             elif op == b"shred" and event["outcome"] == "ok":
                 self._report.shredded[event["key_id"]] = event["ts"]
             elif op == b"audit_recovered":
-                self._recovered(event["torn"], event["ends"], first)
+                if not first:
+                    self.fault(
+                        "a recovery event always begins a line, this one doesn't: a line end was removed"
+                    )
+                self._report.recoveries += 1
+                self.recovered(event["torn"], event["ends"])
         except (KeyError, TypeError, ValueError, AttributeError):
-            self._fault(f"this {op.decode()} event is signed, but not in a form that this version knows")
+            self.fault(f"this {op.decode()} event is signed, but not in a form that this version knows")
 
     def _left(self, name: str, seq: int, sig: str) -> None:
         """A start names the heads that the run before it left."""
@@ -224,14 +200,14 @@ class Verifier:
         if chain is None and (self.partial or not seq):
             return
         if chain is None or chain.seq < seq or (chain.seq == seq and chain.sig != sig.encode()):
-            self._fault(
+            self.fault(
                 f"this start follows on line {seq} of chain {name}, which is not in the log: "
                 "earlier log files were not given, or lines were removed"
             )
 
     # -- torn records and their repair
 
-    def _in_place(self, piece: bytes) -> None:
+    def remains(self, piece: bytes) -> None:
         """A torn record that says so much of itself must be the next of its chain."""
         begun = _BEGUN.match(piece)
         if begun is None:
@@ -241,48 +217,29 @@ class Verifier:
             return
         seq, sig = (chain.seq, chain.sig) if chain else (0, b"")
         if (int(begun[2]), begun[3]) != (seq + 1, sig):
-            self._fault(f"a part of line {int(begun[2])} of chain {begun[1].decode()}, out of its place")
+            self.fault(f"a part of line {int(begun[2])} of chain {begun[1].decode()}, out of its place")
 
-    def _recovered(self, named: list[Torn], ends: int, first: bool) -> None:
-        if not first:
-            self._fault("a recovery event always begins a line, this one doesn't: a line end was removed")
-        self._report.recoveries += 1
-        unended = 0
-        for size, digest in named:
-            claim = (size, digest)
-            known = self._claim(claim) or claim in self._named
-            if not known and self._ended_for(claim):
-                unended += 1
-            elif not known and self.partial and self._files == 1:
-                self._blind = True  # the torn record stands in a file that was not given
-            elif not known:
-                self._fault(f"no torn record of {size} bytes is in the log, as this recovery event says")
-            self._named.add(claim)
-        self.spare += unended - ends
+    def unknown(self, claim: Torn) -> None:
+        if not self.partial or self._files != 1:
+            self.fault(f"no torn record of {claim[0]} bytes is in the log, as this recovery event says")
+        self._blind = True  # the torn record stands in a file that was not given
 
-    def _claim(self, claim: Torn) -> bool:
-        """Take the torn record that is named out of what is loose."""
-        left = next(ways(self.loose, claim), None)
-        self.loose = self.loose if left is None else left
-        return left is not None
-
-    def _ended_for(self, claim: Torn) -> bool:
-        """Is it a whole record, of which only the line end was missing, and a repair wrote that?"""
-        return any(torn(b'{"event":%b,"sig":"%b"}' % (c.event, c.sig)) == claim for c in self.chains.values())
+    def lasts(self) -> Iterator[bytes]:
+        return (b'{"event":%b,"sig":"%b"}' % (c.event, c.sig) for c in self.chains.values())
 
     # -- the end
 
     def finish(self) -> None:
         if self.loose:
-            self._fault("the log ends before that")
+            self.fault("the log ends before that")
         for name, watch in self.watch.items():
             for seq in sorted(watch):
                 self._unmet(name, seq, watch[seq])
         if self.spare and not self._blind:
             if self.spare > 0 and self._blank:
                 self.file, self.line = self._blank
-                self._fault("a blank line that no recovery event accounts for")
-            self._fault("line ends are missing that a recovery event names")
+                self.fault("a blank line that no recovery event accounts for")
+            self.fault("line ends are missing that a recovery event names")
         self._report.lines += self.line
         self._report.chains = {name.decode(): (c.first, c.seq) for name, c in self.chains.items()}
 
@@ -291,14 +248,14 @@ class Verifier:
         if self.partial and (chain is None or seq < chain.first):
             self._report.unchecked += len(expected)
         elif chain is None:
-            self._fault(f"chain {name.decode()} is missing whole: {expected[0].who} names its line {seq}")
+            self.fault(f"chain {name.decode()} is missing whole: {expected[0].who} names its line {seq}")
         else:
-            self._fault(
+            self.fault(
                 f"chain {name.decode()} ends with line {chain.seq}, but {expected[0].who} names "
                 f"its line {seq}: the end was cut off"
             )
 
-    def _fault(self, what: str) -> NoReturn:
+    def fault(self, what: str) -> NoReturn:
         """Whatever is loose comes first in the log, and is the likely cause of what was noticed later."""
         if not self.loose:
             raise Found(Fault(self.file, self.line, what))
@@ -324,37 +281,3 @@ class Verifier:
         if len(others) > 1 and not any(genuine(self.key, record) for record in others):
             return "no signature fits: the audit key is not the one that wrote this log"
         return "the signature does not fit: the line was edited, or the audit key is another"
-
-
-def ways(loose: Sequence[Loose], claim: Torn) -> Iterator[list[Loose]]:
-    """What is left loose without the piece that is named, by each place where it may have stood; first those
-    that are this piece and nothing else: the end of a longer one may look like a short one."""
-    for index, one in sorted(enumerate(loose), key=lambda place: len(place[1].data) != claim[0]):
-        for rest in _without(one.data, claim) if not one.whole or len(one.data) == claim[0] else ():
-            yield [*loose[:index], *(one._replace(data=data) for data in rest), *loose[index + 1 :]]
-
-
-def _without(run: bytes, named: Torn) -> Iterator[list[bytes]]:
-    """What is left of torn bytes when the named piece is taken out.
-
-    Several processes may have left theirs side by side, and each piece begins as a record does.
-    """
-    size = named[0]
-    for at in range(len(run) - size + 1):
-        left, piece, right = run[:at], run[at : at + size], run[at + size :]
-        fits = (not left or _begins(piece)) and _begins(right)
-        if fits and torn(piece) == named:
-            yield [part for part in (left, right) if part]
-
-
-def _begins(run: bytes) -> bool:
-    """Nothing, or torn records side by side: beginnings of MARK, the last perhaps with all of it."""
-    reached = {0}
-    for at in range(len(run)):
-        if at > max(reached):
-            return False
-        if at in reached and run.startswith(MARK, at):
-            return True
-        if at in reached:
-            reached |= {at + size for size in range(1, len(MARK)) if run.startswith(MARK[:size], at)}
-    return len(run) in reached

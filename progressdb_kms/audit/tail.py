@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, Union
 
 from ..disk import regular
-from .chain import LONGEST, Found, Report, Verifier
-from .log import FILE_NAME, MARK, AuditLog, pieces, torn
+from .log import EVENT, FILE_NAME, MARK, SIG, AuditLog, parse, pieces, torn
+from .loose import LONGEST, Account
 
 Name = Union[str, "os.PathLike[str]"]
 
@@ -160,23 +160,56 @@ def _floors(data: bytes, key: memoryview) -> Iterator[Floor]:
 # ---- the start of the daemon ---------------------------------------------------------------------
 
 
+class _End(Account):
+    """The last lines of a log, of which nobody knows what was before them."""
+
+    def __init__(self, key: memoryview) -> None:
+        super().__init__(key)
+        self._last: dict[bytes, re.Match[bytes]] = {}
+
+    def feed(self, line: bytes) -> None:
+        """A whole line. One that looks like a record, and like one alone, is taken for one: only what
+        recovery events name decides anything here, and theirs must be signed."""
+        record = _LINE(line)
+        if record is None or record[5] == _RECOVERED or line.find(MARK, 1) > 0:
+            self.enter(self.split(line), True)
+        else:
+            self.accept(record, True)
+
+    def accept(self, record: re.Match[bytes], first: bool) -> None:
+        last = self._last.get(record[2])
+        if last is not None and (int(record[3]), record[4]) != (int(last[3]) + 1, last[6]):
+            self.fault("a line is missing, or was moved")
+        if record[5] == _RECOVERED:
+            event = parse(record[0])
+            self.recovered(event["torn"], event["ends"])
+        self._last[record[2]] = record
+
+    def lasts(self) -> Iterator[bytes]:
+        return (record[0] for record in self._last.values())
+
+
+_RECOVERED = b"audit_recovered"
+_LINE = re.compile(rb'\{"event":(' + EVENT % b"" + rb'),"sig":"' + SIG + rb'"\}').fullmatch
+
+
 def recover(log: AuditLog) -> int:
     """Have `log` name the torn records that processes left when they died; returns how many there are.
 
     For the one process that holds the data-dir, at its start, before it records anything. Other processes
     may be appending: what changes while we look was not torn, and a piece that is named twice does no harm.
-    Only the end of the current file is looked at; a torn record before that stays a fault, and so does
-    whatever else is wrong.
+    Only the end of the current file is looked at; a torn record before that stays a fault. Where something
+    else is wrong, which `verify` tells, only what stands after the last line end is named.
     """
-    block, rest = _settled(log.path)
-    machine = Verifier(log.key, {}, True, Report([]))
+    lines, rest = _settled(log.path)
+    end = _End(log.key)
     try:
-        machine.open(log.path)
-        machine.feed(block)
-        machine.end_of_file(rest)
-        left = [torn(loose.data) for loose in machine.loose]
-        ends = max(0, machine.spare)
-    except Found:
+        for line in lines.split(b"\n")[:-1]:
+            end.feed(line)
+        if rest:
+            end.enter(end.split(rest), False)
+        left, ends = [torn(loose.data) for loose in end.loose], max(0, end.spare)
+    except (KeyError, TypeError, ValueError):
         left, ends = [torn(piece) for piece, _ in pieces(rest, log.key)], 0
     if left:
         log.adopt(left, ends)

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from .chain import Loose, Verifier, ways
+from .chain import Verifier
 from .log import Torn
+from .loose import Loose, ways
 
 TRIES = 10_000
 """Steps of a search: an honest log has its way after a few."""
@@ -44,9 +45,9 @@ class Thorough(Verifier):
         new = takewhile(lambda one: (one.file, one.line) == here, reversed(self.loose))
         self._since += reversed(list(new))
 
-    def _claim(self, claim: Torn) -> bool:
+    def claim(self, claim: Torn) -> bool:
         named = Named(claim, claim in self._named)
-        if super()._claim(claim) or named.again:
+        if super().claim(claim) or named.again:
             self._since.append(named)
             if not self.loose:
                 self._since.clear()

@@ -20,8 +20,9 @@ from typing import BinaryIO, Callable, NamedTuple, Union
 from ..encoding import b64decode
 from ..errors import StoreDamaged
 from . import tail
-from .chain import LONGEST, Expected, Fault, Found, Report, Verifier, Watch
+from .chain import Expected, Fault, Found, Report, Verifier, Watch
 from .log import parse, pieces
+from .loose import LONGEST
 from .tail import UNREADABLE, Name, in_order, opened
 from .torn import Thorough
 

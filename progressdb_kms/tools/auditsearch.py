@@ -20,8 +20,9 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any, Callable, NamedTuple
 
-from ..audit.chain import LONGEST, Report
+from ..audit.chain import Report
 from ..audit.log import MARK, MISSES, RECORD, genuine, parse
+from ..audit.loose import LONGEST
 from ..encoding import json_dumps, json_loads, timestamp
 from .console import UsageError, safe
 

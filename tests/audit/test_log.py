@@ -19,8 +19,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from progressdb_kms.audit import chain, tail
 from progressdb_kms.audit import log as audit
+from progressdb_kms.audit import loose, tail
 from progressdb_kms.audit import verify as auditverify
 from progressdb_kms.audit.log import (
     AuditLog,
@@ -1090,7 +1090,7 @@ def test_a_line_however_long_hides_no_tombstone(path: Path, size: int) -> None:
 
 def test_the_largest_line_is_looked_into(path: Path) -> None:
     log = made(path, ["1.0"])[0]
-    log.note("start", previous={}, more="x" * (chain.LONGEST - 400))
+    log.note("start", previous={}, more="x" * (loose.LONGEST - 400))
     assert check(path, closed([log])).ok
 
 
