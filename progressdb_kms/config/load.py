@@ -25,7 +25,7 @@ from . import keysource, yamlfile
 from .keysource import FD_VARIABLE, FILE_VARIABLE, HEX_VARIABLE, KEY_SIZE, Source
 from .options import KEY_LISTS, MASTER_KEYS, SETTINGS, Settings
 from .values import ANY, Option, Scalar
-from .weakkeys import AT_RANDOM, refuse_weak
+from .weakkeys import AT_RANDOM, check_master_key
 from .yamlfile import ConfigFile
 
 PENDING_SUFFIX = ".next"
@@ -65,7 +65,7 @@ class Loaded:
         self.master, following, *slots = self._views
         with view[end:] as scratch:
             keysource.read(master, environ, scratch, self.master)
-            refuse_weak(self.master, master.label)
+            check_master_key(self.master, f"{master.label}: it")
             for source, slot in zip(previous, slots):
                 keysource.read(source, environ, scratch, slot)
                 self._keep(source, slot)
@@ -73,7 +73,7 @@ class Loaded:
             if self.settings.master_key_file and os.path.lexists(path):
                 source = Source("file", path, f"{path} (of a rotation that was not finished)")
                 keysource.read(source, environ, scratch, following)
-                refuse_weak(following, source.label)
+                check_master_key(following, f"{source.label}: it")
                 self.pending, self.pending_source = following, path
 
     def _keep(self, source: Source, slot: memoryview) -> None:

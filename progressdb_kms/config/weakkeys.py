@@ -36,16 +36,17 @@ MIN_DISTINCT = 8
 """Fewest distinct bytes. 32 random bytes have about 30; fewer than 8 come once in 10**27 keys."""
 
 
-def check_master_key(key: memoryview) -> None:
-    """Raises WeakKey for a key that is no secret or was not drawn at random.
+def check_master_key(key: memoryview, place: str = "it") -> None:
+    """Raises WeakKey for a key that is no secret or was not drawn at random. The message begins with `place`.
 
     Compares in place and in constant time, and makes no copy.
     """
     if len(key) != KEY_SIZE:
-        raise WeakKey(f"it has {len(key)} bytes instead of {KEY_SIZE}", hint=AT_RANDOM)
+        raise WeakKey(f"{place} has {len(key)} bytes instead of {KEY_SIZE}", hint=AT_RANDOM)
     for published in PUBLISHED_KEYS:
         if hmac.compare_digest(key, published):
-            raise WeakKey("it is published in a file of ProgressDB, so everybody knows it", hint=AT_RANDOM)
+            why = "is published in a file of ProgressDB, so everybody knows it"
+            raise WeakKey(f"{place} {why}", hint=AT_RANDOM)
     seen = bytearray(256)
     for byte in key:
         seen[byte] = 1
@@ -53,14 +54,5 @@ def check_master_key(key: memoryview) -> None:
     with memoryview(seen) as view:
         wipe(view)
     if distinct < MIN_DISTINCT:
-        raise WeakKey(
-            f"it has fewer than {MIN_DISTINCT} distinct bytes: it was not drawn at random", hint=AT_RANDOM
-        )
-
-
-def refuse_weak(key: memoryview, label: str) -> None:
-    """The same; the message begins with where the key stands."""
-    try:
-        check_master_key(key)
-    except WeakKey as weak:
-        raise WeakKey(f"{label}: {weak.message}", hint=weak.hint) from None
+        why = f"has fewer than {MIN_DISTINCT} distinct bytes: it was not drawn at random"
+        raise WeakKey(f"{place} {why}", hint=AT_RANDOM)

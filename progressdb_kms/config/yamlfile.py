@@ -2,11 +2,11 @@
 
 PyYAML copies what it reads (a key in hex stood in its heap three times), and nothing of that can be wiped. So
 this process never sees the text: it opens the file, looks at its mode and forks. The child parses, checks and
-ends; by one pipe it hands over what is no secret, as JSON, by another the 32 bytes of each key, which go from
-the pipe straight into locked memory.
+ends; a pipe brings what is no secret, as a line of JSON, and after it the 32 bytes of each key. These
+stay there until they are read straight into locked memory.
 
-    parent   open, fstat, fork ──────────────── JSON <─┬─ values, or the message of an error
-    child    read, parse, check every value, exit      └─ keys: 32 bytes each, in the order of the JSON
+    parent   open, fstat, fork ────────────────────────── JSON <─┬─ values, or the message of an error
+    child    read, parse, check every value, write, end          └─ keys: 32 bytes each, as OPTIONS has them
 
 Only the tree of YAML is used, never its objects: no tag can make anything but text, a bare `off` or `0600` is
 seen as it was written, a key that stands twice is noticed. A fault of syntax is told by line and column: the
@@ -27,10 +27,9 @@ from io import FileIO
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..disk import write_all
-from ..encoding import json_dumps
 from ..errors import ConfigError, KMSError
 from .keysource import HEX, Source
-from .options import ALIASES, BY_NAME, KEY_LISTS
+from .options import ALIASES, BY_NAME, KEY_LISTS, OPTIONS
 from .values import Scalar, Value, shown, unknown
 
 if TYPE_CHECKING:
@@ -38,12 +37,6 @@ if TYPE_CHECKING:
 
 MAX_FILE = 1 << 20
 """Bytes of a configuration file."""
-
-MAX_NODES = 10_000
-"""Values in one file; the largest sensible one has some two thousand (lists of UIDs)."""
-
-MAX_DEPTH = 5
-"""Nesting: a file, a list of keys, a key, its value, and one more to be told about."""
 
 
 class ConfigFile:
@@ -70,34 +63,24 @@ class ConfigFile:
         self._keys.close()
 
 
-def preload() -> None:
-    """For root about to act as another user: the child is that user too, whom the folder of the packages may
-    be closed to. Where it is missing, the child says so."""
-    with contextlib.suppress(ImportError):
-        import yaml  # noqa: F401
-
-
 def read(path: str) -> ConfigFile:
     """Parse and check a configuration file. Raises ConfigError, which names the key and the file."""
     with contextlib.ExitStack() as stack:
         source, mode = _open(path)
         stack.enter_context(source)
-        reply, reply_end = (stack.enter_context(end) for end in _pipe())
-        keys, keys_end = (stack.enter_context(end) for end in _pipe())
+        answers, end = (stack.enter_context(FileIO(fd, way)) for fd, way in zip(os.pipe(), "rw"))
         child = os.fork()
         if not child:
-            _child(path, source.fileno(), reply_end.fileno(), keys_end.fileno())
-        reply_end.close()
-        keys_end.close()
-        answer = _collect(path, child, reply.fileno())
-        _check_mode(path, mode, answer["secret"])
-        return ConfigFile(path, answer["values"], FileIO(os.dup(keys.fileno())))
-
-
-def _pipe() -> tuple[FileIO, FileIO]:
-    """(read end, write end) as objects that can be closed twice."""
-    ends = os.pipe()
-    return FileIO(ends[0]), FileIO(ends[1], "w")
+            _child(path, source.fileno(), end.fileno())
+        end.close()
+        values = _hear(path, child, answers)
+        secret = _secret(values)
+        if secret is not None and mode & 0o077:
+            raise ConfigError(
+                f"{secret} in {path}: a file with a key in it is open to others (mode {mode & 0o7777:04o})",
+                hint=f"chmod 0600 {path}, and change the key if others may have read it",
+            )
+        return ConfigFile(path, values, FileIO(os.dup(answers.fileno())))
 
 
 def _open(path: str) -> tuple[FileIO, int]:
@@ -123,69 +106,20 @@ def _open(path: str) -> tuple[FileIO, int]:
     return FileIO(descriptor), about.st_mode
 
 
-def _check_mode(path: str, mode: int, secret: str | None) -> None:
-    if secret is not None and mode & 0o077:
-        raise ConfigError(
-            f"{secret} in {path}: a file with a key in it is open to others (mode {mode & 0o7777:04o})",
-            hint=f"chmod 0600 {path}, and change the key if others may have read it",
-        )
-
-
-def _collect(path: str, child: int, reply: int) -> dict[str, Any]:
-    parts = []
-    while part := os.read(reply, 65536):
-        parts.append(part)
+def _hear(path: str, child: int, answers: FileIO) -> dict[str, Any]:
+    """What the child tells. What follows in the pipe is left there: a file without a buffer reads a line."""
+    line = answers.readline()
     status = 0
     with contextlib.suppress(ChildProcessError):  # whoever ignores SIGCHLD has no children to wait for
         status = os.waitpid(child, 0)[1]
-    if status or not parts:
+    if status or not line.endswith(b"\n"):
         raise ConfigError(
             f"the parser of {path} ended before it was done (status {status})", hint="out of memory?"
         )
-    answer: dict[str, Any] = json.loads(b"".join(parts))
+    answer: dict[str, Any] = json.loads(line)
     if "error" in answer:
         raise ConfigError(answer["error"], hint=answer["hint"])
     return answer
-
-
-# ---- the child -----------------------------------------------------------------------------------
-
-
-def _child(path: str, descriptor: int, reply: int, keys: int) -> NoReturn:
-    """Never returns and never raises: the caller's frames belong to the parent. Prints nothing."""
-    status = 1
-    try:
-        answer, material = _answer(path, descriptor)
-        write_all(keys, material)
-        write_all(reply, json_dumps(answer).encode())
-        status = 0
-    finally:
-        os._exit(status)
-
-
-def _answer(path: str, descriptor: int) -> tuple[dict[str, Any], bytes]:
-    """The JSON for the parent, and the bytes of the keys (at most 109 of them, so that a pipe holds all)."""
-    try:
-        values = _check(_parse(_slurp(path, descriptor), path), path)
-    except KMSError as error:
-        return {"error": error.message, "hint": error.hint}, b""
-    except ImportError:
-        hint = "apt install python3-yaml, or pip install pyyaml"
-        return {"error": f"{path} can't be read without PyYAML", "hint": hint}, b""
-    except Exception as error:  # what it says may quote the file
-        return {"error": f"{path} can't be parsed ({type(error).__name__})", "hint": ""}, b""
-    material: list[bytes] = []
-    secret = _secret(values)
-    return {"values": _take_keys(values, material), "secret": secret}, b"".join(material)
-
-
-def _slurp(path: str, descriptor: int) -> bytes:
-    data = b""
-    while part := os.read(descriptor, 65536):
-        data += part
-        if len(data) > MAX_FILE:
-            raise ConfigError(f"the configuration file {path} is larger than {MAX_FILE} bytes")
-    return data
 
 
 def _secret(values: dict[str, Any]) -> str | None:
@@ -195,16 +129,43 @@ def _secret(values: dict[str, Any]) -> str | None:
     return next((name for name in KEY_LISTS if any(form == HEX for form, _ in values.get(name, ()))), None)
 
 
-def _take_keys(values: dict[str, Any], material: list[bytes]) -> dict[str, Any]:
-    """The values without the keys, which go to `material`, in the order of OPTIONS."""
-    kept = dict(values)
-    if "master_key_hex" in kept:
-        material.append(bytes(kept["master_key_hex"]))
-        kept["master_key_hex"] = None
-    for name in [name for name in KEY_LISTS if name in kept]:
-        material += [bytes(value) for form, value in kept[name] if form == HEX]
-        kept[name] = [(form, None if form == HEX else value) for form, value in kept[name]]
-    return kept
+# ---- the child -----------------------------------------------------------------------------------
+
+
+def _child(path: str, descriptor: int, answers: int) -> NoReturn:
+    """Never returns and never raises: the caller's frames belong to the parent. Prints nothing."""
+    status = 1
+    try:
+        write_all(answers, _answer(path, descriptor))
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _answer(path: str, descriptor: int) -> bytes:
+    """The line of JSON for the parent, and the bytes of the keys (at most 109, so that a pipe holds all)."""
+    keys: list[bytearray] = []
+    try:
+        values = _check(_parse(_slurp(path, descriptor), path), path)
+        text = json.dumps(values, default=keys.append)  # in the place of each, which is no JSON, stands null
+        return b"\n".join((text.encode(), b"".join(keys)))
+    except KMSError as error:
+        wrong = {"error": error.message, "hint": error.hint}
+    except ImportError:
+        hint = "apt install python3-yaml, or pip install pyyaml"
+        wrong = {"error": f"{path} can't be read without PyYAML", "hint": hint}
+    except Exception as error:  # what it says may quote the file
+        wrong = {"error": f"{path} can't be parsed ({type(error).__name__})", "hint": ""}
+    return json.dumps(wrong).encode() + b"\n"
+
+
+def _slurp(path: str, descriptor: int) -> bytes:
+    data = b""
+    while part := os.read(descriptor, 65536):
+        data += part
+        if len(data) > MAX_FILE:
+            raise ConfigError(f"the configuration file {path} is larger than {MAX_FILE} bytes")
+    return data
 
 
 def _check(tree: Value, path: str) -> dict[str, Any]:
@@ -217,27 +178,28 @@ def _check(tree: Value, path: str) -> dict[str, Any]:
             hint = "`progressdb-kms help configuration` lists all keys"
             raise ConfigError(f"{path}: {unknown(name, (*BY_NAME, *ALIASES))}", hint=hint)
         if option.name in values:
-            raise ConfigError(
-                f"{path} has both {option.name} and its other spelling {_alias(option.name)}: keep one"
-            )
+            other = next(alias for alias, target in ALIASES.items() if target == option.name)
+            raise ConfigError(f"{path} has both {option.name} and its other spelling {other}: keep one")
         if isinstance(value, Scalar) and value.type == "null":
             raise ConfigError(f"{name} in {path} has no value", hint="leave the line out for the default")
         values[option.name] = option.read(value, f"{name} in {path}")
-    return values
-
-
-def _alias(name: str) -> str:
-    return next(alias for alias, target in ALIASES.items() if target == name)
+    return {option.name: values[option.name] for option in OPTIONS if option.name in values}
 
 
 # ---- the tree of YAML ------------------------------------------------------------------------------
 
 
 def _parse(text: bytes, path: str) -> Value:
-    import yaml  # here only: the parent never loads it, but for `preload`
+    import yaml  # here only: the parent never loads it
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # a few lines of them may stand for millions
+                raise ConfigError(f"{path}: aliases (*name) are not taken")
+            return super().compose_node(parent, index)
 
     try:
-        node = _loader(path)(text).get_single_node()
+        node = yaml.compose(text, Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -246,29 +208,10 @@ def _parse(text: bytes, path: str) -> Value:
         ) from None
     except yaml.YAMLError:
         raise ConfigError(f"{path} is not YAML: it holds bytes that are no text") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply") from None
     tree = _plain(node, path) if node else Scalar("", "null")
     return {} if isinstance(tree, Scalar) and tree.type == "null" else tree  # nothing but comments
-
-
-def _loader(path: str) -> Any:
-    """A loader that only builds the tree of nodes, and refuses what grows out of proportion."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        depth = nodes = 0
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise ConfigError(f"{path}: aliases (*name) are not taken")
-            self.depth += 1
-            self.nodes += 1
-            if self.depth > MAX_DEPTH or self.nodes > MAX_NODES:
-                raise ConfigError(f"{path} is nested too deeply or holds too many values")
-            node = super().compose_node(parent, index)
-            self.depth -= 1
-            return node
-
-    return Loader
 
 
 def _plain(node: yaml.Node, path: str) -> Value:

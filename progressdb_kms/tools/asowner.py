@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
+from ..process.streams import DEPENDENCIES
 
 if TYPE_CHECKING:
     from ..config.load import Loaded
@@ -84,11 +85,14 @@ def _group(uid: int) -> int:
 
 @functools.cache
 def _load_all() -> None:
-    """Every module of this package, and what they load later."""
+    """Every module of this package, and what they load later (PyYAML, in a child)."""
     package = importlib.import_module(__name__.partition(".")[0])
     for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         with contextlib.suppress(ImportError, ConfigError):  # of an extra that is not installed
             importlib.import_module(found.name)
+    for name in DEPENDENCIES:
+        with contextlib.suppress(ImportError):  # the child says so
+            importlib.import_module(name)
     for name in ("ascii", "latin-1", "utf-8", "idna"):
         codecs.lookup(name)
 
@@ -102,7 +106,6 @@ def load_config(
     """`load` for commands: what only the daemon's user trusts, root reads as that user. Where both fail, and
     root for want of trust alone, what the user met is the fault: it is what the daemon's start would say."""
     from ..config.load import load
-    from ..config.yamlfile import preload
 
     flags = _or_packaged(flags)
     try:
@@ -111,7 +114,6 @@ def load_config(
         user = _daemon_user(flags) if os.geteuid() == 0 else 0
         if user == 0:
             raise
-        preload()
         try:
             with acting_as(user):
                 return load(flags, os.environ, need_key=need_key, first=first, fleet=fleet)

@@ -566,9 +566,9 @@ def test_a_weak_master_key_is_refused_with_its_source(place: Place, digits: str,
         ("data_dir: !secret x", "must be a path"),
         (b"workers: \xff\xfe", "bytes that are no text"),
         (b"workers: \x00", "bytes that are no text"),
-        ("workers: " + "[" * 10 + "]" * 10, "nested too deeply"),
+        ("workers: " + "[" * 10 + "]" * 10, "must be auto or a whole number"),
         ("[" * 200_000, "nested too deeply"),
-        ("allowed_peer_uids: [" + "1," * 20_000 + "]", "too many values"),
+        ("allowed_peer_uids: [" + "1," * 20_000 + "]", "must be a list of at most 1000"),
         ("# " + "x" * (1 << 20), "is larger than 1048576 bytes"),
     ],
     ids=itertools.count(),
@@ -702,12 +702,12 @@ def test_any_bytes_give_an_answer_without_a_word_of_them(content: bytes) -> None
     os.write(writer, content + b"\nmaster_key_hex: " + canary.encode())
     os.close(writer)
     try:
-        answer, material = yamlfile._answer("F", reader)
+        line, _, keys = yamlfile._answer("F", reader).partition(b"\n")
     finally:
         os.close(reader)
-    assert canary not in json.dumps(answer)
-    assert len(material) % 32 == 0
-    assert ("error" in answer) != ("values" in answer)
+    assert canary not in line.decode("ascii")
+    assert len(keys) % 32 == 0
+    assert not keys or "error" not in json.loads(line)
 
 
 # ---- nothing is left --------------------------------------------------------------------------------
@@ -752,7 +752,7 @@ def test_an_exception_in_the_block_wipes(place: Place) -> None:
     assert bytes(mine) == bytes(32)
 
 
-STEPS = {"read": keysource, "refuse_weak": config, "_keep": Loaded, "wipe": config, "Source": config}
+STEPS = {"read": keysource, "check_master_key": config, "_keep": Loaded, "wipe": config, "Source": config}
 
 
 @pytest.mark.parametrize("step", STEPS)
