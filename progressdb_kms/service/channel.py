@@ -14,7 +14,6 @@ request's KEK there.
 
 from __future__ import annotations
 
-import array
 import json
 import select
 import socket
@@ -33,8 +32,6 @@ from ..errors import Conflict, KMSError, StoreUnavailable
 
 MAX_JOB = 32 * 1024
 """Bytes of one job: a thread_id of 512 escaped characters fits many times."""
-
-_INT = array.array("i")
 
 Wanted = tuple[Union[str, None], Union[str, None]]
 """A DEK to be made: its thread_id, its key_id; None: see `Keeper.create`."""
@@ -59,12 +56,12 @@ class Job(NamedTuple):
 
 
 def channel() -> tuple[socket.socket, socket.socket]:
-    """(the keeper's end, the workers' end), made before any fork and kept open by the parent."""
-    kind = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_DGRAM)
-    try:
-        return socket.socketpair(socket.AF_UNIX, kind)
-    except OSError:  # macOS has no SOCK_SEQPACKET
-        return socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    """(the keeper's end, the workers' end), made before any fork and kept open by the parent. Nobody waits in
+    the kernel: a queue that nobody empties must not hold a caller, nor one that is empty the keeper."""
+    inbox, outbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    inbox.setblocking(False)
+    outbox.setblocking(False)
+    return inbox, outbox
 
 
 class KeeperClient:
@@ -108,11 +105,9 @@ class KeeperClient:
                 ours.close()
 
     def _send(self, message: bytes, reply: socket.socket, deadline: float) -> None:
-        """Without a wait in the kernel: a queue that nobody empties must not hold the caller."""
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [reply.fileno()]))]
         while True:
             try:
-                self._outbox.sendmsg([message], rights, socket.MSG_DONTWAIT)
+                socket.send_fds(self._outbox, [message], [reply.fileno()])
                 return
             except BlockingIOError:
                 if not _ready(self._outbox, select.POLLOUT, deadline):
@@ -176,15 +171,10 @@ def telling(outcome: dict[str, Any] | KMSError) -> dict[str, Any]:
 
 def receive(inbox: socket.socket) -> Job | None:
     """The next job, or None where none waits."""
-    room = socket.CMSG_LEN(_INT.itemsize)
-    try:  # not socket.recv_fds: before Python 3.13 it forgets its flags
-        message, ancillary, _, _ = inbox.recvmsg(MAX_JOB, room, socket.MSG_DONTWAIT)
+    try:
+        message, descriptors, _, _ = socket.recv_fds(inbox, MAX_JOB, 1)
     except BlockingIOError:
         return None
-    descriptors = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            descriptors.frombytes(data[: len(data) - len(data) % _INT.itemsize])
     if not descriptors:
         return None
     reply = socket.socket(fileno=descriptors[0])
@@ -202,14 +192,9 @@ def answer(job: Job, outcome: Any) -> None:
             return
 
 
-def _concrete(cls: type[KMSError]) -> dict[str, type[KMSError]]:
-    found = {cls.__name__: cls} if cls.status else {}
-    for child in cls.__subclasses__():
-        found.update(_concrete(child))
-    return found
-
-
-_ERRORS = _concrete(errors.KMSError)
+_ERRORS: dict[str, type[KMSError]] = {
+    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, KMSError)
+}
 
 
 # ---- new KEKs on their way to the keeper -------------------------------------------------------------
