@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..encoding import timestamp
@@ -65,6 +65,8 @@ USING = "uses:"
 NOBODY = -1
 """In the place of a UID that isn't known."""
 
+ENCRYPTED, DECRYPTED, TOUCHED = range(3)
+"""Kinds of uses, and their places in Seen."""
 
 Seen = tuple[list[str], list[str], list[str]]
 """The names of what one UID encrypted under, decrypted under and used otherwise, in order. Any thread
@@ -88,22 +90,10 @@ class Uses:
         self._number = 0
         self._learn(heavy)
 
-    def add_all(self, names: list[str], encrypts: bool, uid: int) -> None:
-        """Of a batch: each name as often as it was used."""
+    def add(self, kind: int, names: Iterable[str], uid: int) -> None:
+        """Each name as often as it was used so."""
         seen = self._seen.get(uid) or self._seen.setdefault(uid, ([], [], []))
-        seen[not encrypts].extend(names)
-
-    def add(self, key_id: str, encrypts: int, decrypts: int, uid: int) -> None:
-        encrypted, decrypted, touched = self._seen.get(uid) or self._seen.setdefault(uid, ([], [], []))
-        if encrypts == 1:
-            encrypted.append(key_id)
-        elif decrypts == 1 and not encrypts:
-            decrypted.append(key_id)
-        elif encrypts or decrypts:
-            encrypted.extend(itertools.repeat(key_id, encrypts))
-            decrypted.extend(itertools.repeat(key_id, decrypts))
-        else:
-            touched.append(key_id)
+        seen[kind].extend(names)
 
     def check(self, name: str) -> None:
         """Raises Conflict for a DEK that may encrypt no more, or a KEK that may wrap no more."""

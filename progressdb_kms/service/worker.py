@@ -28,7 +28,7 @@ from ..store.policy import refusal
 from .channel import KeeperClient, Staged
 from .clock import age
 from .metrics import Block
-from .usage import NOBODY, Uses, counts
+from .usage import DECRYPTED, ENCRYPTED, NOBODY, TOUCHED, Uses, counts
 
 YOUNG = 25_000
 """Wrapped DEKs that a worker remembers before it begins to forget, and at most twice as many: 40 MB."""
@@ -204,7 +204,7 @@ class Service:
         self.uses.check(key_id)
         nonce = os.urandom(NONCE_SIZE)
         sealed = self._with_dek(dek, scratch, envelope.encrypt, nonce, plaintext, aad)
-        self.uses.add(key_id, 1, 0, uid)
+        self.uses.add(ENCRYPTED, (key_id,), uid)
         return nonce, sealed
 
     def decrypt(
@@ -212,7 +212,7 @@ class Service:
     ) -> bytes:
         """Raises AuthenticationFailed: another DEK, another AAD or a changed bit."""
         opened = self._with_dek(dek, scratch, envelope.decrypt, message, aad)
-        self.uses.add(dek.wrapped.key_id, 0, 1, uid)
+        self.uses.add(DECRYPTED, (dek.wrapped.key_id,), uid)
         return opened
 
     def open_embedded(self, message: bytes, scratch: memoryview) -> bytes:
@@ -262,7 +262,7 @@ class Service:
                     for index in indices:
                         results[index] = error.bare()
         names = [_name(source) for source, count in done.items() for _ in range(count)]
-        self.uses.add_all(names, one is _encrypt_item, uid)
+        self.uses.add(ENCRYPTED if one is _encrypt_item else DECRYPTED, names, uid)
         return results
 
     def _check(self, source: Source, one: One) -> None:
@@ -309,7 +309,7 @@ class Service:
             try:
                 with self.keyring.borrow(active.kek_id) as kek:
                     blob = envelope.wrap(kek, active.kek_id, name, os.urandom(NONCE_SIZE), dek)
-                self.uses.add(KEK_ROW + active.kek_id, 1, 0, uid)
+                self.uses.add(ENCRYPTED, (KEK_ROW + active.kek_id,), uid)
                 return blob, active.kek_id, active.version, name
             except (KeyringChanged, KekNotLoaded):
                 continue
@@ -323,7 +323,7 @@ class Service:
             try:
                 with self.keyring.borrow(wrapped.kek_id) as kek:
                     dek = envelope.unwrap_into(kek, wrapped, scratch)
-                self.uses.add(wrapped.key_id, 0, 0, uid)
+                self.uses.add(TOUCHED, (wrapped.key_id,), uid)
                 return dek
             except KeyringChanged:
                 continue
@@ -365,50 +365,35 @@ class Service:
         """Of these DEKs those that were used; the last second may be missing."""
         return self._reader.usage([record.key_id for record in records])
 
-    def limits(self) -> tuple[int, int]:
-        """DEKs that come near to what one may encrypt, and those that are there."""
-        return counts(self._reader.heavy())
-
-    def wraps(self) -> int:
-        """DEKs that the active KEK has wrapped, but for the last second's."""
-        name = KEK_ROW + self.keyring.active.kek_id
-        return self._reader.usage([name]).get(name, Usage()).encrypts
-
-    def keks(self) -> dict[str, dict[str, Any]]:
-        return {
-            kek_id: {"version": row.version, "count": row.deks, "since": row.since}
-            for kek_id, row in self._reader.keks().items()
-        }
-
-    def kek_since(self) -> tuple[str | None, float | None]:
-        """When the active KEK became that, and how many seconds ago; None: nobody can tell."""
-        active = self._reader.state().active
-        seconds = age(active.since, wall()) if active else None
-        return active.since if active and seconds is not None else None, seconds
-
-    def deletions(self) -> dict[str, Any]:
-        """How many are scheduled, and for when the next."""
-        count, first = self._reader.span("deletion:")
-        return {"scheduled": count, "next_at": first[9:].partition("|")[0] or None}
-
-    def status(self) -> dict[str, Any]:
-        active = self.keyring.active
-        keks, (near, worn) = self.keks(), self.limits()
-        since, seconds = self.kek_since()
+    def stored(self) -> dict[str, Any]:
+        """What the store tells, for `status` and the metrics; of uses the last second may be missing."""
+        active, begun = self.keyring.active, self._reader.state().active
+        seconds = age(begun.since, wall()) if begun else None
+        keks, wraps = self._reader.keks(), KEK_ROW + active.kek_id
+        near, spent = counts(self._reader.heavy())
+        scheduled, first = self._reader.span("deletion:")
         return {
             "kek_id": active.kek_id,
             "kek_version": str(active.version),
-            "kek_since": since,
+            "kek_since": begun.since if begun and seconds is not None else None,
             "kek_age_seconds": seconds,
-            "kek_wraps": self.wraps(),
+            "kek_wraps": self._reader.usage([wraps]).get(wraps, Usage()).encrypts,
             "deks": {
-                "total": sum(int(row["count"]) for row in keks.values()),
-                "by_kek": keks,
+                "total": sum(row.deks for row in keks.values()),
+                "by_kek": {
+                    kek_id: {"version": row.version, "count": row.deks, "since": row.since}
+                    for kek_id, row in keks.items()
+                },
                 "near_limit": near,
-                "spent": worn,
+                "spent": spent,
             },
+            "deletions": {"scheduled": scheduled, "next_at": first[9:].partition("|")[0] or None},
+        }
+
+    def status(self) -> dict[str, Any]:
+        return {
+            **self.stored(),
             "audit": {"chain": self.audit.chain, "seq": self.audit.head[1]},
-            "deletions": self.deletions(),
             **self.about(),
             **self.ask("status"),
             "state": "not_ready" if self.readiness().reasons else "ready",

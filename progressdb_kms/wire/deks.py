@@ -12,7 +12,7 @@ from ..crypto.aead import KEY_SIZE, NONCE_SIZE, Aead
 from ..encoding import new_key_id, timestamp, wall
 from ..errors import AuthenticationFailed, BadRequest, Conflict
 from ..service.keeper import describe
-from ..service.usage import told
+from ..service.usage import TOUCHED, told
 from ..store.contract import DekRecord, Usage
 from ..store.policy import SHREDDED
 from .call import DEFAULT_PAGE, MAX_PAGE, App, Call, Reply
@@ -60,7 +60,7 @@ def _create(app: App, call: Call, thread_id: str | None, key_id: str | None = No
 
 def get_wrapped(app: App, call: Call) -> Reply:
     entry = query_dek(app, call)
-    app.service.uses.add(entry.wrapped.key_id, 0, 0, call.peer.uid)
+    app.service.uses.add(TOUCHED, (entry.wrapped.key_id,), call.peer.uid)
     return answer_blob(entry.wrapped.blob, entry.wrapped.kek_id, entry.kek_version)
 
 

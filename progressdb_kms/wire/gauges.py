@@ -107,15 +107,15 @@ def _values(app: App) -> dict[str, Value]:
 def _stored(service: Service) -> dict[str, Value]:
     """By the store: nothing where it can't be read, which `ready` tells."""
     try:
-        near, spent = service.limits()
+        told = service.stored()
         return {
-            "deks": {kek_id: row["count"] for kek_id, row in service.keks().items()},
-            "deks_near_limit": near,
-            "deks_spent": spent,
-            "kek_version": service.keyring.active.version,
-            "kek_wraps": service.wraps(),
-            "kek_age_seconds": service.kek_since()[1],
-            "deletions_scheduled": service.deletions()["scheduled"],
+            "deks": {kek_id: row["count"] for kek_id, row in told["deks"]["by_kek"].items()},
+            "deks_near_limit": told["deks"]["near_limit"],
+            "deks_spent": told["deks"]["spent"],
+            "kek_version": int(told["kek_version"]),
+            "kek_wraps": told["kek_wraps"],
+            "kek_age_seconds": told["kek_age_seconds"],
+            "deletions_scheduled": told["deletions"]["scheduled"],
         }
     except KMSError:
         return {}

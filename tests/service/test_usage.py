@@ -15,7 +15,18 @@ from progressdb_kms.fleet.reader import HOSTS
 from progressdb_kms.process.serving import ANCHOR_SECONDS
 from progressdb_kms.service import usage
 from progressdb_kms.service.channel import MAX_JOB
-from progressdb_kms.service.usage import SPENT, USING, Uses, counts, dead, near, told
+from progressdb_kms.service.usage import (
+    DECRYPTED,
+    ENCRYPTED,
+    SPENT,
+    TOUCHED,
+    USING,
+    Uses,
+    counts,
+    dead,
+    near,
+    told,
+)
 from progressdb_kms.service.worker import Service
 from progressdb_kms.store.contract import HEAVY, KEK_ROW, DekRecord, Usage
 from tests.service.test_anchors import Site as KeeperSite
@@ -31,14 +42,21 @@ def rows(uses: Uses, now: float = 100.0) -> dict[str, list[int]]:
     return {name: counts for name, *counts in batch["rows"]} if batch else {}
 
 
+def use(uses: Uses, name: str, encrypts: int, decrypts: int, uid: int) -> None:
+    uses.add(ENCRYPTED, [name] * encrypts, uid)
+    uses.add(DECRYPTED, [name] * decrypts, uid)
+    if not encrypts and not decrypts:
+        uses.add(TOUCHED, [name], uid)
+
+
 def some(workers: int = 1, **heavy: int) -> Uses:
     return Uses("1.1", heavy, workers)
 
 
 def test_uses_of_a_beat_are_one_row() -> None:
     uses = some()
-    for use in (("a", 1, 0, 7), ("b", 0, 1, 7), ("a", 5, 0, 8), ("a", 0, 2, 9), ("c", 0, 0, 9)):
-        uses.add(*use)
+    for one in (("a", 1, 0, 7), ("b", 0, 1, 7), ("a", 5, 0, 8), ("a", 0, 2, 9), ("c", 0, 0, 9)):
+        use(uses, *one)
     assert rows(uses, 100.7) == {
         "a": [6, 2, 100, 100, 9],
         "b": [0, 1, 100, 100, 7],
@@ -53,10 +71,10 @@ def test_what_waits_keeps_its_first_time_and_is_handed_over_oldest_first(
     monkeypatch.setattr(usage, "LEAST", 2)
     uses = some(workers=1000)
     for name in "abcd":
-        uses.add(name, 1, 0, 1)
+        use(uses, name, 1, 0, 1)
     assert list(rows(uses, 10)) == ["a", "b"]
-    uses.add("d", 1, 0, 2)
-    uses.add("a", 1, 0, 2)
+    use(uses, "d", 1, 0, 2)
+    use(uses, "a", 1, 0, 2)
     assert rows(uses, 20) == {"c": [1, 0, 10, 10, 1], "d": [2, 0, 10, 20, 2]}
     assert rows(uses, 30) == {"a": [1, 0, 20, 20, 2]} and not rows(uses)
 
@@ -66,10 +84,10 @@ def test_what_is_used_much_goes_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(usage, "SOON", 4)
     uses = some(1000, heavy=HEAVY)
     for name in (*"abcdef", "heavy"):
-        uses.add(name, 1, 0, 1)
-    uses.add("e", 2, 0, 1)
+        use(uses, name, 1, 0, 1)
+    use(uses, "e", 2, 0, 1)
     assert list(rows(uses)) == ["heavy", "a"]
-    uses.add("e", 1, 0, 1)
+    use(uses, "e", 1, 0, 1)
     assert rows(uses) == {"e": [4, 0, 100, 100, 1], "b": [1, 0, 100, 100, 1]}
     assert list(rows(uses)) == ["c", "d"] and list(rows(uses)) == ["f"] and not rows(uses)
 
@@ -83,9 +101,9 @@ def test_of_one_key_no_more_than_that_can_be_lost(monkeypatch: pytest.MonkeyPatc
     counted = used = 0
     for beat in range(400):
         for number in range(20):
-            uses.add(f"other{beat % 50}.{number}", 1, 0, 1)
+            use(uses, f"other{beat % 50}.{number}", 1, 0, 1)
         more = chance.choice((0, 3, 40))
-        uses.add("a", more, 0, 1)
+        use(uses, "a", more, 0, 1)
         used += more
         batch = uses.batch(beat)
         assert used - counted < 50 + 2 * 40
@@ -103,14 +121,14 @@ def test_500_rows_a_second_at_most_over_all_workers() -> None:
     for workers in (1, 2, 4, 8):
         uses = some(workers)
         for number in range(1000):
-            uses.add(f"k{number}", 1, 0, 1)
+            use(uses, f"k{number}", 1, 0, 1)
         assert len(rows(uses)) * workers / ANCHOR_SECONDS <= 500
 
 
 def test_the_longest_names_fit_a_job() -> None:
     uses = some()
     for number in range(200):
-        uses.add(f"{number:0128}", 1, 0, 2**32 - 2)
+        use(uses, f"{number:0128}", 1, 0, 2**32 - 2)
     batch = uses.batch(2e9)
     assert batch is not None and len(json_dumps(batch)) + 20 * len(batch["rows"]) < MAX_JOB - 1000
 
@@ -122,9 +140,9 @@ def test_while_nothing_is_taken_no_more_than_that_waits(monkeypatch: pytest.Monk
     uses = some(1000)
     for _ in range(2):
         for number in range(8):
-            uses.add(f"k{number}", 1, 0, 1)
+            use(uses, f"k{number}", 1, 0, 1)
         uses.batch(1)
-    uses.add("busy", 2, 0, 1)  # takes the place of the newest
+    use(uses, "busy", 2, 0, 1)  # takes the place of the newest
     found = []
     while more := rows(uses):
         found += [(name, counts[0]) for name, counts in more.items()]
@@ -133,9 +151,9 @@ def test_while_nothing_is_taken_no_more_than_that_waits(monkeypatch: pytest.Monk
 
 def test_a_batch_comes_again_until_it_is_taken() -> None:
     uses = some()
-    uses.add("a", 1, 0, 1)
+    use(uses, "a", 1, 0, 1)
     first = uses.batch(1)
-    uses.add("a", 1, 0, 1)
+    use(uses, "a", 1, 0, 1)
     assert uses.batch(2) == first and first is not None
     uses.taken({})
     second = uses.batch(3)
@@ -145,9 +163,9 @@ def test_a_batch_comes_again_until_it_is_taken() -> None:
 
 def test_what_waits_counts_for_the_limit() -> None:
     uses = some()
-    uses.add("a", 3, 0, 1)
+    use(uses, "a", 3, 0, 1)
     uses.batch(1)  # on its way
-    uses.add("a", 3, 0, 1)
+    use(uses, "a", 3, 0, 1)
     uses.batch(1)
     uses.taken({"a": SPENT - 4})
     assert uses.spent == frozenset()
@@ -162,7 +180,7 @@ def test_threads_lose_no_use() -> None:
     def work() -> None:
         begun.wait()
         for _ in range(20_000):
-            uses.add("a", 1, 0, 1)
+            use(uses, "a", 1, 0, 1)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
