@@ -64,7 +64,8 @@ def claim(data_dir: Path) -> Claim:
             line = f"pid {os.getpid()} since {timestamp(wall())}\n".encode()
             os.ftruncate(file, os.pwrite(file, line, 0))  # a full disk takes what is written over
         except OSError as error:
-            raise ConfigError(f"data_dir {data_dir} can't be used: {error.strerror}") from error
+            hint = "it must be writable and have room: `findmnt -T` and `lsattr -d` of it tell more"
+            raise ConfigError(f"data_dir {data_dir} can't be used: {error.strerror}", hint=hint) from error
         undo.pop_all()
     return Claim(folder, file)
 

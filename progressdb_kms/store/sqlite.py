@@ -67,6 +67,12 @@ CHECKPOINT_TRY = 50
 REOPEN_PAUSES = 0.1, 5.0
 """Seconds between two tries to open the file again after a COMMIT that failed; each reads the whole file."""
 
+DAMAGED = (
+    "look at the disk and the kernel log, and copy the whole data-dir to another disk before you restore a "
+    "backup: see `progressdb-kms help runbook`, The store's file is damaged"
+)
+"""What is wrong with a file that is no database any more, a backup alone may not bring back."""
+
 FULL = "FULL"  # each COMMIT waits for the disk
 NORMAL = "NORMAL"  # in WAL mode: a COMMIT is ordered before the next one, and waits for nothing
 
@@ -82,8 +88,14 @@ THREADS = "deks_thread_"  # and a number: the indexes of these tables
 # ---- SQLite --------------------------------------------------------------------------------------
 
 
+class Malformed(StoreUnavailable):
+    """What is no database any more: for who has it open a trouble as others are, at a start no store."""
+
+
 def _unavailable(error: sqlite3.Error) -> StoreUnavailable:
-    text = str(error)
+    text = f"the store can't do that now: {error}"
+    if "malformed" in text or "not a database" in text:
+        return Malformed(text, hint=DAMAGED)
     if "full" in text:
         hint = "make room on the file system of the data-dir; nothing that was acknowledged is lost"
     elif "readonly" in text or "unable to open" in text:
@@ -92,7 +104,7 @@ def _unavailable(error: sqlite3.Error) -> StoreUnavailable:
         hint = "another program writes to it: `fuser -v` of kms.db tells which"
     else:
         hint = "look at the disk and the kernel log, then run `progressdb-kms doctor`"
-    return StoreUnavailable(f"the store can't do that now: {text}", hint=hint)
+    return StoreUnavailable(text, hint=hint)
 
 
 class Connection:
@@ -328,16 +340,9 @@ class SqliteStore(SealedStore, SqliteReader):
             undo.callback(self._conn.close)
             try:
                 self._prepare()
-            except StoreUnavailable as error:
-                cause = error.__cause__
-                if isinstance(cause, sqlite3.DatabaseError) and not isinstance(
-                    cause, sqlite3.OperationalError
-                ):
-                    raise StoreDamaged(
-                        f"{self.path} is damaged or no database: {cause}",
-                        hint="restore a backup: `progressdb-kms restore FILE`",
-                    ) from error
-                raise
+            except Malformed as error:
+                told = f"{self.path} is damaged or no database: {error.__cause__}"
+                raise StoreDamaged(told, hint=DAMAGED) from error
             undo.pop_all()
 
     def _refuse_lost(self) -> None:
@@ -379,7 +384,7 @@ class SqliteStore(SealedStore, SqliteReader):
         if whole and self.path.stat().st_size < pages * size:
             raise StoreDamaged(
                 f"{self.path} was cut: it has {self.path.stat().st_size} of {pages * size} bytes",
-                hint="restore a backup: `progressdb-kms restore FILE`",
+                hint=DAMAGED,
             )
         self._look()
         self._suspect = False
@@ -405,8 +410,7 @@ class SqliteStore(SealedStore, SqliteReader):
             self._suspect = True
             answer = self._conn.select_one("PRAGMA quick_check(1)")[0]
             if answer != "ok":
-                hint = "stop the daemon and restore a backup"
-                raise StoreUnavailable(f"the store is damaged: {answer}", hint=hint)
+                raise StoreUnavailable(f"the store is damaged: {answer}", hint=DAMAGED)
         except (StoreUnavailable, StoreDamaged) as error:
             self._reopening.failed(error.message)
             self._open_to_read()

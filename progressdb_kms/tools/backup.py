@@ -25,6 +25,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import sqlite3
 import stat
 import struct
@@ -41,7 +42,7 @@ from ..errors import StoreDamaged
 from ..service.ownkeys import ROWS
 from ..store.contract import DekRecord, Usage
 from ..store.seal import MODULUS, OWN, STATE, Seal, StoreState, weight, without_mac
-from ..store.sqlite import APPLICATION_ID, DEKS, FILE_NAME, SCHEMA_VERSION, USAGE_OF, check_schema
+from ..store.sqlite import APPLICATION_ID, DAMAGED, DEKS, FILE_NAME, SCHEMA_VERSION, USAGE_OF, check_schema
 from . import asowner, datadir
 from .console import CommandFailed, naming
 
@@ -108,8 +109,22 @@ def backup(data_dir: Path, file: Path, progress: Progress) -> dict[str, Any]:
         with datadir.beside(data_dir), contextlib.ExitStack() as stack:
             contents = _write(_opened_as_owner(store, stack), file, progress)
     except sqlite3.Error as error:
-        raise CommandFailed(f"the backup can't be made: {error}", hint="nothing was left behind") from None
+        raise CommandFailed(
+            f"the backup can't be made: {error}",
+            hint=f"nothing was left behind; {_remedy(error, store, file)}",
+        ) from None
     return {"file": str(file), **_shown(contents)}
+
+
+def _remedy(error: sqlite3.Error, store: Path, file: Path) -> str:
+    """SQLite calls a file beside the copy that finds no room an I/O error."""
+    if not isinstance(error, sqlite3.OperationalError):
+        return DAMAGED
+    folder, size = file.absolute().parent, store.stat().st_size
+    free = shutil.disk_usage(folder).free
+    return (
+        f"{folder} has {free} bytes free, and the store, which may be copied twice, {size}: make room there"
+    )
 
 
 def _write(source: sqlite3.Connection, file: Path, progress: Progress) -> Contents:
@@ -117,6 +132,10 @@ def _write(source: sqlite3.Connection, file: Path, progress: Progress) -> Conten
     folder = file.absolute().parent
     with naming(file), asowner.acting_as(asowner.of(folder)), _part_file(file) as (descriptor, part):
         _copy(source, part, progress)
+        with contextlib.closing(_connect(part, "mode=ro")) as db:
+            answer = _integrity(db)
+        if answer != "ok":
+            raise CommandFailed(f"the store is damaged: {answer}; no backup was made", hint=DAMAGED)
         contents = _describe(part)
         os.lseek(descriptor, 0, os.SEEK_END)
         write_all(descriptor, contents.line())
@@ -463,9 +482,12 @@ def _check(file: Path, db: sqlite3.Connection) -> None:
     kinds = dict(db.execute("SELECT name, type FROM sqlite_master WHERE type <> 'index'"))
     if any(kinds.get(name) != "table" for name in _TABLES):
         raise _damaged(file, "a table is missing")
-    answer = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
-    if answer != "ok":
+    if (answer := _integrity(db)) != "ok":
         raise _damaged(file, answer)
+
+
+def _integrity(db: sqlite3.Connection) -> str:
+    return str(db.execute("PRAGMA integrity_check(1)").fetchone()[0])
 
 
 def _value(db: sqlite3.Connection, name: str) -> Any:

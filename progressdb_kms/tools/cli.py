@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import io
 import json
 import os
@@ -189,7 +190,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         except OSError:
             _give_up_stdout()
-        return _failed(words, error, told(error), 1)
+        return _failed(words, error, _told(error), 1)
+
+
+_DISK = {
+    errno.ENOSPC: "make room there, and run it again",
+    errno.EDQUOT: "make room there, or raise the quota, and run it again",
+    errno.EFBIG: "raise the limit of a file's size (`ulimit -f`), and run it again",
+    errno.EROFS: "mount it for writing (`findmnt -T` tells what is mounted there), and run it again",
+    errno.EPERM: "is it immutable? `lsattr -d` of it and of its folder tells, `chattr -i` changes it",
+}
+"""What to do about an error of the file system that no code of ours knows more of."""
+
+
+def _told(error: Exception) -> str:
+    hint = _DISK.get(error.errno or 0, "") if isinstance(error, OSError) and error.filename else ""
+    return f"{told(error)} ({hint})" if hint else told(error)
 
 
 def _give_up_stdout() -> None:

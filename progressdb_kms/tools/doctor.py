@@ -48,8 +48,8 @@ from ..service.rotation import RETIRED_KEK, retired
 from ..service.usage import near
 from ..store.contract import HEAVY
 from ..store.seal import STATE, StoreState
+from ..store.sqlite import DAMAGED, check_schema
 from ..store.sqlite import FILE_NAME as STORE
-from ..store.sqlite import check_schema
 from ..wire import loopback
 from ..wire.routes import ROUTES
 from ..wire.server import SPARE_FILES, THREADS
@@ -435,7 +435,7 @@ def _store(patient: Patient) -> Findings:
     except sqlite3.OperationalError as error:
         yield Finding(WARN, f"{path} can't be read: {error}", "run doctor as root or the daemon's user")
     except sqlite3.DatabaseError as error:
-        yield Finding(FAIL, f"{path} is damaged: {error}", "restore a backup: `progressdb-kms restore FILE`")
+        yield Finding(FAIL, f"{path} is damaged: {error}", DAMAGED)
 
 
 def _store_findings(patient: Patient, path: Path, db: sqlite3.Connection) -> Iterator[Finding]:
@@ -449,7 +449,7 @@ def _store_findings(patient: Patient, path: Path, db: sqlite3.Connection) -> Ite
         return
     answer = db.execute("PRAGMA quick_check(1)").fetchone()[0]
     if answer != "ok":
-        yield Finding(FAIL, f"{path} is damaged: {answer}", "restore a backup: `progressdb-kms restore FILE`")
+        yield Finding(FAIL, f"{path} is damaged: {answer}", DAMAGED)
         return
     state = StoreState.from_row(_row(db, STATE) or None)
     active = f"{state.active.kek_id} since {state.active.since[:10]}" if state.active else "none"

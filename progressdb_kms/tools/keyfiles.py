@@ -159,7 +159,10 @@ def write_key(path: Path, key: memoryview, like: os.stat_result | None = None) -
             f"{path} exists, and a key is never overwritten", hint="name another file"
         ) from None
     except OSError as error:
-        raise CommandFailed(f"{path} can't be made: {error.strerror}") from error
+        raise CommandFailed(
+            f"{path} can't be made: {error.strerror}",
+            hint=f"nothing was changed: {path.parent} must be writable and have room; then do it again",
+        ) from error
     try:
         sync(path.parent)
     except OSError as error:

@@ -54,7 +54,7 @@ from ..service.start import EPOCH, RESTORE_FOLDER, RESTORED
 from ..store import heads
 from ..store.contract import KEK_ROW, DekRecord, Usage
 from ..store.policy import DISABLED, PENDING_DELETION, SHREDDED
-from ..store.sqlite import FILE_NAME, SqliteReader, SqliteStore
+from ..store.sqlite import DAMAGED, FILE_NAME, SqliteReader, SqliteStore
 from . import asowner, backup, datadir
 from .backup import Backup, Progress
 from .console import CommandFailed, naming
@@ -62,6 +62,8 @@ from .datadir import Keys, Opener, as_left, beyond, uncollected
 
 BATCH = 2000
 """Rows of one transaction while the new store is built."""
+
+ITS_KEK = "add the KEK that it needs to previous_master_keys; `progressdb-kms kek-id FILES` finds it"
 
 NAMED = 10
 """Key ids that a message names at most."""
@@ -196,14 +198,14 @@ def _look(data_dir: Path, source: Backup, keys: Keys, force: bool) -> Present | 
                 store.unlock(key)
                 store.vouch()
             elif store.state().change:
-                raise ValueError("its row key opens under none of the configured KEKs")
+                raise StoreUnavailable("its row key opens under none of the configured KEKs", hint=ITS_KEK)
             present = _read(store, source)
-    except (KMSError, ValueError) as error:
+    except KMSError as error:
         if force:
             return None
         raise CommandFailed(
-            f"the present store can't be read, so what it has beyond the backup is not known: {error}",
-            hint=f"copy {path}* to another place if you need them, then restore with --force",
+            f"the present store can't be read, so what it has beyond the backup is unknown: {error.message}",
+            hint=error.hint if isinstance(error, StoreUnavailable) else DAMAGED,
         ) from None
     if (log := data_dir / _LOG).exists() and log.stat().st_size:
         raise CommandFailed(
@@ -484,5 +486,9 @@ def _swap(data_dir: Path, folder: Path) -> None:
     for name in _SIDE_FILES:
         (data_dir / name).unlink(missing_ok=True)
     sync(data_dir)
-    os.replace(folder / FILE_NAME, data_dir / FILE_NAME)
+    try:
+        os.replace(folder / FILE_NAME, data_dir / FILE_NAME)
+    except OSError as error:
+        error.filename = str(data_dir / FILE_NAME)  # what it is that can't be replaced
+        raise
     sync(data_dir)

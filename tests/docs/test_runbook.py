@@ -38,7 +38,7 @@ CONFIG = "/etc/progressdb-kms/progressdb-kms.yaml"
 GROUPS = {command.name: command.group for command in COMMANDS}
 FIRST_WORDS = {command.name.partition(" ")[0] for command in COMMANDS}
 STOPPED = ("restore", "import")
-OTHERS = ("cp", "install", "rm", "litestream", "mv")
+OTHERS = ("cp", "grep", "install", "rm", "litestream", "mv")
 """Programs that the blocks use beside ours. What begins with another word is no command: YAML."""
 
 
@@ -57,7 +57,8 @@ def commands(chapter: str) -> list[str]:
     for match in re.finditer(r"^ {4}(\S.*)$|`([^`\n]+)`", chapter, flags=re.M):
         line = re.sub(r"\s+# .*", "", match[1]) if match[1] else _inline(match[2])
         if line and line.split()[0] in ("progressdb-kms", *OTHERS):
-            line = re.sub(r"\[([^]]+)\]", r"\1", line)
+            if not line.startswith("grep"):  # the brackets are its own
+                line = re.sub(r"\[([^]]+)\]", r"\1", line)
             found.append(re.sub(r"(?: --config)? …", f" --config {CONFIG}", line))
     return found
 
@@ -371,8 +372,43 @@ class Taken(World):
         self.words = {"RESCUE": str(next(self.daemon.data_dir.glob("kms-rescue-*.db")))}
 
 
+class Damaged(World):
+    """The disk lost the heads of two pages of kms.db: no page tells any more where its rows are."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        (self.home / "mnt").mkdir()
+        self.create(40)
+        self.dead, *_ = self.create(5)
+        self.backup()
+        self.create(40)
+        self.daemon.ok("DELETE", f"/deks/{self.dead}", {"immediately": True})
+        del self.boxes[self.dead]
+        self.stop()
+        path, first = self.daemon.data_dir / "kms.db", next(iter(self.boxes))
+        data = bytearray(path.read_bytes())
+        for place in (8192, data.index(f"meta:{first}{{".encode()) & -4096):
+            data[place : place + 8] = os.urandom(8)
+        path.write_bytes(data)
+        done = self.daemon.offline("restore", str(self.newest()))
+        assert (
+            done.returncode == 1
+            and b"copy the whole data-dir" in done.stderr
+            and b"--force" not in done.stderr
+        )
+        done = self.daemon.offline("verify")
+        assert done.returncode == 1 and b"copy the whole data-dir" in done.stderr
+
+    def finish(self) -> None:
+        super().finish()
+        self.start()
+        assert self.daemon.request("GET", f"/deks/{self.dead}").json()["state"] == "shredded"
+        self.stop()
+
+
 SCENARIOS: dict[str, type[World]] = {
     "The store's files were removed, replaced or cut": Taken,
+    "The store's file is damaged": Damaged,
     "Back up": BackUp,
     "Upgrade and downgrade": Upgrade,
     "Restore on a new host": NewHost,

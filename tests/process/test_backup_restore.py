@@ -22,7 +22,7 @@ from progressdb_kms.encoding import json_dumps
 from progressdb_kms.errors import AlreadyRunning
 from tests.conftest import MakeDaemon
 from tests.harness.daemon import Daemon, write_secret
-from tests.harness.faults import Step, failing, killing, need_strace, steps_of
+from tests.harness.faults import Step, Tmpfs, failing, killing, need_strace, steps_of
 from tests.harness.load import Load
 
 ROUNDS = 3
@@ -233,6 +233,16 @@ class TestBackup:
             pytest.raises(AlreadyRunning, match="starts on"),
         ):
             backup.backup(site.daemon.data_dir, site.backup.parent / "late", start)
+
+    def test_a_damaged_store_makes_none(self, site: Site) -> None:
+        """It made one, and said so; what was wrong with it came out when it was needed."""
+        site.daemon.stop()
+        with open(site.daemon.data_dir / "kms.db", "r+b") as file:
+            os.pwrite(file.fileno(), os.urandom(8), 8192)
+        error = refused(site.daemon.offline("backup", str(site.backup.parent / "second")))
+        assert "damaged" in error or "malformed" in error
+        assert "copy the whole data-dir to another disk" in error
+        assert os.listdir(site.backup.parent) == ["backup"]
 
     def test_a_stream_is_refused(self, site: Site) -> None:
         done = site.daemon.offline("backup", "-")
@@ -533,6 +543,31 @@ class TestRestore:
         told(restore(site, "--force"))
         checked(site.daemon)
         opens(site.daemon.start(), site.boxes)
+
+    @pytest.mark.parametrize("what", ["data-dir", "kms.db"])
+    def test_an_immutable_folder_or_store(self, site: Site, what: str) -> None:
+        site.daemon.stop()
+        path = site.daemon.data_dir if what == "data-dir" else site.daemon.data_dir / what
+        if subprocess.run(["chattr", "+i", str(path)], capture_output=True, check=False).returncode:
+            pytest.skip("files can't be made immutable here")
+        try:
+            for more in ([], ["--force"]):
+                error = refused(restore(site, *more))
+                assert str(path) in error and "is it immutable?" in error
+        finally:
+            subprocess.run(["chattr", "-i", str(path)], check=True)
+        told(restore(site))
+
+    def test_a_folder_that_is_mounted_read_only(self, site: Site) -> None:
+        site.daemon.stop()
+        with Tmpfs() as disk:
+            twin = Daemon(home=disk.path, workers=1, kek=site.daemon.kek)
+            twin.data_dir.mkdir(0o700, exist_ok=True)
+            disk.readonly(True)
+            error = refused(twin.offline("restore", str(site.backup)))
+            assert f"data_dir {twin.data_dir} can't be used: Read-only" in error and "findmnt -T" in error
+            disk.readonly(False)
+            twin.close()
 
     def test_other_keys_than_the_backup_needs(self, site: Site) -> None:
         twin = site.daemon.copy(data=False)

@@ -23,7 +23,7 @@ from progressdb_kms.audit.log import ROOM
 from progressdb_kms.service.anchors import SYNC_SECONDS
 from progressdb_kms.service.shredding import JANITOR_SECONDS
 from tests.harness import Daemon
-from tests.harness.daemon import DaemonFailed, cli
+from tests.harness.daemon import DaemonFailed, cli, write_secret
 from tests.harness.faults import Shim, Tmpfs
 from tests.harness.kept import Kept
 from tests.harness.procs import wait_until
@@ -152,6 +152,45 @@ class TestFullDisk:
             else:
                 disk.drain()
             assert daemon.offline("backup", "--check", str(home / "b")).returncode == 0
+
+    @pytest.mark.parametrize("command", ["export", "backup"])
+    def test_where_a_copy_finds_too_little_room(self, disk: Tmpfs, command: str) -> None:
+        """SQLite called it an I/O error, once the copy itself was there."""
+        (folder := disk.path / "out").mkdir(0o700)
+        file, seen = folder / "copy", set()
+        with Daemon(workers=1) as daemon, daemon.session() as kms:
+            for _ in range(60):
+                kms.create_dek("t")
+            for pages in (0, 1, 4, 5, 10, 16, 20, 40, 60):
+                disk.fill(pages * 4096)
+                done = daemon.offline(command, str(file))
+                seen.add(done.returncode)
+                assert os.listdir(folder) == ["copy"] * (not done.returncode), pages
+                disk.drain()
+                if done.returncode:
+                    told = {"export": "make room there", "backup": " bytes free, and the store"}[command]
+                    assert done.returncode == 1 and told in done.stderr.decode(), (pages, done.stderr)
+                    continue
+                if command == "backup":
+                    assert daemon.offline("backup", "--check", str(file)).returncode == 0
+                else:
+                    assert len(file.read_text().splitlines()) == 60
+                file.unlink()
+        assert seen == {0, 1}
+
+    def test_a_new_key_file_finds_no_room(self, disk: Tmpfs) -> None:
+        (folder := disk.path / "keys").mkdir(0o700)
+        with Daemon(workers=1) as daemon:
+            write_secret(folder / "kek", daemon.kek)
+            config = daemon.config_file.read_text().replace(str(daemon.kek_file), str(folder / "kek"))
+            write_secret(daemon.config_file, config.encode())
+            words = ("rotate-kek", "--generate", "--config", str(daemon.config_file))
+            disk.fill()
+            done = daemon.cli(*words)
+            assert (done.returncode, os.listdir(folder)) == (1, ["kek"])
+            assert b"must be writable and have room" in done.stderr
+            disk.drain()
+            assert daemon.cli(*words).returncode == 0
 
     def test_full_in_the_middle_of_a_rotation(self, disk: Tmpfs) -> None:
         """Room for a part of the second table and the snapshots."""
@@ -445,7 +484,7 @@ class TestDamagedStore:
             backup = str(whole.home / "good.backup")
             done = daemon.offline("restore", backup)
             if done.returncode:  # what the damaged one has beyond the backup can't be known
-                assert b"--force" in done.stderr
+                assert b"copy the whole data-dir" in done.stderr and b"--force" not in done.stderr
                 done = daemon.offline("restore", backup, "--force")
             assert done.returncode == 0, done.stderr
             daemon.start()
