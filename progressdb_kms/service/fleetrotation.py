@@ -20,7 +20,7 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePath
-from typing import Any, Callable
+from typing import Any
 
 from ..crypto.envelope import AUDIT_KEY
 from ..crypto.keyring import Keyring
@@ -100,9 +100,8 @@ class FleetRotation(Rotation):
         store: FleetStore,
         keyring: Keyring,
         data_dir: Path,
-        random: Callable[[int], bytes],
     ) -> None:
-        super().__init__(store, keyring, data_dir, random)
+        super().__init__(store, keyring, data_dir)
         self.coming = coming
         self._audit_keys: dict[str, tuple[str, dict[str, Any]]] = {}
         self._seen = ""

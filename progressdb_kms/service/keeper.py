@@ -52,10 +52,10 @@ from ..store.contract import KEK_ROW, DekRecord, Store, Usage
 from ..store.pause import Pause
 from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS, refusal
 from ..store.sqlite import FILE_NAME
+from . import keyfile
 from .anchors import Anchors
 from .channel import Job, answer, receive
 from .clock import REMEDY, Clock, TrustedTime, overdue
-from .keyfile import KeyFile
 from .lock import Files, publish
 from .plan import Configured
 from .rotation import Rewrapper, Rotation, Steps, refuse_retired
@@ -148,7 +148,6 @@ class Keeper:
         self._clock = clock
         self._time = TrustedTime(store, clock)
         self._memory = LockedBuffer(envelope.SCRATCH_SIZE)
-        self._key_file = KeyFile(keys.key_file)
         self._effects: list[Callable[[], None]] = []
         self._brought: set[str] = set()
         self._rotation: Rotation | None = None
@@ -471,7 +470,7 @@ class Keeper:
             version = active.version if target == active.kek_id else self._version(target)
             if target not in self._keyring.kek_ids():
                 self._brought.add(self._keyring.install(new_kek.view, version))
-            mover = Rewrapper(self._keyring, target, version, os.urandom)
+            mover = Rewrapper(self._keyring, target, version)
         try:
             record = mover.records([old])[0]
         finally:
@@ -488,7 +487,7 @@ class Keeper:
 
     def _configured(self) -> set[str]:
         """The KEKs that the next start has, as far as can be known."""
-        return self._keys.kek_ids | self._key_file.kek_ids()
+        return self._keys.kek_ids | keyfile.kek_ids(self._keys.key_file)
 
     def _version(self, kek_id: str) -> int:
         """The version of a KEK that isn't the active one: 0 where the store never counted it."""
@@ -521,7 +520,7 @@ class Keeper:
         except Conflict:
             new_kek.close()
             raise
-        self._rotation = self._rotations(self._store, self._keyring, self._data_dir, os.urandom)
+        self._rotation = self._rotations(self._store, self._keyring, self._data_dir)
         return Long(self._rotate(self._rotation, new_kek, dry_run))
 
     def _refuse_beside_rotation(self) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import stat
 import time
@@ -125,14 +124,3 @@ def publish(data_dir: Path, files: Files) -> None:
         text = first + b"\n" + json_dumps(files).encode() + b"\n"
         os.pwrite(file.fileno(), text, 0)
         os.ftruncate(file.fileno(), len(text))
-
-
-def published(data_dir: Path) -> Files | None:
-    """What a running daemon has open; None where none runs, or where it hasn't told yet."""
-    if not is_held(data_dir):
-        return None
-    try:
-        line = (data_dir / LOCK_FILE).read_bytes().split(b"\n")[1]
-        return {name: (int(pair[0]), int(pair[1])) for name, pair in json.loads(line).items()}
-    except (OSError, ValueError, IndexError, AttributeError):
-        return None

@@ -19,10 +19,11 @@ between two batches. The steps, and what a crash leaves at each:
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 from ..crypto import envelope
 from ..crypto.aead import NONCE_SIZE, same
@@ -84,11 +85,10 @@ class Pages:
 class Rewrapper:
     """Moves DEKs from whichever KEK wraps them to one target, and proves each move."""
 
-    def __init__(self, keyring: Keyring, target: str, version: int, random: Callable[[int], bytes]) -> None:
+    def __init__(self, keyring: Keyring, target: str, version: int) -> None:
         self._keyring = keyring
         self.target = target
         self.version = version
-        self._random = random
         self._memory = LockedBuffer(2 * envelope.SCRATCH_SIZE)
         self._first = self._memory.view[: envelope.SCRATCH_SIZE]
         self._second = self._memory.view[envelope.SCRATCH_SIZE :]
@@ -96,7 +96,7 @@ class Rewrapper:
     def records(self, olds: Sequence[DekRecord]) -> list[DekRecord]:
         """The rows with their DEKs under the target; a shredded one stays as it is. Raises StoreDamaged or
         KekNotLoaded."""
-        nonces = self._random(NONCE_SIZE * len(olds))
+        nonces = os.urandom(NONCE_SIZE * len(olds))
         news = []
         try:
             for place, old in enumerate(olds):
@@ -138,13 +138,10 @@ class Rotation:
     """KEKs that are in the keyring so that a rotation may move to them."""
     step = STEP_SECONDS
 
-    def __init__(
-        self, store: Store, keyring: Keyring, data_dir: Path, random: Callable[[int], bytes]
-    ) -> None:
+    def __init__(self, store: Store, keyring: Keyring, data_dir: Path) -> None:
         self._store = store
         self._keyring = keyring
         self._data_dir = data_dir
-        self._random = random
         self.progress: Progress | None = None
         self._snapshot: Any = None
         self._rewrapper: Rewrapper | None = None
@@ -156,7 +153,11 @@ class Rotation:
 
     def _check(self, new_kek: memoryview) -> str:
         """May it begin? Returns the kek_id of the new KEK."""
-        new_id = _check_new(self._keyring, new_kek, self.coming)
+        new_id = fingerprint(new_kek)
+        if new_id == self._keyring.active.kek_id:
+            raise _in_use(new_id, "is the active one already")
+        if new_id in self._keyring.kek_ids() and new_id not in self.coming:
+            raise _in_use(new_id, "is in the keyring already: it must not become the active one again")
         refuse_retired(self._store, new_id)
         if self._store.heavy().get(KEK_ROW + new_id, 0) >= SPENT:
             raise refusal(KEK_ROW + new_id)
@@ -205,7 +206,7 @@ class Rotation:
         committed = False
         try:
             snapshot = self._begin(now, old.kek_id, new_id, total)
-            self._rewrapper = Rewrapper(self._keyring, new_id, version, self._random)
+            self._rewrapper = Rewrapper(self._keyring, new_id, version)
             done = 0
             self.progress = Progress("rewrapping", 0, total, new_id)
             pages = Pages(self._store, self.step)
@@ -293,27 +294,12 @@ class Rotation:
 def refuse_retired(store: Store, kek_id: str) -> None:
     """Conflict where it was rotated out: whoever it was taken from may have lost it for that."""
     if store.read(RETIRED_KEK + kek_id) is not None:
-        raise Conflict(
-            f"the KEK {kek_id} was rotated out: no key must come under it again",
-            code="kek_in_use",
-            hint=_FRESH,
-        )
+        raise _in_use(kek_id, "was rotated out: no key must come under it again")
 
 
-_FRESH = "rotate to a fresh key: `progressdb-kms rotate-kek --generate`"
-
-
-def _check_new(keyring: Keyring, new_kek: memoryview, coming: Collection[str]) -> str:
-    new_id = fingerprint(new_kek)
-    if new_id == keyring.active.kek_id:
-        raise Conflict(f"the KEK {new_id} is the active one already", code="kek_in_use")
-    if new_id in keyring.kek_ids() and new_id not in coming:
-        raise Conflict(
-            f"the KEK {new_id} is in the keyring already: it must not become the active one again",
-            code="kek_in_use",
-            hint=_FRESH,
-        )
-    return new_id
+def _in_use(kek_id: str, why: str) -> Conflict:
+    fresh = "rotate to a fresh key: `progressdb-kms rotate-kek --generate`"
+    return Conflict(f"the KEK {kek_id} {why}", code="kek_in_use", hint=fresh)
 
 
 def _open_stored(keyring: Keyring, record: DekRecord, scratch: memoryview) -> memoryview:

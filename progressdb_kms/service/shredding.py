@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Callable
 
@@ -75,15 +75,15 @@ class Shredding:
         record = old._replace(wrapped=b"", state=SHREDDED, delete_at="", shredded_at=timestamp(now))
         self._put(record)
         self.index(old, record)
-        self._store.write(f"erasure:{old.key_id}", {"since": record.shredded_at, "kek_id": old.kek_id})
+        self._store.write(_entry(record), {"since": record.shredded_at, "kek_id": old.kek_id})
         return record
 
     def index(self, old: DekRecord, new: DekRecord) -> None:
         """Where the time of a scheduled deletion changed."""
         if old.delete_at:
-            self._store.erase(f"deletion:{old.delete_at}|{old.key_id}")
+            self._store.erase(_entry(old))
         if new.delete_at:
-            self._store.write(f"deletion:{new.delete_at}|{new.key_id}", {})
+            self._store.write(_entry(new), {})
 
     def noted(self, key_id: str) -> bool:
         return self._store.read(f"erasure:{key_id}") is not None
@@ -150,7 +150,7 @@ class Shredding:
         with self._store.transaction():  # reads too: it is opened again where that has to be
             dead = self._to_be_erased()
             due = self._time.due()
-            records = [] if due is None else self._past(timestamp(due))
+            records = [] if due is None else self._borne_out(self._store.due(timestamp(due), MOST))
             for record in records:
                 self.mark(record, now)
             if self._time.unsaved >= IDLE_SAVE_SECONDS:
@@ -162,35 +162,27 @@ class Shredding:
         self._next = self._clock.monotonic() + JANITOR_SECONDS
 
     def _to_be_erased(self) -> list[DekRecord]:
-        """Those whose notes of erasure are borne out by their rows: a note alone erases nothing."""
+        return self._borne_out(self._store.names("erasure:"))
+
+    def _borne_out(self, entries: Iterable[str]) -> list[DekRecord]:
+        """The rows of what is listed beside them: a row's own state and time decide, never the list."""
         found = []
-        for name in self._store.names("erasure:"):
-            record = self._row(name.partition(":")[2])
-            if record is not None and record.state == SHREDDED:
+        for name in entries:
+            try:
+                record = self._store.get(name.removeprefix("erasure:").rpartition("|")[2])
+            except StoreDamaged as error:
+                log.error("%s", error.told)
+                record = None
+            if record is not None and name == _entry(record):
                 found.append(record)
             else:
-                self._drop(name)
+                log.error("the entry %s is not borne out by the row of that key: removed", name[:200])
+                self._store.erase(name)
         return found
 
-    def _past(self, now: str) -> list[DekRecord]:
-        """A row's own `delete_at` decides, never the list beside the rows."""
-        found = []
-        for name in self._store.due(now, MOST):
-            record = self._row(name.rpartition("|")[2])
-            if record is not None and name == f"deletion:{record.delete_at}|{record.key_id}":
-                found.append(record)
-            else:
-                self._drop(name)
-        return found
 
-    def _drop(self, name: str) -> None:
-        log.error("the entry %s is not borne out by the row of that key: removed", name[:200])
-        self._store.erase(name)
-
-    def _row(self, key_id: str) -> DekRecord | None:
-        """A DEK that an entry beside the rows names: its own row decides. None where it can't."""
-        try:
-            return self._store.get(key_id)
-        except StoreDamaged as error:
-            log.error("%s", error.told)
-            return None
+def _entry(record: DekRecord) -> str:
+    """What lists it: its erasure is due, or its deletion is scheduled."""
+    if record.state == SHREDDED:
+        return f"erasure:{record.key_id}"
+    return f"deletion:{record.delete_at}|{record.key_id}" if record.delete_at else ""

@@ -557,7 +557,7 @@ def _rotation(folder: Path, deks: int, resident: int) -> Iterator[Figure]:
         opened = SqliteStore(folder, made.keyring.row_key)
         _resident(anew=True)
         begun = time.perf_counter()
-        for _ in Rotation(opened, made.keyring, folder, os.urandom).run(made.new):
+        for _ in Rotation(opened, made.keyring, folder).run(made.new):
             pass
         yield Figure(f"rotation, {deks} DEKs", deks / (time.perf_counter() - begun), "DEKs a second")
         yield Figure(f"its memory, {deks} DEKs", max(0, _resident() - resident) / 1024, "MiB")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
+import json
 import os
 import platform
 import time
@@ -37,7 +38,7 @@ from ..errors import (
 )
 from ..service import ownkeys, start
 from ..service.clock import Clock
-from ..service.lock import claim, is_held, published
+from ..service.lock import LOCK_FILE, Files, claim, is_held
 from ..service.plan import Configured
 from ..store.contract import DekRecord, Reader, Usage
 from ..store.heads import Head, anchor
@@ -196,7 +197,7 @@ def beside(data_dir: Path) -> Iterator[None]:
 
 def _compare(data_dir: Path) -> None:
     deadline = time.monotonic() + SETTLED_SECONDS
-    while (files := published(data_dir)) is not None:
+    while (files := _published(data_dir)) is not None:
         there = {name: _identity(data_dir / name) for name in files}
         strange = [name for name in files if there[name] != files[name]]
         if not strange:
@@ -207,6 +208,17 @@ def _compare(data_dir: Path) -> None:
                 hint="don't stop it: `status --ready` says where it rescued what it holds",
             )
         time.sleep(0.1)
+
+
+def _published(data_dir: Path) -> Files | None:
+    """What a running daemon has open; None where none runs, or where it hasn't told yet."""
+    if not is_held(data_dir):
+        return None
+    try:
+        line = (data_dir / LOCK_FILE).read_bytes().split(b"\n")[1]
+        return {name: (int(pair[0]), int(pair[1])) for name, pair in json.loads(line).items()}
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -221,7 +221,7 @@ def _rotation(where: Where, folder: Path, deks: int) -> Iterator[Figure]:
                     store.write(ownkeys.ROWS[name], ownkeys.wrap(keyring, old, name, held))
         for start in range(0, deks, 1000):
             _fill(one, keyring, old, keys[2].view, min(1000, deks - start))
-        rotation = FleetRotation({new}, one, keyring, folder, os.urandom)
+        rotation = FleetRotation({new}, one, keyring, folder)
         begun, over = time.perf_counter(), threading.Event()
         other = threading.Thread(target=_make_beside, args=(two, keyring, old, keys[2].view, over))
         other.start()

@@ -70,7 +70,7 @@ class Site:
         """Returns the answer, with the seconds of each phase, and of the lock."""
         from progressdb_kms.service.fleetrotation import FleetRotation
 
-        rotation = FleetRotation({self.new}, self.one, self.keyring, tmp_path, os.urandom)
+        rotation = FleetRotation({self.new}, self.one, self.keyring, tmp_path)
         steps = rotation.run(self.new_key)
         seconds: dict[str, float] = {}
         last = time.monotonic()
