@@ -35,7 +35,6 @@ from ..service.keeper import STAGING_SLOTS
 from ..service.lock import Claim, claim
 from ..service.metrics import Metrics
 from ..service.plan import Configured
-from ..service.rates import meters
 from ..wire.server import SPARE_FILES, THREADS
 from ..wire.slab import Slab
 from . import hardening, inherited
@@ -95,7 +94,6 @@ def serve(
             started=time.monotonic(),
             slabs=slabs, descriptors=descriptors, cores=cores(),
             policies=fleet.policies(settings) if fleet else Policies(settings),
-            meters=meters(settings.workers),
             fleet=fleet,
         )  # fmt: skip
         run = Alone if settings.workers == 1 else Supervisor

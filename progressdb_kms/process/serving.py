@@ -26,7 +26,6 @@ from ..service.channel import StagingSlots
 from ..service.keeper import STAGING_SLOTS, Keeper
 from ..service.metrics import Metrics
 from ..service.plan import Configured
-from ..service.rates import RateMeter
 from ..service.worker import Service
 from ..store.pause import Pause
 from ..store.sqlite import SqliteReader
@@ -85,7 +84,6 @@ class Shared(NamedTuple):
     """that a process may open"""
     cores: int
     policies: Policies
-    meters: list[RateMeter]
     fleet: Any
     """A `fleetside.FleetSide`, or False: that is loaded where it is configured, and nowhere else"""
 
@@ -129,8 +127,7 @@ class Worker:
         server = shared.fleet.server if shared.fleet else Server
         self.server = server(doors, app, limits, self._counters, shared.metrics, shared.slabs[slot - 1])
         self._anchoring = Pause()
-        self._meter = shared.meters[slot - 1]
-        self.server.narrow(shared.policies.read(), self._meter)
+        self.server.narrow(shared.policies.read())
 
     def _introduce(self) -> None:
         """The keeper records the chain of this worker. Where it can't (the log was unlinked, the disk is
@@ -219,7 +216,7 @@ class Worker:
         self.server.slab.wipe()
 
     def _reopen(self) -> None:
-        self.server.narrow(self._shared.policies.read(), self._meter)
+        self.server.narrow(self._shared.policies.read())
         if not self._introduced:
             return
         try:

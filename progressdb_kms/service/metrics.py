@@ -1,17 +1,20 @@
 """Counters that all processes share: one block of 64-bit words a process, summed when they are read.
 
 A process writes its own block only, so that no lock is shared and a scrape slows nobody. Within a process a
-lock keeps the threads apart. Nothing secret lives here.
+lock keeps the threads apart. Two processes that look at a sum at the same moment may both say yes: a limit is
+passed by one of each then, never by more. Nothing secret lives here.
 """
 
 from __future__ import annotations
 
 import mmap
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from ..config.values import MAX_POLICIES
 from ..rules import BATCHES, OPERATIONS
 
 OPS = (*sorted((*OPERATIONS, *BATCHES)), "service")
@@ -43,7 +46,11 @@ _HELD = ("connections", "beats", "body_bytes", "threads", "open_files")
 """Gauges of what a process holds: nothing, once it is dead."""
 
 _TABLE = len(_GAUGES) + len(OPS) * _PER_OP
-_BLOCK = _TABLE + (UIDS + 1) * 3
+_RATES = _TABLE + (UIDS + 1) * 3
+"""From here on, of each policy: the monotonic second in which something was done under it last, and how much
+in that."""
+
+_BLOCK = _RATES + MAX_POLICIES * 2
 
 _OP_INDEX = {op: len(_GAUGES) + i * _PER_OP for i, op in enumerate(OPS)}
 _GAUGE_INDEX = {name: i for i, name in enumerate(_GAUGES)}
@@ -67,7 +74,7 @@ class Metrics:
         self._words = memoryview(self._map).cast("Q")
 
     def block(self, index: int) -> Block:
-        return Block(self._words[index * _BLOCK : (index + 1) * _BLOCK])
+        return Block(self._words, index)
 
     def gauge(self, name: str) -> list[int]:
         """The value in each process."""
@@ -123,8 +130,9 @@ def _number(value: float) -> str:
 class Block:
     """One process's counters."""
 
-    def __init__(self, words: memoryview) -> None:
-        self._words = words
+    def __init__(self, words: memoryview, index: int) -> None:
+        self._words = words[index * _BLOCK : (index + 1) * _BLOCK]
+        self._rates = [words[first : first + MAX_POLICIES * 2] for first in range(_RATES, len(words), _BLOCK)]
         self._lock = threading.Lock()
 
     def request(self, op: str, status: int, seconds: float) -> None:
@@ -149,7 +157,7 @@ class Block:
         """Whoever wrote here is dead, and holds nothing any more."""
         for gauge in _HELD:
             self._words[_GAUGE_INDEX[gauge]] = 0
-        self._words[_TABLE:] = memoryview(bytes((UIDS + 1) * 24)).cast("Q")
+        self._words[_TABLE:_RATES] = memoryview(bytes((UIDS + 1) * 24)).cast("Q")
 
     def connected(self, uid: int, second: int) -> int:
         """One connection more; returns the row, for `disconnected`. Past UIDS of them the last row is all
@@ -168,3 +176,16 @@ class Block:
 
     def disconnected(self, row: int) -> None:
         self._words[_TABLE + 3 * row + 1] -= 1
+
+    def spend(self, number: int, count: int, limit: int) -> int:
+        """How many of `count` may be done in this second under the policy of this number."""
+        at, second = 2 * (number - 1), int(time.monotonic())
+        own = self._words[_RATES:]
+        with self._lock:
+            if own[at] != second:
+                own[at + 1] = 0
+                own[at] = second
+            done = sum(rates[at + 1] for rates in self._rates if rates[at] == second)
+            granted = max(0, min(count, limit - done))
+            own[at + 1] += granted
+        return granted

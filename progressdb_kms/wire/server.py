@@ -37,7 +37,7 @@ from typing import Any, Callable, NamedTuple
 
 from ..audit.log import Fragment, peer_fragment
 from ..errors import KMSError, Overloaded, PeerRefused, RequestTimeout, told
-from ..rules import Meter, Peer, Policy, rights_of
+from ..rules import Peer, Policy, rights_of
 from ..service.metrics import Block, Metrics
 from ..service.told import Scarcity
 from . import dispatch, routes
@@ -149,7 +149,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self.bodies = Bodies(metrics, counters, BODIES * longest)
         self._scarcity = Scarcity("no locked memory is free for what comes in pieces")
         self._policies: Sequence[Policy] = ()
-        self._meter: Meter | None = None
         self._round = 0
         self._waiting = Lane("waiting", slab.threads[:WAITING])
         self._working = Lane("working", slab.threads[WAITING : WAITING + WORKING])
@@ -191,9 +190,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._poll.register(self._bell.fileno(), _IN)
         self._doors = Doors(doors, self._poll, self._greet, self._others_have_fewer)
 
-    def narrow(self, policies: Sequence[Policy], meter: Meter) -> None:
+    def narrow(self, policies: Sequence[Policy]) -> None:
         """From the next request on these policies hold, on connections that are open too."""
-        self._policies, self._meter = policies, meter
+        self._policies = policies
         self._round += 1
 
     # ---- turn after turn -------------------------------------------------------------------------
@@ -523,7 +522,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         connection.route = room.route
         if connection.round != self._round:
             groups = groups_of(connection.request) if self._policies else ()
-            connection.rights = rights_of(connection.peer, self._policies, self._meter, groups)
+            connection.rights = rights_of(connection.peer, self._policies, self._counters, groups)
             connection.round = self._round
         dispatch.admit(self.app, room.route, head, connection.peer, connection.rights)
         return room
