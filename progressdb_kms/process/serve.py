@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from typing import Any, Callable
+from typing import Any
 
 from ..config.load import Loaded
 from ..config.options import Settings, cores
@@ -32,14 +32,14 @@ from ..crypto.memory import LockedBuffer, settle
 from ..errors import ConfigError, LockRefused
 from ..service import channel
 from ..service.keeper import STAGING_SLOTS
-from ..service.lock import Claim, claim
+from ..service.lock import claim
 from ..service.metrics import Metrics
 from ..service.plan import Configured
 from ..wire.server import SPARE_FILES, THREADS
 from ..wire.slab import Slab
 from . import hardening, inherited
 from .policies import Policies
-from .serving import BEAT_SECONDS, MOMENT, Notifier, Pulse, Shared, Worker, open_keeper, reopen_keeper
+from .serving import BEAT_SECONDS, MOMENT, Front, Shared, Worker, open_keeper, reopen_keeper
 from .signals import SignalPipe
 from .socket import Name, handover_pair, listen, listen_tcp
 from .supervisor import Supervisor
@@ -49,9 +49,7 @@ log = logging.getLogger("progressdb_kms")
 # ---- starting --------------------------------------------------------------------------------------
 
 
-def serve(
-    loaded: Loaded, forced: dict[str, Any] | None = None, ready: Callable[[str], None] | None = None
-) -> int:
+def serve(loaded: Loaded, forced: dict[str, Any] | None = None) -> int:
     """Run the daemon until SIGTERM. Returns the exit code. Raises OperatorError where it can't start.
 
     `forced`: members of `Configured` that only the command line sets.
@@ -85,7 +83,7 @@ def serve(
         inbox, outbox = channel.channel()
         fleet = settings.store != "sqlite" and _fleet(settings)
         shared = Shared(
-            settings, keys, region, keyring,
+            settings, lock, keys, region, keyring,
             staging=region.view[REGION_SIZE:],
             metrics=Metrics(settings.workers + 1),
             inbox=inbox, outbox=outbox,
@@ -96,8 +94,7 @@ def serve(
             policies=fleet.policies(settings) if fleet else Policies(settings),
             fleet=fleet,
         )  # fmt: skip
-        run = Alone if settings.workers == 1 else Supervisor
-        return run(shared, lock, ready or _announce).run()
+        return (Alone(shared) if settings.workers == 1 else Supervisor(shared)).run()
     finally:
         region.wipe()
         listener.close()
@@ -141,21 +138,14 @@ def _warn_of_memory(settings: Settings, kind: str) -> None:
         log.warning("memory can't be locked: keys may be swapped out (raise LimitMEMLOCK or `ulimit -l`)")
 
 
-def _announce(line: str) -> None:
-    print(line, flush=True)
-    if getattr(getattr(sys.stdout, "buffer", None), "dropped", 0):
-        log.warning("stdout takes nothing: %s", line)
-
-
 # ---- everything in one process ---------------------------------------------------------------------
 
 
 class Alone:
     """`workers: 1`: the keeper in the main thread, the worker in another."""
 
-    def __init__(self, shared: Shared, lock: Claim, announce: Callable[[str], None]) -> None:
+    def __init__(self, shared: Shared) -> None:
         self._shared = shared
-        self._announce = announce
         self._stop = threading.Event()
         self._hangup = threading.Event()
         self._failure: BaseException | None = None
@@ -168,26 +158,20 @@ class Alone:
         up = threading.Event()
         thread = threading.Thread(target=self._work, args=(f"{epoch}.1", up))
         thread.start()
-        notifier, pulse = Notifier(shared), Pulse(shared.metrics)
+        front = Front(shared)
         try:
             while thread.is_alive():
                 settled = up.is_set() and not self._stop.is_set()
                 keeper.round(BEAT_SECONDS if settled else MOMENT, signals.fd)
                 signals.clear()
                 if up.is_set():
-                    notifier.ready(self._announce)
-                    if pulse.beats({0: os.getpid()}):
-                        notifier.beat()
+                    front.turn({0: os.getpid()})
                 if signals.take_hangup():
-                    notifier.reloading()
-                    shared.policies.renew()
+                    front.reload()
                     reopen_keeper(keeper)
                     self._hangup.set()
-                    shared.name.watch(at_once=True)
-                shared.name.watch()
                 if signals.stop and not self._stop.is_set():
-                    notifier.stopping()
-                    shared.name.remove()
+                    front.stop()
                     self._stop.set()
         finally:  # whatever ends the keeper: nobody may be served without it, nor with keys that are wiped
             self._stop.set()

@@ -24,6 +24,7 @@ from ..errors import KMSError
 from ..service import channel, lastbackup, start
 from ..service.channel import StagingSlots
 from ..service.keeper import STAGING_SLOTS, Keeper
+from ..service.lock import Claim
 from ..service.metrics import Metrics
 from ..service.plan import Configured
 from ..service.worker import Service
@@ -65,6 +66,7 @@ class Shared(NamedTuple):
     """What was made before the first fork, and belongs to all."""
 
     settings: Settings
+    lock: Claim
     keys: Configured
     region: LockedBuffer
     keyring: Keyring
@@ -283,40 +285,56 @@ class Pulse:
         return not stuck
 
 
-class Notifier:
-    """What systemd and the person at the terminal hear."""
+class Front:
+    """The process that was started, to those outside: systemd, the person at the terminal, whoever looks for
+    the socket's name or writes other policies."""
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
+        self._pulse = Pulse(shared.metrics)
         self._said = False
         self._next = 0.0
-        interval = systemd.watchdog_seconds()
-        self._interval = interval / 2 if interval else None
+        self._interval = systemd.watchdog_seconds()
 
-    def ready(self, announce: Callable[[str], None]) -> None:
-        if self._said or (self._shared.fleet and self._shared.fleet.waits(announce)):
+    def turn(self, pids: Mapping[int, int]) -> None:
+        """To be called often. `pids`, by their block: of all that have to come on."""
+        if not self._said:
+            self._ready()
+        self._shared.name.watch()
+        if not self._pulse.beats(pids):
+            return
+        streams.catch_up()
+        if self._interval is not None and time.monotonic() >= self._next:
+            systemd.notify("WATCHDOG=1")
+            self._next = time.monotonic() + self._interval / 2
+
+    def _ready(self) -> None:
+        if self._shared.fleet and self._shared.fleet.waits(_announce):
             return
         self._said = True
         active = self._shared.keyring.active
         settings = self._shared.settings
         tcp = f" tcp={settings.tcp_address}" if self._shared.tcp is not None else ""
-        announce(
+        _announce(
             f"progressdb-kms {__version__} ready: socket={settings.socket}{tcp} kek_id={active.kek_id} "
             f"kek_version={active.version} workers={settings.workers} memory={self._shared.region.kind}"
         )
         systemd.notify(f"READY=1\nSTATUS=KEK {active.kek_id}, {settings.workers} workers")
 
-    def reloading(self) -> None:
+    def reload(self) -> None:
+        """SIGHUP, before anybody else hears of it."""
         log.info("SIGHUP: the audit log is opened anew")
         systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         systemd.notify("READY=1")
+        self._shared.policies.renew()
+        self._shared.name.watch(at_once=True)
 
-    def stopping(self) -> None:
+    def stop(self) -> None:
         systemd.notify("STOPPING=1")
+        self._shared.name.remove()
 
-    def beat(self) -> None:
-        streams.catch_up()
-        now = time.monotonic()
-        if self._interval is not None and now >= self._next:
-            systemd.notify("WATCHDOG=1")
-            self._next = now + self._interval
+
+def _announce(line: str) -> None:
+    print(line, flush=True)
+    if getattr(getattr(sys.stdout, "buffer", None), "dropped", 0):
+        log.warning("stdout takes nothing: %s", line)

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..config.options import Settings
 from ..config.values import host_and_port
 from ..errors import AlreadyRunning, ConfigError, KMSError
+from ..store.pause import Pause
 from ..wire import loopback
 from ..wire.doors import BACKLOG, peer_of
 from . import systemd
@@ -38,21 +39,34 @@ def listen(settings: Settings) -> tuple[socket.socket, bool]:
 
 def bind(settings: Settings) -> socket.socket:
     """A new socket, listening under its name."""
-    old = os.umask(0o777 & ~(0o600 if settings.socket_group is not None else settings.socket_mode))
     try:
         _clear_stale(settings.socket)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.bind(str(settings.socket))
+        return _bound(settings)
     except OSError as error:
         raise ConfigError(
             f"the socket {settings.socket} can't be bound: {error.strerror}",
-            hint="its folder must exist and be writable by the daemon's user",
+            hint="its folder must exist and be writable by the daemon's user, and socket_group be one of his",
         ) from error
-    finally:
-        os.umask(old)
-    if settings.socket_group is not None:
-        _hand_to_group(settings, sock)
-    sock.listen(BACKLOG)
+
+
+def _bound(settings: Settings) -> socket.socket:
+    """The umask (see `hardening`) lets nobody else connect; then comes the group, last the wider mode. By a
+    descriptor: whoever else may write to the folder could put a link to a file of ours in its place."""
+    with ExitStack() as failed:
+        sock = failed.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        sock.bind(str(settings.socket))
+        name = os.open(settings.socket, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            about = os.fstat(name)
+            if not stat.S_ISSOCK(about.st_mode) or (about.st_uid, about.st_nlink) != (os.geteuid(), 1):
+                raise OSError(errno.ESTALE, "it was replaced a moment ago")
+            if settings.socket_group is not None:
+                os.chown(f"/proc/self/fd/{name}", -1, settings.socket_group)
+            os.chmod(f"/proc/self/fd/{name}", settings.socket_mode)
+        finally:
+            os.close(name)
+        sock.listen(BACKLOG)
+        failed.pop_all()
     return sock
 
 
@@ -85,17 +99,13 @@ def listen_tcp(settings: Settings) -> socket.socket | None:
             hint="another program listens there (`ss -ltnp`), or the unit lacks the drop-in tcp.conf",
         ) from error
     sock.setblocking(False)
-    _tell_who_is_served(settings)
-    return sock
-
-
-def _tell_who_is_served(settings: Settings) -> None:
     if settings.allowed_peer_uids is None:
         served = settings.peer_rules.own | (settings.admin_peer_uids or frozenset())
         log.warning(
             "over TCP only uid %s are served: a port has no file permissions (set allowed_peer_uids)",
             ", ".join(map(str, sorted(served))),
         )
+    return sock
 
 
 def hosts(settings: Settings) -> frozenset[str]:
@@ -106,51 +116,20 @@ def hosts(settings: Settings) -> frozenset[str]:
     return frozenset((settings.tcp_address, f"localhost:{port}"))
 
 
-def _hand_to_group(settings: Settings, sock: socket.socket) -> None:
-    """Group first, then the wider mode: there is no moment in which others could connect. By a descriptor:
-    whoever else may write to the folder could put a link to a file of ours in its place."""
-    assert settings.socket_group is not None
-    with ExitStack() as undo:
-        try:
-            ours = os.open(settings.socket, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-            undo.callback(os.close, ours)
-            about = os.fstat(ours)
-            if not stat.S_ISSOCK(about.st_mode) or (about.st_uid, about.st_nlink) != (os.geteuid(), 1):
-                raise OSError(errno.ESTALE, "it was replaced a moment ago")
-            os.chown(f"/proc/self/fd/{ours}", -1, settings.socket_group)
-            os.chmod(f"/proc/self/fd/{ours}", settings.socket_mode)
-        except OSError as error:
-            sock.close()
-            raise ConfigError(
-                f"the socket can't be given to the group {settings.socket_group}: {error.strerror}",
-                hint="the daemon's user must be a member of it",
-            ) from error
-
-
 def _clear_stale(path: Path) -> None:
-    """Remove a socket that nobody answers at; refuse anything else that stands there."""
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise ConfigError(f"the socket {path} can't be looked at: {error.strerror}") from error
-    if not stat.S_ISSOCK(mode):
-        raise ConfigError(
-            f"{path} is there and is no socket: it is not removed", hint="choose another `socket`"
-        )
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    """Remove a socket that nobody answers at; refuse anything else that stands there. Raises OSError."""
+    with suppress(FileNotFoundError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ConfigError(
+                f"{path} is there and is no socket: it is not removed", hint="choose another `socket`"
+            )
         probe.settimeout(2.0)
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
+            path.unlink()
             return
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            if error.errno != errno.EAGAIN and not isinstance(error, socket.timeout):
-                raise ConfigError(f"the socket {path} can't be tried: {error.strerror}") from error
+        except (BlockingIOError, socket.timeout):
             raise AlreadyRunning(f"the socket {path} is in use, and its server is busy") from None
         holder = peer_of(probe)
         raise AlreadyRunning(
@@ -179,7 +158,8 @@ class Name:
         self._path = Path(os.fsdecode(listener.getsockname()))
         self._seen = self._look()
         self._next = 0.0
-        self._told = False
+        self._trying = Pause(RETRY_SECONDS, RETRY_SECONDS)
+        self._removed = False
 
     def _look(self) -> tuple[int, int] | None:
         with suppress(OSError):
@@ -187,45 +167,37 @@ class Name:
             return about.st_dev, about.st_ino
         return None
 
-    def watch(self, at_once: bool = False) -> bool:
-        """To be called often; looks once a second, or `at_once` (SIGHUP). True where it was bound again."""
+    def watch(self, at_once: bool = False) -> None:
+        """To be called often; looks once a second, or `at_once` (SIGHUP). A try connects to whoever is there:
+        so there are fewer where they fail."""
         now = time.monotonic()
-        if not at_once and now < self._next:
-            return False
+        if self._removed or not (at_once or now >= self._next and self._trying.over()):
+            return
         self._next = now + WATCH_SECONDS
         if self._look() == self._seen:
-            self._told = False
-            return False
-        if not self._ours:
-            self._tell(f"the socket's name {self._path} is gone: `systemctl restart` its .socket unit")
-            return False
-        return self._bind_again()
-
-    def _bind_again(self) -> bool:
+            self._trying.worked()
+            return
         try:
-            fresh = bind(self._settings)
+            if not self._ours:
+                raise ConfigError("`systemctl restart` its .socket unit")
+            self._bind_again()
         except KMSError as error:
-            self._tell(f"the socket's name {self._path} is gone, and can't be had again: {error.message}")
-            return False
-        log.warning("the socket's name %s was removed: bound again", self._path)
-        os.dup2(fresh.fileno(), self._listener.fileno(), inheritable=False)
-        for end in self._handovers:
-            with suppress(OSError):  # a worker that is gone, or has not taken the last one
-                socket.send_fds(end, [b"l"], [fresh.fileno()])
-        fresh.close()
-        self._seen, self._told = self._look(), False
-        return True
+            if self._trying.failed(error.message):
+                log.error("the socket's name %s is gone, and can't be had again: %s", self._path, error)
 
-    def _tell(self, text: str) -> None:
-        """Once until it is well, and then it is tried less often: a try connects to whoever is there."""
-        self._next = time.monotonic() + RETRY_SECONDS
-        if not self._told:
-            log.error("%s", text)
-            self._told = True
+    def _bind_again(self) -> None:
+        with bind(self._settings) as fresh:
+            log.warning("the socket's name %s was removed: bound again", self._path)
+            os.dup2(fresh.fileno(), self._listener.fileno(), inheritable=False)
+            for end in self._handovers:
+                with suppress(OSError):  # a worker that is gone, or has not taken the last one
+                    socket.send_fds(end, [b"l"], [fresh.fileno()])
+        self._seen = self._look()
+        self._trying.worked()
 
     def remove(self) -> None:
         """From here on a connect fails at once instead of waiting for nobody."""
-        self._next = float("inf")
+        self._removed = True
         if self._ours and self._look() == self._seen:
             try:
                 self._path.unlink(missing_ok=True)

@@ -7,7 +7,6 @@ import logging
 import os
 import select
 import signal
-import sys
 import time
 from contextlib import suppress
 from functools import partial
@@ -22,9 +21,9 @@ from ..service.lock import Claim
 from ..service.told import attend
 from ..store.pause import Pause
 from . import hardening, serving
-from .serving import BEAT_SECONDS, DRAIN_SECONDS, MOMENT, Notifier, Pulse, Shared, Worker
+from .serving import BEAT_SECONDS, DRAIN_SECONDS, MOMENT, Front, Shared, Worker
 from .signals import END, SignalPipe, Signals
-from .streams import catch_up, ran_out, told
+from .streams import catch_up, ran_out
 
 log = logging.getLogger("progressdb_kms")
 
@@ -49,39 +48,30 @@ class Child:
 
 
 class Supervisor:
-    def __init__(self, shared: Shared, lock: Claim, announce: Callable[[str], None]) -> None:
+    def __init__(self, shared: Shared) -> None:
         self._shared = shared
-        self._lock = lock
-        self._announce = announce
         self._children = [Child(slot) for slot in range(shared.settings.workers + 1)]
         self._epoch = 0
         self._coming: IO[bytes] | None = None  # where a keeper that starts says that it is up
         self._signals = Signals()
-        self._pulse = Pulse(shared.metrics)
         self._keeping = Pause(*KEEPER_PAUSES)
         self._working = Pause(0, 0)
 
     def run(self) -> int:
-        notifier = Notifier(self._shared)
+        front = Front(self._shared)
         self._start_keeper()
         self._hear(None)
         for child in self._children[1:]:
             self._start_worker(child)
         while not self._signals.stop:
-            notifier.ready(self._announce)
+            front.turn({self._block(child): child.pid for child in self._children if child.pid})
             waits = self._coming or not all(child.pid for child in self._children)
             self._signals.wait(MOMENT if waits else BEAT_SECONDS)
             if self._signals.take_hangup():
-                notifier.reloading()
-                self._shared.policies.renew()
+                front.reload()
                 self._tell(signal.SIGHUP, self._children)
-                self._shared.name.watch(at_once=True)
-            self._shared.name.watch()
             self._replace_dead()
-            if self._pulse.beats({self._block(child): child.pid for child in self._children if child.pid}):
-                notifier.beat()  # who waits for the disk to come back is not stuck
-        notifier.stopping()
-        self._shared.name.remove()
+        front.stop()
         self._end(self._children[1:])
         self._end(self._children[:1])
         return 0
@@ -91,13 +81,11 @@ class Supervisor:
     def _fork(self, child: Child, main: Callable[[], None]) -> None:
         child.incarnation += 1
         child.started = time.monotonic()
-        sys.stdout.flush()
-        sys.stderr.flush()
         supervisor = os.getpid()
         with hardening.signals_blocked():  # as long as the child has no Signals of its own
             child.pid = os.fork()
             if not child.pid:
-                _in_child(supervisor, self._lock, main)
+                _in_child(supervisor, self._shared.lock, main)
         self._shared.metrics.block(self._block(child)).add("starts", 1)
 
     def _block(self, child: Child) -> int:
@@ -221,15 +209,13 @@ def _in_child(supervisor: int, lock: Claim, main: Callable[[], None]) -> NoRetur
         main()
         code = 0
     except KMSError as error:
-        log.error("%s", told(error))
+        log.error("%s", error.told)
     except BaseException as error:
         if (limit := ran_out(error)) is not None:
             log.error("%s", limit)
         else:
             log.exception("a process of the daemon ended with an error")
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
 
 

@@ -154,15 +154,14 @@ def test_a_link_in_the_place_of_the_socket(short_tmp: Path, monkeypatch: pytest.
     assert (about.st_gid, about.st_mode & 0o777) == (STRANGER, 0o666)
     made.close()
     (short_tmp / "s").unlink()
-    umask = os.umask
+    open_it = os.open
 
-    def swap(mask: int) -> int:
-        if (short_tmp / "s").exists():
-            (short_tmp / "s").unlink()
-            (short_tmp / "s").symlink_to(victim)
-        return umask(mask)
+    def swap(path: Path, flags: int) -> int:
+        path.unlink()
+        path.symlink_to(victim)
+        return open_it(path, flags)
 
-    monkeypatch.setattr(os, "umask", swap)
+    monkeypatch.setattr(os, "open", swap)
     with pytest.raises(ConfigError, match="it was replaced a moment ago"):
         socket.bind(settings)
     assert (victim.stat().st_gid, victim.stat().st_mode & 0o777) == (0, 0o600)
