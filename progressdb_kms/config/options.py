@@ -135,8 +135,8 @@ class Settings(NamedTuple):
         settle=_set,
     )
     policies: Sequence[Mapping[str, Any]] = _row(
-        values.policy_list, f"a list of at most {MAX_POLICIES} mappings",
-        default=(), private=True,
+        values.policy_list, "a list of at most {high} mappings",
+        default=(), high=MAX_POLICIES, private=True,
     )
     kek_max_age_days: int | None = _row(
         values.whole_number, "a whole number of days from {low} to {high}",

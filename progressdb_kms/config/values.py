@@ -87,7 +87,7 @@ class Option(NamedTuple):
 
 _WHOLE = re.compile(r"0|[1-9][0-9]{0,18}")
 _DECIMAL = re.compile(r"(?:0|[1-9][0-9]{0,9})(?:\.[0-9]{1,6})?")
-_MODE = re.compile(r"(?:0o?)?[0-7]{3}")
+_MODE = re.compile(r"(?:0o?)?[0246]{3}")
 _CREDENTIAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:-]{0,254}")
 _NUMERIC = ("int", "float", ANY)
 
@@ -155,10 +155,7 @@ def file_mode(value: Value, option: Option) -> int:
         or not _MODE.fullmatch(value.text)
     ):
         raise option.wrong()
-    mode = int(value.text[-3:], 8)
-    if mode & ~0o666:
-        raise option.wrong()
-    return mode
+    return int(value.text[-3:], 8)
 
 
 def group_name(value: Value, option: Option) -> str:
@@ -236,9 +233,9 @@ def hex_key(value: Value, option: Option) -> bytearray:
 
 
 def credential_name(value: Value, option: Option) -> str:
-    if not _CREDENTIAL.fullmatch(plain_text(value, option)):
+    if not _CREDENTIAL.fullmatch(name := plain_text(value, option)):
         raise option.wrong()
-    return plain_text(value, option)
+    return name
 
 
 KEY_FORMS: Mapping[str, Option] = {
@@ -255,9 +252,13 @@ KEY_FORMS: Mapping[str, Option] = {
 
 
 def key_list(value: Value, option: Option) -> list[tuple[str, Any]]:
+    return _entries(value, option, _key)
+
+
+def _entries(value: Value, option: Option, parse: Callable[[Value, str], Any]) -> list[Any]:
     if not isinstance(value, list) or len(value) > option.high:
         raise option.wrong()
-    return [_key(item, f"entry {number}") for number, item in enumerate(value, 1)]
+    return [parse(item, f"entry {number}") for number, item in enumerate(value, 1)]
 
 
 def _key(item: Value, entry: str) -> tuple[str, Any]:
@@ -282,9 +283,7 @@ def _members(item: Value, entry: str, forms: Mapping[str, Option], example: str)
 
 
 def policy_list(value: Value, option: Option) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or len(value) > MAX_POLICIES:
-        raise option.wrong()
-    return [_policy(item, f"entry {number}") for number, item in enumerate(value, 1)]
+    return _entries(value, option, _policy)
 
 
 def _policy(item: Value, entry: str) -> dict[str, Any]:

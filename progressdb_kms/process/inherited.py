@@ -51,11 +51,10 @@ def settle(environ: Mapping[str, str]) -> None:
 
 def _raise_limits() -> None:
     for name in _RAISED:
-        number = getattr(resource, f"RLIMIT_{name}", None)
-        if number is not None:
-            hard = resource.getrlimit(number)[1]
-            with suppress(OSError, ValueError):  # what can't be raised is told by `remarks`
-                resource.setrlimit(number, (hard, hard))
+        number = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(number)[1]
+        with suppress(OSError, ValueError):  # what can't be raised is told by `remarks`
+            resource.setrlimit(number, (hard, hard))
     hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
     with suppress(OSError, ValueError):
         size = STACK if hard == resource.RLIM_INFINITY else min(STACK, hard)

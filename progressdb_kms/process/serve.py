@@ -35,13 +35,13 @@ from ..service.keeper import STAGING_SLOTS
 from ..service.lock import claim
 from ..service.metrics import Metrics
 from ..service.plan import Configured
-from ..wire.server import SPARE_FILES, THREADS
+from ..wire.server import SPARE_FILES, THREADS, Limits
 from ..wire.slab import Slab
 from . import hardening, inherited
 from .policies import Policies
 from .serving import BEAT_SECONDS, MOMENT, Front, Shared, Worker, open_keeper, reopen_keeper
 from .signals import SignalPipe
-from .socket import Name, handover_pair, listen, listen_tcp
+from .socket import Name, listen_tcp
 from .supervisor import Supervisor
 
 log = logging.getLogger("progressdb_kms")
@@ -62,14 +62,14 @@ def serve(loaded: Loaded, forced: dict[str, Any] | None = None) -> int:
         log.warning("%s", remark)
     found = hardening.harden()
     _look_at_second_start(settings, hardening.second_start())
-    descriptors = _descriptors(settings)
+    limits = Limits(
+        settings.max_connections, settings.idle_timeout, settings.request_timeout,
+        _descriptors(settings), cores(),
+    )  # fmt: skip
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     lock = claim(settings.data_dir)
-    listener, ours = listen(settings)
-    listener.setblocking(False)  # all workers share the flag; a copy of a blocking socket would set it back
+    name = Name(settings)
     tcp = listen_tcp(settings)
-    ends, handovers = zip(*(handover_pair() for _ in range(settings.workers)))
-    name = Name(settings, listener, ours, ends)
     region = LockedBuffer(REGION_SIZE + STAGING_SLOTS * KEY_SIZE, settings.memory_lock)
     try:
         slabs = [Slab(settings.memory_lock, THREADS) for _ in range(settings.workers)]
@@ -87,20 +87,16 @@ def serve(loaded: Loaded, forced: dict[str, Any] | None = None) -> int:
             staging=region.view[REGION_SIZE:],
             metrics=Metrics(settings.workers + 1),
             inbox=inbox, outbox=outbox,
-            listener=listener, tcp=tcp, name=name, handovers=handovers,
+            name=name, tcp=tcp,
             measures=[measure._asdict() for measure in found],
             started=time.monotonic(),
-            slabs=slabs, descriptors=descriptors, cores=cores(),
+            slabs=slabs, limits=limits,
             policies=fleet.policies(settings) if fleet else Policies(settings),
             fleet=fleet,
         )  # fmt: skip
         return (Alone(shared) if settings.workers == 1 else Supervisor(shared)).run()
     finally:
         region.wipe()
-        listener.close()
-        if tcp is not None:
-            tcp.close()
-        lock.close()
 
 
 def _fleet(settings: Settings) -> Any:

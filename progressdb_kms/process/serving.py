@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -37,7 +37,7 @@ from ..wire.server import Limits, Server
 from ..wire.slab import Slab
 from . import hardening, streams, systemd
 from .policies import Policies
-from .socket import Name, hosts, take_over
+from .socket import Name, hosts
 
 log = logging.getLogger("progressdb_kms")
 
@@ -74,17 +74,13 @@ class Shared(NamedTuple):
     metrics: Metrics
     inbox: socket.socket
     outbox: socket.socket
-    listener: socket.socket
-    tcp: socket.socket | None
     name: Name
-    handovers: Sequence[socket.socket]
+    tcp: socket.socket | None
     measures: list[dict[str, Any]]
     started: float
     slabs: list[Slab]
     """Locked memory of the connections of each worker."""
-    descriptors: int
-    """that a process may open"""
-    cores: int
+    limits: Limits
     policies: Policies
     fleet: Any
     """A `fleetside.FleetSide`, or False: that is loaded where it is configured, and nowhere else"""
@@ -99,6 +95,7 @@ class Worker:
     def __init__(self, shared: Shared, slot: int, chain: str) -> None:
         settings = shared.settings
         self._shared = shared
+        self._slot = slot
         self._counters = shared.metrics.block(slot - 1)
         self._counters.clear()
         self._next_stock = 0.0
@@ -117,17 +114,14 @@ class Worker:
         share = STAGING_SLOTS // settings.workers
         slots = StagingSlots(shared.staging, (slot - 1) * share, share)
         app = App(self._service, slots, shared.metrics, settings.max_body_bytes, hosts=hosts(settings))
-        limits = Limits(
-            settings.max_connections, settings.idle_timeout, settings.request_timeout,
-            shared.descriptors, shared.cores,
-        )  # fmt: skip
-        self._handover = shared.handovers[slot - 1]
-        self._listener = shared.listener.dup()
+        self._listener = shared.name.listener.dup()
         doors = [Door(self._listener, peer_of)]
         if shared.tcp is not None:
             doors.append(Door(shared.tcp, loopback.Peers().identify))
         server = shared.fleet.server if shared.fleet else Server
-        self.server = server(doors, app, limits, self._counters, shared.metrics, shared.slabs[slot - 1])
+        self.server = server(
+            doors, app, shared.limits, self._counters, shared.metrics, shared.slabs[slot - 1]
+        )
         self._anchoring = Pause()
         self.server.narrow(shared.policies.read())
 
@@ -168,7 +162,7 @@ class Worker:
         shared, gauge = self._shared, self._shared.metrics.gauge
         rows = {
             "connections": (sum(gauge("connections")), shared.settings.max_connections),
-            "open_files": (max(gauge("open_files")), shared.descriptors),
+            "open_files": (max(gauge("open_files")), shared.limits.descriptors),
             "threads": (sum(gauge("threads")), resource.getrlimit(resource.RLIMIT_NPROC)[0]),
             "body_bytes": (sum(gauge("body_bytes")), self.server.bodies.most),
             "locked_bytes": (locked, resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]),
@@ -201,7 +195,7 @@ class Worker:
             self._counters.set("beats", self.server.turns)
             self._take_stock()
             streams.catch_up()
-            if take_over(self._handover, self._listener):
+            if self._shared.name.take_over(self._slot, self._listener):
                 self.server.renew(self._listener)
             if hangup():
                 self._reopen()
@@ -326,8 +320,8 @@ class Front:
         log.info("SIGHUP: the audit log is opened anew")
         systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         systemd.notify("READY=1")
-        self._shared.policies.renew()
         self._shared.name.watch(at_once=True)
+        self._shared.policies.renew()
 
     def stop(self) -> None:
         systemd.notify("STOPPING=1")

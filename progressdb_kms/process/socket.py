@@ -8,7 +8,6 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -29,12 +28,6 @@ RETRY_SECONDS = 10.0
 """How often, while somebody else listens under the name."""
 
 # ---- the socket ------------------------------------------------------------------------------------
-
-
-def listen(settings: Settings) -> tuple[socket.socket, bool]:
-    """(listening socket, whether its name is ours to remove): systemd's, or bound at `socket`."""
-    given = systemd.listen_socket()
-    return (given, False) if given is not None else (bind(settings), True)
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -144,18 +137,17 @@ def _clear_stale(path: Path) -> None:
 class Name:
     """The socket's file. A cleaner of /tmp may remove it, and nobody would find the daemon any more: it is
     noticed by device and inode, and a new socket is bound, which takes the old one's place in all processes.
-
-    `handovers`: a datagram socket a worker, by which it gets the new one; see `take_over`.
     """
 
-    def __init__(
-        self, settings: Settings, listener: socket.socket, ours: bool, handovers: Sequence[socket.socket]
-    ) -> None:
+    def __init__(self, settings: Settings) -> None:
+        """Listens: on the socket that systemd hands over, or on one that is bound at `socket`."""
+        given = systemd.listen_socket()
+        self._ours = given is None
+        self.listener = bind(settings) if given is None else given
+        self.listener.setblocking(False)  # all workers share it; a copy of a blocking one would set it back
         self._settings = settings
-        self._listener = listener
-        self._ours = ours
-        self._handovers = handovers
-        self._path = Path(os.fsdecode(listener.getsockname()))
+        self._handovers = [_handover() for _ in range(settings.workers)]
+        self._path = Path(os.fsdecode(self.listener.getsockname()))
         self._seen = self._look()
         self._next = 0.0
         self._trying = Pause(RETRY_SECONDS, RETRY_SECONDS)
@@ -188,8 +180,8 @@ class Name:
     def _bind_again(self) -> None:
         with bind(self._settings) as fresh:
             log.warning("the socket's name %s was removed: bound again", self._path)
-            os.dup2(fresh.fileno(), self._listener.fileno(), inheritable=False)
-            for end in self._handovers:
+            os.dup2(fresh.fileno(), self.listener.fileno(), inheritable=False)
+            for end, _ in self._handovers:
                 with suppress(OSError):  # a worker that is gone, or has not taken the last one
                     socket.send_fds(end, [b"l"], [fresh.fileno()])
         self._seen = self._look()
@@ -204,24 +196,24 @@ class Name:
             except OSError as error:  # answers in flight, and the keys, are more
                 log.error("the socket's name %s can't be removed: %s", self._path, error.strerror)
 
+    def take_over(self, slot: int, listener: socket.socket) -> bool:
+        """In a worker, now and then: where the socket was bound again, let `listener` be the new one."""
+        taken = False
+        with suppress(BlockingIOError):
+            while True:
+                _, fds, _, _ = socket.recv_fds(self._handovers[slot - 1][1], 1, 1)
+                for fd in fds:
+                    os.dup2(fd, listener.fileno(), inheritable=False)
+                    os.close(fd)
+                    taken = True
+        if taken:
+            listener.setblocking(False)
+        return taken
 
-def handover_pair() -> tuple[socket.socket, socket.socket]:
+
+def _handover() -> tuple[socket.socket, socket.socket]:
+    """By what a worker gets the new socket."""
     pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     for end in pair:
         end.setblocking(False)  # send_fds and recv_fds ignore flags
     return pair
-
-
-def take_over(handover: socket.socket, listener: socket.socket) -> bool:
-    """In a worker, now and then: where the socket was bound again, let `listener` be the new one."""
-    taken = False
-    with suppress(BlockingIOError):
-        while True:
-            _, fds, _, _ = socket.recv_fds(handover, 1, 1)
-            for fd in fds:
-                os.dup2(fd, listener.fileno(), inheritable=False)
-                os.close(fd)
-                taken = True
-    if taken:
-        listener.setblocking(False)
-    return taken

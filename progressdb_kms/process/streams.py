@@ -11,7 +11,6 @@ import contextlib
 import io
 import os
 import select
-import signal
 import socket
 import stat
 import sys
@@ -166,10 +165,3 @@ def _homeless() -> bool:
         return not os.getcwd()
     except FileNotFoundError:
         return True
-
-
-def die(number: int) -> int:
-    """End as the signal would have ended the process."""
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
-    return 128 + number

@@ -220,7 +220,7 @@ def _in_child(supervisor: int, lock: Claim, main: Callable[[], None]) -> NoRetur
 
 
 def _keeper_main(shared: Shared, incarnation: int, report: int) -> None:
-    shared.listener.close()  # or the socket would look served when its name was bound again, and nobody is
+    shared.name.listener.close()  # or it would look served when its name was bound again, and nobody is
     try:
         signals = SignalPipe(child=True)
         keeper, epoch = serving.open_keeper(shared, incarnation)
@@ -248,7 +248,7 @@ def _worker_main(shared: Shared, slot: int, chain: str) -> None:
     signals = Signals(child=True)
     _pin(slot)
     worker = Worker(shared, slot, chain)
-    shared.listener.close()  # it has its own
+    shared.name.listener.close()  # it has its own
 
     def stop(seconds: float) -> bool:
         if not signals.stop and not signals.hangup:

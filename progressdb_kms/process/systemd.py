@@ -8,6 +8,7 @@ descriptor is taken only where it is what we asked the .socket unit for.
 from __future__ import annotations
 
 import os
+import re
 import socket
 from contextlib import suppress
 
@@ -57,8 +58,5 @@ _REMEDY = "the .socket unit needs one ListenStream=/PATH, and Accept=no"
 def watchdog_seconds() -> float | None:
     """Within how many seconds systemd wants to hear `WATCHDOG=1`; None where it does not watch."""
     micros = os.environ.get("WATCHDOG_USEC", "")
-    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
-        return None
-    if not (micros.isascii() and micros.isdigit()) or not 0 < len(micros) < 19 or int(micros) == 0:
-        return None
-    return int(micros) / 1e6
+    ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    return int(micros) / 1e6 if ours and re.fullmatch("0*[1-9][0-9]{0,17}", micros) else None

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..process.streams import PROG, die, fail, open_standard_streams, told
+from ..process.streams import PROG, fail, open_standard_streams, told
 from .command import CHOICES, EXITS, GROUP_TITLES, SERVE, Arg, Command
 from .commands import COMMANDS
 from .console import UsageError, error_detail, say
@@ -177,9 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _failed(words, error, str(error), 2)
     except KeyboardInterrupt:
-        return die(signal.SIGINT)
+        return _die(signal.SIGINT)
     except Interrupted as interrupt:
-        return die(interrupt.number)
+        return _die(interrupt.number)
     except BrokenPipeError:  # whoever read our output has seen enough
         _give_up_stdout()
         return 1
@@ -241,6 +241,13 @@ def _failed(words: Sequence[str], error: Exception, text: str, code: int) -> int
         sys.stderr.write(json.dumps({"error": detail}) + "\n")
         sys.stderr.flush()
     return code
+
+
+def _die(number: int) -> int:
+    """End as the signal would have ended the process."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    return 128 + number
 
 
 def _with_command(words: list[str]) -> list[str]:
