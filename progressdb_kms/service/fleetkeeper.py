@@ -50,7 +50,7 @@ from .fleetkeys import Coming
 from .fleetrotation import FleetRotation, refuse_absent
 from .fleetshredding import FleetShredding
 from .fleetworker import patience
-from .keeper import Done, Keeper, Long, Outcome, described, read_random, same
+from .keeper import Done, Keeper, Outcome, described, read_random, same
 from .plan import COMING, Configured
 from .rotation import RETIRED_KEK, Steps
 
@@ -336,7 +336,7 @@ class FleetKeeper(Keeper):
             self._shredding.hurry()
 
     def _answer(self, job: Job, outcome: Outcome) -> None:
-        if job.op not in EVERYWHERE or isinstance(outcome, (KMSError, Long)):
+        if job.op not in EVERYWHERE or not isinstance(outcome, dict):
             answer(job, outcome)
             return
         assert self._place.store is not None

@@ -25,7 +25,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Union
 
@@ -75,9 +75,6 @@ STAGING_SLOTS = 64
 TIDY_PAUSES = 1.0, 60.0
 """Tidying that failed is tried again after so many seconds, and after twice as many each time; at most."""
 
-WATCH_SECONDS = 1.0
-"""How often the keeper looks whether all of the service's work can be done, and tells where that changed."""
-
 WRITE_PAUSES = 1.0, 30.0
 """How often a row is tried after writing one failed."""
 
@@ -94,7 +91,8 @@ SHARE = 0.25
 disk for each snapshot, would leave a rotation a step a second."""
 
 LOOK_SECONDS = 1.0
-"""How often the files are looked at beside what each COMMIT does."""
+"""How often the files are looked at beside what each COMMIT does; and whether all of the service's work can
+be done, which is told where it changed."""
 
 TROUBLED_SECONDS = 0.1
 """The least rest while the store can't be written: a step would only find that out again."""
@@ -103,13 +101,8 @@ RETIRE_ROWS = 500
 """Old rows deleted a step after a rotation."""
 
 
-class Long(NamedTuple):
-    """A job that goes on in steps; its caller is answered at the end."""
-
-    steps: Steps
-
-
-Outcome = Union[dict[str, Any], KMSError, Long]
+Outcome = Union[dict[str, Any], KMSError, Steps]
+"""Of a job: its answer; or it goes on in steps, and its caller is answered at the end."""
 
 
 class Done(NamedTuple):
@@ -160,7 +153,7 @@ class Keeper:
         )
         self._writing = Pause(*WRITE_PAUSES)
         self._outage = Outage()
-        self._next_look = self._next_watch = self._next_reminder = self._rest = 0.0
+        self._next_look = self._next_reminder = self._rest = 0.0
         self._lost = self._rescued = ""
         self._rescuing = Pause(*WRITE_PAUSES)
         self._rescuer: threading.Thread | None = None
@@ -184,12 +177,10 @@ class Keeper:
         if busy:
             self._advance_politely(SHARE * (time.monotonic() - begun))
         if self._clock.monotonic() >= self._next_look:
+            self._watch()
             self._look()
         self._anchors.look()
         self._shredding.look()
-        if time.monotonic() >= self._next_watch:
-            self._next_watch = time.monotonic() + WATCH_SECONDS
-            self._watch()
 
     def _look(self) -> None:
         """Are the files that are open those that the next start would find? If not, rescue what is open."""
@@ -246,8 +237,8 @@ class Keeper:
         if any(_shreds(job) for job, _ in followed):
             self._shredding.now()
         for job, outcome in followed:
-            if isinstance(outcome, Long):
-                self._task = (outcome.steps, job)
+            if isinstance(outcome, Generator):
+                self._task = (outcome, job)
             else:
                 self._answer(job, self._erased(job, outcome))
 
@@ -467,7 +458,8 @@ class Keeper:
             target = fingerprint(new_kek.view)
             refuse_retired(self._store, target)
             self._check_wraps(target)
-            version = active.version if target == active.kek_id else self._version(target)
+            row = self._store.keks().get(target)
+            version = active.version if target == active.kek_id else row.version if row else 0
             if target not in self._keyring.kek_ids():
                 self._brought.add(self._keyring.install(new_kek.view, version))
             mover = Rewrapper(self._keyring, target, version)
@@ -488,11 +480,6 @@ class Keeper:
     def _configured(self) -> set[str]:
         """The KEKs that the next start has, as far as can be known."""
         return self._keys.kek_ids | keyfile.kek_ids(self._keys.key_file)
-
-    def _version(self, kek_id: str) -> int:
-        """The version of a KEK that isn't the active one: 0 where the store never counted it."""
-        row = self._store.keks().get(kek_id)
-        return row.version if row else 0
 
     def _existing(self, key_id: str) -> DekRecord:
         record = self._store.get(key_id)
@@ -521,7 +508,7 @@ class Keeper:
             new_kek.close()
             raise
         self._rotation = self._rotations(self._store, self._keyring, self._data_dir)
-        return Long(self._rotate(self._rotation, new_kek, dry_run))
+        return self._rotate(self._rotation, new_kek, dry_run)
 
     def _refuse_beside_rotation(self) -> None:
         if self._rotation is not None:

@@ -23,7 +23,7 @@ import os
 import time
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 from ..crypto import envelope
 from ..crypto.aead import NONCE_SIZE, same
@@ -59,27 +59,6 @@ def retired(rows: Mapping[str, Any]) -> dict[str, str]:
 
 Steps = Generator[None, None, dict[str, Any]]
 """A long job: each step does a bounded piece of work, and the last one returns the answer."""
-
-
-class Pages:
-    """All rows of a store, in pages of such a size that the work on one takes so many seconds."""
-
-    def __init__(self, store: Store, seconds: float) -> None:
-        self._store, self._seconds = store, seconds
-        self._size = LEAST
-
-    def __iter__(self) -> Iterator[list[DekRecord]]:
-        after = ""
-        self._begun = time.thread_time()
-        while page := self._store.page(after, self._size):
-            yield page
-            after = page[-1].key_id
-            self._begun = time.thread_time()
-
-    def done(self) -> None:
-        """The work on a page is done: let the next one be larger or smaller."""
-        took = max(time.thread_time() - self._begun, 1e-6)
-        self._size = min(max(LEAST, round(self._size * min(2.0, self._seconds / took))), MOST)
 
 
 class Rewrapper:
@@ -170,24 +149,38 @@ class Rotation:
             )
         return new_id
 
+    def _through(
+        self, phase: str, total: int, new_id: str, work: Callable[[list[DekRecord]], int]
+    ) -> Generator[None, None, int]:
+        """`work` on all rows, in pages of such a size that one takes it about a step. It tells with how many
+        DEKs it was done, and so does this in the end."""
+        done, size, after = 0, LEAST, ""
+        while True:
+            self.progress = Progress(phase, done, total, new_id)
+            begun = time.thread_time()
+            page = self._store.page(after, size)
+            if not page:
+                return done
+            done, after = done + work(page), page[-1].key_id
+            took = max(time.thread_time() - begun, 1e-6)
+            size = min(max(LEAST, round(size * min(2.0, self.step / took))), MOST)
+            yield
+
+    def _total(self) -> int:
+        return sum(row.deks for row in self._store.keks().values())
+
     def dry_run(self, new_kek: memoryview) -> Steps:
         """Open every DEK under the KEK that it names, change nothing, and tell what would be done."""
         new_id = self._check(new_kek)
-        total = sum(row.deks for row in self._store.keks().values())
-        memory = LockedBuffer(envelope.SCRATCH_SIZE)
-        done = 0
-        try:
-            pages = Pages(self._store, self.step)
-            for page in pages:
-                for record in page:
-                    if record.state != SHREDDED:
-                        _open_stored(self._keyring, record, memory.view)
-                        done += 1
-                self.progress = Progress("checking", done, total, new_id)
-                pages.done()
-                yield
-        finally:
-            memory.close()
+        with LockedBuffer(envelope.SCRATCH_SIZE) as memory:
+
+            def opened(page: list[DekRecord]) -> int:
+                there = [record for record in page if record.state != SHREDDED]
+                for record in there:
+                    _open_stored(self._keyring, record, memory.view)
+                return len(there)
+
+            done = yield from self._through("checking", self._total(), new_id, opened)
         return {
             "status": "dry_run",
             "kek_id": new_id,
@@ -200,24 +193,22 @@ class Rotation:
         new_id = self._check(new_kek)
         old = self._keyring.active
         version = old.version + 1
-        total = sum(row.deks for row in self._store.keks().values())
+        total = self._total()
         now = wall()
         self._keyring.install(new_kek, version)
         committed = False
         try:
             snapshot = self._begin(now, old.kek_id, new_id, total)
-            self._rewrapper = Rewrapper(self._keyring, new_id, version)
-            done = 0
-            self.progress = Progress("rewrapping", 0, total, new_id)
-            pages = Pages(self._store, self.step)
-            for page in pages:
-                moved = self._rewrapper.records(page)
-                done += snapshot.save(zip(page, moved))
+            self._rewrapper = mover = Rewrapper(self._keyring, new_id, version)
+
+            def move(page: list[DekRecord]) -> int:
+                moved = mover.records(page)
+                saved: int = snapshot.save(zip(page, moved))
                 with self._store.transaction(durable=False):
                     self._store.stage(moved)
-                self.progress = Progress("rewrapping", done, total, new_id)
-                pages.done()
-                yield
+                return saved
+
+            done = yield from self._through("rewrapping", total, new_id, move)
             self.progress = Progress("comparing", done, total, new_id)
             yield from self._compare()
             self.progress = Progress("syncing", done, total, new_id)
@@ -260,7 +251,7 @@ class Rotation:
                 raise
 
     def _swap(self, new_id: str, version: int, now: float) -> None:
-        count = sum(row.deks for row in self._store.keks().values())
+        count = self._total()
         for name, key in ownkeys.held(self._keyring).items():
             self._store.write(ownkeys.ROWS[name], ownkeys.wrap(self._keyring, new_id, name, key))
         self._store.erase(UNFINISHED + self._snapshot.path.name)

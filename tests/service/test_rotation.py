@@ -6,7 +6,7 @@ import os
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import pytest
 
@@ -18,7 +18,7 @@ from progressdb_kms.service.channel import channel
 from progressdb_kms.service.keeper import REST, RETIRE_ROWS, Keeper
 from progressdb_kms.service.lock import claim
 from progressdb_kms.service.plan import Configured, ConfiguredKey
-from progressdb_kms.service.rotation import LEAST, MOST, STEP_SECONDS, Pages
+from progressdb_kms.service.rotation import LEAST, MOST, STEP_SECONDS, Rotation
 from progressdb_kms.service.start import open_keeper
 from progressdb_kms.store.contract import DekRecord
 from progressdb_kms.store.seal import STATE
@@ -56,6 +56,12 @@ def fill(store: MemoryStore | SqliteStore, count: int) -> None:
             store.put(dek(number))
 
 
+def through(store: MemoryStore, work: Callable[[list[DekRecord]], int]) -> Iterator[None]:
+    """All pages of a rotation."""
+    keyring = Keyring(memoryview(bytearray(REGION_SIZE)))
+    return Rotation(store, keyring, Path())._through("rewrapping", 0, "00" * 8, work)
+
+
 @pytest.mark.parametrize(
     "each, sizes",
     [
@@ -70,12 +76,15 @@ def test_a_page_is_as_large_as_its_time(worked: Worked, each: float, sizes: list
     fill(store, 1000)
     seen: list[DekRecord] = []
     found = []
-    for page in (pages := Pages(store, STEP_SECONDS)):
+
+    def work(page: list[DekRecord]) -> int:
         worked.seconds += each * len(page)
-        pages.done()
-        worked.seconds += 1.0  # what comes between two steps is not theirs
         found.append(len(page))
-        seen += page
+        seen.extend(page)
+        return len(page)
+
+    for _ in through(store, work):
+        worked.seconds += 1.0  # what comes between two steps is not theirs
     assert found == sizes
     assert [record.key_id for record in seen] == [dek(number).key_id for number in range(1000)]
 
@@ -84,10 +93,14 @@ def test_a_page_has_an_end_and_follows_what_it_costs(worked: Worked) -> None:
     store = MemoryStore(memoryview(bytearray(32)))
     fill(store, MOST * 4)
     found = []
-    for page in (pages := Pages(store, STEP_SECONDS)):
+
+    def work(page: list[DekRecord]) -> int:
         found.append(len(page))
         worked.seconds += 1e-9 if len(found) < 9 else STEP_SECONDS * 4
-        pages.done()
+        return len(page)
+
+    for _ in through(store, work):
+        pass
     assert found[6:12] == [640, MOST, MOST, MOST // 4, MOST // 16, MOST // 64]
 
 
