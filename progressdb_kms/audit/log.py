@@ -141,30 +141,27 @@ def pieces(line: bytes, key: memoryview) -> Iterator[tuple[bytes, re.Match[bytes
 # ---- the file ------------------------------------------------------------------------------------
 
 _write = os.write
-# O_NONBLOCK: a FIFO in the log's place must be an error and not a hang. On a regular file it does nothing.
-_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def _open(path: str) -> tuple[int, os.stat_result]:
     """Open for appending, 0600; make it where absent. Raises AuditUnavailable unless it is a file of ours."""
-    fd = -1
     try:
-        fd = os.open(path, _FLAGS, 0o600)
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            raise AuditUnavailable(
-                "the audit log is not a regular file of the daemon's own user",
-                hint=f"chown {path} to that user, or move it away; then SIGHUP, or a start",
-            )
-        if stat.S_IMODE(status.st_mode) != 0o600:
-            os.fchmod(fd, 0o600)
-        return fd, status
-    except BaseException as error:
-        if fd >= 0:
+        fd = disk.regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
+        try:
+            status = os.fstat(fd)
+            if status.st_uid != os.geteuid():
+                raise PermissionError(errno.EPERM, "is not of the daemon's own user")
+            if stat.S_IMODE(status.st_mode) != 0o600:
+                os.fchmod(fd, 0o600)
+            return fd, status
+        except OSError:
             os.close(fd)
-        if not isinstance(error, OSError):
             raise
-        hint = f"{path} must be a regular file of mode 0600 in a directory that the daemon may write to"
+    except OSError as error:
+        hint = (
+            f"{path} must be a regular file of the daemon's own user, of mode 0600, in a directory that it "
+            "may write to: mend that or move it away; then SIGHUP, or a start"
+        )
         raise AuditUnavailable(f"the audit log can't be opened ({error.strerror})", hint=hint) from None
 
 
@@ -437,14 +434,3 @@ class AuditLog:
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         if limit != resource.RLIM_INFINITY and self._size + ROOM > limit:
             self._fail(OSError(errno.EFBIG, f"files may have {limit} bytes"))
-
-
-def last_epoch(path: str | os.PathLike[str]) -> int | None:
-    """The latest start that the end of a log file knows of; None without a record there. Not verified."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - ROOM))
-            found = RECORD.findall(file.read())
-    except FileNotFoundError:
-        return None
-    return max((int(record[1].split(b".")[0]) for record in found), default=None)

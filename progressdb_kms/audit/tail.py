@@ -65,6 +65,11 @@ def _age(path: str) -> tuple[int, str]:
     return (int(found[1]), found[2].decode()) if found else (1 << 62, "")
 
 
+def begun(path: Name) -> bool:
+    """Does a log file begin with a record, whoever signed it?"""
+    return bool(_age(os.fspath(path))[1])
+
+
 def in_order(paths: Iterable[Name]) -> list[str]:
     """Log files, oldest first, each once, whatever logrotate called them."""
     found: dict[object, str] = {}

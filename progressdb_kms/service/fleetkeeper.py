@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from ..audit.log import FILE_NAME as AUDIT_LOG
-from ..audit.log import last_epoch
+from ..audit.tail import begun
 from ..config.weakkeys import check_master_key
 from ..crypto.aead import KEY_SIZE, Aead
 from ..crypto.keyring import KekNotLoaded, Keyring, fingerprint
@@ -449,7 +449,7 @@ def open_keeper(
         undo.callback(member.end)
         member.wait_for(place)
         store = FleetStore(Link(where, WRITER + host), host, place.inc)
-        if not store.state_of(host) and last_epoch(data_dir / AUDIT_LOG) is not None:
+        if not store.state_of(host) and begun(data_dir / AUDIT_LOG):
             raise StoreDamaged(
                 f"{where} knows nothing of this host, and {data_dir / AUDIT_LOG} tells of a fleet's store",
                 hint="is it the right database? A host that goes to another fleet, or to one that was "

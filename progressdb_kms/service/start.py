@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..audit import tail
 from ..audit.log import FILE_NAME as AUDIT_LOG
-from ..audit.log import AuditLog, last_epoch
+from ..audit.log import AuditLog
 from ..crypto.keyring import Keyring
 from ..disk import put, regular
 from ..encoding import timestamp, wall
@@ -204,7 +204,7 @@ def _load_keys(store: Store, keyring: Keyring, chosen: Plan, joins: bool) -> dic
 
 def _floor(store: Store, log_path: Path, keyring: Keyring) -> tail.Floor:
     """How far the store was, by the audit log: whatever is before that was put back."""
-    if not store.state().change and last_epoch(log_path) is not None:
+    if not store.state().change and tail.begun(log_path):
         told = f"kms.db is empty, but {log_path} beside it tells that there was a store"
         raise StoreDamaged(told, hint="put the file back, or restore a backup: `progressdb-kms restore FILE`")
     return tail.floor(tail.logs(log_path.parent), keyring.audit_key) or tail.Floor(0, 0)

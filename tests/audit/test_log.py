@@ -27,13 +27,12 @@ from progressdb_kms.audit.log import (
     Fragment,
     fragment,
     key_fragment,
-    last_epoch,
     parse,
     peer_fragment,
     pieces,
     torn,
 )
-from progressdb_kms.audit.tail import in_order, recover
+from progressdb_kms.audit.tail import begun, in_order, recover
 from progressdb_kms.audit.verify import Fault, Report, history, verify
 from progressdb_kms.crypto.aead import mac
 from progressdb_kms.encoding import b64encode
@@ -637,16 +636,14 @@ def test_only_the_end_of_a_long_log_is_searched(path: Path, monkeypatch: pytest.
     assert check(path, {**anchors, **closed([log])}).fault is None
 
 
-def test_the_last_start_is_told_by_the_log(path: Path) -> None:
-    assert last_epoch(path) is None
+def test_a_log_that_was_begun_is_told_from_one_that_was_not(path: Path) -> None:
+    assert not begun(path)
     path.touch()
-    assert last_epoch(path) is None
+    assert not begun(path)
+    path.write_bytes(b'{"event":{"cha')
+    assert not begun(path)
     fill(path, chains=["7.0", "7.1"])
-    assert last_epoch(path) == 7
-    fill(path, chains=["12.0"])
-    with open(path, "ab") as file:
-        file.write(b'{"event":{"cha')
-    assert last_epoch(path) == 12
+    assert begun(path)
 
 
 # ---- verifying: what is found --------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from progressdb_kms.audit import tail
-from progressdb_kms.audit.log import AuditLog, last_epoch, parse
-from progressdb_kms.audit.tail import recover
+from progressdb_kms.audit.log import AuditLog, parse
+from progressdb_kms.audit.tail import begun, recover
 from progressdb_kms.audit.verify import history, verify
 from progressdb_kms.errors import AuditUnavailable, StoreDamaged
 from tests.harness.auditlogs import (
@@ -327,7 +327,7 @@ def test_any_bytes_give_a_report(data: bytes, partial: bool, receipts: list[str]
         path = Path(folder) / "kms-audit.log"
         path.write_bytes(data)
         verify([path], KEY, PLAIN.anchors, partial=partial, receipts=receipts)
-        last_epoch(path)
+        begun(path)
         with contextlib.suppress(StoreDamaged):
             history([path], KEY)
         for line in data.splitlines():
