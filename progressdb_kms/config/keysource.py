@@ -66,19 +66,28 @@ def read(source: Source, environ: Mapping[str, str], scratch: memoryview, out: m
 
 
 def _from_file(source: Source, environ: Mapping[str, str], scratch: memoryview, out: memoryview) -> None:
-    _read_file(source.place, source.label, scratch, out, credential=False)
-
-
-def _from_credential(
-    source: Source, environ: Mapping[str, str], scratch: memoryview, out: memoryview
-) -> None:
-    folder = environ.get("CREDENTIALS_DIRECTORY")
-    if not folder:
-        raise ConfigError(
-            f"{source.label} can't be read: $CREDENTIALS_DIRECTORY is not set",
-            hint=f"the unit needs LoadCredential={source.place}:FILE; for a command see `help install`",
-        )
-    _read_file(os.path.join(folder, source.place), source.label, scratch, out, credential=True)
+    """A credential is a file, too."""
+    path, credential = source.place, source.form == "credential"
+    if credential:
+        folder = environ.get("CREDENTIALS_DIRECTORY")
+        if not folder:
+            raise ConfigError(
+                f"{source.label} can't be read: $CREDENTIALS_DIRECTORY is not set",
+                hint=f"the unit needs LoadCredential={source.place}:FILE; for a command see `help install`",
+            )
+        path = os.path.join(folder, source.place)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    try:
+        about, link = os.fstat(descriptor), os.lstat(path)
+        trouble = distrust(about, os.geteuid(), credential)
+        # Orchestrators hand secrets out as links; another user's leads where he likes.
+        if stat.S_ISLNK(link.st_mode) and link.st_uid not in (0, os.geteuid()):
+            trouble = f"is a symbolic link that belongs to uid {link.st_uid}"
+        if trouble:
+            raise ConfigError(f"{source.label} {trouble}", hint=remedy(about, path), code="distrust")
+        decode_into(scratch, _fill(descriptor, scratch), out)
+    finally:
+        os.close(descriptor)
 
 
 def _from_pipe(source: Source, environ: Mapping[str, str], scratch: memoryview, out: memoryview) -> None:
@@ -113,7 +122,7 @@ def _from_parser(source: Source, environ: Mapping[str, str], scratch: memoryview
 
 READERS: Mapping[str, Callable[[Source, Mapping[str, str], memoryview, memoryview], None]] = {
     "file": _from_file,
-    "credential": _from_credential,
+    "credential": _from_file,
     "pipe": _from_pipe,
     "variable": _from_variable,
     HEX: _from_parser,
@@ -121,20 +130,6 @@ READERS: Mapping[str, Callable[[Source, Mapping[str, str], memoryview, memoryvie
 
 
 # ---- files -------------------------------------------------------------------------------------------
-
-
-def _read_file(path: str, label: str, scratch: memoryview, out: memoryview, *, credential: bool) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
-    try:
-        trouble = distrust(os.fstat(descriptor), os.geteuid(), credential)
-        link = os.lstat(path)  # orchestrators hand secrets out as links; another user's leads where he likes
-        if stat.S_ISLNK(link.st_mode) and link.st_uid not in (0, os.geteuid()):
-            trouble = f"is a symbolic link that belongs to uid {link.st_uid}"
-        if trouble:
-            raise ConfigError(f"{label} {trouble}", hint=remedy(os.fstat(descriptor), path), code="distrust")
-        decode_into(scratch, _fill(descriptor, scratch), out)
-    finally:
-        os.close(descriptor)
 
 
 def distrust(about: os.stat_result, uid: int, credential: bool) -> str | None:
