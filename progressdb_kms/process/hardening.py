@@ -138,7 +138,7 @@ def _can_wipe_on_free() -> bool:
         return False
     try:
         return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
-    except (AttributeError, OSError, ValueError):
+    except (OSError, ValueError):
         return False
 
 

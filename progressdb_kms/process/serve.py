@@ -22,6 +22,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..config.load import Loaded
@@ -39,7 +40,7 @@ from ..wire.server import SPARE_FILES, THREADS, Limits
 from ..wire.slab import Slab
 from . import hardening, inherited
 from .policies import Policies
-from .serving import BEAT_SECONDS, MOMENT, Front, Shared, Worker, open_keeper, reopen_keeper
+from .serving import BEAT_SECONDS, MOMENT, Front, Shared, Worker, open_keeper, reopen
 from .signals import SignalPipe
 from .socket import Name, listen_tcp
 from .supervisor import Supervisor
@@ -142,50 +143,43 @@ class Alone:
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
+        self._up = threading.Event()
         self._stop = threading.Event()
-        self._hangup = threading.Event()
-        self._failure: BaseException | None = None
+        self._hangup = False
 
     def run(self) -> int:
         shared = self._shared
         signals = SignalPipe()
         keeper, epoch = open_keeper(shared, 0)
         shared.metrics.block(0).add("starts", 1)
-        up = threading.Event()
-        thread = threading.Thread(target=self._work, args=(f"{epoch}.1", up))
-        thread.start()
         front = Front(shared)
-        try:
-            while thread.is_alive():
-                settled = up.is_set() and not self._stop.is_set()
-                keeper.round(BEAT_SECONDS if settled else MOMENT, signals.fd)
-                signals.clear()
-                if up.is_set():
-                    front.turn({0: os.getpid()})
-                if signals.take_hangup():
-                    front.reload()
-                    reopen_keeper(keeper)
-                    self._hangup.set()
-                if signals.stop and not self._stop.is_set():
-                    front.stop()
-                    self._stop.set()
-        finally:  # whatever ends the keeper: nobody may be served without it, nor with keys that are wiped
-            self._stop.set()
-            thread.join()
+        with ThreadPoolExecutor(1) as threads:
+            worker = threads.submit(self._work, f"{epoch}.1")
+            try:
+                while not worker.done():
+                    settled = self._up.is_set() and not self._stop.is_set()
+                    keeper.round(BEAT_SECONDS if settled else MOMENT, signals.fd)
+                    signals.clear()
+                    if self._up.is_set():
+                        front.turn({0: os.getpid()})
+                    if signals.take_hangup():
+                        front.reload()
+                        reopen(keeper)
+                        self._hangup = True
+                    if signals.stop and not self._stop.is_set():
+                        front.stop()
+                        self._stop.set()
+            finally:  # whatever ends the keeper: nobody is served without it, nor with keys that are wiped
+                self._stop.set()
         keeper.close()
-        if self._failure is not None:
-            raise self._failure
+        worker.result()  # raises what ended it
         return 0
 
-    def _work(self, chain: str, up: threading.Event) -> None:
-        try:
-            worker = Worker(self._shared, 1, chain)
-            up.set()
-            worker.run(self._stop.wait, self._take_hangup)
-        except BaseException as error:
-            self._failure = error
+    def _work(self, chain: str) -> None:
+        worker = Worker(self._shared, 1, chain)
+        self._up.set()
+        worker.run(self._stop.wait, self._take_hangup)
 
     def _take_hangup(self) -> bool:
-        taken = self._hangup.is_set()
-        self._hangup.clear()
+        taken, self._hangup = self._hangup, False
         return taken

@@ -6,11 +6,13 @@ import contextlib
 import logging
 import os
 import resource
+import shutil
 import socket
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -27,6 +29,7 @@ from ..service.keeper import STAGING_SLOTS, Keeper
 from ..service.lock import Claim
 from ..service.metrics import Metrics
 from ..service.plan import Configured
+from ..service.told import attend
 from ..service.worker import Service
 from ..store.pause import Pause
 from ..store.sqlite import SqliteReader
@@ -198,7 +201,9 @@ class Worker:
             if self._shared.name.take_over(self._slot, self._listener):
                 self.server.renew(self._listener)
             if hangup():
-                self._reopen()
+                self.server.narrow(self._shared.policies.read())
+                if self._introduced:
+                    reopen(self._audit)
             if self._introduced:
                 self._anchor()
             else:
@@ -211,32 +216,16 @@ class Worker:
         self._reader.close()
         self.server.slab.wipe()
 
-    def _reopen(self) -> None:
-        self.server.narrow(self._shared.policies.read())
-        if not self._introduced:
-            return
-        try:
-            self._audit.reopen()
-        except KMSError as error:
-            log.error("%s", error.told)
-
     def _anchor(self, last: bool = False) -> None:
-        try:
-            self._service.anchor(last)
-        except KMSError as error:
-            if self._anchoring.failed(error.message):
-                log.warning("the head of the audit log is not kept in the store now: %s", error.message)
-        else:
-            self._anchoring.worked()
+        what = "the head of the audit log is not kept in the store now"
+        attend(what, partial(self._service.anchor, last), self._anchoring)
 
 
 def _free(folder: Path) -> int | None:
     """Bytes; None where the folder is gone, of which others tell."""
-    try:
-        about = os.statvfs(folder)
-    except OSError:
-        return None
-    return about.f_bavail * about.f_frsize
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(folder).free
+    return None
 
 
 def open_keeper(shared: Shared, incarnation: int) -> tuple[Keeper, int]:
@@ -246,9 +235,10 @@ def open_keeper(shared: Shared, incarnation: int) -> tuple[Keeper, int]:
     return made
 
 
-def reopen_keeper(keeper: Keeper) -> None:
+def reopen(what: Keeper | AuditLog) -> None:
+    """The audit log, at SIGHUP: of a worker, or of the keeper."""
     try:
-        keeper.reopen()
+        what.reopen()
     except KMSError as error:
         log.error("%s", error.told)
 

@@ -11,7 +11,6 @@ import contextlib
 import io
 import os
 import select
-import socket
 import stat
 import sys
 from pathlib import Path
@@ -44,11 +43,7 @@ class Unblocked(io.RawIOBase):
         super().__init__()
         self.dropped = 0
         self._pid = os.getpid()
-        mode = os.fstat(number).st_mode
-        self._socket = socket.socket(fileno=os.dup(number)) if stat.S_ISSOCK(mode) else None
-        self._fd, self._poll = number, None
-        if stat.S_ISFIFO(mode) or os.isatty(number):
-            self._fd, self._poll = _unblocked(number)
+        self._fd, self._poll = _unblocked(number)
         self._lead = b""
 
     def writable(self) -> bool:
@@ -81,23 +76,22 @@ class Unblocked(io.RawIOBase):
 
     def _put_piece(self, piece: bytes) -> int:
         with contextlib.suppress(OSError):
-            if self._socket is not None:
-                return self._socket.send(piece, socket.MSG_DONTWAIT)
-            if self._poll is None or self._poll.poll(0):
+            if self._poll.poll(0):
                 return os.write(self._fd, piece)
         return -1
 
 
-def _unblocked(number: int) -> tuple[int, Any]:
+def _unblocked(number: int) -> tuple[int, select.poll]:
     """A description of our own for a pipe or a terminal, that never blocks: a flag of the given one would
-    hold for everybody who has it. Where that can't be had: the given one, and whom to ask first."""
+    hold for everybody who has it. The given one where that can't be had (a socket), and of a file, since the
+    place in it counts. Either is asked first whether it takes a piece."""
     flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    try:
-        return os.open(f"/proc/self/fd/{number}", flags), None
-    except OSError:
-        poll = select.poll()
-        poll.register(number, select.POLLOUT)
-        return number, poll
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        with contextlib.suppress(OSError):
+            number = os.open(f"/proc/self/fd/{number}", flags)
+    poll = select.poll()
+    poll.register(number, select.POLLOUT)
+    return number, poll
 
 
 def unblock_standard_streams() -> None:

@@ -55,7 +55,7 @@ class Supervisor:
         self._coming: IO[bytes] | None = None  # where a keeper that starts says that it is up
         self._signals = Signals()
         self._keeping = Pause(*KEEPER_PAUSES)
-        self._working = Pause(0, 0)
+        self._working = Pause()
 
     def run(self) -> int:
         front = Front(self._shared)
@@ -94,12 +94,7 @@ class Supervisor:
     def _start_keeper(self) -> None:
         child = self._children[0]
         read, write = os.pipe()
-        incarnation = child.incarnation + 1
-
-        def main() -> None:
-            os.close(read)
-            _keeper_main(self._shared, incarnation, write)
-
+        main = partial(_keeper_main, self._shared, child.incarnation + 1, write)
         self._coming = open(read, "rb")  # noqa: SIM115  # closed when it was heard
         with open(write, "wb"):
             self._fork(child, main)
@@ -124,7 +119,7 @@ class Supervisor:
     def _start_worker(self, child: Child) -> None:
         suffix = f".{child.incarnation + 1}" if child.incarnation >= 0 else ""
         chain = f"{self._epoch}.{child.slot}{suffix}"
-        self._fork(child, lambda: _worker_main(self._shared, child.slot, chain))
+        self._fork(child, partial(_worker_main, self._shared, child.slot, chain))
 
     def _replace_dead(self) -> None:
         for child in self._children:
@@ -240,7 +235,7 @@ def _keeper_main(shared: Shared, incarnation: int, report: int) -> None:
         catch_up()
         signals.clear()
         if signals.take_hangup():
-            serving.reopen_keeper(keeper)
+            serving.reopen(keeper)
     keeper.close()
 
 
