@@ -96,14 +96,17 @@ def open_into(cipher: Aead, nonce: Buffer, sealed: Buffer, aad: bytes, out: memo
 
 
 def seal(cipher: Aead, nonce: bytes, plaintext: Buffer, aad: bytes) -> bytes:
-    """For data: ciphertext and tag."""
+    """For data: ciphertext | tag. The message is the nonce and this, 28 bytes longer than the plaintext."""
     return cipher.encrypt(nonce, plaintext, aad)
 
 
-def open(cipher: Aead, nonce: Buffer, sealed: Buffer, aad: bytes) -> bytes:
-    """For data: the plaintext. Raises AuthenticationFailed."""
+def open(cipher: Aead, message: Buffer, aad: bytes) -> bytes:
+    """For data: open nonce | ciphertext | tag. Raises AuthenticationFailed; a message too short is no
+    exception."""
+    if len(message) < NONCE_SIZE + TAG_SIZE:
+        raise AuthenticationFailed
     try:
-        return cipher.decrypt(nonce, sealed, aad or None)
+        return cipher.decrypt(message[:NONCE_SIZE], message[NONCE_SIZE:], aad or None)
     except InvalidTag:
         raise AuthenticationFailed from None
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..encoding import KEY_ID, Buffer, is_json, is_text
+from ..encoding import KEY_ID, is_json, is_text
 from ..errors import AuthenticationFailed
 from . import aead
 from .aead import KEY_SIZE, NONCE_SIZE, ROOM, TAG_SIZE, Aead
@@ -118,14 +118,9 @@ def stored(key_id: str, blob: bytes) -> Wrapped:
     return wrapped
 
 
-def wrap(kek: memoryview, kek_id: str, key_id: str, nonce: bytes, dek: memoryview) -> bytes:
-    """Wrap a 32-byte DEK, bound to its key_id. Returns the blob."""
-    return wrap_by(Aead(kek), kek_id, key_id, nonce, dek)
-
-
-def wrap_by(sealer: Aead, kek_id: str, key_id: str, nonce: bytes, dek: memoryview) -> bytes:
-    """With a cipher under that KEK, which serves many."""
-    return _wrap(sealer, binding(kek_id, key_id), b"", nonce, dek)
+def wrap(cipher: Aead, kek_id: str, key_id: str, nonce: bytes, dek: memoryview) -> bytes:
+    """Wrap a 32-byte DEK with a cipher under this KEK, bound to its key_id. Returns the blob."""
+    return _wrap(cipher, binding(kek_id, key_id), b"", nonce, dek)
 
 
 def wrap_own(kek: memoryview, kek_id: str, name: str, nonce: bytes, key: memoryview) -> bytes:
@@ -133,23 +128,16 @@ def wrap_own(kek: memoryview, kek_id: str, name: str, nonce: bytes, key: memoryv
     return _wrap(Aead(kek), _head(OWN_VERSION, kek_id, name), OWN_LABEL, nonce, key)
 
 
-def _wrap(sealer: Aead, head: bytes, label: bytes, nonce: bytes, key: memoryview) -> bytes:
+def _wrap(cipher: Aead, head: bytes, label: bytes, nonce: bytes, key: memoryview) -> bytes:
     sealed = bytearray(KEY_SIZE + ROOM)
-    size = aead.seal_into(sealer, nonce, key, label + head, memoryview(sealed))
+    size = aead.seal_into(cipher, nonce, key, label + head, memoryview(sealed))
     return head + nonce + bytes(sealed[:size])
 
 
-def unwrap_into(kek: memoryview, wrapped: Wrapped, scratch: memoryview) -> memoryview:
-    """Unwrap into `scratch` (SCRATCH_SIZE bytes of locked memory). Returns the part with the DEK.
-
-    Raises AuthenticationFailed, with `scratch` wiped.
-    """
-    return unwrap_by(Aead(kek), wrapped, scratch)
-
-
-def unwrap_by(opener: Aead, wrapped: Wrapped, scratch: memoryview) -> memoryview:
-    """The same with a cipher under the KEK that is there already, for many DEKs in one loan of it."""
-    if aead.open_into(opener, wrapped.nonce, wrapped.sealed, wrapped.aad, scratch) != KEY_SIZE:
+def unwrap(cipher: Aead, wrapped: Wrapped, scratch: memoryview) -> memoryview:
+    """Unwrap with a cipher under the KEK into `scratch` (SCRATCH_SIZE bytes of locked memory). Returns the
+    part with the DEK. Raises AuthenticationFailed, with `scratch` wiped."""
+    if aead.open_into(cipher, wrapped.nonce, wrapped.sealed, wrapped.aad, scratch) != KEY_SIZE:
         raise AuthenticationFailed
     return scratch[:KEY_SIZE]
 
@@ -166,15 +154,3 @@ def open_embedded(kek: memoryview, message: bytes, scratch: memoryview) -> bytes
         opened[:] = bytes(size)
         raise AuthenticationFailed
     return bytes(opened)
-
-
-def encrypt(cipher: Aead, nonce: bytes, plaintext: Buffer, aad: bytes) -> bytes:
-    """ciphertext | tag; the message is the nonce and this, 28 bytes longer than the plaintext."""
-    return cipher.encrypt(nonce, plaintext, aad)
-
-
-def decrypt(cipher: Aead, message: Buffer, aad: bytes) -> bytes:
-    """Open nonce | ciphertext | tag. Raises AuthenticationFailed; a message too short is no exception."""
-    if len(message) < NONCE_SIZE + TAG_SIZE:
-        raise AuthenticationFailed
-    return aead.open(cipher, message[:NONCE_SIZE], message[NONCE_SIZE:], aad)

@@ -410,7 +410,7 @@ class Keeper:
         dek = self._memory.view[:KEY_SIZE]
         try:
             fill(dek)
-            blob = envelope.wrap_by(kek, active.kek_id, key_id, os.urandom(NONCE_SIZE), dek)
+            blob = envelope.wrap(kek, active.kek_id, key_id, os.urandom(NONCE_SIZE), dek)
         finally:
             wipe(dek)
         return DekRecord(key_id, thread_id or key_id, blob, active.kek_id, active.version, timestamp(now))

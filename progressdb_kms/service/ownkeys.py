@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..crypto import envelope
-from ..crypto.aead import KEY_SIZE, NONCE_SIZE, same
+from ..crypto.aead import KEY_SIZE, NONCE_SIZE, Aead, same
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
 from ..crypto.keyring import Keyring
 from ..crypto.memory import LockedBuffer
@@ -45,7 +45,7 @@ def opened(keyring: Keyring, name: str, row: Mapping[str, Any]) -> Iterator[memo
         try:
             wrapped = parse(name, row)
             with keyring.borrow(wrapped.kek_id) as kek:
-                key = envelope.unwrap_into(kek, wrapped, memory.view)
+                key = envelope.unwrap(Aead(kek), wrapped, memory.view)
         except AuthenticationFailed:
             raise StoreDamaged(
                 f"the store's {ROWS[name]} does not open as that under the KEK that it names",

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from ..crypto import envelope
-from ..crypto.aead import NONCE_SIZE, same
+from ..crypto.aead import NONCE_SIZE, Aead, same
 from ..crypto.keyring import Keyring, fingerprint
 from ..crypto.memory import LockedBuffer
 from ..encoding import timestamp, wall
@@ -91,8 +91,8 @@ class Rewrapper:
     def _moved(self, old: DekRecord, nonce: bytes) -> bytes:
         dek = _open_stored(self._keyring, old, self._first)
         with self._keyring.borrow(self.target) as kek:
-            moved = envelope.wrap(kek, self.target, old.key_id, nonce, dek)
-            again = envelope.unwrap_into(kek, envelope.parse(moved), self._second)
+            moved = envelope.wrap(Aead(kek), self.target, old.key_id, nonce, dek)
+            again = envelope.unwrap(Aead(kek), envelope.parse(moved), self._second)
         if not same(dek, again):  # type: ignore[arg-type]
             raise StoreDamaged(f"the rewrapped DEK of {old.key_id} is not the same")
         return moved
@@ -298,7 +298,7 @@ def _open_stored(keyring: Keyring, record: DekRecord, scratch: memoryview) -> me
     try:
         wrapped = envelope.stored(record.key_id, record.wrapped)
         with keyring.borrow(wrapped.kek_id) as kek:
-            return envelope.unwrap_into(kek, wrapped, scratch)
+            return envelope.unwrap(Aead(kek), wrapped, scratch)
     except AuthenticationFailed:
         raise StoreDamaged(
             f"the DEK of key {record.key_id} does not open under the KEK {record.kek_id} that it names",

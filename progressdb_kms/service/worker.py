@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Callable, NamedTuple, TypeVar, Union
 
 from ..audit.log import AuditLog, Fragment, key_fragment
-from ..crypto import envelope
+from ..crypto import aead, envelope
 from ..crypto.aead import NONCE_SIZE, Aead
 from ..crypto.envelope import Wrapped
 from ..crypto.keyring import KekNotLoaded, Keyring, KeyringChanged, Loan
@@ -181,10 +181,9 @@ class Service:
             try:
                 loan = self.keyring.borrow(dek.wrapped.kek_id)
                 with loan as kek:
-                    if scratch is self._turn:
-                        key = envelope.unwrap_by(self._opener(loan, kek), dek.wrapped, scratch)
-                    else:
-                        key = envelope.unwrap_into(kek, dek.wrapped, scratch)
+                    opener = self._opener(loan, kek) if scratch is self._turn else Aead(kek)
+                    key = envelope.unwrap(opener, dek.wrapped, scratch)
+                    del opener  # before its KEK's loan ends
                 return work(Aead(key), *args)
             except KeyringChanged:
                 dek = self._again(dek)
@@ -203,7 +202,7 @@ class Service:
         key_id = dek.wrapped.key_id
         self.uses.check(key_id)
         nonce = os.urandom(NONCE_SIZE)
-        sealed = self._with_dek(dek, scratch, envelope.encrypt, nonce, plaintext, aad)
+        sealed = self._with_dek(dek, scratch, aead.seal, nonce, plaintext, aad)
         self.uses.add(ENCRYPTED, (key_id,), uid)
         return nonce, sealed
 
@@ -211,7 +210,7 @@ class Service:
         self, dek: Entry, message: Buffer, aad: bytes, scratch: memoryview, uid: int = NOBODY
     ) -> bytes:
         """Raises AuthenticationFailed: another DEK, another AAD or a changed bit."""
-        opened = self._with_dek(dek, scratch, envelope.decrypt, message, aad)
+        opened = self._with_dek(dek, scratch, aead.open, message, aad)
         self.uses.add(DECRYPTED, (dek.wrapped.key_id,), uid)
         return opened
 
@@ -239,7 +238,7 @@ class Service:
         return self._many(items, scratch, _encrypt_item, uid)
 
     def decrypt_many(self, items: Batch, scratch: memoryview, uid: int = NOBODY) -> Results:
-        return self._many(items, scratch, envelope.decrypt, uid)
+        return self._many(items, scratch, aead.open, uid)
 
     def _many(self, items: Batch, scratch: memoryview, one: One, uid: int) -> Results:
         """Each DEK is unwrapped once; an item that fails spoils no other. Results in order: of an item
@@ -285,7 +284,7 @@ class Service:
                         wrapped = self.entry(source).wrapped if isinstance(source, str) else None
                         if wrapped is not None and wrapped.kek_id == kek_id:
                             self._check(source, one)
-                            dek = envelope.unwrap_by(opener, wrapped, scratch)
+                            dek = envelope.unwrap(opener, wrapped, scratch)
                             done[source] = _each(Aead(dek), items, indices, one, results)
                     except KMSError:
                         continue  # told when it is done alone
@@ -308,7 +307,7 @@ class Service:
             self.uses.check(KEK_ROW + active.kek_id)
             try:
                 with self.keyring.borrow(active.kek_id) as kek:
-                    blob = envelope.wrap(kek, active.kek_id, name, os.urandom(NONCE_SIZE), dek)
+                    blob = envelope.wrap(Aead(kek), active.kek_id, name, os.urandom(NONCE_SIZE), dek)
                 self.uses.add(ENCRYPTED, (KEK_ROW + active.kek_id,), uid)
                 return blob, active.kek_id, active.version, name
             except (KeyringChanged, KekNotLoaded):
@@ -322,7 +321,7 @@ class Service:
             self.allow(wrapped.key_id)
             try:
                 with self.keyring.borrow(wrapped.kek_id) as kek:
-                    dek = envelope.unwrap_into(kek, wrapped, scratch)
+                    dek = envelope.unwrap(Aead(kek), wrapped, scratch)
                 self.uses.add(TOUCHED, (wrapped.key_id,), uid)
                 return dek
             except KeyringChanged:
@@ -429,7 +428,7 @@ def usable(generation: int, record: DekRecord) -> Entry:
 
 def _encrypt_item(cipher: Aead, data: bytes, aad: bytes) -> bytes:
     nonce = os.urandom(NONCE_SIZE)
-    return nonce + envelope.encrypt(cipher, nonce, data, aad)
+    return nonce + aead.seal(cipher, nonce, data, aad)
 
 
 def _each(

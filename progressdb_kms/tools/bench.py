@@ -294,12 +294,12 @@ def _socket_alone(request: bytes, answer: int, connections: int, seconds: float)
 def _cipher_alone(seconds: float) -> float:
     with LockedBuffer(KEY_SIZE) as kek, LockedBuffer(envelope.SCRATCH_SIZE) as scratch:
         _fill(kek.view)
-        blob = envelope.wrap(kek.view, "0" * 16, "bench", bytes(NONCE_SIZE), kek.view)
+        blob = envelope.wrap(Aead(kek.view), "0" * 16, "bench", bytes(NONCE_SIZE), kek.view)
         wrapped, text, count = parse(blob), os.urandom(MESSAGE), 0
         until = time.perf_counter() + seconds
         while time.perf_counter() < until:
-            dek = envelope.unwrap_into(kek.view, wrapped, scratch.view)
-            envelope.encrypt(Aead(dek), os.urandom(NONCE_SIZE), text, b"")
+            dek = envelope.unwrap(Aead(kek.view), wrapped, scratch.view)
+            aead.seal(Aead(dek), os.urandom(NONCE_SIZE), text, b"")
             count += 1
         del dek
         return count / seconds
@@ -660,11 +660,11 @@ def _rate(work: Callable[[], object], seconds: float) -> float:
 
 def _naive(body: bytes) -> Callable[[], bytes]:
     kek, nonce = os.urandom(KEY_SIZE), os.urandom(NONCE_SIZE)
-    wrapped = aead.seal(Aead(memoryview(kek)), nonce, os.urandom(KEY_SIZE), b"bench")
+    wrapped = nonce + aead.seal(Aead(memoryview(kek)), nonce, os.urandom(KEY_SIZE), b"bench")
 
     def encrypt() -> bytes:
         plaintext = base64.b64decode(json.loads(body)["plaintext"], validate=True)
-        dek = aead.open(Aead(memoryview(kek)), nonce, wrapped, b"bench")
+        dek = aead.open(Aead(memoryview(kek)), wrapped, b"bench")
         own = os.urandom(NONCE_SIZE)
         sealed = own + aead.seal(Aead(memoryview(dek)), own, plaintext, b"")
         return json.dumps({"ciphertext": base64.b64encode(sealed).decode()}).encode()
@@ -691,7 +691,7 @@ def _careful(body: bytes) -> Callable[[], bytes]:
         _fill(key.view)
         kek_id = keyring.install(key.view, 1)
         keyring.activate(kek_id, 1)
-        blob = envelope.wrap(key.view, kek_id, "bench", os.urandom(NONCE_SIZE), key.view)
+        blob = envelope.wrap(Aead(key.view), kek_id, "bench", os.urandom(NONCE_SIZE), key.view)
     store.record = DekRecord("bench", "bench", blob, kek_id, 1, "")
     reader: Any = store
     unused: Any = None
@@ -770,7 +770,7 @@ def _make_deks(folder: Path, keyring: Keyring, kek_id: str, count: int) -> None:
 
 def _dek(kek: memoryview, kek_id: str, number: int, dek: memoryview) -> DekRecord:
     key_id = new_key_id(number, os.urandom(10))
-    wrapped = envelope.wrap(kek, kek_id, key_id, os.urandom(NONCE_SIZE), dek)
+    wrapped = envelope.wrap(Aead(kek), kek_id, key_id, os.urandom(NONCE_SIZE), dek)
     return DekRecord(key_id, f"thread-{number % 1000}", wrapped, kek_id, 1, timestamp(number))
 
 

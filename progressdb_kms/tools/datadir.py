@@ -364,8 +364,8 @@ class Opener:
             return blob
         with self._keyring.borrow(kek_id) as kek:
             cipher = self._cipher(kek_id, kek)
-            bound = envelope.wrap_by(cipher, kek_id, key_id, os.urandom(NONCE_SIZE), dek)
-            again = envelope.unwrap_by(cipher, envelope.stored(key_id, bound), self._second)
+            bound = envelope.wrap(cipher, kek_id, key_id, os.urandom(NONCE_SIZE), dek)
+            again = envelope.unwrap(cipher, envelope.stored(key_id, bound), self._second)
         if not same(dek, again):  # type: ignore[arg-type]
             raise ValueError("does not open any more after it was wrapped anew")
         return bound
@@ -380,7 +380,7 @@ class Opener:
         for kek_id in candidates:
             try:
                 with self._keyring.borrow(kek_id) as kek:
-                    return envelope.unwrap_by(self._cipher(kek_id, kek), wrapped, place)
+                    return envelope.unwrap(self._cipher(kek_id, kek), wrapped, place)
             except KekNotLoaded:
                 raise ValueError(f"needs the KEK {kek_id}, which is not configured") from None
             except AuthenticationFailed:

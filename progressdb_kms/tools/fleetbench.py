@@ -21,7 +21,7 @@ from typing import Any
 
 from ..client import Client
 from ..crypto import envelope
-from ..crypto.aead import KEY_SIZE, NONCE_SIZE
+from ..crypto.aead import KEY_SIZE, NONCE_SIZE, Aead
 from ..crypto.keyring import REGION_SIZE, KekNotLoaded, Keyring
 from ..crypto.memory import LockedBuffer
 from ..encoding import b64encode, new_key_id, timestamp, wall
@@ -251,7 +251,7 @@ def _fill(store: FleetStore, keyring: Keyring, kek_id: str, dek: memoryview, cou
     now = wall()
     with keyring.borrow(kek_id) as kek:
         names = [new_key_id(int(now * 1000), os.urandom(10)) for _ in range(count)]
-        blobs = [envelope.wrap(kek, kek_id, name, os.urandom(NONCE_SIZE), dek) for name in names]
+        blobs = [envelope.wrap(Aead(kek), kek_id, name, os.urandom(NONCE_SIZE), dek) for name in names]
     with store.transaction():
         store.put_all([DekRecord(*row, kek_id, 1, timestamp(now)) for row in zip(names, names, blobs)])
 

@@ -130,9 +130,8 @@ def _veiled(key_id: str) -> str:
 
 
 def _unveiled(cursor: str) -> str:
-    raw = bytes.fromhex(cursor[1:])
     try:
-        return aead.open(Aead(memoryview(_VEIL)), raw[:NONCE_SIZE], raw[NONCE_SIZE:], b"").decode()
+        return aead.open(Aead(memoryview(_VEIL)), bytes.fromhex(cursor[1:]), b"").decode()
     except (ValueError, AuthenticationFailed):
         raise Conflict("the cursor is of another run: list from the start", code="wrong_cursor") from None
 

@@ -41,7 +41,7 @@ def room(size: int) -> memoryview:
 def test_known_answers(make: Any, row: dict[str, str]) -> None:
     key, nonce, plaintext, aad, sealed = data(row)
     assert aead.seal(make(key), nonce, plaintext, aad) == sealed
-    assert aead.open(make(key), nonce, sealed, aad) == plaintext
+    assert aead.open(make(key), nonce + sealed, aad) == plaintext
     out = room(len(sealed) + aead.ROOM)
     assert (
         aead.seal_into(make(key), nonce, plaintext, aad, out) == len(sealed) and out[: len(sealed)] == sealed
@@ -55,7 +55,7 @@ def test_known_answers(make: Any, row: dict[str, str]) -> None:
 def test_whatever_was_changed_is_refused(make: Any, row: dict[str, str]) -> None:
     key, nonce, plaintext, aad, sealed = data(row)
     with pytest.raises(AuthenticationFailed):
-        aead.open(make(key), nonce, sealed, aad)
+        aead.open(make(key), nonce + sealed, aad)
     out = room(len(sealed) + aead.ROOM)
     with pytest.raises(AuthenticationFailed):
         aead.open_into(make(key), nonce, sealed, aad, out)
@@ -65,15 +65,16 @@ def test_whatever_was_changed_is_refused(make: Any, row: dict[str, str]) -> None
 
 @pytest.mark.parametrize("size", range(aead.TAG_SIZE))
 def test_what_is_shorter_than_a_tag_is_refused(make: Any, size: int) -> None:
-    for into in ((), (room(64),)):
-        with pytest.raises(AuthenticationFailed):
-            (aead.open_into if into else aead.open)(make(secret(KEY)), NONCE, bytes(size), b"", *into)
+    with pytest.raises(AuthenticationFailed):
+        aead.open(make(secret(KEY)), NONCE + bytes(size), b"")
+    with pytest.raises(AuthenticationFailed):
+        aead.open_into(make(secret(KEY)), NONCE, bytes(size), b"", room(64))
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 def test_any_buffer_is_taken(make: Any, kind: Any) -> None:
     sealed = aead.seal(make(secret(KEY)), NONCE, kind(b"text"), b"aad")
-    assert aead.open(make(secret(KEY)), kind(NONCE), kind(sealed), b"aad") == b"text"
+    assert aead.open(make(secret(KEY)), kind(NONCE + sealed), b"aad") == b"text"
 
 
 @given(

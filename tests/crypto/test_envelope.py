@@ -27,7 +27,7 @@ def joined(wrapped: envelope.Wrapped) -> bytes:
 
 
 def unwrap(digits: str, into: memoryview, kek: str = WRAPPED["kek"]) -> bytes:
-    return bytes(envelope.unwrap_into(secret(kek), envelope.foreign(bytes.fromhex(digits)), into))
+    return bytes(envelope.unwrap(Aead(secret(kek)), envelope.foreign(bytes.fromhex(digits)), into))
 
 
 class TestWrapped:
@@ -69,10 +69,10 @@ class TestWrapped:
     def test_round_trip(self, key_id: str) -> None:
         dek = os.urandom(32)
         kek = secret(WRAPPED["kek"])
-        blob = envelope.wrap(kek, KEK_ID, key_id, os.urandom(12), memoryview(bytearray(dek)))
+        blob = envelope.wrap(Aead(kek), KEK_ID, key_id, os.urandom(12), memoryview(bytearray(dek)))
         wrapped = envelope.parse(blob)
         assert (wrapped.kek_id, wrapped.key_id) == (KEK_ID, key_id)
-        assert bytes(envelope.unwrap_into(kek, wrapped, scratch())) == dek
+        assert bytes(envelope.unwrap(Aead(kek), wrapped, scratch())) == dek
 
     @given(st.binary(max_size=220))
     def test_any_bytes_are_parsed_or_refused(self, blob: bytes) -> None:
@@ -88,7 +88,7 @@ class TestThreeForms:
     def blobs(self) -> dict[str, bytes]:
         kek, key, nonce = secret(WRAPPED["kek"]), memoryview(bytearray(os.urandom(32))), os.urandom(12)
         return {
-            "a DEK": envelope.wrap(kek, KEK_ID, "audit", nonce, key),
+            "a DEK": envelope.wrap(Aead(kek), KEK_ID, "audit", nonce, key),
             "our own": envelope.wrap_own(kek, KEK_ID, envelope.AUDIT_KEY, nonce, key),
             "the Go service's": nonce + aead.seal(Aead(kek), nonce, bytes(key), b""),
         }
@@ -107,7 +107,7 @@ class TestThreeForms:
         taken = set()
         for name, blob in self.blobs().items():
             try:
-                envelope.unwrap_into(secret(WRAPPED["kek"]), read(blob), scratch())
+                envelope.unwrap(Aead(secret(WRAPPED["kek"])), read(blob), scratch())
                 taken.add(name)
             except ValueError:
                 pass
@@ -118,7 +118,7 @@ class TestThreeForms:
         blob = bytes([version]) + self.blobs()[form][1:]
         with pytest.raises((ValueError, AuthenticationFailed)):
             wrapped = envelope.own("audit", blob) if version == 2 else envelope.parse(blob)
-            envelope.unwrap_into(secret(WRAPPED["kek"]), wrapped, scratch())
+            envelope.unwrap(Aead(secret(WRAPPED["kek"])), wrapped, scratch())
 
     @pytest.mark.parametrize("name", [envelope.AUDIT_KEY, envelope.ROW_KEY])
     def test_no_caller_can_name_one(self, name: str) -> None:
@@ -136,17 +136,15 @@ class TestMessages:
     def test_opens_for_ever(self, row: dict[str, str]) -> None:
         message, plaintext, aad = (bytes.fromhex(row[name]) for name in ("message", "plaintext", "aad"))
         cipher = Aead(secret(MESSAGES["dek"]))
-        assert envelope.decrypt(cipher, message, aad) == plaintext
-        assert message[:12] + envelope.encrypt(cipher, message[:12], plaintext, aad) == message
+        assert aead.open(cipher, message, aad) == plaintext
+        assert message[:12] + aead.seal(cipher, message[:12], plaintext, aad) == message
 
     @pytest.mark.parametrize("row", MESSAGES["refused"], ids=lambda row: row["why"])
     def test_what_was_changed_is_refused(self, row: dict[str, str]) -> None:
         with pytest.raises(AuthenticationFailed):
-            envelope.decrypt(
-                Aead(secret(MESSAGES["dek"])), bytes.fromhex(row["message"]), bytes.fromhex(row["aad"])
-            )
+            aead.open(Aead(secret(MESSAGES["dek"])), bytes.fromhex(row["message"]), bytes.fromhex(row["aad"]))
 
     @given(st.binary(max_size=200), st.binary(max_size=20))
     def test_any_bytes_are_refused(self, message: bytes, aad: bytes) -> None:
         with pytest.raises(AuthenticationFailed):
-            envelope.decrypt(Aead(secret(MESSAGES["dek"])), message, aad)
+            aead.open(Aead(secret(MESSAGES["dek"])), message, aad)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from progressdb_kms.crypto import envelope
+from progressdb_kms.crypto.aead import Aead
 from progressdb_kms.crypto.keyring import REGION_SIZE, KekNotLoaded, Keyring
 from progressdb_kms.encoding import new_key_id
 from progressdb_kms.errors import Conflict, StoreUnavailable
@@ -56,7 +57,7 @@ class Site:
             for _ in range(count):
                 self.made += 1
                 key_id = new_key_id(self.made, os.urandom(10))
-                blob = envelope.wrap(kek, self.old, key_id, os.urandom(12), dek)
+                blob = envelope.wrap(Aead(kek), self.old, key_id, os.urandom(12), dek)
                 made.append(DekRecord(key_id, "t", blob, self.old, 1, "2026-01-01T00:00:00.000000Z"))
         return made
 

@@ -8,9 +8,14 @@ from typing import Any
 import pytest
 
 from progressdb_kms.crypto import envelope
-from progressdb_kms.crypto.aead import KEY_SIZE
+from progressdb_kms.crypto.aead import KEY_SIZE, Aead
 from progressdb_kms.crypto.keyring import REGION_SIZE, Keyring
-from progressdb_kms.errors import KeyDisabled, KeyNotFound, StoreUnavailable, Unavailable
+from progressdb_kms.errors import (
+    KeyDisabled,
+    KeyNotFound,
+    StoreUnavailable,
+    Unavailable,
+)
 from progressdb_kms.fleet import lease
 from progressdb_kms.fleet.board import SIZE, Board
 from progressdb_kms.fleet.lease import Clock, Reading
@@ -76,7 +81,7 @@ class Scene:
     def make(self, key_id: str, state: str = "enabled") -> DekRecord:
         dek = memoryview(bytearray(os.urandom(KEY_SIZE)))
         with self.keyring.borrow(self.kek_id) as kek:
-            blob = envelope.wrap(kek, self.kek_id, key_id, os.urandom(12), dek)
+            blob = envelope.wrap(Aead(kek), self.kek_id, key_id, os.urandom(12), dek)
         self.rows.rows[key_id] = DekRecord(key_id, "t", blob, self.kek_id, 1, "2026-01-01T00:00:00Z", state)
         return self.rows.rows[key_id]
 

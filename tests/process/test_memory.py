@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from progressdb_kms.crypto import envelope
+from progressdb_kms.crypto.aead import Aead
 from progressdb_kms.service import ownkeys
 from progressdb_kms.service.ownkeys import ROWS
 from progressdb_kms.store.sqlite import SqliteReader
@@ -187,7 +188,7 @@ def own_keys(daemon: Daemon) -> list[Secret]:
         for name, row in ROWS.items():
             scratch = memoryview(bytearray(envelope.SCRATCH_SIZE))
             wrapped = ownkeys.parse(name, reader.read(row) or {})
-            found.append(Secret(name, bytes(envelope.unwrap_into(kek, wrapped, scratch))))
+            found.append(Secret(name, bytes(envelope.unwrap(Aead(kek), wrapped, scratch))))
     return found
 
 

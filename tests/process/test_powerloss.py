@@ -18,7 +18,7 @@ import pytest
 
 from progressdb_kms.audit import verify
 from progressdb_kms.audit.log import FILE_NAME as AUDIT_LOG
-from progressdb_kms.crypto import envelope
+from progressdb_kms.crypto import aead, envelope
 from progressdb_kms.crypto.aead import Aead
 from progressdb_kms.crypto.envelope import parse
 from progressdb_kms.crypto.keyring import REGION_SIZE, Keyring
@@ -141,9 +141,9 @@ def held(run: Run, store: SqliteStore, keyring: Keyring, label: list[str], other
         return
     wrapped = parse(record.wrapped)
     with keyring.borrow(str(wrapped.kek_id)) as kek:
-        dek = envelope.unwrap_into(kek, wrapped, memoryview(bytearray(envelope.SCRATCH_SIZE)))
+        dek = envelope.unwrap(Aead(kek), wrapped, memoryview(bytearray(envelope.SCRATCH_SIZE)))
     if key_id in run.sealed:
-        assert envelope.decrypt(Aead(dek), run.sealed[key_id], b"") == TEXT
+        assert aead.open(Aead(dek), run.sealed[key_id], b"") == TEXT
 
 
 def saved(folder: Path, wrapped: dict[str, str]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from progressdb_kms.crypto import envelope
+from progressdb_kms.crypto.aead import Aead
 from progressdb_kms.crypto.keyring import fingerprint
 from progressdb_kms.encoding import b64encode
 from progressdb_kms.store.snapshots import LINES, SMALL
@@ -33,7 +34,7 @@ def fill(daemon: Daemon, count: int) -> list[str]:
     with open(daemon.home / "lines", "w") as file:
         for name in names:
             dek = memoryview(bytearray(os.urandom(32)))
-            blob = envelope.wrap(kek, kek_id, name, os.urandom(12), dek)
+            blob = envelope.wrap(Aead(kek), kek_id, name, os.urandom(12), dek)
             print(json.dumps({"key_id": name, "thread_id": "t", "wrapped": b64encode(blob)}), file=file)
     done = daemon.offline("import", str(daemon.home / "lines"))
     assert done.returncode == 0, done.stderr
