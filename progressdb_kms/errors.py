@@ -21,15 +21,17 @@ class KMSError(Exception):
 
     status: ClassVar[int] = 0
     default_code: ClassVar[str] = ""
+    default_message: ClassVar[str] = ""
+    default_hint: ClassVar[str] = ""
     close: ClassVar[bool] = False
 
-    def __init__(self, message: str, *, code: str = "", hint: str = "") -> None:
+    def __init__(self, message: str = "", *, code: str = "", hint: str = "") -> None:
         if not self.status:
             raise TypeError(f"{type(self).__name__} is a group of errors: raise one of its members")
-        super().__init__(message)
-        self.message = message
+        self.message = message or self.default_message
+        super().__init__(self.message)
         self.code = code or self.default_code
-        self.hint = hint
+        self.hint = hint or self.default_hint
 
     @property
     def told(self) -> str:
@@ -133,11 +135,8 @@ class BodyTooLarge(RequestError):
 
     status = 413
     default_code = "body_too_large"
+    default_hint = "send it in parts, or raise max_body_bytes in the daemon's configuration"
     close = True
-
-    def __init__(self, message: str, *, code: str = "", hint: str = "") -> None:
-        remedy = "send it in parts, or raise max_body_bytes in the daemon's configuration"
-        super().__init__(message, code=code, hint=hint or remedy)
 
 
 class UnsupportedMediaType(RequestError):
@@ -152,11 +151,7 @@ class AuthenticationFailed(RequestError):
 
     status = 422
     default_code = "authentication_failed"
-
-    def __init__(
-        self, message: str = "the data does not open under this key", *, code: str = "", hint: str = ""
-    ) -> None:
-        super().__init__(message, code=code, hint=hint)
+    default_message = "the data does not open under this key"
 
 
 class PlaintextNotJson(RequestError):

@@ -55,11 +55,12 @@ class KekNotLoaded(Unavailable):
     """503: the keyring holds no KEK of this id."""
 
     default_code = "kek_not_loaded"
+    default_hint = "add it to previous_master_keys"
 
     def __init__(self, kek_id: str = "", message: str = "", *, code: str = "", hint: str = "") -> None:
         """`message` and what follows: as another process told it."""
         told = message or f"the KEK {kek_id} that wraps this DEK is not loaded"
-        super().__init__(told, code=code, hint=hint or "add it to previous_master_keys")
+        super().__init__(told, code=code, hint=hint)
         self.kek_id = kek_id
 
 
@@ -218,9 +219,6 @@ class Keyring:
             raise KeyringChanged  # between the look and now
         self._loans[kek_id] = loan
         return loan
-
-    def __repr__(self) -> str:
-        return f"<Keyring of {len(self.kek_ids())} KEKs>"
 
 
 def _word(slot: int) -> int:

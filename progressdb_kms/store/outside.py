@@ -39,7 +39,7 @@ for _ in range(100):
 
 def holds(path: Path, pieces: Iterable[bytes]) -> bool | None:
     """Does any of these pieces of text stand in the file? None where that could not be found out."""
-    return {"True": True, "False": False}.get(_look(_FIND, path, *pieces))
+    return _look(_FIND, path, *pieces)
 
 
 def cut(path: Path) -> bool | None:
@@ -47,15 +47,15 @@ def cut(path: Path) -> bool | None:
     checkpoint that cuts it to nothing first sets the count to 0, so no program does that rightly. None as
     above.
     """
-    return {"True": True, "False": False}.get(_look(_CUT, path))
+    return _look(_CUT, path)
 
 
-def _look(program: str, path: Path, *more: bytes) -> str:
-    """What the program printed; "" where it failed. Nothing of it is on its command line."""
+def _look(program: str, path: Path, *more: bytes) -> bool | None:
+    """What the program found; None where it failed. Nothing of it is on its command line."""
     command = [sys.executable, "-I", "-S", "-c", program]
     text = b"\0".join((bytes(path.absolute()), *more))
     try:
         done = subprocess.run(command, input=text, capture_output=True, timeout=PATIENCE)  # noqa: S603
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.decode("ascii", "replace").strip() if not done.returncode else ""
+        return None
+    return {b"True\n": True, b"False\n": False}.get(done.stdout) if not done.returncode else None

@@ -42,15 +42,13 @@ class Seal:
     def __init__(self, key: memoryview) -> None:
         self._key = key
 
-    def mac(self, name: str, row: Mapping[str, Any]) -> bytes:
-        """Of a row without its own MAC. A name holds no NUL, and JSON has one spelling of a parsed value."""
-        return self._mac(name, json_dumps(row))
-
     def _mac(self, name: str, text: str) -> bytes:
+        """Of a row's JSON, without its own MAC. A name holds no NUL, and JSON has one spelling of a parsed
+        value."""
         return mac(self._key, b"%b%b\0%b" % (LABEL, name.encode(), text.encode()))
 
     def sealed(self, name: str, row: Mapping[str, Any]) -> dict[str, Any]:
-        return {**row, "mac": b64encode(self.mac(name, row))}
+        return {**row, "mac": b64encode(self._mac(name, json_dumps(row)))}
 
     def written(self, name: str, row: Mapping[str, Any]) -> tuple[str, int]:
         """The JSON of `sealed`, and its weight: for many rows, each of which is spelled out once."""
@@ -71,7 +69,7 @@ class Seal:
         """Raises StoreDamaged where the row was not written by us, or under another name."""
         try:
             found = b64decode(row["mac"])
-            genuine = same(found, self.mac(name, without_mac(row)))
+            genuine = same(found, self._mac(name, json_dumps(without_mac(row))))
         except (KeyError, TypeError, ValueError, AttributeError):
             genuine = False
         if not genuine:

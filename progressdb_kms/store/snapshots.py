@@ -49,6 +49,9 @@ UNFINISHED = "snapshot:"
 SMALL = 5_000
 """Rows up to which a snapshot is a file a key."""
 
+LONGEST = 8192
+"""Bytes of a line at most: a thread_id has up to 512 characters, of twelve bytes each in JSON."""
+
 _KEY = re.compile(rb'\{"key_id":"([^"]{1,128})"')
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -242,20 +245,12 @@ def find(lines: Path, key_id: str) -> tuple[int, bytes] | None:
 
 
 def _line_around(file: BinaryIO, place: int) -> tuple[int, bytes]:
-    """The line that this byte belongs to, with its end."""
-    start, step = place, 512
-    while start and (chunk := _before(file, start, step)) is not None:
-        if (at := chunk.rfind(b"\n")) >= 0:
-            start -= len(chunk) - at - 1
-            break
-        start -= len(chunk)
-    file.seek(start)
-    return start, file.readline()
-
-
-def _before(file: BinaryIO, end: int, size: int) -> bytes | None:
-    file.seek(max(0, end - size))
-    return file.read(min(end, size)) or None
+    """Where the line that this byte belongs to begins, and the line with its end."""
+    begin = max(0, place - LONGEST)
+    file.seek(begin)
+    around = file.read(place - begin + LONGEST)
+    start = around.rfind(b"\n", 0, place - begin) + 1
+    return begin + start, around[start : around.find(b"\n", place - begin) + 1 or len(around)]
 
 
 def _cut_torn(lines: Path) -> None:

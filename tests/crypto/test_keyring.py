@@ -147,4 +147,4 @@ def test_a_region_that_is_too_small() -> None:
 def test_nothing_of_a_key_is_shown(ring: Keyring) -> None:
     key = secret()
     ring.install(key, 1)
-    assert bytes(key).hex() not in repr(ring) and repr(ring) == "<Keyring of 1 KEKs>"
+    assert bytes(key).hex() not in repr(ring)

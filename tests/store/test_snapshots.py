@@ -51,6 +51,18 @@ def test_each_line_is_found(lines: Path) -> None:
         assert find(lines, name) is None
 
 
+def test_the_longest_lines_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "SMALL", 1)
+    names = [f"{letter}{'x' * 127}" for letter in "abcdefghij"]
+    records = [dek(name)._replace(thread_id="\U0001f600" * 512, wrapped=bytes(300)) for name in names]
+    snapshot = Snapshot(tmp_path, 0.0, "0" * 16, len(names))
+    snapshot.save([(record, record) for record in records])
+    for name in names:
+        found = find(snapshot.path / LINES, name)
+        assert found is not None and 6000 < len(found[1]) < snapshots.LONGEST - 500
+    snapshot.close()
+
+
 def test_a_shred_takes_all_but_the_name(lines: Path, tmp_path: Path) -> None:
     size = lines.stat().st_size
     gone = [NAMES[0], NAMES[-1], *NAMES[10:200:7]]
