@@ -6,10 +6,9 @@ and a flag of serve that is not plain, is the command line's.
 
 from __future__ import annotations
 
+import _signal as signal  # type: ignore[import-not-found]  # `signal` loads more, where ^C is a traceback
 import os
-import signal
 import sys
-from collections.abc import Sequence
 
 SERVE_FLAGS = {"--socket": "socket", "--data-dir": "data_dir", "--config": "config", "--addr": "tcp_address"}
 
@@ -19,7 +18,7 @@ HOLD_KEYS = frozenset(
 """Commands that start anew, see `hardening`: at once, and not when all of the command line is loaded."""
 
 
-def serve_flags(words: Sequence[str]) -> dict[str, str | None] | None:
+def serve_flags(words: list[str]) -> dict[str, str | None] | None:
     """The flags of a plain `serve`, by the names of the configuration; None where it is something else."""
     if words and not words[0].startswith("-") and words[0] != "serve":
         return None
@@ -33,7 +32,7 @@ def serve_flags(words: Sequence[str]) -> dict[str, str | None] | None:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run one command line. Returns the exit code."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while modules are loaded, see `cli`
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(told(error))
 
 
-def _serve(words: Sequence[str], flags: dict[str, str | None]) -> int:
+def _serve(words: list[str], flags: dict[str, str | None]) -> int:
     from .process import hardening
 
     hardening.prepare(words, os.environ)  # first of all: it starts the program anew

@@ -91,8 +91,10 @@ def prepare(argv: Sequence[str], environ: Mapping[str, str]) -> None:
         return
     if HEX_VARIABLE in environ and not has_config(argv):
         wanted[FD_VARIABLE] = str(_hand_over(environ[HEX_VARIABLE]))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until `__main__` lets it end the program
     with contextlib.suppress(OSError):
         os.execve(sys.executable, command, wanted)  # noqa: S606  # our own interpreter and arguments
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if FD_VARIABLE in wanted:
         os.close(int(wanted[FD_VARIABLE]))
 

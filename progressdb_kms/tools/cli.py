@@ -204,13 +204,17 @@ _DISK = {
 
 
 def _told(error: Exception) -> str:
-    hint = _DISK.get(error.errno or 0, "") if isinstance(error, OSError) and error.filename else ""
-    return f"{told(error)} ({hint})" if hint else told(error)
+    if isinstance(error, OSError) and error.filename not in (None, _STDOUT) and error.errno in _DISK:
+        return f"{told(error)} ({_DISK[error.errno]})"
+    return told(error)
 
 
 def _give_up_stdout() -> None:
     """It goes nowhere, or the interpreter would try again what failed."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+_STDOUT = "standard output"
 
 
 class _Named(io.FileIO):
@@ -220,7 +224,7 @@ class _Named(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            error.filename = "standard output"
+            error.filename = _STDOUT
             raise
 
 

@@ -162,6 +162,33 @@ def test_where_the_name_can_t_be_given(tmp_path: Path, monkeypatch: pytest.Monke
     assert str(caught.value.filename) == str(tmp_path / ".out.part") and os.listdir(tmp_path) == []
 
 
+AGAIN = """
+import os, signal
+if os.environ.get("PROGRESSDB_KMS_PREPARED") == str(os.getpid()):
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_an_interrupt_while_it_starts_anew(tmp_path: Path) -> None:
+    """The interpreter's own imports, the second time: nobody hears a signal as it should be heard there."""
+    (tmp_path / "sitecustomize.py").write_text(AGAIN)
+    words = [sys.executable, "-m", "progressdb_kms", "verify", "--data-dir", str(tmp_path)]
+    env = {**base_environment(REPO), "PYTHONPATH": f"{tmp_path}:{REPO}"}
+    done = subprocess.run(
+        words, capture_output=True, env=env, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
+
+
+def test_nothing_is_loaded_before_an_interrupt_is_the_kernel_s() -> None:
+    script = "import os, sys; sys.path.insert(0, sys.argv[1]); before = {*sys.modules, '__future__'}; "
+    script += "import progressdb_kms.__main__; print(sorted(set(sys.modules) - before))"
+    words = [sys.executable, "-I", "-S", "-c", script, str(REPO)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.stdout == "['progressdb_kms', 'progressdb_kms.__main__']\n", done.stderr
+
+
 LOADS = """
 import builtins, os, signal, sys
 from progressdb_kms.__main__ import main
