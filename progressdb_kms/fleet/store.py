@@ -47,7 +47,7 @@ from typing import Any, Callable, NamedTuple, Union
 import psycopg
 from psycopg import errors as sqlstate
 
-from ..encoding import b64encode, json_dumps
+from ..encoding import b64decode, b64encode, json_dumps
 from ..errors import Conflict, StoreDamaged, StoreUnavailable
 from ..store.contract import KEK_ROW, DekRecord, Usage
 from ..store.policy import SHREDDED
@@ -60,6 +60,11 @@ from .schema import FLEET
 from .status import status
 
 log = logging.getLogger(__name__)
+
+MAC_SIZE = 32
+
+NAMED = 5
+"""Key ids that a message names at most."""
 
 MANY = 64
 """Changes of one transaction that are told one by one; of more the hosts hear that all may have changed."""
@@ -259,6 +264,7 @@ class FleetStore(SealedStore, FleetReader):
         self._ahead: dict[str, str | None] = {}  # rows of kms, as they are under the lock of a swap
         self._staged_ahead: dict[str, str] = {}
         self._owed: set[str] = set()
+        self._strange: set[str] = set()  # of marks that no host made
         self._expected: set[str] = set()
         self._parts = 0
         self.left = ""
@@ -288,7 +294,7 @@ class FleetStore(SealedStore, FleetReader):
         self._stored: str | None = dict(rows).get(self.host)
         self._book, self._others = self._combined(rows)
         self._used = bool(rows)
-        self._tally, self._owed = None, set()
+        self._tally, self._owed, self._strange = None, set(), set()
         self._unclear, self._stale = "", False
         self._publish(self._book.change)
 
@@ -738,7 +744,7 @@ class FleetStore(SealedStore, FleetReader):
         session.execute("UPDATE fleet SET rotating = %s, owner = %s", (on, self.host if on else ""))
         if on:
             session.execute("CREATE TABLE deks_next (LIKE deks INCLUDING ALL)")
-        self._tally, self._owed = None, set()
+        self._tally, self._owed, self._strange = None, set(), set()
 
     def _set_staged(self, rows: list[Written]) -> None:
         staged = self._gathered.staged
@@ -773,6 +779,11 @@ class FleetStore(SealedStore, FleetReader):
             rows = session.execute(_PAIRS, (after, limit)).fetchall()
         result = []
         for key_id, live, staged in rows:
+            if not (live and _is_mark(live) and _is_mark(staged or "")):
+                raise StoreDamaged(
+                    f"the row of the DEK {key_id} was overwritten by hand since it was staged",
+                    hint="run `progressdb-kms verify`, then restore a backup: `progressdb-kms help fleet`",
+                )
             other = {"mac": staged} if staged else {"mac": _WEIGHTLESS} if key_id in self._owed else None
             result.append((key_id, {"mac": live}, other))
         self.paired = len(result)
@@ -791,23 +802,27 @@ class FleetStore(SealedStore, FleetReader):
             yield session
             session.execute("COMMIT")
 
-    def check_staged(self, after: str, limit: int) -> str:
-        """As of any store; but somebody may put junk into a row since it was staged."""
-        try:
-            return super().check_staged(after, limit)
-        except (TypeError, ValueError):
-            raise StoreDamaged(
-                "a row of the store was overwritten by hand since it was staged",
-                hint="run `progressdb-kms verify`, which names it, then restore a backup",
-            ) from None
-
     def _drain(self, session: Session) -> None:
         """What other hosts wrote since the last time: it is to be staged again. Behind the place that the
         comparison has reached it is in no page any more, so its weight is moved here."""
         for key_id, was, now in session.execute(_DRAIN).fetchall():
             self._owed.add(key_id)
+            if not (_is_mark(was) and _is_mark(now)):
+                self._strange.add(key_id)
             if self._tally is not None:
                 self._tally = self._tally.moved(key_id, live=_weight(now) - _weight(was))
+
+    def _check_sum(self, live: int) -> None:
+        """What hosts note of each other's writes carries no MAC, and ends with the rotation."""
+        try:
+            super()._check_sum(live)
+        except StoreDamaged as error:
+            names = ", ".join(sorted(self._strange)[:NAMED])
+            told = (
+                f"; `touched`, which is reckoned in, has marks that no host made, of {names}" if names else ""
+            )
+            hint = "run `progressdb-kms verify`; if all is well, somebody wrote into `touched`: rotate again"
+            raise StoreDamaged(f"{error.message}{told}", hint=hint) from None
 
     def touched(self, limit: int) -> list[DekRecord]:
         """Up to `limit` rows, as they are now, which other hosts wrote since they were staged."""
@@ -1028,6 +1043,14 @@ def _tail(text: str) -> str:
 
 def _needed(record: DekRecord) -> str:
     return "" if record.state == SHREDDED else record.kek_id
+
+
+def _is_mark(mac: str) -> bool:
+    """As hosts write them: "" for no row, and by the host that rotates."""
+    try:
+        return not mac or len(b64decode(mac)) == MAC_SIZE
+    except ValueError:
+        return False
 
 
 def _weight(mac: str) -> int:

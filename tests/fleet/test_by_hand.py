@@ -3,6 +3,7 @@ what decides about keys from a row that carries no MAC, and none ends for one th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -529,6 +530,30 @@ def test_marks_that_are_none_end_no_rotation_with_a_fault_of_ours(altered: postg
         store.staging(False)
 
 
+@pytest.mark.parametrize(("now", "names"), [("x", True), ("A" * 43 + "=", False)])
+def test_a_forged_mark_that_stops_a_rotation(altered: postgres.Fleet, now: str, names: bool) -> None:
+    """It was told as a row that was deleted, or put back, and `verify` then found nothing."""
+    store = altered.store(memoryview(bytes(32)))
+    put(store, dek("a"), dek("b"))
+    with store.transaction():
+        store.staging(True)
+        store.stage([dek("a"), dek("b")])
+    assert store.check_staged("", 9) == "b"
+    ((row,),) = altered.sql("SELECT value FROM kms.deks WHERE key_id = 'a'")
+    altered.sql(f"INSERT INTO kms.touched VALUES ('a', '{json.loads(row)['mac']}', '{now}')")
+    with pytest.raises(StoreDamaged, match="don't add up") as caught:
+        store.check_staged("b", 9)
+    assert ("no host made, of a" in caught.value.message) == names
+    assert "wrote into `touched`: rotate again" in caught.value.hint
+    with store.transaction():
+        store.staging(False)
+        store.staging(True)
+        store.stage([dek("a"), dek("b")])
+    assert store.check_staged(store.check_staged("", 9), 9) == ""
+    with store.transaction():
+        store.staging(False)
+
+
 def test_columns_that_say_something_else_than_the_row(fleet_database: postgres.Fleet, hosts: Hosts) -> None:
     """By them a thread's DEKs are found, to be shredded: one was missed, or another thread's was shredded."""
     one = hosts.all[0]
@@ -554,7 +579,7 @@ def test_a_row_that_is_junk_after_it_was_staged(altered: postgres.Fleet, junk: s
         store.staging(True)
         store.stage([dek("a"), dek("b")])
     altered.sql(f"UPDATE kms.deks SET value = '{junk}' WHERE key_id = 'b'")
-    with pytest.raises(StoreDamaged, match="overwritten by hand|don't add up"):
+    with pytest.raises(StoreDamaged, match="the DEK b was overwritten by hand"):
         store.check_staged(store.check_staged("", 9), 9)
     with store.transaction():
         store.staging(False)
