@@ -195,6 +195,7 @@ THREAD = "CASE WHEN json_valid(value) THEN json_extract(value, '$.thread_id') EN
 row from being replaced."""
 _PAGE_OF_THREAD = f'SELECT key, value FROM "{DEKS}" WHERE {THREAD} = ? AND key > ? ORDER BY key LIMIT ?'  # noqa: S608
 _THERE = f'SELECT key FROM "{DEKS}" WHERE key IN (SELECT value FROM json_each(?))'  # noqa: S608
+_SEEN = f'SELECT 1 FROM "{DEKS}", kms, usage LIMIT 0'  # noqa: S608
 _PAIRS = (
     f"SELECT live.key, json_extract(live.value, '$.mac'), json_extract(staged.value, '$.mac') "  # noqa: S608
     f'FROM (SELECT key, value FROM "{DEKS}" WHERE key > ? ORDER BY key LIMIT ?) AS live '
@@ -464,6 +465,7 @@ class SqliteStore(SealedStore, SqliteReader):
         size, log = self._watch.sizes[FILE_NAME], self._watch.sizes[WAL]
         try:
             length = self._length()  # read after the size: who cuts the file commits before that
+            self._conn.execute(_SEEN)
         except StoreUnavailable as error:
             return error.message
         if size < min(self._size, self._least, length):

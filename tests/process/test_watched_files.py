@@ -66,6 +66,25 @@ def rescued(daemon: Daemon) -> list[Path]:
     return list(daemon.data_dir.glob("kms-rescue-*.db"))
 
 
+@pytest.mark.parametrize("table", ["deks", "kms", "usage"])
+def test_a_table_that_is_taken_away(make_daemon: MakeDaemon, table: str) -> None:
+    """By another program. It stayed ready, while no call could be served."""
+    daemon = make_daemon(workers=1)
+
+    def rename(old: str, new: str) -> None:
+        with contextlib.closing(sqlite3.connect(daemon.data_dir / "kms.db", timeout=60)) as db, db:
+            db.execute(f"ALTER TABLE {old} RENAME TO {new}")
+
+    with daemon.session() as kms:
+        kms.create_dek("t")
+        rename(table, "taken")
+        wait_until(lambda: any(f"no such table: {table}" in why for why in reasons(kms)), 60, "the reason")
+        assert f"no such table: {table}" in refused(kms)
+        rename("taken", table)
+        wait_until(lambda: reasons(kms) == [], 60, "readiness")
+        kms.create_dek("t")
+
+
 HARMS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "unlinked": ("kms.db", Path.unlink, "removed"),
     "moved away": ("kms.db", moved, "moved away"),
