@@ -12,6 +12,9 @@ from .call import Reply
 _starts: dict[tuple[int, str, bool, str], bytes] = {}
 _second = 0
 
+PIECES = 1024
+"""That a system call takes (IOV_MAX)."""
+
 
 def _start(status: int, content_type: str, keep: bool, version: str) -> bytes:
     """All that answers of a kind have in common in this second (Date: RFC 9110, 5.6.7)."""
@@ -35,7 +38,7 @@ def render(reply: Reply, keep: bool, version: str, *body: bytes | memoryview) ->
     kind = (reply.status, reply.content_type, keep, version)
     start = _starts.get(kind) or _starts.setdefault(kind, _start(*kind))
     receipt = f"X-KMS-Audit: {reply.receipt}\r\n" if reply.receipt else ""
-    rest = f"Content-Length: {len(reply.lead) + len(reply.body)}\r\n{receipt}{reply.extra}\r\n"
+    rest = f"Content-Length: {reply.size}\r\n{receipt}{reply.extra}\r\n"
     return b"".join((start, rest.encode("ascii"), *body))
 
 
@@ -43,7 +46,7 @@ def send_parts(sock: socket.socket, parts: list[memoryview]) -> list[memoryview]
     """Send without joining; what is left. A socket that blocks for a moment would do so for each piece that
     a slow peer takes."""
     try:
-        sent = sock.sendmsg(parts, (), socket.MSG_DONTWAIT)
+        sent = sock.sendmsg(parts[:PIECES], (), socket.MSG_DONTWAIT)
     except BlockingIOError:
         return parts
     left = []

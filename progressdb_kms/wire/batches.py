@@ -106,7 +106,8 @@ def _batch_reply(
     carry_out: Callable[[list[Any]], tuple[Batch, Results]],
 ) -> Reply:
     """`pages` of rows, each carried out before the next is read."""
-    out, count, failed = bytearray(b'{"items":['), 0, 0
+    pieces: list[bytes] = []
+    start, count, failed = b'{"items":[', 0, 0
     sources: set[str | Wrapped] = set()
     lead = b'{"%b":"' % wanted.encode("ascii")
     for rows in pages:
@@ -114,15 +115,15 @@ def _batch_reply(
         sources.update([item[0] for item in items if type(item) is tuple])
         failed += (bad := len(results) - list(map(type, results)).count(bytes))
         count += len(results)
-        for some in [[one] for one in results] if bad else [results]:
-            out += _rendered(lead, some) + b","
+        runs = [[one] for one in results] if bad else [results]
+        pieces.append(start + b",".join([_rendered(lead, run) for run in runs]))
+        start = b","
         call.breathe()
-    out[-1:] = b"]}"
     denied = sorted(call.denials) or None
     keys = sorted({source if isinstance(source, str) else source.key_id for source in sources})
     call.details = fragment(count=count, failed=failed, keys=keys, denied_by=denied)
     app.service.counters.add("items", count)
-    return Reply(200, memoryview(out))
+    return Reply(200, pieces[0], rest=[*pieces[1:], b"]}"])
 
 
 _BLANK = bytes(381)

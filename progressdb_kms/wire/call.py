@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Callable, NamedTuple
 
 from ..audit.log import Fragment
@@ -26,10 +27,10 @@ DEFAULT_PAGE = 100
 
 
 class Reply:
-    """An answer. `secret`: the body lies in locked memory and is wiped once it was sent. `lead` goes out
-    before the body, so that a long one need not be copied to put a nonce in front."""
+    """An answer. `secret`: the body lies in locked memory and is wiped once it was sent. `rest` goes
+    out behind the body: what was made in pieces is not copied into one, and each goes when it was sent."""
 
-    __slots__ = ("body", "close", "content_type", "extra", "lead", "receipt", "secret", "status")
+    __slots__ = ("body", "close", "content_type", "extra", "receipt", "rest", "secret", "size", "status")
 
     def __init__(
         self,
@@ -39,7 +40,7 @@ class Reply:
         secret: bool = False,
         extra: str = "",
         close: bool = False,
-        lead: bytes = b"",
+        rest: Sequence[bytes] = (),
     ) -> None:
         self.status = status
         self.body = body
@@ -48,7 +49,8 @@ class Reply:
         self.receipt = ""
         self.extra = extra
         self.close = close
-        self.lead = lead
+        self.rest = rest
+        self.size = len(body) + sum(map(len, rest))
 
 
 class Call:

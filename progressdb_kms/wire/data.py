@@ -25,7 +25,7 @@ def encrypt(app: App, call: Call) -> Reply:
     dek, plaintext, aad = _read(app, call, "plaintext")
     nonce, sealed = app.service.encrypt(dek, plaintext, aad, call.scratch, call.peer.uid)
     if call.head.content_type == BINARY:
-        return Reply(200, sealed, BINARY, lead=nonce)
+        return Reply(200, nonce, BINARY, rest=(sealed,))
     return Reply(200, b'{"ciphertext":"%b"}' % b64encode_bytes(nonce + sealed))
 
 

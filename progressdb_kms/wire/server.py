@@ -569,7 +569,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         reply = dispatch.dispatch(self.app, route, call)
         if (
             self._behind
-            or len(reply.body) > LARGE
+            or reply.size > LARGE
             or reply.close
             or reply.secret
             or self.draining
@@ -580,7 +580,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         ):
             return self._answer(connection, head, reply)
         out = self._out
-        out.append((connection, render(reply, True, head.version, reply.lead, reply.body)))
+        out.append((connection, render(reply, True, head.version, reply.body, *reply.rest)))
         if len(out) >= TOGETHER:
             self._flush()
         return NEXT if connection.phase == IDLE else AWAY
@@ -617,13 +617,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _send(self, sock: socket.socket, head: Head, reply: Reply, keep: bool) -> list[memoryview]:
         """Send as much as the peer's buffer takes; what is left. Any thread may call this."""
-        body = reply.body
-        if head.method == "HEAD":
-            parts = [memoryview(render(reply, keep, head.version))]
-        elif reply.secret or len(body) > LARGE:
-            parts = [memoryview(render(reply, keep, head.version, reply.lead)), memoryview(body)]
-        else:
-            parts = [memoryview(render(reply, keep, head.version, reply.lead, body))]
+        body = [] if head.method == "HEAD" else [reply.body, *reply.rest]
+        apart = reply.secret or reply.size > LARGE
+        joined = render(reply, keep, head.version, *() if apart else body)
+        parts = [memoryview(part) for part in ([joined, *body] if apart else [joined])]
         left = send_parts(sock, parts)
         if left and reply.secret:
             raise ConnectionResetError  # a peer that leaves its answers lying gets no key
