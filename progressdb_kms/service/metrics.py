@@ -27,7 +27,7 @@ CLASSES = ("2xx", "4xx", "5xx")
 
 _GAUGES = (
     "connections", "audit_lines", "items", "starts", "refused_connections", "beats", "embedded_messages",
-    "body_bytes", "threads", "open_files", "policy_denials", "refused_peers",
+    "body_bytes", "threads", "open_files", "policy_denials", "refused_peers", "short_requests_of",
 )  # fmt: skip
 _PER_CLASS = len(BUCKETS) + 1
 _PER_OP = len(CLASSES) * _PER_CLASS + 1
@@ -42,7 +42,7 @@ OTHERS = 2**32 - 1
 SECONDS = 60
 """So long a UID counts as here after it connected last."""
 
-_HELD = ("connections", "beats", "body_bytes", "threads", "open_files")
+_HELD = ("connections", "beats", "body_bytes", "threads", "open_files", "short_requests_of")
 """Gauges of what a process holds: nothing, once it is dead."""
 
 _TABLE = len(_GAUGES) + len(OPS) * _PER_OP

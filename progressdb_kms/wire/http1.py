@@ -450,6 +450,13 @@ class Reader:
         self._filled = 0
         self._chunked: Chunked | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes of a body that is not whole, as far as it is known."""
+        if self._chunked is not None:
+            return len(self._chunked.body)
+        return 0 if self.head is None else self.head.content_length
+
     def feed(
         self, data: Searchable, start: int, end: int, view: memoryview | None = None
     ) -> tuple[int, Request | None]:

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import threading
-import time
 from collections import OrderedDict, deque
 from typing import Callable
 
 IDLE_SECONDS = 5.0
 """A thread that had nothing to do for so long ends."""
 
-SLICE, REST, NAP = 0.0002, 0.001, 0.00005
-"""Seconds after which the waiter gets the interpreter from long work; of the longest breath of that, behind
-each of its pages; and of the naps of which a breath is made."""
+SLICE = 0.0002
+"""Seconds after which the waiter gets the interpreter from long work."""
 
 Job = Callable[[memoryview, memoryview], None]
 """Is given the locked memory of its thread, see `Slab`."""
@@ -76,15 +74,6 @@ class Lane:
 
 
 # ---- long work
-
-
-def breathe(busy: Callable[[], bool]) -> None:
-    """Leave the interpreter to the waiter as long as that is `busy`, but not for ever. It comes to its turn
-    at the end of a slice; without this it would lose the interpreter again with each call of the system, of
-    which a request takes some."""
-    begun = time.monotonic()
-    while busy() and time.monotonic() < begun + REST:
-        time.sleep(NAP)
 
 
 _libc = ctypes.CDLL(None)

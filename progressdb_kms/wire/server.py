@@ -32,7 +32,6 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any, Callable, NamedTuple
 
 from ..audit.log import Fragment, peer_fragment
@@ -48,8 +47,9 @@ from .connection import AHEAD, ANSWERING, BODY, BUSY, CLOSED, HEAD, IDLE, LINGER
 from .doors import EVENTS, STRANGER, Door, Doors, groups_of
 from .fair import Fair
 from .http1 import Head, Known, Reader, Request, Room
-from .lanes import SLICE, Lane, breathe, trim
+from .lanes import SLICE, Lane, trim
 from .lone import LOOK, SOON, Lone
+from .pace import RECENT, Pace
 from .slab import ANSWER, RECEIVED, ZEROS, Slab
 
 log = logging.getLogger("progressdb_kms.server")
@@ -76,6 +76,11 @@ TURN = 0.0005
 """Seconds of a turn, in all, for those that sent requests ahead, send long bodies, or were never answered: as
 many of them come and go as like to. The others come first; of several UIDs, until one of them took so long,
 or all ten times as long: shorter turns cost more than they are worth."""
+
+SHORT_TURN = 0.0001
+"""Seconds of a turn of those that send or take what is long, while others ask for little."""
+
+LOOK_SECONDS = 0.1
 
 LINGER_SECONDS = 1.0
 """After the last answer the peer may still be sending: so long it is listened to, so that it reads that. A
@@ -175,7 +180,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._now = time.monotonic()
         self._idle_until = self._now + limits.idle_timeout
         self._tick_seconds = min(1.0, max(0.02, min(limits.idle_timeout, limits.request_timeout) / 8))
-        self._next_tick = 0.0
+        self._next_look = self._next_tick = 0.0
         self._drain_until = 0.0
         self._ended = threading.Event()
 
@@ -184,6 +189,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._come: Callable[..., list[tuple[int, int]]] = self._poll.poll
         if not isinstance(self._poll, select.epoll):
             self._come = lambda seconds, most: self._poll.poll(seconds * 1000)
+        self._pace = Pace(self._poll, self._metrics, self._counters)
         self._bell, self._ring = socket.socketpair()
         for end in (self._bell, self._ring):
             end.setblocking(False)
@@ -227,6 +233,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         doors: list[int] = []
         known: list[Connection] = []
         others: list[Connection] = []
+        slow: list[tuple[int, int]] = []
         for fd, _ in events:
             connection = connections.get(fd)
             if connection is not None:
@@ -236,6 +243,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
                     others.append(connection)
             elif fd in self._doors:
                 doors.append(fd)
+            elif fd == self._pace.fd:
+                slow = self._pace.slow.poll(0.0, EVENTS)
             else:
                 with suppress(BlockingIOError):
                     self._bell.recv(4096)
@@ -247,10 +256,14 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._take_back(*self._back.popleft())
         if others or self._ahead:
             self._serve_others(others)
+        if slow:
+            self._serve_slow([connections[fd] for fd, _ in slow if fd in connections])
         if self._out:
             self._flush()
         for fd in doors:
             self._doors.let_in(fd, time.monotonic() - self._now)
+        if self._now >= self._next_look:
+            self._look()
         if self._now >= self._next_tick:
             self._tick()
 
@@ -281,6 +294,18 @@ class Server(socketserver.ThreadingUnixStreamServer):
             if self._ahead:
                 spent += self._do(self._go_ahead, self._ahead.popleft())
 
+    def _serve_slow(self, ready: list[Connection]) -> None:
+        """Where they disturb others the turns are short too, and a rest follows."""
+        spent, most, disturbs = 0.0, TURN, False
+        for connection in self._fair.order(ready):
+            if spent > most:
+                break
+            if self._pace.disturbs(connection.peer.uid):
+                disturbs, most = True, SHORT_TURN
+            spent += self._do(self._comes, connection)
+        if disturbs:
+            self._pace.rest(spent)
+
     def _do(self, work: Callable[[Connection], object], connection: Connection) -> float:
         """Charge it to its UID; returns the seconds."""
         begun = time.monotonic()
@@ -294,6 +319,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         seconds = self._tick_seconds if self._connections else 5.0
         if resting := self._doors.resting:
             seconds = max(0.0, min(seconds, min(resting.values()) - time.monotonic()))
+        seconds = self._pace.left(seconds)
         if self._ahead or self._back or self._sole is not None:
             seconds = 0.0
         if len(self._connections) == 1:
@@ -340,6 +366,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if self.limits.cores > 1 and len(self._connections) == 1 == sum(self._metrics.gauge("connections")):
             with suppress(OSError, ValueError), open("/proc/loadavg", "rb") as file:
                 self._spare = int(file.read().split()[3].partition(b"/")[0]) <= self.limits.cores
+
+    def _look(self) -> None:
+        """Whose short requests came here of late?"""
+        self._next_look, since = self._now + LOOK_SECONDS, self._idle_until - RECENT
+        here = self._connections.values()
+        self._pace.look({c.peer.uid for c in here if c.short and c.phase == IDLE and c.deadline > since})
 
     def _tick(self) -> None:
         """Whose time is over?"""
@@ -411,6 +443,10 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._work(connection, start + size, start if peek else start + size)
         if start + size == RECEIVED and connection.phase == BODY and connection.kept is None:
             self._receive_long(connection)
+        if connection.phase == BODY and connection.poll is self._poll:
+            assert connection.reader is not None
+            if connection.reader.size > INLINE:
+                self._wait_in(connection, self._pace.slow, _IN)
         return True
 
     def _receive_long(self, connection: Connection) -> bool:
@@ -487,6 +523,15 @@ class Server(socketserver.ThreadingUnixStreamServer):
                     if left := send_parts(connection.request, [_CONTINUE]):
                         self._answer_later(connection, True, left)
 
+    def _wait_in(self, connection: Connection, poll: Any, events: int) -> None:
+        fd = connection.request.fileno()
+        if connection.poll is poll:
+            poll.modify(fd, events)
+        else:
+            connection.poll.unregister(fd)
+            poll.register(fd, events)
+            connection.poll = poll
+
     def _keep_ahead(self, connection: Connection, at: int, fill: int) -> None:
         """Requests were sent ahead: they may hold a key."""
         piece = self.slab.take()
@@ -510,6 +555,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._ahead.append(connection)
             return
         connection.phase = IDLE
+        if connection.poll is not self._poll:
+            self._wait_in(connection, self._poll, _IN)
         connection.answered = True
         connection.deadline = self._idle_until
         connection.reader = None
@@ -561,6 +608,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         long = len(body) > (ALONE if alone else INLINE)
         # Each item is an object, and so is what they stand in.
         long = long or (route.batch and bytes(body).count(b"{") > 1 + INLINE_ITEMS)
+        connection.short = not long
         if long or route.waits:
             lane = self._working if long else self._waiting if route.op else self._asking
             return self._hand_over(connection, route, request, lane)
@@ -652,7 +700,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         connection.pending, connection.keep = left, keep
         connection.phase = ANSWERING
         connection.deadline = self._now + self.limits.request_timeout
-        self._poll.modify(connection.request.fileno(), _OUT)
+        self._wait_in(connection, self._pace.slow if size > LARGE else connection.poll, _OUT)
         return AWAY
 
     def _send_more(self, connection: Connection) -> None:
@@ -664,7 +712,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if left and connection.phase != ANSWERING:
             self._answer_later(connection, connection.keep, left)
         elif not left:
-            self._poll.modify(connection.request.fileno(), _IN)
+            self._wait_in(connection, connection.poll, _IN)
             if connection.reader is not None and connection.reader.head is not None:
                 # its body was asked for; what is kept of that stays
                 connection.phase, connection.deadline = BODY, self._now + self.limits.request_timeout
@@ -684,7 +732,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             told = error if isinstance(error, Overloaded) else NO_THREAD
             return self._answer(connection, request.head, dispatch.error_reply(told))
         connection.phase = BUSY
-        self._poll.unregister(connection.request.fileno())
+        connection.poll.unregister(connection.request.fileno())
         return AWAY
 
     def _own_body(self, connection: Connection, route: Route, body: Any) -> Any:
@@ -708,13 +756,15 @@ class Server(socketserver.ThreadingUnixStreamServer):
             peer, fragment = connection.peer, connection.fragment
             call = Call(request.head, request.body, peer, fragment, scratch, answer, connection.rights)
             del request
+            breathe = call.breathe
             if long:
-                call.breathe = partial(breathe, lambda: self._at_work)
+                breathe = call.breathe = self._pace.breath(peer.uid, lambda: self._at_work)
             self._finish(self.app, connection, route, call, behind)
             answer[:] = ZEROS[:ANSWER]
             self._wake()
             if long:
                 self._untrimmed = True
+                breathe()
 
         return run
 
@@ -737,6 +787,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _take_back(self, connection: Connection, keep: bool, left: list[memoryview]) -> None:
         connection.phase = IDLE
+        connection.poll = self._poll
         self._poll.register(connection.request.fileno(), _IN)
         if self._sent(connection, keep, left) == NEXT:
             self._rest(connection)
@@ -785,6 +836,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         except OSError:
             self._close(connection)
             return
+        if connection.row >= 0:  # what it sends may be long
+            self._wait_in(connection, self._pace.slow, _IN)
         connection.phase = LINGERING
         connection.deadline = self._now + LINGER_SECONDS
 
@@ -809,7 +862,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             return
         self._let_go(connection)
         connection.phase = CLOSED
-        self._poll.unregister(fd)
+        connection.poll.unregister(fd)
         del self._connections[fd]
         self._turned_away.pop(fd, None)
         connection.request.close()
@@ -851,6 +904,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         fd = connection.request.fileno()
         self._connections[fd] = connection
         self._uids[connection.peer.uid] += 1
+        connection.poll = self._poll
         self._poll.register(fd, events)
 
     def _show_out(self, request: socket.socket, peer: Peer, error: KMSError) -> None:

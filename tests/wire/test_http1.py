@@ -476,3 +476,16 @@ def test_a_body_of_just_the_limit_is_taken() -> None:
     assert read(post(b"a" * MAX_BODY, f"Content-Length: {MAX_BODY}")) is not None
     with pytest.raises(BodyTooLarge):
         read(post(b"", f"Content-Length: {MAX_BODY + 1}"))
+
+
+def test_of_a_body_that_is_not_whole_so_much_is_known() -> None:
+    """The length that its head tells, or what has come of one that tells none."""
+    sized, chunked = reader(), reader()
+    assert sized.size == 0
+    for machine, head, size in (
+        (sized, b"Content-Length: 500\r\n\r\nhello", 500),
+        (chunked, b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n", 5),
+    ):
+        data = b"POST /x HTTP/1.1\r\nHost: unix\r\n" + head
+        assert machine.feed(data, 0, len(data)) == (len(data), None)
+        assert machine.size == size

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
-import pytest
-
-from progressdb_kms.wire import lanes
-from progressdb_kms.wire.lanes import breathe
 from tests.conftest import MakeDaemon
 from tests.harness import Daemon
 from tests.harness.procs import threads
@@ -30,21 +24,3 @@ def test_a_page_of_chat_is_served_at_once(make_daemon: MakeDaemon) -> None:
     assert started_for(daemon, 129, "")
     assert not started_for(daemon, 800, message)  # it is there
     assert started_for(make_daemon(workers=1), 800, message)
-
-
-class TestBreath:
-    def test_it_is_none_where_the_waiter_has_nothing_to_do(self) -> None:
-        asked: list[int] = []
-        breathe(lambda: bool(asked.append(1)))
-        assert asked == [1]
-
-    def test_it_lasts_as_long_as_the_waiter_is_at_work(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(lanes, "REST", 60.0)
-        left = [True, True, True]
-        breathe(lambda: bool(left) and left.pop())
-        assert not left
-
-    def test_it_ends_though_the_waiter_never_rests(self) -> None:
-        begun = time.monotonic()
-        breathe(lambda: True)
-        assert time.monotonic() >= begun + lanes.REST

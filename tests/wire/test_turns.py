@@ -27,7 +27,9 @@ LIGHT, HEAVY = 7, 8
 
 def connection(name: str, phase: int = IDLE, answered: bool = True, uid: int = LIGHT) -> Any:
     peer, request = SimpleNamespace(uid=uid), SimpleNamespace(fileno=lambda: 5)
-    return SimpleNamespace(name=name, phase=phase, answered=answered, peer=peer, request=request, turn=0)
+    return SimpleNamespace(
+        name=name, phase=phase, answered=answered, peer=peer, request=request, turn=0, poll=None
+    )
 
 
 def waiter() -> Any:
@@ -37,7 +39,9 @@ def waiter() -> Any:
         turns=0,
         _back=deque(),
         _ahead=deque(),
+        _poll=None,
         _out=[],
+        _next_look=float("inf"),
         _next_tick=float("inf"),
         _uids={LIGHT: 9},
     )
@@ -244,6 +248,18 @@ def test_a_long_answer_does_not_wait_for_who_takes_it_slowly() -> None:
         thread.join(60)
         assert 0 < sum(map(len, left)) < 100 + (8 << 20)
         assert send_parts(ours, left) is left
+
+
+def test_an_answer_may_have_more_pieces_than_a_system_call_takes() -> None:
+    """A batch of 64 MiB has 1,500."""
+    pieces = [b"%04d" % number for number in range(2500)]
+    ours, theirs = socket.socketpair()
+    with ours, theirs, theirs.makefile("rb") as reader:
+        ours.setblocking(False)
+        left = [memoryview(piece) for piece in pieces]
+        while left:
+            left = send_parts(ours, left)
+        assert reader.read(4 * 2500) == b"".join(pieces)
 
 
 def test_and_its_answer_is_sent() -> None:
