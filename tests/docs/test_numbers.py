@@ -16,7 +16,7 @@ from progressdb_kms.service import anchors, clock, metrics, shredding, told
 from progressdb_kms.service.worker import Service
 from progressdb_kms.store import snapshots
 from progressdb_kms.tools.manual import text_of
-from progressdb_kms.wire import admission, call, fields, server, slab
+from progressdb_kms.wire import admission, call, fields, pace, server, slab
 from tests.harness import REPO
 
 UNITS = REPO / "packaging" / "systemd"
@@ -41,11 +41,12 @@ SAID: list[tuple[str, str, bool]] = [
     ("api", f"`limit` 1 to {call.MAX_PAGE:,} (default {call.DEFAULT_PAGE})", True),
     ("api", f"a `thread_id` 1 to {MAX_THREAD_ID} characters, none of them a control character", True),
     ("api", f"more than {server.INLINE_ITEMS} items or {server.INLINE >> 10} KiB are worked on beside", True),
+    ("api", "they get a quarter of the time, and rest", pace.REST == 3 and pace.RECENT == 1),
     ("api", f"where {server.AT_ONCE} such wait at a worker already, a second later", True),
     ("api", "counted, by each worker: a record a minute and at the end", admission.EACH == 60),
     ("api", "hand over twice a second", serving.ANCHOR_SECONDS == 0.5),
     ("configuration", f"At most {options.MAX_SOCKET_PATH} bytes", True),
-    ("configuration", f"one a core, at most {options.MAX_WORKERS}", True),
+    ("configuration", f"one for each core that this process may use, at most {options.MAX_WORKERS}", True),
     ("configuration", f"may move to, at most {values.MAX_NEXT},", True),
     ("configuration", f"at most {values.MAX_PREVIOUS}", True),
     ("configuration", f"fewer than {weakkeys.MIN_DISTINCT} distinct bytes", True),
