@@ -12,7 +12,6 @@ import logging
 
 from ..audit.log import AuditLog
 from ..encoding import b64decode
-from ..errors import AuditUnavailable
 from ..store import heads
 from ..store.contract import Store
 from ..store.pause import Pause
@@ -54,13 +53,8 @@ class Anchors:
             return
         self.heard(self._audit.head)
         due = list(self._heads.values())
-        try:
-            self._audit.sync()
-        except AuditUnavailable as error:
-            if self._syncing.failed(error.message):
-                log.error("%s", error.message)
+        if not attend("the audit log can't be brought to the disk", self._audit.sync, self._syncing):
             return
-        self._syncing.worked()
         self._synced = now
         for chain, seq, sig in due:
             if seq:

@@ -79,8 +79,7 @@ class Clock:
         return time.monotonic()
 
     def reading(self) -> Reading:
-        boottime = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-        return Reading(self.now(), self._boot, time.clock_gettime(boottime))
+        return Reading(self.now(), self._boot, time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
 def judge(anchor: Anchor | None, now: Reading) -> Verdict:

@@ -50,7 +50,7 @@ from .fleetkeys import Coming
 from .fleetrotation import FleetRotation, refuse_absent
 from .fleetshredding import FleetShredding
 from .fleetworker import patience
-from .keeper import Done, Keeper, Outcome, described, read_random, same
+from .keeper import Done, Keeper, Outcome, described, same
 from .plan import COMING, Configured
 from .rotation import RETIRED_KEK, Steps
 
@@ -257,10 +257,8 @@ class FleetKeeper(Keeper):
         of it."""
         active, now = self._keyring.active, self._clock.now()
         new: dict[str, DekRecord] = {}
-        with self._keyring.borrow(active.kek_id) as kek, open("/dev/urandom", "rb", buffering=0) as source:
-            make = functools.partial(
-                self._new, active, Aead(kek), functools.partial(read_random, source), now
-            )
+        with self._keyring.borrow(active.kek_id) as kek:
+            make = functools.partial(self._new, active, Aead(kek), now)
             made = [telling(self._one(new, make, *wanted)) for wanted in deks]
             del make
         if new:

@@ -211,7 +211,7 @@ class Keeper:
         self._rescued = f"what the daemon held is in {file}: stop it, then `progressdb-kms restore {file}`"
         log.error("%s", self._rescued)
 
-    def _due_work(self) -> Callable[[], None] | None:
+    def _due_work(self) -> Callable[[], object] | None:
         """What is to be done beside the jobs, of what isn't left alone for a while because it failed."""
         tidy = self._tidy_later if self._retiring and self._tidying.over() else None
         return self._shredding.later() or tidy
@@ -401,15 +401,15 @@ class Keeper:
         active = self._keyring.active
         self._check_wraps(active.kek_id)
         with self._keyring.borrow(active.kek_id) as kek:
-            record = self._new(active, Aead(kek), random_into, now, thread_id, key_id)
+            record = self._new(active, Aead(kek), now, thread_id, key_id)
         self._put(record)
         return described(record)
 
-    def _new(self, active: Active, kek: Aead, fill: Any, now: Any, thread_id: Any, key_id: Any) -> DekRecord:
+    def _new(self, active: Active, kek: Aead, now: Any, thread_id: Any, key_id: Any) -> DekRecord:
         key_id = key_id or new_key_id(int(now * 1000), os.urandom(10))
         dek = self._memory.view[:KEY_SIZE]
         try:
-            fill(dek)
+            random_into(dek)
             blob = envelope.wrap(kek, active.kek_id, key_id, os.urandom(NONCE_SIZE), dek)
         finally:
             wipe(dek)
@@ -434,10 +434,13 @@ class Keeper:
         delete_at = timestamp(self._time.later(days * 86400)) if rule.target == PENDING_DELETION else ""
         record = old._replace(state=rule.target, delete_at=delete_at)
         if record != old:
-            self._put(record)
-            self._shredding.index(old, record)
-            self._effects.append(self._forget)
+            self._change(old, record)
         return describe(record)
+
+    def _change(self, old: DekRecord, record: DekRecord) -> None:
+        self._put(record)
+        self._shredding.index(old, record)
+        self._effects.append(self._forget)
 
     def _shred(self, old: DekRecord, now: float) -> dict[str, Any]:
         """Repeating it makes sure again: the caller may have been told that copies remained."""
@@ -467,8 +470,7 @@ class Keeper:
             record = mover.records([old])[0]
         finally:
             mover.close()
-        self._put(record)
-        self._effects.append(self._forget)
+        self._change(old, record)
         wrapped = b64encode(record.wrapped)
         result = {"key_id": key_id, "kek_id": target, "kek_version": version, "wrapped": wrapped}
         if target != active.kek_id and target not in self._configured():
@@ -707,9 +709,5 @@ def _pushed_aside() -> int:
 def random_into(view: memoryview) -> None:
     """Fill with random bytes of the OS, which pass through no other object."""
     with open("/dev/urandom", "rb", buffering=0) as source:
-        read_random(source, view)
-
-
-def read_random(source: Any, view: memoryview) -> None:
-    if os.readv(source.fileno(), [view]) != len(view):
-        raise StoreUnavailable("the OS gave too few random bytes")
+        if os.readv(source.fileno(), [view]) != len(view):
+            raise StoreUnavailable("the OS gave too few random bytes")

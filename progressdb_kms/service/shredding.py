@@ -99,7 +99,7 @@ class Shredding:
         patient = self._erasing.over()
         attend("copies of shredded DEKs remain", lambda: self._erase(patient), self._erasing)
 
-    def later(self) -> Callable[[], None] | None:
+    def later(self) -> Callable[[], object] | None:
         """What is to be done beside the jobs."""
         if not self.due or not self._erasing.over():
             return None

@@ -20,9 +20,10 @@ from ..audit.log import AuditLog
 from ..crypto.keyring import Keyring
 from ..disk import put, regular
 from ..encoding import timestamp, wall
-from ..errors import AuditUnavailable, ConfigError, KeyMismatch, StoreDamaged, StoreUnavailable
+from ..errors import ConfigError, KeyMismatch, StoreDamaged, StoreUnavailable
 from ..store.contract import Store
 from ..store.heads import forget, heads
+from ..store.pause import Pause
 from ..store.seal import ActiveKek
 from ..store.sqlite import SqliteStore
 from . import ownkeys
@@ -31,6 +32,7 @@ from .keeper import Keeper, random_into
 from .lock import LOCK_FILE, is_held
 from .plan import Configured, Plan, plan
 from .rotation import RETIRED_KEK, retired
+from .told import attend
 
 log = logging.getLogger("progressdb_kms")
 
@@ -131,13 +133,9 @@ def open_store(
 def _begin_run(store: Store, book: AuditLog, epoch: int) -> None:
     """Once the record that names the heads of the run before is on the disk, it vouches for them. Where it
     can't be brought there they stay, and the next start names them again."""
-    try:
-        book.sync()
-    except AuditUnavailable as error:
-        log.error("%s", error.message)
-        return
-    with store.transaction():
-        forget(store, epoch)
+    if attend("the start can't be brought to the disk", book.sync, Pause()):
+        with store.transaction():
+            forget(store, epoch)
 
 
 def note_restore(store: Store, book: AuditLog) -> None:

@@ -20,16 +20,17 @@ NAMED = 5
 """Keys that are named in a line."""
 
 
-def attend(what: str, work: Callable[[], None], pause: Pause) -> None:
-    """Work beside the jobs: no failure ends the keeper, each is told once, and tried again."""
+def attend(what: str, work: Callable[[], None], pause: Pause) -> bool:
+    """Work beside the jobs: no failure ends the process, each is told once, and tried again. Was it done?"""
     try:
         work()
     except (KMSError, OSError) as error:
         if pause.failed(str(error)):
             log.error("%s: %s; it is tried again", what, error)
-    else:
-        if pause.worked():
-            log.info("over: %s", what)
+        return False
+    if pause.worked():
+        log.info("over: %s", what)
+    return True
 
 
 class Outage:
