@@ -79,5 +79,5 @@ def test_a_job_comes_over_whole() -> None:
         with pytest.raises(errors.StoreUnavailable):
             channel.KeeperClient(outbox).call("create", {"thread_id": "ü"}, ("1.1", 7, "sig"), timeout=0.01)
         job = channel.receive(inbox)
-        assert job is not None and job[:3] == ("create", {"thread_id": "ü"}, ("1.1", 7, "sig"))
+        assert job is not None and job[:3] == ("create", {"thread_id": "ü"}, ["1.1", 7, "sig"])
         channel.answer(job, {})  # the caller is gone: no error

@@ -19,7 +19,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Union
 
@@ -36,7 +36,7 @@ MAX_JOB = 32 * 1024
 Wanted = tuple[Union[str, None], Union[str, None]]
 """A DEK to be made: its thread_id, its key_id; None: see `Keeper.create`."""
 
-Head = tuple[str, int, str]
+Head = Sequence[Any]
 """The head of an audit chain: its name, the last seq, the last signature."""
 
 
@@ -178,9 +178,7 @@ def receive(inbox: socket.socket) -> Job | None:
     if not descriptors:
         return None
     reply = socket.socket(fileno=descriptors[0])
-    value = json.loads(message)
-    head = value["head"]
-    return Job(value["op"], value["args"], (head[0], head[1], head[2]) if head else None, reply)
+    return Job(**json.loads(message), reply=reply)
 
 
 def answer(job: Job, outcome: Any) -> None:

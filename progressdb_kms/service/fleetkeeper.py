@@ -52,7 +52,7 @@ from .fleetshredding import FleetShredding
 from .fleetworker import patience
 from .keeper import Done, Keeper, Outcome, described, same
 from .plan import COMING, Configured
-from .rotation import RETIRED_KEK, Steps
+from .rotation import RETIRED_KEK, Steps, refuse_spent
 
 log = logging.getLogger("progressdb_kms")
 
@@ -276,7 +276,7 @@ class FleetKeeper(Keeper):
             old = (new.get(key_id) or self._store.get(key_id)) if key_id is not None else None
             if old is not None:
                 return {**described(same(old, thread_id or old.key_id)), "repeated": True}
-            self._check_wraps(self._keyring.active.kek_id)
+            refuse_spent(self._store, self._keyring.active.kek_id)
             record = make(thread_id, key_id)
         except StoreUnavailable:
             raise

@@ -48,7 +48,7 @@ from ..errors import (
     WeakKey,
 )
 from ..store import snapshots
-from ..store.contract import KEK_ROW, DekRecord, Store, Usage
+from ..store.contract import DekRecord, Store, Usage
 from ..store.pause import Pause
 from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS, refusal
 from ..store.sqlite import FILE_NAME
@@ -58,11 +58,10 @@ from .channel import Job, answer, receive
 from .clock import REMEDY, Clock, TrustedTime, overdue
 from .lock import Files, publish
 from .plan import Configured
-from .rotation import Rewrapper, Rotation, Steps, refuse_retired
+from .rotation import Rewrapper, Rotation, Steps, refuse_retired, refuse_spent
 from .shredding import Shredding
 from .told import NAMED, Outage, attend
 from .usage import LOST, SPENT, USING, dead, near
-from .usage import refusal as spent
 
 log = logging.getLogger(__name__)
 
@@ -399,7 +398,7 @@ class Keeper:
         if key_id is not None and (old := self._store.get(key_id)) is not None:
             return {**described(same(old, thread_id or key_id)), "repeated": True}
         active = self._keyring.active
-        self._check_wraps(active.kek_id)
+        refuse_spent(self._store, active.kek_id)
         with self._keyring.borrow(active.kek_id) as kek:
             record = self._new(active, Aead(kek), now, thread_id, key_id)
         self._put(record)
@@ -414,11 +413,6 @@ class Keeper:
         finally:
             wipe(dek)
         return DekRecord(key_id, thread_id or key_id, blob, active.kek_id, active.version, timestamp(now))
-
-    def _check_wraps(self, kek_id: str) -> None:
-        """Raises Conflict for a KEK that has wrapped all it may."""
-        if self._store.heavy().get(KEK_ROW + kek_id, 0) >= SPENT:
-            raise spent(KEK_ROW + kek_id)
 
     def transition(self, key_id: str, action: str, days: int = 7) -> dict[str, Any]:
         """Disable, enable, schedule a deletion or shred; see policy.TRANSITIONS."""
@@ -460,7 +454,7 @@ class Keeper:
             active = self._keyring.active
             target = fingerprint(new_kek.view)
             refuse_retired(self._store, target)
-            self._check_wraps(target)
+            refuse_spent(self._store, target)
             row = self._store.keks().get(target)
             version = active.version if target == active.kek_id else row.version if row else 0
             if target not in self._keyring.kek_ids():

@@ -138,8 +138,7 @@ class Rotation:
         if new_id in self._keyring.kek_ids() and new_id not in self.coming:
             raise _in_use(new_id, "is in the keyring already: it must not become the active one again")
         refuse_retired(self._store, new_id)
-        if self._store.heavy().get(KEK_ROW + new_id, 0) >= SPENT:
-            raise refusal(KEK_ROW + new_id)
+        refuse_spent(self._store, new_id)
         absent = sorted(set(self._store.keks()) - set(self._keyring.kek_ids()))
         if absent:
             raise Unavailable(
@@ -286,6 +285,12 @@ def refuse_retired(store: Store, kek_id: str) -> None:
     """Conflict where it was rotated out: whoever it was taken from may have lost it for that."""
     if store.read(RETIRED_KEK + kek_id) is not None:
         raise _in_use(kek_id, "was rotated out: no key must come under it again")
+
+
+def refuse_spent(store: Store, kek_id: str) -> None:
+    """Conflict where it has wrapped all it may."""
+    if store.heavy().get(KEK_ROW + kek_id, 0) >= SPENT:
+        raise refusal(KEK_ROW + kek_id)
 
 
 def _in_use(kek_id: str, why: str) -> Conflict:
