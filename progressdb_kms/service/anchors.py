@@ -16,7 +16,7 @@ from ..store import heads
 from ..store.contract import Store
 from ..store.pause import Pause
 from .channel import Head
-from .clock import Clock, TrustedTime
+from .clock import TrustedTime
 from .told import attend
 
 log = logging.getLogger(__name__)
@@ -29,16 +29,16 @@ WITNESS_SECONDS = 3600.0
 
 
 class Anchors:
-    def __init__(self, store: Store, audit: AuditLog, clock: Clock, time: TrustedTime) -> None:
+    def __init__(self, store: Store, audit: AuditLog, time: TrustedTime) -> None:
         self._store = store
         self._audit = audit
-        self._clock, self._time = clock, time
+        self._clock, self._time = time.clock, time
         self._heads: dict[str, Head] = {}
         self._syncing = Pause()
         self._keeping = Pause(1.0, 60.0)
         self._own = 0  # how far our own chain is kept
         self._synced = -SYNC_SECONDS
-        self._next_witness = clock.monotonic() + WITNESS_SECONDS
+        self._next_witness = self._clock.monotonic() + WITNESS_SECONDS
 
     def heard(self, head: Head) -> None:
         """A worker says with a job how far it is."""

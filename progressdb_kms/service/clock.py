@@ -144,14 +144,14 @@ class TrustedTime:
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
-        self._clock = clock
+        self.clock = clock
         self._anchor = kept(store)
         self._held = ""
         self._saved = -SAVE_SECONDS
         self.look()
 
     def look(self) -> Verdict:
-        now = self._clock.reading()
+        now = self.clock.reading()
         found = judge(self._anchor, now)
         if self._anchor is None and not found.held:  # the first look of a new store
             self._anchor = Anchor(now.wall, *now)
@@ -165,26 +165,26 @@ class TrustedTime:
     def due(self) -> float | None:
         """Deletions of up to this time are due; None: they are held."""
         found = self.look()
-        return None if found.held else min(found.trusted, self._clock.now())
+        return None if found.held else min(found.trusted, self.clock.now())
 
     def later(self, seconds: float) -> float:
         """A time that is so far from now by either clock."""
-        return min(max(self._clock.now(), self.look().trusted) + seconds, LATEST)
+        return min(max(self.clock.now(), self.look().trusted) + seconds, LATEST)
 
     def save(self, at_once: bool = False) -> None:
         """Inside a transaction. While the clocks contradict each other, what was kept before stays."""
         if (at_once or self.unsaved >= SAVE_SECONDS) and not (found := self.look()).held:
-            self._anchor = Anchor(found.trusted, *self._clock.reading())
+            self._anchor = Anchor(found.trusted, *self.clock.reading())
             self._store.write(ROW, self._anchor._asdict())
-            self._saved = self._clock.monotonic()
+            self._saved = self.clock.monotonic()
 
     @property
     def unsaved(self) -> float:
-        return self._clock.monotonic() - self._saved
+        return self.clock.monotonic() - self._saved
 
     def accept(self) -> dict[str, Any]:
         """Inside a transaction: from now on the wall clock is trusted as it stands."""
-        before, now = self.look(), self._clock.reading()
+        before, now = self.look(), self.clock.reading()
         self._store.write(ROW, Anchor(now.wall, *now)._asdict())
         return {
             "status": "ok",

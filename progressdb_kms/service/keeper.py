@@ -146,9 +146,9 @@ class Keeper:
         self._task: tuple[Steps, Job] | None = None
         self._retiring = True  # an earlier run may have left rows
         self._tidying = Pause(*TIDY_PAUSES)
-        self._anchors = Anchors(store, audit, clock, self._time)
+        self._anchors = Anchors(store, audit, self._time)
         self._shredding = self._shreddings(
-            store, data_dir, self._forget, clock, self._time, self._put, audit.note, self._anchors.write
+            store, data_dir, self._forget, self._time, self._put, audit.note, self._anchors.write
         )
         self._writing = Pause(*WRITE_PAUSES)
         self._outage = Outage()

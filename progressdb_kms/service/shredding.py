@@ -23,7 +23,7 @@ from ..store import erasure
 from ..store.contract import DekRecord, Store
 from ..store.pause import Pause
 from ..store.policy import SHREDDED
-from .clock import Clock, TrustedTime
+from .clock import TrustedTime
 from .told import Overdue, attend
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,6 @@ class Shredding:
         store: Store,
         data_dir: Path,
         forget: Callable[[], None],
-        clock: Clock,
         time: TrustedTime,
         put: Callable[[DekRecord], None],
         note: Callable[..., object],
@@ -61,7 +60,7 @@ class Shredding:
         self._store = store
         self._data_dir = data_dir
         self._forget = forget
-        self._clock, self._time = clock, time
+        self._clock, self._time = time.clock, time
         self._put, self._note, self._anchor = put, note, anchor
         self.due: dict[str, bytes] = {}  # shredded, and copies may remain: key_id and blob, if known
         self._erasing, self._looking = Pause(*ERASE_PAUSES), Pause(*JANITOR_PAUSES)

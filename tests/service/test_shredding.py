@@ -31,7 +31,7 @@ class Site:
         time = TrustedTime(self.store, clock)
         put, note = self.store.put, lambda op, key_id: self.noted.append(f"{op} {key_id}")
         hooks = (put, note, lambda: None)
-        self.shredding = Shredding(self.store, folder, keyring.touch, clock, time, *hooks)
+        self.shredding = Shredding(self.store, folder, keyring.touch, time, *hooks)
 
     def put(self, key_id: str, delete_at: str = "", *entries: str) -> None:
         """A DEK, with its own entry where it is scheduled, and with `entries` that others put there."""
