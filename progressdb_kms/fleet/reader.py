@@ -22,7 +22,7 @@ from ..errors import StoreDamaged, StoreUnavailable
 from ..store.contract import HEAVY, KEK_ROW, DekRecord, Usage
 from ..store.policy import SHREDDED
 from ..store.seal import MODULUS, OWN, STATE, ActiveKek, KekCount, Seal, StoreState, weight, without_mac
-from ..store.sealed import OWN_DONT_ADD_UP, OWN_HINT, SealedReader
+from ..store.sealed import OWN_DONT_ADD_UP, OWN_HINT, Reader
 from .engine import SCHEMA, TIMELINE, UNREACHABLE, Link, Session
 from .rows import Point, first
 
@@ -119,7 +119,7 @@ def named(host: str, name: str) -> str:
     return f"{name}@{host}" if host else name
 
 
-class FleetReader(SealedReader):
+class FleetReader(Reader):
     """`host`: whose own rows are read; `key`: the row key."""
 
     def __init__(self, link: Link, host: str, key: memoryview | None = None) -> None:

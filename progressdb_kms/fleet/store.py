@@ -52,7 +52,7 @@ from ..errors import Conflict, StoreDamaged, StoreUnavailable
 from ..store.contract import KEK_ROW, DekRecord, Usage
 from ..store.policy import SHREDDED
 from ..store.seal import MODULUS, STATE, KekCount, Seal, StoreState, Tally, weight, without_mac
-from ..store.sealed import SealedStore, Written, nobody
+from ..store.sealed import Store, Written, nobody
 from .engine import FORGOTTEN, TIMELINE, UNREACHABLE, Link, Session, Texts, translated
 from .reader import STATES, WRITES, FleetReader, as_it_stands, combined, found_by, named, row_of, without
 from .rows import ALL, KEKS, KEY, FleetRow, HostRow, Point, first, plain
@@ -240,7 +240,7 @@ class Gathered:
         return other
 
 
-class FleetStore(SealedStore, FleetReader):
+class FleetStore(Store, FleetReader):
     """One incarnation `inc` of a host, which must be registered (`Registry`) before it writes.
 
     `_book` is the state of the whole fleet as far as this host knows it, `_others` the part of it that it

@@ -13,8 +13,8 @@ import logging
 from ..audit.log import AuditLog
 from ..encoding import b64decode
 from ..store import heads
-from ..store.contract import Store
 from ..store.pause import Pause
+from ..store.sealed import Store
 from .channel import Head
 from .clock import TrustedTime
 from .told import attend

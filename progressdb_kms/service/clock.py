@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..encoding import LATEST, moment, timestamp, wall
-from ..store.contract import Reader, Store
 from ..store.seal import ActiveKek
+from ..store.sealed import Reader, Store
 
 log = logging.getLogger(__name__)
 

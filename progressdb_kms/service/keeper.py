@@ -48,9 +48,10 @@ from ..errors import (
     WeakKey,
 )
 from ..store import snapshots
-from ..store.contract import DekRecord, Store, Usage
+from ..store.contract import DekRecord, Usage
 from ..store.pause import Pause
 from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS, refusal
+from ..store.sealed import Store
 from ..store.sqlite import FILE_NAME
 from . import keyfile
 from .anchors import Anchors

@@ -31,9 +31,10 @@ from ..crypto.keyring import Keyring, fingerprint
 from ..crypto.memory import LockedBuffer
 from ..encoding import timestamp, wall
 from ..errors import AuthenticationFailed, Conflict, StoreDamaged, StoreUnavailable, Unavailable
-from ..store.contract import KEK_ROW, DekRecord, Store
+from ..store.contract import KEK_ROW, DekRecord
 from ..store.policy import SHREDDED
 from ..store.seal import KekCount
+from ..store.sealed import Store
 from ..store.snapshots import UNFINISHED, Snapshot
 from . import ownkeys
 from .usage import SPENT, refusal

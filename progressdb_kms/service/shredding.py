@@ -20,9 +20,10 @@ from typing import Callable
 from ..encoding import timestamp
 from ..errors import StoreDamaged, StoreUnavailable
 from ..store import erasure
-from ..store.contract import DekRecord, Store
+from ..store.contract import DekRecord
 from ..store.pause import Pause
 from ..store.policy import SHREDDED
+from ..store.sealed import Store
 from .clock import TrustedTime
 from .told import Overdue, attend
 

@@ -21,10 +21,10 @@ from ..crypto.keyring import Keyring
 from ..disk import put, regular
 from ..encoding import timestamp, wall
 from ..errors import ConfigError, KeyMismatch, StoreDamaged, StoreUnavailable
-from ..store.contract import Store
 from ..store.heads import forget, heads
 from ..store.pause import Pause
 from ..store.seal import ActiveKek
+from ..store.sealed import Store
 from ..store.sqlite import SqliteStore
 from . import ownkeys
 from .clock import Clock

@@ -23,8 +23,9 @@ from ..crypto.keyring import KekNotLoaded, Keyring, KeyringChanged, Loan
 from ..encoding import Buffer, new_key_id, wall
 from ..errors import AuthenticationFailed, BadRequest, Conflict, KeyNotFound, KMSError, Unavailable
 from ..rules import PeerRules
-from ..store.contract import KEK_ROW, DekRecord, Reader, Usage
-from ..store.policy import refusal
+from ..store.contract import KEK_ROW, DekRecord, Usage
+from ..store.policy import DAMAGED, refusal
+from ..store.sealed import Reader
 from .channel import KeeperClient, Staged
 from .clock import age
 from .metrics import Block
@@ -358,7 +359,9 @@ class Service:
     # ---- listings ---------------------------------------------------------------------------------------
 
     def page(self, after: str, limit: int, thread_id: str | None) -> list[DekRecord]:
-        return self._reader.page(after, limit, thread_id)
+        """One damaged row keeps nobody from the others; it is listed as that."""
+        found = self._reader.judged(after, limit, thread_id)
+        return [record or DekRecord(key_id, "", b"", "", 0, "", DAMAGED) for key_id, record in found]
 
     def usage(self, records: Sequence[DekRecord]) -> dict[str, Usage]:
         """Of these DEKs those that were used; the last second may be missing."""

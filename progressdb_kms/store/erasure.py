@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..encoding import b64encode
 from . import outside, snapshots
-from .contract import Store
+from .sealed import Store
 from .sqlite import FILE_NAME, RESCUE, forget_rescued
 
 _PIECE = 20

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .contract import Reader, Store
+from .sealed import Reader, Store
 
 HEAD = "audit:head:"
 

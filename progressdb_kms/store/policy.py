@@ -12,6 +12,9 @@ DISABLED = "disabled"
 PENDING_DELETION = "pending_deletion"
 SHREDDED = "shredded"
 
+DAMAGED = "damaged"
+"""In a list alone, of a row that is not as it was written: what it says counts for nothing."""
+
 STATES = (ENABLED, DISABLED, PENDING_DELETION, SHREDDED)
 
 

@@ -1,9 +1,11 @@
-"""What every store does about MACs and sums, over the few steps that differ (`_raw`, `_set`, …)."""
+"""What every store does: what is alike in all of them, MACs and sums above all, and the steps that differ."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from ..errors import StoreDamaged, StoreUnavailable
@@ -32,8 +34,8 @@ class Written(NamedTuple):
     record: DekRecord
 
 
-class SealedReader(ABC):
-    """Rows are checked where the key is at hand."""
+class Reader(ABC):
+    """What the workers see of a store. Rows are checked where the key is at hand."""
 
     _seal: Seal | None = None
 
@@ -50,6 +52,21 @@ class SealedReader(ABC):
 
     @abstractmethod
     def names(self, prefix: str) -> list[str]: ...
+
+    @abstractmethod
+    def span(self, prefix: str) -> tuple[int, str]:
+        """How many names there are, and the first of them."""
+
+    @abstractmethod
+    def usage(self, key_ids: Sequence[str]) -> dict[str, Usage]:
+        """Of these DEKs those that were used."""
+
+    @abstractmethod
+    def heavy(self) -> dict[str, int]:
+        """Encrypts under the DEKs that have HEAVY of them or more."""
+
+    @abstractmethod
+    def close(self) -> None: ...
 
     def read(self, name: str) -> Row | None:
         """A row of the service's own. Those that carry a MAC are held against it all at once: see `vouch`."""
@@ -70,9 +87,11 @@ class SealedReader(ABC):
         """Up to `limit` records with a key_id behind `after`, in order of key_id."""
         return [self._record(key_id, row) for key_id, row in self._raw_page(after, limit, thread_id)]
 
-    def judged(self, after: str, limit: int) -> list[tuple[str, DekRecord | None]]:
+    def judged(
+        self, after: str, limit: int, thread_id: str | None = None
+    ) -> list[tuple[str, DekRecord | None]]:
         """As `page`, with None for a row that is not as the daemon wrote it."""
-        return [(key_id, self._judge(key_id, row)) for key_id, row in self._raw_page(after, limit, None)]
+        return [(key_id, self._judge(key_id, row)) for key_id, row in self._raw_page(after, limit, thread_id)]
 
     def _judge(self, key_id: str, row: Any) -> DekRecord | None:
         try:
@@ -89,9 +108,9 @@ class SealedReader(ABC):
         """Raises StoreDamaged where a row of the service's own was edited, deleted or replaced by an older
         one. Beside a writer the state is read before and after."""
         for _ in range(LOOKS):
-            own = SealedReader.state(self).own
+            own = Reader.state(self).own
             rows = [(name, self._read(name)) for prefix in OWN for name in self.names(prefix)]
-            if SealedReader.state(self).own == own:
+            if Reader.state(self).own == own:
                 break
         else:
             raise StoreUnavailable("the rows of the service's own don't stand still", hint="try again")
@@ -125,8 +144,10 @@ def nobody(change: int) -> None:
     """Hears of changes where nobody else does."""
 
 
-class SealedStore(SealedReader):
-    """The writer's side: one object that transactions put back where they fail."""
+class Store(Reader):
+    """What the keeper sees: the reader's side, and writes inside transactions, which put this object back
+    where they fail. `unlock` comes before the first `put`: it brings the row key, and who hears the number
+    of each change once it is on disk."""
 
     _book = StoreState()
     _tally: Tally | None = None
@@ -163,6 +184,50 @@ class SealedStore(SealedReader):
     @abstractmethod
     def _erase(self, name: str) -> None: ...
 
+    @abstractmethod
+    def transaction(self, durable: bool = True) -> AbstractContextManager[None]: ...
+
+    @abstractmethod
+    def savepoint(self) -> AbstractContextManager[None]: ...
+
+    @abstractmethod
+    def due(self, now: str, limit: int) -> list[str]:
+        """Rows `deletion:<time>|<key_id>` of a time that has come: a hint where to look, no more."""
+
+    @abstractmethod
+    def staging(self, on: bool) -> None:
+        """Make the empty table that rewrapped rows are built in; drop what an earlier try left of one."""
+
+    @abstractmethod
+    def retire(self, limit: int) -> bool:
+        """Delete up to `limit` rows that a swap left behind. True: there are more."""
+
+    @abstractmethod
+    def forget(self, key_id: str) -> None:
+        """Delete a key's row from the tables that are being emptied: it was shredded."""
+
+    @abstractmethod
+    def trouble(self) -> str:
+        """Why nothing can be written now, as far as it is known; empty where nothing is."""
+
+    def lost(self) -> str:
+        """Why what is open must not be written to: it isn't what the next start would find."""
+        return ""
+
+    def files(self) -> dict[str, tuple[int, int]]:
+        """Device and inode of what is open, where it is watched."""
+        return {}
+
+    @abstractmethod
+    def rescue(self, now: float) -> Path:
+        """Write what is open to a new file beside our own. Raises StoreUnavailable."""
+
+    def compact(self) -> None:
+        """Write the whole database anew: free space and gaps between rows are left behind."""
+
+    def checkpoint(self, patient: bool = True) -> None:
+        """Move the write-ahead log into the file and cut it to nothing: no old page image stays behind."""
+
     # ---- the state ---------------------------------------------------------------------------
 
     def unlock(self, key: memoryview, publish: Callable[[int], None] = nobody) -> None:
@@ -177,7 +242,7 @@ class SealedStore(SealedReader):
 
     def _look(self) -> None:
         """Take the state from the disk."""
-        self._book, self._tally = SealedReader.state(self), None
+        self._book, self._tally = Reader.state(self), None
         self._publish(self._book.change)
 
     def state(self) -> StoreState:

@@ -44,7 +44,7 @@ from .contract import HEAVY, KEK_ROW, DekRecord, Usage
 from .pause import Pause
 from .policy import SHREDDED
 from .seal import Seal, StoreState, Tally
-from .sealed import SealedReader, SealedStore, Written
+from .sealed import Reader, Store, Written
 from .watch import Watch
 
 FILE_NAME = "kms.db"
@@ -236,7 +236,7 @@ def check_schema(path: Path, application: int, version: int) -> None:
         )
 
 
-class SqliteReader(SealedReader):
+class SqliteReader(Reader):
     """Read-only: for the workers, and for commands beside a running daemon; `key` is the row key."""
 
     def __init__(self, data_dir: Path, key: memoryview | None = None, mode: str = "ro") -> None:
@@ -315,7 +315,7 @@ class SqliteReader(SealedReader):
         self._conn.close()
 
 
-class SqliteStore(SealedStore, SqliteReader):
+class SqliteStore(Store, SqliteReader):
     """The one writer of a data-dir. Raises StoreDamaged where the file is not a store that we know."""
 
     def __init__(self, data_dir: Path, key: memoryview | None = None) -> None:

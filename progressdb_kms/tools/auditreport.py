@@ -18,8 +18,9 @@ from .. import __version__
 from ..audit.chain import Report
 from ..encoding import timestamp
 from ..service.usage import near
-from ..store.contract import DekRecord, Reader, Usage
+from ..store.contract import DekRecord, Usage
 from ..store.policy import PENDING_DELETION, SHREDDED
+from ..store.sealed import Reader
 from .auditcounts import EVENTS, Counts
 from .auditsearch import missing
 from .console import safe

@@ -66,7 +66,7 @@ class Command(NamedTuple):
 CHOICES: dict[str, tuple[str, ...]] = {
     "bench": ("calls", "many", "usage", "progressdb", "store", "rotate", "audit", "memory", "fleet"),
     "outcome": ("ok", "refused", "failed"),
-    "state": ("enabled", "disabled", "pending_deletion", "shredded"),
+    "state": ("enabled", "disabled", "pending_deletion", "shredded", "damaged"),
 }
 
 EVENTS = tuple(

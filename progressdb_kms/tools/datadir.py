@@ -40,10 +40,11 @@ from ..service import ownkeys, start
 from ..service.clock import Clock
 from ..service.lock import LOCK_FILE, Files, claim, is_held
 from ..service.plan import Configured
-from ..store.contract import DekRecord, Reader, Usage
+from ..store.contract import DekRecord, Usage
 from ..store.heads import Head, anchor
 from ..store.policy import DISABLED, PENDING_DELETION, SHREDDED
 from ..store.seal import STATE, StoreState
+from ..store.sealed import Reader
 from ..store.sqlite import FILE_NAME, WAL, SqliteReader, SqliteStore
 from . import asowner
 from .console import CommandFailed

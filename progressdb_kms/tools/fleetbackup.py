@@ -28,7 +28,8 @@ from ..service.clock import ROW as TRUSTED_CLOCK
 from ..service.ownkeys import ROWS
 from ..service.rotation import RETIRED_KEK
 from ..service.start import note_restore
-from ..store.contract import KEK_ROW, DekRecord, Reader
+from ..store.contract import KEK_ROW, DekRecord
+from ..store.sealed import Reader
 from ..store.sqlite import SqliteReader, SqliteStore
 from . import asowner, backup, datadir
 from .backup import Backup, Progress

@@ -130,10 +130,11 @@ _DESCRIPTION = _named(
         "key_id thread_id state kek_id kek_version created_at",
         "delete_at shredded_at wrapped usage",
         thread_id=_TEXT,
-        state={"enum": ["enabled", "disabled", "pending_deletion", "shredded"]},
+        state={"enum": ["enabled", "disabled", "pending_deletion", "shredded", "damaged"]},
         usage=_USAGE,
     ),
-    "A DEK without its key. Times are RFC 3339 in UTC.",
+    "A DEK without its key. Times are RFC 3339 in UTC. `damaged`, in a list only: its row is not as the "
+    "daemon wrote it, and all but `key_id` and `usage` is empty or 0.",
 )
 
 

@@ -24,10 +24,10 @@ from ..encoding import json_dumps, json_loads
 from ..errors import StoreDamaged, StoreUnavailable
 from ..service.ownkeys import ROWS
 from ..store import snapshots
-from ..store.contract import DekRecord, Reader, Usage
+from ..store.contract import DekRecord, Usage
 from ..store.policy import PENDING_DELETION, SHREDDED
 from ..store.seal import MODULUS, STATE, StoreState, weight
-from ..store.sealed import SealedReader
+from ..store.sealed import Reader
 from ..store.snapshots import FOLDER, LINES
 from ..store.sqlite import DEKS, FILE_NAME, Connection, SqliteReader
 from . import datadir, ledgers
@@ -65,7 +65,7 @@ def _pages(reader: Reader) -> Iterator[Judged]:
         after = page[-1].key_id
 
 
-def _judged(reader: SealedReader) -> Iterator[Judged]:
+def _judged(reader: Reader) -> Iterator[Judged]:
     after = ""
     while page := reader.judged(after, PAGE):
         yield page
@@ -239,7 +239,7 @@ _UNINDEXED = (
 
 
 def check_deks(
-    reader: SealedReader, opener: Opener, total: int, faults: Faults, progress: Progress
+    reader: Reader, opener: Opener, total: int, faults: Faults, progress: Progress
 ) -> tuple[int, int]:
     live = shredded = 0
     after = ""

@@ -554,6 +554,20 @@ def test_a_forged_mark_that_stops_a_rotation(altered: postgres.Fleet, now: str, 
         store.staging(False)
 
 
+@pytest.mark.parametrize("junk", ["7", "", "no json"])
+def test_a_row_that_is_none_keeps_nobody_from_the_others(
+    fleet_database: postgres.Fleet, hosts: Hosts, junk: str
+) -> None:
+    one = hosts.all[0]
+    bad, good = (ok(one, "POST", "/deks", {"thread_id": "t"}, 201)["key_id"] for _ in range(2))
+    fleet_database.sql(f"UPDATE kms.deks SET value = '{junk}' WHERE key_id = '{bad}'")
+    for path in ("/deks", "/deks?thread_id=t"):
+        rows = ok(one, "GET", path)["deks"]
+        assert [(row["key_id"], row["state"]) for row in rows] == [(bad, "damaged"), (good, "enabled")]
+    reply = one.request("GET", f"/deks/{bad}")
+    assert (reply.status, reply.code) == (500, "store_damaged") and bad.encode() in reply.body
+
+
 def test_columns_that_say_something_else_than_the_row(fleet_database: postgres.Fleet, hosts: Hosts) -> None:
     """By them a thread's DEKs are found, to be shredded: one was missed, or another thread's was shredded."""
     one = hosts.all[0]

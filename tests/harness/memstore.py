@@ -16,7 +16,7 @@ from progressdb_kms.errors import StoreUnavailable
 from progressdb_kms.store.contract import HEAVY, KEK_ROW, Usage
 from progressdb_kms.store.policy import SHREDDED
 from progressdb_kms.store.seal import Seal, StoreState, Tally
-from progressdb_kms.store.sealed import Row, SealedReader, SealedStore, Written
+from progressdb_kms.store.sealed import Reader, Row, Store, Written
 
 
 class State(NamedTuple):
@@ -38,7 +38,7 @@ def _parsed(rows: list[Written]) -> dict[str, Row]:
     return {row.key_id: json_loads(row.text) for row in rows}
 
 
-class MemoryReader(SealedReader):
+class MemoryReader(Reader):
     """Sees what the store has committed."""
 
     def __init__(self, store: MemoryStore, key: memoryview | None = None) -> None:
@@ -77,7 +77,7 @@ class MemoryReader(SealedReader):
         """Nothing is held."""
 
 
-class MemoryStore(SealedStore, MemoryReader):
+class MemoryStore(Store, MemoryReader):
     """The writer. One thread at a time, as with the keeper."""
 
     def __init__(self, key: memoryview | None = None) -> None:

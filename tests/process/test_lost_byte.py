@@ -50,7 +50,6 @@ def test_a_row_that_lost_a_byte(make_daemon: MakeDaemon, at: int, byte: bytes) -
     told = f"the row meta:{bad} of the store is not as the daemon wrote it"
     with daemon.session() as session:
         for method, path, body in (
-            ("GET", "/deks", None),
             ("GET", f"/deks/{bad}", None),
             ("POST", "/encrypt", {"key_id": bad, "plaintext": b64(b"x")}),
             ("POST", f"/deks/{bad}/disable", {}),
@@ -60,7 +59,18 @@ def test_a_row_that_lost_a_byte(make_daemon: MakeDaemon, at: int, byte: bytes) -
             assert (reply.status, reply.code) == (500, "store_damaged"), path
             assert told.encode() in reply.body and blob[8:40].encode() not in reply.body
         session.encrypt(good, b"x")
-        session.create_dek("another")
+        another = session.create_dek("another")["key_id"]
+        rows = {row["key_id"]: row for row in session.ok("GET", "/deks")["deks"]}
+        assert rows.keys() == {good, bad, another} and rows[good]["state"] == "enabled"
+        assert {name for name, value in rows[bad].items() if value} == {
+            "key_id",
+            "state",
+            "kek_version",
+            "usage",
+        }
+        assert (rows[bad]["state"], rows[bad]["kek_version"]) == ("damaged", "0")
+    listed = daemon.cli("list", "--state", "damaged", "--ids", "--socket", str(daemon.socket))
+    assert (listed.returncode, listed.stdout.decode().split()) == (0, [bad]), listed.stderr
     assert "Traceback" not in daemon.stderr and blob[8:40] not in daemon.stderr
     daemon.stop()
     verified = daemon.offline("verify")
