@@ -49,6 +49,7 @@ class Pace:
             self.slow = select.epoll()
             self.fd = self.slow.fileno()
             poll.register(self.fd, select.POLLIN)
+        self.resting = False
         self._until = 0.0
         self._short: set[int] = set()
 
@@ -64,17 +65,16 @@ class Pace:
 
     def rest(self, took: float) -> None:
         """So many seconds were given to connections of the set."""
+        self.resting = True
         self._until = time.monotonic() + min(LONGEST, REST * took)
         self._poll.unregister(self.fd)
 
     def left(self, seconds: float) -> float:
         """Of so many seconds to wait, those until the set's rest is over."""
-        if not self._until:
-            return seconds
         left = self._until - time.monotonic()
         if left > 0:
             return min(seconds, left)
-        self._until = 0.0
+        self.resting = False
         self._poll.register(self.fd, select.POLLIN)
         return seconds
 

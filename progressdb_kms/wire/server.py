@@ -319,7 +319,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         seconds = self._tick_seconds if self._connections else 5.0
         if resting := self._doors.resting:
             seconds = max(0.0, min(seconds, min(resting.values()) - time.monotonic()))
-        seconds = self._pace.left(seconds)
+        if self._pace.resting:
+            seconds = self._pace.left(seconds)
         if self._ahead or self._back or self._sole is not None:
             seconds = 0.0
         if len(self._connections) == 1:
@@ -441,11 +442,11 @@ class Server(socketserver.ThreadingUnixStreamServer):
             view[:start] = kept
             connection.kept = None
         self._work(connection, start + size, start if peek else start + size)
-        if start + size == RECEIVED and connection.phase == BODY and connection.kept is None:
-            self._receive_long(connection)
-        if connection.phase == BODY and connection.poll is self._poll:
-            assert connection.reader is not None
-            if connection.reader.size > INLINE:
+        if connection.phase == BODY:
+            if start + size == RECEIVED and connection.kept is None:
+                self._receive_long(connection)
+            reader = connection.reader
+            if reader is not None and reader.size > INLINE and connection.poll is self._poll:
                 self._wait_in(connection, self._pace.slow, _IN)
         return True
 

@@ -131,7 +131,7 @@ def test_where_no_set_can_lie_in_another_there_is_no_pace() -> None:
     made = Pace(poll, metrics, metrics.block(0))
     assert made.slow is poll
     assert made.fd == -1
-    assert made.left(5.0) == 5.0
+    assert not made.resting
 
 
 @epoll
