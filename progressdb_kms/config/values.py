@@ -53,13 +53,12 @@ class Wrong(Exception):
     """A value is not what the option expects. The text completes "NAME …"; it never quotes the value."""
 
 
-Settle = Callable[[Any, str, str], Any]
-"""(value that isn't None, the folder that a path is relative to, label) -> the setting: for what needs the
-host."""
-
-
 class Option(NamedTuple):
-    """One key. `expects` completes "must be …", with {low} and {high} filled in; both are inclusive."""
+    """One key. `expects` completes "must be …", with {low} and {high} filled in; both are inclusive.
+
+    `settle`, for what needs the host, makes the setting of a value that isn't None, the folder that a path
+    is relative to, and a label.
+    """
 
     name: str
     parse: Callable[[Value, Option], Any]
@@ -70,7 +69,7 @@ class Option(NamedTuple):
     flag: str = ""
     env: str = ""
     private: bool = False  # a secret or a rule about peers: with --config it comes from that file only
-    settle: Settle = lambda value, folder, label: value
+    settle: Callable[[Any, str, str], Any] = lambda value, folder, label: value
 
     def read(self, value: Value, label: str) -> Any:
         """Raises ConfigError; `label` says where the value stands, such as `workers in /etc/kms.yaml`."""

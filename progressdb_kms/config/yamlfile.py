@@ -71,7 +71,7 @@ def read(path: str) -> ConfigFile:
         answers, end = (stack.enter_context(FileIO(fd, way)) for fd, way in zip(os.pipe(), "rw"))
         child = os.fork()
         if not child:
-            _child(path, source.fileno(), end.fileno())
+            _child(path, source, end.fileno())
         end.close()
         values = _hear(path, child, answers)
         secret = _secret(values)
@@ -132,21 +132,21 @@ def _secret(values: dict[str, Any]) -> str | None:
 # ---- the child -----------------------------------------------------------------------------------
 
 
-def _child(path: str, descriptor: int, answers: int) -> NoReturn:
+def _child(path: str, source: FileIO, answers: int) -> NoReturn:
     """Never returns and never raises: the caller's frames belong to the parent. Prints nothing."""
     status = 1
     try:
-        write_all(answers, _answer(path, descriptor))
+        write_all(answers, _answer(path, source))
         status = 0
     finally:
         os._exit(status)
 
 
-def _answer(path: str, descriptor: int) -> bytes:
+def _answer(path: str, source: FileIO) -> bytes:
     """The line of JSON for the parent, and the bytes of the keys (at most 109, so that a pipe holds all)."""
     keys: list[bytearray] = []
     try:
-        values = _check(_parse(_slurp(path, descriptor), path), path)
+        values = _check(_parse(source.read(MAX_FILE + 1), path), path)
         text = json.dumps(values, default=keys.append)  # in the place of each, which is no JSON, stands null
         return b"\n".join((text.encode(), b"".join(keys)))
     except KMSError as error:
@@ -157,15 +157,6 @@ def _answer(path: str, descriptor: int) -> bytes:
     except Exception as error:  # what it says may quote the file
         wrong = {"error": f"{path} can't be parsed ({type(error).__name__})", "hint": ""}
     return json.dumps(wrong).encode() + b"\n"
-
-
-def _slurp(path: str, descriptor: int) -> bytes:
-    data = b""
-    while part := os.read(descriptor, 65536):
-        data += part
-        if len(data) > MAX_FILE:
-            raise ConfigError(f"the configuration file {path} is larger than {MAX_FILE} bytes")
-    return data
 
 
 def _check(tree: Value, path: str) -> dict[str, Any]:
@@ -190,6 +181,8 @@ def _check(tree: Value, path: str) -> dict[str, Any]:
 
 
 def _parse(text: bytes, path: str) -> Value:
+    if len(text) > MAX_FILE:
+        raise ConfigError(f"the configuration file {path} is larger than {MAX_FILE} bytes")
     import yaml  # here only: the parent never loads it
 
     class Loader(yaml.SafeLoader):

@@ -13,7 +13,7 @@ takes effect at a start:
                                             hold half a DEK, onto the stack
 
     PYTHONUTF8=1                            names of files are UTF-8, whatever the locale says
-    OPENSSL_ia32cap=:~0x40000000000         on x86: GCM without VPCLMULQDQ. The code for that leaves powers of
+    OPENSSL_ia32cap=:~0x40000000000         on x86, GCM without VPCLMULQDQ. The code for that leaves powers of
                                             2H, which lead to H and so to forged messages, on the stack after
                                             each message of some 300 bytes and more. It costs nothing below
                                             16 KiB, and half of the cipher's speed above
@@ -58,7 +58,8 @@ KEPT = frozenset(f"PYTHON{name}" for name in (*_PLACES, "DONTWRITEBYTECODE", "MA
 known seed of hashes, prompts at the end) is not, nor are glibc's older names for its tunables."""
 
 CAPABILITY = {"OPENSSL_ia32cap": f":~{1 << 42:#x}"}
-"""Of OpenSSL's second word (CPUID leaf 7, EBX and ECX) all but bit 42, VPCLMULQDQ."""
+"""Of OpenSSL's second word (CPUID leaf 7, EBX and ECX) all but bit 42, VPCLMULQDQ. Other processors than x86
+have another variable."""
 
 CAPABILITIES = re.compile("OPENSSL_[a-z0-9]+cap")
 """How OpenSSL is told which instructions to do without. Without any, AES-GCM is 20 to 80 times as slow."""
@@ -106,7 +107,7 @@ def new_environment(environ: Mapping[str, str], pid: int, *, wipes: bool) -> dic
     """
     if environ.get(MARKER) == str(pid):
         return None
-    changes = dict(CAPABILITY) if _is_x86() else {}
+    changes = dict(CAPABILITY)
     if wipes:
         tunables = merged_tunables(environ.get("GLIBC_TUNABLES", ""))
         changes.update(PYTHONMALLOC="malloc", GLIBC_TUNABLES=tunables, LD_BIND_NOW="1", PYTHONUTF8="1")
@@ -128,10 +129,6 @@ def merged_tunables(present: str) -> str:
 def has_config(argv: Sequence[str]) -> bool:
     """With a configuration file the key of the environment is not used, and so is dropped unread."""
     return any(arg == "--config" or arg.startswith("--config=") for arg in argv)
-
-
-def _is_x86() -> bool:
-    return os.uname().machine in ("x86_64", "amd64", "i686")
 
 
 def _can_wipe_on_free() -> bool:

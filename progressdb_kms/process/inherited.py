@@ -62,11 +62,11 @@ def _raise_limits() -> None:
 
 
 def _close_inherited(environ: Mapping[str, str]) -> None:
-    """All but the standard streams, systemd's sockets and the key's pipe. Our own are closed at an execve, so
+    """All but the standard streams, systemd's socket and the key's pipe. Our own are closed at an execve, so
     that those without the flag came with one."""
     kept = {environ.get(FD_VARIABLE, "")}
-    if environ.get("LISTEN_PID") == str(os.getpid()) and (n := environ.get("LISTEN_FDS", "")[:3]).isdecimal():
-        kept |= {str(FIRST_FD + number) for number in range(int(n))}  # more than one is refused later
+    if environ.get("LISTEN_PID") == str(os.getpid()):
+        kept.add(str(FIRST_FD))  # more than one is refused later
     for name in os.listdir("/dev/fd"):
         if name.isdigit() and int(name) > 2 and name not in kept:
             with suppress(OSError):

@@ -75,14 +75,20 @@ def serve(loaded: Loaded, forced: dict[str, Any] | None = None) -> int:
     try:
         slabs = [Slab(settings.memory_lock, THREADS) for _ in range(settings.workers)]
         kinds = {region.kind, *(slab.kind for slab in slabs)}
-        if kinds != {"memfd_secret"}:
-            _warn_of_memory(settings, "unlocked" if "unlocked" in kinds else "mlock")
         settle(settings.memory_lock, locked="unlocked" not in kinds)
+        if "unlocked" in kinds and settings.memory_lock != "off":
+            log.warning("memory can't be locked: keys may be swapped out (raise LimitMEMLOCK or `ulimit -l`)")
+        elif "mlock" in kinds:
+            log.info("no memfd_secret on this kernel: keys are in mlock'ed memory, which root can read")
         keyring = Keyring(region.view)
         with loaded:  # from here on the keys are in the keyring alone
             keys = Configured.of(loaded, keyring.install)._replace(**(forced or {}))
         inbox, outbox = channel.channel()
-        fleet = settings.store != "sqlite" and _fleet(settings)
+        fleet: Any = False
+        if settings.store != "sqlite":
+            from .fleetside import FleetSide
+
+            fleet = FleetSide(settings)
         shared = Shared(
             settings, lock, keys, region, keyring,
             staging=region.view[REGION_SIZE:],
@@ -98,12 +104,6 @@ def serve(loaded: Loaded, forced: dict[str, Any] | None = None) -> int:
         return (Alone(shared) if settings.workers == 1 else Supervisor(shared)).run()
     finally:
         region.wipe()
-
-
-def _fleet(settings: Settings) -> Any:
-    from .fleetside import FleetSide
-
-    return FleetSide(settings)
 
 
 def _look_at_second_start(settings: Settings, measure: hardening.Measure) -> None:
@@ -126,13 +126,6 @@ def _descriptors(settings: Settings) -> int:
             allowed, max(0, allowed - SPARE_FILES), settings.max_connections,
         )  # fmt: skip
     return allowed
-
-
-def _warn_of_memory(settings: Settings, kind: str) -> None:
-    if kind == "mlock":
-        log.info("no memfd_secret on this kernel: keys are in mlock'ed memory, which root can read")
-    elif settings.memory_lock != "off":
-        log.warning("memory can't be locked: keys may be swapped out (raise LimitMEMLOCK or `ulimit -l`)")
 
 
 # ---- everything in one process ---------------------------------------------------------------------

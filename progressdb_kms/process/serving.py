@@ -310,7 +310,6 @@ class Front:
         log.info("SIGHUP: the audit log is opened anew")
         systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         systemd.notify("READY=1")
-        self._shared.name.watch(at_once=True)
         self._shared.policies.renew()
 
     def stop(self) -> None:

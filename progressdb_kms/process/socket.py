@@ -151,7 +151,6 @@ class Name:
         self._seen = self._look()
         self._next = 0.0
         self._trying = Pause(RETRY_SECONDS, RETRY_SECONDS)
-        self._removed = False
 
     def _look(self) -> tuple[int, int] | None:
         with suppress(OSError):
@@ -159,11 +158,11 @@ class Name:
             return about.st_dev, about.st_ino
         return None
 
-    def watch(self, at_once: bool = False) -> None:
-        """To be called often; looks once a second, or `at_once` (SIGHUP). A try connects to whoever is there:
-        so there are fewer where they fail."""
+    def watch(self) -> None:
+        """To be called often; looks once a second. A try connects to whoever is there: so there are fewer
+        where they fail."""
         now = time.monotonic()
-        if self._removed or not (at_once or now >= self._next and self._trying.over()):
+        if now < self._next or not self._trying.over():
             return
         self._next = now + WATCH_SECONDS
         if self._look() == self._seen:
@@ -189,7 +188,7 @@ class Name:
 
     def remove(self) -> None:
         """From here on a connect fails at once instead of waiting for nobody."""
-        self._removed = True
+        self._next = float("inf")
         if self._ours and self._look() == self._seen:
             try:
                 self._path.unlink(missing_ok=True)

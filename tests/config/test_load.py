@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -701,10 +702,8 @@ def test_any_bytes_give_an_answer_without_a_word_of_them(content: bytes) -> None
     reader, writer = os.pipe()
     os.write(writer, content + b"\nmaster_key_hex: " + canary.encode())
     os.close(writer)
-    try:
-        line, _, keys = yamlfile._answer("F", reader).partition(b"\n")
-    finally:
-        os.close(reader)
+    with FileIO(reader) as source:
+        line, _, keys = yamlfile._answer("F", source).partition(b"\n")
     assert canary not in line.decode("ascii")
     assert len(keys) % 32 == 0
     assert not keys or "error" not in json.loads(line)

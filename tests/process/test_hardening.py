@@ -41,7 +41,7 @@ KEY = bytes(range(7, 39)).hex()
 FAST = "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=4194304:glibc.malloc.trim_threshold=8388608"
 UNCACHED = "glibc.malloc.tcache_count=0"
 OURS = f"{UNCACHED}:glibc.malloc.perturb=165:{FAST}"
-CPU = dict(hardening.CAPABILITY) if hardening._is_x86() else {}
+CPU = dict(hardening.CAPABILITY)
 READY = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": OURS, "LD_BIND_NOW": "1", "PYTHONUTF8": "1", **CPU}
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
@@ -579,7 +579,6 @@ def test_a_command_with_a_key_warns(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root alone reads what a daemon was started with")
-@pytest.mark.skipif(not CPU, reason="x86 only")
 @pytest.mark.parametrize("inherited", [{}, {"OPENSSL_ia32cap": ""}, {"OPENSSL_ia32cap": "0:0"}], ids=str)
 def test_what_openssl_inherits_decides_nothing(inherited: dict[str, str]) -> None:
     with Daemon(env=inherited, workers=1) as daemon:
