@@ -21,12 +21,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import stat
 from collections.abc import Iterable
 from io import FileIO
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..disk import write_all
+from ..disk import regular, write_all
 from ..errors import ConfigError, KMSError
 from .keysource import HEX, Source
 from .options import ALIASES, BY_NAME, KEY_LISTS, OPTIONS
@@ -86,22 +85,20 @@ def read(path: str) -> ConfigFile:
 def _open(path: str) -> tuple[FileIO, int]:
     """Returns the open file and its mode."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+        descriptor = regular(path)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "not a path"
         raise ConfigError(
-            f"the configuration file {path} can't be read: {why}", hint="--config names it"
+            f"the configuration file {path} can't be read: {why}", hint="--config names a file of YAML"
         ) from None
-    about = os.fstat(descriptor)
-    trouble, hint = "", f"chown it to its user, chmod 0600 {path}"
-    if not stat.S_ISREG(about.st_mode):
-        trouble, hint = "is no regular file", "--config names a file of YAML"
-    elif about.st_uid not in (0, os.geteuid()):
+    about, trouble = os.fstat(descriptor), ""
+    if about.st_uid not in (0, os.geteuid()):
         trouble = f"belongs to uid {about.st_uid}, who could put another key into it"
     elif about.st_mode & 0o022:
         trouble = f"may be written by others (mode {about.st_mode & 0o7777:04o})"
     if trouble:
         os.close(descriptor)
+        hint = f"chown it to its user, chmod 0600 {path}"
         raise ConfigError(f"the configuration file {path} {trouble}", hint=hint, code="distrust")
     return FileIO(descriptor), about.st_mode
 

@@ -154,10 +154,8 @@ def _command_line() -> list[str] | None:
 def _hand_over(key: str) -> int:
     """Put the key into a pipe that the new program inherits; returns the end to read from."""
     reader, writer = os.pipe()
-    try:
-        os.write(writer, os.fsencode(key)[:MAX_HANDED_OVER])
-    finally:
-        os.close(writer)
+    os.write(writer, os.fsencode(key)[:MAX_HANDED_OVER])
+    os.close(writer)
     os.set_inheritable(reader, True)
     return reader
 
