@@ -16,14 +16,16 @@ from typing import Any
 
 from ..config.load import read_policies
 from ..config.options import Settings
+from ..config.yamlfile import MAX_FILE
 from ..encoding import json_dumps
 from ..errors import ConfigError
 from ..rules import Policy
 
 log = logging.getLogger(__name__)
 
-ROOM = 1 << 20
-"""Bytes for all policies as JSON: a hundred entries with a hundred patterns each, as long as most are."""
+ROOM = 8 * MAX_FILE
+"""Bytes for all policies as JSON, where a character takes six times as many as in the file at most. What is
+never written takes no memory."""
 
 
 class Policies:
@@ -35,10 +37,7 @@ class Policies:
         self._write(settings.policies)
 
     def _write(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Raises ConfigError where they are too long."""
         text = json_dumps(list(entries)).encode("ascii")
-        if len(text) + 16 > ROOM:
-            raise ConfigError(f"policies: more than {ROOM} bytes of entries", hint="use fewer patterns")
         self._map[: 16 + len(text)] = b"%08x%08x%b" % (len(text), zlib.crc32(text), text)
 
     def read(self) -> list[Policy]:
