@@ -88,15 +88,9 @@ class Policy(NamedTuple):
     @classmethod
     def of(cls, number: int, entry: Mapping[str, Any]) -> Policy:
         """From a checked entry of the configuration: plain numbers and lists of texts."""
-        return cls(
-            number,
-            entry.get("uid"),
-            entry.get("gid"),
-            frozenset(entry.get("operations", ())),
-            tuple(map(pattern, entry.get("threads", ()))),
-            tuple(map(pattern, entry.get("keys", ()))),
-            entry.get("per_second", 0),
-        )
+        patterns = {name: tuple(map(pattern, entry[name])) for name in ("threads", "keys") if name in entry}
+        operations = frozenset(entry.get("operations", ()))
+        return cls(number, **{**entry, "operations": operations, **patterns})
 
     def names(self, peer: Peer, groups: Collection[int] | None = ()) -> bool:
         """`groups`: all that it is in beside `gid`. Where nobody knows them (None), as over TCP, each is

@@ -12,7 +12,6 @@ its audit log is held against; the active KEK is that of the newest version.
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ from ..errors import StoreDamaged, StoreUnavailable
 from ..store.contract import HEAVY, KEK_ROW, DekRecord, Usage
 from ..store.policy import SHREDDED
 from ..store.seal import MODULUS, OWN, STATE, ActiveKek, KekCount, Seal, StoreState, weight, without_mac
-from ..store.sealed import OWN_DONT_ADD_UP, OWN_HINT, Reader
+from ..store.sealed import OWN_DONT_ADD_UP, OWN_HINT, Reader, as_it_stands
 from .engine import SCHEMA, TIMELINE, UNREACHABLE, Link, Session
 from .rows import Point, first
 
@@ -61,14 +60,6 @@ def row_of(value: Any) -> Any:
         raise StoreDamaged(
             "a row of the store is not JSON", hint="run `progressdb-kms verify`, then restore a backup"
         ) from None
-
-
-def as_it_stands(value: Any) -> Any:
-    """Likewise; what is no JSON as it stands, so that whoever holds it against its MAC can name the row."""
-    try:
-        return row_of(value)
-    except StoreDamaged:
-        return value if isinstance(value, str) else ""
 
 
 def combined(rows: Iterable[StoreState], own: StoreState) -> StoreState:
@@ -164,36 +155,26 @@ class FleetReader(Reader):
 
     # ---- DEKs ----------------------------------------------------------------------------------
 
-    def _raw(self, key_id: str) -> Any:
+    def _text(self, key_id: str) -> Any:
         rows = self._select("SELECT value FROM deks WHERE key_id = %s", (key_id,))
-        return as_it_stands(rows[0][0]) if rows else None
-
-    def get(self, key_id: str) -> DekRecord | None:
-        """As of any row, but with one parse and one MAC where it is spelled as we write it."""
-        rows = self._select("SELECT value FROM deks WHERE key_id = %s", (key_id,))
-        return self._opened(key_id, rows[0][0]) if rows else None
-
-    def _opened(self, key_id: str, text: Any) -> DekRecord:
-        if self._seal is not None and isinstance(text, str) and self._seal.wrote("meta:" + key_id, text):
-            return DekRecord.from_row(key_id, json.loads(text))
-        return self._record(key_id, as_it_stands(text))
+        return rows[0][0] or "" if rows else None
 
     def at(self, key_id: str) -> tuple[DekRecord | None, Point]:
         """A row and the point of the snapshot in which it was read, for whoever remembers it."""
         timeline, gen, text = first(self._select(_AT, (key_id,)))
-        return self._opened(key_id, text) if text is not None else None, Point(timeline, gen)
+        return self._record(key_id, text) if text is not None else None, Point(timeline, gen)
 
     def there(self, key_ids: Sequence[str]) -> set[str]:
         rows = self._select("SELECT key_id FROM deks WHERE key_id = ANY(%s)", (list(key_ids),))
         return {row[0] for row in rows}
 
-    def _raw_page(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]:
+    def _texts(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]:
         thread = "" if thread_id is None else "AND thread_id = %s "
         args = (after, limit) if thread_id is None else (after, thread_id, limit)
         sql = f"SELECT key_id, value FROM deks WHERE key_id > %s {thread}ORDER BY key_id LIMIT %s"  # noqa: S608
-        rows = [(key_id, as_it_stands(value)) for key_id, value in self._select(sql, args)]
-        for key_id, row in rows if thread_id is not None else ():
-            if isinstance(row, dict) and found_by(row.get("thread_id")) != thread_id:
+        rows = [(key_id, text) for key_id, text in self._select(sql, args)]
+        for key_id, text in rows if thread_id is not None else ():
+            if isinstance(row := as_it_stands(text), dict) and found_by(row.get("thread_id")) != thread_id:
                 raise StoreDamaged(f"the DEK {key_id} is found by a thread that it isn't of", hint=ANEW)
         return rows
 

@@ -52,9 +52,9 @@ from ..errors import Conflict, StoreDamaged, StoreUnavailable
 from ..store.contract import KEK_ROW, DekRecord, Usage
 from ..store.policy import SHREDDED
 from ..store.seal import MODULUS, STATE, KekCount, Seal, StoreState, Tally, weight, without_mac
-from ..store.sealed import Store, Written, nobody
+from ..store.sealed import Store, Written, as_it_stands, nobody
 from .engine import FORGOTTEN, TIMELINE, UNREACHABLE, Link, Session, Texts, translated
-from .reader import STATES, WRITES, FleetReader, as_it_stands, combined, found_by, named, row_of, without
+from .reader import STATES, WRITES, FleetReader, combined, found_by, named, row_of, without
 from .rows import ALL, KEKS, KEY, FleetRow, HostRow, Point, first, plain
 from .schema import FLEET
 from .status import status
@@ -317,7 +317,7 @@ class FleetStore(Store, FleetReader):
         """As of any store; but a host that joins has no state yet, though there are DEKs."""
         self._seal, self._publish = Seal(key), publish
         self._look()
-        if not self._used and self._raw_page("", 1, None):
+        if not self._used and self._texts("", 1, None):
             raise StoreDamaged(
                 f"all rows {STATE} of the store are missing",
                 hint="restore a backup: `progressdb-kms restore FILE`",
@@ -620,14 +620,6 @@ class FleetStore(Store, FleetReader):
             self._heavy_until = time.monotonic() + HEAVY_SECONDS
         return self._heavy
 
-    def _raw(self, key_id: str) -> Any:
-        text = self._text(key_id)
-        return None if text is None else as_it_stands(text)
-
-    def get(self, key_id: str) -> DekRecord | None:
-        text = self._text(key_id)
-        return None if text is None else self._opened(key_id, text)
-
     def there(self, key_ids: Sequence[str]) -> set[str]:
         """What isn't there is remembered as that: `put_all` asks, and then writes new rows."""
         if self._now is None:
@@ -638,13 +630,13 @@ class FleetStore(Store, FleetReader):
         seen.update({key_id: None for key_id in unknown if key_id not in found})
         return found | {key_id for key_id in key_ids if seen.get(key_id) or key_id in rows}
 
-    def _raw_page(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]:
-        page = super()._raw_page(after, limit, thread_id)
-        waiting = {k: row_of(row.text) for k, row in self._now.rows.items() if k > after} if self._now else {}
+    def _texts(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]:
+        page = super()._texts(after, limit, thread_id)
+        waiting = {k: row.text for k, row in self._now.rows.items() if k > after} if self._now else {}
         if not waiting:
             return page
         merged = sorted({**dict(page), **waiting}.items())
-        return [(k, row) for k, row in merged if thread_id is None or row["thread_id"] == thread_id][:limit]
+        return [(k, t) for k, t in merged if thread_id is None or row_of(t)["thread_id"] == thread_id][:limit]
 
     def _read(self, name: str) -> Any:
         if self._now is not None and name in self._now.kms:
@@ -834,7 +826,7 @@ class FleetStore(Store, FleetReader):
         if not (owed := sorted(self._owed)[:limit]):
             return []
         sql = "SELECT key_id, value FROM deks WHERE key_id = ANY(%s) ORDER BY key_id"
-        return [self._opened(*row) for row in session.execute(sql, (owed,)).fetchall()]
+        return [self._record(*row) for row in session.execute(sql, (owed,)).fetchall()]
 
     def settle(self, restage: Callable[[list[DekRecord]], None], reads: Sequence[str] = ()) -> None:
         """From now to the end of the transaction no host writes, and all wait: so each question from here on

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
+from ..encoding import json_loads
 from ..errors import StoreDamaged, StoreUnavailable
 from .contract import KEK_ROW, DekRecord, Usage, counted
 from .policy import SHREDDED
@@ -25,6 +27,13 @@ OWN_HINT = "the audit log may have been cut: see `progressdb-kms help troublesho
 Row = dict[str, Any]
 
 
+def as_it_stands(text: object) -> Any:
+    """An empty text for what is no JSON, as a byte that the disk lost makes it: its reader names the row."""
+    with suppress(ValueError):
+        return json_loads(text) if isinstance(text, str) else ""
+    return ""
+
+
 class Written(NamedTuple):
     """A row as it goes to the disk."""
 
@@ -40,15 +49,15 @@ class Reader(ABC):
     _seal: Seal | None = None
 
     @abstractmethod
-    def _raw(self, key_id: str) -> Any:
-        """The row as it stands, None where there is none."""
+    def _text(self, key_id: str) -> Any:
+        """The row as it stands: JSON, if it is ours; None where there is none."""
 
     @abstractmethod
-    def _raw_page(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]: ...
+    def _texts(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]: ...
 
     @abstractmethod
     def _read(self, name: str) -> Any:
-        """A row of the service's own as it stands, None where there is none."""
+        """A row of the service's own, as by `as_it_stands`; None where there is none."""
 
     @abstractmethod
     def names(self, prefix: str) -> list[str]: ...
@@ -76,26 +85,26 @@ class Reader(ABC):
         return without_mac(row) if row and name.startswith(OWN) else row
 
     def get(self, key_id: str) -> DekRecord | None:
-        row = self._raw(key_id)
-        return None if row is None else self._record(key_id, row)
+        text = self._text(key_id)
+        return None if text is None else self._record(key_id, text)
 
     def there(self, key_ids: Sequence[str]) -> set[str]:
         """Those of the key_ids that have a row, of whatever kind."""
-        return {key_id for key_id in key_ids if self._raw(key_id) is not None}
+        return {key_id for key_id in key_ids if self._text(key_id) is not None}
 
     def page(self, after: str, limit: int, thread_id: str | None = None) -> list[DekRecord]:
         """Up to `limit` records with a key_id behind `after`, in order of key_id."""
-        return [self._record(key_id, row) for key_id, row in self._raw_page(after, limit, thread_id)]
+        return [self._record(key_id, text) for key_id, text in self._texts(after, limit, thread_id)]
 
     def judged(
         self, after: str, limit: int, thread_id: str | None = None
     ) -> list[tuple[str, DekRecord | None]]:
         """As `page`, with None for a row that is not as the daemon wrote it."""
-        return [(key_id, self._judge(key_id, row)) for key_id, row in self._raw_page(after, limit, thread_id)]
+        return [(key_id, self._judge(key_id, text)) for key_id, text in self._texts(after, limit, thread_id)]
 
-    def _judge(self, key_id: str, row: Any) -> DekRecord | None:
+    def _judge(self, key_id: str, text: Any) -> DekRecord | None:
         try:
-            return self._record(key_id, row)
+            return self._record(key_id, text)
         except StoreDamaged:
             return None
 
@@ -135,8 +144,14 @@ class Reader(ABC):
         """A row's name as its MAC has it."""
         return name
 
-    def _record(self, key_id: str, row: Any) -> DekRecord:
-        self.check("meta:" + key_id, row)
+    def _record(self, key_id: str, text: Any) -> DekRecord:
+        """With one parse and one MAC where it is spelled as we write it: a worker asks for each DEK that it
+        doesn't remember."""
+        name = "meta:" + key_id
+        if self._seal is not None and isinstance(text, str) and self._seal.wrote(name, text):
+            return DekRecord.from_row(key_id, json.loads(text))
+        row = as_it_stands(text)
+        self.check(name, row)
         return DekRecord.from_row(key_id, row)
 
 
@@ -234,7 +249,7 @@ class Store(Reader):
         """From now on rows are checked, and may be written. Raises StoreDamaged."""
         self._seal, self._publish = Seal(key), publish
         self._look()
-        if not self._book.change and self._raw_page("", 1, None):
+        if not self._book.change and self._texts("", 1, None):
             raise StoreDamaged(
                 f"the row {STATE} of the store is missing",
                 hint="restore a backup: `progressdb-kms restore FILE`",
@@ -307,9 +322,9 @@ class Store(Reader):
         """Count and add up all rows anew, each of which must be genuine. True: the state had it otherwise."""
         keks: Mapping[str, KekCount] = {}
         total, after = 0, ""
-        while page := self._raw_page(after, ROWS, None):
-            keks = counted(keks, [(None, self._record(key_id, row)) for key_id, row in page])
-            total = (total + sum(weight(row) for _, row in page)) % MODULUS
+        while page := self._texts(after, ROWS, None):
+            keks = counted(keks, [(None, self._record(key_id, text)) for key_id, text in page])
+            total = (total + sum(weight(as_it_stands(text)) for _, text in page)) % MODULUS
             after = page[-1][0]
         other = (dict(keks), total) != (dict(self._book.keks), self._book.total)
         if other:
@@ -343,8 +358,8 @@ class Store(Reader):
 
     def _replaced(self, key_id: str) -> tuple[DekRecord | None, int]:
         try:
-            row = self._raw(key_id)
-            return (None, 0) if row is None else (self._record(key_id, row), weight(row))
+            text = self._text(key_id)
+            return (None, 0) if text is None else (self._record(key_id, text), weight(as_it_stands(text)))
         except StoreDamaged:
             if not self.mending:
                 raise

@@ -24,7 +24,6 @@ file is closed, opened again and checked before the next write.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sqlite3
 import threading
@@ -37,14 +36,14 @@ from urllib.parse import quote
 from sqlitedict import SqliteDict
 
 from .. import disk
-from ..encoding import json_dumps, json_loads
+from ..encoding import json_dumps
 from ..errors import StoreDamaged, StoreUnavailable
 from . import outside
-from .contract import HEAVY, KEK_ROW, DekRecord, Usage
+from .contract import HEAVY, KEK_ROW, Usage
 from .pause import Pause
 from .policy import SHREDDED
 from .seal import Seal, StoreState, Tally
-from .sealed import Reader, Store, Written
+from .sealed import Reader, Store, Written, as_it_stands
 from .watch import Watch
 
 FILE_NAME = "kms.db"
@@ -167,19 +166,12 @@ class Connection:
             self._db.close()
 
 
-def _row_of(value: object) -> Any:
-    """An empty text for what is no JSON, as a byte that the disk lost makes it: its reader names the row."""
-    with contextlib.suppress(ValueError):
-        return json_loads(value) if isinstance(value, str) else ""
-    return ""
-
-
 class Table(SqliteDict):  # type: ignore[misc]
     """A sqlitedict over a connection that several tables share; JSON in, JSON out, never pickle."""
 
     def __init__(self, path: Path, name: str, conn: Connection) -> None:
         self._shared = conn
-        super().__init__(str(path), tablename=name, encode=json_dumps, decode=_row_of, outer_stack=False)
+        super().__init__(str(path), tablename=name, encode=json_dumps, decode=as_it_stands, outer_stack=False)
 
     def _new_conn(self) -> Connection:
         return self._shared
@@ -259,33 +251,22 @@ class SqliteReader(Reader):
         return int(version)
 
     def _bind(self) -> None:
-        self._deks = Table(self.path, DEKS, self._conn)
         self._kms = Table(self.path, "kms", self._conn)
 
-    def _raw(self, key_id: str) -> Any:
-        return self._deks.get("meta:" + key_id)
-
-    def get(self, key_id: str) -> DekRecord | None:
-        """As of any row, but with one look, one parse and one MAC: a worker asks for each DEK that it doesn't
-        remember."""
-        name = "meta:" + key_id
-        found = self._conn.select_one(_VALUE, (name,))
-        if found is None:
-            return None
-        if self._seal is not None and isinstance(found[0], str) and self._seal.wrote(name, found[0]):
-            return DekRecord.from_row(key_id, json.loads(found[0]))
-        return self._record(key_id, _row_of(found[0]))
+    def _text(self, key_id: str) -> Any:
+        found = self._conn.select_one(_VALUE, ("meta:" + key_id,))
+        return found[0] or "" if found else None
 
     def there(self, key_ids: Sequence[str]) -> set[str]:
         names = json_dumps(["meta:" + key_id for key_id in key_ids])
         return {row[0][5:] for row in self._conn.select(_THERE, (names,))}
 
-    def _raw_page(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]:
+    def _texts(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]:
         if thread_id is None:
             rows = self._conn.select(_PAGE, ("meta:" + after, limit))
         else:
             rows = self._conn.select(_PAGE_OF_THREAD, (thread_id, "meta:" + after, limit))
-        return [(key[5:], _row_of(value)) for key, value in rows]
+        return [(key[5:], text) for key, text in rows]
 
     def _read(self, name: str) -> Any:
         return self._kms.get(name)
@@ -376,6 +357,7 @@ class SqliteStore(Store, SqliteReader):
         self._synchronous = FULL
         self._bind()
         if not version:
+            Table(self.path, DEKS, self._conn)
             self._index(DEKS)
             for sql in (USAGE_TABLE, _HEAVY_INDEX):
                 self._conn.execute(sql)
@@ -603,7 +585,7 @@ class SqliteStore(Store, SqliteReader):
 
     def _staged(self, key_id: str) -> dict[str, Any] | None:
         row = self._conn.select_one(f'SELECT value FROM "{STAGED}" WHERE key = ?', ("meta:" + key_id,))  # noqa: S608
-        return _row_of(row[0]) if row else None
+        return as_it_stands(row[0]) if row else None
 
     def _pairs(self, after: str, limit: int) -> list[tuple[str, dict[str, Any], dict[str, Any] | None]]:
         found = self._conn.select(_PAIRS, ("meta:" + after, limit))

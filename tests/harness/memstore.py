@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from progressdb_kms.encoding import json_loads
+from progressdb_kms.encoding import json_dumps, json_loads
 from progressdb_kms.errors import StoreUnavailable
 from progressdb_kms.store.contract import HEAVY, KEK_ROW, Usage
 from progressdb_kms.store.policy import SHREDDED
@@ -49,12 +49,14 @@ class MemoryReader(Reader):
     def _state(self) -> State:
         return self._store.committed
 
-    def _raw(self, key_id: str) -> Any:
-        return self._state.deks.get(key_id)
+    def _text(self, key_id: str) -> Any:
+        row = self._state.deks.get(key_id)
+        return None if row is None else json_dumps(row)
 
-    def _raw_page(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]:
+    def _texts(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]:
         rows = ((key_id, row) for key_id, row in sorted(self._state.deks.items()) if key_id > after)
-        return [(key_id, row) for key_id, row in rows if thread_id in (None, row["thread_id"])][:limit]
+        found = [(key_id, json_dumps(row)) for key_id, row in rows if thread_id in (None, row["thread_id"])]
+        return found[:limit]
 
     def _read(self, name: str) -> Any:
         return self._state.kms.get(name)
@@ -169,7 +171,9 @@ class MemoryStore(Store, MemoryReader):
 
     def _pairs(self, after: str, limit: int) -> list[tuple[str, Row, Row | None]]:
         staged = self._next()
-        return [(key_id, row, staged.get(key_id)) for key_id, row in self._raw_page(after, limit, None)]
+        return [
+            (key_id, json_loads(text), staged.get(key_id)) for key_id, text in self._texts(after, limit, None)
+        ]
 
     def _swap_tables(self) -> None:
         state = self._writable()

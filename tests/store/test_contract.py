@@ -17,7 +17,7 @@ from progressdb_kms.store.contract import HEAVY, KEK_ROW, DekRecord, Usage
 from progressdb_kms.store.pause import Pause
 from progressdb_kms.store.policy import SHREDDED
 from progressdb_kms.store.seal import STATE, KekCount, Seal
-from progressdb_kms.store.sealed import Written
+from progressdb_kms.store.sealed import Written, as_it_stands
 from progressdb_kms.store.sqlite import SqliteReader, SqliteStore
 from tests.harness.memstore import MemoryReader, MemoryStore
 
@@ -437,7 +437,7 @@ def write(store: AnyStore, key_id: str, row: dict[str, Any]) -> None:
 def edit(store: AnyStore, key_id: str, **fields: Any) -> None:
     """As somebody with an SQL shell would: nothing else is changed with it."""
     with store.transaction():
-        row = {**store._raw(key_id), **fields}
+        row = {**as_it_stands(store._text(key_id)), **fields}
         write(store, key_id, {name: value for name, value in row.items() if value is not None})
 
 
@@ -490,7 +490,7 @@ class TestAuthentic:
     def test_a_row_under_another_name(self, store: AnyStore, reader: AnyReader) -> None:
         put(store, dek("a"), dek("b"))
         with store.transaction():
-            write(store, "b", store._raw("a"))
+            write(store, "b", as_it_stands(store._text("a")))
         assert reader.get("a") == dek("a")
         with pytest.raises(StoreDamaged):
             reader.get("b")
@@ -498,7 +498,7 @@ class TestAuthentic:
     @pytest.mark.parametrize("how", ["older", "deleted", "added"])
     def test_what_is_genuine_must_add_up(self, store: AnyStore, reader: AnyReader, how: str) -> None:
         put(store, dek("a"), dek("b"))
-        was = store._raw("a")
+        was = as_it_stands(store._text("a"))
         put(store, dek("a", state="disabled"), dek("c"))
         with store.transaction():
             if how == "older":
@@ -555,7 +555,7 @@ class TestAuthentic:
     def test_the_state_of_a_row_is_no_state_of_the_store(self, store: AnyStore) -> None:
         put(store, dek("a"))
         with store.transaction():
-            store.write(STATE, store._raw("a"))
+            store.write(STATE, as_it_stands(store._text("a")))
         with pytest.raises(StoreDamaged):
             store.unlock(KEY)
 
