@@ -10,13 +10,14 @@ are ordinary buffers.
 Everything before the nonce is the AAD of the wrap, so a blob opens only under the key_id, the KEK and
 the version that it names: two rows that were swapped are noticed.
 
-Three forms, and a reader for each, so that none is taken for another:
+Two forms, and a reader for each, so that none is taken for the other:
 
 - `parse`: a DEK. Whatever came from a caller, or stands in a DEK's row, goes through it and no other.
 - `own`: the audit key and the row key. Their AAD has a label of its own, and their names are no key_ids. Who
   could have one opened as a DEK, or one of a DEK's blobs taken in its place, could sign audit records.
-- `foreign`: the Go service's blob of 60 bytes: nonce | ciphertext | tag, no AAD, bound to nothing. A message
-  sealed under that service's KEK has this form too: whoever puts it in a row chooses the DEK. For `import`.
+A third, the Go service's of 60 bytes (nonce | ciphertext | tag, no AAD, bound to nothing), is no concern of
+the daemon's: a message that was sealed under that service's KEK looks the same, so that whoever puts it in a
+row chooses the DEK. `import` alone reads it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ _FIXED = 1 + KEK_ID_SIZE + 1
 
 
 class Wrapped(NamedTuple):
-    """A parsed blob. `kek_id` and `key_id` are "" in the Go service's form, which names neither."""
+    """A parsed blob. `kek_id` and `key_id` are "" in the Go service's form, which names neither: see
+    `tools.datadir`."""
 
     kek_id: str
     key_id: str
@@ -74,13 +76,6 @@ def own(name: str, blob: bytes) -> Wrapped:
     if wrapped.key_id != name:
         raise ValueError("is of another key")
     return wrapped._replace(aad=OWN_LABEL + wrapped.aad)
-
-
-def foreign(blob: bytes) -> Wrapped:
-    """As `parse`, but takes the Go service's form as well."""
-    if len(blob) == LEGACY_SIZE:
-        return Wrapped("", "", b"", blob[:NONCE_SIZE], blob[NONCE_SIZE:])
-    return parse(blob)
 
 
 def _head(version: int, kek_id: str, name: str) -> bytes:

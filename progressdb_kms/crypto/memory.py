@@ -81,7 +81,6 @@ class LockedBuffer:
     def __init__(self, size: int, mode: str = "") -> None:
         """Map at least `size` bytes. `mode`: `require` (LockRefused where no page can be locked),
         `try`, or `off`; empty: as `settle` says."""
-        self.size = size
         length = (size + PAGE - 1) // PAGE * PAGE
         try:
             self._map, self.kind = _map_pages(length, mode or _Settled.mode)
@@ -123,9 +122,6 @@ class LockedBuffer:
         self.wipe()
         if kind is None:
             self.close()
-
-    def __repr__(self) -> str:
-        return f"<LockedBuffer {self.kind} {self.size} bytes>"
 
 
 def _map_pages(length: int, mode: str) -> tuple[mmap.mmap, str]:

@@ -203,11 +203,11 @@ def forget(data_dir: Path, key_id: str) -> None:
     `backups prune` removes meanwhile is gone as well."""
     root = data_dir / FOLDER
     with _write_errors(root):
-        ours = [folder / f"{key_id}.json" for folder in folders(data_dir)]
-        for path in (*ours, *_go_service(root, key_id)):
+        ours = folders(data_dir)
+        for path in (*(folder / f"{key_id}.json" for folder in ours), *_go_service(root, key_id)):
             with contextlib.suppress(FileNotFoundError):
                 destroy(path)
-        for folder in folders(data_dir):
+        for folder in ours:
             with contextlib.suppress(FileNotFoundError):
                 _blank(folder / LINES, key_id)
 

@@ -335,13 +335,20 @@ def put_back(data_dir: Path, reader: Reader, the_keys: Keys) -> str:
 # ---- DEKs --------------------------------------------------------------------------------------------
 
 
+def foreign(blob: bytes) -> Wrapped:
+    """As `parse`, but takes the Go service's form as well: nonce | ciphertext | tag, without AAD."""
+    if len(blob) == envelope.LEGACY_SIZE:
+        return Wrapped("", "", b"", blob[:NONCE_SIZE], blob[NONCE_SIZE:])
+    return envelope.parse(blob)
+
+
 class Opener:
     """Opens wrapped DEKs under any of the configured KEKs, and binds them anew."""
 
-    def __init__(self, keyring: Keyring, foreign: bool = False) -> None:
-        """`foreign`: what `rebind` and `same` are given may be in the Go service's form."""
+    def __init__(self, keyring: Keyring, foreign_too: bool = False) -> None:
+        """`foreign_too`: what `rebind` and `same` are given may be in the Go service's form."""
         self._keyring = keyring
-        self._parse = envelope.foreign if foreign else envelope.parse
+        self._parse = foreign if foreign_too else envelope.parse
         self._kek_ids = sorted(keyring.kek_ids(), key=lambda kek_id: kek_id != _active(keyring))
         self._ciphers: dict[str, Aead] = {}
         self._memory = LockedBuffer(2 * envelope.SCRATCH_SIZE)

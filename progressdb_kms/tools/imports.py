@@ -504,7 +504,7 @@ def take(
     """Store what the entries hold, in one transaction with its audit records. `known`: it is no earlier, as
     who made them knew. `restored`: the event that the store owes the log from then on. Raises CommandFailed
     where something is bad and `skip_bad` is False: then nothing is stored."""
-    with Opener(work.keyring, foreign=op == "import") as opener:
+    with Opener(work.keyring, foreign_too=op == "import") as opener:
         work.store.mending = op != "import"
         importer = Importer(work, opener, _history(work), time.time(), force, ledger)
         unused = op == "import" and not work.store.keks()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from progressdb_kms.crypto import aead, envelope, keyring
 from progressdb_kms.crypto.aead import Aead
 from progressdb_kms.errors import AuthenticationFailed
+from progressdb_kms.tools.datadir import foreign
 from tests.harness.vectors import load, secret
 
 WRAPPED, MESSAGES = load("wrapped"), load("messages")
@@ -27,13 +28,13 @@ def joined(wrapped: envelope.Wrapped) -> bytes:
 
 
 def unwrap(digits: str, into: memoryview, kek: str = WRAPPED["kek"]) -> bytes:
-    return bytes(envelope.unwrap(Aead(secret(kek)), envelope.foreign(bytes.fromhex(digits)), into))
+    return bytes(envelope.unwrap(Aead(secret(kek)), foreign(bytes.fromhex(digits)), into))
 
 
 class TestWrapped:
     @pytest.mark.parametrize("row", WRAPPED["opens"], ids=lambda row: str(row["key_id"])[:20])
     def test_opens_for_ever(self, row: dict[str, Any]) -> None:
-        wrapped = envelope.foreign(bytes.fromhex(row["wrapped"]))
+        wrapped = foreign(bytes.fromhex(row["wrapped"]))
         assert wrapped.key_id == (row["key_id"] or "") and joined(wrapped).hex() == row["wrapped"]
         assert wrapped.kek_id == (KEK_ID if row["key_id"] else "")
         assert unwrap(row["wrapped"], scratch()).hex() == WRAPPED["dek"]
@@ -77,7 +78,7 @@ class TestWrapped:
     @given(st.binary(max_size=220))
     def test_any_bytes_are_parsed_or_refused(self, blob: bytes) -> None:
         try:
-            assert joined(envelope.foreign(blob)) == blob
+            assert joined(foreign(blob)) == blob
         except ValueError:
             pass
 
@@ -97,7 +98,7 @@ class TestThreeForms:
         ("read", "takes"),
         [
             (envelope.parse, {"a DEK"}),
-            (envelope.foreign, {"a DEK", "the Go service's"}),
+            (foreign, {"a DEK", "the Go service's"}),
             (lambda blob: envelope.own(envelope.AUDIT_KEY, blob), {"our own"}),
             (lambda blob: envelope.own(envelope.ROW_KEY, blob), set()),
         ],
