@@ -189,11 +189,6 @@ class Keyring:
         """Tell all processes that what they remember of the store or the keyring is old."""
         self._words[_GENERATION] += 1
 
-    def release(self) -> None:
-        """Give the region's views back, so that it can be closed."""
-        self._loans.clear()
-        self._words.release()
-
     # ---- slots ---------------------------------------------------------------------------------
 
     def _used(self, slot: int) -> bool:

@@ -73,9 +73,9 @@ def _tell(short: bool) -> None:
 class LockedBuffer:
     """A zero-filled region of whole pages for secrets, shared with processes forked later.
 
-    Life cycle: made, used through `view` (and slices of it), wiped and unmapped by `close()`.
-    `close()` is idempotent and refuses (BufferError) while slices of `view` are still alive, so that
-    no cipher object can outlive its key.
+    Life cycle: made, used through `view` (and slices of it), wiped and unmapped by `close()`. `map` is the
+    mapping itself, for `find` in place. `close()` is idempotent and refuses (BufferError) while slices of
+    `view` are still alive, so that no cipher object can outlive its key.
     """
 
     def __init__(self, size: int, mode: str = "") -> None:
@@ -83,36 +83,29 @@ class LockedBuffer:
         `try`, or `off`; empty: as `settle` says."""
         length = (size + PAGE - 1) // PAGE * PAGE
         try:
-            self._map, self.kind = _map_pages(length, mode or _Settled.mode)
+            self.map, self.kind = _map_pages(length, mode or _Settled.mode)
         except LockRefused:
             _tell(True)
             raise
         _tell(self.kind == "unlocked")
-        self._closed = False
-        self.view = memoryview(self._map)[:size]
+        self.view = memoryview(self.map)[:size]
 
     @property
     def locked_bytes(self) -> int:
         """Bytes that count against RLIMIT_MEMLOCK."""
-        return 0 if self._closed or self.kind == "unlocked" else len(self._map)
-
-    @property
-    def map(self) -> mmap.mmap:
-        """The mapping itself, for `find` in place."""
-        return self._map
+        return 0 if self.map.closed or self.kind == "unlocked" else len(self.map)
 
     def wipe(self) -> None:
-        if not self._closed:
-            with memoryview(self._map) as whole:
+        if not self.map.closed:
+            with memoryview(self.map) as whole:
                 wipe(whole)
 
     def close(self) -> None:
-        if self._closed:
+        if self.map.closed:
             return
         self.wipe()
         self.view.release()
-        self._map.close()
-        self._closed = True
+        self.map.close()
 
     def __enter__(self) -> LockedBuffer:
         return self

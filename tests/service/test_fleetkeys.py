@@ -54,8 +54,7 @@ class Site:
 def site(tmp_path: Path) -> Iterator[Site]:
     site = Site(tmp_path)
     yield site
-    site.keyring.release()
-    site.coming._memory.close()
+    site.coming._memory.wipe()
 
 
 def test_they_come_into_the_keyring_and_leave_no_copy_on_the_way(site: Site) -> None:
