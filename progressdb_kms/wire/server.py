@@ -77,10 +77,8 @@ TURN = 0.0005
 many of them come and go as like to. The others come first; of several UIDs, until one of them took so long,
 or all ten times as long: shorter turns cost more than they are worth."""
 
-SHORT_TURN = 0.0001
-"""Seconds of a turn of those that send or take what is long, while others ask for little."""
-
 LOOK_SECONDS = 0.1
+"""So often it is seen whose short requests come."""
 
 LINGER_SECONDS = 1.0
 """After the last answer the peer may still be sending: so long it is listened to, so that it reads that. A
@@ -295,16 +293,15 @@ class Server(socketserver.ThreadingUnixStreamServer):
                 spent += self._do(self._go_ahead, self._ahead.popleft())
 
     def _serve_slow(self, ready: list[Connection]) -> None:
-        """Where they disturb others the turns are short too, and a rest follows."""
-        spent, most, disturbs = 0.0, TURN, False
+        """One of those that disturb others, and a rest follows; or as many as a turn has time for."""
+        spent = 0.0
         for connection in self._fair.order(ready):
-            if spent > most:
-                break
-            if self._pace.disturbs(connection.peer.uid):
-                disturbs, most = True, SHORT_TURN
             spent += self._do(self._comes, connection)
-        if disturbs:
-            self._pace.rest(spent)
+            if self._pace.disturbs(connection.peer.uid):
+                self._pace.rest(spent)
+                break
+            if spent > TURN:
+                break
 
     def _do(self, work: Callable[[Connection], object], connection: Connection) -> float:
         """Charge it to its UID; returns the seconds."""
