@@ -297,6 +297,10 @@ class StoreDamaged(OperatorError):
     default_code = "store_damaged"
 
 
+class OtherSchema(StoreDamaged):
+    """The store is whole, and of another program or release."""
+
+
 class LockRefused(OperatorError):
     """Memory can't be locked, and the configuration requires it. 503 once it serves."""
 

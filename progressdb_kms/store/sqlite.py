@@ -37,7 +37,7 @@ from sqlitedict import SqliteDict
 
 from .. import disk
 from ..encoding import json_dumps
-from ..errors import StoreDamaged, StoreUnavailable
+from ..errors import OtherSchema, StoreDamaged, StoreUnavailable
 from . import outside
 from .contract import HEAVY, KEK_ROW, Usage
 from .pause import Pause
@@ -213,17 +213,17 @@ _COUNT = (
 def check_schema(path: Path, application: int, version: int) -> None:
     """The rule of upgrades and downgrades: a release opens the schema that it writes, and no other; the way
     from one to the next is `export` and `import`. 0: its first transaction was not finished. Raises
-    StoreDamaged."""
+    OtherSchema."""
     if application != APPLICATION_ID:
-        raise StoreDamaged(f"{path} is a database of something else", hint="is data_dir the right folder?")
+        raise OtherSchema(f"{path} is a database of something else", hint="is data_dir the right folder?")
     known = f"has schema version {version}, and this release knows {SCHEMA_VERSION}: nothing was changed"
     if version > SCHEMA_VERSION:
-        raise StoreDamaged(
+        raise OtherSchema(
             f"{path} {known}",
             hint="run the newer release that wrote it; to go back, `export` with that one and `import` here",
         )
     if 0 < version < SCHEMA_VERSION:
-        raise StoreDamaged(
+        raise OtherSchema(
             f"{path} {known}", hint="`export` with the older release that wrote it, and `import` here"
         )
 

@@ -161,7 +161,7 @@ def write_key(path: Path, key: memoryview, like: os.stat_result | None = None) -
     except OSError as error:
         raise CommandFailed(
             f"{path} can't be made: {error.strerror}",
-            hint=f"nothing was changed: {path.parent} must be writable and have room; then do it again",
+            hint=f"nothing was changed: the folder {path.parent} must exist, be writable and have room",
         ) from error
     try:
         sync(path.parent)

@@ -45,7 +45,7 @@ from ..config.load import Loaded
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
 from ..disk import sync
 from ..encoding import timestamp
-from ..errors import AuditUnavailable, KeyMismatch, KMSError, StoreDamaged, StoreUnavailable
+from ..errors import AuditUnavailable, KeyMismatch, KMSError, OtherSchema, StoreDamaged, StoreUnavailable
 from ..service.clock import ROW as TRUSTED_CLOCK
 from ..service.ownkeys import ROWS, held, wrap
 from ..service.plan import Plan, plan
@@ -205,7 +205,7 @@ def _look(data_dir: Path, source: Backup, keys: Keys, force: bool) -> Present | 
             return None
         raise CommandFailed(
             f"the present store can't be read, so what it has beyond the backup is unknown: {error.message}",
-            hint=error.hint if isinstance(error, StoreUnavailable) else DAMAGED,
+            hint=error.hint if isinstance(error, (StoreUnavailable, OtherSchema)) else DAMAGED,
         ) from None
     if (log := data_dir / _LOG).exists() and log.stat().st_size:
         raise CommandFailed(

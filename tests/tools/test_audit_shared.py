@@ -409,7 +409,7 @@ def test_a_kek_is_held_no_longer_than_for_the_audit_key(monkeypatch: pytest.Monk
 
     class Reads(Shared):
         def through(self, machine: Any, observe: Any) -> None:
-            held.append([bytes(buffer.view) for buffer in buffers if not buffer._closed])
+            held.append([bytes(buffer.view) for buffer in buffers if not buffer.map.closed])
             assert any(machine.key[:] in kept for kept in held[-1])
             super().through(machine, observe)
 

@@ -225,7 +225,11 @@ class TestErrors:
             (ConfigError("bad\nline"), 1, "bad line"),
             (KeyNotFound("there is no key k", status=404), 1, "there is no key k"),
             (UsageError("wrong"), 2, "wrong"),
-            (OSError(28, "No space left on device", "/x"), 1, "/x: No space left on device"),
+            (
+                OSError(28, "No space left on device", "/x"),
+                1,
+                "/x: No space left on device (make room there, and run it again)",
+            ),
             (OSError(5, "Input/output error"), 1, "Input/output error"),
         ],
     )
