@@ -51,8 +51,8 @@ class TestGenkey:
         done = cli("genkey", "no/k", cwd=short_tmp)
         assert done.returncode == 1
         assert done.stderr == (
-            b"progressdb-kms: no/k can't be made: No such file or directory (nothing was changed: the folder no "
-            b"must exist, be writable and have room)\n"
+            b"progressdb-kms: no/k can't be made: No such file or directory (nothing was changed: the folder "
+            b"no must exist, be writable and have room)\n"
         )
 
 
