@@ -43,7 +43,7 @@ class Unblocked(io.RawIOBase):
         super().__init__()
         self.dropped = 0
         self._pid = os.getpid()
-        self._fd, self._poll = _unblocked(number)
+        self._fd = _unblocked(number)
         self._lead = b""
 
     def writable(self) -> bool:
@@ -76,12 +76,14 @@ class Unblocked(io.RawIOBase):
 
     def _put_piece(self, piece: bytes) -> int:
         with contextlib.suppress(OSError):
-            if self._poll.poll(0):
+            poll = select.poll()  # its own: no two threads may ask the same one at a time
+            poll.register(self._fd, select.POLLOUT)
+            if poll.poll(0):
                 return os.write(self._fd, piece)
         return -1
 
 
-def _unblocked(number: int) -> tuple[int, select.poll]:
+def _unblocked(number: int) -> int:
     """A description of our own for a pipe or a terminal, that never blocks: a flag of the given one would
     hold for everybody who has it. The given one where that can't be had (a socket), and of a file, since the
     place in it counts. Either is asked first whether it takes a piece."""
@@ -89,9 +91,7 @@ def _unblocked(number: int) -> tuple[int, select.poll]:
     if not stat.S_ISREG(os.fstat(number).st_mode):
         with contextlib.suppress(OSError):
             number = os.open(f"/proc/self/fd/{number}", flags)
-    poll = select.poll()
-    poll.register(number, select.POLLOUT)
-    return number, poll
+    return number
 
 
 def unblock_standard_streams() -> None:
