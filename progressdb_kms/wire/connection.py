@@ -18,7 +18,7 @@ class Connection:
 
     __slots__ = (
         "answered", "body_piece", "deadline", "fragment", "keep", "kept", "kept_piece", "peer", "pending",
-        "phase", "poll", "reader", "request", "reserved", "rights", "round", "route", "row", "short", "turn",
+        "phase", "poll", "reader", "request", "reserved", "rights", "round", "route", "row", "turn",
     )  # fmt: skip
 
     def __init__(self, request: socket.socket, peer: Peer, fragment: Fragment) -> None:
@@ -29,7 +29,6 @@ class Connection:
         self.poll: Any = None  # the set in which it lies: the waiter's, or that of the long ones
         self.deadline = 0.0
         self.answered = False  # a request of it, with good grace: it stays
-        self.short = False  # was its last request?
         self.turn = 0  # in which something was done for it
         self.row = -1  # of the table of shares
         self.rights: Rights | None = None  # what policies leave this peer, since `round` of them

@@ -188,6 +188,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if not isinstance(self._poll, select.epoll):
             self._come = lambda seconds, most: self._poll.poll(seconds * 1000)
         self._pace = Pace(self._poll, self._metrics, self._counters)
+        self._short: dict[int, float] = {}  # when each UID's last short request came
         self._bell, self._ring = socket.socketpair()
         for end in (self._bell, self._ring):
             end.setblocking(False)
@@ -313,7 +314,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         return seconds
 
     def _wait(self) -> list[tuple[int, int]]:
-        seconds = self._tick_seconds if self._connections else 5.0
+        seconds = self._tick_seconds if self._connections or self._short else 5.0
         if resting := self._doors.resting:
             seconds = max(0.0, min(seconds, min(resting.values()) - time.monotonic()))
         if self._pace.resting:
@@ -367,9 +368,9 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _look(self) -> None:
         """Whose short requests came here of late?"""
-        self._next_look, since = self._now + LOOK_SECONDS, self._idle_until - RECENT
-        here = self._connections.values()
-        self._pace.look({c.peer.uid for c in here if c.short and c.phase == IDLE and c.deadline > since})
+        self._next_look, since = self._now + LOOK_SECONDS, self._now - RECENT
+        self._short = {uid: last for uid, last in self._short.items() if last > since}
+        self._pace.look(self._short)
 
     def _tick(self) -> None:
         """Whose time is over?"""
@@ -439,12 +440,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
             view[:start] = kept
             connection.kept = None
         self._work(connection, start + size, start if peek else start + size)
-        if connection.phase == BODY:
-            if start + size == RECEIVED and connection.kept is None:
-                self._receive_long(connection)
-            reader = connection.reader
-            if reader is not None and reader.size > INLINE and connection.poll is self._poll:
-                self._wait_in(connection, self._pace.slow, _IN)
+        if start + size == RECEIVED and connection.phase == BODY and connection.kept is None:
+            self._receive_long(connection)
         return True
 
     def _receive_long(self, connection: Connection) -> bool:
@@ -512,6 +509,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if reader is self._reader:
             connection.reader = reader
             self._reader = Reader(self._judge, self._known)
+        if reader.size > INLINE and connection.poll is self._poll:
+            self._wait_in(connection, self._pace.slow, _IN)
         phase = HEAD if reader.head is None else BODY
         if phase != connection.phase:
             connection.phase = phase
@@ -606,7 +605,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         long = len(body) > (ALONE if alone else INLINE)
         # Each item is an object, and so is what they stand in.
         long = long or (route.batch and bytes(body).count(b"{") > 1 + INLINE_ITEMS)
-        connection.short = not long
+        if not long and len(body) <= INLINE:
+            self._short[connection.peer.uid] = self._now
         if long or route.waits:
             lane = self._working if long else self._waiting if route.op else self._asking
             return self._hand_over(connection, route, request, lane)

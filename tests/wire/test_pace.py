@@ -12,13 +12,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 
 from progressdb_kms.service.metrics import Metrics
-from progressdb_kms.wire import pace
+from progressdb_kms.wire import pace, server
+from progressdb_kms.wire.http1 import Request, Room
 from progressdb_kms.wire.pace import Pace
-from progressdb_kms.wire.server import TURN, Server
+from progressdb_kms.wire.server import INLINE, TURN, Server
 from tests.harness import Daemon
 from tests.harness.attack import post
 from tests.harness.procs import as_user, wait_until
@@ -26,7 +29,7 @@ from tests.harness.wire import b64, connect
 
 from .test_fair import answered
 from .test_peers import serving
-from .test_turns import connection, of_two_uids
+from .test_turns import connection, of_two_uids, waiter
 
 LIGHT, HEAVY, OTHER = 12_001, 12_002, 12_003
 
@@ -186,6 +189,27 @@ def test_one_of_those_that_disturb_others_has_its_turn(
     assert rests == ([pytest.approx(0.4 * TURN)] if disturbs else [])
 
 
+@pytest.mark.parametrize(("size", "is_short"), [(INLINE, True), (INLINE + 1, False)])
+def test_whose_short_requests_came_is_known_for_a_second_also_of_connections_that_are_gone(
+    monkeypatch: pytest.MonkeyPatch, size: int, is_short: bool
+) -> None:
+    def of_late(now: float) -> list[int]:
+        fake._now = now
+        Server._look(fake)
+        return list(fake._pace.look.call_args.args[0])
+
+    monkeypatch.setattr(server, "dispatch", mock.MagicMock())
+    fake: Any = waiter()
+    fake._short, fake.slab.waiter = {}, (memoryview(b""), memoryview(b""))
+    fake._connections = {9: mock.MagicMock(peer=SimpleNamespace(uid=LIGHT))}
+    route = mock.MagicMock(batch=False, waits=False)
+    request = Request(mock.MagicMock(), bytes(size), Room(size, route=route))
+    Server._carry_out(fake, fake._connections[9], request)
+    fake._connections.clear()
+    assert of_late(0.9) == ([LIGHT] if is_short else [])
+    assert of_late(1.1) == []
+
+
 @contextlib.contextmanager
 def two_users() -> Iterator[tuple[Daemon, str]]:
     """A daemon that serves them, and a DEK of it."""
@@ -235,6 +259,18 @@ class TestTheSetOfTheLongOnes:
                 answered(sock)
                 assert daemon.healthy()
                 wait_until(lambda: long_ones(daemon) == 0, 60, "an end of it")
+
+    def test_a_long_body_behind_another_request(self) -> None:
+        with two_users() as (daemon, key_id), connect(daemon.socket) as sock:
+            body = json.dumps({"key_id": key_id, "plaintext": b64(bytes(300_000))}).encode()
+            request = b"GET /readyz HTTP/1.1\r\nHost: unix\r\n\r\n" + post(b"encrypt", body)
+            sock.sendall(request[:1000])
+            answered(sock)
+            sock.sendall(request[1000:150_000])
+            wait_until(lambda: long_ones(daemon) == 1, 60, "a long body")
+            sock.sendall(request[150_000:])
+            answered(sock)
+            wait_until(lambda: long_ones(daemon) == 0, 60, "an end of it")
 
     def test_a_short_one_that_comes_in_pieces_is_none(self) -> None:
         with two_users() as (daemon, key_id), connect(daemon.socket) as sock:
@@ -298,7 +334,7 @@ def test_it_rests_while_another_uid_asks_for_little() -> None:
         little = post(b"encrypt", json.dumps(item).encode())
         much = post(b"encrypt_batch", json.dumps({"items": [item] * 1000}).encode())
         with asking(daemon, HEAVY, much):
-            assert not any(rests() for _ in range(200))
+            wait_until(lambda: not any(rests() for _ in range(200)), 60, "the end of root's second")
             with asking(daemon, HEAVY, little):  # oneself is nobody else
                 assert not any(rests() for _ in range(200))
             with asking(daemon, LIGHT, little):
