@@ -45,10 +45,10 @@ class Pace:
         self._counters = counters
         self.slow: Any = poll
         self.fd = -1
-        if isinstance(poll, select.epoll):
+        if isinstance(poll, getattr(select, "epoll", ())):
             self.slow = select.epoll()
             self.fd = self.slow.fileno()
-            poll.register(self.fd, select.POLLIN)
+            self._poll.register(self.fd, select.POLLIN)
         self.resting = False
         self._until = 0.0
         self._short: set[int] = set()

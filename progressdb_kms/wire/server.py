@@ -185,7 +185,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
     def _open_doors(self, doors: Sequence[Door]) -> None:
         self._poll: Any = select.epoll() if hasattr(select, "epoll") else select.poll()
         self._come: Callable[..., list[tuple[int, int]]] = self._poll.poll
-        if not isinstance(self._poll, select.epoll):
+        if not hasattr(select, "epoll"):
             self._come = lambda seconds, most: self._poll.poll(seconds * 1000)
         self._pace = Pace(self._poll, self._metrics, self._counters)
         self._short: dict[int, float] = {}  # when each UID's last short request came

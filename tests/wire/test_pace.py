@@ -7,6 +7,7 @@ import json
 import os
 import select
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from progressdb_kms.wire.pace import Pace
 from progressdb_kms.wire.server import INLINE, TURN, Server
 from tests.harness import Daemon
 from tests.harness.attack import post
+from tests.harness.daemon import REPO
 from tests.harness.procs import as_user, wait_until
 from tests.harness.wire import b64, connect
 
@@ -129,7 +131,8 @@ class TestRest:
         assert workers[0].pace.left(3600.0) <= pace.LONGEST or workers[0].is_told()
 
 
-def test_where_no_set_can_lie_in_another_there_is_no_pace() -> None:
+def test_where_no_set_can_lie_in_another_there_is_no_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(select, "epoll", raising=False)
     metrics, poll = Metrics(1), SimpleNamespace()
     made = Pace(poll, metrics, metrics.block(0))
     assert made.slow is poll
@@ -298,6 +301,23 @@ class TestTheSetOfTheLongOnes:
         with two_users() as (daemon, _):
             wait_until(is_long, 60, "what is sent behind the last word to be long")
             wait_until(lambda: long_ones(daemon) == 0, 60, "its end")
+
+
+WITHOUT = f"""
+import runpy, select, sys
+vars(select).pop("epoll", None)
+sys.path.insert(0, {str(REPO)!r})
+runpy.run_module("progressdb_kms", run_name="__main__")
+"""
+
+
+def test_a_system_without_epoll_serves_long_bodies_too(tmp_path: Path) -> None:
+    program = tmp_path / "without.py"
+    program.write_text(WITHOUT)
+    with Daemon(command=[sys.executable, "-s", str(program)], workers=1) as daemon:
+        key_id = daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
+        for size in (300_000, 3):
+            daemon.ok("POST", "/encrypt", {"key_id": key_id, "plaintext": b64(bytes(size))})
 
 
 @contextlib.contextmanager
