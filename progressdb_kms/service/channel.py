@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Union
 
 from .. import errors
@@ -183,11 +183,8 @@ def receive(inbox: socket.socket) -> Job | None:
 
 def answer(job: Job, outcome: Any) -> None:
     """Send a result (a dict) or a KMSError. A caller that is gone is no error: the work is done."""
-    with job.reply:
-        try:
-            job.reply.sendall(json_dumps(telling(outcome)).encode())
-        except (BrokenPipeError, ConnectionResetError):
-            return
+    with job.reply, suppress(BrokenPipeError, ConnectionResetError):
+        job.reply.sendall(json_dumps(telling(outcome)).encode())
 
 
 _ERRORS: dict[str, type[KMSError]] = {

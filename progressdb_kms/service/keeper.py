@@ -461,10 +461,8 @@ class Keeper:
             if target not in self._keyring.kek_ids():
                 self._brought.add(self._keyring.install(new_kek.view, version))
             mover = Rewrapper(self._keyring, target, version)
-        try:
+        with contextlib.closing(mover):
             record = mover.records([old])[0]
-        finally:
-            mover.close()
         self._change(old, record)
         wrapped = b64encode(record.wrapped)
         result = {"key_id": key_id, "kek_id": target, "kek_version": version, "wrapped": wrapped}

@@ -9,6 +9,8 @@ from ..crypto.keyring import fingerprint
 from ..crypto.memory import LockedBuffer
 from ..errors import KMSError
 
+_SIZE = KEY_SIZE + keysource.SCRATCH_SIZE
+
 
 def kek_ids(path: str | None) -> set[str]:
     """Of those that the start would take."""
@@ -17,13 +19,9 @@ def kek_ids(path: str | None) -> set[str]:
 
 def _kek_id(path: str) -> str:
     """Empty where there is none."""
-    with LockedBuffer(KEY_SIZE + keysource.SCRATCH_SIZE) as memory:
-        key, scratch = memory.view[:KEY_SIZE], memory.view[KEY_SIZE:]
+    with LockedBuffer(_SIZE) as memory, memory.view[:KEY_SIZE] as key, memory.view[KEY_SIZE:] as scratch:
         try:
             keysource.read(keysource.Source("file", path, path), {}, scratch, key)
             return fingerprint(key)
         except KMSError:
             return ""
-        finally:
-            key.release()
-            scratch.release()

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sqlite3
 import threading
 import time
@@ -181,11 +182,12 @@ class Table(SqliteDict):  # type: ignore[misc]
 
 
 _VALUE = f'SELECT value FROM "{DEKS}" WHERE key = ?'  # noqa: S608
-_PAGE = f'SELECT key, value FROM "{DEKS}" WHERE key > ? ORDER BY key LIMIT ?'  # noqa: S608
+_ROWS = f'SELECT typeof(key), CAST(key AS BLOB), value FROM "{DEKS}" WHERE '  # noqa: S608
+_PAGE = _ROWS + "key > CAST(? AS TEXT) ORDER BY key LIMIT ?"
 THREAD = "CASE WHEN json_valid(value) THEN json_extract(value, '$.thread_id') END"
 """By this a thread's DEKs are found. Of a row that lost a byte it is NULL, not an error that would keep the
 row from being replaced."""
-_PAGE_OF_THREAD = f'SELECT key, value FROM "{DEKS}" WHERE {THREAD} = ? AND key > ? ORDER BY key LIMIT ?'  # noqa: S608
+_PAGE_OF_THREAD = f"{_ROWS}{THREAD} = ? AND key > CAST(? AS TEXT) ORDER BY key LIMIT ?"
 _THERE = f'SELECT key FROM "{DEKS}" WHERE key IN (SELECT value FROM json_each(?))'  # noqa: S608
 _SEEN = f'SELECT 1 FROM "{DEKS}", kms, usage LIMIT 0'  # noqa: S608
 _PAIRS = (
@@ -228,6 +230,17 @@ def check_schema(path: Path, application: int, version: int) -> None:
         )
 
 
+def _name(kind: str, key: bytes) -> str:
+    """A row's name, in ASCII; of a damaged one such that `_raw` finds the place where it stands."""
+    if kind != "text":
+        raise StoreDamaged(f"the name of a row of the store is no text: {key[:200]!r}", hint=DAMAGED)
+    return key.replace(b"\\", b"\\x5c").decode("ascii", "backslashreplace")
+
+
+def _raw(name: str) -> bytes:
+    return re.sub(rb"\\x(..)", lambda found: bytes.fromhex(found[1].decode()), name.encode())
+
+
 class SqliteReader(Reader):
     """Read-only: for the workers, and for commands beside a running daemon; `key` is the row key."""
 
@@ -262,11 +275,9 @@ class SqliteReader(Reader):
         return {row[0][5:] for row in self._conn.select(_THERE, (names,))}
 
     def _texts(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]:
-        if thread_id is None:
-            rows = self._conn.select(_PAGE, ("meta:" + after, limit))
-        else:
-            rows = self._conn.select(_PAGE_OF_THREAD, (thread_id, "meta:" + after, limit))
-        return [(key[5:], text) for key, text in rows]
+        sql, args = (_PAGE, ()) if thread_id is None else (_PAGE_OF_THREAD, (thread_id,))
+        rows = self._conn.select(sql, (*args, _raw("meta:" + after), limit))
+        return [(_name(kind, key)[5:], text) for kind, key, text in rows]
 
     def _read(self, name: str) -> Any:
         return self._kms.get(name)
@@ -365,10 +376,8 @@ class SqliteStore(Store, SqliteReader):
         whole = self._checkpointed()  # if not, pages may stand in the log only
         pages, size = select("PRAGMA page_count")[0], select("PRAGMA page_size")[0]
         if whole and self.path.stat().st_size < pages * size:
-            raise StoreDamaged(
-                f"{self.path} was cut: it has {self.path.stat().st_size} of {pages * size} bytes",
-                hint=DAMAGED,
-            )
+            told = f"{self.path} was cut: it has {self.path.stat().st_size} of {pages * size} bytes"
+            raise StoreDamaged(told, hint=DAMAGED)
         self._look()
         self._suspect = False
 

@@ -9,12 +9,12 @@ from typing import Any
 from ..audit.log import fragment, key_fragment
 from ..crypto import aead
 from ..crypto.aead import KEY_SIZE, NONCE_SIZE, Aead
-from ..encoding import new_key_id, timestamp, wall
+from ..encoding import KEY_ID, new_key_id, timestamp, wall
 from ..errors import AuthenticationFailed, BadRequest, Conflict
 from ..service.keeper import describe
 from ..service.usage import TOUCHED, told
 from ..store.contract import DekRecord, Usage
-from ..store.policy import SHREDDED
+from ..store.policy import DAMAGED, SHREDDED
 from .call import DEFAULT_PAGE, MAX_PAGE, App, Call, Reply
 from .fields import checked_key_id, checked_thread_id
 from .reading import answer, answer_blob, fields_of, known_query, optional_fields_of, path_key_id, query_dek
@@ -90,8 +90,10 @@ def _unused_since(call: Call) -> str | None:
 
 
 def _unused(record: DekRecord, usage: Usage | None, since: str) -> bool:
-    """One that is younger than that time was no use to anybody yet, and is not meant."""
-    return record.state != SHREDDED and max(record.created_at, timestamp(usage.last) if usage else "") < since
+    """One that is younger than that time was no use to anybody yet, and is not meant; nor is one that is
+    damaged, of which nobody knows."""
+    last = timestamp(usage.last) if usage else ""
+    return record.state not in (SHREDDED, DAMAGED) and max(record.created_at, last) < since
 
 
 def _visible(
@@ -112,19 +114,22 @@ def _visible(
             if not call.rights or call.rights.sees(record.key_id, record.thread_id):
                 shown.append({**describe(record), **told(record, used)})
                 if len(shown) == size:
-                    return shown, None if record is records[-1] and not more else record.key_id
+                    return shown, None if record is records[-1] and not more else _cursor(record.key_id)
         if not more:
             return shown, None
         after = records[-1].key_id
-    return shown, _veiled(after) if call.rights else after
+    return shown, _cursor(after, bool(call.rights))
 
 
 _VEIL = os.urandom(KEY_SIZE)
 """Of all workers of this run, which fork from who made it. It hides names; no key is under it."""
 
 
-def _veiled(key_id: str) -> str:
-    """A cursor that goes to somebody who may not see the DEK where it stands."""
+def _cursor(key_id: str, veiled: bool = False) -> str:
+    """Veiled where it goes to somebody who may not see the DEK where it stands, and where a damaged row there
+    has a name that no DEK can have."""
+    if not veiled and KEY_ID.fullmatch(key_id):
+        return key_id
     nonce = os.urandom(NONCE_SIZE)
     return "~" + (nonce + aead.seal(Aead(memoryview(_VEIL)), nonce, key_id.encode(), b"")).hex()
 

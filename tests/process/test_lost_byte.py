@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 from contextlib import closing
 
 import pytest
@@ -111,3 +112,74 @@ def test_a_row_of_the_service_that_lost_a_byte_is_named(make_daemon: MakeDaemon)
     assert "the row store:state" in refused.value.stderr
     verified = daemon.offline("verify")
     assert verified.returncode == 1 and b"the row store:state" in verified.stderr
+
+
+RENAMED = pytest.mark.parametrize(
+    "byte", ["ff", "0a", "5c", "27"], ids=["not UTF-8", "control", "\\", "quote"]
+)
+
+
+@RENAMED
+@pytest.mark.parametrize("victim", [0, 2], ids=["the first", "the last"])
+def test_a_row_that_lost_a_byte_of_its_name(make_daemon: MakeDaemon, byte: str, victim: int) -> None:
+    """It hides none that come after it, however short the pages are, and nobody looks at it for ever."""
+    daemon = make_daemon(workers=1)
+    with daemon.session() as session:
+        names = sorted(session.create_dek("t")["key_id"] for _ in range(3))
+        bad = names.pop(victim)
+        sql = (
+            f"UPDATE deks SET key = CAST(substr(CAST(key AS BLOB), 1, 30) || x'{byte}' AS TEXT) WHERE key = ?"
+        )
+        execute(daemon, sql, f"meta:{bad}")
+        rows, cursor = [], ""
+        for _ in range(3):
+            page = session.ok("GET", f"/deks?limit=1&cursor={cursor}")
+            rows, cursor = rows + page["deks"], page["next_cursor"]
+        assert cursor is None and [row["key_id"] for row in rows if row["state"] == "enabled"] == names
+        assert [row["key_id"][:25] for row in rows if row["state"] == "damaged"] == [bad[:25]]
+        rotated = session.request("POST", "/rotate_kek", {"new_kek_hex": os.urandom(32).hex()})
+        assert (rotated.status, rotated.code) == (500, "store_damaged")
+        session.ok("GET", "/deks?unused_for=0")
+    assert "Traceback" not in daemon.stderr
+    daemon.stop()
+    verified = daemon.offline("verify")
+    assert verified.returncode == 1 and verified.stderr.count(b": its row is not as the daemon wrote it") == 1
+
+
+def test_a_name_that_is_no_text_any_more(make_daemon: MakeDaemon) -> None:
+    """One bit of the record's head tells SQLite that it is a blob, which stands behind all texts."""
+    daemon = make_daemon(workers=1)
+    with daemon.session() as session:
+        bad, good = (session.create_dek("t")["key_id"] for _ in range(2))
+        execute(daemon, "UPDATE deks SET key = CAST(key AS BLOB) WHERE key = ?", f"meta:{bad}")
+        for method, path, body in (
+            ("GET", "/deks", None),
+            ("POST", "/rotate_kek", {"new_kek_hex": os.urandom(32).hex()}),
+        ):
+            reply = session.request(method, path, body)
+            assert (reply.status, reply.code) == (500, "store_damaged") and bad.encode() in reply.body
+        session.encrypt(good, b"x")
+    assert "Traceback" not in daemon.stderr
+    daemon.stop()
+    for command in (["verify"], ["export", str(daemon.home / "lines")]):
+        told = daemon.offline(*command)
+        assert told.returncode == 1 and bad in told.stderr.decode() and b"internal" not in told.stderr
+
+
+def test_nobody_knows_whether_a_damaged_dek_is_unused(make_daemon: MakeDaemon) -> None:
+    """Who shreds what is unused must not be shown one whose times can't be read."""
+    daemon = make_daemon(workers=1)
+    with daemon.session() as session:
+        bad = session.create_dek("t")["key_id"]
+        execute(
+            daemon,
+            "UPDATE deks SET value = replace(value, 'enabled', 'unabled') WHERE key = ?",
+            f"meta:{bad}",
+        )
+        assert [row["state"] for row in session.ok("GET", "/deks")["deks"]] == ["damaged"]
+        assert session.ok("GET", "/deks?unused_for=3600")["deks"] == []
+
+
+def execute(daemon: Daemon, sql: str, name: str) -> None:
+    with closing(sqlite3.connect(daemon.data_dir / "kms.db")) as db, db:
+        assert db.execute(sql, (name,)).rowcount == 1
