@@ -41,7 +41,7 @@ SAID: list[tuple[str, str, bool]] = [
     ("api", f"`limit` 1 to {call.MAX_PAGE:,} (default {call.DEFAULT_PAGE})", True),
     ("api", f"a `thread_id` 1 to {MAX_THREAD_ID} characters, none of them a control character", True),
     ("api", f"more than {server.INLINE_ITEMS} items or {server.INLINE >> 10} KiB are worked on beside", True),
-    ("api", "they get a quarter of the time, and rest", pace.REST == 3 and pace.RECENT == 1),
+    ("api", "they get at most a quarter of the time, and rest", pace.REST == 3 and pace.RECENT == 1),
     ("api", f"where {server.AT_ONCE} such wait at a worker already, a second later", True),
     ("api", "counted, by each worker: a record a minute and at the end", admission.EACH == 60),
     ("api", "hand over twice a second", serving.ANCHOR_SECONDS == 0.5),
