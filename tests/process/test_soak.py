@@ -44,7 +44,7 @@ class Size(NamedTuple):
     def of(cls, daemon: Daemon) -> Size:
         while True:
             pids = daemon.pids()
-            with contextlib.suppress(FileNotFoundError):  # one of them was soon over
+            with contextlib.suppress(FileNotFoundError, ValueError):  # one of them was soon over
                 return cls(
                     sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids),
                     sum(int(status(pid, "Threads")) for pid in pids),
