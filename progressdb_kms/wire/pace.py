@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Collection
 from typing import Any, Callable
 
 from ..service.metrics import Block, Metrics
@@ -51,12 +50,14 @@ class Pace:
             self._poll.register(self.fd, select.POLLIN)
         self.resting = False
         self._until = 0.0
+        self.came: dict[int, float] = {}  # the monotonic time of each UID's last short request here
         self._short: set[int] = set()
 
-    def look(self, uids: Collection[int]) -> None:
+    def look(self, now: float) -> None:
         """Whose short requests came here of late, and in the other workers?"""
-        uid = next(iter(uids), -1)
-        self._counters.set("short_requests_of", SEVERAL if len(uids) > 1 else uid + 1)
+        self.came = {uid: last for uid, last in self.came.items() if last > now - RECENT}
+        uid = next(iter(self.came), -1)
+        self._counters.set("short_requests_of", SEVERAL if len(self.came) > 1 else uid + 1)
         self._short = set(self._metrics.gauge("short_requests_of")) - {0}
 
     def disturbs(self, uid: int) -> bool:

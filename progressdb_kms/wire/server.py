@@ -49,7 +49,7 @@ from .fair import Fair
 from .http1 import Head, Known, Reader, Request, Room
 from .lanes import SLICE, Lane, trim
 from .lone import LOOK, SOON, Lone
-from .pace import RECENT, Pace
+from .pace import Pace
 from .slab import ANSWER, RECEIVED, ZEROS, Slab
 
 log = logging.getLogger("progressdb_kms.server")
@@ -188,7 +188,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if not hasattr(select, "epoll"):
             self._come = lambda seconds, most: self._poll.poll(seconds * 1000)
         self._pace = Pace(self._poll, self._metrics, self._counters)
-        self._short: dict[int, float] = {}  # when each UID's last short request came
         self._bell, self._ring = socket.socketpair()
         for end in (self._bell, self._ring):
             end.setblocking(False)
@@ -262,7 +261,8 @@ class Server(socketserver.ThreadingUnixStreamServer):
         for fd in doors:
             self._doors.let_in(fd, time.monotonic() - self._now)
         if self._now >= self._next_look:
-            self._look()
+            self._next_look = self._now + LOOK_SECONDS
+            self._pace.look(self._now)
         if self._now >= self._next_tick:
             self._tick()
 
@@ -314,7 +314,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         return seconds
 
     def _wait(self) -> list[tuple[int, int]]:
-        seconds = self._tick_seconds if self._connections or self._short else 5.0
+        seconds = self._tick_seconds if self._connections or self._pace.came else 5.0
         if resting := self._doors.resting:
             seconds = max(0.0, min(seconds, min(resting.values()) - time.monotonic()))
         if self._pace.resting:
@@ -365,12 +365,6 @@ class Server(socketserver.ThreadingUnixStreamServer):
         if self.limits.cores > 1 and len(self._connections) == 1 == sum(self._metrics.gauge("connections")):
             with suppress(OSError, ValueError), open("/proc/loadavg", "rb") as file:
                 self._spare = int(file.read().split()[3].partition(b"/")[0]) <= self.limits.cores
-
-    def _look(self) -> None:
-        """Whose short requests came here of late?"""
-        self._next_look, since = self._now + LOOK_SECONDS, self._now - RECENT
-        self._short = {uid: last for uid, last in self._short.items() if last > since}
-        self._pace.look(self._short)
 
     def _tick(self) -> None:
         """Whose time is over?"""
@@ -606,7 +600,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         # Each item is an object, and so is what they stand in.
         long = long or (route.batch and bytes(body).count(b"{") > 1 + INLINE_ITEMS)
         if not long and len(body) <= INLINE:
-            self._short[connection.peer.uid] = self._now
+            self._pace.came[connection.peer.uid] = self._now
         if long or route.waits:
             lane = self._working if long else self._waiting if route.op else self._asking
             return self._hand_over(connection, route, request, lane)
@@ -754,15 +748,14 @@ class Server(socketserver.ThreadingUnixStreamServer):
             peer, fragment = connection.peer, connection.fragment
             call = Call(request.head, request.body, peer, fragment, scratch, answer, connection.rights)
             del request
-            breathe = call.breathe
             if long:
-                breathe = call.breathe = self._pace.breath(peer.uid, lambda: self._at_work)
+                call.breathe = self._pace.breath(peer.uid, lambda: self._at_work)
             self._finish(self.app, connection, route, call, behind)
             answer[:] = ZEROS[:ANSWER]
             self._wake()
             if long:
                 self._untrimmed = True
-                breathe()
+                call.breathe()
 
         return run
 

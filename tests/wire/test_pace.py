@@ -50,6 +50,11 @@ class Worker:
         self.ours.send(b"so that its set is ready")
         self.theirs = theirs
 
+    def hears(self, *uids: int) -> None:
+        """Short requests of these, and of nobody else."""
+        self.pace.came = dict.fromkeys(uids, 100.0)
+        self.pace.look(100.0)
+
     def is_told(self) -> bool:
         return self.pace.fd in [fd for fd, _ in self.poll.poll(0.0)]
 
@@ -70,39 +75,46 @@ def workers() -> Iterator[list[Worker]]:
 @epoll
 class TestWhoIsDisturbed:
     def test_nobody_where_nobody_asks(self, workers: list[Worker]) -> None:
-        workers[0].pace.look(())
+        workers[0].hears()
         assert not workers[0].pace.disturbs(HEAVY)
 
     def test_one_does_not_disturb_oneself(self, workers: list[Worker]) -> None:
-        workers[0].pace.look({HEAVY})
+        workers[0].hears(HEAVY)
         assert not workers[0].pace.disturbs(HEAVY)
         assert workers[0].pace.disturbs(OTHER)
 
     def test_who_asks_for_little_in_another_worker(self, workers: list[Worker]) -> None:
         here, there = workers
-        there.pace.look({LIGHT})
-        here.pace.look(())
+        there.hears(LIGHT)
+        here.hears()
         assert here.pace.disturbs(HEAVY)
         assert not here.pace.disturbs(LIGHT)
-        there.pace.look(())
-        here.pace.look(())
+        there.hears()
+        here.hears()
         assert not here.pace.disturbs(HEAVY)
 
     def test_of_several_each_is_disturbed_by_each(self, workers: list[Worker]) -> None:
-        workers[0].pace.look({LIGHT, HEAVY})
+        workers[0].hears(LIGHT, HEAVY)
         assert workers[0].pace.disturbs(HEAVY)
         assert workers[0].pace.disturbs(LIGHT)
 
     def test_root_is_somebody(self, workers: list[Worker]) -> None:
-        workers[0].pace.look({0})
+        workers[0].hears(0)
         assert workers[0].pace.disturbs(HEAVY)
         assert not workers[0].pace.disturbs(0)
 
+    def test_for_a_second_also_where_the_connection_is_gone(self, workers: list[Worker]) -> None:
+        workers[0].pace.came[LIGHT] = 100.0
+        workers[0].pace.look(100.9)
+        assert workers[0].pace.disturbs(HEAVY)
+        workers[0].pace.look(101.1)
+        assert not workers[0].pace.disturbs(HEAVY)
+
     def test_a_dead_worker_serves_nobody(self, workers: list[Worker]) -> None:
         here, there = workers
-        there.pace.look({LIGHT})
+        there.hears(LIGHT)
         there.block.clear()
-        here.pace.look(())
+        here.hears()
         assert not here.pace.disturbs(HEAVY)
 
 
@@ -164,7 +176,7 @@ class TestBreath:
     def test_it_is_a_rest_where_others_ask_for_little(
         self, workers: list[Worker], monkeypatch: pytest.MonkeyPatch, uid: int, sleeps: list[float]
     ) -> None:
-        workers[0].pace.look({LIGHT})
+        workers[0].hears(LIGHT)
         slept: list[float] = []
         now = [100.0]
         clock = SimpleNamespace(monotonic=lambda: now[0], sleep=slept.append)
@@ -192,25 +204,20 @@ def test_one_of_those_that_disturb_others_has_its_turn(
     assert rests == ([pytest.approx(0.4 * TURN)] if disturbs else [])
 
 
-@pytest.mark.parametrize(("size", "is_short"), [(INLINE, True), (INLINE + 1, False)])
-def test_whose_short_requests_came_is_known_for_a_second_also_of_connections_that_are_gone(
-    monkeypatch: pytest.MonkeyPatch, size: int, is_short: bool
+@pytest.mark.parametrize(("size", "came"), [(INLINE, {LIGHT: 7.0}), (INLINE + 1, {})])
+def test_a_request_is_short_by_its_body(
+    monkeypatch: pytest.MonkeyPatch, size: int, came: dict[int, float]
 ) -> None:
-    def of_late(now: float) -> list[int]:
-        fake._now = now
-        Server._look(fake)
-        return list(fake._pace.look.call_args.args[0])
-
     monkeypatch.setattr(server, "dispatch", mock.MagicMock())
     fake: Any = waiter()
-    fake._short, fake.slab.waiter = {}, (memoryview(b""), memoryview(b""))
-    fake._connections = {9: mock.MagicMock(peer=SimpleNamespace(uid=LIGHT))}
-    route = mock.MagicMock(batch=False, waits=False)
-    request = Request(mock.MagicMock(), bytes(size), Room(size, route=route))
-    Server._carry_out(fake, fake._connections[9], request)
-    fake._connections.clear()
-    assert of_late(0.9) == ([LIGHT] if is_short else [])
-    assert of_late(1.1) == []
+    fake._pace.came, fake._now, fake.slab.waiter = {}, 7.0, (memoryview(b""), memoryview(b""))
+    one = mock.MagicMock(peer=SimpleNamespace(uid=LIGHT))
+    fake._connections = {9: one}
+    request = Request(
+        mock.MagicMock(), bytes(size), Room(size, route=mock.MagicMock(batch=False, waits=False))
+    )
+    Server._carry_out(fake, one, request)
+    assert fake._pace.came == came
 
 
 @contextlib.contextmanager
@@ -349,14 +356,22 @@ def test_it_rests_while_another_uid_asks_for_little() -> None:
         _, waited_for = sets(daemon)
         return not waited_for
 
+    def never_rests() -> bool:
+        """For longer than a short request is remembered: root's, which made the DEK, was one."""
+        until = time.monotonic() + 1.5 * pace.RECENT
+        while time.monotonic() < until:
+            if rests():
+                return False
+        return True
+
     with two_users() as (daemon, key_id):
         item = {"key_id": key_id, "plaintext": b64(b"x" * 1500)}
         little = post(b"encrypt", json.dumps(item).encode())
         much = post(b"encrypt_batch", json.dumps({"items": [item] * 1000}).encode())
         with asking(daemon, HEAVY, much):
-            wait_until(lambda: not any(rests() for _ in range(200)), 60, "the end of root's second")
+            wait_until(never_rests, 60, "the end of root's second")
             with asking(daemon, HEAVY, little):  # oneself is nobody else
-                assert not any(rests() for _ in range(200))
+                assert never_rests()
             with asking(daemon, LIGHT, little):
                 wait_until(rests, 60, "a rest")
         wait_until(lambda: not rests(), 60, "its end")
