@@ -174,5 +174,7 @@ class Alone:
         worker.run(self._stop.wait, self._take_hangup)
 
     def _take_hangup(self) -> bool:
-        taken, self._hangup = self._hangup, False
-        return taken
+        if not self._hangup:
+            return False
+        self._hangup = False  # what comes from here on is heard the next time
+        return True
