@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -515,14 +516,20 @@ def test_an_entry_of_an_erasure_that_is_none_stops_no_deletion(
     quiet(hosts)
 
 
-def test_marks_that_are_none_end_no_rotation_with_a_fault_of_ours(altered: postgres.Fleet) -> None:
-    loose(altered, "touched", "key_id", "was", "now")
-    store = altered.store(memoryview(bytes(32)))
+def compared(fleet: postgres.Fleet) -> Any:
+    """In a rotation whose comparison is at its end."""
+    store = fleet.store(memoryview(bytes(32)))
     put(store, dek("a"), dek("b"))
     with store.transaction():
         store.staging(True)
         store.stage([dek("a"), dek("b")])
     assert store.check_staged("", 9) == "b"
+    return store
+
+
+def test_marks_that_are_none_end_no_rotation_with_a_fault_of_ours(altered: postgres.Fleet) -> None:
+    loose(altered, "touched", "key_id", "was", "now")
+    store = compared(altered)
     altered.sql("INSERT INTO kms.touched VALUES (NULL, NULL, NULL), ('k', NULL, 'x'), ('a', 'x', NULL)")
     assert store.touched(9) == [dek("a")]
     assert store.check_staged("b", 9) == ""
@@ -533,12 +540,7 @@ def test_marks_that_are_none_end_no_rotation_with_a_fault_of_ours(altered: postg
 @pytest.mark.parametrize(("now", "names"), [("x", True), ("A" * 43 + "=", False)])
 def test_a_forged_mark_that_stops_a_rotation(altered: postgres.Fleet, now: str, names: bool) -> None:
     """It was told as a row that was deleted, or put back, and `verify` then found nothing."""
-    store = altered.store(memoryview(bytes(32)))
-    put(store, dek("a"), dek("b"))
-    with store.transaction():
-        store.staging(True)
-        store.stage([dek("a"), dek("b")])
-    assert store.check_staged("", 9) == "b"
+    store = compared(altered)
     ((row,),) = altered.sql("SELECT value FROM kms.deks WHERE key_id = 'a'")
     altered.sql(f"INSERT INTO kms.touched VALUES ('a', '{json.loads(row)['mac']}', '{now}')")
     with pytest.raises(StoreDamaged, match="don't add up") as caught:
