@@ -275,10 +275,10 @@ def _work(answers: Iterator[dict[str, Any]], there: int, others: Sequence[int]) 
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is asked to end ends this one
         for other in others:
             os.close(other)
-        with os.fdopen(there, "wb") as file:
-            for answer in answers:
-                file.write(json_dumps(answer).encode() + b"\n")
-                file.flush()
+        file = os.fdopen(there, "wb")  # noqa: SIM115  # its end is heard, so it comes when all is said
+        for answer in answers:
+            file.write(json_dumps(answer).encode() + b"\n")
+            file.flush()
         os._exit(0)
     except BrokenPipeError:
         os._exit(1)  # nobody listens any more

@@ -9,6 +9,8 @@ import io
 import os
 import random
 import signal
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable
@@ -336,7 +338,16 @@ def test_one_that_dies_is_told_and_none_is_left(path: Path, forks: list[int]) ->
     assert len(forks) == 2 and all(map(gone, forks))
 
 
-def test_one_that_fails_says_why(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_one_that_fails_says_why(
+    path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that takes a while: it was heard that it ended, and it was killed before it had said so."""
+
+    def slowly(*error: Any) -> None:
+        time.sleep(0.5)
+        sys.__excepthook__(*error)
+
+    monkeypatch.setattr(sys, "excepthook", slowly)
     _, anchors = written(path)
 
     class Failing(Both):
