@@ -42,6 +42,7 @@ from ..errors import StoreDamaged
 from ..service.ownkeys import ROWS
 from ..store.contract import DekRecord, Usage
 from ..store.seal import MODULUS, OWN, STATE, Seal, StoreState, weight, without_mac
+from ..store.sealed import as_it_stands
 from ..store.sqlite import APPLICATION_ID, DAMAGED, DEKS, FILE_NAME, SCHEMA_VERSION, USAGE_OF, check_schema
 from . import asowner, datadir
 from .console import CommandFailed, naming
@@ -293,11 +294,17 @@ def _keep_tables(db: sqlite3.Connection) -> None:
 def _describe(part: Path) -> Contents:
     with contextlib.closing(_connect(part, "mode=ro")) as db:
         text = _value(db, STATE)
-        state = StoreState.from_row(json_loads(text) if text else None)
+        state = StoreState.from_row(None if text is None else as_it_stands(text))
         keks = {kek_id: row.deks for kek_id, row in state.keks.items()}
         active = state.active.kek_id if state.active else ""
         rows = db.execute(f"SELECT count(*) FROM {DEKS}").fetchone()[0]  # noqa: S608
         deks = sum(keks.values())
+    if rows < deks:
+        raise StoreDamaged(
+            f"the store has {rows} rows, and its state tells of {deks} DEKs: {deks - rows} are lost; "
+            "no backup was made",
+            hint="`progressdb-kms verify` tells more; restore the last backup that has them",
+        )
     now, size = timestamp(time.time()), part.stat().st_size
     contents = Contents(now, size, "", SCHEMA_VERSION, deks, rows - deks, active, keks)
     return contents.sealed(part, lambda done, total: None)

@@ -244,6 +244,22 @@ class TestBackup:
         assert "copy the whole data-dir to another disk" in error
         assert os.listdir(site.backup.parent) == ["backup"]
 
+    @pytest.mark.parametrize(
+        ("change", "what"),
+        [
+            ("UPDATE kms SET value = '{' WHERE key = 'store:state'", "the row store:state can't be read"),
+            ("UPDATE kms SET value = x'00' WHERE key = 'store:state'", "the row store:state can't be read"),
+            ("DELETE FROM deks WHERE rowid = 1", "has 3 rows, and its state tells of 4 DEKs: 1 are lost"),
+        ],
+    )
+    def test_nor_does_one_that_lost_what_it_tells_of(self, site: Site, change: str, what: str) -> None:
+        """It was "internal error", and a backup with -1 shredded DEKs, which nobody looks at again."""
+        site.daemon.stop()
+        with contextlib.closing(sqlite3.connect(site.daemon.data_dir / "kms.db")) as db, db:
+            db.execute(change)
+        assert what in refused(site.daemon.offline("backup", str(site.backup.parent / "second")))
+        assert os.listdir(site.backup.parent) == ["backup"]
+
     def test_a_stream_is_refused(self, site: Site) -> None:
         done = site.daemon.offline("backup", "-")
         assert (done.returncode, done.stdout) == (2, b"") and b"`export -`" in done.stderr
