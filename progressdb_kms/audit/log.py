@@ -264,7 +264,7 @@ class AuditLog:
         power cut leaves the store ahead of the log."""
         with self._lock:
             try:
-                getattr(os, "fdatasync", os.fsync)(self._fd)
+                os.fdatasync(self._fd)
             except OSError as error:
                 self._fail(error)
 

@@ -21,7 +21,6 @@ import ctypes
 import logging
 import mmap
 import os
-import sys
 
 from ..errors import LockRefused
 
@@ -35,7 +34,6 @@ _MADV_DONTDUMP = 16  # <asm-generic/mman-common.h>
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_libc.munlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.syscall.restype = ctypes.c_long
 
 
@@ -127,7 +125,7 @@ def _map_pages(length: int, mode: str) -> tuple[mmap.mmap, str]:
     if mode != "off":
         address = ctypes.addressof(ctypes.c_char.from_buffer(region))
         if _libc.mlock(address, length) == 0:
-            _dont_dump(region)
+            region.madvise(_MADV_DONTDUMP)
             return region, "mlock"
         refused = ctypes.get_errno()
     if mode == "require":
@@ -136,14 +134,12 @@ def _map_pages(length: int, mode: str) -> tuple[mmap.mmap, str]:
             f"memory_lock is 'require', but {length} bytes can't be locked ({os.strerror(refused)})",
             hint="raise the limit: LimitMEMLOCK=infinity in the unit, or `ulimit -l unlimited` before",
         )
-    _dont_dump(region)
+    region.madvise(_MADV_DONTDUMP)
     return region, "unlocked"
 
 
 def _memfd_secret(length: int) -> mmap.mmap | None:
     """Pages that the kernel itself can't read any more; None where it has none or the limit forbids."""
-    if not sys.platform.startswith("linux"):
-        return None
     fd = _libc.syscall(_SYS_MEMFD_SECRET, os.O_CLOEXEC)
     if fd < 0:
         return None
@@ -160,8 +156,3 @@ def _memfd_secret(length: int) -> mmap.mmap | None:
         region.close()
         return None
     return region
-
-
-def _dont_dump(region: mmap.mmap) -> None:
-    if sys.platform.startswith("linux"):
-        region.madvise(_MADV_DONTDUMP)

@@ -13,14 +13,13 @@ import os
 import select
 import socket
 import struct
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Callable, NamedTuple
 
-from ..errors import Overloaded, PeerRefused
+from ..errors import Overloaded
 from ..rules import TCP, Peer
 from .answers import last_words
 from .dispatch import error_reply
@@ -53,18 +52,13 @@ _OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 def peer_of(sock: socket.socket) -> Peer:
     """The credentials of the process at the other end, as they were at connect()."""
-    if hasattr(socket, "SO_PEERCRED"):
-        pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        return Peer(uid, gid, pid)
-    if sys.platform == "darwin":  # struct xucred; LOCAL_PEERPID
-        _, uid, _, gid = struct.unpack_from("=IIhxxI", sock.getsockopt(0, 1, 76))
-        return Peer(uid, gid, struct.unpack("i", sock.getsockopt(0, 2, 4))[0])
-    raise PeerRefused("this platform does not tell who is at the other end of a socket")
+    pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return Peer(uid, gid, pid)
 
 
 def groups_of(sock: socket.socket) -> tuple[int, ...] | None:
     """All groups that the process at the other end was in at connect(); None where that can't be told: over
-    TCP, elsewhere than on Linux, and of more groups than one can ask for (256)."""
+    TCP, before Linux 4.13, and of more groups than one can ask for (256)."""
     try:
         told = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)
     except OSError:
