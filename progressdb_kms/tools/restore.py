@@ -192,11 +192,13 @@ def _look(data_dir: Path, source: Backup, keys: Keys, force: bool) -> Present | 
     try:
         with (
             contextlib.closing(SqliteStore(data_dir)) as store,
-            datadir.own_key(keys.keyring, ROW_KEY, store.read(ROWS[ROW_KEY])) as key,
+            datadir.own_key(keys.keyring, ROW_KEY, row := store.read(ROWS[ROW_KEY]) or {}) as key,
         ):
             if key is not None:
                 store.unlock(key)
                 store.vouch()
+            elif row.get("kek_id") in keys.keyring.kek_ids():
+                raise StoreDamaged("its row key does not open under the KEK that it names")
             elif store.state().change:
                 raise StoreUnavailable("its row key opens under none of the configured KEKs", hint=ITS_KEK)
             present = _read(store, source)

@@ -608,6 +608,20 @@ class TestRestore:
         checked(site.daemon)
         assert state(site.daemon.start(), site.keys[0]) == "shredded"
 
+    def test_a_store_whose_row_key_is_damaged(self, site: Site) -> None:
+        """It was told to look for a KEK, and the one that it names was there."""
+        site.daemon.stop()
+        with contextlib.closing(sqlite3.connect(site.daemon.data_dir / "kms.db")) as db, db:
+            ((text,),) = db.execute("SELECT value FROM kms WHERE key = 'row:key'")
+            row = json.loads(text)
+            row["wrapped"] = row["wrapped"][:-8] + row["wrapped"][-8:].swapcase()
+            db.execute("UPDATE kms SET value = ? WHERE key = 'row:key'", (json.dumps(row),))
+        error = refused(restore(site))
+        assert "its row key does not open under the KEK that it names" in error
+        assert "copy the whole data-dir to another disk" in error and "previous_master_keys" not in error
+        assert told(restore(site, "--force"))["deks"] == 4
+        opens(site.daemon.start(), site.boxes)
+
     def test_a_log_without_its_tombstone_needs_force(self, site: Site) -> None:
         shred(site.daemon, site.keys[0])
         site.daemon.stop()
