@@ -3,8 +3,8 @@
     daemon          a running daemon with the default configuration, for this test alone
     make_daemon     make_daemon(config, workers=2, …): as many as the test wants, of any configuration
     shared_daemon   one running daemon a module: for tests that only add keys of their own
-    workers         runs the test with one process and with two: `make_daemon(workers=workers)`
-    mostly_two      the same, but with one process only in the long run
+    workers         runs the test with one worker and with two: `make_daemon(workers=workers)`
+    mostly_two      the same, but with one worker only in the long run
     postgres_server one PostgreSQL server for the whole run of this process; skipped where there is none
     short_tmp       a folder directly under /tmp, for socket paths
 
@@ -61,15 +61,15 @@ def shared_daemon() -> Iterator[Daemon]:
         yield one
 
 
-@pytest.fixture(params=[1, 2], ids=["one process", "two workers"])
+@pytest.fixture(params=[1, 2], ids=["one worker", "two workers"])
 def workers(request: pytest.FixtureRequest) -> int:
     count: int = request.param
     return count
 
 
-@pytest.fixture(params=[pytest.param(1, id="one process", marks=pytest.mark.long), 2], ids=str)
+@pytest.fixture(params=[pytest.param(1, id="one worker", marks=pytest.mark.long), 2], ids=str)
 def mostly_two(request: pytest.FixtureRequest) -> int:
-    """One process does as two do: for what starts many."""
+    """One worker does as two do: for what starts many."""
     count: int = request.param
     return count
 

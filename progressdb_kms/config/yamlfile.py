@@ -12,8 +12,8 @@ Only the tree of YAML is used, never its objects: no tag can make anything but t
 seen as it was written, a key that stands twice is noticed. A fault of syntax is told by line and column: the
 text around it may be a key.
 
-It forks. Where other threads run already (SIGHUP with `workers: 1`) the child takes no lock that one of them
-may hold: it logs nothing, prints nothing, opens no database, and ends by `_exit`.
+It forks: before any thread, at SIGHUP too, where the supervisor reads it. The child logs nothing, prints
+nothing, opens no database, and ends by `_exit`.
 """
 
 from __future__ import annotations

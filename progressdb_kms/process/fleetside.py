@@ -55,8 +55,7 @@ class FleetSide:
         it is there, and 0."""
         open_it = functools.partial(fleetkeeper.open_keeper, self._where, self._board, self._coming, *args)
         inbox: socket.socket = args[4]
-        pause, alone = self._where.fence_seconds * RETRY, self._settings.workers == 1
-        return Awaiting(open_it, inbox, pause, self._board.opened, alone).first()
+        return Awaiting(open_it, inbox, self._where.fence_seconds * RETRY, self._board.opened).first()
 
     # ---- a start without the database ------------------------------------------------------------
 

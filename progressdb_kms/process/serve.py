@@ -6,7 +6,7 @@
 
 The supervisor has one thread and no SQLite connection, so that it may fork at any time: a worker or keeper
 that dies is replaced. All share two regions made before any fork: the locked one with the keyring, and the
-counters. With `workers: 1` nothing is forked: the keeper runs in the main thread, the server in another.
+counters.
 
 Coming: harden, lock the data-dir, bind (so that a client's connect waits rather than fails), load the keys,
 open and check the store, start workers, say that we are ready. Going (SIGTERM): the socket's name goes first,
@@ -16,13 +16,10 @@ what was received is answered, workers end, the keeper writes the last audit hea
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import signal
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..config.load import Loaded
@@ -40,8 +37,7 @@ from ..wire.server import SPARE_FILES, THREADS, Limits
 from ..wire.slab import Slab
 from . import hardening, inherited
 from .policies import Policies
-from .serving import BEAT_SECONDS, MOMENT, Front, Shared, Worker, open_keeper, reopen
-from .signals import SignalPipe
+from .serving import Shared
 from .socket import Name, listen_tcp
 from .supervisor import Supervisor
 
@@ -101,7 +97,7 @@ def serve(loaded: Loaded, forced: dict[str, Any] | None = None) -> int:
             policies=fleet.policies(settings) if fleet else Policies(settings),
             fleet=fleet,
         )  # fmt: skip
-        return (Alone(shared) if settings.workers == 1 else Supervisor(shared)).run()
+        return Supervisor(shared).run()
     finally:
         region.wipe()
 
@@ -126,55 +122,3 @@ def _descriptors(settings: Settings) -> int:
             allowed, max(0, allowed - SPARE_FILES), settings.max_connections,
         )  # fmt: skip
     return allowed
-
-
-# ---- everything in one process ---------------------------------------------------------------------
-
-
-class Alone:
-    """`workers: 1`: the keeper in the main thread, the worker in another."""
-
-    def __init__(self, shared: Shared) -> None:
-        self._shared = shared
-        self._up = threading.Event()
-        self._stop = threading.Event()
-        self._hangup = False
-
-    def run(self) -> int:
-        shared = self._shared
-        signals = SignalPipe()
-        keeper, epoch = open_keeper(shared, 0)
-        shared.metrics.block(0).add("starts", 1)
-        front = Front(shared)
-        with ThreadPoolExecutor(1) as threads:
-            worker = threads.submit(self._work, f"{epoch}.1")
-            try:
-                while not worker.done():
-                    settled = self._up.is_set() and not self._stop.is_set()
-                    keeper.round(BEAT_SECONDS if settled else MOMENT, signals.fd)
-                    signals.clear()
-                    if self._up.is_set():
-                        front.turn({0: os.getpid()})
-                    if signals.take_hangup():
-                        front.reload()
-                        reopen(keeper)
-                        self._hangup = True
-                    if signals.stop and not self._stop.is_set():
-                        front.stop()
-                        self._stop.set()
-            finally:  # whatever ends the keeper: nobody is served without it, nor with keys that are wiped
-                self._stop.set()
-        keeper.close()
-        worker.result()  # raises what ended it
-        return 0
-
-    def _work(self, chain: str) -> None:
-        worker = Worker(self._shared, 1, chain)
-        self._up.set()
-        worker.run(self._stop.wait, self._take_hangup)
-
-    def _take_hangup(self) -> bool:
-        if not self._hangup:
-            return False
-        self._hangup = False  # what comes from here on is heard the next time
-        return True

@@ -11,19 +11,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
-from .. import __version__
 from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..audit.log import AuditLog
 from ..config.options import Settings
 from ..crypto.keyring import Keyring
 from ..crypto.memory import LockedBuffer
 from ..errors import KMSError
-from ..service import channel, lastbackup, start
+from ..service import channel, lastbackup
 from ..service.channel import StagingSlots
 from ..service.keeper import STAGING_SLOTS, Keeper
 from ..service.lock import Claim
@@ -38,8 +36,9 @@ from ..wire.call import App
 from ..wire.doors import Door, peer_of
 from ..wire.server import Limits, Server
 from ..wire.slab import Slab
-from . import hardening, streams, systemd
+from . import hardening, streams
 from .policies import Policies
+from .signals import Signals
 from .socket import Name, hosts
 
 log = logging.getLogger("progressdb_kms")
@@ -52,17 +51,8 @@ ANCHOR_SECONDS = 0.5
 """How often a worker has the head of its audit chain kept in the store, where it moved: half of the second of
 records that may be cut off unnoticed after a sudden death."""
 
-BEAT_SECONDS = 1.0
-"""How often each process shows that its main loop runs; it turns as often, and for each signal and job."""
-
 STOCK_SECONDS = 5.0
 """How often a worker counts its open files, threads and audit records."""
-
-STALE_SECONDS = 20.0
-"""A process whose main loop, or whose waiter, stands still for so long keeps the watchdog from being fed."""
-
-MOMENT = 0.05
-"""Seconds of a turn while something is under way: a start, an end, a process that is to be replaced."""
 
 
 class Shared(NamedTuple):
@@ -187,12 +177,16 @@ class Worker:
         with contextlib.suppress(OSError):
             self._counters.set("open_files", len(os.listdir("/proc/self/fd")))
 
-    def run(self, stop: Callable[[float], bool], hangup: Callable[[], bool]) -> None:
-        """Serve until `stop(seconds)`, which waits so long at most, says so."""
+    def run(self, signals: Signals) -> None:
+        """Serve until the signal to stop."""
         with hardening.signals_blocked():
             waiter = threading.Thread(target=self.server.serve_forever, name="waiter", daemon=True)
             waiter.start()
-        while not stop(ANCHOR_SECONDS):
+        while True:
+            if not signals.stop and not signals.hangup:
+                signals.wait(ANCHOR_SECONDS)
+            if signals.stop:
+                break
             if not waiter.is_alive():  # another process serves again, this one never
                 raise RuntimeError("the thread that serves connections has ended")
             self._counters.set("beats", self.server.turns)
@@ -200,7 +194,7 @@ class Worker:
             streams.catch_up()
             if self._shared.name.take_over(self._slot, self._listener):
                 self.server.renew(self._listener)
-            if hangup():
+            if signals.take_hangup():
                 self.server.narrow(self._shared.policies.read())
                 if self._introduced:
                     reopen(self._audit)
@@ -228,96 +222,9 @@ def _free(folder: Path) -> int | None:
     return None
 
 
-def open_keeper(shared: Shared, incarnation: int) -> tuple[Keeper, int]:
-    made: tuple[Keeper, int] = (shared.fleet or start).open_keeper(
-        shared.settings.data_dir, shared.keyring, shared.keys, shared.staging, shared.inbox, incarnation
-    )
-    return made
-
-
 def reopen(what: Keeper | AuditLog) -> None:
     """The audit log, at SIGHUP: of a worker, or of the keeper."""
     try:
         what.reopen()
     except KMSError as error:
         log.error("%s", error.told)
-
-
-class Pulse:
-    """Who has come on lately? By its own looks, of which none counts for more than two beats: all that stood
-    still together (a frozen session) is not stuck."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._told = Pause()
-        self._now = 0.0
-        self._looked = time.monotonic()
-        self._since: dict[tuple[int, int], float] = {}  # of each process and number of beats
-
-    def beats(self, pids: Mapping[int, int]) -> bool:
-        """Do all of these, pids by their block? Who does not is a line of the journal, and so is the end."""
-        looked, self._looked = self._looked, time.monotonic()
-        self._now += min(2 * BEAT_SECONDS, self._looked - looked)
-        counts, since = self._metrics.gauge("beats"), self._since
-        seen = [(pid, counts[block]) for block, pid in pids.items()]
-        self._since = {one: since.get(one, self._now) for one in seen}
-        stuck = [str(pid) for (pid, _), then in self._since.items() if self._now - then >= STALE_SECONDS]
-        if stuck and self._told.failed(", ".join(stuck)):
-            log.error("pid %s: no step for %g s, it hangs, or its disk", self._told.why, STALE_SECONDS)
-        elif not stuck and self._told.worked():
-            log.info("all processes come on again")
-        return not stuck
-
-
-class Front:
-    """The process that was started, to those outside: systemd, the person at the terminal, whoever looks for
-    the socket's name or writes other policies."""
-
-    def __init__(self, shared: Shared) -> None:
-        self._shared = shared
-        self._pulse = Pulse(shared.metrics)
-        self._said = False
-        self._next = 0.0
-        self._interval = systemd.watchdog_seconds()
-
-    def turn(self, pids: Mapping[int, int]) -> None:
-        """To be called often. `pids`, by their block: of all that have to come on."""
-        if not self._said:
-            self._ready()
-        self._shared.name.watch()
-        if not self._pulse.beats(pids):
-            return
-        streams.catch_up()
-        if self._interval is not None and time.monotonic() >= self._next:
-            systemd.notify("WATCHDOG=1")
-            self._next = time.monotonic() + self._interval / 2
-
-    def _ready(self) -> None:
-        if self._shared.fleet and self._shared.fleet.waits(_announce):
-            return
-        self._said = True
-        active = self._shared.keyring.active
-        settings = self._shared.settings
-        tcp = f" tcp={settings.tcp_address}" if self._shared.tcp is not None else ""
-        _announce(
-            f"progressdb-kms {__version__} ready: socket={settings.socket}{tcp} kek_id={active.kek_id} "
-            f"kek_version={active.version} workers={settings.workers} memory={self._shared.region.kind}"
-        )
-        systemd.notify(f"READY=1\nSTATUS=KEK {active.kek_id}, {settings.workers} workers")
-
-    def reload(self) -> None:
-        """SIGHUP, before anybody else hears of it."""
-        log.info("SIGHUP: the audit log is opened anew")
-        systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        systemd.notify("READY=1")
-        self._shared.policies.renew()
-
-    def stop(self) -> None:
-        systemd.notify("STOPPING=1")
-        self._shared.name.remove()
-
-
-def _announce(line: str) -> None:
-    print(line, flush=True)
-    if getattr(getattr(sys.stdout, "buffer", None), "dropped", 0):
-        log.warning("stdout takes nothing: %s", line)

@@ -1,4 +1,4 @@
-"""Several processes: children are started, watched, replaced and ended in order."""
+"""Children: a keeper and workers are started, watched, replaced and ended in order."""
 
 from __future__ import annotations
 
@@ -7,25 +7,38 @@ import logging
 import os
 import select
 import signal
+import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from typing import IO, Any, Callable, NoReturn
 
+from .. import __version__
 from ..crypto.aead import KEY_SIZE
 from ..encoding import json_dumps
 from ..errors import KMSError, OperatorError, StoreUnavailable
-from ..service import channel
+from ..service import channel, start
 from ..service.keeper import STAGING_SLOTS
 from ..service.lock import Claim
+from ..service.metrics import Metrics
 from ..service.told import attend
 from ..store.pause import Pause
-from . import hardening, serving
-from .serving import BEAT_SECONDS, DRAIN_SECONDS, MOMENT, Front, Shared, Worker
+from . import hardening, systemd
+from .serving import DRAIN_SECONDS, Shared, Worker, reopen
 from .signals import END, SignalPipe, Signals
 from .streams import catch_up, ran_out
 
 log = logging.getLogger("progressdb_kms")
+
+BEAT_SECONDS = 1.0
+"""How often each process shows that its main loop runs; it turns as often, and for each signal and job."""
+
+STALE_SECONDS = 20.0
+"""A process whose main loop, or whose waiter, stands still for so long keeps the watchdog from being fed."""
+
+MOMENT = 0.05
+"""Seconds of a turn while something is under way: a start, an end, a process that is to be replaced."""
 
 KEEPER_PAUSES = 1.0, 30.0
 """Seconds between two tries to start a keeper that could not open the store; the workers go on reading."""
@@ -45,6 +58,86 @@ class Child:
         self.pid = 0
         self.incarnation = -1
         self.started = 0.0
+
+
+class Pulse:
+    """Who has come on lately? By its own looks, of which none counts for more than two beats: all that stood
+    still together (a frozen session) is not stuck."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._told = Pause()
+        self._now = 0.0
+        self._looked = time.monotonic()
+        self._since: dict[tuple[int, int], float] = {}  # of each process and number of beats
+
+    def beats(self, pids: Mapping[int, int]) -> bool:
+        """Do all of these, pids by their block? Who does not is a line of the journal, and so is the end."""
+        looked, self._looked = self._looked, time.monotonic()
+        self._now += min(2 * BEAT_SECONDS, self._looked - looked)
+        counts, since = self._metrics.gauge("beats"), self._since
+        seen = [(pid, counts[block]) for block, pid in pids.items()]
+        self._since = {one: since.get(one, self._now) for one in seen}
+        stuck = [str(pid) for (pid, _), then in self._since.items() if self._now - then >= STALE_SECONDS]
+        if stuck and self._told.failed(", ".join(stuck)):
+            log.error("pid %s: no step for %g s, it hangs, or its disk", self._told.why, STALE_SECONDS)
+        elif not stuck and self._told.worked():
+            log.info("all processes come on again")
+        return not stuck
+
+
+class Front:
+    """The process that was started, to those outside: systemd, the person at the terminal, whoever looks for
+    the socket's name or writes other policies."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._pulse = Pulse(shared.metrics)
+        self._said = False
+        self._next = 0.0
+        self._interval = systemd.watchdog_seconds()
+
+    def turn(self, pids: Mapping[int, int]) -> None:
+        """To be called often. `pids`, by their block: of all that have to come on."""
+        if not self._said:
+            self._ready()
+        self._shared.name.watch()
+        if not self._pulse.beats(pids):
+            return
+        catch_up()
+        if self._interval is not None and time.monotonic() >= self._next:
+            systemd.notify("WATCHDOG=1")
+            self._next = time.monotonic() + self._interval / 2
+
+    def _ready(self) -> None:
+        if self._shared.fleet and self._shared.fleet.waits(_announce):
+            return
+        self._said = True
+        active = self._shared.keyring.active
+        settings = self._shared.settings
+        tcp = f" tcp={settings.tcp_address}" if self._shared.tcp is not None else ""
+        _announce(
+            f"progressdb-kms {__version__} ready: socket={settings.socket}{tcp} kek_id={active.kek_id} "
+            f"kek_version={active.version} workers={settings.workers} memory={self._shared.region.kind}"
+        )
+        systemd.notify(f"READY=1\nSTATUS=KEK {active.kek_id}, {settings.workers} workers")
+
+    def reload(self) -> None:
+        """SIGHUP, before anybody else hears of it."""
+        log.info("SIGHUP: the audit log is opened anew")
+        systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        systemd.notify("READY=1")
+        self._shared.policies.renew()
+
+    def stop(self) -> None:
+        systemd.notify("STOPPING=1")
+        self._shared.name.remove()
+
+
+def _announce(line: str) -> None:
+    print(line, flush=True)
+    if getattr(getattr(sys.stdout, "buffer", None), "dropped", 0):
+        log.warning("stdout takes nothing: %s", line)
 
 
 class Supervisor:
@@ -218,7 +311,9 @@ def _keeper_main(shared: Shared, incarnation: int, report: int) -> None:
     shared.name.listener.close()  # or it would look served when its name was bound again, and nobody is
     try:
         signals = SignalPipe(child=True)
-        keeper, epoch = serving.open_keeper(shared, incarnation)
+        keeper, epoch = (shared.fleet or start).open_keeper(
+            shared.settings.data_dir, shared.keyring, shared.keys, shared.staging, shared.inbox, incarnation
+        )
     except Exception as error:
         why = (error.message, error.hint) if isinstance(error, KMSError) else (ran_out(error), "")
         if why[0] is None:
@@ -235,22 +330,17 @@ def _keeper_main(shared: Shared, incarnation: int, report: int) -> None:
         catch_up()
         signals.clear()
         if signals.take_hangup():
-            serving.reopen(keeper)
+            reopen(keeper)
     keeper.close()
 
 
 def _worker_main(shared: Shared, slot: int, chain: str) -> None:
     signals = Signals(child=True)
-    _pin(slot)
+    if shared.settings.workers > 1:
+        _pin(slot)
     worker = Worker(shared, slot, chain)
     shared.name.listener.close()  # it has its own
-
-    def stop(seconds: float) -> bool:
-        if not signals.stop and not signals.hangup:
-            signals.wait(seconds)
-        return signals.stop
-
-    worker.run(stop, signals.take_hangup)
+    worker.run(signals)
 
 
 def _pin(slot: int) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import select
-import signal
 import socket
 import threading
 import time
@@ -43,17 +42,14 @@ class Awaiting:
         inbox: socket.socket,
         pause: float,
         opened: Callable[[int], None],
-        alone: bool,
     ) -> None:
         """`open_it` makes the keeper and says the epoch of its chain, which `opened` is told; `pause`:
-        seconds between two tries. `alone`: a worker serves in this very process, which must end in order."""
-        self._alone = alone
+        seconds between two tries."""
         self._open_it, self._inbox, self._pause, self._opened = open_it, inbox, pause, opened
         self._keeper: Keeper | None = None
         self._found: tuple[Keeper, int] | None = None
         self._fatal: BaseException | None = None
         self._why = StoreUnavailable("the fleet's database was not reached yet", code=UNREACHABLE)
-        self._ending = False
         self._begun, self._remind = time.monotonic(), 0.0
         self._tried, self._over = threading.Event(), threading.Event()
         self._woken, self._waker = os.pipe()
@@ -90,20 +86,16 @@ class Awaiting:
         """The keeper and its epoch, where the first try worked, else this and 0. Raises what no waiting
         mends."""
         self._tried.wait(FIRST_SECONDS)
-        self._take(first=True)
+        self._take()
         if self._keeper is not None and self._found is not None:
             return self._found
         return self, 0
 
-    def _take(self, first: bool = False) -> None:
+    def _take(self) -> None:
         if self._keeper is not None:
             return
-        if self._fatal is not None and (first or not self._alone):
+        if self._fatal is not None:
             raise self._fatal
-        if self._fatal is not None and not self._ending:
-            self._ending = True
-            os.read(self._woken, 1)
-            os.kill(os.getpid(), signal.SIGTERM)  # it is raised by `close`, when the worker has ended
         if self._found is not None:
             self._keeper, epoch = self._found
             self._opened(epoch)
@@ -134,5 +126,3 @@ class Awaiting:
             self._keeper = self._found[0]
         if self._keeper is not None:
             self._keeper.close()
-        elif self._fatal is not None and self._alone:
-            raise self._fatal

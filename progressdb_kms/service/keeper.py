@@ -1,4 +1,4 @@
-"""The keeper: the one process (or, with one worker, the one thread) that writes.
+"""The keeper: the one process that writes.
 
 A single loop, no locks:
 

@@ -33,7 +33,7 @@ SCRAPED = of_unit("progressdb-kms-metrics.timer", r"(?m)^OnUnitInactiveSec=(\d+)
 
 AWAIT = (REPO / "progressdb_kms/service/fleetawait.py").read_text()  # not imported: psycopg may not be here
 OFF = (clock.BACK, clock.AHEAD) == (300, 7 * 86400)
-HANGS = serving.STALE_SECONDS + WATCHDOG <= 60
+HANGS = supervisor.STALE_SECONDS + WATCHDOG <= 60
 PATIENCE = inspect.signature(Service.change).parameters["timeout"].default
 
 SAID: list[tuple[str, str, bool]] = [
@@ -62,7 +62,7 @@ SAID: list[tuple[str, str, bool]] = [
     ("troubleshooting", f"a change is told so after {PATIENCE:g} s", True),
     ("troubleshooting", "restarts the daemon after a minute at most", HANGS),
     ("troubleshooting", "shreds that are due for more than a minute", told.OVERDUE_SECONDS == 60),
-    ("install", f"within a minute (the journal names it after {serving.STALE_SECONDS:g} s", HANGS),
+    ("install", f"within a minute (the journal names it after {supervisor.STALE_SECONDS:g} s", HANGS),
     ("monitoring", f"every {SCRAPED} s, whole or not at all", True),
     ("threats", "once an hour and at a stop", anchors.WITNESS_SECONDS == 3600),
     ("secrets", f"{envelope.SCRATCH_SIZE} bytes of locked scratch", True),

@@ -31,7 +31,7 @@ def configured(database: postgres.Fleet, **more: Any) -> dict[str, Any]:
 Pair = tuple[Daemon, Daemon]
 
 
-@pytest.fixture(params=[(1, 2)], ids=["one process beside two workers"])
+@pytest.fixture(params=[(1, 2)], ids=["one worker beside two"])
 def pair(fleet_database: postgres.Fleet, make_daemon: MakeDaemon, request: pytest.FixtureRequest) -> Pair:
     """What each test does, it does to the second."""
     kek = os.urandom(32)

@@ -314,7 +314,7 @@ def wraps(daemon: Daemon) -> str:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stopped", [1, 2], ids=["two workers", "one process"])
+@pytest.mark.parametrize("stopped", [1, 2], ids=["two workers", "one worker"])
 def test_a_host_that_is_stopped_in_the_barrier(hosts: Hosts, stopped: int) -> None:
     """It is fenced, and answers nothing under the old KEK when it goes on."""
     new, victim = kek_id(hosts.new), hosts.all[stopped]
@@ -392,7 +392,7 @@ def test_a_host_that_has_not_heard_of_the_swap_writes_under_the_new_kek(hosts: H
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("owner", [0, 1], ids=["one process", "two workers"])
+@pytest.mark.parametrize("owner", [0, 1], ids=["one worker", "two workers"])
 def test_the_host_that_rotates_is_stopped(hosts: Hosts, owner: int) -> None:
     """It is fenced though no change waits for it, and what it staged is thrown away. When it goes on, its
     rotation fails, whatever the others have done by then."""

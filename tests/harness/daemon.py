@@ -240,12 +240,9 @@ class Daemon:
 
     @property
     def writer(self) -> int:
-        """The process that writes the store: the parent where `workers` is 1, else one of its children. For
-        `trace_steps`, `kill_at`, and to kill the keeper alone. Needs root: the daemon is not dumpable."""
-        parent, *children = self.pids()
-        if not children or procs.writes_to(parent, self.data_dir / "kms.db"):
-            return parent  # also while a child of its own reads the configuration
-        found = [pid for pid in children if procs.writes_to(pid, self.data_dir / "kms.db")]
+        """The process that writes the store, a child of the one that was started. For `trace_steps`,
+        `kill_at`, and to kill the keeper alone. Needs root: the daemon is not dumpable."""
+        found = [pid for pid in self.pids() if procs.writes_to(pid, self.data_dir / "kms.db")]
         assert len(found) == 1, f"{len(found)} processes have the store open for writing: {found}"
         return found[0]
 

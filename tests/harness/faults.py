@@ -207,7 +207,7 @@ def kill_at(pid: int, step: Step) -> Iterator[None]:
 
     with kill_at(daemon.writer, step), contextlib.suppress(OSError, http.client.HTTPException):
         session.rotate(new_kek)
-    daemon.wait(code=-signal.SIGKILL)  # with `workers: 1`; else the supervisor starts another writer
+    daemon.kill()  # the supervisor starts another writer else
     """
     options = ("-e", f"inject={step.rule}")
     with _log_file() as log, _attached(log, [pid], [step.name], *options, follow=False, deadly=True):

@@ -362,16 +362,15 @@ class TestMemory:
         with Daemon(workers=1) as daemon, daemon.session() as kms:
             key_id = kms.create_dek("t")["key_id"]
             message = {"plaintext": b64(bytes(1 << 20)), "key_id": key_id}
-            _, hard = resource.prlimit(daemon.pid, resource.RLIMIT_AS)
+            (worker,) = [pid for pid in daemon.pids() if pid not in (daemon.pid, daemon.writer)]
+            _, hard = resource.prlimit(worker, resource.RLIMIT_AS)
             heard: set[tuple[int, str]] = set()
             for left in range(0, 12 << 20, 256 << 10):
-                pages = int(Path(f"/proc/{daemon.pid}/statm").read_text().split()[0])
-                resource.prlimit(
-                    daemon.pid, resource.RLIMIT_AS, (pages * resource.getpagesize() + left, hard)
-                )
+                pages = int(Path(f"/proc/{worker}/statm").read_text().split()[0])
+                resource.prlimit(worker, resource.RLIMIT_AS, (pages * resource.getpagesize() + left, hard))
                 reply = kms.request("POST", "/encrypt", message)
                 heard.add((reply.status, reply.code))
-                resource.prlimit(daemon.pid, resource.RLIMIT_AS, (hard, hard))
+                resource.prlimit(worker, resource.RLIMIT_AS, (hard, hard))
             assert heard == {(200, ""), (503, "overloaded")} and "Traceback" not in daemon.stderr
 
 

@@ -1035,8 +1035,7 @@ class TestOnTheDaemonItself:
         if os.geteuid() != 0:
             pytest.skip("needs root: the daemon is not dumpable")
         daemon = make_daemon(workers=mostly_two)
-        assert (daemon.writer == daemon.pid) == (mostly_two == 1)
-        assert daemon.writer in daemon.pids()
+        assert daemon.writer in daemon.pids()[1:]
 
     def test_powerloss(self, make_daemon: Any, tmp_path: Path) -> None:
         """Every call is seen with its bytes, and the replay ends with what really stands there."""

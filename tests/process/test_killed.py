@@ -1,6 +1,7 @@
 """kill -9 of the process that writes, right before any step that it takes on the disk.
 
-The daemon has one process here, so that it dies as a whole; test_lifecycle kills parts of it under load.
+Its supervisor stands still meanwhile, so that the daemon dies as a whole; test_lifecycle kills parts of it
+under load.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ import http.client
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import pytest
 
-from tests.harness import Daemon, Session
+from tests.harness import Daemon, Session, procs
 from tests.harness.daemon import DaemonFailed
 from tests.harness.faults import Step, Steps, kill_at, need_strace, trace_steps
 from tests.harness.kept import Kept
@@ -119,7 +119,7 @@ CASES = {
 
 def steps_of(site: Site, case: Case) -> Steps:
     site, daemon = begin(site), site.daemon
-    with trace_steps(daemon.pid, daemon.data_dir) as steps, daemon.session() as kms:
+    with trace_steps(daemon.writer, daemon.data_dir) as steps, daemon.session() as kms:
         case.run(kms, site)
     daemon.stop()
     assert len(steps) >= 3, [str(step) for step in steps]
@@ -129,18 +129,17 @@ def steps_of(site: Site, case: Case) -> Steps:
 def die_and_recover(site: Site, case: Case, step: Step) -> bool:
     """Returns whether it died at that step; else it went another way, and is killed after its answer."""
     site, daemon = begin(site), site.daemon
-    with kill_at(daemon.pid, step):
+    writer = procs.proc(daemon.writer)
+    assert writer is not None
+    daemon.signal(signal.SIGSTOP)  # no other keeper comes
+    with kill_at(writer.pid, step):
         gone = contextlib.suppress(OSError, http.client.HTTPException, UnexpectedReply)
         with gone, daemon.session() as kms:
             case.run(kms, site)
-        assert daemon.process is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            daemon.process.wait(10)
-        died = daemon.process.poll() is not None
-    if died:
-        daemon.wait(code=-signal.SIGKILL)
-    else:
-        daemon.kill()
+        with contextlib.suppress(AssertionError):
+            procs.wait_until(lambda: not writer.alive(), 10)
+        died = not writer.alive()
+    daemon.kill()
     daemon.write_config(
         {"workers": 1, "previous_master_keys": [{"hex": NEW.hex()}]}
     )  # whichever is active now

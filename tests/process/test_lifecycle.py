@@ -155,9 +155,9 @@ def test_a_malformed_request_is_refused_and_the_worker_goes_on() -> None:
 
 A_WAIT = """
 import os, sys, time
-from progressdb_kms.process import serving
+from progressdb_kms.process import supervisor
 from progressdb_kms.wire import server
-serving.STALE_SECONDS = 1.5
+supervisor.STALE_SECONDS = 1.5
 flag = os.path.join(sys.argv[sys.argv.index("--data-dir") + 1], "fault")
 look = server.Server._look_around
 def look_around(self):
@@ -245,37 +245,13 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_name_that_can_not_be_removed(workers: int) -> None:
-    """With two workers all was cut off, with one process the daemon stayed, without a keeper."""
-    with Daemon(workers=workers, command=(sys.executable, "-c", STAYS)) as daemon:
+def test_a_name_that_can_not_be_removed() -> None:
+    """The workers were not told to end, and were cut off."""
+    with Daemon(workers=2, command=(sys.executable, "-c", STAYS)) as daemon:
         daemon.ok("POST", "/deks", {"thread_id": "t"}, status=201)
         daemon.stop()
         assert "can't be removed: Operation not permitted" in daemon.stderr
         assert b'"op":"stop"' in daemon.audit_log.read_bytes().splitlines()[-1]
-
-
-THE_KEEPER_ENDS = """
-import os, sys
-from progressdb_kms.service import keeper
-flag = os.path.join(sys.argv[sys.argv.index("--data-dir") + 1], "fault")
-look = keeper.Keeper._look
-def fault(self):
-    if os.path.exists(flag):
-        raise ValueError("a fault of ours")
-    look(self)
-keeper.Keeper._look = fault
-from progressdb_kms.__main__ import main
-sys.exit(main())
-"""
-
-
-def test_nobody_is_served_without_a_keeper_for_long() -> None:
-    """With one process nothing but a SIGKILL ended it any more."""
-    with Daemon(workers=1, command=(sys.executable, "-c", THE_KEEPER_ENDS)) as daemon:
-        (daemon.data_dir / "fault").touch()
-        assert daemon.process is not None and daemon.process.wait(120) == 1
-        assert "ValueError" in daemon.stderr
 
 
 A_FAULT = """
@@ -295,16 +271,12 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
-def test_a_worker_that_can_not_serve_any_more_ends(workers: int) -> None:
+def test_a_worker_that_can_not_serve_any_more_ends() -> None:
     """Its other threads were well, and it stayed: alive, and deaf."""
-    with Daemon(workers=workers, command=(sys.executable, "-c", A_FAULT)) as daemon:
+    with Daemon(workers=2, command=(sys.executable, "-c", A_FAULT)) as daemon:
         before = set(daemon.pids())
         (daemon.data_dir / "fault").touch()
-        if workers == 1:
-            assert daemon.process is not None and daemon.process.wait(60) == 1
-        else:
-            procs.wait_until(lambda: len(before & set(daemon.pids())) == 3, 60, "it to end")
-            procs.wait_until(lambda: len(daemon.pids()) == 4, 60, "another in its place")
-            assert daemon.healthy()
+        procs.wait_until(lambda: len(before & set(daemon.pids())) == 3, 60, "it to end")
+        procs.wait_until(lambda: len(daemon.pids()) == 4, 60, "another in its place")
+        assert daemon.healthy()
         assert "a fault of ours" in daemon.stderr

@@ -391,7 +391,7 @@ class TestNothingCanBeLocked:
             assert "LimitMEMLOCK" in daemon.stderr and "ulimit -l" in daemon.stderr
             assert daemon.ok("GET", "/status")["memory"]["kind"] == "unlocked"
             kek, *others = used(daemon)
-            assert len(scan(daemon.pids(), [kek]).mappings()) == 1
+            assert len({start for _, start in scan(daemon.pids(), [kek]).mappings()}) == 1
             scan(daemon.pids(), others).assert_clean()
 
     def test_off_says_nothing(self) -> None:

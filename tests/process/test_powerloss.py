@@ -78,12 +78,11 @@ def drive(daemon: Daemon, mark: Mark, run: Run) -> None:
         create(2)
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(1, marks=pytest.mark.long)], ids=["workers", "alone"])
-def run(request: pytest.FixtureRequest) -> Iterator[Run]:
-    """With `workers: 1` the process that serves writes too: its record is another."""
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
     need_strace()
     made = Run()
-    daemon = Daemon(kek=made.keks["first"], workers=request.param)
+    daemon = Daemon(kek=made.keks["first"], workers=2)
     try:
         made.recording = Recording.of_daemon(daemon, lambda daemon, mark: drive(daemon, mark, made))
         yield made

@@ -192,13 +192,13 @@ def test_a_killed_worker_costs_its_own_connections_only(daemon: Daemon, everywhe
 
 HANGS = """
 import os, sys, time
-from progressdb_kms.process import serving
-real = serving.open_keeper
-def hangs(shared, incarnation):
-    while incarnation and os.path.exists(shared.settings.data_dir.parent / "hang"):
+from progressdb_kms.service import start
+real = start.open_keeper
+def hangs(data_dir, *args):
+    while args[-1] and os.path.exists(data_dir.parent / "hang"):
         time.sleep(0.05)
-    return real(shared, incarnation)
-serving.open_keeper = hangs
+    return real(data_dir, *args)
+start.open_keeper = hangs
 from progressdb_kms.__main__ import main
 sys.exit(main())
 """

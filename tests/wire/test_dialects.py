@@ -18,7 +18,7 @@ from tests.harness.wire import b64
 THIRD_FIELDS = {"key_id", "wrapped_dek", "kek_id", "kek_version", "created_at"}
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "workers"])
+@pytest.fixture(scope="module", params=[1, 2], ids=["one worker", "workers"])
 def daemon(request: pytest.FixtureRequest) -> Iterator[Daemon]:
     with Daemon(workers=request.param) as running:
         yield running

@@ -48,7 +48,7 @@ def fresh(address: Address) -> Address:
     return free_port(address[0])
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "workers"])
+@pytest.fixture(scope="module", params=[1, 2], ids=["one worker", "workers"])
 def daemon(request: pytest.FixtureRequest, address: Address) -> Iterator[Daemon]:
     with on_tcp(address, workers=request.param) as running:
         yield running
