@@ -4,7 +4,6 @@
     make_daemon     make_daemon(config, workers=2, …): as many as the test wants, of any configuration
     shared_daemon   one running daemon a module: for tests that only add keys of their own
     workers         runs the test with one worker and with two: `make_daemon(workers=workers)`
-    mostly_two      the same, but with one worker only in the long run
     postgres_server one PostgreSQL server for the whole run of this process; skipped where there is none
     short_tmp       a folder directly under /tmp, for socket paths
 
@@ -63,13 +62,6 @@ def shared_daemon() -> Iterator[Daemon]:
 
 @pytest.fixture(params=[1, 2], ids=["one worker", "two workers"])
 def workers(request: pytest.FixtureRequest) -> int:
-    count: int = request.param
-    return count
-
-
-@pytest.fixture(params=[pytest.param(1, id="one worker", marks=pytest.mark.long), 2], ids=str)
-def mostly_two(request: pytest.FixtureRequest) -> int:
-    """One worker does as two do: for what starts many."""
     count: int = request.param
     return count
 

@@ -55,12 +55,12 @@ def served(daemon: Daemon, key_id: str, wrapped: str) -> set[tuple[int, str]]:
     return {told(daemon, *call) for call in calls} - {(503, "store_unreachable")}
 
 
-def test_a_start_without_it(fleet_database: postgres.Fleet, make_daemon: MakeDaemon, workers: int) -> None:
+def test_a_start_without_it(fleet_database: postgres.Fleet, make_daemon: MakeDaemon) -> None:
     """It listens, says why it isn't ready, refuses every key, and is ready once the database is there."""
     other = make_daemon(fleet_database.configured(), workers=1)
     dek = other.ok("POST", "/deks", {"thread_id": "t"}, 201)
     other.stop()
-    daemon = make_daemon(fleet_database.configured(), kek=other.kek, workers=workers, start=False)
+    daemon = make_daemon(fleet_database.configured(), kek=other.kek, workers=2, start=False)
     with fleet_database.away():
         daemon.start()
         reply = daemon.request("GET", "/readyz")
@@ -81,22 +81,18 @@ def test_a_start_without_it(fleet_database: postgres.Fleet, make_daemon: MakeDae
     assert b'"chain":"0.' not in daemon.audit_log.read_bytes()
 
 
-def test_what_no_waiting_mends_ends_it(
-    fleet_database: postgres.Fleet, make_daemon: MakeDaemon, workers: int
-) -> None:
+def test_what_no_waiting_mends_ends_it(fleet_database: postgres.Fleet, make_daemon: MakeDaemon) -> None:
     """Found out late, it is said as if it had been found at once."""
     fleet_database.sql("UPDATE kms.fleet SET schema = 7, least = 6")
-    daemon = make_daemon(fleet_database.configured(), workers=workers, start=False)
+    daemon = make_daemon(fleet_database.configured(), workers=2, start=False)
     with fleet_database.away():
         daemon.start()
     daemon.wait(PATIENCE, code=1)
     assert "has schema 7" in daemon.stderr.splitlines()[-1]
 
 
-def test_it_ends_in_order_while_it_waits(
-    fleet_database: postgres.Fleet, make_daemon: MakeDaemon, workers: int
-) -> None:
-    daemon = make_daemon(fleet_database.configured(), workers=workers, start=False)
+def test_it_ends_in_order_while_it_waits(fleet_database: postgres.Fleet, make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(fleet_database.configured(), workers=2, start=False)
     with fleet_database.away():
         daemon.start()
         daemon.stop()
@@ -107,12 +103,10 @@ def seen(session: Session, key_id: str) -> int:
     return session.request("POST", "/encrypt", {"key_id": key_id, "plaintext": TEXT}).status
 
 
-def test_it_goes_away_and_comes_back(
-    fleet_database: postgres.Fleet, make_daemon: MakeDaemon, workers: int
-) -> None:
+def test_it_goes_away_and_comes_back(fleet_database: postgres.Fleet, make_daemon: MakeDaemon) -> None:
     """Changes are refused at once; what is remembered serves until the lease ends, and from then on nothing
     does, until the database is back. No process is replaced for that."""
-    daemon = make_daemon(fleet_database.configured(fence_seconds=4), command=QUICK, workers=workers)
+    daemon = make_daemon(fleet_database.configured(fence_seconds=4), command=QUICK, workers=2)
     dek = daemon.ok("POST", "/deks", {"thread_id": "t"}, 201)
     key_id = dek["key_id"]
     before = daemon.pids()

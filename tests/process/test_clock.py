@@ -50,9 +50,9 @@ def without_time(lines: bytes, key_id: str) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def test_ten_years_for_a_second_shred_nothing(mostly_two: int) -> None:
+def test_ten_years_for_a_second_shred_nothing() -> None:
     """The janitor looks at once: a fresh keeper does. Told by readyz, status, log, metric, and doctor."""
-    with Shim() as shim, Daemon(env=shim.env, workers=mostly_two) as daemon:
+    with Shim() as shim, Daemon(env=shim.env, workers=2) as daemon:
         key_id = scheduled(daemon)
         assert warnings(daemon) == [] and held(daemon) == "0"
         daemon.stop()
@@ -80,9 +80,9 @@ def test_ten_years_for_a_second_shred_nothing(mostly_two: int) -> None:
         assert daemon.offline("audit", "verify").returncode == 0
 
 
-def test_the_operator_accepts_a_clock(mostly_two: int) -> None:
+def test_the_operator_accepts_a_clock() -> None:
     """Due by the clock that was accepted, and recorded with who did it."""
-    with Shim() as shim, Daemon(env=shim.env, workers=mostly_two) as daemon:
+    with Shim() as shim, Daemon(env=shim.env, workers=2) as daemon:
         key_id = scheduled(daemon, days=20)
         daemon.stop()
         shim.clock(30 * 86400)

@@ -47,8 +47,8 @@ def loose(daemon: Daemon) -> float:
     return max(record.time for record in found) - min(free) if free else 0.0
 
 
-def test_a_second_at_most(make_daemon: MakeDaemon, mostly_two: int) -> None:
-    daemon = make_daemon(workers=mostly_two)
+def test_a_second_at_most(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(workers=2)
     key_id = daemon.ok("POST", "/deks", {"thread_id": "t"}, 201)["key_id"]
 
     def decrypt(kms: Any, number: int) -> bytes:

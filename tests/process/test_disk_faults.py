@@ -52,10 +52,9 @@ class TestFullDisk:
         with Tmpfs(8 << 20) as disk:
             yield disk
 
-    @pytest.mark.parametrize("workers", [1, 2])
-    def test_503_until_there_is_room(self, disk: Tmpfs, workers: int) -> None:
+    def test_503_until_there_is_room(self, disk: Tmpfs) -> None:
         kept = Kept()
-        with Daemon(home=disk.path, workers=workers) as daemon, daemon.session() as kms:
+        with Daemon(home=disk.path, workers=2) as daemon, daemon.session() as kms:
             (key, *_) = kept.create(kms, 5)
             disk.fill()
             for call in changes(key):
@@ -102,11 +101,10 @@ class TestFullDisk:
             kept.verifies(daemon)
 
     @pytest.mark.long
-    @pytest.mark.parametrize("workers", [1, 2])
-    def test_however_long_it_lasts(self, disk: Tmpfs, workers: int) -> None:
+    def test_however_long_it_lasts(self, disk: Tmpfs) -> None:
         """The janitor and the tidying go on failing; and it is well again by itself."""
         kept = Kept()
-        with Daemon(home=disk.path, workers=workers) as daemon, daemon.session() as kms:
+        with Daemon(home=disk.path, workers=2) as daemon, daemon.session() as kms:
             kept.create(kms, 5)
             other = kms.create_dek("t")["key_id"]
             full, replies = time.monotonic(), []
@@ -257,20 +255,12 @@ class TestFailingCalls:
             active = kms.ok("GET", "/status")["kek_id"]
             assert kms.create_dek("t")["kek_id"] == active
 
-    @pytest.mark.parametrize(
-        ("workers", "call"),
-        [
-            (1, "write"),
-            (2, "sync"),
-            pytest.param(1, "sync", marks=pytest.mark.long),
-            pytest.param(2, "write", marks=pytest.mark.long),
-        ],
-    )
-    def test_after_a_rotation_that_was_refused(self, shim: Shim, call: str, workers: int) -> None:
+    @pytest.mark.parametrize("call", ["write", "sync"])
+    def test_after_a_rotation_that_was_refused(self, shim: Shim, call: str) -> None:
         """What it left can't be tidied up either, for a while."""
         kept = Kept()
         error = {"sync": "EIO", "write": "ENOSPC"}[call]
-        with Daemon(env=shim.env, workers=workers) as daemon, daemon.session() as kms:
+        with Daemon(env=shim.env, workers=2) as daemon, daemon.session() as kms:
             kept.create(kms, 20)
             fault = shim.fail(call, "kms.db-wal", error)
             refused(kms.request("POST", "/rotate_kek", {"new_kek_hex": os.urandom(32).hex()}))
@@ -355,10 +345,9 @@ class TestFailingCalls:
 class TestSizeLimit:
     """`ulimit -f` and quotas strike the store alone where the audit log is the shorter file."""
 
-    @pytest.mark.parametrize("workers", [1, 2])
-    def test_not_ready_where_the_store_cant_grow(self, workers: int) -> None:
+    def test_not_ready_where_the_store_cant_grow(self) -> None:
         kept = Kept()
-        with Daemon(workers=workers) as daemon, daemon.session() as kms:
+        with Daemon(workers=2) as daemon, daemon.session() as kms:
             for _ in range(600):
                 kms.create_dek("t" * 200)
             daemon.write_kek(os.urandom(32))

@@ -1031,10 +1031,10 @@ class TestFixtures:
 class TestOnTheDaemonItself:
     """That the tools fit the real thing: one look through each."""
 
-    def test_the_writer_is_one_of_its_processes(self, make_daemon: Any, mostly_two: int) -> None:
+    def test_the_writer_is_one_of_its_processes(self, make_daemon: Any) -> None:
         if os.geteuid() != 0:
             pytest.skip("needs root: the daemon is not dumpable")
-        daemon = make_daemon(workers=mostly_two)
+        daemon = make_daemon(workers=2)
         assert daemon.writer in daemon.pids()[1:]
 
     def test_powerloss(self, make_daemon: Any, tmp_path: Path) -> None:
@@ -1057,9 +1057,9 @@ class TestOnTheDaemonItself:
         assert contents(disk)["kms.db"] == contents(daemon.data_dir)["kms.db"]
         assert contents(disk)["kms.db-wal"] == contents(daemon.data_dir)["kms.db-wal"]
 
-    def test_steps(self, make_daemon: Any, mostly_two: int) -> None:
+    def test_steps(self, make_daemon: Any) -> None:
         faults.need_strace()
-        daemon = make_daemon(workers=mostly_two)
+        daemon = make_daemon(workers=2)
         with daemon.session() as kms:
             with faults.trace_steps(daemon.writer, daemon.data_dir) as steps:
                 kms.create_dek("one")
@@ -1075,8 +1075,8 @@ class TestOnTheDaemonItself:
                 procs.wait_until(lambda: not writer.alive(), what="the writer to die")
             assert reply is None or reply.status == 503
 
-    def test_the_shim_reaches_the_store(self, make_daemon: Any, shim: faults.Shim, mostly_two: int) -> None:
-        daemon = make_daemon(workers=mostly_two, env=shim.env)
+    def test_the_shim_reaches_the_store(self, make_daemon: Any, shim: faults.Shim) -> None:
+        daemon = make_daemon(workers=2, env=shim.env)
         fault = shim.fail("sync", "kms.db-wal", "EIO")
         assert daemon.request("POST", "/create_dek_for_thread", {"thread_id": "t"}).status == 503
         assert fault.hits  # one, or with an anchor more

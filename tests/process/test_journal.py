@@ -31,8 +31,8 @@ def create(daemon: Daemon) -> int:
     return daemon.request("POST", "/create_dek_for_thread", {"thread_id": "t"}).status
 
 
-def test_a_log_that_was_unlinked(make_daemon: MakeDaemon, workers: int) -> None:
-    daemon = make_daemon(workers=workers)
+def test_a_log_that_was_unlinked(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(workers=2)
     assert create(daemon) == 200 and daemon.stderr == ""
     daemon.audit_log.unlink()
     wait_until(lambda: bool(lines(daemon, "not ready: the audit log was unlinked")), 60, "it to be told")
@@ -80,8 +80,8 @@ def test_a_worker_that_comes_while_the_log_is_unlinked(make_daemon: MakeDaemon) 
     assert daemon.offline("verify").returncode == 0
 
 
-def test_a_rotation(make_daemon: MakeDaemon, workers: int) -> None:
-    daemon = make_daemon(workers=workers)
+def test_a_rotation(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(workers=2)
     for _ in range(3):
         create(daemon)
     new = os.urandom(32).hex()
@@ -93,10 +93,10 @@ def test_a_rotation(make_daemon: MakeDaemon, workers: int) -> None:
     assert new not in daemon.stderr
 
 
-def test_a_file_that_may_not_grow(make_daemon: MakeDaemon, mostly_two: int) -> None:
+def test_a_file_that_may_not_grow(make_daemon: MakeDaemon) -> None:
     """As a full disk, but for every file: the audit log is the first to be full."""
     wrapper = ["sh", "-c", 'ulimit -f 400; exec "$@"', "sh"]
-    daemon = make_daemon({"workers": mostly_two}, wrapper=wrapper)
+    daemon = make_daemon({"workers": 2}, wrapper=wrapper)
     with daemon.session() as kms:
         for _ in range(4000):
             if kms.request("GET", "/get_wrapped?key_id=none").status == 503:
@@ -115,14 +115,14 @@ def test_a_file_that_may_not_grow(make_daemon: MakeDaemon, mostly_two: int) -> N
 
 
 @pytest.mark.parametrize("mode", ["try", "require"])
-def test_memory_that_can_not_be_locked_any_more(make_daemon: MakeDaemon, workers: int, mode: str) -> None:
+def test_memory_that_can_not_be_locked_any_more(make_daemon: MakeDaemon, mode: str) -> None:
     """A limit that was lowered under the daemon, or that others use up: told once, and when it's over."""
     wrapper: list[str] = []
     if os.geteuid() == 0:  # whom no limit holds
         if shutil.which("setpriv") is None:
             pytest.skip("needs setpriv, to be a root whom limits hold")
         wrapper = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"]
-    daemon = make_daemon({"memory_lock": mode}, workers=workers, wrapper=wrapper)
+    daemon = make_daemon({"memory_lock": mode}, workers=2, wrapper=wrapper)
     key = daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
 
     def rewrap() -> int:
@@ -178,9 +178,9 @@ def test_what_is_scarce_is_told_once_and_when_it_is_over(caplog: pytest.LogCaptu
     ]
 
 
-def test_a_shred_beside_a_reader(make_daemon: MakeDaemon, mostly_two: int) -> None:
+def test_a_shred_beside_a_reader(make_daemon: MakeDaemon) -> None:
     """Exit 1, since a copy remains; but it says that the DEK is shredded, and what happens next."""
-    daemon = make_daemon(workers=mostly_two)
+    daemon = make_daemon(workers=2)
     key = daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
     with closing(sqlite3.connect(daemon.data_dir / "kms.db")) as reader:
         reader.execute("BEGIN")

@@ -29,8 +29,8 @@ def rewrapped(daemon: Daemon, kek: bytes, count: int = 2) -> list[str]:
 
 
 class TestRewrapped:
-    def test_it_is_told_at_once(self, make_daemon: MakeDaemon, mostly_two: int) -> None:
-        daemon, kek = make_daemon(workers=mostly_two), os.urandom(32)
+    def test_it_is_told_at_once(self, make_daemon: MakeDaemon) -> None:
+        daemon, kek = make_daemon(workers=2), os.urandom(32)
         assert ready(daemon) == {"ready": True, "reasons": [], "warnings": []}
         rewrapped(daemon, kek)
         words = f"the next start needs the KEK {kek_id_of(kek)}: add it to previous_master_keys"
@@ -41,9 +41,9 @@ class TestRewrapped:
         done = daemon.cli("doctor", "--config", str(daemon.config_file), "--data-dir", str(daemon.data_dir))
         assert words.encode() in done.stdout
 
-    def test_so_is_a_rotation_that_came_by_the_api(self, make_daemon: MakeDaemon, mostly_two: int) -> None:
+    def test_so_is_a_rotation_that_came_by_the_api(self, make_daemon: MakeDaemon) -> None:
         """Who sends /rotate_kek himself must keep the key himself: until a configured file holds it."""
-        daemon, kek = make_daemon(workers=mostly_two, source="hexfile"), os.urandom(32)
+        daemon, kek = make_daemon(workers=2, source="hexfile"), os.urandom(32)
         rotated = daemon.ok("POST", "/rotate_kek", {"new_kek_hex": kek.hex()})
         words = f"the next start needs the KEK {kek_id_of(kek)}: no configured file holds it"
         assert rotated["warning"].startswith(words)
@@ -70,10 +70,8 @@ class TestRewrapped:
             assert "warning" not in answer
         assert ready(daemon)["warnings"] == [] and "next start" not in daemon.stderr
 
-    def test_the_next_start_serves_the_others_where_that_is_allowed(
-        self, make_daemon: MakeDaemon, mostly_two: int
-    ) -> None:
-        daemon, kek = make_daemon(workers=mostly_two), os.urandom(32)
+    def test_the_next_start_serves_the_others_where_that_is_allowed(self, make_daemon: MakeDaemon) -> None:
+        daemon, kek = make_daemon(workers=2), os.urandom(32)
         with daemon.session() as kms:
             own = str(kms.create_dek("t")["key_id"])
             box = kms.encrypt(own, b"data")

@@ -107,9 +107,9 @@ class TestInline:
         ids=["disabled", "scheduled", "shredded"],
     )
     def test_state_is_the_stores_word(
-        self, make_daemon: MakeDaemon, workers: int, change: tuple[str, str, Any], code: str
+        self, make_daemon: MakeDaemon, change: tuple[str, str, Any], code: str
     ) -> None:
-        daemon = make_daemon(workers=workers)
+        daemon = make_daemon(workers=2)
         with daemon.session() as kms:
             made = kms.create_dek("t")
             blob, key_id = made["wrapped"], made["key_id"]
