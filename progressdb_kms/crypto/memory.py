@@ -22,7 +22,7 @@ import logging
 import mmap
 import os
 
-from ..errors import LockRefused
+from ..errors import LockRefused, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,13 @@ def wipe(view: memoryview) -> None:
     """Overwrite with zeros. A foreign call through a pointer: no compiler sees it, none drops it."""
     if len(view):
         ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(view)), 0, len(view))
+
+
+def random_into(view: memoryview) -> None:
+    """Fill with random bytes of the OS, which pass through no other object."""
+    with open("/dev/urandom", "rb", buffering=0) as source:
+        if os.readv(source.fileno(), [view]) != len(view):
+            raise StoreUnavailable("the OS gave too few random bytes")
 
 
 class _Settled:

@@ -262,7 +262,7 @@ class FleetKeeper(Keeper):
             made = [telling(self._one(new, make, *wanted)) for wanted in deks]
             del make
         if new:
-            self._put(*new.values())
+            self._store.put_all(list(new.values()))
         return {"made": made}
 
     def _one(

@@ -34,14 +34,13 @@ from ..config.weakkeys import check_master_key
 from ..crypto import envelope
 from ..crypto.aead import KEY_SIZE, NONCE_SIZE, Aead
 from ..crypto.keyring import Active, Keyring, fingerprint
-from ..crypto.memory import LockedBuffer, wipe
+from ..crypto.memory import LockedBuffer, random_into, wipe
 from ..encoding import b64encode, new_key_id, timestamp
 from ..errors import (
     AuditUnavailable,
     BadRequest,
     Conflict,
     InternalError,
-    KeyNotFound,
     KeyShredded,
     KMSError,
     StoreUnavailable,
@@ -149,7 +148,7 @@ class Keeper:
         self._tidying = Pause(*TIDY_PAUSES)
         self._anchors = Anchors(store, audit, self._time)
         self._shredding = self._shreddings(
-            store, data_dir, self._forget, self._time, self._put, audit.note, self._anchors.write
+            store, data_dir, self._forget, self._time, audit.note, self._anchors.write
         )
         self._writing = Pause(*WRITE_PAUSES)
         self._outage = Outage()
@@ -402,7 +401,7 @@ class Keeper:
         refuse_spent(self._store, active.kek_id)
         with self._keyring.borrow(active.kek_id) as kek:
             record = self._new(active, Aead(kek), now, thread_id, key_id)
-        self._put(record)
+        self._store.put(record)
         return described(record)
 
     def _new(self, active: Active, kek: Aead, now: Any, thread_id: Any, key_id: Any) -> DekRecord:
@@ -417,7 +416,7 @@ class Keeper:
 
     def transition(self, key_id: str, action: str, days: int = 7) -> dict[str, Any]:
         """Disable, enable, schedule a deletion or shred; see policy.TRANSITIONS."""
-        old = self._existing(key_id)
+        old = self._store.existing(key_id)
         if old.state == SHREDDED and action != "shred":
             raise KeyShredded(f"the key {key_id} was shredded: nothing brings it back")
         rule = TRANSITIONS[action]
@@ -433,7 +432,7 @@ class Keeper:
         return describe(record)
 
     def _change(self, old: DekRecord, record: DekRecord) -> None:
-        self._put(record)
+        self._store.put(record)
         self._shredding.index(old, record)
         self._effects.append(self._forget)
 
@@ -448,7 +447,7 @@ class Keeper:
     def rewrap(self, key_id: str, new_kek: LockedBuffer) -> dict[str, Any]:
         """Move one DEK, which may be used, to another KEK, which joins the keyring."""
         with new_kek:
-            old = self._existing(key_id)
+            old = self._store.existing(key_id)
             if (error := refusal(key_id, old.state)) is not None:
                 raise error  # who brings a KEK that he knows is handed the DEK
             self._refuse_beside_rotation()
@@ -476,21 +475,9 @@ class Keeper:
         """The KEKs that the next start has, as far as can be known."""
         return self._keys.kek_ids | keyfile.kek_ids(self._keys.key_file)
 
-    def _existing(self, key_id: str) -> DekRecord:
-        record = self._store.get(key_id)
-        if record is None:
-            raise KeyNotFound(f"there is no key {key_id}")
-        return record
-
     def _forget(self) -> None:
         """What the workers remember of the store is old."""
         self._keyring.touch()
-
-    def _put(self, *records: DekRecord) -> None:
-        """Each of another key."""
-        self._store.put_all(records)
-        if self._rotation is not None:
-            self._rotation.mirror(records)
 
     # ---- rotation ----------------------------------------------------------------------------------
 
@@ -697,10 +684,3 @@ def _shreds(job: Job) -> bool:
 def _pushed_aside() -> int:
     """How often this process lost its core to another one that wanted it."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-
-
-def random_into(view: memoryview) -> None:
-    """Fill with random bytes of the OS, which pass through no other object."""
-    with open("/dev/urandom", "rb", buffering=0) as source:
-        if os.readv(source.fileno(), [view]) != len(view):
-            raise StoreUnavailable("the OS gave too few random bytes")

@@ -126,10 +126,9 @@ class Rotation:
         self._snapshot: Any = None
         self._rewrapper: Rewrapper | None = None
 
-    def mirror(self, records: Sequence[DekRecord]) -> None:
-        """Called by the keeper inside each transaction that changes rows while a rotation is under way."""
-        if self._rewrapper is not None:
-            self._store.stage(self._rewrapper.records(records))
+    def _restage(self, records: Sequence[DekRecord]) -> None:
+        assert self._rewrapper is not None
+        self._store.stage(self._rewrapper.records(records))
 
     def _check(self, new_kek: memoryview) -> str:
         """May it begin? Returns the kek_id of the new KEK."""
@@ -200,6 +199,7 @@ class Rotation:
         try:
             snapshot = self._begin(now, old.kek_id, new_id, total)
             self._rewrapper = mover = Rewrapper(self._keyring, new_id, version)
+            self._store.mirror = self._restage
 
             def move(page: list[DekRecord]) -> int:
                 moved = mover.records(page)
@@ -272,6 +272,7 @@ class Rotation:
         self._keyring.remove(old_id)
 
     def _end(self, new_id: str, committed: bool) -> None:
+        self._store.mirror = None
         if self._rewrapper is not None:
             self._rewrapper.close()
             self._rewrapper = None

@@ -45,8 +45,8 @@ IDLE_SAVE_SECONDS = 600.0
 
 
 class Shredding:
-    """The keeper's. `forget`, `put`, `note` and `anchor` are what it does about the workers' memory, with a
-    row, for the audit log, and with the heads of that in a transaction."""
+    """The keeper's. `forget`, `note` and `anchor` are what it does about the workers' memory, for the audit
+    log, and with the heads of that in a transaction."""
 
     def __init__(
         self,
@@ -54,7 +54,6 @@ class Shredding:
         data_dir: Path,
         forget: Callable[[], None],
         time: TrustedTime,
-        put: Callable[[DekRecord], None],
         note: Callable[..., object],
         anchor: Callable[[], None],
     ) -> None:
@@ -62,7 +61,7 @@ class Shredding:
         self._data_dir = data_dir
         self._forget = forget
         self._clock, self._time = time.clock, time
-        self._put, self._note, self._anchor = put, note, anchor
+        self._note, self._anchor = note, anchor
         self.due: dict[str, bytes] = {}  # shredded, and copies may remain: key_id and blob, if known
         self._erasing, self._looking = Pause(*ERASE_PAUSES), Pause(*JANITOR_PAUSES)
         self._overdue = Overdue()
@@ -73,7 +72,7 @@ class Shredding:
     def mark(self, old: DekRecord, now: float) -> DekRecord:
         """The tombstone, and the note that the erasure is due."""
         record = old._replace(wrapped=b"", state=SHREDDED, delete_at="", shredded_at=timestamp(now))
-        self._put(record)
+        self._store.put(record)
         self.index(old, record)
         self._store.write(_entry(record), {"since": record.shredded_at, "kek_id": old.kek_id})
         return record

@@ -18,6 +18,7 @@ from ..audit import tail
 from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..audit.log import AuditLog
 from ..crypto.keyring import Keyring
+from ..crypto.memory import random_into
 from ..disk import put, regular
 from ..encoding import timestamp, wall
 from ..errors import ConfigError, KeyMismatch, StoreDamaged, StoreUnavailable
@@ -28,7 +29,7 @@ from ..store.sealed import Store
 from ..store.sqlite import SqliteStore
 from . import ownkeys
 from .clock import Clock
-from .keeper import Keeper, random_into
+from .keeper import Keeper
 from .lock import LOCK_FILE, is_held
 from .plan import Configured, Plan, plan
 from .rotation import RETIRED_KEK, retired

@@ -125,10 +125,7 @@ class Service:
 
     def record(self, key_id: str) -> DekRecord:
         """The row of this id, in whatever state. Raises KeyNotFound."""
-        record = self._reader.get(key_id)
-        if record is None:
-            raise KeyNotFound(f"there is no key {key_id}")
-        return record
+        return self._reader.existing(key_id)
 
     def thread_of(self, key_id: str) -> str | None:
         """The thread of a DEK in whatever state; None where the store doesn't know it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from ..encoding import json_loads
-from ..errors import StoreDamaged, StoreUnavailable
+from ..errors import KeyNotFound, StoreDamaged, StoreUnavailable
 from .contract import KEK_ROW, DekRecord, Usage, counted
 from .policy import SHREDDED
 from .seal import END, MODULUS, OWN, STATE, KekCount, Seal, StoreState, Tally, weight, without_mac
@@ -87,6 +87,12 @@ class Reader(ABC):
     def get(self, key_id: str) -> DekRecord | None:
         text = self._text(key_id)
         return None if text is None else self._record(key_id, text)
+
+    def existing(self, key_id: str) -> DekRecord:
+        """Raises KeyNotFound."""
+        if (record := self.get(key_id)) is None:
+            raise KeyNotFound(f"there is no key {key_id}")
+        return record
 
     def there(self, key_ids: Sequence[str]) -> set[str]:
         """Those of the key_ids that have a row, of whatever kind."""
@@ -167,6 +173,9 @@ class Store(Reader):
     _book = StoreState()
     _tally: Tally | None = None
     _publish: Callable[[int], None] = staticmethod(nobody)
+    mirror: Callable[[Sequence[DekRecord]], None] | None = None
+    """What is done with rows that are put, in the same transaction: while a rotation is under way, to stage
+    them anew."""
     mending = False
     """A command is at work that replaces rows which can't be trusted, and counts anew after."""
 
@@ -352,6 +361,8 @@ class Store(Reader):
                 self._forget_usage(row.key_id)
             if self._tally is not None:
                 self._tally = self._tally.moved(row.key_id, live=row.weight - gone)
+        if self.mirror is not None:
+            self.mirror(records)
 
     def _written(self, record: DekRecord) -> Written:
         return Written(record.key_id, *self._key.written("meta:" + record.key_id, record.to_row()), record)

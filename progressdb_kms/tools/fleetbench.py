@@ -23,7 +23,7 @@ from ..client import Client
 from ..crypto import envelope
 from ..crypto.aead import KEY_SIZE, NONCE_SIZE, Aead
 from ..crypto.keyring import REGION_SIZE, KekNotLoaded, Keyring
-from ..crypto.memory import LockedBuffer
+from ..crypto.memory import LockedBuffer, random_into
 from ..encoding import b64encode, new_key_id, timestamp, wall
 from ..errors import KMSError
 from ..fleet import schema
@@ -36,7 +36,6 @@ from ..fleet.settings import Where
 from ..fleet.store import Contended, Fenced, FleetStore
 from ..service import ownkeys
 from ..service.fleetrotation import FleetRotation
-from ..service.keeper import random_into
 from ..store.contract import DekRecord
 from .bench import (
     MESSAGE,

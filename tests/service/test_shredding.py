@@ -29,9 +29,8 @@ class Site:
         self.noted: list[str] = []
         keyring, clock = Keyring(memoryview(bytearray(REGION_SIZE))), Clock()
         time = TrustedTime(self.store, clock)
-        put, note = self.store.put, lambda op, key_id: self.noted.append(f"{op} {key_id}")
-        hooks = (put, note, lambda: None)
-        self.shredding = Shredding(self.store, folder, keyring.touch, time, *hooks)
+        note = lambda op, key_id: self.noted.append(f"{op} {key_id}")  # noqa: E731
+        self.shredding = Shredding(self.store, folder, keyring.touch, time, note, lambda: None)
 
     def put(self, key_id: str, delete_at: str = "", *entries: str) -> None:
         """A DEK, with its own entry where it is scheduled, and with `entries` that others put there."""
