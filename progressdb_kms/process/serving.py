@@ -183,8 +183,7 @@ class Worker:
             waiter = threading.Thread(target=self.server.serve_forever, name="waiter", daemon=True)
             waiter.start()
         while True:
-            if not signals.stop and not signals.hangup:
-                signals.wait(ANCHOR_SECONDS)
+            signals.wait(ANCHOR_SECONDS)
             if signals.stop:
                 break
             if not waiter.is_alive():  # another process serves again, this one never

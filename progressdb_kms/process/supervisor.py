@@ -152,21 +152,23 @@ class Supervisor:
 
     def run(self) -> int:
         front = Front(self._shared)
-        self._start_keeper()
-        self._hear(None)
-        for child in self._children[1:]:
-            self._start_worker(child)
-        while not self._signals.stop:
-            front.turn({self._block(child): child.pid for child in self._children if child.pid})
-            waits = self._coming or not all(child.pid for child in self._children)
-            self._signals.wait(MOMENT if waits else BEAT_SECONDS)
-            if self._signals.take_hangup():
-                front.reload()
-                self._tell(signal.SIGHUP, self._children)
-            self._replace_dead()
-        front.stop()
-        self._end(self._children[1:])
-        self._end(self._children[:1])
+        try:
+            self._start_keeper()
+            self._hear(None)
+            for child in self._children[1:]:
+                self._start_worker(child)
+            while not self._signals.stop:
+                front.turn({self._block(child): child.pid for child in self._children if child.pid})
+                waits = self._coming or not all(child.pid for child in self._children)
+                self._signals.wait(MOMENT if waits else BEAT_SECONDS)
+                if self._signals.take_hangup():
+                    front.reload()
+                    self._tell(signal.SIGHUP, self._children)
+                self._replace_dead()
+        finally:  # an error too: the keys are wiped next, and a keeper that still ran would sign rows without
+            front.stop()
+            self._end(self._children[1:])
+            self._end(self._children[:1])
         return 0
 
     # ---- children --------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import os
 import re
 import signal
@@ -252,6 +253,56 @@ def test_a_name_that_can_not_be_removed() -> None:
         daemon.stop()
         assert "can't be removed: Operation not permitted" in daemon.stderr
         assert b'"op":"stop"' in daemon.audit_log.read_bytes().splitlines()[-1]
+
+
+ENDS_BY_A_FAULT = """
+import os, sys, time
+from progressdb_kms.process import streams, supervisor
+at = os.path.join(sys.argv[sys.argv.index("--data-dir") + 1], "..", "fault-")
+def failing(work, name):
+    def wrapped(self, *args):
+        if os.path.exists(at + name):
+            raise OSError(11, "Resource temporarily unavailable")
+        return work(self, *args)
+    return wrapped
+supervisor.Supervisor._start_worker = failing(supervisor.Supervisor._start_worker, "start")
+supervisor.Front.turn = failing(supervisor.Front.turn, "later")
+fail = streams.fail
+def slow(*args):
+    time.sleep(2)
+    return fail(*args)
+streams.fail = slow
+from progressdb_kms.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("when", ["start", "later"])
+def test_no_process_is_left_with_keys_that_are_wiped(when: str) -> None:
+    """Where no process could be had at a start, or the supervisor failed, the keys were wiped under a keeper
+    that still wrote: it signed rows without the row key, and the next start refused the store as damaged."""
+    command = (sys.executable, "-c", ENDS_BY_A_FAULT)
+    with Daemon(workers=2, command=command) as daemon:
+        fault = daemon.data_dir.parent / f"fault-{when}"
+        daemon.ok("POST", "/deks", {"thread_id": "t"}, status=201)
+        if when == "start":
+            daemon.stop()
+            fault.touch()
+            daemon.spawn()
+        else:
+            fault.touch()
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                while True:
+                    daemon.request("POST", "/deks", {"thread_id": "t"})
+        daemon.wait(code=1)
+        assert "Resource temporarily unavailable" in daemon.stderr
+        assert b'"op":"stop"' in daemon.audit_log.read_bytes().splitlines()[-1]
+        assert not daemon.socket.exists()
+        fault.unlink()
+        daemon.start().stop()
+        for words in (("verify",), ("audit", "verify")):
+            done = daemon.offline(*words)
+            assert done.returncode == 0, done.stderr
 
 
 A_FAULT = """
