@@ -10,6 +10,7 @@ import os
 import time
 
 from ..audit.log import Fragment, fragment
+from ..crypto.memory import wipe
 from ..encoding import json_dumps
 from ..errors import (
     InternalError,
@@ -109,6 +110,8 @@ def _recorded(app: App, route: Route, call: Call, reply: Reply, outcome: str, nu
     try:
         reply.receipt = app.service.audit.record(route.op, outcome, reply.status, about)
     except KMSError as error:
+        if reply.secret:
+            wipe(memoryview(reply.body))
         return error_reply(error)
     return reply
 

@@ -14,6 +14,7 @@ from progressdb_kms.crypto.envelope import parse
 from progressdb_kms.crypto.keyring import REGION_SIZE, Keyring
 from progressdb_kms.encoding import b64encode_bytes
 from progressdb_kms.errors import (
+    AuditUnavailable,
     AuthenticationFailed,
     KeyDisabled,
     KeyNotFound,
@@ -27,7 +28,7 @@ from progressdb_kms.service.channel import StagingSlots
 from progressdb_kms.service.metrics import Metrics
 from progressdb_kms.service.worker import Service
 from progressdb_kms.store.contract import DekRecord
-from progressdb_kms.wire import routes
+from progressdb_kms.wire import dispatch, routes
 from progressdb_kms.wire.call import App, Call
 from progressdb_kms.wire.http1 import parse_head
 from tests.harness.memstore import MemoryStore
@@ -147,6 +148,25 @@ class TestWiped:
         with pytest.raises(Fault):
             routes.find(head).handler(app, call)
         assert not any(site.scratch) and not any(staging) and not any(answer)
+
+    def test_an_answer_that_can_not_be_recorded(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The DEK stayed in the waiter's answer until another one was written over it."""
+
+        class Full:
+            def record(self, *about: Any) -> str:
+                raise AuditUnavailable("the disk is full")
+
+        monkeypatch.setattr(site.service, "audit", Full())
+        unused: Any = None
+        app = App(site.service, unused, unused, 1 << 20)
+        blob = site.store.get("k").wrapped  # type: ignore[union-attr]
+        head = parse_head(b"POST /unwrap HTTP/1.1\r\nHost: u\r\n\r\n")
+        body = b'{"wrapped":"%b"}' % b64encode_bytes(blob)
+        answer = memoryview(bytearray(64))
+        call = Call(head, bytearray(body), Peer(0, 0, 0), fragment(), site.scratch, answer)
+        reply = dispatch.dispatch(app, routes.find(head), call)
+        assert reply.status == 503 and not reply.secret
+        assert not any(site.scratch) and not any(answer)
 
 
 class TestTurns:
