@@ -142,14 +142,12 @@ def told(error: Exception) -> str:
 
 def ran_out(error: BaseException) -> str | None:
     """The limit of the system that this error is about, and how it is raised."""
-    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        return "no thread can be started (raise TasksMax=, LimitNPROC= and LimitAS=, or `ulimit -u` and `-v`)"
+    if isinstance(error, BlockingIOError) or "can't start new thread" in str(error):  # EAGAIN of a fork
+        return "no task can be started (raise TasksMax=, LimitNPROC= and LimitAS=, or `ulimit -u` and `-v`)"
     bare = "without setting an exception", "without exception"  # an import that runs out of it may say these
     memory = "failed to map segment", "annot allocate memory", *bare
-    kinds = ImportError, OSError, SystemError
-    if isinstance(error, MemoryError) or (
-        isinstance(error, kinds) and any(words in str(error) for words in memory)
-    ):
+    said = any(words in str(error) for words in memory)
+    if isinstance(error, MemoryError) or (said and isinstance(error, (ImportError, OSError, SystemError))):
         return "memory ran out (raise LimitAS= and MemoryMax= in the unit, or `ulimit -v`)"
     return None
 

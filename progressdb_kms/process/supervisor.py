@@ -37,8 +37,8 @@ BEAT_SECONDS = 1.0
 STALE_SECONDS = 20.0
 """A process whose main loop, or whose waiter, stands still for so long keeps the watchdog from being fed."""
 
-MOMENT = 0.05
-"""Seconds of a turn while something is under way: a start, an end, a process that is to be replaced."""
+SOON, MOMENT = 0.01, 0.05
+"""Seconds of a turn while something is under way: the start; an end, a process that is to be replaced."""
 
 KEEPER_PAUSES = 1.0, 30.0
 """Seconds between two tries to start a keeper that could not open the store; the workers go on reading."""
@@ -154,7 +154,8 @@ class Supervisor:
         front = Front(self._shared)
         try:
             self._start_keeper()
-            self._hear(None)
+            while not self._signals.stop and not self._hear():
+                self._signals.wait(SOON)
             for child in self._children[1:]:
                 self._start_worker(child)
             while not self._signals.stop:
@@ -194,9 +195,9 @@ class Supervisor:
         with open(write, "wb"):
             self._fork(child, main)
 
-    def _hear(self, seconds: float | None) -> bool:
+    def _hear(self) -> bool:
         """Is the keeper up that starts? Raises StartFailed."""
-        if self._coming is None or not select.select([self._coming], [], [], seconds)[0]:
+        if self._coming is None or not select.select([self._coming], [], [], 0)[0]:
             return False
         with self._coming as answers:
             ended = b'{"error": ["the keeper process ended at its start", ""]}'
@@ -238,7 +239,7 @@ class Supervisor:
         try:
             if self._coming is None and self._keeping.over():
                 self._start_keeper()
-            if self._hear(0) and self._keeping.worked():
+            if self._hear() and self._keeping.worked():
                 log.info("the keeper is up again")
         except (StartFailed, OSError) as error:
             if self._shared.fleet and not self._shared.fleet.opened:

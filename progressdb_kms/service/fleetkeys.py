@@ -52,8 +52,8 @@ class Coming:
         try:
             with contextlib.closing(yamlfile.read(self._file)) as file:
                 self._fill(file)
-        except KMSError as error:
-            log.error("the %s stay as they were: %s", COMING, error.told)
+        except (KMSError, OSError) as error:  # no process can be had that reads them
+            log.error("the %s stay as they were: %s", COMING, getattr(error, "told", error))
 
     def _fill(self, file: yamlfile.ConfigFile) -> None:
         """All or nothing. Hex keys come in the order in which they are written, all lists of them."""
