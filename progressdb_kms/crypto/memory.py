@@ -152,14 +152,8 @@ def _memfd_secret(length: int) -> mmap.mmap | None:
         return None
     try:
         os.ftruncate(fd, length)
-        region = mmap.mmap(fd, length, mmap.MAP_SHARED)
+        return mmap.mmap(fd, length, mmap.MAP_SHARED)
     except OSError:  # RLIMIT_MEMLOCK: such pages are always locked
         return None
     finally:
         os.close(fd)
-    try:
-        region[0:1] = b"\0"  # touch it: a page that can't be had must fail here and not with SIGBUS later
-    except (OSError, ValueError):
-        region.close()
-        return None
-    return region
