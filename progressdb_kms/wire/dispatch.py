@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import time
 
 from ..audit.log import Fragment, fragment
@@ -29,7 +28,6 @@ from .http1 import Head
 
 log = logging.getLogger(__name__)
 
-_request_prefix = os.urandom(4).hex()
 _request_numbers = itertools.count(1)
 
 
@@ -67,7 +65,7 @@ def dispatch(app: App, route: Route, call: Call, begun: float = 0.0) -> Reply:
     """Carry a request out, or what is left of it since it was `begun`. Always an answer, never an exception;
     the audit record is written before it."""
     started = begun or time.perf_counter()
-    number = _number()
+    number = _number(app)
     outcome = "failed"
     try:
         reply = route.handler(app, call)
@@ -95,13 +93,14 @@ def refuse(app: App, route: Route, call: Call, error: PeerRefused) -> Reply:
         app.denied(call.peer, error, route.op or "connect")
     elif route.op:
         app.service.counters.add("refused_peers", 1)
-        reply = _recorded(app, route, call, reply, "refused", _number())
+        reply = _recorded(app, route, call, reply, "refused", _number(app))
     app.service.counters.request(route.op or "service", reply.status, 0.0)
     return reply
 
 
-def _number() -> str:
-    return f"{_request_prefix}-{next(_request_numbers)}"
+def _number(app: App) -> str:
+    """The request's id: each process has a chain of its own, and none is used again."""
+    return f"{app.service.audit.chain}-{next(_request_numbers)}"
 
 
 def _recorded(app: App, route: Route, call: Call, reply: Reply, outcome: str, number: str) -> Reply:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import signal
 import sys
@@ -56,6 +57,15 @@ def statuses(sessions: list[Session], key: str) -> set[int]:
 
 def test_the_connections_are_shared(everywhere: list[Session]) -> None:
     assert len(chains(everywhere)) == 2
+
+
+def test_no_two_requests_have_one_id(daemon: Daemon, everywhere: list[Session]) -> None:
+    """Both workers had begun to count from the same one."""
+    key = everywhere[0].create_dek("t")["key_id"]
+    assert statuses(everywhere, key) == {200}
+    events = [json.loads(line)["event"] for line in daemon.audit_log.read_bytes().splitlines()]
+    found = [event["request_id"] for event in events if "request_id" in event]
+    assert len(found) > SPREAD and len(set(found)) == len(found)
 
 
 def test_a_change_holds_everywhere_before_its_answer(everywhere: list[Session]) -> None:

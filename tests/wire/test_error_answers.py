@@ -242,7 +242,9 @@ class TestRaw:
 
 
 def answer_of(handler: Any) -> tuple[int, dict[str, str]]:
-    service: Any = SimpleNamespace(rules=PeerRules(), counters=Metrics(1).block(0))
+    service: Any = SimpleNamespace(
+        rules=PeerRules(), counters=Metrics(1).block(0), audit=SimpleNamespace(chain="1.1")
+    )
     app = App(service, Any, Any, 0)  # type: ignore[arg-type]
     head = parse_head(b"GET /healthz HTTP/1.1\r\nHost: unix\r\n\r\n")
     locked = memoryview(bytearray(64))
