@@ -11,7 +11,8 @@ END = signal.SIGUSR1
 """The supervisor's word to a child. Not SIGTERM, which `timeout` or a container's manager may send to the
 whole group: then the keeper would be gone before the workers have answered."""
 
-NOTICED = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM, END))
+ENDING = frozenset((signal.SIGTERM, signal.SIGINT))
+NOTICED = ENDING | {signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM, END}
 
 
 class Signals:
@@ -26,8 +27,8 @@ class Signals:
     def __init__(self, child: bool = False) -> None:
         self.stop = False
         self.hangup = False
-        left_alone = (signal.SIGTERM, signal.SIGINT) if child else (END,)
-        self._awaited = NOTICED - {signal.SIGALRM, *left_alone}
+        left_alone = ENDING if child else {END}
+        self._awaited = NOTICED - left_alone - {signal.SIGALRM}
         for number in NOTICED:  # whatever our parent did with it
             signal.signal(number, signal.SIG_IGN if number in left_alone else signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, NOTICED)  # threads that are started from now on inherit it
@@ -47,7 +48,7 @@ class Signals:
         return taken
 
     def _note(self, number: int) -> None:
-        if number in (signal.SIGTERM, signal.SIGINT, END):
+        if number in ENDING | {END}:
             self.stop = True
         elif number == signal.SIGHUP:
             self.hangup = True

@@ -26,7 +26,7 @@ from ..service.told import attend
 from ..store.pause import Pause
 from . import hardening, systemd
 from .serving import DRAIN_SECONDS, Shared, Worker, reopen
-from .signals import END, SignalPipe, Signals
+from .signals import END, ENDING, SignalPipe, Signals
 from .streams import catch_up, ran_out
 
 log = logging.getLogger("progressdb_kms")
@@ -37,8 +37,8 @@ BEAT_SECONDS = 1.0
 STALE_SECONDS = 20.0
 """A process whose main loop, or whose waiter, stands still for so long keeps the watchdog from being fed."""
 
-SOON, MOMENT = 0.01, 0.05
-"""Seconds of a turn while something is under way: the start; an end, a process that is to be replaced."""
+MOMENT = 0.05
+"""Seconds of a turn while something is under way: a start, an end, a process that is to be replaced."""
 
 KEEPER_PAUSES = 1.0, 30.0
 """Seconds between two tries to start a keeper that could not open the store; the workers go on reading."""
@@ -154,8 +154,9 @@ class Supervisor:
         front = Front(self._shared)
         try:
             self._start_keeper()
-            while not self._signals.stop and not self._hear():
-                self._signals.wait(SOON)
+            while not self._hear(MOMENT):  # one that hangs must not keep anybody from ending the daemon
+                if signal.sigpending() & ENDING:
+                    return 0
             for child in self._children[1:]:
                 self._start_worker(child)
             while not self._signals.stop:
@@ -168,8 +169,8 @@ class Supervisor:
                 self._replace_dead()
         finally:  # an error too: the keys are wiped next, and a keeper that still ran would sign rows without
             front.stop()
-            self._end(self._children[1:])
-            self._end(self._children[:1])
+            self._end(self._children[1:], DRAIN_SECONDS + 5)
+            self._end(self._children[:1], SLOW_SECONDS if self._coming else DRAIN_SECONDS + 5)
         return 0
 
     # ---- children --------------------------------------------------------------------------------
@@ -195,9 +196,9 @@ class Supervisor:
         with open(write, "wb"):
             self._fork(child, main)
 
-    def _hear(self) -> bool:
+    def _hear(self, seconds: float) -> bool:
         """Is the keeper up that starts? Raises StartFailed."""
-        if self._coming is None or not select.select([self._coming], [], [], 0)[0]:
+        if self._coming is None or not select.select([self._coming], [], [], seconds)[0]:
             return False
         with self._coming as answers:
             ended = b'{"error": ["the keeper process ended at its start", ""]}'
@@ -235,11 +236,11 @@ class Supervisor:
 
     def _revive_keeper(self) -> None:
         """It has served, so it will again: no state of the disk ends the daemon. Who asks meanwhile hears.
-        Nothing is waited for here: one that hangs must not keep anybody from ending the daemon."""
+        Nothing is waited for here."""
         try:
             if self._coming is None and self._keeping.over():
                 self._start_keeper()
-            if self._hear() and self._keeping.worked():
+            if self._hear(0) and self._keeping.worked():
                 log.info("the keeper is up again")
         except (StartFailed, OSError) as error:
             if self._shared.fleet and not self._shared.fleet.opened:
@@ -264,10 +265,10 @@ class Supervisor:
             if child.pid:  # nobody waited for it, so the number is its own still
                 os.kill(child.pid, number)
 
-    def _end(self, children: list[Child]) -> None:
+    def _end(self, children: list[Child], seconds: float) -> None:
         """END, wait, and SIGKILL for what does not end in time."""
         self._tell(END, children)
-        deadline = time.monotonic() + DRAIN_SECONDS + 5
+        deadline = time.monotonic() + seconds
         while any(child.pid for child in children):
             for child in children:
                 if child.pid and os.waitpid(child.pid, os.WNOHANG)[0]:

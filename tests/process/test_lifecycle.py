@@ -305,6 +305,25 @@ def test_no_process_is_left_with_keys_that_are_wiped(when: str) -> None:
             assert done.returncode == 0, done.stderr
 
 
+HANGS = """
+import sys, time
+from progressdb_kms.service import start
+start.open_keeper = lambda *args: time.sleep(3600)
+from progressdb_kms.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_a_start_that_hangs_can_be_ended() -> None:
+    """The supervisor waited for its first keeper, deaf to SIGTERM: a disk that hangs left nothing but a
+    SIGKILL, and a fleet's database that is away half a minute."""
+    daemon = Daemon(workers=1, command=(sys.executable, "-c", HANGS))
+    with contextlib.closing(daemon.spawn()):
+        procs.wait_until(lambda: len(daemon.pids()) == 2, 60, "the keeper to be begun")
+        daemon.stop()
+        assert not daemon.socket.exists()
+
+
 A_FAULT = """
 import os, sys
 from progressdb_kms.wire import server

@@ -255,25 +255,3 @@ def test_a_killed_keeper_is_replaced(daemon: Daemon) -> None:
         kms.rotate(os.urandom(32))
         kept.opens(kms)
         assert daemon.writer != keeper
-
-
-HANGS_AT_ONCE = """
-import sys, time
-from progressdb_kms.process import supervisor
-from progressdb_kms.service import start
-supervisor.DRAIN_SECONDS = -4  # of the five more that a child has
-def hangs(data_dir, *args):
-    (data_dir / "hangs").touch()
-    time.sleep(300)
-start.open_keeper = hangs
-from progressdb_kms.__main__ import main
-sys.exit(main())
-"""
-
-
-def test_a_keeper_that_hangs_at_the_start_keeps_nobody_from_ending_it(make_daemon: MakeDaemon) -> None:
-    """Nothing but SIGKILL did."""
-    daemon = make_daemon(workers=2, start=False, command=[sys.executable, "-c", HANGS_AT_ONCE]).spawn()
-    wait_until((daemon.data_dir / "hangs").exists, 60, "the keeper to come")
-    daemon.signal(signal.SIGTERM)
-    assert daemon.process is not None and daemon.process.wait(60) == 0
