@@ -1,8 +1,8 @@
 """All of the cipher: AES-256-GCM (NIST SP 800-38D) and HMAC-SHA256, through `cryptography` and OpenSSL.
 
 Every key comes as a buffer and is read in place. An `Aead` lives for one call or one batch, under a KEK for
-one offline command, and never longer than the buffer of its key: cryptography 38 to 41 reads that buffer at
-each use.
+one turn of a worker or one offline command, and never longer than the buffer of its key: cryptography 38 to
+41 reads that buffer at each use.
 
 - 12-byte nonces from the OS, drawn anew for each seal. At 2**32 seals under one key the odds of a
   repeated nonce pass 2**-32 (SP 800-38D, 8.3): one DEK a thread keeps far below it.

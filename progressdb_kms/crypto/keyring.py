@@ -6,8 +6,8 @@
 
 Rules:
 
-- One process writes (the keeper); any may read. No lock is shared between processes, because a process
-  killed while it holds one would stop all others.
+- One process writes (the keeper; before it, the supervisor); any may read. No lock is shared between
+  processes, because a process killed while it holds one would stop all others.
 - `generation` grows with every change that readers must see: another active KEK, a rewrap, a disable,
   a shred. What a reader remembers is good for the generation in which it was read, and no longer.
 - `change` is the number of the last change of the store that is on disk. Every audit record carries it.

@@ -1,6 +1,7 @@
 """Memory that may hold keys: locked, never in a core file, wiped when done.
 
-What may live here: KEKs, the audit key, a DEK while it is in use. What must hold:
+What may live here: KEKs, the audit key and the row key, a DEK while it is in use, and what a worker receives,
+since a key may be in it. What must hold:
 
 - A key exists in a locked buffer or nowhere. No `bytes` or `str` is ever made of it, because neither
   can be wiped and both are copied freely.

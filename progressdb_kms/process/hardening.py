@@ -15,8 +15,8 @@ takes effect at a start:
     PYTHONUTF8=1                            names of files are UTF-8, whatever the locale says
     OPENSSL_ia32cap=:~0x40000000000         on x86, GCM without VPCLMULQDQ. The code for that leaves powers of
                                             2H, which lead to H and so to forged messages, on the stack after
-                                            each message of some 300 bytes and more. It costs nothing below
-                                            16 KiB, and half of the cipher's speed above
+                                            each message of some 300 bytes and more. What that costs is in the
+                                            manual's page `secrets`
 
 What was inherited in the place of these, or for OpenSSL on other processors, decides nothing.
 So what the interpreter and OpenSSL copy is gone when it is freed; it costs about a tenth of the speed. A

@@ -2,11 +2,11 @@
 
     supervisor   binds, holds the lock of the data-dir, loads the keys; then waits for signals and deaths
       keeper     the only writer of the store (keeper)
-      worker 1…n serve connections on the shared listening socket (wire.server), each pinned to a core
+      worker 1…n serve connections on the shared listening socket (wire.server); several are pinned to cores
 
 The supervisor has one thread and no SQLite connection, so that it may fork at any time: a worker or keeper
-that dies is replaced. All share two regions made before any fork: the locked one with the keyring, and the
-counters.
+that dies is replaced. All share what is made before any of them: locked memory, of which one part holds the
+keyring and one is each worker's own, the counters, the policies.
 
 Coming: harden, lock the data-dir, bind (so that a client's connect waits rather than fails), load the keys,
 open and check the store, start workers, say that we are ready. Going (SIGTERM): the socket's name goes first,

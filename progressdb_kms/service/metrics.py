@@ -1,8 +1,9 @@
 """Counters that all processes share: one block of 64-bit words a process, summed when they are read.
 
-A process writes its own block only, so that no lock is shared and a scrape slows nobody. Within a process a
-lock keeps the threads apart. Two processes that look at a sum at the same moment may both say yes: a limit is
-passed by one of each then, never by more. Nothing secret lives here.
+Each word has one writer, so that no lock is shared and a scrape slows nobody: the process whose block it is;
+of `starts` the supervisor, who also clears what a dead one held. Within a process a lock keeps the threads
+apart. Two processes that look at a sum at the same moment may both say yes: a limit is passed by one of each
+then, never by more. Nothing secret lives here.
 """
 
 from __future__ import annotations

@@ -329,8 +329,7 @@ class TestLockedMemory:
 class TestMemory:
     @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
     def test_none_for_long_bodies_ends_nothing(self, workers: int) -> None:
-        """`LimitAS=`, or a host that promises no more memory than it has: one long body ended the worker, and
-        with one worker the daemon."""
+        """`LimitAS=`, or a host that promises no more memory than it has: one long body ended the worker."""
         with Daemon(workers=workers) as daemon, daemon.session() as kms:
             key_id = kms.create_dek("t")["key_id"]
             pids = daemon.pids()

@@ -195,7 +195,7 @@ class Soak:
         while not self.over.wait((0.5 + chance.random()) * min(6, self.seconds / 10)):
             with self.living:
                 children = self.daemon.pids()[1:]
-                if self.daemon.config["workers"] > 1 and chance.random() < 0.8:
+                if chance.random() < 0.8:
                     victim = chance.choice(children)
                     with contextlib.suppress(ProcessLookupError):  # who reads the configuration soon ends
                         os.kill(victim, signal.SIGKILL)

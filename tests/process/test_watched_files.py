@@ -38,14 +38,10 @@ def moved(path: Path) -> None:
     path.rename(path.with_name("elsewhere"))
 
 
-@pytest.fixture(params=[1, 2])
-def daemon(request: pytest.FixtureRequest) -> Iterator[Daemon]:
-    with Daemon(workers=request.param) as daemon:
+@pytest.fixture
+def daemon() -> Iterator[Daemon]:
+    with Daemon(workers=2) as daemon:
         yield daemon
-
-
-ONE_IS_LONG = [pytest.param(1, marks=pytest.mark.long), 2]
-"""One process does as two do here."""
 
 
 def reasons(kms: Session) -> list[str]:
@@ -101,19 +97,7 @@ HARMS: dict[str, tuple[str, Callable[[Path], None], str]] = {
 }
 
 
-LONG = [(1, harm) for harm in HARMS if harm != "the log replaced"]
-"""One process does as two; what differs is who holds which file."""
-
-
-@pytest.mark.parametrize(
-    ("daemon", "harm"),
-    [
-        pytest.param(workers, harm, marks=[pytest.mark.long] if (workers, harm) in LONG else [])
-        for workers in (1, 2)
-        for harm in HARMS
-    ],
-    indirect=["daemon"],
-)
+@pytest.mark.parametrize("harm", HARMS)
 def test_taken_away(daemon: Daemon, harm: str) -> None:
     file, do, says = HARMS[harm]
     kept = Kept()
@@ -271,7 +255,6 @@ def test_under_load(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize("command", [("backup", "HOME/copy"), ("export", "HOME/exported"), ("verify",)])
-@pytest.mark.parametrize("daemon", ONE_IS_LONG, indirect=True)
 def test_commands_beside_it_read_no_other_files(daemon: Daemon, command: tuple[str, ...]) -> None:
     words = [word.replace("HOME", str(daemon.home)) for word in command]
     with daemon.session() as kms:
@@ -296,11 +279,9 @@ class TestWhatOthersMayDo:
             "TRUNCATE",
         ],
     )
-    @pytest.mark.parametrize("daemon", ONE_IS_LONG, indirect=True)
     def test_a_checkpoint(self, daemon: Daemon, mode: str) -> None:
         self.look(daemon, f"PRAGMA wal_checkpoint({mode})")
 
-    @pytest.mark.parametrize("daemon", ONE_IS_LONG, indirect=True)
     def test_a_vacuum(self, daemon: Daemon) -> None:
         self.look(daemon, "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)")
 

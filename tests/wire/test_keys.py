@@ -94,7 +94,7 @@ class TestWrap:
 
 
 class TestInline:
-    """`wrapped` in place of `key_id`: nothing is read from the store."""
+    """`wrapped` in place of `key_id`: of the store nothing but the state of that key_id is read."""
 
     def test_two_hosts_with_one_kek_and_no_store_in_common(self, daemon: Daemon, kms: Session) -> None:
         with Daemon(kek=daemon.kek, workers=1) as other:
