@@ -16,7 +16,7 @@ class KMSError(Exception):
     """Base of all errors of this package. `message` is safe to show to any peer.
 
     `hint` says what to do next; the CLI prints it after the message. `close` tells the HTTP edge
-    that the connection can't be used further.
+    that the connection can't be used further, `header` is a line that the answer has, with its end.
     """
 
     status: ClassVar[int] = 0
@@ -24,6 +24,7 @@ class KMSError(Exception):
     default_message: ClassVar[str] = ""
     default_hint: ClassVar[str] = ""
     close: ClassVar[bool] = False
+    header = ""
 
     def __init__(self, message: str = "", *, code: str = "", hint: str = "") -> None:
         if not self.status:
@@ -89,6 +90,7 @@ class RateLimited(PolicyRefused):
 
     status = 429
     default_code = "rate_limited"
+    header = "Retry-After: 1\r\n"
 
 
 class NotFound(RequestError):
@@ -113,7 +115,7 @@ class MethodNotAllowed(RequestError):
 
     def __init__(self, message: str, *, allow: str) -> None:
         super().__init__(message)
-        self.allow = allow
+        self.header = f"Allow: {allow}\r\n"
 
 
 class Conflict(RequestError):

@@ -15,10 +15,8 @@ from ..errors import (
     InternalError,
     KMSError,
     LengthRequired,
-    MethodNotAllowed,
     PeerRefused,
     PolicyRefused,
-    RateLimited,
     UnsupportedMediaType,
     told,
 )
@@ -125,7 +123,5 @@ def error_reply(error: KMSError) -> Reply:
     body: dict[str, str] = {"code": error.code, "message": error.message}
     if error.hint:
         body["hint"] = error.hint
-    extra = f"Allow: {error.allow}\r\n" if isinstance(error, MethodNotAllowed) else ""
-    if isinstance(error, RateLimited):
-        extra = "Retry-After: 1\r\n"
-    return Reply(error.status, json_dumps({"error": body}).encode("ascii"), extra=extra, close=error.close)
+    told = json_dumps({"error": body}).encode("ascii")
+    return Reply(error.status, told, extra=error.header, close=error.close)
