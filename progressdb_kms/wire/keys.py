@@ -3,7 +3,7 @@ locked memory only."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Union
 
 from ..audit.log import fragment, key_fragment
 from ..config.weakkeys import check_master_key
@@ -16,17 +16,19 @@ from .call import App, Call, Reply
 from .fields import checked_key_id
 from .reading import answer, answer_blob, fields_of, json_body, may_use
 
+Found = dict[str, Union[memoryview, bool]]
+
 
 def wrap(app: App, call: Call) -> Reply:
-    body, spans, _ = _secret_fields(call, strings=("dek", "key_id"))
-    key_id = _plain(body, spans, "key_id")
+    found = _secret_fields(call, strings=("dek", "key_id"))
+    key_id = _plain(found, "key_id")
     if key_id is not None:
         call.key = key_fragment(checked_key_id(key_id))
     if call.rights:
         may_use(app, call, key_id or new_key_id(0, bytes(10)))
     dek = call.scratch[:KEY_SIZE]
     try:
-        b64decode_into(_span(body, spans, "dek"), dek)
+        b64decode_into(_string(found, "dek"), dek)
         check_master_key(dek)  # a buffer that nobody filled, or a key that everybody has, protects nothing
         blob, kek_id, version, name = app.service.wrap(dek, key_id, call.peer.uid)
     except WeakKey as error:
@@ -57,14 +59,14 @@ def unwrap(app: App, call: Call) -> Reply:
 
 
 def rewrap(app: App, call: Call) -> Reply:
-    body, spans, _ = _secret_fields(call, strings=("key_id", "new_kek_hex"))
-    key_id = _plain(body, spans, "key_id")
+    found = _secret_fields(call, strings=("key_id", "new_kek_hex"))
+    key_id = _plain(found, "key_id")
     if key_id is None:
         raise BadRequest.missing("key_id")
     call.key = key_fragment(checked_key_id(key_id))
     may_use(app, call, key_id)
     with app.staging.take() as new_kek:
-        _new_kek(body, spans, new_kek.view)
+        _new_kek(found, new_kek.view)
         done = app.service.change("rewrap", key_id=key_id, new_kek=new_kek)
     call.details = fragment(new_kek_id=done["kek_id"])
     done["kek_version"] = str(done["kek_version"])
@@ -74,15 +76,15 @@ def rewrap(app: App, call: Call) -> Reply:
 
 def rotate_kek(app: App, call: Call) -> Reply:
     """To a KEK that comes along, or to one of next_master_keys, by its kek_id."""
-    body, spans, flags = _secret_fields(call, strings=("new_kek_hex", "new_kek_id"), booleans=("dry_run",))
-    dry_run, named = flags.get("dry_run", False), _plain(body, spans, "new_kek_id")
+    found = _secret_fields(call, strings=("new_kek_hex", "new_kek_id"), booleans=("dry_run",))
+    dry_run, named = found.get("dry_run", False), _plain(found, "new_kek_id")
     if named is not None:
-        if "new_kek_hex" in spans or len(named) != 16 or named.strip("0123456789abcdef"):
+        if "new_kek_hex" in found or len(named) != 16 or named.strip("0123456789abcdef"):
             raise BadRequest.invalid("new_kek_id", "must be a kek_id, in place of new_kek_hex")
         done = app.service.change("rotate", timeout=None, kek_id=named, dry_run=dry_run)
     else:
         with app.staging.take() as new_kek:
-            _new_kek(body, spans, new_kek.view)
+            _new_kek(found, new_kek.view)
             done = app.service.change("rotate", timeout=None, new_kek=new_kek, dry_run=dry_run)
     call.details = fragment(
         new_kek_id=done["kek_id"], rewrapped=done["rewrapped"], dry_run=done["status"] != "ok"
@@ -90,41 +92,38 @@ def rotate_kek(app: App, call: Call) -> Reply:
     return answer({**done, "kek_version": str(done["kek_version"])})
 
 
-def _new_kek(body: memoryview, spans: Mapping[str, secretjson.Span], view: memoryview) -> None:
+def _new_kek(found: Found, view: memoryview) -> None:
     try:
-        hex_decode_into(_span(body, spans, "new_kek_hex"), view)
+        hex_decode_into(_string(found, "new_kek_hex"), view)
     except ValueError as error:
         raise BadRequest.invalid("new_kek_hex", str(error)) from None
 
 
-def _secret_fields(
-    call: Call, strings: tuple[str, ...], booleans: tuple[str, ...] = ()
-) -> tuple[memoryview, dict[str, secretjson.Span], dict[str, bool]]:
-    body = memoryview(json_body(call))
+def _secret_fields(call: Call, strings: tuple[str, ...], booleans: tuple[str, ...] = ()) -> Found:
     try:
-        spans, flags = secretjson.scan(body)
+        found = secretjson.scan(memoryview(json_body(call)))
     except ValueError as error:
         raise BadRequest(str(error), code="malformed_json") from None
-    for name in (*spans, *flags):
+    for name, value in found.items():
         if name not in strings and name not in booleans:
             raise BadRequest("a field of the body is not known here", code="unknown_field")
-        if (name in spans) != (name in strings):
+        if isinstance(value, bool) != (name in booleans):
             raise BadRequest.invalid(name, "must be a string" if name in strings else "must be true or false")
-    return body, spans, flags
+    return found
 
 
-def _span(body: memoryview, spans: Mapping[str, secretjson.Span], name: str) -> memoryview:
-    if name not in spans:
+def _string(found: Found, name: str) -> memoryview:
+    value = found.get(name)
+    if not isinstance(value, memoryview):
         raise BadRequest.missing(name)
-    start, end = spans[name]
-    return body[start:end]
+    return value
 
 
-def _plain(body: memoryview, spans: Mapping[str, secretjson.Span], name: str) -> str | None:
+def _plain(found: Found, name: str) -> str | None:
     """A value that is no secret."""
-    if name not in spans:
+    if name not in found:
         return None
-    value = _span(body, spans, name)
+    value = _string(found, name)
     if len(value) > 128:
         raise BadRequest.invalid(name, "is too long")
     return bytes(value).decode("utf-8", "replace")

@@ -1,7 +1,7 @@
 """A flat JSON object, read where it lies: for request bodies that carry a key.
 
-`json.loads` leaves three to five copies of every string behind. This scanner returns positions only; the
-caller decodes a key from the request buffer straight into locked memory. It is stricter than JSON: one
+`json.loads` leaves three to five copies of every string behind. This scanner returns parts of the buffer; the
+caller decodes a key from there straight into locked memory. It is stricter than JSON: one
 object, string and boolean values, no escapes (hex and base64 need none), no name twice.
 """
 
@@ -18,22 +18,19 @@ _MEMBER = re.compile(
 )
 _CLOSE = re.compile(rb"[ \t\r\n]*\}[ \t\r\n]*")
 
-Span = tuple[int, int]
 
-
-def scan(body: Buffer) -> tuple[dict[str, Span], dict[str, bool]]:
-    """Returns (name -> (start, end) of each string value without its quotes, name -> each boolean value).
+def scan(body: Buffer) -> dict[str, memoryview | bool]:
+    """The members: a string is the part of the body where it lies, without its quotes.
 
     Raises ValueError, without quoting the body. Copies names only, and those are at most 32 bytes long.
     """
     found = _OPEN.match(body)
     if found is None:
         raise ValueError("the body must be a JSON object")
-    spans: dict[str, Span] = {}
-    flags: dict[str, bool] = {}
+    members: dict[str, memoryview | bool] = {}
     at = found.end()
     while _CLOSE.fullmatch(body, at) is None:
-        if spans or flags:
+        if members:
             if body[at : at + 1] != b",":
                 raise ValueError("the body ends too early, or goes on behind the object, or is not JSON")
             at += 1
@@ -41,11 +38,9 @@ def scan(body: Buffer) -> tuple[dict[str, Span], dict[str, bool]]:
         if member is None:
             raise ValueError("the body must be a JSON object of plain strings (no escapes, nothing nested)")
         name = bytes(body[member.start(1) : member.end(1)]).decode("utf-8", "replace")
-        if name in spans or name in flags:
+        if name in members:
             raise ValueError("a name stands twice in the body")
-        if member.start(2) >= 0:
-            spans[name] = member.span(2)
-        else:
-            flags[name] = member.end(3) - member.start(3) == 4
+        start, end = member.span(2)
+        members[name] = memoryview(body)[start:end] if start >= 0 else member.end(3) - member.start(3) == 4
         at = member.end()
-    return spans, flags
+    return members

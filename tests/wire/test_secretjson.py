@@ -25,8 +25,7 @@ TEXT = st.text(alphabet=st.characters(blacklist_characters='"\\', min_codepoint=
     ],
 )
 def test_taken(body: bytes, strings: dict[str, bytes], flags: dict[str, bool]) -> None:
-    spans, found = scan(memoryview(bytearray(body)))
-    assert {name: body[start:end] for name, (start, end) in spans.items()} == strings and found == flags
+    assert scan(memoryview(bytearray(body))) == {**strings, **flags}
 
 
 @pytest.mark.parametrize(
@@ -49,14 +48,14 @@ def test_refused_without_a_word_of_it(body: bytes) -> None:
 )
 def test_agrees_with_json(value: dict[str, object]) -> None:
     body = json.dumps(value, ensure_ascii=False).encode()
-    spans, flags = scan(body)
-    assert {**{name: body[a:b].decode() for name, (a, b) in spans.items()}, **flags} == value
+    found = {name: one if isinstance(one, bool) else str(one, "utf-8") for name, one in scan(body).items()}
+    assert found == value
 
 
 @given(st.binary(max_size=60) | st.text(alphabet='{}":,ab \\tru', max_size=30).map(str.encode))
 def test_any_bytes(body: bytes) -> None:
     try:
-        spans, flags = scan(body)
+        scan(body)
     except ValueError:
         return
     assert isinstance(json.loads(body.decode("utf-8", "replace")), dict)
