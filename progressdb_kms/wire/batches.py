@@ -33,6 +33,7 @@ def decrypt_batch(app: App, call: Call) -> Reply:
 
 
 Many = Callable[[Batch, memoryview, int], Results]
+Page = Callable[[list[Any]], tuple[Batch, Results]]
 
 
 def _batch(app: App, call: Call, given: str, wanted: str, work: Many) -> Reply:
@@ -98,13 +99,7 @@ def _each(rows: list[Any], read: Callable[[Fields], T]) -> list[T | KMSError]:
     return results
 
 
-def _batch_reply(
-    app: App,
-    call: Call,
-    wanted: str,
-    pages: Iterator[list[Any]],
-    carry_out: Callable[[list[Any]], tuple[Batch, Results]],
-) -> Reply:
+def _batch_reply(app: App, call: Call, wanted: str, pages: Iterator[list[Any]], carry_out: Page) -> Reply:
     """`pages` of rows, each carried out before the next is read."""
     pieces: list[bytes] = []
     start, count, failed = b'{"items":[', 0, 0

@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import threading
 
 from ..errors import PeerRefused
 from ..rules import TCP, Peer
@@ -40,27 +39,25 @@ WAIT = 1.0
 
 
 class Peers:
-    """`identify` tells whose connection it is. Raises PeerRefused wherever that is not certain."""
+    """`identify` tells whose connection it is. Raises PeerRefused wherever that is not certain. It
+    is one thread's."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._sequence = 0
 
     def identify(self, sock: socket.socket) -> Peer:
-        if sock.family not in (socket.AF_INET, socket.AF_INET6):
-            raise PeerRefused(_UNKNOWN)
+        uid = None
         try:
-            peer, own = sock.getpeername(), sock.getsockname()
-            with self._lock:
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                peer, own = sock.getpeername(), sock.getsockname()
                 uid = self._ask(sock.family, _tuple(sock.family, peer, own))
-            if sock.getpeername() != peer:
-                raise PeerRefused(_UNKNOWN)
+                uid = uid if sock.getpeername() == peer else None
         except (OSError, struct.error):
-            self._forget()
-            raise PeerRefused(_UNKNOWN) from None
+            uid = None
+            self.close()
         if uid is None:
-            raise PeerRefused(_UNKNOWN)
+            raise PeerRefused("the kernel does not tell who is at the other end of this connection")
         return Peer(uid, via=TCP)
 
     def _ask(self, family: int, wanted: bytes) -> int | None:
@@ -78,18 +75,11 @@ class Peers:
             if sender[0] == 0 and sequence == self._sequence:  # else late, and for somebody who gave up
                 return read_answer(kind, answer[_HEADER.size :], family, wanted)
 
-    def _forget(self) -> None:
-        """Late answers must not meet the next question."""
-        with self._lock:
-            if self._socket is not None:
-                self._socket.close()
-                self._socket = None
-
     def close(self) -> None:
-        self._forget()
-
-
-_UNKNOWN = "the kernel does not tell who is at the other end of this connection"
+        """Late answers must not meet the next question."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
 
 def _tuple(family: int, peer: tuple[str, int], own: tuple[str, int]) -> bytes:
