@@ -261,9 +261,13 @@ class Overloaded(Unavailable):
     close = True
 
 
-def told(error: Exception) -> KMSError:
-    """What a peer hears of it, be it one of these or MemoryError."""
-    return error.bare() if isinstance(error, KMSError) else Overloaded("no memory is left", hint="try again")
+def told(error: Exception, number: str = "") -> KMSError:
+    """What a peer hears of it. `number`: under it the daemon's log tells of one that is a fault of ours."""
+    if isinstance(error, KMSError):
+        return error.bare()
+    if isinstance(error, MemoryError):
+        return Overloaded("no memory is left", hint="try again")
+    return InternalError(f"an internal error; the daemon's log tells more under {number}")
 
 
 # ---- the operator's set-up is at fault: the daemon does not start, the command ends with 1 -------

@@ -11,15 +11,7 @@ import time
 from ..audit.log import Fragment, fragment
 from ..crypto.memory import wipe
 from ..encoding import json_dumps
-from ..errors import (
-    InternalError,
-    KMSError,
-    LengthRequired,
-    PeerRefused,
-    PolicyRefused,
-    UnsupportedMediaType,
-    told,
-)
+from ..errors import KMSError, LengthRequired, PeerRefused, PolicyRefused, UnsupportedMediaType, told
 from ..rules import Peer, Rights
 from .call import App, Call, Reply, Route
 from .http1 import Head
@@ -72,11 +64,9 @@ def dispatch(app: App, route: Route, call: Call, begun: float = 0.0) -> Reply:
         return refuse(app, route, call, error)
     except (KMSError, MemoryError) as error:
         reply = _answer_error(call, told(error))
-    except Exception:
+    except Exception as error:
         log.exception("request %s (%s) failed", number, route.path)
-        reply = _answer_error(
-            call, InternalError(f"an internal error; the daemon's log tells more under {number}")
-        )
+        reply = _answer_error(call, told(error, number))
     if route.op:
         reply = _recorded(app, route, call, reply, outcome, number)
     app.service.counters.request(route.op or "service", reply.status, time.perf_counter() - started)
@@ -123,5 +113,5 @@ def error_reply(error: KMSError) -> Reply:
     body: dict[str, str] = {"code": error.code, "message": error.message}
     if error.hint:
         body["hint"] = error.hint
-    told = json_dumps({"error": body}).encode("ascii")
-    return Reply(error.status, told, extra=error.header, close=error.close)
+    text = json_dumps({"error": body}).encode("ascii")
+    return Reply(error.status, text, extra=error.header, close=error.close)
