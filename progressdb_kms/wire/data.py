@@ -45,12 +45,11 @@ def _progressdb(app: App, call: Call, dek: Entry, data: bytes, aad: bytes) -> Re
     kept = dialect.kept_token(data)
     if kept is not None:
         opened = app.service.decrypt(dek, kept, aad, call.scratch, call.peer.uid)
-        return Reply(200, dialect.raw_json(opened))
-    sealed = dialect.embedded(data) if not aad else None
-    if sealed is None:
+    elif aad or (sealed := dialect.embedded(data)) is None:
         return None
-    opened = app.service.open_embedded(sealed, call.scratch)
-    call.details = fragment(embedded=1)
+    else:
+        opened = app.service.open_embedded(sealed, call.scratch)
+        call.details = fragment(embedded=1)
     return Reply(200, dialect.raw_json(opened))
 
 
