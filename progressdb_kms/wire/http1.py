@@ -457,13 +457,9 @@ class Reader:
             return len(self._chunked.body)
         return 0 if self.head is None else self.head.content_length
 
-    def feed(
-        self, data: Searchable, start: int, end: int, view: memoryview | None = None
-    ) -> tuple[int, Request | None]:
+    def feed(self, data: Searchable, start: int, end: int, view: memoryview) -> tuple[int, Request | None]:
         """(bytes used, a request): None stands for more that is needed. Feed again from behind what was used,
-        with more. `view`: of the data, for who has one. Raises HttpError and BodyTooLarge."""
-        if view is None:
-            view = memoryview(data)  # type: ignore[arg-type]
+        with more. `view`: of the data. Raises HttpError and BodyTooLarge."""
         head, at = self.head, start
         if head is None:
             at = find_head_end(data, start, end, self._seen)

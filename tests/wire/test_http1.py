@@ -23,7 +23,7 @@ def reader() -> Reader:
 
 def read(data: bytes) -> Outcome:
     """At once."""
-    used, request = reader().feed(data, 0, len(data))
+    used, request = reader().feed(data, 0, len(data), memoryview(data))
     return None if request is None else (request.head, bytes(request.body), used)
 
 
@@ -31,7 +31,7 @@ def in_pieces(data: bytes) -> Outcome:
     """As it comes, a byte at a time, to one machine, which is given again what it could not use."""
     machine, at = reader(), 0
     for end in range(len(data) + 1):
-        used, request = machine.feed(data, at, end)
+        used, request = machine.feed(data, at, end, memoryview(data))
         at += used
         if request is not None:
             return request.head, bytes(request.body), at
@@ -401,12 +401,12 @@ def test_what_is_promised_is_not_allocated() -> None:
 
     machine = Reader(lambda head: Room(1 << 30, reserve))
     head = b"POST / HTTP/1.1\r\nHost: unix\r\nContent-Length: 1073741824\r\n\r\n"
-    assert machine.feed(head, 0, len(head)) == (len(head), None) and taken == 0
+    assert machine.feed(head, 0, len(head), memoryview(head)) == (len(head), None) and taken == 0
     for come in range(1000, 60_000, 1000):
-        assert machine.feed(bytes(1000), 0, 1000) == (1000, None)
+        assert machine.feed(bytes(1000), 0, 1000, memoryview(bytes(1000))) == (1000, None)
         assert come <= taken <= max(http1.STEP, 2 * come)
     for come in range(60_000, 4 * http1.LONG, 100_000):
-        assert machine.feed(bytes(100_000), 0, 100_000) == (100_000, None)
+        assert machine.feed(bytes(100_000), 0, 100_000, memoryview(bytes(100_000))) == (100_000, None)
         assert come <= taken <= come + 100_000 + min(come + 100_000, http1.LONG)
 
 
@@ -416,7 +416,7 @@ def test_a_long_body_comes_without_a_copy(parts: int) -> None:
     head = post(b"", f"Content-Length: {len(body)}")
     machine = Reader(lambda head: Room(len(body)))
     assert machine.place() is None
-    machine.feed(head + body[:100], 0, len(head) + 100)
+    machine.feed(head + body[:100], 0, len(head) + 100, memoryview(head + body[:100]))
     at, request = 100, None
     while request is None:
         with machine.place() as place:  # type: ignore[union-attr]
@@ -429,7 +429,7 @@ def test_a_long_body_comes_without_a_copy(parts: int) -> None:
 
 
 def read_with(machine: Reader, data: bytes) -> Outcome:
-    used, request = machine.feed(data, 0, len(data))
+    used, request = machine.feed(data, 0, len(data), memoryview(data))
     return None if request is None else (request.head, bytes(request.body), used)
 
 
@@ -439,10 +439,9 @@ def test_a_body_of_which_memory_has_no_room_is_refused(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(http1.mmap, "mmap", refused)
     body = bytes(2 * http1.LONG)
+    data = post(body, f"Content-Length: {len(body)}")[:-1]
     with pytest.raises(MemoryError):
-        Reader(lambda head: Room(len(body))).feed(
-            data := post(body, f"Content-Length: {len(body)}")[:-1], 0, len(data)
-        )
+        Reader(lambda head: Room(len(body))).feed(data, 0, len(data), memoryview(data))
 
 
 def test_a_locked_place_is_asked_for_only_where_a_body_is_not_whole() -> None:
@@ -455,8 +454,8 @@ def test_a_locked_place_is_asked_for_only_where_a_body_is_not_whole() -> None:
     machine = Reader(lambda head: Room(MAX_BODY, store=place))
     data = post(b"hello", "Content-Length: 5")
     assert read_with(machine, data) == read(data) and asked == []
-    assert machine.feed(data, 0, len(data) - 2) == (len(data) - 2, None) and asked == [5]
-    _, request = machine.feed(data, len(data) - 2, len(data))
+    assert machine.feed(data, 0, len(data) - 2, memoryview(data)) == (len(data) - 2, None) and asked == [5]
+    _, request = machine.feed(data, len(data) - 2, len(data), memoryview(data))
     assert request is not None and bytes(request.body) == b"hello"
 
 
@@ -467,7 +466,7 @@ def test_what_judge_raises_tells_of_which_request() -> None:
     machine = Reader(judge)
     data = post(b"hello", "Content-Length: 5")
     with pytest.raises(BodyTooLarge):
-        machine.feed(data, 0, len(data))
+        machine.feed(data, 0, len(data), memoryview(data))
     assert machine.head is not None and machine.head.content_length == 5
     assert machine.head_size == len(data) - 5
 
@@ -487,5 +486,5 @@ def test_of_a_body_that_is_not_whole_so_much_is_known() -> None:
         (chunked, b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n", 5),
     ):
         data = b"POST /x HTTP/1.1\r\nHost: unix\r\n" + head
-        assert machine.feed(data, 0, len(data)) == (len(data), None)
+        assert machine.feed(data, 0, len(data), memoryview(data)) == (len(data), None)
         assert machine.size == size

@@ -45,7 +45,7 @@ MUTATED = st.tuples(
 
 def outcome(data: bytes) -> None | tuple[object, ...] | str:
     try:
-        used, request = Reader(lambda head: Room(100)).feed(data, 0, len(data))
+        used, request = Reader(lambda head: Room(100)).feed(data, 0, len(data), memoryview(data))
         return None if request is None else (request.head, bytes(request.body), used)
     except KMSError as error:
         assert error.status in (400, 413, 414, 417, 431, 501, 505)
@@ -57,7 +57,7 @@ def dripped(data: bytes) -> None | tuple[object, ...] | str:
     machine, at = Reader(lambda head: Room(100)), 0
     try:
         for end in range(1, len(data) + 1):
-            used, request = machine.feed(data, at, end)
+            used, request = machine.feed(data, at, end, memoryview(data))
             at += used
             if request is not None:
                 return request.head, bytes(request.body), at
