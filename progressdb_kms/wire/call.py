@@ -53,13 +53,15 @@ class Reply:
         self.size = len(body) + sum(map(len, rest))
 
 
+NOTHING = Fragment("")
+
+
 class Call:
     """One request on its way through."""
 
-    __slots__ = (
-        "answer", "body", "breathe", "denials", "details", "head", "key", "paid", "peer", "peer_fragment",
-        "rights", "scratch",
-    )  # fmt: skip
+    key = details = NOTHING
+    paid = 1  # operations that were counted under a rate before they are done
+    denials: frozenset[int] = frozenset()  # entries of `policies` that refused items of a batch
 
     def __init__(
         self,
@@ -82,12 +84,6 @@ class Call:
         self.answer = answer
         self.rights = rights
         self.breathe = breathe
-        self.key = self.details = NOTHING
-        self.paid = 1  # operations that were counted under a rate before they are done
-        self.denials: frozenset[int] = frozenset()  # entries of `policies` that refused items of a batch
-
-
-NOTHING = Fragment("")
 
 
 class App(NamedTuple):
