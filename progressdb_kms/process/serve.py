@@ -33,7 +33,8 @@ from ..service.keeper import STAGING_SLOTS
 from ..service.lock import claim
 from ..service.metrics import Metrics
 from ..service.plan import Configured
-from ..wire.server import SPARE_FILES, THREADS, Limits
+from ..wire.admission import SPARE_FILES, Limits
+from ..wire.lanes import THREADS
 from ..wire.slab import Slab
 from . import hardening, inherited
 from .policies import Policies

@@ -32,9 +32,10 @@ from ..service.worker import Service
 from ..store.pause import Pause
 from ..store.sqlite import SqliteReader
 from ..wire import loopback
+from ..wire.admission import Limits
 from ..wire.call import App
 from ..wire.doors import Door, peer_of
-from ..wire.server import Limits, Server
+from ..wire.server import Server
 from ..wire.slab import Slab
 from . import hardening, streams
 from .policies import Policies
@@ -112,9 +113,7 @@ class Worker:
         if shared.tcp is not None:
             doors.append(Door(shared.tcp, loopback.Peers().identify))
         server = shared.fleet.server if shared.fleet else Server
-        self.server = server(
-            doors, app, shared.limits, self._counters, shared.metrics, shared.slabs[slot - 1]
-        )
+        self.server = server(doors, app, shared.limits, shared.slabs[slot - 1])
         self._anchoring = Pause()
         self.server.narrow(shared.policies.read())
 
@@ -157,7 +156,7 @@ class Worker:
             "connections": (sum(gauge("connections")), shared.settings.max_connections),
             "open_files": (max(gauge("open_files")), shared.limits.descriptors),
             "threads": (sum(gauge("threads")), resource.getrlimit(resource.RLIMIT_NPROC)[0]),
-            "body_bytes": (sum(gauge("body_bytes")), self.server.bodies.most),
+            "body_bytes": (sum(gauge("body_bytes")), self.server.shares.most),
             "locked_bytes": (locked, resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]),
         }
         unlimited = (resource.RLIM_INFINITY, sys.maxsize)

@@ -51,8 +51,9 @@ from ..store.seal import STATE, StoreState
 from ..store.sqlite import DAMAGED, check_schema
 from ..store.sqlite import FILE_NAME as STORE
 from ..wire import loopback
+from ..wire.admission import SPARE_FILES
+from ..wire.lanes import THREADS
 from ..wire.routes import ROUTES
-from ..wire.server import SPARE_FILES, THREADS
 from ..wire.slab import size_of
 from . import asowner, rehearsal
 from .asowner import PACKAGED_CONFIG

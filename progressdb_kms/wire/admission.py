@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Callable, Union
+from typing import Callable, NamedTuple, Union
 
 from ..audit.log import AuditLog, Fragment, fragment, peer_fragment
 from ..errors import KMSError, Overloaded
@@ -26,31 +26,49 @@ EACH = 60.0
 """Seconds between two records of how often a UID was refused."""
 
 
+SPARE_FILES = 64
+"""Descriptors that a worker needs beside its connections: store, log, jobs for the keeper, a reserve."""
+
+
+class Limits(NamedTuple):
+    max_connections: int
+    idle_timeout: float
+    request_timeout: float
+    descriptors: int = 1 << 20
+    """that this process may open"""
+    cores: int = 1
+
+
 _Kind = tuple[int, str, int, str, Union[int, None]]
 """Refusals that are counted together: UID, operation, status, code, number of the policy."""
 
+_OTHERS = (-2, "connect", 403, "refused", None)
+
 
 class Shares:
-    """Connections: `most` in all workers, of which one UID gets three quarters while another is here."""
+    """Connections: `max_connections` in all workers, of which one UID gets three quarters while another is
+    here. Bodies: bytes of requests and answers that are kept for a peer, `most` in all. `freed`: were some of
+    these given back since somebody looked?"""
 
-    def __init__(self, metrics: Metrics, block: Block, most: int, own: int) -> None:
-        """`own`: as many as this process has descriptors for."""
+    def __init__(self, metrics: Metrics, block: Block, limits: Limits, longest: int) -> None:
+        """`longest`: bytes of a body of full length."""
         self._metrics = metrics
         self._block = block
-        self._most = most
-        self._own = own
+        self._limits = limits
+        self.most = BODIES * longest
+        self.freed = False
 
     def refusal(self, uid: int) -> str:
         """Why this UID gets no connection now; empty where it gets one."""
-        held = sum(self._metrics.gauge("connections"))
-        if held >= self._most or self._block.get("connections") >= self._own:
+        held, most = sum(self._metrics.gauge("connections")), self._limits.max_connections
+        if held >= most or self._block.get("connections") >= self._limits.descriptors - SPARE_FILES:
             return "too many connections"
-        if held < self._most * 3 // 4:
+        if held < most * 3 // 4:
             return ""
         rows = list(self._metrics.holdings())
         mine = sum(row.connections for row in rows if row.uid == uid)
         since = int(time.monotonic()) - SECONDS
-        if mine >= self._most * 3 // 4 and any(row.uid != uid and row.last >= since for row in rows):
+        if mine >= most * 3 // 4 and any(row.uid != uid and row.last >= since for row in rows):
             return f"uid {uid} has three quarters of all connections, and others need some"
         return ""
 
@@ -62,23 +80,21 @@ class Shares:
         self._block.add("connections", -1)
         self._block.disconnected(row)
 
-
-class Bodies:
-    """Bytes of requests and answers that are kept for a peer, under one budget for all workers."""
-
-    def __init__(self, metrics: Metrics, block: Block, most: int) -> None:
-        self._metrics = metrics
-        self._block = block
-        self.most = most
+    def others_have_fewer(self) -> bool:
+        """Connections, by a quarter and more, in some other worker."""
+        *workers, _ = self._metrics.gauge("connections")  # the last is the keeper's
+        least = min(workers)
+        return self._block.get("connections") > least + least // 4
 
     def take(self, size: int) -> None:
-        """Raises Overloaded."""
+        """Bytes of bodies. Raises Overloaded."""
         if sum(self._metrics.gauge("body_bytes")) + size > self.most:
             raise Overloaded("too many long messages at once", hint="try again; max_body_bytes bounds them")
         self._block.add("body_bytes", size)
 
     def give_back(self, size: int) -> None:
         self._block.add("body_bytes", -size)
+        self.freed = True
 
 
 class Refusals:
@@ -90,7 +106,7 @@ class Refusals:
         self._counters = counters
         self._clock = clock
         self._lock = threading.Lock()
-        self._kinds: dict[_Kind | None, tuple[Peer, list[int]]] = {}  # who was the first; how often
+        self._kinds: dict[_Kind, tuple[Fragment, list[int]]] = {}  # who was the first; how often
         self._next = 0.0
 
     def add(self, peer: Peer, error: KMSError, op: str = "connect") -> None:
@@ -101,11 +117,11 @@ class Refusals:
             self._next = self._next or self._clock() + EACH
             found = self._kinds.get(kind)
             if found is None and len(self._kinds) < NAMED:
-                found = self._kinds[kind] = peer, [0]
-                if self._record(kind, peer, 1):
+                found = self._kinds[kind] = peer_fragment(*peer), [0]
+                if self._record(kind, found[0], 1):
                     return
             if found is None:
-                found = self._kinds.setdefault(None, (peer, [0]))
+                found = self._kinds.setdefault(_OTHERS, (Fragment(',"actor":"others"'), [0]))
             found[1][0] += 1
 
     def flush(self, everything: bool = False) -> None:
@@ -114,23 +130,18 @@ class Refusals:
         if not self._next or (self._clock() < self._next and not everything):
             return
         with self._lock:
-            for kind, (peer, count) in list(self._kinds.items()):
+            for kind, (who, count) in list(self._kinds.items()):
                 if not count[0]:
                     del self._kinds[kind]
-                elif self._record(kind, peer, count[0]):
+                elif self._record(kind, who, count[0]):
                     count[0] = 0
             self._next = self._clock() + EACH if self._kinds else 0.0
 
-    def _record(self, kind: _Kind | None, peer: Peer, count: int) -> bool:
+    def _record(self, kind: _Kind, who: Fragment, count: int) -> bool:
         """False: the log can't be written now, and the count waits."""
+        _, op, status, code, policy = kind
         try:
-            if kind is None:
-                others = Fragment(',"actor":"others"')
-                self._audit.record("connect", "refused", 403, others, fragment(code="refused", count=count))
-            else:
-                _, op, status, code, policy = kind
-                about = fragment(code=code, policy=policy, count=count)
-                self._audit.record(op, "refused", status, peer_fragment(*peer), about)
+            self._audit.record(op, "refused", status, who, fragment(code=code, policy=policy, count=count))
         except KMSError:
             return False
         return True

@@ -1,27 +1,23 @@
-"""An answer as bytes: its head, made once a second for all answers of a kind, and sending without a copy."""
+"""An answer as bytes: its head is made once a second for all answers of a kind."""
 
 from __future__ import annotations
 
-import socket
 import time
 from http import HTTPStatus
 
 from ..encoding import wall
 from .call import Reply
+from .http1 import Head
 
 _starts: dict[tuple[int, str, bool, str], bytes] = {}
 _second = 0
-
-PIECES = 1024
-"""That a system call takes (IOV_MAX)."""
 
 
 def _start(status: int, content_type: str, keep: bool, version: str) -> bytes:
     """All that answers of a kind have in common in this second (Date: RFC 9110, 5.6.7)."""
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(_second))
-    connection = (
-        ("" if version == "1.1" else "Connection: keep-alive\r\n") if keep else "Connection: close\r\n"
-    )
+    kept = "" if version == "1.1" else "Connection: keep-alive\r\n"
+    connection = kept if keep else "Connection: close\r\n"
     return (
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nDate: {date}\r\nContent-Type: {content_type}\r\n"
         f"Cache-Control: no-store\r\n{connection}"
@@ -42,21 +38,7 @@ def render(reply: Reply, keep: bool, version: str, *body: bytes | memoryview) ->
     return b"".join((start, rest.encode("ascii"), *body))
 
 
-def send_parts(sock: socket.socket, parts: list[memoryview]) -> list[memoryview]:
-    """Send without joining; what is left. A socket that blocks for a moment would do so for each piece that
-    a slow peer takes."""
-    try:
-        sent = sock.sendmsg(parts[:PIECES], (), socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return parts
-    left = []
-    for part in parts:
-        if sent < len(part):
-            left.append(part[sent:])
-        sent = max(0, sent - len(part))
-    return left
-
-
-def last_words(reply: Reply, version: str = "1.1", head_only: bool = False) -> bytes:
+def last_words(reply: Reply, head: Head | None = None) -> bytes:
     """All of an answer behind which the connection is closed."""
-    return render(reply, False, version, b"" if head_only else reply.body)
+    body = b"" if head is not None and head.method == "HEAD" else reply.body
+    return render(reply, False, head.version if head is not None else "1.1", body)

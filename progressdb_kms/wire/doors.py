@@ -17,10 +17,11 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Callable, NamedTuple
+from typing import Callable, NamedTuple
 
 from ..errors import Overloaded
 from ..rules import TCP, Peer
+from .admission import Shares
 from .answers import last_words
 from .dispatch import error_reply
 
@@ -73,20 +74,18 @@ class Door(NamedTuple):
     identify: Callable[[socket.socket], Peer]
 
 
+Greet = Callable[[Door, socket.socket], bool]
+"""Is told of who came in, and answers: is that one served?"""
+
+
 class Doors:
     """Belongs to the waiter's thread, but for `renew`."""
 
-    def __init__(
-        self,
-        doors: Sequence[Door],
-        poll: Any,
-        greet: Callable[[Door, socket.socket], bool],
-        others_have_fewer: Callable[[], bool],
-    ) -> None:
+    def __init__(self, doors: Sequence[Door], poll: select.epoll, greet: Greet, shares: Shares) -> None:
         self._doors = {door.listener.fileno(): door for door in doors}
         self._poll = poll
         self._greet = greet
-        self._others_have_fewer = others_have_fewer
+        self._shares = shares
         self.resting: dict[int, float] = {}  # doors, and until when
         self.renewed: deque[int] = deque()
         self._yields = 0
@@ -106,7 +105,7 @@ class Doors:
         until = now + max(ENTERING_SECONDS, served * calm)
         patience, yields = 0 if closing else CALM_YIELDS if calm else YIELDS, self._yields
         for _ in range(most):
-            if yields < patience and self._others_have_fewer():
+            if yields < patience and self._shares.others_have_fewer():
                 self._yields = yields + 1
                 self._rest(fd, 0.001)
                 return

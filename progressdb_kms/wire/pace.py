@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import select
 import time
-from typing import Any, Callable
+from typing import Callable
 
 from ..service.metrics import Block, Metrics
 
@@ -35,19 +35,15 @@ BREATH, NAP = 0.001, 0.00005
 
 
 class Pace:
-    """One worker's. The waiter's thread alone may call what isn't marked."""
+    """One worker's: its `poll`, and in that the set of the long ones. The waiter's thread alone may call what
+    isn't marked."""
 
-    def __init__(self, poll: Any, metrics: Metrics, counters: Block) -> None:
-        """`poll`: the waiter's set. One that knows no set within a set (all but epoll) has no pace."""
-        self._poll = poll
+    def __init__(self, metrics: Metrics, counters: Block) -> None:
         self._metrics = metrics
         self._counters = counters
-        self.slow: Any = poll
-        self.fd = -1
-        if isinstance(poll, getattr(select, "epoll", ())):
-            self.slow = select.epoll()
-            self.fd = self.slow.fileno()
-            self._poll.register(self.fd, select.POLLIN)
+        self.poll, self.slow = select.epoll(), select.epoll()
+        self.fd = self.slow.fileno()
+        self.poll.register(self.fd, select.POLLIN)
         self.resting = False
         self._until = 0.0
         self.came: dict[int, float] = {}  # the monotonic time of each UID's last short request here
@@ -68,7 +64,7 @@ class Pace:
         """So many seconds were given to connections of the set."""
         self.resting = True
         self._until = time.monotonic() + min(LONGEST, REST * took)
-        self._poll.unregister(self.fd)
+        self.poll.unregister(self.fd)
 
     def left(self, seconds: float) -> float:
         """Of so many seconds to wait, those until the set's rest is over."""
@@ -76,7 +72,7 @@ class Pace:
         if left > 0:
             return min(seconds, left)
         self.resting = False
-        self._poll.register(self.fd, select.POLLIN)
+        self.poll.register(self.fd, select.POLLIN)
         return seconds
 
     def breath(self, uid: int, busy: Callable[[], bool]) -> Callable[[], None]:

@@ -18,14 +18,16 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..errors import Unavailable
+from ..errors import Overloaded, Unavailable
 from ..service.channel import Wanted
 from ..service.worker import Service
 from . import deks, dispatch
 from .call import App, Call, Route
-from .connection import BUSY, IDLE, Connection
+from .connection import AWAY, IDLE, Connection
 from .http1 import Request
-from .server import AWAY, NO_THREAD, Server
+from .lone import Events
+from .receiving import Receiver
+from .server import Server
 
 SMALL = 4096
 """Bytes of a body that waits here; a longer one goes its own way, and counts to the budget of bodies."""
@@ -70,66 +72,74 @@ class Half(NamedTuple):
     route: Route
     call: Call
     begun: float
-    behind: bool
     wanted: Wanted
 
 
-class TogetherServer(Server):
+class TogetherReceiver(Receiver):
     """See the module. All but `_see_to` is the waiter's."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         asking: Any = _Asking()
-        self._first: App = self.app._replace(service=asking)
+        self._first: App = self._app._replace(service=asking)
         self._gathered: dict[int, list[Half]] = {}  # by UID
         self._under_way: defaultdict[int, deque[float]] = defaultdict(deque)  # since when
 
-    def _carry_out(self, connection: Connection, request: Request) -> int:
+    def carry_out(self, connection: Connection, request: Request) -> int:
         route: Route = request.room.route
         if route.handler not in _CREATES or len(request.body) > SMALL:
-            return super()._carry_out(connection, request)
+            return super().carry_out(connection, request)
         connection.phase = IDLE
         begun, peer, body = time.perf_counter(), connection.peer, bytes(request.body)
-        call = Call(request.head, body, peer, connection.fragment, *self.slab.waiter, connection.rights)
+        call = Call(request.head, body, peer, connection.fragment, *self._slab.waiter, connection.rights)
         try:
             route.handler(self._first, call)
             raise RuntimeError("a create that asks for no DEK")
         except _Asked as asked:
-            half = Half(connection, route, call, begun, self._behind, asked.args)
+            half = Half(connection, route, call, begun, asked.args)
             self._gathered.setdefault(peer.uid, []).append(half)
         except Exception as error:
             told, app = self._telling()
             told.made = error
-            return self._answer(connection, request.head, dispatch.dispatch(app, route, call, begun))
-        connection.phase = BUSY
-        self._poll.unregister(connection.request.fileno())
+            reply = dispatch.dispatch(app, route, call, begun)
+            return self._sender.answer_now(connection, request.head, reply)
+        self._connections.lend(connection)
         return AWAY
 
     def _telling(self) -> tuple[_Told, App]:
-        told: Any = _Told(self.app.service)
-        return told, self.app._replace(service=told)
+        told: Any = _Told(self._app.service)
+        return told, self._app._replace(service=told)
 
-    def _wait(self) -> list[tuple[int, int]]:
+    def go(self) -> None:
         """A turn is over, and what was asked in it goes."""
+        now = self._connections.now
         for uid in list(self._gathered):
             went = self._under_way[uid]
-            if sum(self._now - since < HELD_UP for since in list(went)) < UNDER_WAY:
+            if sum(now - since < HELD_UP for since in list(went)) < UNDER_WAY:
                 halves = self._gathered.pop(uid)
-                went.append(self._now)
+                went.append(now)
                 try:
-                    self._waiting.submit(uid, partial(self._see_to, halves, went))
-                except RuntimeError:
+                    self._lanes.waiting.submit(uid, partial(self._see_to, halves, went))
+                except Overloaded as error:
                     went.pop()
-                    self._finish_all(halves, [NO_THREAD] * len(halves))
-        return super()._wait()
+                    self._finish_all(halves, [error] * len(halves))
 
     def _see_to(self, halves: list[Half], went: deque[float], *memory: memoryview) -> None:
-        service: Any = self.app.service
+        service: Any = self._app.service
         self._finish_all(halves, service.create_many([half.wanted for half in halves]))
         went.popleft()  # another's time, it may be: how many there are is what counts
-        self._wake()
+        self._lanes.wake()
 
     def _finish_all(self, halves: list[Half], made: Sequence[dict[str, Any] | Exception]) -> None:
         told, app = self._telling()
-        for (connection, route, call, begun, behind, _), told.made in zip(halves, made):
-            self._finish(app, connection, route, call, behind, begun)
+        for (connection, route, call, begun, _), told.made in zip(halves, made):
+            self._lanes.finish(app, connection, route, call, begun)
+
+
+class TogetherServer(Server):
+    _receiver: TogetherReceiver
+    receives = TogetherReceiver
+
+    def _wait(self) -> Events:
+        self._receiver.go()
+        return super()._wait()

@@ -16,7 +16,8 @@ from progressdb_kms.service import anchors, clock, metrics, shredding, told
 from progressdb_kms.service.worker import Service
 from progressdb_kms.store import snapshots
 from progressdb_kms.tools.manual import text_of
-from progressdb_kms.wire import admission, call, fields, http1, pace, server, slab
+from progressdb_kms.wire import admission, call, fields, http1, pace, sending, server, slab
+from progressdb_kms.wire.receiving import INLINE, INLINE_ITEMS
 from tests.harness import REPO
 
 UNITS = REPO / "packaging" / "systemd"
@@ -40,8 +41,8 @@ SAID: list[tuple[str, str, bool]] = [
     ("api", f"up to {fields.MAX_ITEMS:,} as for encrypt", True),
     ("api", f"`limit` 1 to {call.MAX_PAGE:,} (default {call.DEFAULT_PAGE})", True),
     ("api", f"a `thread_id` 1 to {MAX_THREAD_ID} characters, none of them a control character", True),
-    ("api", f"more than {server.INLINE_ITEMS} items or {server.INLINE >> 10} KiB are worked on beside", True),
-    ("api", "bodies and answers of more than 64 KiB", server.INLINE == server.LARGE == 64 << 10),
+    ("api", f"more than {INLINE_ITEMS} items or {INLINE >> 10} KiB are worked on beside", True),
+    ("api", "bodies and answers of more than 64 KiB", INLINE == sending.LARGE == 64 << 10),
     ("decisions", "one piece of 64 KiB at a time", http1.PIECE == 64 << 10),
     ("api", "they get at most a quarter of the time, and rest", pace.REST == 3 and pace.RECENT == 1),
     ("api", f"where {server.AT_ONCE} such wait at a worker already, a second later", True),

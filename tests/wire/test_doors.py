@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,14 +33,15 @@ class Site:
         self.listener.listen(16)
         self.listener.setblocking(False)
         self.fd = self.listener.fileno()
-        self.poll: Any = select.epoll() if hasattr(select, "epoll") else select.poll()
+        self.poll = select.epoll()
         self.let_in: list[Peer] = []
         self.others_have_fewer = False
         self.served = True
         self.doors = self.opened(self.listener)
 
     def opened(self, listener: Any) -> Doors:
-        return Doors([Door(listener, peer_of)], self.poll, self.greet, lambda: self.others_have_fewer)
+        shares: Any = SimpleNamespace(others_have_fewer=lambda: self.others_have_fewer)
+        return Doors([Door(listener, peer_of)], self.poll, self.greet, shares)
 
     def greet(self, door: Door, request: socket.socket) -> bool:
         with request:

@@ -300,11 +300,13 @@ class TestFraming:
 
 
 NO_THREADS = """
-import sys
-from progressdb_kms.wire import lanes
-def submit(*args):
-    raise RuntimeError("can't start new thread")
-lanes.Lane.submit = submit
+import sys, threading
+start = threading.Thread.start
+def refused(self):
+    if self.name == "waiting":
+        raise RuntimeError("can't start new thread")
+    start(self)
+threading.Thread.start = refused
 from progressdb_kms.__main__ import main
 sys.exit(main())
 """

@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from progressdb_kms.audit.log import Fragment
+from progressdb_kms.errors import Overloaded
+from progressdb_kms.rules import Peer
+from progressdb_kms.wire import lanes
+from progressdb_kms.wire.call import Call, Reply
+from progressdb_kms.wire.connection import Connection
+from progressdb_kms.wire.lanes import Lane, Lanes
+from progressdb_kms.wire.sending import Sender
+from progressdb_kms.wire.slab import ANSWER
 from tests.conftest import MakeDaemon
 from tests.harness import Daemon
 from tests.harness.procs import threads
@@ -24,3 +40,53 @@ def test_a_page_of_chat_is_served_at_once(make_daemon: MakeDaemon) -> None:
     assert started_for(daemon, 129, "")
     assert not started_for(daemon, 800, message)  # it is there
     assert started_for(make_daemon(workers=1), 800, message)
+
+
+def of_a_worker(slab: Any) -> Lanes:
+    return Lanes(mock.MagicMock(), mock.MagicMock(), Sender(mock.MagicMock(), slab), slab)
+
+
+def test_an_answer_with_a_key_that_nobody_takes_is_wiped() -> None:
+    made = of_a_worker(mock.MagicMock())
+    answer = memoryview(bytearray(b"key" * 10).ljust(ANSWER, b"x"))
+    head: Any = mock.MagicMock(method="POST", version="1.1", keep_alive=True)
+    call = Call(head, b"a body", Peer(7), Fragment(""), memoryview(b""), memoryview(b""))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                ours.send(bytes(1 << 16))
+        one = Connection(ours, Peer(7), Fragment(""))
+        with mock.patch.object(lanes.dispatch, "dispatch", return_value=Reply(200, answer, secret=True)):
+            made._run(one, mock.MagicMock(), call, False, memoryview(b""), answer)
+    assert list(made.back) == [one] and not one.keep and not one.pending
+    assert bytes(answer) == bytes(ANSWER) and call.body == b""
+    made.heard()  # it was woken, else this would raise
+    with pytest.raises(BlockingIOError):
+        made.heard()
+
+
+def test_a_fault_in_a_thread_ends_the_connection_alone(caplog: pytest.LogCaptureFixture) -> None:
+    made, one = of_a_worker(mock.MagicMock()), mock.MagicMock()
+    with mock.patch.object(lanes.dispatch, "dispatch", side_effect=ValueError("a fault of ours")):
+        made.finish(mock.MagicMock(), one, mock.MagicMock(), mock.MagicMock())
+    assert list(made.back) == [one] and one.keep is False
+    assert "a connection ended with an error" in caplog.text
+
+
+def test_where_no_thread_can_be_had_it_is_said() -> None:
+    """But a job waits where one is at work already."""
+    lane = Lane("waiting", [(memoryview(b""), memoryview(b""))] * 2)
+    none_left = mock.patch.object(
+        threading.Thread, "start", side_effect=RuntimeError("can't start new thread")
+    )
+    with none_left, pytest.raises(Overloaded, match="no thread is left"):
+        lane.submit(7, lambda *memory: None)
+    begun, go_on, done = threading.Event(), threading.Event(), threading.Event()
+    lane.submit(7, lambda *memory: begun.set() or go_on.wait(60) and None)
+    assert begun.wait(60)
+    with none_left:
+        lane.submit(7, lambda *memory: done.set())
+    go_on.set()
+    assert done.wait(60)

@@ -7,44 +7,37 @@ import json
 import os
 import select
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
-from unittest import mock
 
 import pytest
 
 from progressdb_kms.service.metrics import Metrics
-from progressdb_kms.wire import pace, server
-from progressdb_kms.wire.http1 import Request, Room
+from progressdb_kms.wire import pace
 from progressdb_kms.wire.pace import Pace
-from progressdb_kms.wire.server import INLINE, TURN, Server
+from progressdb_kms.wire.receiving import TURN
+from progressdb_kms.wire.server import Server
 from tests.harness import Daemon
 from tests.harness.attack import post
-from tests.harness.daemon import REPO
 from tests.harness.procs import as_user, wait_until
 from tests.harness.wire import b64, connect
 
 from .test_fair import answered
 from .test_peers import serving
-from .test_turns import connection, of_two_uids, waiter
+from .test_turns import connection, of_two_uids
 
 LIGHT, HEAVY, OTHER = 12_001, 12_002, 12_003
-
-epoll = pytest.mark.skipif(not hasattr(select, "epoll"), reason="there is no set within a set")
 
 
 class Worker:
     """What a pace needs of one."""
 
     def __init__(self, metrics: Metrics, index: int) -> None:
-        self.poll = select.epoll()
         self.block = metrics.block(index)
-        self.pace = Pace(self.poll, metrics, self.block)
+        self.pace = Pace(metrics, self.block)
         self.ours, theirs = socket.socketpair()
         self.pace.slow.register(theirs.fileno(), select.POLLIN)
         self.ours.send(b"so that its set is ready")
@@ -56,10 +49,10 @@ class Worker:
         self.pace.look(100.0)
 
     def is_told(self) -> bool:
-        return self.pace.fd in [fd for fd, _ in self.poll.poll(0.0)]
+        return self.pace.fd in [fd for fd, _ in self.pace.poll.poll(0.0)]
 
     def close(self) -> None:
-        for one in (self.poll, self.pace.slow, self.ours, self.theirs):
+        for one in (self.pace.poll, self.pace.slow, self.ours, self.theirs):
             one.close()
 
 
@@ -72,7 +65,6 @@ def workers() -> Iterator[list[Worker]]:
         worker.close()
 
 
-@epoll
 class TestWhoIsDisturbed:
     def test_nobody_where_nobody_asks(self, workers: list[Worker]) -> None:
         workers[0].hears()
@@ -118,7 +110,6 @@ class TestWhoIsDisturbed:
         assert not here.pace.disturbs(HEAVY)
 
 
-@epoll
 class TestRest:
     def test_a_set_that_rests_wakes_nobody(
         self, workers: list[Worker], monkeypatch: pytest.MonkeyPatch
@@ -143,16 +134,6 @@ class TestRest:
         assert workers[0].pace.left(3600.0) <= pace.LONGEST or workers[0].is_told()
 
 
-def test_where_no_set_can_lie_in_another_there_is_no_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(select, "epoll", raising=False)
-    metrics, poll = Metrics(1), SimpleNamespace()
-    made = Pace(poll, metrics, metrics.block(0))
-    assert made.slow is poll
-    assert made.fd == -1
-    assert not made.resting
-
-
-@epoll
 class TestBreath:
     def test_it_is_none_where_the_waiter_has_nothing_to_do(self, workers: list[Worker]) -> None:
         asked: list[int] = []
@@ -204,22 +185,6 @@ def test_one_of_those_that_disturb_others_has_its_turn(
     assert rests == ([pytest.approx(0.4 * TURN)] if disturbs else [])
 
 
-@pytest.mark.parametrize(("size", "came"), [(INLINE, {LIGHT: 7.0}), (INLINE + 1, {})])
-def test_a_request_is_short_by_its_body(
-    monkeypatch: pytest.MonkeyPatch, size: int, came: dict[int, float]
-) -> None:
-    monkeypatch.setattr(server, "dispatch", mock.MagicMock())
-    fake: Any = waiter()
-    fake._pace.came, fake._now, fake.slab.waiter = {}, 7.0, (memoryview(b""), memoryview(b""))
-    one = mock.MagicMock(peer=SimpleNamespace(uid=LIGHT))
-    fake._connections = {9: one}
-    request = Request(
-        mock.MagicMock(), bytes(size), Room(size, route=mock.MagicMock(batch=False, waits=False))
-    )
-    Server._carry_out(fake, one, request)
-    assert fake._pace.came == came
-
-
 @contextlib.contextmanager
 def two_users() -> Iterator[tuple[Daemon, str]]:
     """A daemon that serves them, and a DEK of it."""
@@ -253,7 +218,6 @@ def long_ones(daemon: Daemon) -> int:
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root sees what another process waits for")
 
 
-@epoll
 @as_root
 class TestTheSetOfTheLongOnes:
     """A connection is in it as long as its body comes or its answer goes."""
@@ -310,23 +274,6 @@ class TestTheSetOfTheLongOnes:
             wait_until(lambda: long_ones(daemon) == 0, 60, "its end")
 
 
-WITHOUT = f"""
-import runpy, select, sys
-vars(select).pop("epoll", None)
-sys.path.insert(0, {str(REPO)!r})
-runpy.run_module("progressdb_kms", run_name="__main__")
-"""
-
-
-def test_a_system_without_epoll_serves_long_bodies_too(tmp_path: Path) -> None:
-    program = tmp_path / "without.py"
-    program.write_text(WITHOUT)
-    with Daemon(command=[sys.executable, "-s", str(program)], workers=1) as daemon:
-        key_id = daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
-        for size in (300_000, 3):
-            daemon.ok("POST", "/encrypt", {"key_id": key_id, "plaintext": b64(bytes(size))})
-
-
 @contextlib.contextmanager
 def asking(daemon: Daemon, uid: int, request: bytes) -> Iterator[None]:
     """One request after another."""
@@ -349,7 +296,6 @@ def asking(daemon: Daemon, uid: int, request: bytes) -> Iterator[None]:
         sock.close()
 
 
-@epoll
 @as_root
 def test_it_rests_while_another_uid_asks_for_little() -> None:
     def rests() -> bool:

@@ -1,0 +1,131 @@
+"""All connections of a worker: until when each may go on, and where its socket is waited for.
+
+A connection is an entry in a table and a descriptor while nothing of a request is here. What it holds of what
+all share (a place, a spare piece of locked memory, a part of the budget of bodies) goes back here, whatever
+becomes of it. A long one is waited for in a set of its own, see `pace`.
+
+Time: `idle_timeout` while nothing of a request is here; from its first byte on, one deadline for the head and
+one for the body, however slowly the bytes drip in; one deadline for taking the answer.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections import Counter, OrderedDict, deque
+
+from .admission import Limits, Shares
+from .connection import AHEAD, ANSWERING, BODY, BUSY, CLOSED, HEAD, IDLE, IN, LINGERING, REFUSED, Connection
+from .pace import Pace
+from .slab import Slab
+
+LINGER_SECONDS = 1.0
+"""After the last answer the peer may still be sending: so long it is listened to, so that it reads that. A
+socket that is closed while bytes lie there is reset, and with it goes what the peer has not read."""
+
+
+class Connections:
+    """`all` of them, by descriptor; of these the ones that were `turned_away`, the oldest first; those that
+    sent requests `ahead`; how many each UID has; and the time `now`, as it was when this turn began."""
+
+    def __init__(self, pace: Pace, shares: Shares, slab: Slab, limits: Limits) -> None:
+        self._poll, self.slow = pace.poll, pace.slow
+        self._shares = shares
+        self._slab = slab
+        self._seconds = dict.fromkeys((HEAD, BODY, ANSWERING), limits.request_timeout)
+        self._seconds.update({IDLE: limits.idle_timeout, LINGERING: LINGER_SECONDS, REFUSED: LINGER_SECONDS})
+        self.all: dict[int, Connection] = {}
+        self.uids: Counter[int] = Counter()
+        self.turned_away: OrderedDict[int, Connection] = OrderedDict()
+        self.ahead: deque[Connection] = deque()
+        self.now = time.monotonic()
+
+    def goes(self, connection: Connection, phase: int) -> None:
+        """It is at this from now on, and has so long for it."""
+        connection.phase = phase
+        connection.deadline = self.now + self._seconds[phase]
+
+    def enter(self, connection: Connection, phase: int, events: int = IN) -> None:
+        """A refused one takes no share."""
+        fd, uid = connection.request.fileno(), connection.peer.uid
+        self.all[fd] = connection
+        self.uids[uid] += 1
+        if phase == REFUSED:
+            self.turned_away[fd] = connection
+        else:
+            connection.row = self._shares.enter(uid)
+        self.goes(connection, phase)
+        connection.poll = self._poll
+        self._poll.register(fd, events)
+
+    def wait_in(self, connection: Connection, poll: select.epoll, events: int) -> None:
+        fd = connection.request.fileno()
+        if connection.poll is poll:
+            poll.modify(fd, events)
+        else:
+            connection.poll.unregister(fd)
+            poll.register(fd, events)
+            connection.poll = poll
+
+    def lend(self, connection: Connection) -> None:
+        """To a thread: it is that one's alone until it is taken back."""
+        connection.phase = BUSY
+        connection.poll.unregister(connection.request.fileno())
+
+    def take_back(self, connection: Connection) -> None:
+        connection.phase = IDLE
+        connection.poll = self._poll
+        self._poll.register(connection.request.fileno(), IN)
+
+    def rest(self, connection: Connection) -> None:
+        """A request was answered: go on with what is here of the next."""
+        if connection.kept_piece is not None:
+            connection.phase = AHEAD
+            self.ahead.append(connection)
+            return
+        self.goes(connection, IDLE)
+        if connection.poll is not self._poll:
+            self.wait_in(connection, self._poll, IN)
+        connection.answered = True
+        connection.reader = None
+
+    def reserve(self, connection: Connection, size: int) -> None:
+        """So many bytes of the budget of bodies. Raises Overloaded."""
+        self._shares.take(size)
+        connection.reserved += size
+
+    def forget_body(self, connection: Connection) -> None:
+        if connection.reserved:
+            self._shares.give_back(connection.reserved)
+            connection.reserved = 0
+
+    def forget_key(self, connection: Connection) -> None:
+        """The body of a secret route, where it came in pieces."""
+        if connection.body_piece is not None:
+            self._slab.give_back(connection.body_piece)
+            connection.body_piece = None
+
+    def let_go(self, connection: Connection) -> None:
+        """What it holds beside its descriptor."""
+        if connection.reader is not None:
+            connection.reader.wipe()
+        if connection.kept_piece is not None:
+            self._slab.give_back(connection.kept_piece)
+        connection.reader = connection.kept = connection.kept_piece = None
+        connection.pending = []
+        self.forget_key(connection)
+        self.forget_body(connection)
+
+    def close(self, connection: Connection) -> None:
+        fd = connection.request.fileno()
+        if fd < 0:
+            return
+        self.let_go(connection)
+        connection.phase = CLOSED
+        connection.poll.unregister(fd)
+        del self.all[fd]
+        self.turned_away.pop(fd, None)
+        connection.request.close()
+        self.uids -= Counter((connection.peer.uid,))
+        if connection.row >= 0:
+            self._shares.leave(connection.row)

@@ -1,0 +1,123 @@
+"""What a connection holds of what all share goes back with it, whatever it was at."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from progressdb_kms.audit.log import Fragment
+from progressdb_kms.errors import Overloaded
+from progressdb_kms.rules import Peer
+from progressdb_kms.service.metrics import Metrics
+from progressdb_kms.wire.admission import Limits, Shares
+from progressdb_kms.wire.connection import AHEAD, ANSWERING, BODY, BUSY, CLOSED, IDLE, REFUSED, Connection
+from progressdb_kms.wire.connections import LINGER_SECONDS, Connections
+from progressdb_kms.wire.pace import Pace
+from progressdb_kms.wire.slab import SPARES, Slab
+
+UID = 7
+
+
+class Worker:
+    """What a table of connections stands on."""
+
+    def __init__(self) -> None:
+        self.metrics = Metrics(1)
+        self.block = self.metrics.block(0)
+        self.slab = Slab("off", 0)
+        self.pace = Pace(self.metrics, self.block)
+        self.shares = Shares(self.metrics, self.block, Limits(9, 60.0, 30.0), 1000)
+        self.table = Connections(self.pace, self.shares, self.slab, Limits(9, 60.0, 30.0))
+        self.ends: list[socket.socket] = []
+
+    def one(self, phase: int = IDLE) -> Connection:
+        ours, theirs = socket.socketpair()
+        self.ends += [ours, theirs]
+        made = Connection(ours, Peer(UID), Fragment(""))
+        self.table.enter(made, phase)
+        return made
+
+    def told_of(self, one: Connection) -> bool:
+        return one.request.fileno() in [fd for fd, _ in self.pace.poll.poll(0.0)]
+
+    def pieces(self) -> int:
+        """Spare ones of the slab that are free."""
+        taken = []
+        while (piece := self.slab.take()) is not None:
+            taken.append(piece)
+        for piece in taken:
+            self.slab.give_back(piece)
+        return len(taken)
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    made = Worker()
+    yield made
+    for end in made.ends:
+        end.close()
+    made.pace.poll.close()
+    made.pace.slow.close()
+
+
+def test_whom_an_answer_leaves_with_nothing_more_is_known_from_then_on(worker: Worker) -> None:
+    one = worker.one()
+    worker.table.goes(one, BODY)
+    worker.table.now += 5.0
+    worker.table.rest(one)
+    assert one.answered and one.phase == IDLE and one.deadline == worker.table.now + 60.0
+
+
+def test_who_sent_more_has_its_next_turn(worker: Worker) -> None:
+    one = worker.one()
+    one.kept_piece = worker.slab.take()
+    worker.table.rest(one)
+    assert one.phase == AHEAD and list(worker.table.ahead) == [one] and not one.answered
+
+
+@pytest.mark.parametrize(("phase", "seconds"), [(BODY, 30.0), (ANSWERING, 30.0), (REFUSED, LINGER_SECONDS)])
+def test_each_thing_has_its_time(worker: Worker, phase: int, seconds: float) -> None:
+    one = worker.one()
+    worker.table.now += 100.0
+    worker.table.goes(one, phase)
+    assert one.phase == phase and one.deadline == worker.table.now + seconds
+
+
+def test_all_that_it_holds_goes_back(worker: Worker) -> None:
+    one = worker.one()
+    one.kept_piece, one.body_piece = worker.slab.take(), worker.slab.take()
+    worker.table.reserve(one, 1500)
+    assert (worker.block.get("body_bytes"), worker.block.get("connections")) == (1500, 1)
+    assert worker.pieces() == SPARES - 2 and not worker.shares.freed
+    worker.table.close(one)
+    assert (worker.block.get("body_bytes"), worker.block.get("connections")) == (0, 0)
+    assert worker.pieces() == SPARES and worker.shares.freed
+    assert one.phase == CLOSED and not worker.table.all and not worker.table.uids
+    worker.table.close(one)  # that is nothing
+
+
+def test_what_there_is_no_room_for_is_not_reserved(worker: Worker) -> None:
+    one = worker.one()
+    with pytest.raises(Overloaded):
+        worker.table.reserve(one, worker.shares.most + 1)
+    worker.table.close(one)
+    assert worker.block.get("body_bytes") == 0
+
+
+def test_who_is_turned_away_takes_no_share(worker: Worker) -> None:
+    one = worker.one(REFUSED)
+    assert list(worker.table.turned_away.values()) == [one] and worker.block.get("connections") == 0
+    worker.table.close(one)
+    assert not worker.table.turned_away and worker.block.get("connections") == 0
+
+
+def test_nobody_hears_of_one_that_is_lent(worker: Worker) -> None:
+    one = worker.one()
+    worker.ends[1].send(b"the next request")
+    assert worker.told_of(one)
+    worker.table.lend(one)
+    assert one.phase == BUSY and not worker.told_of(one)
+    worker.table.take_back(one)
+    assert worker.told_of(one)
