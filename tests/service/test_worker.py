@@ -153,6 +153,8 @@ class TestWiped:
         """The DEK stayed in the waiter's answer until another one was written over it."""
 
         class Full:
+            chain = "1.0"
+
             def record(self, *about: Any) -> str:
                 raise AuditUnavailable("the disk is full")
 
