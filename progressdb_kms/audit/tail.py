@@ -103,12 +103,12 @@ class Floor(NamedTuple):
     epoch: int
     change: int
 
-    def above(self, epoch: int, change: int) -> str:
+    def above(self, epoch: int, change: int, store: str = "kms.db") -> str:
         """Why a store that is at these was put back; "" where it wasn't."""
         if change < self.change:
-            return f"kms.db is older than the audit log beside it (change {change} against {self.change})"
+            return f"{store} is older than the audit log here (change {change} against {self.change})"
         if epoch < self.epoch:
-            return f"kms.db is older than the audit log beside it (start {epoch} against {self.epoch})"
+            return f"{store} is older than the audit log here (start {epoch} against {self.epoch})"
         return ""
 
 

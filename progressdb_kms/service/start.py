@@ -102,15 +102,15 @@ def open_store(
         epoch, change = int((store.read(EPOCH) or {"epoch": 0})["epoch"]) + 1, store.state().change
         log_path = data_dir / AUDIT_LOG
         floor = _floor(store, log_path, keyring)
-        older = floor.above(epoch - 1, change)
-        if older and (incarnation or not keys.accept_older):
-            raise StoreDamaged(older, hint=tail.OLDER_HINT)
+        older = floor.above(epoch - 1, change, "the fleet's database" if fleet else "kms.db")
+        if older and (fleet or incarnation or not keys.accept_older):
+            raise StoreDamaged(older, hint="see `progressdb-kms help fleet`" if fleet else tail.OLDER_HINT)
         store.vouch()
         epoch, previous = max(epoch, floor.epoch + 1), heads(store)
         if previous and not floor.epoch:
             log.warning("no audit record of before is in %s, and the store knows of some", data_dir)
         with store.transaction():
-            if older or (fleet and not change):  # from now on this host has begun
+            if older or (fleet and not change):  # from now on this host of a fleet has begun
                 store.advance(floor.change)
             if chosen.adopt:
                 _adopt(store, chosen, was)

@@ -349,3 +349,24 @@ def test_nor_does_what_a_host_backed_up_that_only_commands_ran_on(
         assert alone.offline("restore", file).returncode == 0
         assert holds(alone.start(), key_id)
         alone.stop()
+
+
+def test_a_database_that_was_put_back(fleet_database: postgres.Fleet, make_daemon: MakeDaemon) -> None:
+    """It was told as kms.db, and that `serve --accept-older-store` takes it, which is not for a fleet's."""
+    daemon = make_daemon(configured(fleet_database), workers=1)
+    daemon.ok("POST", "/deks", {"thread_id": "t"}, 201)
+    daemon.stop()
+    tables = [
+        row[0] for row in fleet_database.sql("SELECT tablename FROM pg_tables WHERE schemaname = 'kms'")
+    ]
+    for table in tables:
+        fleet_database.sql(f"CREATE TABLE public.saved_{table} AS SELECT * FROM kms.{table}")
+    daemon.start()
+    daemon.ok("POST", "/deks", {"thread_id": "t"}, 201)
+    daemon.stop()
+    for table in tables:
+        fleet_database.sql(f"DELETE FROM kms.{table}")
+        fleet_database.sql(f"INSERT INTO kms.{table} SELECT * FROM public.saved_{table}")
+    told = daemon.refusal().stderr
+    assert "the fleet's database is older than the audit log here (change " in told and "help fleet" in told
+    assert "kms.db" not in told and "--accept-older-store" not in told
