@@ -38,9 +38,9 @@ from ..wire.lanes import THREADS
 from ..wire.slab import Slab
 from . import hardening, inherited
 from .policies import Policies
-from .serving import Shared
 from .socket import Name, listen_tcp
 from .supervisor import Supervisor
+from .worker import Shared
 
 log = logging.getLogger("progressdb_kms")
 

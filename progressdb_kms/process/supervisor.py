@@ -25,9 +25,9 @@ from ..service.metrics import Metrics
 from ..service.told import attend
 from ..store.pause import Pause
 from . import hardening, systemd
-from .serving import DRAIN_SECONDS, Shared, Worker, reopen
 from .signals import END, ENDING, SignalPipe, Signals
 from .streams import catch_up, ran_out
+from .worker import DRAIN_SECONDS, Shared, Worker, reopen
 
 log = logging.getLogger("progressdb_kms")
 

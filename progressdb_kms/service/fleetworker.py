@@ -21,8 +21,8 @@ from ..fleet.rows import Point
 from ..store.contract import DekRecord
 from .channel import MAX_JOB, Staged, Wanted, outcome
 from .fleetgauges import FAMILIES
+from .service import YOUNG, Batch, Entry, Readiness, Results, Service, usable
 from .usage import NOBODY
-from .worker import YOUNG, Batch, Entry, Readiness, Results, Service, usable
 
 BARRIER_SPARE = 20.0
 """Seconds that a change may take beside the wait for a host that is dead."""

@@ -54,8 +54,8 @@ from ..service.lock import claim
 from ..service.metrics import Metrics
 from ..service.plan import Configured, ConfiguredKey
 from ..service.rotation import Rotation
+from ..service.service import Service
 from ..service.start import open_keeper
-from ..service.worker import Service
 from ..store.contract import DekRecord
 from ..store.sqlite import SqliteStore
 from ..wire import data

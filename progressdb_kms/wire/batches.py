@@ -14,7 +14,7 @@ from ..audit.log import Fragment, fragment, key_fragment
 from ..crypto.envelope import Wrapped
 from ..encoding import b64encode_bytes, json_dumps
 from ..errors import AuthenticationFailed, KMSError, PolicyRefused
-from ..service.worker import Batch, BatchItem, Results
+from ..service.service import Batch, BatchItem, Results
 from . import dialect
 from .call import App, Call, Reply
 from .fields import Fields

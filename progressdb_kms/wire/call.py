@@ -11,7 +11,7 @@ from ..errors import KMSError
 from ..rules import Peer, Rights
 from ..service.channel import StagingSlots
 from ..service.metrics import Metrics
-from ..service.worker import Service
+from ..service.service import Service
 from .http1 import Head
 
 JSON = "application/json"

@@ -7,7 +7,7 @@ import re
 from ..audit.log import fragment
 from ..encoding import Buffer, b64decode, b64encode_bytes
 from ..errors import BadRequest
-from ..service.worker import Entry
+from ..service.service import Entry
 from . import dialect
 from .call import BINARY, JSON, App, Call, Reply
 from .items import PLAIN

@@ -8,7 +8,7 @@ from typing import Any
 from ..crypto.envelope import Wrapped
 from ..encoding import KEY_ID, MAX_THREAD_ID, b64decode
 from ..errors import BadRequest
-from ..service.worker import wrapped_source
+from ..service.service import wrapped_source
 
 MAX_ITEMS = 1000
 """Items of a batch. A page of chat is 100."""

@@ -12,7 +12,7 @@ from typing import Any, Union
 from ..encoding import wall
 from ..errors import KMSError
 from ..service.clock import age
-from ..service.worker import Service
+from ..service.service import Service
 from .call import App
 
 Value = Union[float, Mapping[str, float], None]

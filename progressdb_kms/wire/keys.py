@@ -10,7 +10,7 @@ from ..config.weakkeys import check_master_key
 from ..crypto.aead import KEY_SIZE
 from ..encoding import b64decode_into, b64encode_into, hex_decode_into, new_key_id
 from ..errors import BadRequest, WeakKey
-from ..service.worker import wrapped_source
+from ..service.service import wrapped_source
 from . import secretjson
 from .call import App, Call, Reply
 from .fields import checked_key_id

@@ -7,7 +7,7 @@ from typing import Any
 from ..audit.log import key_fragment
 from ..encoding import Buffer, b64encode, json_dumps
 from ..errors import BadRequest, KMSError, UnsupportedMediaType
-from ..service.worker import Entry, Source
+from ..service.service import Entry, Source
 from .call import JSON, App, Call, Reply
 from .fields import Fields, checked_key_id
 from .items import parsed_json

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from ..errors import Overloaded, Unavailable
 from ..service.channel import Wanted
-from ..service.worker import Service
+from ..service.service import Service
 from . import deks, dispatch
 from .call import App, Call, Route
 from .connection import AWAY, IDLE, Connection

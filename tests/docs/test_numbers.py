@@ -11,9 +11,9 @@ from progressdb_kms.audit import shared
 from progressdb_kms.config import options, values, weakkeys
 from progressdb_kms.crypto import envelope
 from progressdb_kms.encoding import MAX_THREAD_ID
-from progressdb_kms.process import serving, supervisor
+from progressdb_kms.process import supervisor, worker
 from progressdb_kms.service import anchors, clock, metrics, shredding, told
-from progressdb_kms.service.worker import Service
+from progressdb_kms.service.service import Service
 from progressdb_kms.store import snapshots
 from progressdb_kms.tools.manual import text_of
 from progressdb_kms.wire import admission, call, fields, http1, pace, sending, server, slab
@@ -47,7 +47,7 @@ SAID: list[tuple[str, str, bool]] = [
     ("api", "they get at most a quarter of the time, and rest", pace.REST == 3 and pace.RECENT == 1),
     ("api", f"where {server.AT_ONCE} such wait at a worker already, a second later", True),
     ("api", "counted, by each worker: a record a minute and at the end", admission.EACH == 60),
-    ("api", "hand over twice a second", serving.ANCHOR_SECONDS == 0.5),
+    ("api", "hand over twice a second", worker.ANCHOR_SECONDS == 0.5),
     ("configuration", f"At most {options.MAX_SOCKET_PATH} bytes", True),
     ("configuration", f"one for each core that this process may use, at most {options.MAX_WORKERS}", True),
     ("configuration", f"may move to, at most {values.MAX_NEXT},", True),

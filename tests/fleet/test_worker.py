@@ -20,7 +20,7 @@ from progressdb_kms.fleet import lease
 from progressdb_kms.fleet.board import SIZE, Board
 from progressdb_kms.fleet.lease import Clock, Reading
 from progressdb_kms.fleet.rows import KEY, ChangeRow, Point
-from progressdb_kms.service.worker import Readiness, Service
+from progressdb_kms.service.service import Readiness, Service
 from progressdb_kms.store.contract import DekRecord
 from tests.harness import postgres
 

@@ -12,9 +12,10 @@ import pytest
 from progressdb_kms.encoding import json_dumps
 from progressdb_kms.errors import AuthenticationFailed, Conflict, KeyNotFound, StoreUnavailable
 from progressdb_kms.fleet.reader import HOSTS
-from progressdb_kms.process.serving import ANCHOR_SECONDS
+from progressdb_kms.process.worker import ANCHOR_SECONDS
 from progressdb_kms.service import usage
 from progressdb_kms.service.channel import MAX_JOB
+from progressdb_kms.service.service import Service
 from progressdb_kms.service.usage import (
     DECRYPTED,
     ENCRYPTED,
@@ -27,12 +28,11 @@ from progressdb_kms.service.usage import (
     near,
     told,
 )
-from progressdb_kms.service.worker import Service
 from progressdb_kms.store.contract import HEAVY, KEK_ROW, DekRecord, Usage
 from tests.service.test_anchors import Site as KeeperSite
 from tests.service.test_anchors import site as keeper_site  # noqa: F401
-from tests.service.test_worker import TEXT
-from tests.service.test_worker import Site as WorkerSite
+from tests.service.test_service import TEXT
+from tests.service.test_service import Site as ServiceSite
 
 
 def rows(uses: Uses, now: float = 100.0) -> dict[str, list[int]]:
@@ -233,10 +233,10 @@ class TestTheService:
     """Every way to use a DEK is counted, and nothing that failed."""
 
     @pytest.fixture
-    def service(self) -> WorkerSite:
-        return WorkerSite()
+    def service(self) -> ServiceSite:
+        return ServiceSite()
 
-    def test_what_is_a_use(self, service: WorkerSite) -> None:
+    def test_what_is_a_use(self, service: ServiceSite) -> None:
         kms, scratch = service.service, service.scratch
         nonce, sealed = kms.encrypt(kms.dek("k"), TEXT, b"", scratch, 7)
         message = nonce + sealed
@@ -256,7 +256,7 @@ class TestTheService:
             kms.encrypt(kms.dek("absent"), TEXT, b"", scratch)
         assert rows(kms.uses) == {}
 
-    def test_one_that_is_spent_opens_and_seals_no_more(self, service: WorkerSite) -> None:
+    def test_one_that_is_spent_opens_and_seals_no_more(self, service: ServiceSite) -> None:
         kms, scratch = service.service, service.scratch
         nonce, sealed = kms.encrypt(kms.dek("k"), TEXT, b"", scratch)
         kms.uses.taken({"k": SPENT})
@@ -268,7 +268,7 @@ class TestTheService:
         assert isinstance(result, Conflict)
         assert kms.decrypt(kms.dek("k"), nonce + sealed, b"", scratch) == TEXT
 
-    def test_a_worker_that_starts_knows_what_is_spent(self, service: WorkerSite) -> None:
+    def test_a_worker_that_starts_knows_what_is_spent(self, service: ServiceSite) -> None:
         with service.store.transaction():
             service.store.count([("k", Usage(SPENT))])
         unused: Any = None
@@ -276,7 +276,7 @@ class TestTheService:
         with pytest.raises(Conflict):
             kms.encrypt(kms.dek("k"), TEXT, b"", service.scratch)
 
-    def test_wraps_are_uses_of_the_kek(self, service: WorkerSite) -> None:
+    def test_wraps_are_uses_of_the_kek(self, service: ServiceSite) -> None:
         kms, name = service.service, KEK_ROW + service.kek_id
         dek = memoryview(bytearray(os.urandom(32)))
         kms.wrap(dek, None, 7)

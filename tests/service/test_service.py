@@ -23,10 +23,10 @@ from progressdb_kms.errors import (
     Unavailable,
 )
 from progressdb_kms.rules import Peer, PeerRules
-from progressdb_kms.service import worker
+from progressdb_kms.service import service
 from progressdb_kms.service.channel import StagingSlots
 from progressdb_kms.service.metrics import Metrics
-from progressdb_kms.service.worker import Service
+from progressdb_kms.service.service import Service
 from progressdb_kms.store.contract import DekRecord
 from progressdb_kms.wire import dispatch, routes
 from progressdb_kms.wire.call import App, Call
@@ -81,8 +81,8 @@ class TestWiped:
         (envelope, "unwrap"),
         (aead, "seal"),
         (aead, "open"),
-        (worker, "Aead"),
-        (worker.os, "urandom"),
+        (service, "Aead"),
+        (service.os, "urandom"),
     ]
 
     def works(self, site: Site) -> list[Callable[[], object]]:
@@ -183,7 +183,7 @@ class TestTurns:
             made.append(bytes(key))
             return Aead(key)
 
-        monkeypatch.setattr(worker, "Aead", noted)
+        monkeypatch.setattr(service, "Aead", noted)
         return made
 
     def test_one_cipher_under_the_kek_for_all(self, site: Site, made: list[bytes]) -> None:
@@ -319,7 +319,7 @@ class TestChanges:
 
 def test_it_forgets_bit_by_bit(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was asked for of late is remembered; never more than twice YOUNG."""
-    monkeypatch.setattr(worker, "YOUNG", 4)
+    monkeypatch.setattr(service, "YOUNG", 4)
     for name in (names := [f"k{n}" for n in range(20)]):
         site.put(name)
     looked: list[str] = []

@@ -1,4 +1,4 @@
-"""What all processes of the daemon share, and the serving side of one of them."""
+"""A worker: a process that serves. And what all processes of the daemon share."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from ..service.keeper import STAGING_SLOTS, Keeper
 from ..service.lock import Claim
 from ..service.metrics import Metrics
 from ..service.plan import Configured
+from ..service.service import Service
 from ..service.told import attend
-from ..service.worker import Service
 from ..store.pause import Pause
 from ..store.sqlite import SqliteReader
 from ..wire import loopback
@@ -84,7 +84,7 @@ class Shared(NamedTuple):
 
 
 class Worker:
-    """The serving side of one process."""
+    """Makes a server of the listening sockets and a `Service`, and looks after both."""
 
     def __init__(self, shared: Shared, slot: int, chain: str) -> None:
         settings = shared.settings
