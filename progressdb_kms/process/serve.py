@@ -8,9 +8,10 @@ The supervisor has one thread and no SQLite connection, so that it may fork at a
 that dies is replaced. All share what is made before any of them: locked memory, of which one part holds the
 keyring and one is each worker's own, the counters, the policies.
 
-Coming: harden, lock the data-dir, bind (so that a client's connect waits rather than fails), load the keys,
-open and check the store, start workers, say that we are ready. Going (SIGTERM): the socket's name goes first,
-what was received is answered, workers end, the keeper writes the last audit heads, keys are wiped.
+Coming: harden, read configuration and keys, lock the data-dir, bind (so that a client's connect waits rather
+than fails), put the keys into the keyring, open and check the store, start workers, say that we are ready.
+Going (SIGTERM, or an error): the socket's name goes first, what was received is answered, workers end, the
+keeper writes the last audit heads, keys are wiped.
 """
 
 from __future__ import annotations

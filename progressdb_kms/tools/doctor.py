@@ -167,12 +167,16 @@ def _hardening(patient: Patient) -> Findings:
         yield Finding(OK if measure.ok else WARN, f"{measure.name}: {measure.detail}")
 
 
+KEYS = 8
+"""Pages of locked memory: 3 for the keyring and the staging slots, 5 for what the keeper opens at a time."""
+
+
 def _memory(patient: Patient) -> Findings:
     limit, of_unit = _memory_limit(patient)
     shown = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit >> 10} KiB"
     shown += ", the unit's" if of_unit else ", this shell's"
     workers = patient.settings.workers if patient.settings is not None else 1
-    need = PAGE * 2 + workers * size_of(THREADS)  # the keyring, and the workers' connections
+    need = PAGE * (KEYS + workers * (size_of(THREADS) // PAGE + 1))
     kind = _lockable(patient, need, limit)
     required = patient.settings is not None and patient.settings.memory_lock == "require"
     raise_it = "LimitMEMLOCK=infinity in the unit, or `ulimit -l unlimited` before the start"

@@ -15,6 +15,7 @@ from typing import Any, Callable
 
 import pytest
 
+from progressdb_kms.crypto.memory import PAGE
 from progressdb_kms.tools import asowner, doctor
 from tests.conftest import MakeDaemon
 from tests.harness import Daemon
@@ -161,6 +162,23 @@ def test_erasures_that_are_due(stopped: Daemon) -> None:
         reader.execute("SELECT * FROM deks").fetchall()
         assert stopped.cli("shred", key, "--now").returncode == 1
         assert any("1 shredded DEKs" in row["text"] for row in report(stopped)["warn"])
+    stopped.stop()
+
+
+@pytest.mark.root
+def test_the_least_locked_memory_that_it_passes(stopped: Daemon) -> None:
+    """It passed two pages less than a start takes: the buffers of whole pages, and those of the keeper."""
+    with open(stopped.config_file, "a") as file:
+        file.write("memory_lock: require\n")
+    drop = ["setpriv", "--bounding-set", "-ipc_lock,-sys_resource", "--inh-caps", "-ipc_lock,-sys_resource"]
+    for size in range(70 * PAGE, 100 * PAGE, PAGE):
+        stopped.wrapper = [*drop, "prlimit", f"--memlock={size}:{size}"]
+        if not report(stopped, wrapper=stopped.wrapper)["fail"]:
+            break
+    stopped.start()
+    with stopped.session() as kms:
+        kms.ok("GET", "/readyz")
+        kms.rotate(os.urandom(32))
     stopped.stop()
 
 
