@@ -49,7 +49,7 @@ from ..errors import (
 from ..store import snapshots
 from ..store.contract import DekRecord, Usage
 from ..store.pause import Pause
-from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS, refusal
+from ..store.policy import PENDING_DELETION, SHREDDED, TRANSITIONS, need_enabled
 from ..store.sealed import Store
 from ..store.sqlite import FILE_NAME
 from . import keyfile
@@ -448,8 +448,7 @@ class Keeper:
         """Move one DEK, which may be used, to another KEK, which joins the keyring."""
         with new_kek:
             old = self._store.existing(key_id)
-            if (error := refusal(key_id, old.state)) is not None:
-                raise error  # who brings a KEK that he knows is handed the DEK
+            need_enabled(key_id, old.state)  # who brings a KEK that he knows is handed the DEK
             self._refuse_beside_rotation()
             active = self._keyring.active
             target = fingerprint(new_kek.view)
@@ -672,8 +671,7 @@ def same(record: DekRecord, thread_id: str) -> DekRecord:
     """The DEK that is there already. Raises KeyShredded, Conflict (another thread's), KeyDisabled."""
     if record.state != SHREDDED and record.thread_id != thread_id:
         raise Conflict(f"the key_id {record.key_id} is taken by another thread", code="key_exists")
-    if (error := refusal(record.key_id, record.state)) is not None:
-        raise error
+    need_enabled(record.key_id, record.state)
     return record
 
 

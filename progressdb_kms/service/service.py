@@ -24,7 +24,7 @@ from ..encoding import Buffer, new_key_id, wall
 from ..errors import AuthenticationFailed, BadRequest, Conflict, KeyNotFound, KMSError, Unavailable
 from ..rules import PeerRules
 from ..store.contract import KEK_ROW, DekRecord, Usage
-from ..store.policy import DAMAGED, refusal
+from ..store.policy import DAMAGED, need_enabled
 from ..store.sealed import Reader
 from .channel import KeeperClient, Staged
 from .clock import age
@@ -400,17 +400,16 @@ class Service:
 
     def readiness(self) -> Readiness:
         audit = self.audit.reasons()
-        warnings, writable, store = [], not audit, False
         try:
-            told = self.ask("ready")
-            reasons, warnings = audit + told["reasons"], told["warnings"]
-            writable, store = writable and told["audit_writable"], told["store_writable"]
+            told = Readiness(**self.ask("ready"))
         except KMSError as error:
-            reasons = [*audit, error.message]
+            told = Readiness([error.message], [], True, False)
+        reasons = audit + told.reasons
         memory = self.about()["memory"]
         if memory["required"] and memory["kind"] == "unlocked":
             reasons.append("memory_lock is 'require', and memory is not locked")
-        return Readiness(list(dict.fromkeys(reasons)), warnings, writable, store)
+        writable = told.audit_writable and not audit
+        return told._replace(reasons=list(dict.fromkeys(reasons)), audit_writable=writable)
 
 
 def _name(source: Source) -> str:
@@ -419,8 +418,7 @@ def _name(source: Source) -> str:
 
 def usable(generation: int, record: DekRecord) -> Entry:
     """What is remembered of this row. Raises KeyDisabled, KeyShredded, AuthenticationFailed."""
-    if (error := refusal(record.key_id, record.state)) is not None:
-        raise error
+    need_enabled(record.key_id, record.state)
     wrapped = envelope.stored(record.key_id, record.wrapped)
     fragment = key_fragment(record.key_id, record.thread_id)
     return Entry(generation, record.thread_id, record.kek_version, wrapped, fragment)

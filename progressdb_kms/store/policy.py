@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..errors import KeyDisabled, KeyShredded, KMSError
+from ..errors import KeyDisabled, KeyShredded
 
 ENABLED = "enabled"
 DISABLED = "disabled"
@@ -35,12 +35,13 @@ TRANSITIONS: Mapping[str, Transition] = {
 }
 
 
-def refusal(key_id: str, state: str) -> KMSError | None:
-    """Why a DEK in this state can't be used, or None where it can."""
-    if state == ENABLED:
-        return None
+def need_enabled(key_id: str, state: str) -> None:
+    """Raises KeyDisabled, KeyShredded: why a DEK in this state can't be used."""
     if state == DISABLED:
-        return KeyDisabled(f"the key {key_id} is disabled", hint="enable it first")
+        raise KeyDisabled(f"the key {key_id} is disabled", hint="enable it first")
     if state == PENDING_DELETION:
-        return KeyDisabled(f"the key {key_id} is scheduled for deletion", hint="`enable` cancels that")
-    return KeyShredded(f"the key {key_id} was shredded: what was encrypted under it can't be read any more")
+        raise KeyDisabled(f"the key {key_id} is scheduled for deletion", hint="`enable` cancels that")
+    if state != ENABLED:
+        raise KeyShredded(
+            f"the key {key_id} was shredded: what was encrypted under it can't be read any more"
+        )

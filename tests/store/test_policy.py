@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
-from progressdb_kms.errors import PeerRefused
+from progressdb_kms.errors import KMSError, PeerRefused
 from progressdb_kms.rules import Peer, PeerRules
-from progressdb_kms.store.policy import STATES, TRANSITIONS, refusal
+from progressdb_kms.store.policy import STATES, TRANSITIONS, need_enabled
 
 ALLOWED = {
     "disable": {"enabled": "disabled", "disabled": "disabled"},
@@ -27,9 +29,9 @@ def test_transitions(action: str, state: str) -> None:
     ("state", "status"), [("enabled", None), ("disabled", 423), ("pending_deletion", 423), ("shredded", 410)]
 )
 def test_use(state: str, status: int | None) -> None:
-    error = refusal("k_1", state)
-    assert (error.status if error else None) == status
-    assert error is None or "k_1" in error.message
+    with contextlib.nullcontext() if status is None else pytest.raises(KMSError, match="k_1") as caught:
+        need_enabled("k_1", state)
+    assert (caught.value.status if caught else None) == status
 
 
 @pytest.mark.parametrize(
