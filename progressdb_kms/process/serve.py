@@ -30,7 +30,6 @@ from ..crypto.keyring import REGION_SIZE, Keyring
 from ..crypto.memory import LockedBuffer, settle
 from ..errors import ConfigError, LockRefused
 from ..service import channel
-from ..service.keeper import STAGING_SLOTS
 from ..service.lock import claim
 from ..service.metrics import Metrics
 from ..service.plan import Configured
@@ -69,7 +68,7 @@ def serve(loaded: Loaded, forced: dict[str, Any] | None = None) -> int:
     lock = claim(settings.data_dir)
     name = Name(settings)
     tcp = listen_tcp(settings)
-    region = LockedBuffer(REGION_SIZE + STAGING_SLOTS * KEY_SIZE, settings.memory_lock)
+    region = LockedBuffer(REGION_SIZE + channel.STAGING_SLOTS * KEY_SIZE, settings.memory_lock)
     try:
         slabs = [Slab(settings.memory_lock, THREADS) for _ in range(settings.workers)]
         kinds = {region.kind, *(slab.kind for slab in slabs)}

@@ -19,7 +19,6 @@ from ..crypto.aead import KEY_SIZE
 from ..encoding import json_dumps
 from ..errors import KMSError, OperatorError, StoreUnavailable
 from ..service import channel, start
-from ..service.keeper import STAGING_SLOTS
 from ..service.lock import Claim
 from ..service.metrics import Metrics
 from ..service.told import attend
@@ -257,7 +256,7 @@ class Supervisor:
         if slot:
             self._shared.metrics.block(slot - 1).clear()
             self._shared.slabs[slot - 1].wipe()
-            share = STAGING_SLOTS // self._shared.settings.workers * KEY_SIZE
+            share = channel.STAGING_SLOTS // self._shared.settings.workers * KEY_SIZE
             self._shared.staging[(slot - 1) * share : slot * share] = bytes(share)
 
     def _tell(self, number: int, children: list[Child]) -> None:

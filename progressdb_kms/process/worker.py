@@ -22,8 +22,7 @@ from ..crypto.keyring import Keyring
 from ..crypto.memory import LockedBuffer
 from ..errors import KMSError
 from ..service import channel, lastbackup
-from ..service.channel import StagingSlots
-from ..service.keeper import STAGING_SLOTS, Keeper
+from ..service.keeper import Keeper
 from ..service.lock import Claim
 from ..service.metrics import Metrics
 from ..service.plan import Configured
@@ -105,8 +104,8 @@ class Worker:
             self._reader, keyring, self._audit, self._keeper, settings.peer_rules, self._counters,
             self._about, settings.open_embedded_messages, settings.workers,
         )  # fmt: skip
-        share = STAGING_SLOTS // settings.workers
-        slots = StagingSlots(shared.staging, (slot - 1) * share, share)
+        share = channel.STAGING_SLOTS // settings.workers
+        slots = channel.StagingSlots(shared.staging, (slot - 1) * share, share)
         app = App(self._service, slots, shared.metrics, settings.max_body_bytes, hosts=hosts(settings))
         self._listener = shared.name.listener.dup()
         doors = [Door(self._listener, peer_of)]

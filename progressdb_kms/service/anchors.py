@@ -1,4 +1,5 @@
-"""How far each audit chain is: kept in the store, and told to the journal now and then.
+"""What workers say of themselves: how far their audit chains are, and what they did under which key. It is
+kept in the store; the journal is told of the chains now and then, and of each key that comes near its end.
 
 The heads of the chains ride along in the keeper's transactions, so that a tail that was cut off is noticed.
 Only heads that the disk has: else a power cut would leave the store ahead of the log. The journal is no part
@@ -7,17 +8,17 @@ of the data-dir: who puts store and log back together is found by its lines.
 
 from __future__ import annotations
 
-import functools
 import logging
+from typing import Any
 
-from ..audit.log import AuditLog
 from ..encoding import b64decode
 from ..store import heads
+from ..store.contract import Usage
 from ..store.pause import Pause
-from ..store.sealed import Store
 from .channel import Head
-from .clock import TrustedTime
+from .common import Common
 from .told import attend
+from .usage import LOST, SPENT, USING, dead, near
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +30,47 @@ WITNESS_SECONDS = 3600.0
 
 
 class Anchors:
-    def __init__(self, store: Store, audit: AuditLog, time: TrustedTime) -> None:
-        self._store = store
-        self._audit = audit
-        self._clock, self._time = time.clock, time
+    """The keeper's. `hello` and `anchor` are jobs."""
+
+    def __init__(self, common: Common) -> None:
+        self._store, self._audit, self._effects = common.store, common.audit, common.effects
+        self._clock, self._time = common.time.clock, common.time
+        self._counted: dict[str, int] = {}  # of each worker, by its chain: the last batch of uses
+        self._told: dict[str, bool] = {}  # keys that are used much: is it their end?
         self._heads: dict[str, Head] = {}
         self._syncing = Pause()
         self._keeping = Pause(1.0, 60.0)
         self._own = 0  # how far our own chain is kept
         self._synced = -SYNC_SECONDS
         self._next_witness = self._clock.monotonic() + WITNESS_SECONDS
+
+    def hello(self, chain: str) -> dict[str, Any]:
+        """A worker introduces its audit chain, and gets to know that the keeper is up."""
+        self._audit.note("chain_opened", opened=chain)
+        lost = dead(chain, [name[len(USING) :] for name in self._store.names(USING)])
+        self._store.count([(name, Usage(LOST * len(lost))) for name in self._store.heavy() if lost])
+        for name in lost:
+            self._store.erase(USING + name)
+        self._store.write(USING + chain, {})
+        self._effects.append(self._tell)
+        return {}
+
+    def anchor(self, uses: dict[str, Any] | None = None, closed: str = "") -> dict[str, Any]:
+        """The head that came with the job, and uses of keys, each batch once. `closed`: the chain of a worker
+        that has none left."""
+        if closed:
+            self._store.erase(USING + closed)
+        if uses and self._counted.get(uses["chain"]) != uses["number"]:
+            self._store.count((key_id, Usage(*counts)) for key_id, *counts in uses["rows"])
+            self._effects += [lambda: self._counted.update({uses["chain"]: uses["number"]}), self._tell]
+        return {}
+
+    def _tell(self) -> None:
+        """Each key that comes near its limit, or is there, is a line of the journal once."""
+        for key_id, count in self._store.heavy().items():
+            if self._told.get(key_id) != (end := count >= SPENT):
+                self._told[key_id] = end
+                log.warning("%s", *near({key_id: count}))
 
     def heard(self, head: Head) -> None:
         """A worker says with a job how far it is."""
@@ -69,7 +101,7 @@ class Anchors:
             return
         if self._keeping.over():
             what = "the end of the audit log can't be kept in the store now"
-            attend(what, functools.partial(self._keep, head[1]), self._keeping)
+            attend(what, lambda: self._keep(head[1]), self._keeping)
 
     def _keep(self, seq: int) -> None:
         before = self._synced
@@ -88,6 +120,5 @@ class Anchors:
 
     def close(self) -> None:
         """The last transaction holds the last heads."""
-        with self._store.transaction():
-            self.write(at_once=True)
+        self._keep(self._audit.head[1])
         self.witness()

@@ -7,9 +7,10 @@ Datagrams on a socket pair are whole or not there, so that any number of threads
 once; a keeper that dies closes the answer sockets, and each caller knows at once.
 
 No key bytes pass here. A new KEK waits in a slot of the shared locked region, and the job names the slot and
-the kek_id: the keeper copies the key, compares, and only then uses it. A slot belongs to its job until the
-keeper has answered or died, not until the caller has given up: a job that still waits would find another
-request's KEK there.
+the kek_id: the keeper copies the key, wipes the slot, compares the copy with the kek_id, and uses nothing but
+the copy. A slot belongs to its job until the keeper has answered or died, not until the caller has given up:
+a job that still waits would find another request's KEK there. Nor is such a job begun then: who was told "no
+answer" may have thrown that key away.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Union
 
 from .. import errors
+from ..config.weakkeys import check_master_key
 from ..crypto.aead import KEY_SIZE
 from ..crypto.keyring import fingerprint
-from ..crypto.memory import wipe
+from ..crypto.memory import LockedBuffer, wipe
 from ..encoding import json_dumps
-from ..errors import Conflict, KMSError, StoreUnavailable
+from ..errors import BadRequest, Conflict, KMSError, StoreUnavailable, WeakKey
 
 MAX_JOB = 32 * 1024
 """Bytes of one job: a thread_id of 512 escaped characters fits many times."""
 
 Wanted = tuple[Union[str, None], Union[str, None]]
-"""A DEK to be made: its thread_id, its key_id; None: see `Keeper.create`."""
+"""A DEK to be made: its thread_id, its key_id; None: see `Deks.create`."""
 
 Head = Sequence[Any]
 """The head of an audit chain: its name, the last seq, the last signature."""
@@ -193,6 +195,32 @@ _ERRORS: dict[str, type[KMSError]] = {
 
 
 # ---- new KEKs on their way to the keeper -------------------------------------------------------------
+
+
+def taken(job: Job, region: memoryview) -> dict[str, Any]:
+    """The arguments of a job that brings a KEK, with a copy of it in place of its slot's number."""
+    args = dict(job.args)
+    slot, kek_id = args.pop("slot"), args.pop("new_kek_id")
+    staged = region[slot * KEY_SIZE : (slot + 1) * KEY_SIZE]
+    copy = LockedBuffer(KEY_SIZE)
+    copy.view[:] = staged
+    try:
+        if fingerprint(copy.view) != kek_id:  # of another job by now: its worker died
+            raise Conflict("the new KEK is not there any more: nothing was changed", hint="send it again")
+        wipe(staged)
+        if job.abandoned:
+            raise Conflict("the caller has given up: nothing was changed")
+        check_master_key(copy.view)
+    except KMSError as error:
+        copy.close()
+        if isinstance(error, WeakKey):
+            raise BadRequest.invalid("new_kek_hex", f"can't be a KEK: {error.message}") from None
+        raise
+    return {**args, "new_kek": copy}
+
+
+STAGING_SLOTS = 64
+"""New KEKs under way at once, over all workers."""
 
 
 class Staged:

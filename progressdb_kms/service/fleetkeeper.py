@@ -21,11 +21,9 @@ from typing import Any, Callable
 
 from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..audit.tail import begun
-from ..config.weakkeys import check_master_key
-from ..crypto.aead import KEY_SIZE, Aead
 from ..crypto.keyring import KekNotLoaded, Keyring, fingerprint
 from ..crypto.memory import LockedBuffer
-from ..errors import Conflict, KeyMismatch, KMSError, OperatorError, StoreDamaged, StoreUnavailable, WeakKey
+from ..errors import KeyMismatch, KMSError, OperatorError, StoreDamaged, StoreUnavailable
 from ..fleet import schema
 from ..fleet.board import Board
 from ..fleet.engine import Link
@@ -39,20 +37,23 @@ from ..fleet.rows import Point, Sight
 from ..fleet.settings import Where
 from ..fleet.status import counted
 from ..fleet.store import WRITER, Fenced, FleetStore
-from ..store.contract import DekRecord
 from ..store.pause import Pause
 from ..store.seal import ActiveKek
 from . import start
-from .channel import Job, Wanted, answer, telling
+from .channel import Job, answer
 from .clock import ROW as TRUSTED
-from .clock import Clock
+from .clock import Clock, TrustedTime
+from .common import Common
+from .fleetdeks import FleetDeks
+from .fleetkeks import FleetKeks
 from .fleetkeys import Coming
-from .fleetrotation import FleetRotation, refuse_absent
+from .fleetrotation import refuse_absent
 from .fleetshredding import FleetShredding
 from .fleetworker import patience
-from .keeper import Done, Keeper, Outcome, described, same
-from .plan import COMING, Configured
-from .rotation import RETIRED_KEK, Steps, refuse_spent
+from .health import Health
+from .keeper import Done, Keeper, Outcome
+from .plan import Configured
+from .rotation import RETIRED_KEK, Steps
 
 log = logging.getLogger("progressdb_kms")
 
@@ -133,69 +134,52 @@ class Place:
         log.info("another host has rotated the fleet's KEK to %s: it is the active one here, too", kek_id)
 
 
+class FleetHealth(Health):
+    _store: FleetStore
+
+    def _probe(self) -> list[str]:
+        """After a failover, or where another host was at the same rows, the first try finds that what it knew
+        is old, and the second looks anew. Not where the engine was silent: that was waited for already."""
+        begun = time.monotonic()
+        found = super()._probe()
+        if found and not self._store.standing() and time.monotonic() - begun < PROBE_SECONDS:
+            found = super()._probe()
+        return found
+
+
 class FleetKeeper(Keeper):
     """`open_keeper` makes one, and lets it `join`."""
 
+    _kinds = FleetKeks, FleetShredding, FleetDeks, FleetHealth
     _store: FleetStore
-    _shreddings = FleetShredding
+    _keks: FleetKeks
+    _deks: FleetDeks
     _shredding: FleetShredding
 
-    def join(self, place: Place, member: Member, board: Board, coming: Coming) -> None:
-        self._place, self._member, self._board, self._coming_keys = place, member, board, coming
+    def join(self, place: Place, member: Member, board: Board, coming: Coming, keyring: Keyring) -> None:
+        self._place, self._member, self._board, self._coming = place, member, board, coming
+        self._keyring = keyring
         self._beside = Pause()
         self._survey: dict[str, Any] = {"warnings": []}
         self._next_survey = 0.0
-        self._leaving: set[str] = set()
         self._next_tidy = 0.0
-
-    def _forget(self) -> None:
-        """The board tells the workers, DEK by DEK, before a change is answered."""
-
-    # ---- KEKs that come and go ---------------------------------------------------------------
+        self._writes.update(create_many=self._deks.create_many, hello=self._hello)
+        self._others.update(rotate=self._rotate, confirm=self._confirm, ready=self._ready)
 
     def reopen(self) -> None:
         with self._place.ring:
-            self._renew_keys()
+            self._place.keys = self._keks.renew(self._coming)
         self._member.host.tell_keks()
         super().reopen()
-
-    def _renew_keys(self) -> None:
-        """SIGHUP: what is in next_master_keys now. A KEK that left is wiped once the fleet has heard so."""
-        before = set(self._keys.coming)
-        self._keys = self._place.keys = self._coming_keys.into(self._keyring, self._keys, self._is_retired)
-        self._leaving = (self._leaving | before) - self._keys.kek_ids
-
-    def _is_retired(self, kek_id: str) -> bool:
-        found = self._store.read(RETIRED_KEK + kek_id) is not None
-        if found:
-            log.warning("the KEK %s of %s was rotated out: take it out there", kek_id, COMING)
-        return found
-
-    def _let_go(self) -> None:
-        gone = self._leaving - self._member.host.told
-        if self._rotation is None and gone:
-            with self._place.ring:
-                kept = {self._keyring.active.kek_id, *self._store.keks()}
-                for kek_id in gone & set(self._keyring.kek_ids()) - kept:
-                    self._keyring.remove(kek_id)
-            self._leaving -= gone
 
     # ---- the loop ------------------------------------------------------------------------------
 
     def _look(self) -> None:
         super()._look()
-        self._let_go()
+        self._keks.let_go(self._member.host.told, self._place.ring)
         if self._clock.monotonic() >= self._next_tidy and not self._store.trouble():
             self._next_tidy = self._clock.monotonic() + TIDY_SECONDS
-            with contextlib.suppress(StoreUnavailable):  # the next look finds it
-                self._retiring = self._retiring or self._store.abandoned()
-
-    def _tidy(self) -> None:
-        """What an earlier rotation staged, of this host or of one that is dead. What a swap left stays: it is
-        the snapshot."""
-        with self._store.transaction():
-            self._store.staging(False)
-        self._retiring = False
+            self._keks.look_for_abandoned()
 
     def round(self, timeout: float, wakeup: int = -1) -> None:
         """What is done beside the jobs asks the engine, too, which may be gone at any question; or somebody
@@ -228,7 +212,7 @@ class FleetKeeper(Keeper):
                 raise
             brought = [job for job in jobs if "slot" in job.args]
             again = [job for job in jobs if "slot" not in job.args]
-            return [*(Done(job, error, []) for job in brought), *(super()._commit(again) if again else ())]
+            return [*((job, error, []) for job in brought), *(super()._commit(again) if again else ())]
 
     def _follow(self) -> bool:
         """Has the fleet another active KEK? Of an old primary nothing is believed: versions grow."""
@@ -245,49 +229,14 @@ class FleetKeeper(Keeper):
         kek_id = job.args.get("new_kek_id") or job.args.get("kek_id")
         if kek_id:
             refuse_absent(self._member.sight().hosts, kek_id)
-        outcome = super()._do(job)
-        if job.op == "status" and isinstance(outcome, dict):
-            return {**outcome, "fleet": self._told_of_fleet()}
-        if job.op == "hello":
-            self._effects.append(functools.partial(self._board.met, int(job.args["chain"].split(".")[1])))
-        return outcome
+        return super()._do(job)
 
-    def create_many(self, deks: list[Wanted]) -> dict[str, Any]:
-        """As many times `create`, for one look at the KEK and one cipher under it. `made`: of each, what came
-        of it."""
-        active, now = self._keyring.active, self._clock.now()
-        new: dict[str, DekRecord] = {}
-        with self._keyring.borrow(active.kek_id) as kek:
-            make = functools.partial(self._new, active, Aead(kek), now)
-            made = [telling(self._one(new, make, *wanted)) for wanted in deks]
-            del make
-        if new:
-            self._store.put_all(list(new.values()))
-        return {"made": made}
+    def _hello(self, chain: str) -> dict[str, Any]:
+        told = self._anchors.hello(chain)
+        self._effects.append(functools.partial(self._board.met, int(chain.split(".")[1])))
+        return told
 
-    def _one(
-        self,
-        new: dict[str, DekRecord],
-        make: Callable[[str | None, str | None], DekRecord],
-        thread_id: str | None,
-        key_id: str | None,
-    ) -> dict[str, Any] | KMSError:
-        try:
-            old = (new.get(key_id) or self._store.get(key_id)) if key_id is not None else None
-            if old is not None:
-                return {**described(same(old, thread_id or old.key_id)), "repeated": True}
-            refuse_spent(self._store, self._keyring.active.kek_id)
-            record = make(thread_id, key_id)
-        except StoreUnavailable:
-            raise
-        except KMSError as error:
-            return error
-        if key_id is None:
-            self._store.fresh(record.key_id)  # it was drawn just now: the engine need not be asked
-        new[record.key_id] = record
-        return described(record)
-
-    def confirm(self, key_id: str) -> dict[str, Any]:
+    def _confirm(self, key_id: str) -> dict[str, Any]:
         """Is there really no such DEK? By a transaction that commits, which an old primary can't."""
         for _ in range(2):
             try:
@@ -300,33 +249,21 @@ class FleetKeeper(Keeper):
 
     # ---- rotation ------------------------------------------------------------------------------
 
-    def rotate(self, new_kek: LockedBuffer | None = None, dry_run: bool = False, kek_id: str = "") -> Outcome:
+    def _rotate(
+        self, new_kek: LockedBuffer | None = None, dry_run: bool = False, kek_id: str = ""
+    ) -> Outcome:
         """To repeat it is no error: the answer of the first may have been that it is done, but not known
         everywhere."""
-        self._rotations = functools.partial(FleetRotation, set(self._keys.coming))
         active = self._keyring.active
         if not dry_run and active.kek_id == (kek_id or (new_kek and fingerprint(new_kek.view))):
             if new_kek is not None:
                 new_kek.close()
-            self.confirm("")  # so that the answer waits for all that has happened
+            self._confirm("")  # so that the answer waits for all that has happened
             return {
                 "status": "ok", "kek_id": active.kek_id, "kek_version": active.version, "rewrapped": 0,
                 "backup": "",
             }  # fmt: skip
-        return super().rotate(new_kek, dry_run, kek_id)
-
-    def _coming(self, kek_id: str) -> LockedBuffer:
-        if kek_id not in self._keys.coming or kek_id not in self._keyring.kek_ids():
-            return super()._coming(kek_id)
-        copy = LockedBuffer(KEY_SIZE)
-        with self._keyring.borrow(kek_id) as key:
-            copy.view[:] = key
-        try:
-            check_master_key(copy.view)
-        except WeakKey as error:
-            copy.close()
-            raise Conflict(f"{self._keys.coming[kek_id]} can't be a KEK: {error.message}") from None
-        return copy
+        return self._keks.rotate(new_kek, dry_run, kek_id)
 
     def _advance_task(self, steps: Steps, job: Job) -> None:
         super()._advance_task(steps, job)
@@ -340,20 +277,15 @@ class FleetKeeper(Keeper):
         assert self._place.store is not None
         self._member.everywhere(self._place.store.point, functools.partial(_told, job, outcome))
 
-    def ready(self) -> dict[str, Any]:
-        told = super().ready()
+    def _status(self) -> dict[str, Any]:
+        due = self._store.span("erasure:")[0]  # until no host has their KEKs any more
+        return {**super()._status(), "erasures_due": due, "fleet": self._told_of_fleet()}
+
+    def _ready(self) -> dict[str, Any]:
+        told = self._health.ready()
         reasons = filter(None, [self._member.host.why, *told["reasons"]])
         warnings = told["warnings"] + self._surveyed()["warnings"]
         return {**told, "reasons": list(dict.fromkeys(reasons)), "warnings": warnings}
-
-    def _probe(self) -> list[str]:
-        """After a failover, or where another host was at the same rows, the first try finds that what it knew
-        is old, and the second looks anew. Not where the engine was silent: that was waited for already."""
-        begun = time.monotonic()
-        found = super()._probe()
-        if found and not self._member.host.why and time.monotonic() - begun < PROBE_SECONDS:
-            found = super()._probe()
-        return found
 
     def _surveyed(self) -> dict[str, Any]:
         """Not asked for while the database is away: each question would only wait."""
@@ -459,8 +391,9 @@ def open_keeper(
             _drop_retired(store, keyring, keys)
             _take_time(store)
         store.standing = lambda: member.host.why
-        keeper = FleetKeeper(store, data_dir, keyring, keys, staging, book, inbox, clock)
-        keeper.join(place, member, board, coming)
+        common = Common(store, data_dir, keyring, book, TrustedTime(store, clock), [])
+        keeper = FleetKeeper(common, keys, staging, inbox)
+        keeper.join(place, member, board, coming, keyring)
         member.host.tell_keks()
         undo.pop_all()
     return keeper, epoch

@@ -151,6 +151,10 @@ class FleetRotation(Rotation):
             if len(records) < FEW:
                 return
 
+    def _restage(self, records: list[DekRecord]) -> None:
+        assert self._rewrapper is not None
+        self._store.stage(self._rewrapper.records(records))
+
     def _renew_audit_keys(self, new_id: str) -> None:
         """Those that changed since the last time: none, but for hosts that came."""
         name = ownkeys.ROWS[AUDIT_KEY]

@@ -47,9 +47,6 @@ class FleetShredding(Shredding):
     def remains(self, key_id: str) -> StoreUnavailable | None:
         return None
 
-    def count(self) -> int:
-        return self._store.span("erasure:")[0]
-
     def tell(self) -> None:
         """Nothing is late: it is due until a rotation."""
 
@@ -58,5 +55,5 @@ class FleetShredding(Shredding):
         transaction: of two hosts that find the same, one has it."""
         needed = {self._store.state().active.kek_id, *self._store.keks()}  # type: ignore[union-attr]
         for key_id in self._store.taken(self._store.erasures(needed, MOST)):
-            self._note("shred_complete", key_id=key_id)
+            self._audit.note("shred_complete", key_id=key_id)
         return []

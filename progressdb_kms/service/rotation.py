@@ -9,7 +9,7 @@ between two batches. The steps, and what a crash leaves at each:
    written to the store meanwhile is mirrored into the second table in the same transaction. These batches
    wait for no disk: a crash undoes the rotation anyway, and the COMMIT of step 4 brings all to the disk.
    A crash here: the old state is whole; the next start throws the second table away.
-   A failure: likewise; the keeper tidies up what is left, a bit at a time.
+   A failure: likewise; what is left is removed a bit at a time: see `keks`.
 3. Each live row is looked for in the second table, and both are added up: see `seal`. The snapshot and its
    signed ledger are synced.
 4. One short transaction swaps the tables, the active kek_id and the wrapped audit key.
@@ -23,7 +23,7 @@ import os
 import time
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 from ..crypto import envelope
 from ..crypto.aead import NONCE_SIZE, Aead, same
@@ -104,13 +104,6 @@ class Rewrapper:
         self._memory.close()
 
 
-class Progress(NamedTuple):
-    phase: str  # rewrapping | comparing | syncing | swapping; checking: a dry run
-    done: int
-    total: int
-    new_kek_id: str
-
-
 class Rotation:
     """One run. `run()` is the generator; its return value is the answer to the caller."""
 
@@ -122,13 +115,13 @@ class Rotation:
         self._store = store
         self._keyring = keyring
         self._data_dir = data_dir
-        self.progress: Progress | None = None
+        self.progress: dict[str, Any] | None = None
         self._snapshot: Any = None
         self._rewrapper: Rewrapper | None = None
 
-    def _restage(self, records: Sequence[DekRecord]) -> None:
-        assert self._rewrapper is not None
-        self._store.stage(self._rewrapper.records(records))
+    def _tell(self, phase: str, done: int, total: int, new_id: str) -> None:
+        """`phase`: rewrapping, comparing, syncing, swapping; checking in a dry run."""
+        self.progress = {"phase": phase, "done": done, "total": total, "new_kek_id": new_id}
 
     def _check(self, new_kek: memoryview) -> str:
         """May it begin? Returns the kek_id of the new KEK."""
@@ -155,7 +148,7 @@ class Rotation:
         DEKs it was done, and so does this in the end."""
         done, size, after = 0, LEAST, ""
         while True:
-            self.progress = Progress(phase, done, total, new_id)
+            self._tell(phase, done, total, new_id)
             begun = time.thread_time()
             page = self._store.page(after, size)
             if not page:
@@ -199,7 +192,7 @@ class Rotation:
         try:
             snapshot = self._begin(now, old.kek_id, new_id, total)
             self._rewrapper = mover = Rewrapper(self._keyring, new_id, version)
-            self._store.mirror = self._restage
+            self._store.mirror = lambda records: self._store.stage(mover.records(records))
 
             def move(page: list[DekRecord]) -> int:
                 moved = mover.records(page)
@@ -209,11 +202,11 @@ class Rotation:
                 return saved
 
             done = yield from self._through("rewrapping", total, new_id, move)
-            self.progress = Progress("comparing", done, total, new_id)
+            self._tell("comparing", done, total, new_id)
             yield from self._compare()
-            self.progress = Progress("syncing", done, total, new_id)
+            self._tell("syncing", done, total, new_id)
             yield from snapshot.finish(self._keyring.audit_key, new_id)
-            self.progress = Progress("swapping", done, total, new_id)
+            self._tell("swapping", done, total, new_id)
             yield from self._change_over(new_id, version, now)
             committed = True
         finally:
@@ -272,11 +265,9 @@ class Rotation:
         self._keyring.remove(old_id)
 
     def _end(self, new_id: str, committed: bool) -> None:
-        self._store.mirror = None
         if self._rewrapper is not None:
             self._rewrapper.close()
-            self._rewrapper = None
-        self.progress = None
+        self._store.mirror = self._rewrapper = self.progress = None
         if not committed and new_id not in self.coming:
             self._keyring.remove(new_id)
         if self._snapshot is not None:

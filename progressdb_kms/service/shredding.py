@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Callable
 
 from ..encoding import timestamp
@@ -23,8 +22,9 @@ from ..store import erasure
 from ..store.contract import DekRecord
 from ..store.pause import Pause
 from ..store.policy import SHREDDED
-from ..store.sealed import Store
-from .clock import TrustedTime
+from .anchors import Anchors
+from .common import Common
+from .keks import Keks
 from .told import Overdue, attend
 
 log = logging.getLogger(__name__)
@@ -45,23 +45,12 @@ IDLE_SAVE_SECONDS = 600.0
 
 
 class Shredding:
-    """The keeper's. `forget`, `note` and `anchor` are what it does about the workers' memory, for the audit
-    log, and with the heads of that in a transaction."""
+    """The keeper's."""
 
-    def __init__(
-        self,
-        store: Store,
-        data_dir: Path,
-        forget: Callable[[], None],
-        time: TrustedTime,
-        note: Callable[..., object],
-        anchor: Callable[[], None],
-    ) -> None:
-        self._store = store
-        self._data_dir = data_dir
-        self._forget = forget
-        self._clock, self._time = time.clock, time
-        self._note, self._anchor = note, anchor
+    def __init__(self, common: Common, keks: Keks, anchors: Anchors) -> None:
+        self._store, self._data_dir, self._audit = common.store, common.data_dir, common.audit
+        self._clock, self._time = common.time.clock, common.time
+        self._keks, self._anchors = keks, anchors
         self.due: dict[str, bytes] = {}  # shredded, and copies may remain: key_id and blob, if known
         self._erasing, self._looking = Pause(*ERASE_PAUSES), Pause(*JANITOR_PAUSES)
         self._overdue = Overdue()
@@ -109,11 +98,11 @@ class Shredding:
         due = dict(itertools.islice(self.due.items(), MOST))
         erasure.erase(self._store, self._data_dir, due, patient)
         for key_id in due:
-            self._note("shred", key_id=key_id)
+            self._audit.note("shred", key_id=key_id)
         with self._store.transaction():
             for key_id in due:
                 self._store.erase(f"erasure:{key_id}")
-            self._anchor()
+            self._anchors.write()
         for key_id in due:
             del self.due[key_id]
 
@@ -127,10 +116,6 @@ class Shredding:
             hint=f"it is tried again by itself, after {ERASE_PAUSES[0]:.0f} s, and with growing pauses at "
             f"least every {ERASE_PAUSES[1]:.0f} s: `status` tells how many are due",
         )
-
-    def count(self) -> int:
-        """Shredded DEKs that are not gone yet."""
-        return len(self.due)
 
     def tell(self) -> None:
         """The journal, of what is due for long."""
@@ -153,10 +138,10 @@ class Shredding:
             for record in records:
                 self.mark(record, now)
             if self._time.unsaved >= IDLE_SAVE_SECONDS:
-                self._anchor()
+                self._anchors.write()
         self.soon({record.key_id: b"" for record in dead})
         if records:
-            self._forget()
+            self._keks.forget()
             self.soon({record.key_id: record.wrapped for record in records})
         self._next = self._clock.monotonic() + JANITOR_SECONDS
 

@@ -28,7 +28,8 @@ from ..store.seal import ActiveKek
 from ..store.sealed import Store
 from ..store.sqlite import SqliteStore
 from . import ownkeys
-from .clock import Clock
+from .clock import Clock, TrustedTime
+from .common import Common
 from .keeper import Keeper
 from .lock import LOCK_FILE, is_held
 from .plan import Configured, Plan, plan
@@ -70,7 +71,8 @@ def open_keeper(
         store.close()
         raise ConfigError(f"{data_dir / LOCK_FILE} was replaced under the daemon", hint="restart the daemon")
     store.watch(LOCK_FILE)
-    return Keeper(store, data_dir, keyring, keys, staging, book, inbox, Clock()), epoch
+    common = Common(store, data_dir, keyring, book, TrustedTime(store, Clock()), [])
+    return Keeper(common, keys, staging, inbox), epoch
 
 
 def open_store(

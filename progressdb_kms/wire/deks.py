@@ -11,7 +11,7 @@ from ..crypto import aead
 from ..crypto.aead import KEY_SIZE, NONCE_SIZE, Aead
 from ..encoding import KEY_ID, new_key_id, timestamp, wall
 from ..errors import AuthenticationFailed, BadRequest, Conflict
-from ..service.keeper import describe
+from ..service.deks import describe
 from ..service.usage import TOUCHED, told
 from ..store.contract import DekRecord, Usage
 from ..store.policy import DAMAGED, SHREDDED

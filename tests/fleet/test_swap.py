@@ -81,7 +81,7 @@ class Site:
             except StopIteration as done:
                 seconds["lock"] = time.monotonic() - self.one.locked_at
                 return {**done.value, "seconds": seconds}
-            phase, now = rotation.progress.phase if rotation.progress else "", time.monotonic()
+            phase, now = rotation.progress["phase"] if rotation.progress else "", time.monotonic()
             seconds[phase] = seconds.get(phase, 0.0) + now - last
             last = now
 

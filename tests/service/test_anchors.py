@@ -1,11 +1,11 @@
-"""The heads of the audit chains in the store: none is dropped, and none is ahead of what the disk has."""
+"""What workers say of themselves. The heads of the audit chains: none is dropped, and none is ahead of what
+the disk has. Uses of keys: each is counted once."""
 
 from __future__ import annotations
 
 import logging
 import os
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -15,13 +15,14 @@ import pytest
 from progressdb_kms.crypto.keyring import REGION_SIZE, Keyring
 from progressdb_kms.crypto.memory import LockedBuffer
 from progressdb_kms.encoding import b64encode
-from progressdb_kms.errors import AuditUnavailable, KMSError, StoreUnavailable
-from progressdb_kms.service import anchors
+from progressdb_kms.errors import AuditUnavailable, Conflict, KMSError, StoreUnavailable
+from progressdb_kms.service import anchors, usage
 from progressdb_kms.service.channel import KeeperClient, channel
 from progressdb_kms.service.keeper import Keeper
 from progressdb_kms.service.lock import claim
 from progressdb_kms.service.plan import Configured, ConfiguredKey
 from progressdb_kms.service.start import open_keeper
+from progressdb_kms.store.contract import HEAVY, KEK_ROW, Usage
 
 SIG = b64encode(bytes(32))
 
@@ -48,6 +49,11 @@ class Site(NamedTuple):
             self.keeper.round(0.01)
         return answer[0]
 
+    @property
+    def warnings(self) -> list[str]:
+        ready: Any = self.keeper._others["ready"]
+        return list(ready()["warnings"])
+
     def kept(self, chain: str) -> int:
         row = self.store.read(f"audit:head:{chain}")
         return row["seq"] if row else 0
@@ -63,7 +69,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     kek_id = keyring.install(memoryview(bytearray(os.urandom(32))), 1)
     configured = Configured(ConfiguredKey(kek_id, "test"))
     keeper, _ = open_keeper(tmp_path, keyring, configured, staging.view, inbox, 0)
-    while keeper._retiring:  # it tidies up at its start
+    while keeper._keks.later():  # it tidies up at its start
         keeper.round(0.0)
     yield Site(keeper, KeeperClient(outbox), keeper._store)
     keeper.close()
@@ -143,20 +149,115 @@ def test_the_journal_is_a_witness(site: Site, caplog: pytest.LogCaptureFixture) 
     )
 
 
-@pytest.mark.parametrize(("seconds", "least", "most"), [(0.0, 1, 1), (0.4, 20, 1 << 30)])
-def test_long_work_gets_its_share_beside_slow_jobs(
-    site: Site, monkeypatch: pytest.MonkeyPatch, seconds: float, least: int, most: int
-) -> None:
-    done: list[int] = []
+class TestUses:
+    """What is handed over is in the store once, whatever happens between."""
 
-    def steps() -> Iterator[None]:
-        while True:
-            done.append(1)
-            yield
+    @pytest.fixture
+    def site(self, site: Site) -> Site:
+        with site.store.transaction():
+            site.keeper._writes["create"]("t", "k")
+        return site
 
-    monkeypatch.setattr(site.keeper, "_waiting", lambda: [object()] if seconds else [])
-    monkeypatch.setattr(site.keeper, "_perform", lambda jobs: time.sleep(seconds))
-    site.keeper._task = (steps(), None)
-    site.keeper.round(0.0)
-    site.keeper._task = None
-    assert least <= len(done) <= most
+    def hand_over(self, site: Site, *args: Any, op: str = "anchor", **fields: Any) -> Any:
+        result: list[Any] = []
+
+        def call() -> None:
+            try:
+                result.append(site.client.call(op, fields, None, 30.0))
+            except (StoreUnavailable, Conflict) as error:
+                result.append(error)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        while thread.is_alive():
+            site.keeper.round(0.01)
+        return result[0]
+
+    def batch(self, number: int, *counts: int, chain: str = "1.1", key_id: str = "k") -> dict[str, Any]:
+        return {"chain": chain, "number": number, "rows": [[key_id, *counts]]}
+
+    def kept(self, site: Site) -> Usage:
+        return site.store.usage(["k"]).get("k", Usage())  # type: ignore[no-any-return]
+
+    def test_a_batch_that_comes_again_is_counted_once(self, site: Site) -> None:
+        for _ in range(2):
+            self.hand_over(site, uses=self.batch(1, 3, 1, 50, 60, 7))
+        assert self.kept(site) == Usage(3, 1, 50, 60, 7)
+        self.hand_over(site, uses=self.batch(1, 1, 0, 55, 58, 8, chain="1.2"))
+        assert self.kept(site) == Usage(4, 1, 50, 60, 7)
+        self.hand_over(site, uses=self.batch(2, 1, 0, 70, 70, 9))
+        assert self.kept(site) == Usage(5, 1, 50, 70, 9)
+
+    def test_one_whose_commit_failed_is_counted_when_it_comes_again(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+
+            def fail(*args: object) -> None:
+                raise StoreUnavailable("the disk is full")
+
+            patch.setattr(site.store, "_settle", fail)
+            assert isinstance(self.hand_over(site, uses=self.batch(1, 3, 1, 50, 60, 7)), StoreUnavailable)
+        assert self.kept(site) == Usage()
+        self.hand_over(site, uses=self.batch(1, 3, 1, 50, 60, 7))
+        assert self.kept(site) == Usage(3, 1, 50, 60, 7)
+
+    def test_the_journal_has_a_line_at_each_limit(self, site: Site, caplog: pytest.LogCaptureFixture) -> None:
+        self.hand_over(site, uses=self.batch(1, HEAVY - 1, 0, 1, 1, 1))
+        assert "the DEK k" not in caplog.text and site.warnings == []
+        for number in (2, 3):
+            self.hand_over(site, uses=self.batch(number, 1, 0, 1, 1, 1))
+        assert caplog.text.count("the DEK k has 2,147,483,648 encrypts of 4,294,967,296") == 1
+        (warning,) = site.warnings
+        assert "the DEK k has 2,147,483,649 encrypts of" in warning
+        self.hand_over(site, uses=self.batch(4, HEAVY, 0, 1, 1, 1))
+        assert caplog.text.count("the DEK k has") == 2 and "which is the end" in caplog.text
+
+    def test_a_worker_that_starts_adds_what_a_dead_one_may_have_lost(self, site: Site) -> None:
+        self.hand_over(site, op="hello", chain="1.1")
+        self.hand_over(site, op="hello", chain="1.2")
+        self.hand_over(site, uses=self.batch(1, HEAVY - 1, 2, 50, 60, 7))
+        self.hand_over(site, op="hello", chain="1.1.1")
+        assert self.kept(site).encrypts == HEAVY - 1
+        self.hand_over(site, uses=self.batch(2, 1, 0, 60, 60, 7))
+        self.hand_over(site, op="hello", chain="1.1.2")
+        assert self.kept(site) == Usage(HEAVY + usage.LOST, 2, 50, 60, 7)
+        self.hand_over(site, closed="1.1.2")
+        self.hand_over(site, op="hello", chain="2.1")  # 1.2 didn't stop in order
+        assert self.kept(site).encrypts == HEAVY + 2 * usage.LOST
+        self.hand_over(site, closed="2.1")
+        self.hand_over(site, op="hello", chain="3.1")
+        assert self.kept(site).encrypts == HEAVY + 2 * usage.LOST
+
+    def wraps(self, site: Site) -> int:
+        name = KEK_ROW + site.store.state().active.kek_id
+        return site.store.usage([name]).get(name, Usage()).encrypts  # type: ignore[no-any-return]
+
+    def test_wraps_are_counted_as_they_are_made(self, site: Site) -> None:
+        assert self.wraps(site) == 1
+        self.hand_over(site, op="create", thread_id="t", key_id="other")
+        self.hand_over(site, op="create", thread_id="t", key_id="other")  # is there: wraps nothing
+        self.hand_over(site, op="transition", key_id="k", action="disable")
+        self.hand_over(site, op="transition", key_id="k", action="shred")
+        assert self.wraps(site) == 2
+        name = KEK_ROW + site.store.state().active.kek_id
+        self.hand_over(site, uses=self.batch(1, 5, 0, 50, 60, 7, key_id=name))
+        assert self.wraps(site) == 7
+
+    def test_a_kek_that_is_spent_wraps_no_more(self, site: Site, caplog: pytest.LogCaptureFixture) -> None:
+        name = KEK_ROW + site.store.state().active.kek_id
+        with site.store.transaction():
+            site.store.count([(name, Usage(HEAVY))])
+        self.hand_over(site, op="create", thread_id="t")
+        (warning,) = site.warnings
+        assert "has wrapped 2,147,483,650 DEKs of" in warning and "rotate-kek --generate" in warning
+        with site.store.transaction():
+            site.store.count([(name, Usage(HEAVY))])
+        refused = self.hand_over(site, op="create", thread_id="t")
+        assert isinstance(refused, Conflict) and refused.code == "kek_spent"
+        self.hand_over(site, uses=self.batch(1, 1, 0, 50, 60, 7))
+        assert "which is the end: it only unwraps" in caplog.text
+
+    def test_a_key_that_is_not_stored_gets_no_row(self, site: Site) -> None:
+        self.hand_over(site, uses=self.batch(1, 3, 1, 50, 60, 7, key_id="of a caller's blob"))
+        assert site.store.usage(["of a caller's blob"]) == {}

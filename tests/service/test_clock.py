@@ -170,9 +170,9 @@ class Site:
 
     def do(self, op: str, **args: Any) -> Any:
         assert self.keeper is not None
-        result = getattr(self.keeper, op)
+        result = self.keeper._writes[op]
         with self.keeper._store.transaction():
-            self.keeper._effects = []
+            self.keeper._effects.clear()
             found = result(**args)
         for effect in self.keeper._effects:
             effect()
@@ -192,7 +192,8 @@ class Site:
     @property
     def warnings(self) -> str:
         assert self.keeper is not None
-        return " ".join(self.keeper.ready()["warnings"])
+        ready: Any = self.keeper._others["ready"]
+        return " ".join(ready()["warnings"])
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from progressdb_kms.encoding import timestamp
 from progressdb_kms.errors import StoreUnavailable
 from progressdb_kms.service import shredding
 from progressdb_kms.service.clock import Clock, TrustedTime
+from progressdb_kms.service.common import Common
 from progressdb_kms.service.shredding import Shredding
 from progressdb_kms.store.contract import DekRecord
 from progressdb_kms.store.policy import PENDING_DELETION, SHREDDED
@@ -29,8 +31,11 @@ class Site:
         self.noted: list[str] = []
         keyring, clock = Keyring(memoryview(bytearray(REGION_SIZE))), Clock()
         time = TrustedTime(self.store, clock)
-        note = lambda op, key_id: self.noted.append(f"{op} {key_id}")  # noqa: E731
-        self.shredding = Shredding(self.store, folder, keyring.touch, time, note, lambda: None)
+        keks: Any = SimpleNamespace(forget=keyring.touch)
+        audit: Any = SimpleNamespace(note=lambda op, key_id: self.noted.append(f"{op} {key_id}"))
+        anchors: Any = SimpleNamespace(write=lambda: None)
+        store: Any = self.store
+        self.shredding = Shredding(Common(store, folder, keyring, audit, time, []), keks, anchors)
 
     def put(self, key_id: str, delete_at: str = "", *entries: str) -> None:
         """A DEK, with its own entry where it is scheduled, and with `entries` that others put there."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from progressdb_kms.encoding import json_dumps
-from progressdb_kms.errors import AuthenticationFailed, Conflict, KeyNotFound, StoreUnavailable
+from progressdb_kms.errors import AuthenticationFailed, Conflict, KeyNotFound
 from progressdb_kms.fleet.reader import HOSTS
 from progressdb_kms.process.worker import ANCHOR_SECONDS
 from progressdb_kms.service import usage
@@ -29,7 +29,6 @@ from progressdb_kms.service.usage import (
     told,
 )
 from progressdb_kms.store.contract import HEAVY, KEK_ROW, DekRecord, Usage
-from tests.service.test_anchors import Site as KeeperSite
 from tests.service.test_anchors import site as keeper_site  # noqa: F401
 from tests.service.test_service import TEXT
 from tests.service.test_service import Site as ServiceSite
@@ -287,121 +286,3 @@ class TestTheService:
             kms.wrap(dek, None)
         assert caught.value.code == "kek_spent" and "rotate-kek" in caught.value.hint
         kms.encrypt(kms.dek("k"), TEXT, b"", service.scratch)  # what was wrapped serves on
-
-
-class TestTheKeeper:
-    """What it is handed is in the store once, whatever happens between."""
-
-    @pytest.fixture
-    def site(self, keeper_site: KeeperSite) -> KeeperSite:  # noqa: F811
-        with keeper_site.store.transaction():
-            keeper_site.keeper.create("t", "k")
-        return keeper_site
-
-    def hand_over(self, site: KeeperSite, *args: Any, op: str = "anchor", **fields: Any) -> Any:
-        result: list[Any] = []
-
-        def call() -> None:
-            try:
-                result.append(site.client.call(op, fields, None, 30.0))
-            except (StoreUnavailable, Conflict) as error:
-                result.append(error)
-
-        thread = threading.Thread(target=call)
-        thread.start()
-        while thread.is_alive():
-            site.keeper.round(0.01)
-        return result[0]
-
-    def batch(self, number: int, *counts: int, chain: str = "1.1", key_id: str = "k") -> dict[str, Any]:
-        return {"chain": chain, "number": number, "rows": [[key_id, *counts]]}
-
-    def kept(self, site: KeeperSite) -> Usage:
-        return site.store.usage(["k"]).get("k", Usage())  # type: ignore[no-any-return]
-
-    def test_a_batch_that_comes_again_is_counted_once(self, site: KeeperSite) -> None:
-        for _ in range(2):
-            self.hand_over(site, uses=self.batch(1, 3, 1, 50, 60, 7))
-        assert self.kept(site) == Usage(3, 1, 50, 60, 7)
-        self.hand_over(site, uses=self.batch(1, 1, 0, 55, 58, 8, chain="1.2"))
-        assert self.kept(site) == Usage(4, 1, 50, 60, 7)
-        self.hand_over(site, uses=self.batch(2, 1, 0, 70, 70, 9))
-        assert self.kept(site) == Usage(5, 1, 50, 70, 9)
-
-    def test_one_whose_commit_failed_is_counted_when_it_comes_again(
-        self, site: KeeperSite, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        with monkeypatch.context() as patch:
-
-            def fail(*args: object) -> None:
-                raise StoreUnavailable("the disk is full")
-
-            patch.setattr(site.store, "_settle", fail)
-            assert isinstance(self.hand_over(site, uses=self.batch(1, 3, 1, 50, 60, 7)), StoreUnavailable)
-        assert self.kept(site) == Usage()
-        self.hand_over(site, uses=self.batch(1, 3, 1, 50, 60, 7))
-        assert self.kept(site) == Usage(3, 1, 50, 60, 7)
-
-    def test_the_journal_has_a_line_at_each_limit(
-        self, site: KeeperSite, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        self.hand_over(site, uses=self.batch(1, HEAVY - 1, 0, 1, 1, 1))
-        assert "the DEK k" not in caplog.text and site.keeper.ready()["warnings"] == []
-        for number in (2, 3):
-            self.hand_over(site, uses=self.batch(number, 1, 0, 1, 1, 1))
-        assert caplog.text.count("the DEK k has 2,147,483,648 encrypts of 4,294,967,296") == 1
-        (warning,) = site.keeper.ready()["warnings"]
-        assert "the DEK k has 2,147,483,649 encrypts of" in warning
-        self.hand_over(site, uses=self.batch(4, HEAVY, 0, 1, 1, 1))
-        assert caplog.text.count("the DEK k has") == 2 and "which is the end" in caplog.text
-
-    def test_a_worker_that_starts_adds_what_a_dead_one_may_have_lost(self, site: KeeperSite) -> None:
-        self.hand_over(site, op="hello", chain="1.1")
-        self.hand_over(site, op="hello", chain="1.2")
-        self.hand_over(site, uses=self.batch(1, HEAVY - 1, 2, 50, 60, 7))
-        self.hand_over(site, op="hello", chain="1.1.1")
-        assert self.kept(site).encrypts == HEAVY - 1
-        self.hand_over(site, uses=self.batch(2, 1, 0, 60, 60, 7))
-        self.hand_over(site, op="hello", chain="1.1.2")
-        assert self.kept(site) == Usage(HEAVY + usage.LOST, 2, 50, 60, 7)
-        self.hand_over(site, closed="1.1.2")
-        self.hand_over(site, op="hello", chain="2.1")  # 1.2 didn't stop in order
-        assert self.kept(site).encrypts == HEAVY + 2 * usage.LOST
-        self.hand_over(site, closed="2.1")
-        self.hand_over(site, op="hello", chain="3.1")
-        assert self.kept(site).encrypts == HEAVY + 2 * usage.LOST
-
-    def wraps(self, site: KeeperSite) -> int:
-        name = KEK_ROW + site.keeper._keyring.active.kek_id
-        return site.store.usage([name]).get(name, Usage()).encrypts  # type: ignore[no-any-return]
-
-    def test_wraps_are_counted_as_they_are_made(self, site: KeeperSite) -> None:
-        assert self.wraps(site) == 1
-        self.hand_over(site, op="create", thread_id="t", key_id="other")
-        self.hand_over(site, op="create", thread_id="t", key_id="other")  # is there: wraps nothing
-        self.hand_over(site, op="transition", key_id="k", action="disable")
-        self.hand_over(site, op="transition", key_id="k", action="shred")
-        assert self.wraps(site) == 2
-        name = KEK_ROW + site.keeper._keyring.active.kek_id
-        self.hand_over(site, uses=self.batch(1, 5, 0, 50, 60, 7, key_id=name))
-        assert self.wraps(site) == 7
-
-    def test_a_kek_that_is_spent_wraps_no_more(
-        self, site: KeeperSite, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        name = KEK_ROW + site.keeper._keyring.active.kek_id
-        with site.store.transaction():
-            site.store.count([(name, Usage(HEAVY))])
-        self.hand_over(site, op="create", thread_id="t")
-        (warning,) = site.keeper.ready()["warnings"]
-        assert "has wrapped 2,147,483,650 DEKs of" in warning and "rotate-kek --generate" in warning
-        with site.store.transaction():
-            site.store.count([(name, Usage(HEAVY))])
-        refused = self.hand_over(site, op="create", thread_id="t")
-        assert isinstance(refused, Conflict) and refused.code == "kek_spent"
-        self.hand_over(site, uses=self.batch(1, 1, 0, 50, 60, 7))
-        assert "which is the end: it only unwraps" in caplog.text
-
-    def test_a_key_that_is_not_stored_gets_no_row(self, site: KeeperSite) -> None:
-        self.hand_over(site, uses=self.batch(1, 3, 1, 50, 60, 7, key_id="of a caller's blob"))
-        assert site.store.usage(["of a caller's blob"]) == {}

@@ -117,13 +117,13 @@ def test_a_job_at_work_is_finished_though_its_caller_gave_up(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, kek = site.create(), secret()
-    real = site.keeper.rewrap
+    real = site.keeper._writes["rewrap"]
 
     def slow(*args: Any, **more: Any) -> Any:
         time.sleep(0.5)
         return real(*args, **more)
 
-    monkeypatch.setattr(site.keeper, "rewrap", slow)
+    monkeypatch.setitem(site.keeper._writes, "rewrap", slow)
     with site.running(), pytest.raises(StoreUnavailable, match="may or may not"):
         site.rewrap(key, kek, timeout=0.2)
     assert site.kek_of(key) == fingerprint(kek) and fingerprint(kek) in site.keyring.kek_ids()

@@ -1,0 +1,135 @@
+"""Can all of the service's work be done? Whoever asks is told, and the journal where it changes.
+
+- Whether the store can be written is tried with every change; after one that failed, with growing pauses.
+- The files that are open must be those that the next start would find. Where they aren't, nothing is written
+  any more (see `store.watch`). Where it is the database itself that is gone, what is open is written to a new
+  file while the daemon lives: with its end all is lost that no backup has.
+- Commands beside the daemon learn from kms.lock which files are its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from typing import Any
+
+from ..encoding import timestamp
+from ..errors import AuditUnavailable, StoreUnavailable
+from ..store.pause import Pause
+from ..store.sqlite import FILE_NAME
+from .anchors import Anchors
+from .clock import REMEDY
+from .common import Common
+from .keks import Keks
+from .lock import Files, publish
+from .told import NAMED, Outage, attend
+from .usage import near
+
+log = logging.getLogger(__name__)
+
+WRITE_PAUSES = 1.0, 30.0
+"""How often a row is tried after writing one failed."""
+
+REMIND_SECONDS = 86400.0
+"""How often the journal is told of a KEK that is older than kek_max_age_days."""
+
+
+class Health:
+    """The keeper's. `writing`: whether the last change could be made."""
+
+    def __init__(self, common: Common, keks: Keks, anchors: Anchors) -> None:
+        self._store, self._data_dir, self._audit = common.store, common.data_dir, common.audit
+        self._clock, self._time = common.time.clock, common.time
+        self._keks, self._anchors = keks, anchors
+        self.writing, self._rescuing = Pause(*WRITE_PAUSES), Pause(*WRITE_PAUSES)
+        self._outage = Outage()
+        self._lost = self._rescued = ""
+        self._rescuer: threading.Thread | None = None
+        self._published: Files = {}
+        self._next_reminder = 0.0
+
+    # ---- can the store be written? ---------------------------------------------------------------
+
+    def ready(self) -> dict[str, Any]:
+        """What keeps the service from doing all of its work, in words."""
+        audit = list(self._audit.reasons())
+        reasons, warnings = self._keks.look(self._clock.now())
+        if held := self._time.look().held:
+            warnings.append(f"scheduled deletions are held: {held} ({REMEDY})")
+        if not (store := self._probe()):  # else it may not be readable either
+            warnings += near(self._store.heavy())[:NAMED]
+        told = {"reasons": audit + reasons + store, "warnings": warnings}
+        return {**told, "audit_writable": not audit, "store_writable": not store}
+
+    def _probe(self) -> list[str]:
+        """Why no row can be written: a full disk lets an empty transaction pass."""
+        try:
+            with self._store.transaction():
+                self._store.write("probe", {"at": timestamp(self._clock.now())})
+                self._anchors.write()
+        except StoreUnavailable as error:
+            self.writing.failed(error.message)
+            return [error.message, *filter(None, [self._lost and (self._rescued or self._rescuing.why)])]
+        self.writing.worked()
+        return []
+
+    def tell(self) -> None:
+        """One line where the service stops being ready, and one where it is again; never one a call."""
+        reasons = []
+        try:
+            self._audit.check()
+        except AuditUnavailable as error:
+            reasons.append(error.told)
+        if self.writing.why and self.writing.over():
+            self._probe()
+        if why := self._lost or self.writing.why or self._store.trouble():
+            reasons.append(why)
+        self._outage.tell(reasons)
+
+    def _remind(self) -> None:
+        """Of a KEK that is too old: when it has become that, and each day after."""
+        why, now = self._keks.overdue(self._clock.now()), self._clock.monotonic()
+        if not why:
+            self._next_reminder = now
+        elif now >= self._next_reminder:
+            self._next_reminder = now + REMIND_SECONDS
+            log.warning("%s", why)
+
+    # ---- are the files in their places? ----------------------------------------------------------
+
+    def look(self) -> None:
+        """Are the files that are open those that the next start would find? If not, rescue what is open."""
+        self._remind()
+        why = self._store.lost()
+        if why and not self._lost:
+            log.error("%s: no change is made", why)
+            self._rescued = ""
+        elif self._lost and not why:
+            log.info("the files of the store are in their places again")
+        self._lost, alone = why, self._rescuer is None or not self._rescuer.is_alive()
+        if why.startswith(FILE_NAME) and not self._rescued and alone and self._rescuing.over():
+            self._rescuer = threading.Thread(target=self._save)
+            self._rescuer.start()
+        if not why and self._published != self._store.files():
+            with contextlib.suppress(OSError):  # commands beside the daemon are not told, then
+                publish(self._data_dir, self._store.files())
+                self._published = self._store.files()
+
+    def _save(self) -> None:
+        """In a thread, since it may be long: meanwhile no transaction is begun. Tried until it is done."""
+        attend("don't stop the daemon: what it holds can't be rescued now", self._rescue, self._rescuing)
+
+    def _rescue(self) -> None:
+        file = self._store.rescue(self._clock.now())
+        self._rescued = f"what the daemon held is in {file}: stop it, then `progressdb-kms restore {file}`"
+        log.error("%s", self._rescued)
+
+    def close(self) -> None:
+        """Before the store is closed."""
+        if self._store.lost():
+            self.look()
+        if self._rescuer is not None:
+            self._rescuer.join()
+            if self._rescuing.why:
+                self._save()
