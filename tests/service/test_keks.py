@@ -230,3 +230,36 @@ def test_a_full_queue_is_waited_for_no_longer_than_an_answer() -> None:
                 client.call("ready", {}, None, 0.3)
 
         assert quickest(3, 1.0, ask) < 1
+
+
+def test_what_changes_beside_a_rotation_is_in_what_it_leaves(site: Site) -> None:
+    """Rows that it has passed already: one is disabled, one shredded, one made."""
+    with site.keeper._store.transaction():
+        for number in range(50):
+            site.keeper._writes["create"]("t", f"k{number:02}")
+    kek, answers = secret(), list[Any]()
+
+    def rotate() -> None:
+        with site.slots.take() as staged:
+            staged.view[:] = kek
+            answers.append(site.client.call("rotate", {}, None, 60.0, staged))
+
+    thread = threading.Thread(target=rotate)
+    thread.start()
+    while (rotation := site.keeper._keks.rotation) is None:
+        site.keeper.round(0.01)
+    while not (rotation.progress and rotation.progress["done"]):  # then the first ten are staged
+        site.keeper.round(0.0)
+    assert rotation.progress["phase"] == "rewrapping" and rotation.progress["done"] < 50
+    with site.keeper._store.transaction():
+        site.keeper._writes["transition"]("k00", "disable")
+        site.keeper._writes["transition"]("k01", "shred")
+        site.keeper._writes["create"]("t", "a")
+    while thread.is_alive():
+        site.keeper.round(0.01)
+    found = {one.key_id: (one.state, one.kek_id) for one in site.keeper._store.page("", 100)}
+    assert found["k01"][0] == "shredded" and len(found) == 51
+    assert {kek_id for state, kek_id in found.values() if state != "shredded"} == {fingerprint(kek)}
+    assert (found["k00"][0], found["a"][0], found["k02"][0]) == ("disabled", "enabled", "enabled")
+    assert answers[0]["kek_id"] == fingerprint(kek)
+    assert site.keeper._keks.rotation is None and site.keyring.kek_ids() == [fingerprint(kek)]
