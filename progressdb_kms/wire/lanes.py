@@ -145,8 +145,8 @@ class Lanes:
             os.write(self._ring, b"\0")
 
     def heard(self) -> None:
-        """Some bell, or several at once."""
-        os.read(self._bell, 4096)
+        with suppress(BlockingIOError):
+            os.read(self._bell, 4096)
 
     def trim(self) -> None:
         """What a long call took goes back to the system. Raises Overloaded."""

@@ -234,14 +234,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
 
     def _tick(self, now: float) -> None:
         """Whose time is over?"""
-        connections = self._connections
-        self._next_tick = now + (0.1 if connections.turned_away else self._tick_seconds)
-        for connection in [c for c in connections.all.values() if c.deadline <= now]:
+        self._next_tick = now + (0.1 if self._connections.turned_away else self._tick_seconds)
+        for connection in [c for c in self._connections.all.values() if c.deadline <= now]:
             self._late(connection)
         self._sender.flush()
         self._refusals.flush()
         self._receiver.scarcity.look(now)
-        alone = len(connections.all) == 1 == sum(self._metrics.gauge("connections"))
+        alone = len(self._connections.all) == 1 == sum(self._metrics.gauge("connections"))
         self._lone.look_around(self.limits.cores, alone)
         if self.shares.freed:
             with suppress(Overloaded):  # no thread is left: at another time
