@@ -16,6 +16,7 @@ import errno
 import io
 import json
 import os
+import select
 import signal
 import sys
 import textwrap
@@ -171,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line. Returns the exit code; ends the process by its signal after an interrupt."""
     words = list(sys.argv[1:] if argv is None else argv)
     open_standard_streams()
-    _name_stdout()
+    _own_stdout()
     try:
         return _flushed(_run(_with_command(words)))
     except UsageError as error:
@@ -217,23 +218,34 @@ def _give_up_stdout() -> None:
 _STDOUT = "standard output"
 
 
-class _Named(io.FileIO):
-    """stdout. Where it can't be written the error says so: by itself it would name no file."""
+class _Whole(io.FileIO):
+    """stdout, which takes all that it is given, and is waited for where somebody else made it not block.
+    Where it can't be written the error says so: by itself it would name no file."""
 
     def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
         try:
-            return super().write(data)
+            while left:
+                taken: int | None = super().write(left)
+                if taken is None:
+                    select.select((), (self,), ())
+                else:
+                    left = left[taken:]
         except OSError as error:
             error.filename = _STDOUT
             raise
+        return len(data)
 
 
-def _name_stdout() -> None:
-    """Where it is the interpreter's own, and nobody put another in its place."""
-    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    if type(raw) is io.FileIO and raw.fileno() == 1 and isinstance(sys.stdout, io.TextIOWrapper):
-        old, named = sys.stdout, io.BufferedWriter(_Named(1, "wb", closefd=False))
-        sys.stdout = io.TextIOWrapper(named, old.encoding, old.errors, line_buffering=old.line_buffering)
+def _own_stdout() -> None:
+    """Where it is the interpreter's, and nobody put another in its place. PYTHONUNBUFFERED leaves out what
+    writes the rest behind a part: a full disk then cut what a command gave, and it ended with 0."""
+    old = sys.stdout
+    raw = getattr(getattr(old, "buffer", None), "raw", getattr(old, "buffer", None))
+    if type(raw) is io.FileIO and raw.fileno() == 1 and isinstance(old, io.TextIOWrapper):
+        whole = io.BufferedWriter(_Whole(1, "wb", closefd=False))
+        by_line = old.line_buffering or old.write_through
+        sys.stdout = io.TextIOWrapper(whole, old.encoding, old.errors, line_buffering=by_line)
 
 
 def _failed(words: Sequence[str], error: Exception, text: str, code: int) -> int:

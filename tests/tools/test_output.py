@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from progressdb_kms.tools import console
 from progressdb_kms.tools.console import PAGE, table
 from tests.harness import Daemon
 from tests.harness.daemon import REPO, base_environment, cli
+from tests.harness.faults import Tmpfs
 
 ODD = "ünï ☃ \ud7ff \U0001f511"
 LOCALES = {
@@ -58,6 +60,38 @@ def test_a_full_disk_behind_stdout(shared_daemon: Daemon) -> None:
         cli("help", "runbook", wrapper=full),
     ):
         assert (done.returncode, done.stderr) == (1, said), done.args
+
+
+@pytest.mark.parametrize("env", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["as it is", "unbuffered"])
+class TestAPart:
+    """Of what is written a pipe or disk may take a part. Where the interpreter does not buffer, the rest was
+    lost, and the command ended with 0."""
+
+    @pytest.mark.root
+    def test_a_disk_that_fills_up(self, env: dict[str, str]) -> None:
+        with Tmpfs(8 << 10) as disk:
+            full = ["sh", "-c", f'exec "$@" >{disk.path}/out', "sh"]
+            done = cli("help", "runbook", wrapper=full, env=env)
+        assert done.returncode == 1 and b"standard output: No space left on device" in done.stderr
+
+    def test_a_pipe_that_does_not_block(self, env: dict[str, str]) -> None:
+        """Another program that has it too may have made it so."""
+        text = (REPO / "progressdb_kms/manual/runbook.md").read_bytes()
+        reader, writer = os.pipe()
+        fcntl.fcntl(writer, 1031, 4096)  # F_SETPIPE_SZ
+        os.set_blocking(writer, False)
+        variables = {**base_environment(Path("/nonexistent")), **env}
+        with (
+            open(reader, "rb") as source,
+            subprocess.Popen(
+                [sys.executable, "-m", "progressdb_kms", "help", "runbook"],
+                stdout=writer,
+                env=variables,
+                cwd=REPO,
+            ) as process,
+        ):
+            os.close(writer)
+            assert source.read() == text and process.wait(60) == 0
 
 
 def test_what_can_t_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
