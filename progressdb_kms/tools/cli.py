@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line. Returns the exit code; ends the process by its signal after an interrupt."""
     words = list(sys.argv[1:] if argv is None else argv)
     open_standard_streams()
-    _own_stdout()
+    _own_streams()
     try:
         return _flushed(_run(_with_command(words)))
     except UsageError as error:
@@ -219,8 +219,19 @@ _STDOUT = "standard output"
 
 
 class _Whole(io.FileIO):
-    """stdout, which takes all that it is given, and is waited for where somebody else made it not block.
-    Where it can't be written the error says so: by itself it would name no file."""
+    """stdin or stdout, which gives and takes all, and is waited for where somebody else made it not block.
+    Where stdout can't be written the error says so: by itself it would name no file."""
+
+    def readinto(self, buffer: Any) -> int:
+        while (size := super().readinto(buffer)) is None:
+            select.select((self,), (), ())
+        return size
+
+    def readall(self) -> bytes:
+        parts, piece = [], bytearray(1 << 16)
+        while size := self.readinto(piece):
+            parts.append(bytes(piece[:size]))
+        return b"".join(parts)
 
     def write(self, data: Any) -> int:
         left = memoryview(data).cast("B")
@@ -237,15 +248,17 @@ class _Whole(io.FileIO):
         return len(data)
 
 
-def _own_stdout() -> None:
-    """Where it is the interpreter's, and nobody put another in its place. PYTHONUNBUFFERED leaves out what
+def _own_streams() -> None:
+    """Where they are the interpreter's, and nobody put another in its place. PYTHONUNBUFFERED leaves out what
     writes the rest behind a part: a full disk then cut what a command gave, and it ended with 0."""
-    old = sys.stdout
-    raw = getattr(getattr(old, "buffer", None), "raw", getattr(old, "buffer", None))
-    if type(raw) is io.FileIO and raw.fileno() == 1 and isinstance(old, io.TextIOWrapper):
-        whole = io.BufferedWriter(_Whole(1, "wb", closefd=False))
-        by_line = old.line_buffering or old.write_through
-        sys.stdout = io.TextIOWrapper(whole, old.encoding, old.errors, line_buffering=by_line)
+    for name, number, mode in (("stdin", 0, "rb"), ("stdout", 1, "wb")):
+        old = getattr(sys, name)
+        raw = getattr(getattr(old, "buffer", None), "raw", getattr(old, "buffer", None))
+        if type(raw) is io.FileIO and raw.fileno() == number and isinstance(old, io.TextIOWrapper):
+            whole = _Whole(number, mode, closefd=False)
+            by_line = old.line_buffering or old.write_through
+            buffer = io.BufferedWriter(whole) if number else io.BufferedReader(whole)
+            setattr(sys, name, io.TextIOWrapper(buffer, old.encoding, old.errors, line_buffering=by_line))
 
 
 def _failed(words: Sequence[str], error: Exception, text: str, code: int) -> int:

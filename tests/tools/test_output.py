@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +94,29 @@ class TestAPart:
         ):
             os.close(writer)
             assert source.read() == text and process.wait(60) == 0
+
+    def test_what_comes_in_parts(self, shared_daemon: Daemon, env: dict[str, str]) -> None:
+        """Of a stdin that does not block only what was there at once was encrypted."""
+        key = shared_daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        words = ["-m", "progressdb_kms", "encrypt", "--key-id", key, "--socket", str(shared_daemon.socket)]
+        variables = {**base_environment(Path("/nonexistent")), **env}
+        with (
+            open(writer, "wb", buffering=0) as text,
+            subprocess.Popen(
+                [sys.executable, *words], stdin=reader, stdout=subprocess.PIPE, env=variables, cwd=REPO
+            ) as process,
+        ):
+            os.close(reader)
+            text.write(b"the first part")
+            time.sleep(2)
+            with contextlib.suppress(BrokenPipeError):
+                text.write(b", and the rest")
+            text.close()
+            sealed = process.communicate(timeout=60)[0]
+        done = shared_daemon.cli("decrypt", "--key-id", key, stdin=sealed)
+        assert done.stdout == b"the first part, and the rest"
 
 
 def test_what_can_t_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
