@@ -182,7 +182,8 @@ def test_a_kek_that_is_given_up_fails_no_drill(folder: Path) -> None:
         daemon.stop()
         assert daemon.offline("restore", found["file"]).returncode == 0, "it brings back what it has"
         with contextlib.closing(sqlite3.connect(daemon.data_dir / "kms.db")) as db, db:
-            db.execute("DELETE FROM deks WHERE key = ?", (f"meta:{other}",))
+            edited = "UPDATE deks SET value = replace(value, 'enabled', 'disabled') WHERE key = ?"
+            db.execute(edited, (f"meta:{other}",))
         torn = str(folder / "torn")
         assert daemon.offline("backup", torn).returncode == 0
         done = daemon.offline("backup", "--check", torn)
