@@ -96,10 +96,10 @@ def _recorded(app: App, route: Route, call: Call, reply: Reply, outcome: str, nu
     about = Fragment(f'{call.key}{call.peer_fragment},"request_id":"{number}"{call.details}')
     try:
         reply.receipt = app.service.audit.record(route.op, outcome, reply.status, about)
-    except KMSError as error:
+    except (KMSError, MemoryError) as error:
         if reply.secret:
             wipe(memoryview(reply.body))
-        return error_reply(error)
+        return error_reply(told(error))
     return reply
 
 

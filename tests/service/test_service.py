@@ -149,14 +149,18 @@ class TestWiped:
             routes.find(head).handler(app, call)
         assert not any(site.scratch) and not any(staging) and not any(answer)
 
-    def test_an_answer_that_can_not_be_recorded(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The DEK stayed in the waiter's answer until another one was written over it."""
+    @pytest.mark.parametrize("error", [AuditUnavailable("the disk is full"), MemoryError()], ids=repr)
+    def test_an_answer_that_can_not_be_recorded(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        """The DEK stayed in the waiter's answer until another one was written over it; and where no memory
+        was left for the record, the worker ended."""
 
         class Full:
             chain = "1.0"
 
             def record(self, *about: Any) -> str:
-                raise AuditUnavailable("the disk is full")
+                raise error
 
         monkeypatch.setattr(site.service, "audit", Full())
         unused: Any = None
