@@ -326,10 +326,11 @@ class AuditLog:
         digest = mac(self.key, event)
         sig = b64encode_bytes(digest)
         line = b"".join((lead, b'{"event":', event, b',"sig":"', sig, b'"}\n'))
+        last = seq, sig.decode()  # before it is written: memory may run out
         size = self._put(line)
-        self._size += size
         if size >= len(line) - 1:  # whole, perhaps without its line end
-            self._last = (seq, sig.decode())
+            self._last = last
+        self._size += size
         if size < len(line):
             self._tear(line[:size], lead)
         return f"{self.chain}:{seq}:{digest[:8].hex()}"

@@ -247,6 +247,22 @@ def test_a_note_is_the_daemons_own(log: AuditLog, path: Path) -> None:
     assert (second["outcome"], second["status"]) == ("failed", 500)
 
 
+def test_no_memory_leaves_the_chain_whole(log: AuditLog, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line that stood in the file already was not counted, and the next one had its number."""
+
+    class Signature(bytes):
+        def decode(self, *args: str) -> str:
+            raise MemoryError
+
+    encrypt(log)
+    with monkeypatch.context() as patch:
+        patch.setattr(audit, "b64encode_bytes", lambda digest: Signature(b64encode(digest).encode()))
+        with pytest.raises(MemoryError):
+            encrypt(log)
+    encrypt(log)
+    assert check(path, {}).ok and len(lines(path)) == 2
+
+
 def test_the_file_is_for_its_owner_alone(path: Path) -> None:
     before = os.umask(0)
     try:
