@@ -33,8 +33,9 @@ class Signals:
             signal.signal(number, signal.SIG_IGN if number in left_alone else signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, NOTICED)  # threads that are started from now on inherit it
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds: float) -> bool:
         """Until a signal comes, but no longer than this; now and then less, by an alarm of the wait before.
+        Is it time to end?
 
         Not by sigtimedwait: in a process that was stopped, frozen or traced until its time was over, Python's
         returns a record that nobody has filled in, with a number of any signal: that of SIGTERM, perhaps."""
@@ -42,6 +43,7 @@ class Signals:
         number = signal.sigwait(self._awaited | {signal.SIGALRM})
         signal.setitimer(signal.ITIMER_REAL, 0)
         self._note(number)
+        return self.stop
 
     def take_hangup(self) -> bool:
         taken, self.hangup = self.hangup, False

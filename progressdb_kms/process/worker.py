@@ -180,10 +180,7 @@ class Worker:
         with hardening.signals_blocked():
             waiter = threading.Thread(target=self.server.serve_forever, name="waiter", daemon=True)
             waiter.start()
-        while True:
-            signals.wait(ANCHOR_SECONDS)
-            if signals.stop:
-                break
+        while not signals.wait(ANCHOR_SECONDS):
             if not waiter.is_alive():  # another process serves again, this one never
                 raise RuntimeError("the thread that serves connections has ended")
             self._counters.set("beats", self.server.turns)
