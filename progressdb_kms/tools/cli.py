@@ -299,10 +299,20 @@ def _run(words: list[str]) -> int:
     if unknown:
         more = " ".join(unknown)
         raise UsageError(f"unrecognized arguments: {more} (see `{PROG} {command.name} --help`)")
+    if command.group == SERVE:
+        _settle()
     if command.keys:
         _harden(words)
     with contextlib.nullcontext() if command.group == SERVE else _interrupts():
         return command.run(args) or 0
+
+
+def _settle() -> None:
+    """As `__main__` does for a plain `serve`: nothing that was inherited makes a daemon wait, or small."""
+    from ..process import inherited, streams
+
+    streams.unblock_standard_streams()
+    inherited.settle(os.environ)
 
 
 def _harden(words: Sequence[str]) -> None:

@@ -142,8 +142,11 @@ def test_the_environment(environment: dict[str, str]) -> None:
         assert "Traceback" not in daemon.stderr and "Warning" not in daemon.stderr
 
 
-def test_one_process_serves_with_a_full_stderr() -> None:
-    with Daemon(workers=1, wrapper=python(FULL.format(2))) as daemon:
+def test_a_serve_with_a_flag_that_is_not_plain() -> None:
+    """The command line reads it, and left the soft limits and the streams as they were."""
+    wrapper = ["prlimit", "--nofile=256:4096", *python(FULL.format(2))]
+    with Daemon(workers=1, args=["--allow-retired-kek"], wrapper=wrapper) as daemon:
+        assert daemon.ok("GET", "/status")["limits"]["open_files"]["limit"] == 4096
         os.unlink(daemon.audit_log)
         assert {made(daemon) for _ in range(3)} == {503}
         daemon.signal(signal.SIGHUP)
