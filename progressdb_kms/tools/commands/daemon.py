@@ -55,7 +55,7 @@ def serve(args: argparse.Namespace) -> int:
         "config": args.config,
         "tcp_address": args.addr,
     }
-    with load(flags, os.environ) as loaded:
+    with load(flags, os.environ, fleet=True) as loaded:
         forced = {"allow_retired": args.allow_retired_kek, "accept_older": args.accept_older_store}
         return serve.serve(loaded, forced)
 
