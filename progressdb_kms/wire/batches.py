@@ -129,14 +129,10 @@ def _rendered(lead: bytes, results: Sequence[Any]) -> bytes:
     """All of them are bytes, or it is an error alone. What `b2a_base64` leaves of the last on its stack is
     overwritten from the same place. Base64 has no line end but its last, which is cheaper to take away than
     to ask for none."""
-    if isinstance(results[0], KMSError):
-        return _item_error(results[0])
+    if isinstance(error := results[0], KMSError):
+        return json_dumps({"error": {"code": error.code, "message": error.message}}).encode("ascii")
     *texts, _ = map(b2a_base64, [*results, _BLANK])
     return (lead + (b'"},' + lead).join(texts) + b'"}').replace(b"\n", b"")
-
-
-def _item_error(error: KMSError) -> bytes:
-    return json_dumps({"error": {"code": error.code, "message": error.message}}).encode("ascii")
 
 
 class _Move(NamedTuple):

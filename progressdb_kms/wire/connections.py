@@ -41,9 +41,10 @@ class Connections:
         self.now = time.monotonic()
 
     def goes(self, connection: Connection, phase: int) -> None:
-        """It is at this from now on, and has so long for it."""
-        connection.phase = phase
-        connection.deadline = self.now + self._seconds[phase]
+        """It is at this from now on, and has so long for it; one that is closed stays so."""
+        if connection.phase != CLOSED:
+            connection.phase = phase
+            connection.deadline = self.now + self._seconds[phase]
 
     def enter(self, connection: Connection, phase: int, events: int = IN) -> None:
         """A refused one takes no share."""
@@ -55,27 +56,33 @@ class Connections:
         else:
             connection.row = self._shares.enter(uid)
         self.goes(connection, phase)
-        connection.poll = self._poll
-        self._poll.register(fd, events)
+        self._register(connection, self._poll, events)
+
+    def _register(self, connection: Connection, poll: select.epoll, events: int) -> None:
+        """Where the kernel has no memory left to wait for it, it is closed."""
+        connection.poll = poll
+        try:
+            poll.register(connection.request.fileno(), events)
+        except OSError:
+            self.close(connection)
 
     def wait_in(self, connection: Connection, poll: select.epoll, events: int) -> None:
-        fd = connection.request.fileno()
         if connection.poll is poll:
-            poll.modify(fd, events)
+            poll.modify(connection.request.fileno(), events)
         else:
-            connection.poll.unregister(fd)
-            poll.register(fd, events)
-            connection.poll = poll
+            connection.poll.unregister(connection.request.fileno())
+            self._register(connection, poll, events)
 
     def lend(self, connection: Connection) -> None:
         """To a thread: it is that one's alone until it is taken back."""
         connection.phase = BUSY
         connection.poll.unregister(connection.request.fileno())
 
-    def take_back(self, connection: Connection) -> None:
+    def take_back(self, connection: Connection) -> bool:
+        """False: it is closed."""
         connection.phase = IDLE
-        connection.poll = self._poll
-        self._poll.register(connection.request.fileno(), IN)
+        self._register(connection, self._poll, IN)
+        return connection.phase == IDLE
 
     def rest(self, connection: Connection) -> None:
         """A request was answered: go on with what is here of the next."""
@@ -122,10 +129,9 @@ class Connections:
             return
         self.let_go(connection)
         connection.phase = CLOSED
-        connection.poll.unregister(fd)
         del self.all[fd]
         self.turned_away.pop(fd, None)
-        connection.request.close()
+        connection.request.close()  # no set waits for it from here on: no other descriptor leads to it
         self.uids -= Counter((connection.peer.uid,))
         if connection.row >= 0:
             self._shares.leave(connection.row)

@@ -127,21 +127,23 @@ class Doors:
                 return
 
     def _rest(self, fd: int, seconds: float) -> None:
-        if fd not in self.resting:  # at the end it may be
-            self._poll.unregister(fd)
+        self._listen(fd, 0)
         self.resting[fd] = time.monotonic() + seconds
+
+    def _listen(self, fd: int, events: int = select.POLLIN) -> None:
+        """At a door that is where it was this takes no memory of the kernel's: there may be none."""
+        try:
+            self._poll.modify(fd, events)
+        except FileNotFoundError:  # it leads elsewhere
+            self._poll.register(fd, events)
 
     def go_on(self, now: float) -> None:
         """Doors that have rested, and those that lead elsewhere by now, are listened at again."""
+        while self.renewed:
+            self._listen(self.renewed.popleft())
         for fd in [fd for fd, until in self.resting.items() if until <= now]:
             del self.resting[fd]
-            self._poll.register(fd, select.POLLIN)
-        while self.renewed:
-            fd = self.renewed.popleft()
-            if fd not in self.resting:
-                with suppress(OSError):  # it went with the socket that it was
-                    self._poll.unregister(fd)
-                self._poll.register(fd, select.POLLIN)
+            self._listen(fd)
 
     def renew(self, listener: socket.socket) -> None:
         """The descriptor of this door leads to another socket now. Any thread may say so."""
@@ -165,5 +167,5 @@ class Doors:
         """Let in who is there, and nobody after that."""
         for fd in self._doors:
             self.let_in(fd, most=BACKLOG, closing=True)
-            if self.resting.pop(fd, None) is None:
-                self._poll.unregister(fd)
+            self._listen(fd, 0)
+        self.resting.clear()

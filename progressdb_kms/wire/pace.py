@@ -64,7 +64,7 @@ class Pace:
         """So many seconds were given to connections of the set."""
         self.resting = True
         self._until = time.monotonic() + min(LONGEST, REST * took)
-        self.poll.unregister(self.fd)
+        self.poll.modify(self.fd, 0)
 
     def left(self, seconds: float) -> float:
         """Of so many seconds to wait, those until the set's rest is over."""
@@ -72,7 +72,7 @@ class Pace:
         if left > 0:
             return min(seconds, left)
         self.resting = False
-        self.poll.register(self.fd, select.POLLIN)
+        self.poll.modify(self.fd, select.POLLIN)
         return seconds
 
     def breath(self, uid: int, busy: Callable[[], bool]) -> Callable[[], None]:

@@ -143,8 +143,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         self._sender.flush()
         while self._lanes.back:
             connection = self._lanes.back.popleft()
-            self._connections.take_back(connection)
-            if self._sender.sent(connection) == NEXT:
+            if self._connections.take_back(connection) and self._sender.sent(connection) == NEXT:
                 self._connections.rest(connection)
         if others or self._connections.ahead:
             self._serve_others(others)

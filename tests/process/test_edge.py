@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import resource
 import socket
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +314,43 @@ class TestDescriptors:
             assert {status(sock) for sock in waiting} <= {200, 503}
             wait_until(lambda: daemon.request("GET", "/readyz").status == 200, 60, "the daemon to be ready")
             assert "Traceback" not in daemon.stderr and daemon.pids() == pids, daemon.stderr
+
+
+FEW_WATCHES = """
+import os, select, sys
+flag = os.path.join(sys.argv[sys.argv.index("--data-dir") + 1], "..", "few")
+real, asked = select.epoll, []
+class Few:
+    def __init__(self):
+        self._real = real()
+    def register(self, fd, events):
+        asked.append(fd)
+        if os.path.exists(flag) and len(asked) > 3 and len(asked) % 3 == 0:  # a start takes three
+            raise OSError(28, "No space left on device")
+        self._real.register(fd, events)
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+select.epoll = Few
+from progressdb_kms.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_no_memory_of_the_kernels_to_wait_for_connections_ends_nothing() -> None:
+    """`fs.epoll.max_user_watches`, or a group's memory: it ended the worker, and all that it served."""
+    with Daemon(workers=2, command=(sys.executable, "-c", FEW_WATCHES)) as daemon:
+        key_id = daemon.ok("POST", "/create_dek_for_thread", {"thread_id": "t"})["key_id"]
+        pids, few, done = daemon.pids(), daemon.home / "few", 0
+        few.touch()
+        for size in (1, 1, 300_000) * 20:
+            with suppress(OSError, http.client.HTTPException), daemon.session() as kms:
+                message = {"key_id": key_id, "plaintext": b64(bytes(size))}
+                done += kms.request("POST", "/encrypt", message).status == 200
+                done += kms.request("POST", "/deks", {"thread_id": "u"}).status == 201
+        few.unlink()
+        assert done and daemon.pids() == pids and "Traceback" not in daemon.stderr, daemon.stderr
+        wait_until(daemon.healthy, 60, "it to serve")
+        assert daemon.request("GET", "/readyz").status == 200
 
 
 class TestLockedMemory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from progressdb_kms.errors import Overloaded
 from progressdb_kms.rules import Peer
 from progressdb_kms.service.metrics import Metrics
 from progressdb_kms.wire.admission import Limits, Shares
-from progressdb_kms.wire.connection import AHEAD, ANSWERING, BODY, BUSY, CLOSED, IDLE, REFUSED, Connection
+from progressdb_kms.wire.connection import AHEAD, ANSWERING, BODY, BUSY, CLOSED, IDLE, IN, REFUSED, Connection
 from progressdb_kms.wire.connections import LINGER_SECONDS, Connections
 from progressdb_kms.wire.pace import Pace
 from progressdb_kms.wire.slab import SPARES, Slab
@@ -119,5 +120,33 @@ def test_nobody_hears_of_one_that_is_lent(worker: Worker) -> None:
     assert worker.told_of(one)
     worker.table.lend(one)
     assert one.phase == BUSY and not worker.told_of(one)
-    worker.table.take_back(one)
+    assert worker.table.take_back(one)
     assert worker.told_of(one)
+
+
+class NoMemory:
+    """A set for which the kernel has none."""
+
+    def register(self, fd: int, events: int) -> None:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("when", ["it is long", "it comes back", "it comes"])
+def test_one_that_can_not_be_waited_for_is_closed(worker: Worker, when: str) -> None:
+    """It ended the thread that serves all."""
+    none: Any = NoMemory()
+    one = worker.one()
+    worker.table.reserve(one, 1500)
+    if when == "it is long":
+        worker.table.wait_in(one, none, IN)
+    elif when == "it comes back":
+        worker.table.lend(one)
+        worker.table._poll = none
+        assert not worker.table.take_back(one)
+    else:
+        worker.table.close(one)
+        worker.table._poll = none
+        one = worker.one()
+    worker.table.goes(one, BODY)
+    assert one.phase == CLOSED and one.request.fileno() == -1 and not worker.table.all
+    assert worker.block.get("connections") == 0 and worker.block.get("body_bytes") == 0

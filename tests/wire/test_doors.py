@@ -221,3 +221,14 @@ def test_the_end_comes_without_a_descriptor_too(site: Site, rested: bool) -> Non
         assert not made.resting and first.recv(4096).startswith(b"HTTP/1.1 503 ")
         assert not site.listening
         second.close()
+
+
+def test_to_listen_again_takes_no_memory_of_the_kernels(site: Site) -> None:
+    """Where there was none, it ended the thread that serves all."""
+    site.doors._poll = SimpleNamespace(modify=site.poll.modify)  # no `register`
+    site.others_have_fewer = True
+    with site.knock():
+        site.doors.let_in(site.fd)
+        assert site.fd in site.doors.resting and not site.listening
+        site.doors.go_on(FAR)
+        assert not site.doors.resting and site.listening

@@ -206,8 +206,10 @@ def sets(daemon: Daemon) -> tuple[int, bool]:
 
 
 def watched(pid: int, fd: int) -> set[int]:
+    """What this set waits for: a set that rests is still in the other, with no events."""
     lines = Path(f"/proc/{pid}/fdinfo/{fd}").read_text().splitlines()
-    return {int(line.split()[1]) for line in lines if line.startswith("tfd:")}
+    found = [line.split() for line in lines if line.startswith("tfd:")]
+    return {int(tfd) for _, tfd, _, events, *_ in found if int(events, 16) & (select.POLLIN | select.POLLOUT)}
 
 
 def long_ones(daemon: Daemon) -> int:
