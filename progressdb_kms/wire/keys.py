@@ -63,10 +63,10 @@ def rewrap(app: App, call: Call) -> Reply:
     key_id = _plain(found, "key_id")
     if key_id is None:
         raise BadRequest.missing("key_id")
-    call.key = key_fragment(checked_key_id(key_id))
-    may_use(app, call, key_id)
     with app.staging.take() as new_kek:
-        _new_kek(found, new_kek.view)
+        _new_kek(found, new_kek.view)  # before the key_id is named: who swaps the two sends a KEK as that
+        call.key = key_fragment(checked_key_id(key_id))
+        may_use(app, call, key_id)
         done = app.service.change("rewrap", key_id=key_id, new_kek=new_kek)
     call.details = fragment(new_kek_id=done["kek_id"])
     done["kek_version"] = str(done["kek_version"])

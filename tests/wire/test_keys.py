@@ -151,6 +151,13 @@ class TestRewrap:
         assert fields.get("new_kek_hex", "?") not in reply.body.decode()
         assert kms.get_wrapped(made["key_id"])["wrapped"] == made["wrapped"]
 
+    def test_a_kek_in_the_place_of_the_key_id_is_written_nowhere(self, kms: Session, daemon: Daemon) -> None:
+        """Swapped by mistake: 64 hex digits are a key_id, and the audit log named it."""
+        made, new = kms.create_dek("t"), os.urandom(32).hex()
+        reply = kms.request("POST", "/rewrap", {"key_id": new, "new_kek_hex": made["key_id"]})
+        assert (reply.status, reply.code) == (400, "invalid_new_kek_hex")
+        assert new not in reply.body.decode() + daemon.audit_log.read_text() + daemon.stderr
+
 
 class TestRotate:
     @pytest.fixture
