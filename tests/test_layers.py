@@ -6,6 +6,7 @@ import ast
 import functools
 import io
 import json
+import re
 import subprocess
 import sys
 import tokenize
@@ -233,3 +234,11 @@ def test_all_spellings_of_an_import_are_seen() -> None:
     assert ours("progressdb_kms.audit.chain", source) == {
         f"progressdb_kms.{name}" for name in expected.split()
     }
+
+
+def test_the_manual_names_all_that_serves_once(served: list[str]) -> None:
+    """For whoever reads all of it."""
+    page = (PACKAGE / "manual" / "structure.md").read_text()
+    named = [f"progressdb_kms.{name}" for name in re.findall(r"^- `([a-z0-9_.]+)`:", page, re.M)]
+    packages = {name.rpartition(".")[0] for name in served}
+    assert sorted(named) == sorted(set(served) - packages)

@@ -19,6 +19,16 @@ original runs a thread that dies at a failing COMMIT, sets synchronous=OFF and r
 One connection in one process writes and checkpoints, all others are read-only: SQLite before 3.51.3 can
 damage a WAL that two connections reset. After a COMMIT that failed nobody knows what is on disk, so the
 file is closed, opened again and checked before the next write.
+
+What the writer remembers of the disk, and until when that holds:
+
+    _book, _tally         the state row and a comparison under way; put back where a transaction or a part of it
+                          fails, read anew (no comparison) whenever the file is opened
+    _suspect              from before each COMMIT until it has worked; while it stands, the next write first
+                          opens the file anew, with growing pauses (`_reopening`)
+    _size, _log, _least   the least that the files must have: from the last look that found nothing wrong, `_least`
+                          from each BEGIN too; `_log` is 0 after a checkpoint of ours
+    _cut                  why one of them is too short; this stays, and so does the refusal to write
 """
 
 from __future__ import annotations
