@@ -22,13 +22,13 @@ file is closed, opened again and checked before the next write.
 
 What the writer remembers of the disk, and until when that holds:
 
-    _book, _tally         the state row and a comparison under way; put back where a transaction or a part of it
-                          fails, read anew (no comparison) whenever the file is opened
-    _suspect              from before each COMMIT until it has worked; while it stands, the next write first
+    _book, _tally         the state row and a comparison under way: put back where a transaction, or a part
+                          of one, fails; read anew (no comparison) whenever the file is opened
+    _suspect              from before each COMMIT until it has worked: while it stands, the next write first
                           opens the file anew, with growing pauses (`_reopening`)
-    _size, _log, _least   the least that the files must have: from the last look that found nothing wrong, `_least`
-                          from each BEGIN too; `_log` is 0 after a checkpoint of ours
-    _cut                  why one of them is too short; this stays, and so does the refusal to write
+    _size, _log, _least   the least that the files must have: from the last look that found nothing wrong,
+                          `_least` from each BEGIN too; `_log` is 0 after a checkpoint of ours
+    _cut                  why one of them is too short: this stays, and so does the refusal to write
 """
 
 from __future__ import annotations
