@@ -677,7 +677,7 @@ class _Stored:
 
     record: DekRecord
 
-    def get(self, key_id: str) -> DekRecord:
+    def existing(self, key_id: str) -> DekRecord:
         return self.record
 
     def heavy(self) -> dict[str, int]:

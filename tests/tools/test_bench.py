@@ -24,6 +24,7 @@ from progressdb_kms.store.sqlite import SqliteReader
 from progressdb_kms.tools import bench
 from tests.harness import Daemon, postgres
 from tests.harness.daemon import cli
+from tests.harness.wire import b64
 
 
 def figures(*args: str) -> dict[str, dict[str, Any]]:
@@ -106,6 +107,12 @@ def test_rotate_asks_for_room_before_it_begins(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(bench.BenchFailed, match=f"{tmp_path} has 99 MiB free, the stores to rotate take 986"):
         next(bench.rotate(1, 100_000))
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("way", [bench._naive, bench._careful])
+def test_what_memory_measures_is_an_encrypt(way: Any) -> None:
+    body = json.dumps({"key_id": "bench", "plaintext": b64(b"hi")}).encode()
+    assert len(json.loads(way(body)())["ciphertext"]) == 40  # of 12, 2 and 16 bytes
 
 
 @pytest.mark.long
