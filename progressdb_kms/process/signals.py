@@ -61,9 +61,7 @@ class SignalPipe(Signals):
 
     def __init__(self, child: bool = False) -> None:
         super().__init__(child)
-        self.fd, self._write = os.pipe()
-        for descriptor in (self.fd, self._write):
-            os.set_blocking(descriptor, False)
+        self.fd, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def clear(self) -> None:

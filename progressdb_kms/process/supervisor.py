@@ -190,10 +190,9 @@ class Supervisor:
     def _start_keeper(self) -> None:
         child = self._children[0]
         read, write = os.pipe()
-        main = partial(_keeper_main, self._shared, child.incarnation + 1, write)
         self._coming = open(read, "rb")  # noqa: SIM115  # closed when it was heard
         with open(write, "wb"):
-            self._fork(child, main)
+            self._fork(child, partial(_keeper_main, self._shared, child.incarnation + 1, write))
 
     def _hear(self, seconds: float) -> bool:
         """Is the keeper up that starts? Raises StartFailed."""
@@ -246,10 +245,15 @@ class Supervisor:
                 raise
             if self._keeping.failed(str(error)):
                 log.error("no change can be made, and it is tried again: %s", error)
-        child, why = self._children[0], self._keeping.why or "the keeper process is only starting"
-        slow = self._coming is not None and time.monotonic() - child.started > SLOW_SECONDS
-        while (slow or not child.pid) and (job := channel.receive(self._shared.inbox)) is not None:
-            channel.answer(job, StoreUnavailable(why, hint="it is tried again by itself"))
+        slow = self._coming is not None and time.monotonic() - self._children[0].started > SLOW_SECONDS
+        why = self._keeping.why or "the keeper process is only starting"
+        self._stand_in(StoreUnavailable(why, hint="it is tried again by itself"), slow)
+
+    def _stand_in(self, error: StoreUnavailable, slow: bool = False) -> None:
+        """What they hear who ask a keeper that is not there, or is `slow` to come."""
+        gone = slow or not self._children[0].pid
+        while gone and (job := channel.receive(self._shared.inbox)) is not None:
+            channel.answer(job, error)
 
     def _wipe_after(self, slot: int) -> None:
         """What a dead worker held: connections, locked memory, new KEKs."""
@@ -265,13 +269,15 @@ class Supervisor:
                 os.kill(child.pid, number)
 
     def _end(self, children: list[Child], seconds: float) -> None:
-        """END, wait, and SIGKILL for what does not end in time."""
+        """END, wait, and SIGKILL for what does not end in time. Nobody waits for a keeper that died too soon:
+        none is started any more."""
         self._tell(END, children)
         deadline = time.monotonic() + seconds
         while any(child.pid for child in children):
-            for child in children:
+            for child in self._children:
                 if child.pid and os.waitpid(child.pid, os.WNOHANG)[0]:
                     child.pid = 0
+            self._stand_in(StoreUnavailable("the keeper process ended before the others"))
             if time.monotonic() > deadline:
                 self._tell(signal.SIGKILL, children)
             self._signals.wait(MOMENT)
@@ -284,9 +290,8 @@ class StartFailed(OperatorError):
 
 
 def _how(status: int) -> str:
-    if os.WIFSIGNALED(status):
-        return signal.Signals(os.WTERMSIG(status)).name
-    return f"exit code {os.WEXITSTATUS(status)}"
+    code = os.waitstatus_to_exitcode(status)
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _in_child(supervisor: int, lock: Claim, main: Callable[[], None]) -> NoReturn:

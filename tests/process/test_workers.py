@@ -243,6 +243,26 @@ def test_a_keeper_that_hangs_when_it_comes_again_holds_up_nobody_else(make_daemo
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root alone sees which process has the store open")
+def test_a_keeper_that_dies_while_all_end_leaves_nobody_waiting(make_daemon: MakeDaemon) -> None:
+    """Its workers waited for it until they were killed, and who had asked for a change heard nothing."""
+    daemon = make_daemon(workers=2)
+    with daemon.session() as kms:
+        kms.create_dek("t")
+        keeper = daemon.writer
+        os.kill(keeper, signal.SIGSTOP)  # so that the job waits for it
+        kms.begin("POST", "/deks", {"thread_id": "t"})
+        daemon.signal(signal.SIGTERM)
+        wait_until(lambda: not daemon.socket.exists(), 60, "the end's begin")
+        os.kill(keeper, signal.SIGKILL)
+        reply = kms.reply()
+        assert reply.status == 503 and b"the keeper process ended" in reply.body
+    daemon.wait()
+    assert "were cut" not in daemon.stderr
+    daemon.start().stop()
+    assert daemon.offline("audit", "verify").returncode == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone sees which process has the store open")
 def test_a_killed_keeper_is_replaced(daemon: Daemon) -> None:
     kept = Kept()
     with daemon.session() as kms:
