@@ -290,8 +290,8 @@ class StartFailed(OperatorError):
 
 
 def _how(status: int) -> str:
-    code = os.waitstatus_to_exitcode(status)
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    code = os.waitstatus_to_exitcode(status)  # of a signal, its number below zero: not each has a name
+    return {-one: one.name for one in signal.Signals}.get(code, f"exit code {code}")
 
 
 def _in_child(supervisor: int, lock: Claim, main: Callable[[], None]) -> NoReturn:
