@@ -110,7 +110,7 @@ def _items(name: str, item: Schema) -> Schema:
 
 def _data(name: str, field: str) -> Schema:
     """Data under a stored DEK, or under one that comes along."""
-    stored = _named(f"{name}Stored", _request(f"key_id {field}", "aad"))
+    stored = _named(f"{name}Stored", _request(f"key_id {field}", "aad wrapped", wrapped=_NULL))
     inline = _named(f"{name}Inline", _request(f"wrapped {field}", "key_id aad"))
     return _named(name, {"anyOf": [stored, inline]})
 
@@ -155,7 +155,8 @@ _DAYS = {"type": "integer", "minimum": 1, "maximum": 365}
 
 _REQUESTS: dict[str, Schema] = {
     "/create_dek_for_thread": _either(
-        _named("ThreadRequest", _request("thread_id")), _named("ThreadKeyRequest", _request("thread_key"))
+        _named("ThreadRequest", _request("thread_id", "thread_key", thread_key=_NULL)),
+        _named("ThreadKeyRequest", _request("thread_key", "thread_id", thread_id=_NULL)),
     ),
     "/deks": {
         "anyOf": [
