@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 WATCH_SECONDS = 1.0
 """How often it is looked whether the name still leads to our socket: an lstat."""
 
+DYING_TRIES, DYING_SECONDS = 20, 0.1
+"""So often, and after so long each time, it is looked whether the children of a killed daemon are gone."""
+
 RETRY_SECONDS = 10.0
 """How often, while somebody else listens under the name."""
 
@@ -109,7 +112,7 @@ def hosts(settings: Settings) -> frozenset[str]:
     return frozenset((settings.tcp_address, f"localhost:{port}"))
 
 
-def _clear_stale(path: Path) -> None:
+def _clear_stale(path: Path, tries: int = DYING_TRIES) -> None:
     """Remove a socket that nobody answers at; refuse anything else that stands there. Raises OSError."""
     with suppress(FileNotFoundError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         if not stat.S_ISSOCK(path.lstat().st_mode):
@@ -125,10 +128,13 @@ def _clear_stale(path: Path) -> None:
         except (BlockingIOError, socket.timeout):
             raise AlreadyRunning(f"the socket {path} is in use, and its server is busy") from None
         holder = peer_of(probe)
-        raise AlreadyRunning(
-            f"the socket {path} is in use by pid {holder.pid} (uid {holder.uid})",
-            hint="stop that one first, or choose another --socket",
-        )
+        if tries == 1 or os.path.exists(f"/proc/{holder.pid}"):
+            raise AlreadyRunning(
+                f"the socket {path} is in use by pid {holder.pid} (uid {holder.uid})",
+                hint="stop that one first, or choose another --socket",
+            )
+        time.sleep(DYING_SECONDS)  # it was killed, a moment ago
+        _clear_stale(path, tries - 1)
 
 
 # ---- its name --------------------------------------------------------------------------------------

@@ -107,9 +107,9 @@ _DYNAMIC = {(r.method, r.path.partition("}")[2]): r for r in ROUTES if "{" in r.
 def find(head: Head) -> Route:
     """Raises NotFound, or MethodNotAllowed with the methods that the path knows."""
     method = "GET" if head.method == "HEAD" else head.method
-    route = _STATIC.get((method, head.path)) or _find_dynamic(method, head.path)
+    route = _find(method, head.path)
     if route is None:
-        allowed = sorted({r.method for r in ROUTES if _matches(r, head.path)})
+        allowed = sorted({r.method for r in ROUTES if _find(r.method, head.path)})
         if allowed:
             allow = ", ".join(allowed + (["HEAD"] if "GET" in allowed else []))
             raise MethodNotAllowed(f"{head.path[:80]} does not know {head.method}", allow=allow)
@@ -117,14 +117,8 @@ def find(head: Head) -> Route:
     return route
 
 
-def _find_dynamic(method: str, path: str) -> Route | None:
+def _find(method: str, path: str) -> Route | None:
     parts = path.split("/")
     if len(parts) < 3 or parts[1] != "deks" or not parts[2]:
-        return None
+        return _STATIC.get((method, path))
     return _DYNAMIC.get((method, "".join("/" + part for part in parts[3:])))
-
-
-def _matches(route: Route, path: str) -> bool:
-    if "{" not in route.path:
-        return route.path == path
-    return _find_dynamic(route.method, path) is route

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -95,3 +97,33 @@ def test_what_is_no_path_makes_no_file(make_daemon: MakeDaemon, name: str) -> No
     daemon = make_daemon(args=["--socket", name], start=False)
     assert "write" in daemon.refusal().stderr
     assert not (daemon.home / name).exists()
+
+
+HOLDS = """
+import os, socket, sys, time
+sock = socket.socket(socket.AF_UNIX)
+sock.bind(sys.argv[1])
+sock.listen(64)
+child = os.fork()
+if child:
+    print(child)
+    sys.stdout.flush()
+    os._exit(0)
+os.close(1)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("seconds", [1, 60])
+def test_the_socket_of_a_killed_daemon_is_had_once_its_children_are_gone(
+    make_daemon: MakeDaemon, seconds: int
+) -> None:
+    """Who was started right behind the kill -9 was refused, with the pid of the dead one."""
+    daemon = make_daemon(start=False)
+    words = [sys.executable, "-c", HOLDS, str(daemon.socket), str(seconds)]
+    child = int(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout)
+    if seconds == 1:
+        assert daemon.start().healthy()
+    else:
+        assert "is in use by pid" in str(daemon.refusal())
+        os.kill(child, signal.SIGKILL)
