@@ -135,8 +135,9 @@ def _write(source: sqlite3.Connection, file: Path, progress: Progress) -> Conten
         _copy(source, part, progress)
         with contextlib.closing(_connect(part, "mode=ro")) as db:
             answer = _integrity(db)
-        if answer != "ok":
-            raise CommandFailed(f"the store is damaged: {answer}; no backup was made", hint=DAMAGED)
+            if answer != "ok":
+                raise CommandFailed(f"the store is damaged: {answer}; no backup was made", hint=DAMAGED)
+            _refuse_lost(db)
         contents = _describe(part)
         os.lseek(descriptor, 0, os.SEEK_END)
         write_all(descriptor, contents.line())
@@ -293,21 +294,36 @@ def _keep_tables(db: sqlite3.Connection) -> None:
 
 def _describe(part: Path) -> Contents:
     with contextlib.closing(_connect(part, "mode=ro")) as db:
-        text = _value(db, STATE)
-        state = StoreState.from_row(None if text is None else as_it_stands(text))
+        state = _state(db)
         keks = {kek_id: row.deks for kek_id, row in state.keks.items()}
         active = state.active.kek_id if state.active else ""
         rows = db.execute(f"SELECT count(*) FROM {DEKS}").fetchone()[0]  # noqa: S608
         deks = sum(keks.values())
-    if rows < deks:
-        raise StoreDamaged(
-            f"the store has {rows} rows, and its state tells of {deks} DEKs: {deks - rows} are lost; "
-            "no backup was made",
-            hint="`progressdb-kms verify` tells more; restore the last backup that has them",
-        )
     now, size = timestamp(time.time()), part.stat().st_size
     contents = Contents(now, size, "", SCHEMA_VERSION, deks, rows - deks, active, keks)
     return contents.sealed(part, lambda done, total: None)
+
+
+def _state(db: sqlite3.Connection) -> StoreState:
+    text = _value(db, STATE)
+    return StoreState.from_row(None if text is None else as_it_stands(text))
+
+
+def _refuse_lost(db: sqlite3.Connection) -> None:
+    """Are these the rows that the state tells of? To see that takes no key. Raises StoreDamaged. Of rows that
+    can't be read nobody knows; `restore` names them."""
+    state = _state(db)
+    mac = "CASE WHEN json_valid(value) THEN json_extract(value, '$.mac') END"
+    with contextlib.suppress(TypeError, ValueError, AttributeError):
+        found = db.execute(f"SELECT {mac} FROM {DEKS}")  # noqa: S608
+        if sum(weight({"mac": one}) for (one,) in found) % MODULUS != state.total:
+            rows = db.execute(f"SELECT count(*) FROM {DEKS}").fetchone()[0]  # noqa: S608
+            deks = sum(row.deks for row in state.keks.values())
+            raise StoreDamaged(
+                f"rows of the store are lost, or were put back: there are {rows}, its state tells of {deks} "
+                "DEKs that are not shredded, and they don't add up; no backup was made",
+                hint="`progressdb-kms verify` tells more; restore the last backup that has them",
+            )
 
 
 def _shown(contents: Contents) -> dict[str, Any]:

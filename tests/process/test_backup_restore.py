@@ -249,7 +249,7 @@ class TestBackup:
         [
             ("UPDATE kms SET value = '{' WHERE key = 'store:state'", "the row store:state can't be read"),
             ("UPDATE kms SET value = x'00' WHERE key = 'store:state'", "the row store:state can't be read"),
-            ("DELETE FROM deks WHERE rowid = 1", "has 3 rows, and its state tells of 4 DEKs: 1 are lost"),
+            ("DELETE FROM deks WHERE rowid = 1", "there are 3, its state tells of 4 DEKs"),
         ],
     )
     def test_nor_does_one_that_lost_what_it_tells_of(self, site: Site, change: str, what: str) -> None:
@@ -259,6 +259,16 @@ class TestBackup:
             db.execute(change)
         assert what in refused(site.daemon.offline("backup", str(site.backup.parent / "second")))
         assert os.listdir(site.backup.parent) == ["backup"]
+
+    def test_a_row_that_is_lost_beside_a_tombstone_is_missed_too(self, site: Site) -> None:
+        """There were as many rows as the state tells of DEKs."""
+        shred(site.daemon, site.keys[0])
+        site.daemon.stop()
+        ok(site.daemon.offline("backup", str(site.backup.parent / "whole")))
+        with contextlib.closing(sqlite3.connect(site.daemon.data_dir / "kms.db")) as db, db:
+            db.execute("DELETE FROM deks WHERE key = ?", (f"meta:{site.keys[1]}",))
+        error = refused(site.daemon.offline("backup", str(site.backup.parent / "second")))
+        assert "there are 3, its state tells of 3 DEKs that are not shredded, and they don't add up" in error
 
     def test_a_stream_is_refused(self, site: Site) -> None:
         done = site.daemon.offline("backup", "-")
