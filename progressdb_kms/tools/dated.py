@@ -4,12 +4,12 @@
     kms-0123abcd-20261126T020000Z.backup.failed     made, but it did not pass the drill
 
 With `--keep N` the new one is opened as a drill at once. Only where it passes, older ones go, and of those
-only what was made here: a regular file of this user's, with a name of this form and the id of this data-dir,
-whose last line is that of a whole backup; the newest N stay, the new one among them. One that is dated later
-than the new one was made while a clock was wrong, then or now: it counts for nothing and stays, or it would
-take the place of each that is made from here on. What failed a drill is for a person to look at: it counts
-for nothing either, and nothing removes it. What a killed one left half done goes before the new one is made,
-with `--keep` or without. Two hosts may share a folder.
+only what was made here: a regular file of this user's (for root of the folder's owner, as the new one is),
+with a name of this form and the id of this data-dir, whose last line is that of a whole backup; the newest N
+stay, the new one among them. One that is dated later than the new one was made while a clock was wrong, then
+or now: it counts for nothing and stays, or it would take the place of each that is made from here on. What
+failed a drill is for a person to look at: it counts for nothing either, and nothing removes it. What a killed
+one left half done goes before the new one is made, with `--keep` or without. Two hosts may share a folder.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def make(loaded: Loaded, folder: Path, keep: int | None, progress: Progress) -> 
     note(data_dir, file)
     if keep is not None:
         _drill(loaded, file, progress)
-        result.update(checked=True, removed=_prune(file, start, keep))
+        with asowner.acting_as(asowner.of(folder)):
+            result.update(checked=True, removed=_prune(file, start, keep))
     return result
 
 

@@ -78,6 +78,29 @@ def test_the_newest_stay_and_what_was_not_made_here(daemon: Daemon, folder: Path
     assert set(names(folder)) == kept | stays
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+def test_root_removes_what_belongs_to_the_folder_s_owner(daemon: Daemon, folder: Path) -> None:
+    """As the new one does: root made one a night in the daemon's folder, and removed none of them."""
+    first = Path(run(daemon, str(folder))["file"])
+    host = (daemon.data_dir / "kms.host").read_text()[:8]
+    older, root_s = (f"kms-{host}-2025010{day}T020000Z.backup" for day in (1, 2))
+    first.rename(folder / older)
+    shutil.copy(folder / older, folder / root_s)
+    copy = daemon.copy()
+    try:
+        for above in (copy.home, folder.parent):
+            above.chmod(0o755)
+        mine = (copy.data_dir, *copy.data_dir.rglob("*"), copy.kek_file, copy.config_file)
+        for path in (*mine, folder, folder / older):
+            os.chown(path, 12345, 12345)
+        found = run(copy, str(folder), "--keep", "1")
+        assert found["removed"] == [str(folder / older)]
+        assert names(folder) == sorted([root_s, new := Path(found["file"]).name])
+        assert (folder / new).stat().st_uid == 12345
+    finally:
+        copy.close()
+
+
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_what_was_made_while_the_clock_was_wrong_takes_no_other_s_place(
     daemon: Daemon, folder: Path, keep: int
