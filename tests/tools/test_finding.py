@@ -87,6 +87,18 @@ def test_the_message_names_what_was_tried(place: Place) -> None:
         found()
 
 
+def test_metrics_of_a_daemon_that_is_not_found(place: Place) -> None:
+    """A daemon that stops takes its socket's name away: the file went on to say that it is up."""
+    target = place.folder / "kms.prom"
+    (command,) = (command for command in COMMANDS if command.name == "metrics")
+    given = {"socket": None, "server_uid": None, "textfile": str(target)}
+    for config, fault in ((None, CommandFailed), ("none.yaml", ConfigError)):
+        target.write_text("progressdb_kms_up 1\n")
+        with pytest.raises(fault):
+            command.run(argparse.Namespace(config=config, **given))
+        assert target.read_text().endswith("\nprogressdb_kms_up 0\n")
+
+
 def test_a_configuration_that_was_named_must_be_right(place: Place) -> None:
     place.listen(place.development)
     with pytest.raises(ConfigError, match="can't be read"):

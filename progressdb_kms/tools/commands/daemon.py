@@ -117,14 +117,15 @@ def _check_ready(kms: Client, as_json: bool) -> int:
 )
 def metrics(args: argparse.Namespace) -> None:
     from ...client import ClientError
+    from ...errors import KMSError
 
-    with client(args) as kms:
-        try:
+    try:
+        with client(args) as kms:
             text = kms.metrics() + UP.format(1)
-        except ClientError:
-            if args.textfile:
-                _publish(args.textfile, UP.format(0))
-            raise
+    except (ClientError, KMSError):  # it may not even be found: at a stop the socket's name goes
+        if args.textfile:
+            _publish(args.textfile, UP.format(0))
+        raise
     if args.textfile:
         _publish(args.textfile, text)
     else:
