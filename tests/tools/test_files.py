@@ -66,6 +66,21 @@ def test_kek_id(short_tmp: Path) -> None:
     assert json.loads(cli("kek-id", "a", "--json", cwd=short_tmp).stdout) == {"file": "a", "kek_id": ids[0]}
 
 
+def test_kek_id_goes_on_behind_what_is_no_key(short_tmp: Path) -> None:
+    """`kek-id *` in a folder where the key is among other files."""
+    write_secret(short_tmp / "b", os.urandom(32))
+    write_secret(short_tmp / "a", b"hosts: none\n")
+    found = kek_id_of((short_tmp / "b").read_bytes())
+    done = cli("kek-id", "a", "b", "c", cwd=short_tmp)
+    first, second, last = done.stderr.decode().splitlines()
+    assert (done.returncode, done.stdout.decode()) == (1, f"{found}  b\n")
+    assert first.startswith("a must be 64 hex digits") and second.startswith("c can't be read: No such file")
+    assert last.startswith("progressdb-kms: 2 of 3 hold no key that may be read")
+    done = cli("kek-id", "a", "b", "--json", cwd=short_tmp)
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert told[0]["error"]["code"] and told[1] == {"file": "b", "kek_id": found} and done.returncode == 1
+
+
 def line(seq: int, **more: object) -> bytes:
     event = {"chain": "1.0", "seq": seq, "prev": "", "ts": "2026-11-24T02:13:32.123456Z", "op": "encrypt"}
     return (

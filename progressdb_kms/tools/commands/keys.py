@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..command import JSON, OFFLINE, Arg, command, no_stream
-from ..console import safe, show
+from ..console import CommandFailed, error_detail, safe, say, show
 
 if TYPE_CHECKING:
     pass
@@ -47,11 +47,25 @@ def genkey(args: argparse.Namespace) -> None:
     examples=("progressdb-kms kek-id /etc/progressdb-kms/kek.key*",),
 )
 def kek_id(args: argparse.Namespace) -> None:
+    from ...errors import KMSError
     from .. import keyfiles
 
+    bad = 0
     for name in args.file:
-        found = keyfiles.kek_id_of(Path(name))
+        try:
+            found = keyfiles.kek_id_of(Path(name))
+        except KMSError as error:
+            if len(args.file) == 1:
+                raise
+            bad += 1
+            if args.json:
+                show({"file": name, "error": error_detail(error)}, True)
+            else:
+                say(error.message)
+            continue
         if args.json:
             show({"file": name, "kek_id": found}, True)
         else:
             sys.stdout.write(f"{found}  {safe(name)}\n")
+    if bad:
+        raise CommandFailed(f"{bad} of {len(args.file)} hold no key that may be read")
