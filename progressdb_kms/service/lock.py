@@ -21,7 +21,7 @@ from ..disk import regular
 from ..encoding import json_dumps, timestamp, wall
 from ..errors import AlreadyRunning, ConfigError
 from ..store.snapshots import FOLDER as SNAPSHOTS
-from ..store.sqlite import FILE_NAME, SHM, WAL
+from ..store.sqlite import FILE_NAME, FILES
 
 LOCK_FILE = "kms.lock"
 
@@ -85,7 +85,7 @@ def _check(data_dir: Path) -> None:
         )
     if (data_dir / SNAPSHOTS).is_symlink():
         raise ConfigError(f"{data_dir / SNAPSHOTS} is a symbolic link", hint="move the folder itself there")
-    for name in (FILE_NAME, WAL, SHM, f"{FILE_NAME}-journal", AUDIT_LOG, LOCK_FILE):
+    for name in (*FILES, f"{FILE_NAME}-journal", AUDIT_LOG, LOCK_FILE):
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(os.lstat(data_dir / name).st_mode):
                 raise ConfigError(

@@ -26,7 +26,7 @@ from ..store.heads import forget, heads
 from ..store.pause import Pause
 from ..store.seal import ActiveKek
 from ..store.sealed import Store
-from ..store.sqlite import SqliteStore
+from ..store.sqlite import FILES, SqliteStore
 from . import ownkeys
 from .clock import Clock, TrustedTime
 from .common import Common
@@ -70,7 +70,7 @@ def open_keeper(
     if not is_held(data_dir):  # one that nobody holds is not the one that was locked: it would look right
         store.close()
         raise ConfigError(f"{data_dir / LOCK_FILE} was replaced under the daemon", hint="restart the daemon")
-    store.watch(LOCK_FILE)
+    store.watch(*FILES, LOCK_FILE)
     common = Common(store, data_dir, keyring, book, TrustedTime(store, Clock()), [])
     return Keeper(common, keys, staging, inbox), epoch
 

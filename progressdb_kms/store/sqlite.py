@@ -26,9 +26,8 @@ What the writer remembers of the disk, and until when that holds:
                           of one, fails; read anew (no comparison) whenever the file is opened
     _suspect              from before each COMMIT until it has worked: while it stands, the next write first
                           opens the file anew, with growing pauses (`_reopening`)
-    _size, _log, _least   the least that the files must have: from the last look that found nothing wrong,
-                          `_least` from each BEGIN too; `_log` is 0 after a checkpoint of ours
-    _cut                  why one of them is too short: this stays, and so does the refusal to write
+    _watch                which files are open, and the least that they must have: from the last look that
+                          found nothing wrong, and from each BEGIN and checkpoint of ours
 """
 
 from __future__ import annotations
@@ -49,7 +48,6 @@ from sqlitedict import SqliteDict
 from .. import disk
 from ..encoding import json_dumps
 from ..errors import OtherSchema, StoreDamaged, StoreUnavailable
-from . import outside
 from .contract import HEAVY, KEK_ROW, Usage
 from .pause import Pause
 from .policy import SHREDDED
@@ -86,7 +84,7 @@ DAMAGED = (
 FULL = "FULL"  # each COMMIT waits for the disk
 NORMAL = "NORMAL"  # in WAL mode: a COMMIT is ordered before the next one, and waits for nothing
 
-WAL, SHM = FILE_NAME + "-wal", FILE_NAME + "-shm"
+FILES = (FILE_NAME, FILE_NAME + "-wal", FILE_NAME + "-shm")
 RESCUE = "kms-rescue-"  # and a time: what was open when its file was taken away
 
 DEKS = "deks"
@@ -132,9 +130,7 @@ class Connection:
             raise StoreUnavailable(f"{path} is no regular file", hint="find out who put it there")
         uri = f"file://{quote(os.fsencode(path.absolute()))}?mode={mode}"
         try:
-            self._db = sqlite3.connect(
-                uri, uri=True, isolation_level=None, check_same_thread=False, timeout=5
-            )
+            self._db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
             self._db.text_factory = lambda raw: raw.decode("utf-8", "replace")  # its own error quotes the row
             self._db.execute("PRAGMA cell_size_check=ON")
         except sqlite3.Error as error:
@@ -228,16 +224,13 @@ def check_schema(path: Path, application: int, version: int) -> None:
     OtherSchema."""
     if application != APPLICATION_ID:
         raise OtherSchema(f"{path} is a database of something else", hint="is data_dir the right folder?")
+    if version in (0, SCHEMA_VERSION):
+        return
     known = f"has schema version {version}, and this release knows {SCHEMA_VERSION}: nothing was changed"
+    hint = "`export` with the older release that wrote it, and `import` here"
     if version > SCHEMA_VERSION:
-        raise OtherSchema(
-            f"{path} {known}",
-            hint="run the newer release that wrote it; to go back, `export` with that one and `import` here",
-        )
-    if 0 < version < SCHEMA_VERSION:
-        raise OtherSchema(
-            f"{path} {known}", hint="`export` with the older release that wrote it, and `import` here"
-        )
+        hint = "run the newer release that wrote it; to go back, `export` with that one and `import` here"
+    raise OtherSchema(f"{path} {known}", hint=hint)
 
 
 def _name(kind: str, key: bytes) -> str:
@@ -323,9 +316,7 @@ class SqliteStore(Store, SqliteReader):
     def __init__(self, data_dir: Path, key: memoryview | None = None) -> None:
         self.path = data_dir / FILE_NAME
         self._reopening = Pause(*REOPEN_PAUSES)
-        self._watch: Watch | None = None
-        self._watched: tuple[str, ...] = ()
-        self._cut = ""
+        self._watch = Watch(self.path, (), self._committed_size)
         self._open("rwc")
         if key is not None:
             try:
@@ -404,8 +395,7 @@ class SqliteStore(Store, SqliteReader):
         """After a COMMIT of unknown outcome: a new connection, and a look at the whole file."""
         if not self._reopening.over():
             raise StoreUnavailable(self._reopening.why, hint="it is tried again every few seconds")
-        if self._watch is not None:
-            self._watch.release(WAL, SHM)  # who closes the last connection removes them
+        self._watch.release(*FILES[1:])  # who closes the last connection removes them
         try:
             self._conn.close()
             self._open("rw")
@@ -413,14 +403,13 @@ class SqliteStore(Store, SqliteReader):
             answer = self._conn.select_one("PRAGMA quick_check(1)")[0]
             if answer != "ok":
                 raise StoreUnavailable(f"the store is damaged: {answer}", hint=DAMAGED)
+            self.watch(*self._watch.names)
         except (StoreUnavailable, StoreDamaged) as error:
             self._reopening.failed(error.message)
             self._open_to_read()
             raise StoreUnavailable(error.message, hint=error.hint) from error
         self._reopening.worked()
         self._suspect = False
-        if self._watch is not None:
-            self.watch(*self._watched)
 
     def _open_to_read(self) -> None:
         """Until it can be written again: what needs no more than that goes on."""
@@ -431,53 +420,29 @@ class SqliteStore(Store, SqliteReader):
 
     # ---- the files are watched -----------------------------------------------------------------
 
-    def watch(self, *others: str) -> None:
-        """From now on refuse to write where our files, or the `others` beside them, aren't in their places,
-        or were cut. Raises StoreUnavailable."""
-        if self._watch is not None:
-            self._watch.close()
+    def watch(self, *names: str) -> None:
+        """From now on refuse to write where these, ours and others beside them, aren't in their places, or
+        ours were cut. Raises StoreUnavailable."""
+        self._watch.close()
         try:
-            self._watch = Watch(self.path.parent, (FILE_NAME, WAL, SHM, *others))
+            self._watch = Watch(self.path, names, self._committed_size)
         except OSError as error:
             raise StoreUnavailable(f"{error.filename} can't be watched: {error.strerror}") from error
-        self._watched = others
-        self._size, self._log, self._least = self._watch.sizes[FILE_NAME], 0, self._length()
+
+    def _committed_size(self) -> int:
+        """Raises StoreUnavailable where a table of ours is not in it."""
+        select = self._conn.select_one
+        select(_SEEN)
+        return int(select("PRAGMA page_count")[0]) * int(select("PRAGMA page_size")[0])
 
     def files(self) -> dict[str, tuple[int, int]]:
         """Device and inode of what is open, where it is watched."""
-        return self._watch.files if self._watch is not None else {}
-
-    def _length(self) -> int:
-        """Bytes of the database as it was last committed, by whomever."""
-        select = self._conn.select_one
-        return int(select("PRAGMA page_count")[0]) * int(select("PRAGMA page_size")[0])
+        return self._watch.files
 
     def lost(self) -> str:
         """Why what is open must not be written to: it isn't what the next start would find. Empty where all
-        is well. What was cut stays so; what was moved may come back."""
-        if self._watch is None:
-            return ""
-        return self._cut or self._watch.look() or ("" if self._suspect else self._look_at_sizes())
-
-    def _look_at_sizes(self) -> str:
-        """kms.db is no shorter than the smaller of its last size and all that was committed since (a foreign
-        VACUUM cuts it rightly). The log may be cut to nothing by a foreign checkpoint."""
-        assert self._watch is not None
-        size, log = self._watch.sizes[FILE_NAME], self._watch.sizes[WAL]
-        try:
-            length = self._length()  # read after the size: who cuts the file commits before that
-            self._conn.execute(_SEEN)
-        except StoreUnavailable as error:
-            return error.message
-        if size < min(self._size, self._least, length):
-            self._cut = f"{FILE_NAME} was cut to {size} bytes under the daemon"
-        elif log < self._log and (cut := outside.cut(self.path)) is not False:
-            why = f"{WAL} was cut to {log} bytes under the daemon"
-            if cut is None:
-                return f"{why}; whether it may be can't be found out now"
-            self._cut = why
-        self._size, self._log, self._least = size, log, length
-        return self._cut
+        is well."""
+        return self._watch.look(unsure=self._suspect)
 
     def _insist(self) -> None:
         if why := self.lost():
@@ -509,8 +474,7 @@ class SqliteStore(Store, SqliteReader):
 
     def close(self) -> None:
         super().close()
-        if self._watch is not None:
-            self._watch.close()
+        self._watch.close()
 
     def trouble(self) -> str:
         """Why nothing can be written now, as far as it is known; empty where nothing is."""
@@ -527,8 +491,7 @@ class SqliteStore(Store, SqliteReader):
         before = self._book, self._tally
         self._conn.execute("BEGIN IMMEDIATE")
         try:
-            if self._watch is not None:
-                self._least = min(self._least, self._length())
+            self._watch.begun()
             yield
             self._settle(before[0])
             self._suspect = True  # whether it is on the disk is known once COMMIT has worked
@@ -647,7 +610,7 @@ class SqliteStore(Store, SqliteReader):
         try:
             return not self._conn.select_one("PRAGMA wal_checkpoint(TRUNCATE)")[0]
         finally:
-            self._log = 0
+            self._watch.checkpointed()
             self._conn.select(f"PRAGMA busy_timeout={BUSY_WAIT}")
 
 

@@ -45,7 +45,7 @@ from ..store.heads import Head, anchor
 from ..store.policy import DISABLED, PENDING_DELETION, SHREDDED
 from ..store.seal import STATE, StoreState
 from ..store.sealed import Reader
-from ..store.sqlite import FILE_NAME, WAL, SqliteReader, SqliteStore
+from ..store.sqlite import FILE_NAME, SqliteReader, SqliteStore
 from . import asowner
 from .console import CommandFailed
 
@@ -154,7 +154,7 @@ def access(data_dir: Path) -> str:
     can't on a file system that is full, or read-only after an error of the disk. There kms.db is read alone
     where it is all: nobody has the store open, and it was closed in order, so that no log of it is left.
     Where one is left, of a daemon that was killed, and no index, a copy has to be made: CommandFailed."""
-    log = data_dir / WAL
+    log = data_dir / f"{FILE_NAME}-wal"
     alone = not log.exists() or not log.stat().st_size
     if not is_held(data_dir) and (alone or not (data_dir / f"{FILE_NAME}-shm").exists()):
         try:

@@ -4,6 +4,8 @@ same tests."""
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from progressdb_kms.store.pause import Pause
 from progressdb_kms.store.policy import SHREDDED
 from progressdb_kms.store.seal import STATE, KekCount, Seal
 from progressdb_kms.store.sealed import Written, as_it_stands
-from progressdb_kms.store.sqlite import SqliteReader, SqliteStore
+from progressdb_kms.store.sqlite import FILE_NAME, FILES, SqliteReader, SqliteStore
 from tests.harness.memstore import MemoryReader, MemoryStore
 
 AnyStore = Union[SqliteStore, MemoryStore]
@@ -839,6 +841,35 @@ class TestFile:
                 assert store.trouble() and store.heavy() == {} and store.keks()[OLD].deks == 1
         put(store, dek("c"))
         assert keys(store.page("", 9)) == ["a", "c"] and not store.trouble()
+        store.close()
+
+    def test_a_watch_that_could_not_be_had_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where no descriptor is left while the file is opened anew: a store that nobody watches took writes
+        into a file that was gone."""
+        store = SqliteStore(tmp_path, KEY)
+        put(store, dek("a"))
+        store.watch(*FILES)
+        monkeypatch.setattr(store, "_reopening", Pause(0.0, 0.0))
+        store._suspect = True
+        real = os.open
+
+        def no_descriptor(path: Any, flags: int, *more: Any, **named: Any) -> int:
+            if flags & os.O_PATH:
+                raise OSError(errno.EMFILE, "Too many open files", str(path))
+            return real(path, flags, *more, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", no_descriptor)
+            for _ in range(2):
+                with pytest.raises(StoreUnavailable, match="can't be watched: Too many open files"):
+                    put(store, dek("b"))
+                assert keys(store.page("", 9)) == ["a"] and "can't be watched" in store.trouble()
+        put(store, dek("c"))
+        (tmp_path / FILE_NAME).rename(tmp_path / "elsewhere")
+        with pytest.raises(StoreUnavailable, match="moved away"):
+            put(store, dek("d"))
         store.close()
 
     def test_a_read_only_folder(self, tmp_path: Path) -> None:
