@@ -328,15 +328,16 @@ class Store(Reader):
         self._book = self._book._replace(change=max(self._book.change, floor) + 1)
 
     def recount(self) -> bool:
-        """Count and add up all rows anew, each of which must be genuine. True: the state had it otherwise."""
+        """Count and add up all rows anew, each of which must be genuine. True: the state had it otherwise.
+        Since when a KEK is needed is no count: a rotation says that, and its oldest DEK may be gone."""
         keks: Mapping[str, KekCount] = {}
-        total, after = 0, ""
+        total, after, known = 0, "", dict(self._book.keks)
         while page := self._texts(after, ROWS, None):
             keks = counted(keks, [(None, self._record(key_id, text)) for key_id, text in page])
             total = (total + sum(weight(as_it_stands(text)) for _, text in page)) % MODULUS
             after = page[-1][0]
-        other = (dict(keks), total) != (dict(self._book.keks), self._book.total)
-        if other:
+        keks = {kek_id: known.get(kek_id, row)._replace(deks=row.deks) for kek_id, row in keks.items()}
+        if other := (keks, total) != (known, self._book.total):
             self._book = self._book._replace(change=self._book.change + 1, keks=keks, total=total)
         return other
 

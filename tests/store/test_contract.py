@@ -443,6 +443,16 @@ def edit(store: AnyStore, key_id: str, **fields: Any) -> None:
         write(store, key_id, {name: value for name, value in row.items() if value is not None})
 
 
+def lose(store: AnyStore, key_id: str) -> None:
+    """Likewise, within a transaction."""
+    if isinstance(store, MemoryStore):
+        store._writable().deks.pop(key_id)
+    elif isinstance(store, SqliteStore):
+        store._conn.execute(f"DELETE FROM deks WHERE key = 'meta:{key_id}'")
+    else:
+        store._inside().execute(f"DELETE FROM deks WHERE key_id = '{key_id}'")
+
+
 class TestAuthentic:
     """A row is as the daemon wrote it, or nobody takes it."""
 
@@ -505,19 +515,17 @@ class TestAuthentic:
         with store.transaction():
             if how == "older":
                 write(store, "a", was)
+            elif how == "deleted":
+                lose(store, "c")
             elif isinstance(store, MemoryStore):
                 rows = store._writable().deks
-                rows.update(d=rows["c"]) if how == "added" else rows.pop("c")
+                rows.update(d=rows["c"])
             elif not isinstance(store, SqliteStore):
                 store._inside().execute(
                     "INSERT INTO deks SELECT 'a0', thread_id, value, kek_id, rev FROM deks WHERE key_id = 'a'"
-                    if how == "added"
-                    else "DELETE FROM deks WHERE key_id = 'c'"
                 )
-            elif how == "added":
-                store._conn.execute("INSERT INTO deks SELECT 'meta:a0', value FROM deks WHERE key='meta:a'")
             else:
-                store._conn.execute("DELETE FROM deks WHERE key='meta:c'")
+                store._conn.execute("INSERT INTO deks SELECT 'meta:a0', value FROM deks WHERE key='meta:a'")
         if how == "older":
             assert reader.get("a") == dek("a")  # by itself there is nothing wrong with it
         with store.transaction():
@@ -532,6 +540,22 @@ class TestAuthentic:
                 assert store.recount()
             with store.transaction():
                 assert not store.recount()
+
+    def test_since_when_a_kek_is_needed_is_no_count(self, store: AnyStore, reader: AnyReader) -> None:
+        """The oldest DEK goes, and a rotation has a time of its own: what adds up was recounted, on the
+        record, and that time moved."""
+        put(store, dek("a", created_at="2026-01-01T00:00:00.000000Z"), dek("b"), dek("c"))
+        put(store, dek("a", state=SHREDDED)._replace(wrapped=b""))
+        before = reader.state()
+        with store.transaction():
+            assert not store.recount()
+        assert reader.state() == before
+        with store.transaction():
+            lose(store, "c")
+        with store.transaction():
+            assert store.recount()
+        after = reader.state()
+        assert after.keks == {OLD: before.keks[OLD]._replace(deks=1)} and after.change == before.change + 1
 
     @pytest.mark.parametrize("member", ["change", "active", "keks", "sum"])
     def test_an_edited_state(self, store: AnyStore, reader: AnyReader, member: str) -> None:

@@ -48,6 +48,9 @@ def test_recount(stopped: Daemon) -> None:
         done = daemon.offline("verify", "--recount")
         assert done.returncode == 1 and b"offline" in done.stderr, "a daemon runs"
         daemon.stop()
+        found = json.loads(daemon.offline("verify", "--recount", "--json").stdout)
+        assert found["recounted"] is False, "its KEK was rotated, and all adds up"
+        assert b'"op":"recount"' not in daemon.audit_log.read_bytes()
         with contextlib.closing(sqlite3.connect(daemon.data_dir / "kms.db")) as db, db:
             db.execute("DELETE FROM deks WHERE key = (SELECT min(key) FROM deks)")
         done = daemon.offline("verify")
