@@ -94,11 +94,12 @@ _SERVES = "SELECT count(*) FROM hosts WHERE %s IN (host, name)"
 
 def forget(link: Link, name: str) -> int:
     """Delete the rows of a host, by its id or its name, that was given up: it is nobody's any more. What it
-    wrote stays, and is reckoned with. Returns how many; raises Conflict where it was not given up."""
+    wrote stays, and is reckoned with. Returns how many; raises Conflict where none was given up: another that
+    serves may have taken the name over."""
     with link.session() as session:
         gone = len(session.execute(_FORGET, (name,)).fetchall())
         ((left,),) = session.execute(_SERVES, (name,)).fetchall()
-    if left:
+    if left and not gone:
         raise Conflict(
             f"{name} is not fenced: it serves, or no change has waited for it since it fell silent",
             code="not_fenced",
@@ -147,6 +148,6 @@ def _warnings(found: dict[str, Any]) -> Any:
     active = found["fleet"]["active_kek"]
     for host in found["hosts"]:
         if host["fenced"]:
-            yield f"{host['name'] or host['host']} is fenced: it was silent; it registers anew when it can"
+            yield f"{host['name']} ({host['host']}) is fenced: it was silent; it registers anew when it can"
         elif active and active not in host["keks"]:
-            yield f"{host['name'] or host['host']} doesn't have the active KEK {active}"
+            yield f"{host['name']} ({host['host']}) doesn't have the active KEK {active}"

@@ -7,6 +7,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -184,7 +185,7 @@ class TestStatus:
             ("first", 0, False, [OLD]),
             ("second", 2, True, []),
         ]
-        assert any("second is fenced" in warning for warning in found["warnings"])
+        assert any("second (two) is fenced" in warning for warning in found["warnings"])
         text = place.run("status").stdout.decode()
         assert "first" in text and "fenced" in text and OLD in text
 
@@ -198,6 +199,21 @@ class TestStatus:
         assert "knows no host nobody" in place.refused("forget", "nobody")
         assert json.loads(place.run("forget", "gone", "--json").stdout) == {"host": "gone", "forgotten": 2}
         assert place.fleet.sql("SELECT name FROM kms.hosts") == [("here",)]
+
+    def test_a_host_whose_name_another_took_over_is_forgotten(self, place: Place) -> None:
+        """The machine was lost, and the one in its place has its name: what is to go is told, and goes."""
+        lost, new = "1" * 32, "2" * 32
+        place.fleet.sql(
+            f"INSERT INTO kms.hosts VALUES ('{lost}', '1', 'chat-7', 0, 0, '{{}}', true)",
+            f"INSERT INTO kms.hosts VALUES ('{new}', '1', 'chat-7', 0, 0, '{{}}', false)",
+        )
+        told = place.run("status")
+        assert re.search(rf"^chat-7 +{lost} .* fenced", told.stdout.decode(), re.M)
+        assert re.search(rf"^chat-7 +{new} ", told.stdout.decode(), re.M)
+        assert f"chat-7 ({lost}) is fenced" in told.stderr.decode()
+        assert json.loads(place.run("forget", "chat-7", "--json").stdout)["forgotten"] == 1
+        assert place.fleet.sql("SELECT host FROM kms.hosts") == [(new,)]
+        assert "chat-7 is not fenced" in place.refused("forget", "chat-7")
 
     def test_a_newer_schema_is_shown(self, place: Place) -> None:
         place.fleet.sql("UPDATE kms.fleet SET schema = 2, least = 2")
@@ -541,8 +557,8 @@ class TestThereAndBack:
             "INSERT INTO kms.hosts VALUES ('y', '1', 'bare', 0, 0, '{}', false)",
         )
         texts = [text for level, text in host.doctor() if level == "warn"]
-        assert any("gone is fenced" in text for text in texts)
-        assert any("bare doesn't have the active KEK" in text for text in texts)
+        assert any("gone (x) is fenced" in text for text in texts)
+        assert any("bare (y) doesn't have the active KEK" in text for text in texts)
         other = Host(tmp_path / "two", KEK[::-1], fleet_database)
         assert other.doctor()[-1][0] == "fail" and "is not configured here" in other.doctor()[-1][1]
         fleet_database.sql("UPDATE kms.fleet SET schema = 9, least = 8")

@@ -127,8 +127,8 @@ def _print(found: dict[str, Any]) -> None:
     sys.stdout.writelines(["\n", *table(("KEK_ID", "DEKS"), rows)])
     hosts = [
         (
-            one["name"] or one["host"],
-            one["incarnation"],
+            one["name"],
+            one["host"],
             str(one["beats"]),
             str(one["behind"]),
             "fenced" if one["fenced"] else "",
@@ -136,4 +136,4 @@ def _print(found: dict[str, Any]) -> None:
         )
         for one in found["hosts"]
     ]
-    sys.stdout.writelines(["\n", *table(("HOST", "INC", "BEATS", "BEHIND", "STATE", "KEKS"), hosts)])
+    sys.stdout.writelines(["\n", *table(("HOST", "ID", "BEATS", "BEHIND", "STATE", "KEKS"), hosts)])
