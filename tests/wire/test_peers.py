@@ -51,7 +51,7 @@ def ask(daemon: Daemon, uid: int, call: tuple[str, str, Any]) -> Reply:
 
 
 @contextlib.contextmanager
-def serving(**rules: list[int]) -> Iterator[Daemon]:
+def serving(**rules: Any) -> Iterator[Daemon]:
     """A daemon whose socket everybody can reach; its data-dir stays closed."""
     with Daemon(rules, workers=1) as daemon:
         daemon.home.chmod(0o755)
@@ -87,6 +87,17 @@ class TestWithoutRules:
             event = last(daemon)
             assert (event["uid"], event["gid"], event["pid"]) == (STRANGER, STRANGER, os.getpid())
             assert event["actor"] == f"peer_uid:{STRANGER}"
+
+    @pytest.mark.parametrize("name", ["uid", "gid"])
+    @pytest.mark.parametrize("number", [2**31, 2**32 - 2])
+    def test_a_number_that_fills_all_bits_is_one_too(self, name: str, number: int) -> None:
+        with serving(policies=[{name: number, "operations": ["create_dek"]}]) as daemon:
+            pids = daemon.pids()
+            assert ask(daemon, number, CALLS[0]).status == 200
+            event = last(daemon)
+            assert (event["uid"], event["gid"], event["actor"]) == (number, number, f"peer_uid:{number}")
+            assert ask(daemon, number, CALLS[3]).code == "policy_refused"
+            assert daemon.pids() == pids, "a worker ended"
 
 
 @pytest.fixture(scope="module")
