@@ -57,10 +57,8 @@ class KekNotLoaded(Unavailable):
     default_code = "kek_not_loaded"
     default_hint = "add it to previous_master_keys"
 
-    def __init__(self, kek_id: str = "", message: str = "", *, code: str = "", hint: str = "") -> None:
-        """`message` and what follows: as another process told it."""
-        told = message or f"the KEK {kek_id} that wraps this DEK is not loaded"
-        super().__init__(told, code=code, hint=hint)
+    def __init__(self, kek_id: str) -> None:
+        super().__init__(f"the KEK {kek_id} that wraps this DEK is not loaded")
         self.kek_id = kek_id
 
 

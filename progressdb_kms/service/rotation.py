@@ -12,7 +12,7 @@ between two batches. The steps, and what a crash leaves at each:
    A failure: likewise; what is left is removed a bit at a time: see `keks`.
 3. Each live row is looked for in the second table, and both are added up: see `seal`. The snapshot and its
    signed ledger are synced.
-4. One short transaction swaps the tables, the active kek_id and the wrapped audit key.
+4. One short transaction swaps the tables, the active kek_id and the wrapped keys of our own.
    A crash before its COMMIT: the old state whole. After it: the new one.
 5. The new KEK becomes active in memory, the old one is wiped, the old rows are deleted bit by bit.
 """

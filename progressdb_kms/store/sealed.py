@@ -317,7 +317,7 @@ class Store(Reader):
             gone = 0
         self._book = self._book._replace(own=(self._book.own - gone + come) % MODULUS)
 
-    # ---- the state, continued ------------------------------------------------------------------
+    # ---- what changes the state alone ----------------------------------------------------------
 
     def activate(self, kek_id: str, version: int, since: str) -> None:
         """Another active KEK."""

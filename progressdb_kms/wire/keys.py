@@ -8,7 +8,7 @@ from typing import Union
 from ..audit.log import fragment, key_fragment
 from ..config.weakkeys import check_master_key
 from ..crypto.aead import KEY_SIZE
-from ..encoding import b64decode_into, b64encode_into, hex_decode_into, new_key_id
+from ..encoding import KEK_ID, b64decode_into, b64encode_into, hex_decode_into, new_key_id
 from ..errors import BadRequest, WeakKey
 from ..service.service import wrapped_source
 from . import secretjson
@@ -79,7 +79,7 @@ def rotate_kek(app: App, call: Call) -> Reply:
     found = _secret_fields(call, strings=("new_kek_hex", "new_kek_id"), booleans=("dry_run",))
     dry_run, named = found.get("dry_run", False), _plain(found, "new_kek_id")
     if named is not None:
-        if "new_kek_hex" in found or len(named) != 16 or named.strip("0123456789abcdef"):
+        if "new_kek_hex" in found or not KEK_ID.fullmatch(named):
             raise BadRequest.invalid("new_kek_id", "must be a kek_id, in place of new_kek_hex")
         done = app.service.change("rotate", timeout=None, kek_id=named, dry_run=dry_run)
     else:

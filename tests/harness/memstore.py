@@ -1,4 +1,4 @@
-"""The store's twin in memory: the same contract (see `store.contract`), no file, no SQLite.
+"""The store's twin in memory: the same contract (see `store.sqlite`), no file, no SQLite.
 
 It lets the keeper and rotation be tried without a disk, and it says in plain dicts what SQLite is held to:
 both pass the same contract tests. What it holds is gone with the process.
