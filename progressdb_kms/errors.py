@@ -274,7 +274,8 @@ def told(error: Exception, number: str = "") -> KMSError:
 
 
 class OperatorError(KMSError):
-    """Raised before anything is served; ends the process with exit code 1 and one line."""
+    """Raised before anything is served it ends the process with exit code 1 and one line; a call that meets
+    one hears it as what is our fault."""
 
     status = 500
 

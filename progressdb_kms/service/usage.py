@@ -7,8 +7,9 @@ more. Twice a second the worker's main loop takes the lists' beginnings off and 
 
 What was counted waits, the oldest first, and goes to the keeper with the head of the audit chain, which goes
 then anyway: the same job, the same transaction, no flush of the disk of its own; ROWS at most, over all
-workers. A batch is handed over again, under the same number, until the keeper has answered: it counts
-none twice. While MOST wait, uses of further DEKs are lost, but for those with BUSY of them in a beat.
+workers. A batch is handed over again, under the same number, until the keeper has answered: a keeper counts
+none twice. One that takes the place of another, which died before its answer, may: that is too many, never
+too few. While MOST wait, uses of further DEKs are lost, but for those with BUSY of them in a beat.
 
 AES-GCM with random nonces is safe for 2**32 messages under one key (NIST SP 800-38D, 8.3): then the odds of a
 nonce that came twice pass 2**-32. Such a DEK is `spent`: it decrypts, and encrypts no more. A KEK wraps

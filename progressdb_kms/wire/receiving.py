@@ -1,9 +1,10 @@
 """Bytes in, and the requests that they are: judged by the head, then carried out here or by a thread.
 
-All bytes are received into the locked memory of the worker, and wiped from there after each turn of a
-connection. A body that is not whole yet lies in a buffer that grows as bytes come, under one budget for all
-workers; one that carries a key, in a spare piece of locked memory. So does what was sent ahead: a turn serves
-some requests of a connection, and the rest in the next.
+Bytes are received into the locked memory of the worker, and wiped from there after each turn of a connection.
+A body that is not whole yet lies in a buffer that grows as bytes come, under one budget for all workers; one
+that carries a key, in a spare piece of locked memory. What is still to come of it is received straight to
+there. In a spare piece lies what was sent ahead, too: a turn serves some requests of a connection, and the
+rest in the next.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     received 16 KiB | spare pieces of 16 KiB | scratch 64 and answer 128 of each thread that serves
 
-Every byte of a peer is received into the first part, and wiped from it before the next peer's. A request that
-is there whole is read, and answered, where it lies. A spare piece is for the few that must lie in locked
-memory between two moments: the body of a `secret` route that comes in pieces, and requests that were sent
-ahead. An idle connection has none. Where they are scarce, what was sent ahead stays in the socket.
+What a peer sends is received into the first part, and wiped from it before the next peer's; but what is still
+to come of a body goes straight to where that lies. A request that is there whole is read, and answered, where
+it lies. A spare piece is for the few that must lie in locked memory between two moments: the body of a
+`secret` route that comes in pieces, and requests that were sent ahead. An idle connection has none. Where
+they are scarce, what was sent ahead stays in the socket.
 """
 
 from __future__ import annotations
