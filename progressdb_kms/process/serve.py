@@ -16,6 +16,7 @@ keeper writes the last audit heads, keys are wiped.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import resource
 import signal
@@ -65,11 +66,13 @@ def serve(loaded: Loaded, forced: dict[str, Any] | None = None) -> int:
         _descriptors(settings), cores(),
     )  # fmt: skip
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    lock = claim(settings.data_dir)
-    name = Name(settings)
-    tcp = listen_tcp(settings)
-    region = LockedBuffer(REGION_SIZE + channel.STAGING_SLOTS * KEY_SIZE, settings.memory_lock)
-    try:
+    with contextlib.ExitStack() as ending:
+        lock = claim(settings.data_dir)
+        name = Name(settings)
+        ending.callback(name.remove)
+        tcp = listen_tcp(settings)
+        region = LockedBuffer(REGION_SIZE + channel.STAGING_SLOTS * KEY_SIZE, settings.memory_lock)
+        ending.callback(region.wipe)
         slabs = [Slab(settings.memory_lock, THREADS) for _ in range(settings.workers)]
         kinds = {region.kind, *(slab.kind for slab in slabs)}
         settle(settings.memory_lock, locked="unlocked" not in kinds)
@@ -99,8 +102,6 @@ def serve(loaded: Loaded, forced: dict[str, Any] | None = None) -> int:
             fleet=fleet,
         )  # fmt: skip
         return Supervisor(shared).run()
-    finally:
-        region.wipe()
 
 
 def _look_at_second_start(settings: Settings, measure: hardening.Measure) -> None:

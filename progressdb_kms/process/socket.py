@@ -152,7 +152,8 @@ class Name:
         self.listener = bind(settings) if given is None else given
         self.listener.setblocking(False)  # all workers share it; a copy of a blocking one would set it back
         self._settings = settings
-        self._handovers = [_handover() for _ in range(settings.workers)]
+        kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK  # send_fds and recv_fds ignore flags
+        self._handovers = [socket.socketpair(socket.AF_UNIX, kind) for _ in range(settings.workers)]
         self._path = Path(os.fsdecode(self.listener.getsockname()))
         self._seen = self._look()
         self._next = 0.0
@@ -193,9 +194,11 @@ class Name:
         self._trying.worked()
 
     def remove(self) -> None:
-        """From here on a connect fails at once instead of waiting for nobody."""
+        """From here on a connect fails at once instead of waiting for nobody. To repeat it does nothing: the
+        next daemon may be there."""
         self._next = float("inf")
         if self._ours and self._look() == self._seen:
+            self._ours = False
             try:
                 self._path.unlink(missing_ok=True)
             except OSError as error:  # answers in flight, and the keys, are more
@@ -214,11 +217,3 @@ class Name:
         if taken:
             listener.setblocking(False)
         return taken
-
-
-def _handover() -> tuple[socket.socket, socket.socket]:
-    """By what a worker gets the new socket."""
-    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    for end in pair:
-        end.setblocking(False)  # send_fds and recv_fds ignore flags
-    return pair

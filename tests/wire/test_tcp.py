@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import pytest
 
 from progressdb_kms.process.socket import listen_tcp
 from progressdb_kms.rules import PeerRules
-from tests.harness import Daemon, Session
+from tests.harness import Daemon, DaemonFailed, Session
 from tests.harness.dialects import GENERATIONS
 from tests.harness.procs import wait_until
 from tests.harness.wire import connect, free_port, host_of, raw, request
@@ -242,8 +243,12 @@ def test_a_port_that_is_taken(address: Address) -> None:
     with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as sock:
         sock.bind((address[0], 0))
         sock.listen(1)
-        refused = on_tcp(sock.getsockname()[:2], workers=1).refusal()
-        assert refused.code == 1 and "can't be bound" in refused.stderr and "ss -ltnp" in refused.stderr
+        with contextlib.closing(on_tcp(sock.getsockname()[:2], workers=1).spawn()) as daemon:
+            with pytest.raises(DaemonFailed) as refused:
+                daemon.wait_ready()
+            assert refused.value.code == 1 and "can't be bound" in refused.value.stderr
+            assert "ss -ltnp" in refused.value.stderr
+            assert not daemon.socket.exists()  # a name that nobody answers under
 
 
 def test_nobody_else_can_listen_beside_it(daemon: Daemon, address: Address) -> None:
