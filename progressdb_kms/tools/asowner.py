@@ -156,6 +156,6 @@ def _daemon_user(flags: Mapping[str, str | None]) -> int:
     path = flags.get("config")
     if path and of(Path(path)) != 0:
         return of(Path(path))
-    with contextlib.suppress(ConfigError), load(flags, os.environ, need_key=False) as loaded:
+    with contextlib.suppress(ConfigError), load(flags, os.environ, need_key=False, fleet=True) as loaded:
         return daemon_user(loaded.settings)
     return 0

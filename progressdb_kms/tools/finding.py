@@ -58,5 +58,5 @@ def _candidates() -> Iterator[tuple[str, str]]:
 
 
 def _configured(config: str) -> str:
-    with asowner.load_config({"config": config}, need_key=False) as loaded:
+    with asowner.load_config({"config": config}, need_key=False, fleet=True) as loaded:
         return str(loaded.settings.socket)

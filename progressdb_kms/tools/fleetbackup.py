@@ -66,7 +66,7 @@ def make(loaded: Loaded, file: Path, progress: Progress) -> dict[str, Any]:
                 raise KeyMismatch("the fleet's row key opens under none of the configured KEKs", hint=hint)
             reader.unlock(key)
             reader.vouch()
-            with _folder(file) as folder:
+            with asowner.acting_as(asowner.of(file.absolute().parent)), _folder(file) as folder:
                 _build(folder, reader, key, progress)
                 return backup.backup(folder, file, progress)
 
@@ -106,15 +106,16 @@ def _locked(folder: Path) -> int:
 
 def remove_all_left(folder: Path, names: str) -> None:
     """What killed backups to names of this pattern left; not what another one works in, or is not ours."""
-    for left in folder.glob(f".{names}.fleet"):
-        try:
-            descriptor = _locked(left)
-        except (CommandFailed, OSError):
-            continue
-        try:
-            shutil.rmtree(left)
-        finally:
-            os.close(descriptor)
+    with asowner.acting_as(asowner.of(folder)):
+        for left in folder.glob(f".{names}.fleet"):
+            try:
+                descriptor = _locked(left)
+            except (CommandFailed, OSError):
+                continue
+            try:
+                shutil.rmtree(left)
+            finally:
+                os.close(descriptor)
 
 
 def _build(folder: Path, reader: FleetReader, key: memoryview, progress: Progress) -> None:

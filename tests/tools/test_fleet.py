@@ -20,7 +20,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tests.harness import Daemon, cli, postgres
-from tests.harness.daemon import REPO
+from tests.harness.daemon import REPO, write_secret
 from tests.harness.faults import Shim
 from tests.harness.postgres import Fleet, Postgres
 from tests.harness.procs import wait_until
@@ -248,17 +248,54 @@ class TestConfiguration:
         block = "store: postgresql\npostgresql: {hosts: [db1], database: kms, user: kms, password_file: p}\n"
         assert "tls_ca is missing" in self.refused(tmp_path, block)
 
-    @pytest.mark.parametrize("command", ["restore --snapshot d --key k", "status"])
-    def test_what_does_not_work_says_so(self, tmp_path: Path, command: str) -> None:
-        block = "store: postgresql\npostgresql: {hosts: /run/postgresql, database: kms, user: kms}\n"
+    @pytest.fixture
+    def whole(self, tmp_path: Path) -> str:
         key = tmp_path / "kek"
         key.touch(0o600)
         key.write_bytes(bytes(range(100, 132)))
-        text = self.refused(
-            tmp_path, f"master_key_file: {key}\ndata_dir: {tmp_path}/data\n{block}", *command.split()
-        )
+        block = "store: postgresql\npostgresql: {hosts: /run/postgresql, database: kms, user: kms}\n"
+        return f"master_key_file: {key}\ndata_dir: {tmp_path}/data\nsocket: {tmp_path}/s\n{block}"
+
+    def test_what_does_not_work_says_so(self, tmp_path: Path, whole: str) -> None:
+        text = self.refused(tmp_path, whole, "restore", "--snapshot", "d", "--key", "k")
         assert "not this host's own" in text
         assert not (tmp_path / "data").exists()
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            "status",
+            "metrics",
+            "list",
+            "shred k --now",
+            "rewrap k --new-key-file {}/kek",
+            "rotate-kek --kek-id 0",
+        ],
+    )
+    def test_commands_for_the_socket_take_it(self, tmp_path: Path, whole: str, command: str) -> None:
+        """They want nothing of it but the socket's path, and refused it as no host's own."""
+        text = self.refused(tmp_path, whole, *command.format(tmp_path).split())
+        assert f"can't connect to {tmp_path}/s: there is no such socket" in text
+
+    def test_so_does_the_one_that_asks_the_rules(self, tmp_path: Path, whole: str) -> None:
+        file = tmp_path / "kms.yaml"
+        file.write_text(whole)
+        done = cli("policy", "test", "--uid", "7", "--op", "list", "--config", str(file))
+        assert done.returncode == 0, done.stderr
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+    def test_root_reads_the_daemon_s_key_as_that_user(self, short_tmp: Path, whole: str) -> None:
+        """As the packages make it: the configuration is root's, key and data-dir are the daemon's."""
+        file, data = short_tmp / "kms.yaml", short_tmp / "data"
+        short_tmp.chmod(0o755)
+        data.mkdir(mode=0o700)
+        write_secret(short_tmp / "kek", os.urandom(32))
+        for path in (data, short_tmp / "kek"):
+            os.chown(path, 12345, 12345)
+        file.write_text(re.sub(r"(file|dir): \S+/", rf"\1: {short_tmp}/", whole))
+        done = cli("doctor", "--json", "--config", str(file))
+        (row,) = (row for row in json.loads(done.stdout)["checks"] if row["check"] == "config")
+        assert row["level"] == "ok", row
 
 
 class Host:
@@ -386,6 +423,30 @@ class TestThereAndBack:
         back.offline("verify")
         with back.start().session() as kms:
             assert kms.decrypt(key_id, message) == b"before"
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+    def test_a_backup_by_root_into_the_daemon_s_folder(self, short_tmp: Path, fleet_database: Fleet) -> None:
+        """Configuration root's, the rest the daemon's, as the packages make it: it was refused there."""
+        host, folder = Host(short_tmp / "one", KEK, fleet_database), short_tmp / "backups"
+        folder.mkdir(mode=0o700)
+        host.run("import", "-", stdin=_wrapped(KEK, "k_1"))
+        for path in (short_tmp, host.folder, host.file):
+            path.chmod(0o755)
+        for path in (folder, host.data, *host.data.rglob("*"), host.folder / "kek"):
+            os.chown(path, 12345, 12345)
+        server = fleet_database.server.folder
+        server.chmod(0o755)  # for the daemon's user
+        try:
+            left = folder / f".kms-{(host.data / 'kms.host').read_text()[:8]}-1.backup.fleet"
+            left.mkdir(0o700)
+            os.chown(left, 12345, 12345)
+            words = ((str(folder / "b"),), (str(folder), "--keep", "1"))
+            made = [json.loads(host.run("backup", *one, "--json")) for one in words]
+            assert {path.stat().st_uid for path in folder.iterdir()} == {12345}
+            assert sorted(map(str, folder.iterdir())) == sorted(one["file"] for one in made)
+            host.run("verify")
+        finally:
+            server.chmod(0o700)
 
     @pytest.mark.parametrize("command", ["import", "restore"])
     def test_what_is_done_and_can_t_be_recorded_says_that_it_is_done(

@@ -238,7 +238,7 @@ def rewrap(args: argparse.Namespace) -> None:
 
     user = os.geteuid()
     if user == 0:
-        with load(args, need_key=False) as loaded:
+        with load(args, need_key=False, fleet=True) as loaded:
             user = asowner.daemon_user(loaded.settings)
     with LockedBuffer(KEY_SIZE) as memory, client(args) as kms:
         read_key(Path(args.new_key_file), memory.view, user)

@@ -50,7 +50,7 @@ def doctor(args: argparse.Namespace) -> int:
 def policy_test(args: argparse.Namespace) -> int:
     from .. import policycmd
 
-    with load(args, need_key=False) as loaded:
+    with load(args, need_key=False, fleet=True) as loaded:
         return policycmd.test(args, loaded.settings)
 
 
