@@ -100,7 +100,11 @@ def _deletions(told: Told, now: float) -> Iterator[str]:
         text += "; " + paint(f"held: {safe(told['erasures_held'])}", "yellow")
     yield _row("deletions", text)
     due = told.get("erasures_due", 0)
-    left = f"{due:,} due: a copy of what was shredded may remain, it is tried again"
+    left = f"{due:,} due: " + (
+        "until the KEK is rotated, and the old one gone (`progressdb-kms help fleet`)"
+        if "fleet" in told
+        else "a copy of what was shredded may remain, it is tried again"
+    )
     yield _row("erasures", paint(left, "yellow") if due else "0 due")
 
 

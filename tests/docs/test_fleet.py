@@ -13,6 +13,7 @@ import yaml
 
 from progressdb_kms.tools.manual import text_of
 from tests.conftest import MakeDaemon
+from tests.docs.test_runbook import not_in_the_manual
 from tests.harness import REPO, postgres
 from tests.harness.postgres import Fleet
 from tests.harness.quickfence import QUICK
@@ -87,3 +88,4 @@ def test_a_host_is_dead(fleet_database: Fleet, make_daemon: MakeDaemon) -> None:
     assert json.loads(one.offline("store", "forget", name, "--json").stdout)["forgotten"] == 1
     done = one.offline("audit", "verify", "--host", name, str(lost.audit_log), "--json")
     assert json.loads(done.stdout)["result"] == "ok"
+    assert not not_in_the_manual(one.data_dir)

@@ -27,6 +27,7 @@ import pytest
 from progressdb_kms.tools import cli as command_line
 from progressdb_kms.tools.command import ONLINE
 from progressdb_kms.tools.commands import COMMANDS
+from progressdb_kms.tools.manual import text_of
 from tests.harness.book import book
 from tests.harness.daemon import REPO, Daemon, base_environment, write_secret
 from tests.harness.procs import wait_until
@@ -423,6 +424,16 @@ ELSEWHERE = {"Replicate with Litestream": "tests/process/test_litestream.py"}
 """Chapters that another test follows, because they need a program that may not be here."""
 
 
+def not_in_the_manual(data_dir: Path) -> set[str]:
+    """Files of the data-dir that the table of formats has not."""
+    table = re.findall(r"^\| (`.+?) \|", text_of("formats"), re.M)
+    named = [
+        re.escape(name).replace("<time>", ".+") for row in table for name in re.findall("`([^`/]+)", row)
+    ]
+    ours = re.compile(f"({'|'.join(named)})(-wal|-shm)?")
+    return {path.name for path in data_dir.iterdir() if not ours.fullmatch(path.name)}
+
+
 # ---- the tests ------------------------------------------------------------------------------------------
 
 
@@ -451,6 +462,7 @@ def test_a_chapter_to_the_letter(case: Case, world: World) -> None:
     for line in commands(case.text):
         world.follow(line)
     world.finish()
+    assert not not_in_the_manual(world.daemon.data_dir)
     for command in (["verify"], ["audit", "verify", "--partial"]):
         done = world.daemon.offline(*command)
         assert done.returncode == 0, done.stderr.decode()

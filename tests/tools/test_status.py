@@ -82,6 +82,10 @@ def test_a_daemon_that_is_well() -> None:
         ({"deks": {"total": 5, "by_kek": {}, "spent": 1}}, "           1 that only decrypt any more"),
         ({"erasures_held": "the clock went back"}, "held: the clock went back"),
         ({"erasures_due": 2}, "erasures   2 due: a copy of what was shredded may remain"),
+        (
+            {"erasures_due": 2, "fleet": {}},
+            "erasures   2 due: until the KEK is rotated, and the old one gone",
+        ),
         ({"backup": None}, "backup     none was ever made"),
         (
             {"backup": {"file": "/b", "created_at": timestamp(NOW), "sha256": "", "checked_at": ""}},
