@@ -11,6 +11,7 @@ from progressdb_kms.audit import shared
 from progressdb_kms.config import options, values, weakkeys
 from progressdb_kms.crypto import envelope
 from progressdb_kms.encoding import MAX_THREAD_ID
+from progressdb_kms.fleet import lease
 from progressdb_kms.process import supervisor, worker
 from progressdb_kms.service import anchors, clock, metrics, shredding, told
 from progressdb_kms.service.service import Service
@@ -32,7 +33,13 @@ WATCHDOG = of_unit("progressdb-kms.service", r"(?m)^WatchdogSec=(\d+)s$")
 KEPT = of_unit("progressdb-kms-backup.service", r"--keep (\d+)")
 SCRAPED = of_unit("progressdb-kms-metrics.timer", r"(?m)^OnUnitInactiveSec=(\d+)s$")
 
-AWAIT = (REPO / "progressdb_kms/service/fleetawait.py").read_text()  # not imported: psycopg may not be here
+
+def has(path: str, *lines: str) -> bool:
+    """Are these lines of the module? It is not imported: psycopg may not be here."""
+    text = (REPO / "progressdb_kms" / f"{path}.py").read_text()
+    return all(f"\n{line}\n" in text for line in lines)
+
+
 OFF = (clock.BACK, clock.AHEAD) == (300, 7 * 86400)
 HANGS = supervisor.STALE_SECONDS + WATCHDOG <= 60
 PATIENCE = inspect.signature(Service.change).parameters["timeout"].default
@@ -70,7 +77,15 @@ SAID: list[tuple[str, str, bool]] = [
     ("secrets", f"{slab.ANSWER} locked bytes", True),
     ("commands", f"a log of more than {shared.LEAST >> 20} MiB is shared among the cores", True),
     ("commands", "eight at most", shared.MOST == 8),
-    ("fleet", "then one in 15 minutes", "\nREMIND_SECONDS = 900.0\n" in AWAIT),
+    ("fleet", "then one in 15 minutes", has("service/fleetawait", "REMIND_SECONDS = 900.0")),
+    ("fleet", "it asks again and again for ten minutes", has("service/fleetrotation", "PATIENCE = 600.0")),
+    ("fleet", "the first of them after some 15 s",
+        has("fleet/engine", "CONNECT_SECONDS = 5", "ANSWER_SECONDS = 10.0")),
+    ("fleet", "Default 60, from 10 to 3600", has("fleet/settings", "FENCE_SECONDS = 60.0, 10.0, 3600.0")),
+    ("fleet", "`HOST:PORT`, up to 16", has("fleet/settings", "MAX_HOSTS = 16")),
+    ("fleet", "`fence_seconds` less a twentieth after it", lease.margin(60) == 3),
+    ("fleet", "four fit into that time", lease.BEATS == 4),
+    ("monitoring", "of the engine is at most 10 s old", has("service/fleetkeeper", "SURVEY_SECONDS = 10.0")),
 ]  # fmt: skip
 """The page, its words, and what must hold of the program where the words don't name its number."""
 

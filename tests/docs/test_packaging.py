@@ -21,6 +21,8 @@ import yaml
 
 from progressdb_kms.config import load
 from progressdb_kms.config.options import BY_NAME, OPTIONS
+from progressdb_kms.process.supervisor import SLOW_SECONDS
+from progressdb_kms.process.worker import DRAIN_SECONDS
 from progressdb_kms.tools.cli import build_parser
 from progressdb_kms.tools.manual import default_text
 from tests.harness.daemon import write_secret
@@ -144,6 +146,14 @@ def test_where_the_host_runs_short_the_unit_comes_last() -> None:
     text = (REPO / "progressdb_kms/manual/install.md").read_text()
     times = {"five": 5}[re.search(r"processors it gets (\w+) times", text)[1]]  # type: ignore[index]
     assert int(service["CPUWeight"][0]) == 100 * times and "CPUWeight" not in backup  # 100: what is not said
+
+
+def test_systemd_waits_for_an_end_in_order() -> None:
+    """And the comment above it says how long that takes; by the keeper, which ends last, it is brief."""
+    text = (PACKAGING / "systemd" / "progressdb-kms.service").read_text()
+    (stop,) = re.findall(r"(?m)^TimeoutStopSec=(\d+)s$", text)
+    assert f"for up to {DRAIN_SECONDS:g} s,\n# then its processes get 5 s more" in text
+    assert int(stop) >= DRAIN_SECONDS + 5 + SLOW_SECONDS
 
 
 # ---- the sample configuration ------------------------------------------------------------------------
