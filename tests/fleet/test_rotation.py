@@ -484,6 +484,9 @@ def test_a_host_that_comes_late(hosts: Hosts) -> None:
     late.stop()
     ok(two, "DELETE", f"/deks/{key_id}", {"immediately": True})
     assert ok(one, "GET", "/status")["erasures_due"] == ok(two, "GET", "/status")["erasures_due"] == 1
+    done = one.cli("rotate-kek", "--generate", "--config", str(one.config_file))  # which no host has
+    assert done.returncode == 1 and b"not configured on every host" in done.stderr
+    assert not list(one.home.glob("kek.*"))
     done = one.cli("rotate-kek", "--kek-id", new, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["backup"] == "deks_old_1" and b"next_master_keys" in done.stderr
