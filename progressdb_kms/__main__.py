@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         from .tools.cli import main as commands
 
         return commands(words)
-    from .process.streams import fail, open_standard_streams, told, unblock_standard_streams
+    from .process.streams import fail, line_of, open_standard_streams, unblock_standard_streams
 
     open_standard_streams()
     unblock_standard_streams()
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _serve(words, flags)
     except Exception as error:
-        return fail(told(error))
+        return fail(line_of(error))
 
 
 def _serve(words: list[str], flags: dict[str, str | None]) -> int:

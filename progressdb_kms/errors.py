@@ -35,7 +35,7 @@ class KMSError(Exception):
         self.hint = hint or self.default_hint
 
     @property
-    def told(self) -> str:
+    def line(self) -> str:
         """For a log: the message, and the hint where there is one."""
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
@@ -261,7 +261,7 @@ class Overloaded(Unavailable):
     close = True
 
 
-def told(error: Exception, number: str = "") -> KMSError:
+def for_peer(error: Exception, number: str = "") -> KMSError:
     """What a peer hears of it. `number`: under it the daemon's log tells of one that is a fault of ours."""
     if isinstance(error, KMSError):
         return error.bare()

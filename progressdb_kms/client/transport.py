@@ -48,6 +48,11 @@ class ClientError(Exception):
         self.status = status
         self.hint = hint
 
+    @property
+    def line(self) -> str:
+        """For a person: the message, and the hint where there is one."""
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
 
 class ConnectionFailed(ClientError):
     """No answer came. `code`: connection_failed (none was made), connection_lost (it broke) or timeout."""

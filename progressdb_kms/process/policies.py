@@ -53,6 +53,6 @@ class Policies:
             entries = read_policies(self._file)
             self._write(entries)
         except (ConfigError, OSError) as error:  # no process can be had that reads them
-            log.error("the policies stay as they were: %s", getattr(error, "told", error))
+            log.error("the policies stay as they were: %s", getattr(error, "line", error))
             return
         log.info("SIGHUP: policies in force: %d; peer rules and limits are those of the start", len(entries))

@@ -116,11 +116,10 @@ def fail(text: str, code: int = 1) -> int:
     return code
 
 
-def told(error: Exception) -> str:
+def line_of(error: Exception) -> str:
     """One line for an error. An unexpected one may quote data, so only its type and place are told."""
-    if (message := getattr(error, "message", None)) is not None:  # of ours, or of the client's
-        hint = getattr(error, "hint", "")
-        return f"{message} ({hint})" if hint else f"{message}"
+    if (line := getattr(error, "line", None)) is not None:  # of ours, or of the client's
+        return f"{line}"
     if (limit := ran_out(error)) is not None:
         return limit
     if isinstance(error, FileNotFoundError) and not error.filename and _homeless():

@@ -19,9 +19,9 @@ from ..crypto.aead import KEY_SIZE
 from ..encoding import json_dumps
 from ..errors import KMSError, OperatorError, StoreUnavailable
 from ..service import channel, start
+from ..service.journal import attend
 from ..service.lock import Claim
 from ..service.metrics import Metrics
-from ..service.told import attend
 from ..store.pause import Pause
 from . import hardening, systemd
 from .signals import END, ENDING, SignalPipe, Signals
@@ -305,7 +305,7 @@ def _in_child(supervisor: int, lock: Claim, main: Callable[[], None]) -> NoRetur
         main()
         code = 0
     except KMSError as error:
-        log.error("%s", error.told)
+        log.error("%s", error.line)
     except BaseException as error:
         if (limit := ran_out(error)) is not None:
             log.error("%s", limit)

@@ -22,12 +22,12 @@ from ..crypto.keyring import Keyring
 from ..crypto.memory import LockedBuffer
 from ..errors import KMSError
 from ..service import channel, lastbackup
+from ..service.journal import attend
 from ..service.keeper import Keeper
 from ..service.lock import Claim
 from ..service.metrics import Metrics
 from ..service.plan import Configured
 from ..service.service import Service
-from ..service.told import attend
 from ..store.pause import Pause
 from ..store.sqlite import SqliteReader
 from ..wire import loopback
@@ -221,4 +221,4 @@ def reopen(what: Keeper | AuditLog) -> None:
     try:
         what.reopen()
     except KMSError as error:
-        log.error("%s", error.told)
+        log.error("%s", error.line)

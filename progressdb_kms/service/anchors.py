@@ -17,7 +17,7 @@ from ..store.contract import Usage
 from ..store.pause import Pause
 from .channel import Head
 from .common import Common
-from .told import attend
+from .journal import attend
 from .usage import LOST, SPENT, USING, dead, near
 
 log = logging.getLogger(__name__)

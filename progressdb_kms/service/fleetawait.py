@@ -76,7 +76,7 @@ class Awaiting:
     def _failed(self, error: StoreUnavailable) -> None:
         now = time.monotonic()
         if error.message != self._why.message or now >= self._remind:
-            log.error("no store yet, it is tried again for ever: %s", error.told)
+            log.error("no store yet, it is tried again for ever: %s", error.line)
             self._remind = now + REMIND_SECONDS
         self._why = error.bare()
 

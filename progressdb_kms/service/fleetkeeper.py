@@ -188,7 +188,7 @@ class FleetKeeper(Keeper):
             super().round(timeout, wakeup)
         except (StoreUnavailable, OperatorError) as error:
             if self._beside.failed(error.message):
-                log.error("what is done beside the calls waits: %s", error.told)
+                log.error("what is done beside the calls waits: %s", error.line)
         else:
             self._beside.worked()
 

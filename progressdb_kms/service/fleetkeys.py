@@ -53,7 +53,7 @@ class Coming:
             with contextlib.closing(yamlfile.read(self._file)) as file:
                 self._fill(file)
         except (KMSError, OSError) as error:  # no process can be had that reads them
-            log.error("the %s stay as they were: %s", COMING, getattr(error, "told", error))
+            log.error("the %s stay as they were: %s", COMING, getattr(error, "line", error))
 
     def _fill(self, file: yamlfile.ConfigFile) -> None:
         """All or nothing. Hex keys come in the order in which they are written, all lists of them."""

@@ -21,9 +21,9 @@ from ..store.sqlite import FILE_NAME
 from .anchors import Anchors
 from .clock import REMEDY
 from .common import Common
+from .journal import NAMED, Outage, attend
 from .keks import Keks
 from .lock import Files, publish
-from .told import NAMED, Outage, attend
 from .usage import near
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Health:
         try:
             self._audit.check()
         except AuditUnavailable as error:
-            reasons.append(error.told)
+            reasons.append(error.line)
         if self.writing.why and self.writing.over():
             self._probe()
         if why := self._lost or self.writing.why or self._store.trouble():

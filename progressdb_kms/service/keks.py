@@ -25,9 +25,9 @@ from ..store.pause import Pause
 from ..store.snapshots import UNFINISHED
 from .clock import overdue
 from .common import Common
+from .journal import attend
 from .plan import Configured
 from .rotation import Rotation, Steps
-from .told import attend
 
 log = logging.getLogger(__name__)
 

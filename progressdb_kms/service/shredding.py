@@ -24,8 +24,8 @@ from ..store.pause import Pause
 from ..store.policy import SHREDDED
 from .anchors import Anchors
 from .common import Common
+from .journal import Overdue, attend
 from .keks import Keks
-from .told import Overdue, attend
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ class Shredding:
             try:
                 record = self._store.get(name.removeprefix("erasure:").rpartition("|")[2])
             except StoreDamaged as error:
-                log.error("%s", error.told)
+                log.error("%s", error.line)
                 record = None
             if record is not None and name == _entry(record):
                 found.append(record)

@@ -30,11 +30,11 @@ from ..store.sqlite import FILES, SqliteStore
 from . import ownkeys
 from .clock import Clock, TrustedTime
 from .common import Common
+from .journal import attend
 from .keeper import Keeper
 from .lock import LOCK_FILE, is_held
 from .plan import Configured, Plan, plan
 from .rotation import RETIRED_KEK, retired
-from .told import attend
 
 log = logging.getLogger("progressdb_kms")
 

@@ -176,7 +176,7 @@ def refusal(name: str) -> Conflict:
     return Conflict(f"{text}, as many as one AES-GCM key may: it only {end}", code=code, hint=todo)
 
 
-def told(record: DekRecord, usage: Usage | None) -> dict[str, Any]:
+def describe_usage(record: DekRecord, usage: Usage | None) -> dict[str, Any]:
     """For the API: `usage` with what applies of it, and nothing of a DEK that is shredded."""
     if record.state == SHREDDED:
         return {}

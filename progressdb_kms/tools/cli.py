@@ -25,7 +25,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..process.streams import PROG, fail, open_standard_streams, told
+from ..process.streams import PROG, fail, line_of, open_standard_streams
 from .command import CHOICES, EXITS, GROUP_TITLES, SERVE, Arg, Command
 from .commands import COMMANDS
 from .console import UsageError, error_detail, say
@@ -206,8 +206,8 @@ _DISK = {
 
 def _told(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename not in (None, _STDOUT) and error.errno in _DISK:
-        return f"{told(error)} ({_DISK[error.errno]})"
-    return told(error)
+        return f"{line_of(error)} ({_DISK[error.errno]})"
+    return line_of(error)
 
 
 def _give_up_stdout() -> None:

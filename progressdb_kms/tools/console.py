@@ -103,9 +103,9 @@ def error_detail(error: Exception, text: str = "") -> dict[str, str]:
     return {**detail, "hint": str(hint)} if message is not None and hint else detail
 
 
-def told(result: Any) -> dict[str, Any]:
+def plain(result: Any) -> dict[str, Any]:
     """What applies of a result of the client's, without what is empty."""
-    values = {name: told(one) if hasattr(one, "_asdict") else one for name, one in result._asdict().items()}
+    values = {name: plain(one) if hasattr(one, "_asdict") else one for name, one in result._asdict().items()}
     return {name: value for name, value in values.items() if value not in ("", b"", None)}
 
 

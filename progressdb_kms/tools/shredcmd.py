@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 
 from ..client import Client, ClientError, Dek
-from .console import CommandFailed, UsageError, ask, error_detail, say, show, table, told
+from .console import CommandFailed, UsageError, ask, error_detail, plain, say, show, table
 
 SHOWN = 10
 """DEKs that are listed before the question; of more, the number is told."""
@@ -99,7 +99,7 @@ def _show(dek: Dek, form: object) -> None:
     if form is None:
         sys.stdout.write(f"{dek.key_id}  {dek.state}  {dek.delete_at or dek.shredded_at}\n")
     else:
-        show(told(dek), bool(form))
+        show(plain(dek), bool(form))
 
 
 def _list(deks: Sequence[Dek]) -> None:

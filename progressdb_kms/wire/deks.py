@@ -12,7 +12,7 @@ from ..crypto.aead import KEY_SIZE, NONCE_SIZE, Aead
 from ..encoding import KEY_ID, new_key_id, timestamp, wall
 from ..errors import AuthenticationFailed, BadRequest, Conflict
 from ..service.deks import describe
-from ..service.usage import TOUCHED, told
+from ..service.usage import TOUCHED, describe_usage
 from ..store.contract import DekRecord, Usage
 from ..store.policy import DAMAGED, SHREDDED
 from .call import DEFAULT_PAGE, MAX_PAGE, App, Call, Reply
@@ -112,7 +112,7 @@ def _visible(
             if since is not None and not _unused(record, used, since):
                 continue
             if not call.rights or call.rights.sees(record.key_id, record.thread_id):
-                shown.append({**describe(record), **told(record, used)})
+                shown.append({**describe(record), **describe_usage(record, used)})
                 if len(shown) == size:
                     return shown, None if record is records[-1] and not more else _cursor(record.key_id)
         if not more:
@@ -143,7 +143,8 @@ def _unveiled(cursor: str) -> str:
 
 def describe_dek(app: App, call: Call) -> Reply:
     record = app.service.record(path_key_id(app, call))
-    return answer({**describe(record), **told(record, app.service.usage([record]).get(record.key_id))})
+    used = app.service.usage([record]).get(record.key_id)
+    return answer({**describe(record), **describe_usage(record, used)})
 
 
 def disable_or_enable(app: App, call: Call) -> Reply:

@@ -11,7 +11,7 @@ import time
 from ..audit.log import Fragment, fragment
 from ..crypto.memory import wipe
 from ..encoding import json_dumps
-from ..errors import KMSError, LengthRequired, PeerRefused, PolicyRefused, UnsupportedMediaType, told
+from ..errors import KMSError, LengthRequired, PeerRefused, PolicyRefused, UnsupportedMediaType, for_peer
 from ..rules import Peer, Rights
 from .call import App, Call, Reply, Route
 from .http1 import Head
@@ -63,10 +63,10 @@ def dispatch(app: App, route: Route, call: Call, begun: float = 0.0) -> Reply:
     except PolicyRefused as error:
         return refuse(app, route, call, error)
     except (KMSError, MemoryError) as error:
-        reply = _answer_error(call, told(error))
+        reply = _answer_error(call, for_peer(error))
     except Exception as error:
         log.exception("request %s (%s) failed", number, route.path)
-        reply = _answer_error(call, told(error, number))
+        reply = _answer_error(call, for_peer(error, number))
     if route.op:
         reply = _recorded(app, route, call, reply, outcome, number)
     app.service.counters.request(route.op or "service", reply.status, time.perf_counter() - started)
@@ -99,7 +99,7 @@ def _recorded(app: App, route: Route, call: Call, reply: Reply, outcome: str, nu
     except (KMSError, MemoryError) as error:
         if reply.secret:
             wipe(memoryview(reply.body))
-        return error_reply(told(error))
+        return error_reply(for_peer(error))
     return reply
 
 

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..errors import KMSError, Overloaded, PeerRefused, told
+from ..errors import KMSError, Overloaded, PeerRefused, for_peer
 from ..rules import Policy, rights_of
-from ..service.told import Scarcity
+from ..service.journal import Scarcity
 from . import dispatch, routes
 from .call import App, Call, Route
 from .connection import ANSWERING, AWAY, BODY, BUSY, HEAD, IDLE, IN, LINGERING, MORE, NEXT, Connection
@@ -125,7 +125,7 @@ class Receiver:
                 with place:
                     room, size = len(place), self.take(connection, place)
             except (KMSError, MemoryError) as error:
-                self._refuse(connection, reader, told(error), 0)
+                self._refuse(connection, reader, for_peer(error), 0)
                 return True
             if size <= 0:
                 return True
@@ -151,7 +151,7 @@ class Receiver:
             try:
                 used, request = reader.feed(self._map, at, fill, self._view)
             except (KMSError, MemoryError) as error:
-                used, step = self._refuse(connection, reader, told(error), fill - at)
+                used, step = self._refuse(connection, reader, for_peer(error), fill - at)
             else:
                 connection.behind = at + used < fill
                 step = MORE if request is None else self.carry_out(connection, request)

@@ -13,7 +13,7 @@ from progressdb_kms.crypto import envelope
 from progressdb_kms.encoding import MAX_THREAD_ID
 from progressdb_kms.fleet import lease
 from progressdb_kms.process import supervisor, worker
-from progressdb_kms.service import anchors, clock, metrics, shredding, told
+from progressdb_kms.service import anchors, clock, journal, metrics, shredding
 from progressdb_kms.service.service import Service
 from progressdb_kms.store import snapshots
 from progressdb_kms.tools.manual import text_of
@@ -69,7 +69,7 @@ SAID: list[tuple[str, str, bool]] = [
     ("runbook", "a keeper that was killed meanwhile: half a minute", supervisor.KEEPER_PAUSES[1] == 30),
     ("troubleshooting", f"a change is told so after {PATIENCE:g} s", True),
     ("troubleshooting", "restarts the daemon after a minute at most", HANGS),
-    ("troubleshooting", "shreds that are due for more than a minute", told.OVERDUE_SECONDS == 60),
+    ("troubleshooting", "shreds that are due for more than a minute", journal.OVERDUE_SECONDS == 60),
     ("install", f"within a minute (the journal names it after {supervisor.STALE_SECONDS:g} s", HANGS),
     ("monitoring", f"every {SCRAPED} s, whole or not at all", True),
     ("threats", "once an hour and at a stop", anchors.WITNESS_SECONDS == 3600),

@@ -16,7 +16,7 @@ from contextlib import closing
 
 import pytest
 
-from progressdb_kms.service import told
+from progressdb_kms.service import journal
 from progressdb_kms.wire.slab import SPARES
 from tests.conftest import MakeDaemon
 from tests.harness import Daemon
@@ -166,7 +166,7 @@ def test_no_locked_memory_is_free_for_a_body_in_pieces(make_daemon: MakeDaemon) 
 
 
 def test_what_is_scarce_is_told_once_and_when_it_is_over(caplog: pytest.LogCaptureFixture) -> None:
-    scarcity = told.Scarcity("none is left")
+    scarcity = journal.Scarcity("none is left")
     with caplog.at_level(logging.INFO):
         for second in range(1000):
             if 100 <= second < 400 and second % 30 == 0:
@@ -200,8 +200,8 @@ def test_a_shred_that_is_due_for_long_is_named_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(told.time, "monotonic", lambda: now[0])
-    overdue = told.Overdue()
+    monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
+    overdue = journal.Overdue()
     with caplog.at_level(logging.WARNING):
         for second in range(200):
             now[0] = 100.0 + second
@@ -213,7 +213,7 @@ def test_a_shred_that_is_due_for_long_is_named_once(
 
 
 def test_a_reason_that_comes_and_goes_beside_another_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    outage = told.Outage()
+    outage = journal.Outage()
     with caplog.at_level(logging.INFO):
         for second in range(50):
             outage.tell(["the log is full", "the store is full"] if second % 2 else ["the log is full"])
@@ -228,7 +228,7 @@ def test_a_reason_that_comes_and_goes_beside_another_is_told_once(caplog: pytest
 
 
 def test_a_reason_with_another_number_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
-    outage = told.Outage()
+    outage = journal.Outage()
     with caplog.at_level(logging.INFO):
         for free in range(50):
             outage.tell([f"only {free} bytes are free"])

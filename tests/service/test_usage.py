@@ -25,8 +25,8 @@ from progressdb_kms.service.usage import (
     Uses,
     counts,
     dead,
+    describe_usage,
     near,
-    told,
 )
 from progressdb_kms.store.contract import HEAVY, KEK_ROW, DekRecord, Usage
 from tests.service.test_anchors import site as keeper_site  # noqa: F401
@@ -206,8 +206,8 @@ def test_in_a_fleet_each_host_knows_its_own_workers() -> None:
 
 def test_what_the_api_tells() -> None:
     record = DekRecord("a", "t", b"", "", 1, "")
-    assert told(record, None) == {"usage": {"encrypts": 0, "decrypts": 0}}
-    known = told(record, Usage(1, 2, 60, 120, 0))["usage"]
+    assert describe_usage(record, None) == {"usage": {"encrypts": 0, "decrypts": 0}}
+    known = describe_usage(record, Usage(1, 2, 60, 120, 0))["usage"]
     assert known == {
         "encrypts": 1,
         "decrypts": 2,
@@ -215,8 +215,8 @@ def test_what_the_api_tells() -> None:
         "last_used_at": "1970-01-01T00:02:00.000000Z",
         "last_uid": 0,
     }
-    assert "last_uid" not in told(record, Usage(1, 2, 60, 120))["usage"]  # a stranger over TCP
-    assert told(record._replace(state="shredded"), Usage(1)) == {}
+    assert "last_uid" not in describe_usage(record, Usage(1, 2, 60, 120))["usage"]  # a stranger over TCP
+    assert describe_usage(record._replace(state="shredded"), Usage(1)) == {}
 
 
 def test_what_the_operator_hears() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from progressdb_kms.process.streams import told
+from progressdb_kms.process.streams import line_of
 from progressdb_kms.tools import console
 from progressdb_kms.tools.console import PAGE, table
 from tests.harness import Daemon
@@ -126,7 +126,7 @@ def test_what_can_t_be_written_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(OSError) as caught, console.output(str(tmp_path / "out")) as file:
         file.write(b"x")
-    assert told(caught.value) == f"{tmp_path}/out: No space left on device"
+    assert line_of(caught.value) == f"{tmp_path}/out: No space left on device"
     assert os.listdir(tmp_path) == []
 
 

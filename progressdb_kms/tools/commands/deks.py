@@ -26,7 +26,7 @@ from ..command import (
     command,
     load,
 )
-from ..console import UsageError, read_input, say, show, table, told, write_binary
+from ..console import UsageError, plain, read_input, say, show, table, write_binary
 
 if TYPE_CHECKING:
     from ...client import Dek
@@ -61,7 +61,7 @@ def create_dek(args: argparse.Namespace) -> None:
 
 
 def _show_dek(dek: Dek, as_json: bool) -> None:
-    values = told(dek)
+    values = plain(dek)
     if "wrapped" in values:
         import base64
 
