@@ -92,8 +92,8 @@ def logs(data_dir: Path) -> list[Path]:
 _CHANGE = re.compile(rb'"status":[0-9]{1,3},"change":([0-9]{1,18})[,}]')
 
 OLDER_HINT = (
-    "use `progressdb-kms restore FILE`, which keeps shredded keys shredded and disabled ones disabled; "
-    "`serve --accept-older-store` takes it as it is, on the record"
+    "was its kms.db-wal left behind? Put it there; else `progressdb-kms restore FILE`, which keeps shredded "
+    "keys shredded and disabled ones disabled; `serve --accept-older-store` takes it as it is, on the record"
 )
 
 

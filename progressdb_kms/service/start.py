@@ -207,7 +207,7 @@ def _floor(store: Store, log_path: Path, keyring: Keyring) -> tail.Floor:
     """How far the store was, by the audit log: whatever is before that was put back."""
     if not store.state().change and tail.begun(log_path):
         told = f"kms.db is empty, but {log_path} beside it tells that there was a store"
-        raise StoreDamaged(told, hint="put the file back, or restore a backup: `progressdb-kms restore FILE`")
+        raise StoreDamaged(told, hint="put it back with its kms.db-wal, or `progressdb-kms restore FILE`")
     return tail.floor(tail.logs(log_path.parent), keyring.audit_key) or tail.Floor(0, 0)
 
 

@@ -128,6 +128,7 @@ class Connection:
         self.lock = threading.RLock()
         if path.exists() and not path.is_file():  # SQLite would wait for whoever writes to a pipe
             raise StoreUnavailable(f"{path} is no regular file", hint="find out who put it there")
+        refuse_lost(path)
         uri = f"file://{quote(os.fsencode(path.absolute()))}?mode={mode}"
         try:
             self._db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
@@ -233,6 +234,17 @@ def check_schema(path: Path, application: int, version: int) -> None:
     raise OtherSchema(f"{path} {known}", hint=hint)
 
 
+def refuse_lost(path: Path, *traces: str) -> None:
+    """Where there is no database: was there one? To be asked before SQLite is, which removes the write-ahead
+    log beside an empty file, whoever only wants to read. Raises StoreDamaged."""
+    there = [name for name in traces or (path.name + "-wal",) if path.with_name(name).exists()]
+    if there and not (path.exists() and path.stat().st_size):
+        raise StoreDamaged(
+            f"{path} is missing or empty, but {there[0]} beside it tells that there was a store",
+            hint=f"put it back, with its {path.name}-wal; else {DAMAGED}",
+        )
+
+
 def _name(kind: str, key: bytes) -> str:
     """A row's name, in ASCII; of a damaged one such that `_raw` finds the place where it stands."""
     if kind != "text":
@@ -318,16 +330,14 @@ class SqliteStore(Store, SqliteReader):
         self._reopening = Pause(*REOPEN_PAUSES)
         self._watch = Watch(self.path, (), self._committed_size)
         self._open("rwc")
-        if key is not None:
-            try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            if key is not None:
                 self.unlock(key)
-            except BaseException:
-                self.close()
-                raise
+            undo.pop_all()
 
     def _open(self, mode: str) -> None:
-        if not self.path.exists() or self.path.stat().st_size == 0:
-            self._refuse_lost()
+        refuse_lost(self.path, *TRACES)
         self._suspect = True  # until all of this has worked
         self._conn = Connection(self.path, mode)
         with contextlib.ExitStack() as undo:
@@ -339,19 +349,11 @@ class SqliteStore(Store, SqliteReader):
                 raise StoreDamaged(told, hint=DAMAGED) from error
             undo.pop_all()
 
-    def _refuse_lost(self) -> None:
-        """There is no database: was there one?"""
-        if traces := [name for name in TRACES if (self.path.parent / name).exists()]:
-            raise StoreDamaged(
-                f"{self.path} is missing or empty, but {traces[0]} beside it tells that there was a store",
-                hint="put the file back, or restore a backup: `progressdb-kms restore FILE`",
-            )
-
     def _prepare(self) -> None:
         select = self._conn.select_one
         version = self._check_schema()
         if not select("PRAGMA page_count")[0]:
-            self._refuse_lost()
+            refuse_lost(self.path, *TRACES)
             # First of all, so that a crash right after leaves a file that is known as ours.
             select(f"PRAGMA application_id={APPLICATION_ID}")
         for pragma, value, wanted in (

@@ -43,7 +43,16 @@ from ..service.ownkeys import ROWS
 from ..store.contract import DekRecord, Usage
 from ..store.seal import MODULUS, OWN, STATE, Seal, StoreState, weight, without_mac
 from ..store.sealed import as_it_stands
-from ..store.sqlite import APPLICATION_ID, DAMAGED, DEKS, FILE_NAME, SCHEMA_VERSION, USAGE_OF, check_schema
+from ..store.sqlite import (
+    APPLICATION_ID,
+    DAMAGED,
+    DEKS,
+    FILE_NAME,
+    SCHEMA_VERSION,
+    USAGE_OF,
+    check_schema,
+    refuse_lost,
+)
 from . import asowner, datadir
 from .console import CommandFailed, naming
 
@@ -272,6 +281,7 @@ def _opened_as_owner(store: Path, stack: contextlib.ExitStack) -> sqlite3.Connec
     with asowner.acting_as(asowner.of(store.parent)):
         if (mode := datadir.access(store.parent)) != "ro":
             stack.enter_context(datadir.still(store.parent))
+        refuse_lost(store)
         source = stack.enter_context(contextlib.closing(_connect(store, f"mode={mode}")))
         application, version = (
             source.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
@@ -491,7 +501,8 @@ def last_line(file: Path) -> Contents:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CommandFailed(
             f"{file} is no whole file made by `progressdb-kms backup`; nothing was changed",
-            hint="a copy of kms.db itself is made a backup by `backup`: put it into an empty --data-dir",
+            hint="a copy of kms.db itself is made a backup by `backup`: put it, with its kms.db-wal, into an "
+            "empty --data-dir",
         ) from None
     return contents
 

@@ -36,7 +36,7 @@ from ..config.options import Settings
 from ..config.values import host_and_port
 from ..crypto.keyring import fingerprint
 from ..crypto.memory import PAGE, LockedBuffer
-from ..errors import KMSError, PeerRefused
+from ..errors import KMSError, PeerRefused, StoreDamaged
 from ..process import hardening
 from ..process.streams import DEPENDENCIES
 from ..rules import Peer, Policy, rights_of
@@ -48,7 +48,7 @@ from ..service.rotation import RETIRED_KEK, retired
 from ..service.usage import near
 from ..store.contract import HEAVY
 from ..store.seal import STATE, StoreState
-from ..store.sqlite import DAMAGED, check_schema
+from ..store.sqlite import DAMAGED, check_schema, refuse_lost
 from ..store.sqlite import FILE_NAME as STORE
 from ..wire import loopback
 from ..wire.admission import SPARE_FILES
@@ -433,10 +433,13 @@ def _store(patient: Patient) -> Findings:
         yield Finding(FAIL, f"{path} is no regular file", "find out who put it there; move it away")
         return
     try:
+        refuse_lost(path)
         # Without a write-ahead log SQLite would make one, and root's would lock the daemon out.
         mode = "mode=ro" if path.with_name(STORE + "-wal").exists() else "mode=ro&immutable=1"
         with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=5)) as db:
             yield from _store_findings(patient, path, db)
+    except StoreDamaged as error:
+        yield Finding(FAIL, error.message, error.hint)
     except sqlite3.OperationalError as error:
         yield Finding(WARN, f"{path} can't be read: {error}", "run doctor as root or the daemon's user")
     except sqlite3.DatabaseError as error:

@@ -26,6 +26,7 @@ from ..service.clock import Clock, judge, kept
 from ..service.lock import is_held
 from ..store.heads import Head, heads
 from ..store.sqlite import FILE_NAME as STORE
+from ..store.sqlite import refuse_lost
 from . import datadir
 
 MAX_STORE = 256 << 20
@@ -107,6 +108,7 @@ def _copy_end(source: Path, target: Path) -> None:
 def _copy_store(data_dir: Path, copy: Path) -> None:
     """While a daemon holds it, by SQLite; else the files, since SQLite would leave others beside them."""
     if is_held(data_dir):
+        refuse_lost(data_dir / STORE)
         uri = f"{(data_dir / STORE).as_uri()}?mode=ro"
         with (
             contextlib.closing(sqlite3.connect(uri, uri=True, timeout=5)) as source,

@@ -54,7 +54,7 @@ from ..service.start import EPOCH, RESTORE_FOLDER, RESTORED
 from ..store import heads
 from ..store.contract import KEK_ROW, DekRecord, Usage
 from ..store.policy import DISABLED, PENDING_DELETION, SHREDDED
-from ..store.sqlite import DAMAGED, FILE_NAME, SqliteReader, SqliteStore
+from ..store.sqlite import DAMAGED, FILE_NAME, FILES, SqliteReader, SqliteStore
 from . import asowner, backup, datadir
 from .backup import Backup, Progress
 from .console import CommandFailed, naming
@@ -69,7 +69,8 @@ NAMED = 10
 """Key ids that a message names at most."""
 
 _LOG = FILE_NAME + "-wal"
-_SIDE_FILES = (_LOG, FILE_NAME + "-shm")
+_SIDE_FILES = (*FILES[1:], FILE_NAME + "-journal")
+"""What SQLite would play into the new file, or read it by."""
 
 
 class Present(NamedTuple):
@@ -188,7 +189,14 @@ def _look(data_dir: Path, source: Backup, keys: Keys, force: bool) -> Present | 
     """Read the present store; None where there is none, or, with `force`, none that can be read."""
     path = data_dir / FILE_NAME
     if not path.exists() or not path.stat().st_size:
-        return Present({}, [], {}, {}, [], 0)
+        if not _newer_log(data_dir, source, keys):
+            return Present({}, [], {}, {}, [], 0)
+        if force:
+            return None
+        raise CommandFailed(
+            f"{path} is missing or empty, and what it had beyond the backup may be in {_LOG} beside it",
+            hint=f"put it back; else {DAMAGED}",
+        )
     try:
         with (
             contextlib.closing(SqliteStore(data_dir)) as store,
@@ -221,6 +229,17 @@ def _look(data_dir: Path, source: Backup, keys: Keys, force: bool) -> Present | 
             hint="make a backup of the present store first, then restore with --force",
         )
     return present
+
+
+def _newer_log(data_dir: Path, source: Backup, keys: Keys) -> bool:
+    """Is a write-ahead log left of a store whose file is gone, and was there more than the backup has? The
+    audit log knows; where it doesn't, there may have been."""
+    log = data_dir / _LOG
+    if not log.exists() or not log.stat().st_size:
+        return False
+    with datadir.own_key(keys.keyring, AUDIT_KEY, source.read(ROWS[AUDIT_KEY])) as key:
+        floor = tail.floor(tail.logs(data_dir), key) if key is not None else None
+    return floor is None or floor.change > source.state().change
 
 
 def _read(store: SqliteStore, source: Backup) -> Present:
@@ -483,7 +502,7 @@ def _put_rows(store: SqliteStore, source: Backup, chosen: Plan, past: Past, buil
 
 def _swap(data_dir: Path, folder: Path) -> None:
     """From one store to the other by one rename. The old one's log is in its file by now, see `_look`, or
-    unreadable: left in place, SQLite would play it into the new file."""
+    given up."""
     sync(folder / FILE_NAME)
     for name in _SIDE_FILES:
         (data_dir / name).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sqlite3
 import stat
+import struct
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -327,23 +328,56 @@ class TestRestore:
     def test_refuses_while_a_daemon_runs(self, site: Site) -> None:
         assert "in use" in refused(restore(site, "--force"))
 
-    def test_over_a_lost_store(self, site: Site) -> None:
-        """Two starts after the backup. Its write-ahead log is left; it must not get into the new store."""
+    @pytest.mark.parametrize("harm", [Path.unlink, lambda path: os.truncate(path, 0)], ids=["gone", "empty"])
+    def test_over_a_lost_store(self, site: Site, harm: Callable[[Path], None]) -> None:
+        """Two starts after the backup. Its write-ahead log is left and has what came since: SQLite removed it
+        for whoever only looked, and a restore took it away unasked. It must not get into the new store."""
         site.daemon.stop()
         site.daemon.start().ok("POST", "/create_dek_for_thread", {"thread_id": "late"})
         site.daemon.kill()
         late = site.daemon.start().ok("POST", "/create_dek_for_thread", {"thread_id": "later"})["key_id"]
         site.daemon.kill()
-        assert (site.daemon.data_dir / "kms.db-wal").stat().st_size
-        (site.daemon.data_dir / "kms.db").unlink()
+        log = site.daemon.data_dir / "kms.db-wal"
+        assert late.encode() in (before := log.read_bytes())
+        harm(site.daemon.data_dir / "kms.db")
         assert "there was a store" in site.daemon.copy().refusal().stderr
-        found = told(restore(site))
-        assert (found["deks"], found["damaged"]) == (4, [])
+        other = str(site.daemon.home / "other")
+        for words in (["verify"], ["backup", other], ["export", other], ["audit", "verify"], ["doctor"]):
+            done = site.daemon.offline(*words)
+            assert done.returncode == 1 and b"kms.db" in done.stderr + done.stdout, words
+            assert log.read_bytes() == before, words
+        error = refused(restore(site))
+        assert "kms.db-wal" in error and "copy the whole data-dir to another disk" in error
+        assert log.read_bytes() == before
+        found = told(restore(site, "--force"))
+        assert (found["deks"], found["damaged"], found["lost"]) == (4, [], None)
         checked(site.daemon)
         opens(site.daemon.start(), site.boxes)
         assert state(site.daemon, late) == "404"
         site.daemon.stop()
         checked(site.daemon)
+
+    def test_over_a_lost_store_of_which_the_backup_has_all(self, site: Site) -> None:
+        site.daemon.kill()
+        assert (site.daemon.data_dir / "kms.db-wal").stat().st_size
+        (site.daemon.data_dir / "kms.db").unlink()
+        log = site.daemon.audit_log.rename(site.daemon.home / "log")
+        assert "kms.db-wal" in refused(restore(site)), "nothing tells whether it has"
+        log.rename(site.daemon.audit_log)
+        assert told(restore(site))["deks"] == 4
+        opens(site.daemon.start(), site.boxes)
+
+    def test_beside_a_journal_of_another_file(self, site: Site) -> None:
+        """Of a first start that a power cut ended. SQLite would have undone the new store by it."""
+        site.daemon.stop()
+        for path in site.daemon.data_dir.glob("kms*"):
+            path.unlink()
+        journal = site.daemon.data_dir / "kms.db-journal"
+        head = bytes.fromhex("d9d505f920a163d7") + struct.pack(">5I", 0, 7, 0, 512, 4096)
+        journal.write_bytes(head.ljust(512, b"\0"))  # of no pages, of an empty file
+        assert told(restore(site))["deks"] == 4 and not journal.exists()
+        checked(site.daemon)
+        opens(site.daemon.start(), site.boxes)
 
     def test_on_a_new_host(self, site: Site) -> None:
         twin = site.daemon.copy(data=False)

@@ -124,6 +124,25 @@ def site(made: Site, tmp_path: Path) -> Iterator[Site]:
         yield daemon
 
 
+def test_a_write_ahead_log_that_was_left_behind(site: Site) -> None:
+    """kms.db was copied alone, of a daemon that was killed. The start says so, and spoils nothing."""
+    site.daemon.start()
+    with site.daemon.session() as kms:
+        made = [kms.create_dek("t")["key_id"] for _ in range(3)]
+    site.daemon.kill()
+    keep(site.daemon, site.daemon.home / "all")
+    for end in ("-wal", "-shm"):
+        (site.daemon.data_dir / f"kms.db{end}").unlink()
+    for _ in range(2):
+        assert "older than the audit log" in refused(site.daemon)
+        assert "was its kms.db-wal left behind?" in site.daemon.stderr
+    assert site.daemon.offline("verify").returncode == site.daemon.offline("doctor").returncode == 1
+    shutil.copy2(site.daemon.home / "all" / "kms.db-wal", site.daemon.data_dir)
+    site.daemon.start()
+    with site.daemon.session() as kms:
+        assert [kms.ok("GET", f"/deks/{key_id}")["state"] for key_id in made] == ["enabled"] * 3
+
+
 def test_a_log_that_is_gone_is_told_by_the_start(site: Site) -> None:
     """Nothing else would, until somebody verifies. It is told once: then the store knows of a new log."""
     told = "no audit record of before"
