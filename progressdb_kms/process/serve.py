@@ -74,7 +74,7 @@ def serve(loaded: Loaded, forced: dict[str, Any] | None = None) -> int:
         region = LockedBuffer(REGION_SIZE + channel.STAGING_SLOTS * KEY_SIZE, settings.memory_lock)
         ending.callback(region.wipe)
         slabs = [Slab(settings.memory_lock, THREADS) for _ in range(settings.workers)]
-        kinds = {region.kind, *(slab.kind for slab in slabs)}
+        kinds = {region.kind, *(slab.buffer.kind for slab in slabs)}
         settle(settings.memory_lock, locked="unlocked" not in kinds)
         if "unlocked" in kinds and settings.memory_lock != "off":
             log.warning("memory can't be locked: keys may be swapped out (raise LimitMEMLOCK or `ulimit -l`)")

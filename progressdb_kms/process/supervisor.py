@@ -259,7 +259,7 @@ class Supervisor:
         """What a dead worker held: connections, locked memory, new KEKs."""
         if slot:
             self._shared.metrics.block(slot - 1).clear()
-            self._shared.slabs[slot - 1].wipe()
+            self._shared.slabs[slot - 1].buffer.wipe()
             share = channel.STAGING_SLOTS // self._shared.settings.workers * KEY_SIZE
             self._shared.staging[(slot - 1) * share : slot * share] = bytes(share)
 

@@ -130,7 +130,7 @@ class Worker:
 
     def _about(self) -> dict[str, Any]:
         shared = self._shared
-        locked = shared.region.locked_bytes + sum(slab.locked_bytes for slab in shared.slabs)
+        locked = shared.region.locked_bytes + sum(slab.buffer.locked_bytes for slab in shared.slabs)
         return {
             "workers": shared.settings.workers,
             "restarts": sum(max(0, n - 1) for n in shared.metrics.gauge("starts")),
@@ -202,7 +202,7 @@ class Worker:
             self._anchor(last=True)
         self._audit.close()
         self._reader.close()
-        self.server.slab.wipe()
+        self.server.slab.buffer.wipe()
 
     def _anchor(self, last: bool = False) -> None:
         what = "the head of the audit log is not kept in the store now"

@@ -117,7 +117,9 @@ class Route(NamedTuple):
     raw: bool = False
     """takes application/octet-stream too"""
     waits: bool = False
-    """for the keeper, or for many rows: not to be served by the thread that waits for all connections"""
+    """for the keeper: not to be served by the thread that waits for all connections"""
+    long: bool = False
+    """reads many rows: long work, whatever its body"""
     slack: int = 0
     """bytes of a body beyond max_body_bytes: what /encrypt took must come back, with nonce and tag"""
     tokens: bool = False

@@ -232,7 +232,7 @@ class Receiver:
         route: Route = room.route
         connection.phase = IDLE
         alone = len(self._connections.all) == 1 and not route.batch
-        long = len(body) > (ALONE if alone else INLINE)
+        long = route.long or len(body) > (ALONE if alone else INLINE)
         # Each item is an object, and so is what they stand in.
         long = long or (route.batch and bytes(body).count(b"{") > 1 + INLINE_ITEMS)
         if not long and len(body) <= INLINE:

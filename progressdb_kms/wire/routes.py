@@ -90,7 +90,7 @@ ROUTES = (
     Route("POST", "/deks", "create_dek", deks.create_dek,
           "Make a DEK, with a key_id of the caller's choice if wanted; that one again gives the same DEK",
           waits=True),
-    Route("GET", "/deks", "list_deks", deks.list_deks, "DEKs in order of key_id, page by page", waits=True),
+    Route("GET", "/deks", "list_deks", deks.list_deks, "DEKs in order of key_id, page by page", long=True),
     Route("GET", "/deks/{key_id}", "describe_dek", deks.describe_dek, "One DEK, without its wrapped bytes"),
     Route("DELETE", "/deks/{key_id}", "delete_dek", deks.delete_dek,
           "Schedule a crypto-shred, or shred now", admin=True, waits=True),

@@ -35,22 +35,14 @@ class Slab:
     def __init__(self, mode: str, threads: int) -> None:
         """`threads`: those that serve beside the waiter. Raises LockRefused."""
         first = RECEIVED * (1 + SPARES)
-        self._buffer = LockedBuffer(size_of(threads), mode)
-        self.map = self._buffer.map
-        view = self._buffer.view
+        self.buffer = LockedBuffer(size_of(threads), mode)
+        self.map = self.buffer.map
+        view = self.buffer.view
         self.received = view[:RECEIVED]
         self._spares = [view[at : at + RECEIVED] for at in range(RECEIVED, first, RECEIVED)]
         self.scarce = False  # are fewer than two left: for a body, and for what came behind it?
         own = [view[at : at + _OWN] for at in range(first, len(view), _OWN)]
         self.waiter, *self.threads = [(piece[:SCRATCH_SIZE], piece[SCRATCH_SIZE:]) for piece in own]
-
-    @property
-    def kind(self) -> str:
-        return self._buffer.kind
-
-    @property
-    def locked_bytes(self) -> int:
-        return self._buffer.locked_bytes
 
     def take(self) -> memoryview | None:
         """A spare piece, or None: all are in use."""
@@ -61,6 +53,3 @@ class Slab:
         piece[:] = ZEROS
         self._spares.append(piece)
         self.scarce = len(self._spares) < 2
-
-    def wipe(self) -> None:
-        self._buffer.wipe()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime, timedelta, timezone
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from progressdb_kms.store.contract import DekRecord
+from progressdb_kms.wire.deks import LOOK, list_deks
 from tests.harness import Daemon, Session
 from tests.harness.wire import b64
 
@@ -90,6 +94,26 @@ class TestListed:
             found += [row["key_id"] for row in page["deks"]]
             cursor = page["next_cursor"]
         assert found[: len(keys)] == keys and len(found) == len(set(found))
+
+    @pytest.mark.parametrize("size", [1, LOOK - 1, LOOK, 2 * LOOK, 2 * LOOK + 1, 130, 1000])
+    def test_others_are_let_in_behind_each_few(self, size: int) -> None:
+        """All of it is told once, in order, and each page but the last is full."""
+        store = [DekRecord(f"k{n:03}", "t", b"", "", 0, "") for n in range(130)]
+        service = mock.Mock()
+        service.page = lambda after, limit, _: [one for one in store if one.key_id > after][:limit]
+        service.usage.return_value = {}
+        found, cursor = [], ""
+        for begun in range(0, len(store), size):
+            call: Any = mock.Mock(rights=None)
+            call.head.query = {"limit": str(size), "cursor": cursor}
+            page = json.loads(list_deks(mock.Mock(service=service), call).body)
+            here, whole = min(size, len(store) - begun), begun + size >= len(store)
+            assert len(page["deks"]) == here
+            assert call.breathe.call_count == (here + LOOK - 1) // LOOK - whole
+            found += [row["key_id"] for row in page["deks"]]
+            cursor = page["next_cursor"]
+            assert (cursor is None) == whole
+        assert found == [one.key_id for one in store]
 
     def test_of_a_thread(self, kms: Session, keys: list[str]) -> None:
         page = kms.ok("GET", "/deks?thread_id=listed%201")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import threading
@@ -23,7 +24,7 @@ from progressdb_kms.wire.slab import ANSWER
 from tests.conftest import MakeDaemon
 from tests.harness import Daemon
 from tests.harness.procs import threads
-from tests.harness.wire import b64
+from tests.harness.wire import b64, connect
 
 
 def started_for(daemon: Daemon, count: int, data: str) -> set[int]:
@@ -42,6 +43,18 @@ def test_a_page_of_chat_is_served_at_once(make_daemon: MakeDaemon) -> None:
     assert started_for(daemon, 129, "")
     assert not started_for(daemon, 800, message)  # it is there
     assert started_for(make_daemon(workers=1), 800, message)
+
+
+def test_however_many_list_at_once_one_thread_does_it(make_daemon: MakeDaemon) -> None:
+    """Each takes the interpreter from those who want little, and holds what it read."""
+    daemon = make_daemon(workers=1)
+    before = {tid for pid in daemon.pids() for tid in threads(pid)}
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(connect(daemon.socket)) for _ in range(20)]
+        for sock in socks:
+            sock.sendall(b"GET /deks?limit=1000 HTTP/1.1\r\nHost: unix\r\n\r\n")
+        assert all(sock.recv(4096).startswith(b"HTTP/1.1 200 ") for sock in socks)
+        assert len({tid for pid in daemon.pids() for tid in threads(pid)} - before) == 1
 
 
 def of_a_worker(slab: Any) -> tuple[Lanes, select.epoll]:

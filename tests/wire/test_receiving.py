@@ -27,7 +27,7 @@ def receiver(held: int) -> Any:
 
 def carried_out(made: Any, size: int, batch: bool = False) -> None:
     one = mock.MagicMock(peer=SimpleNamespace(uid=LIGHT))
-    room = Room(size, route=mock.MagicMock(batch=batch, waits=False))
+    room = Room(size, route=mock.MagicMock(batch=batch, long=False, waits=False))
     with mock.patch.object(receiving, "dispatch"):
         Receiver.carry_out(made, one, Request(mock.MagicMock(), bytes(size), room))
 
