@@ -139,7 +139,9 @@ class FleetHealth(Health):
 
     def _probe(self) -> list[str]:
         """After a failover, or where another host was at the same rows, the first try finds that what it knew
-        is old, and the second looks anew. Not where the engine was silent: that was waited for already."""
+        is old, and the second looks anew. Not where the engine was silent: that was waited for already. What
+        was written a moment ago tells nothing here: others write, too."""
+        self._next_probe = 0.0
         begun = time.monotonic()
         found = super()._probe()
         if found and not self._store.standing() and time.monotonic() - begun < PROBE_SECONDS:

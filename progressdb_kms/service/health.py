@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 WRITE_PAUSES = 1.0, 30.0
 """How often a row is tried after writing one failed."""
 
+PROVED_SECONDS = 1.0
+"""So long a row that was written tells that one can be: who asks again and again takes no disk flushes from
+those who change something."""
+
 REMIND_SECONDS = 86400.0
 """How often the journal is told of a KEK that is older than kek_max_age_days."""
 
@@ -47,7 +51,7 @@ class Health:
         self._lost = self._rescued = ""
         self._rescuer: threading.Thread | None = None
         self._published: Files = {}
-        self._next_reminder = 0.0
+        self._next_reminder = self._next_probe = 0.0
 
     # ---- can the store be written? ---------------------------------------------------------------
 
@@ -63,7 +67,10 @@ class Health:
         return {**told, "audit_writable": not audit, "store_writable": not store}
 
     def _probe(self) -> list[str]:
-        """Why no row can be written: a full disk lets an empty transaction pass."""
+        """Why no row can be written: a full disk lets an empty transaction pass. Not tried where one was
+        written a moment ago, and all is well as far as it is known."""
+        if self._clock.monotonic() < self._next_probe and not (self.writing.why or self._store.trouble()):
+            return []
         try:
             with self._store.transaction():
                 self._store.write("probe", {"at": timestamp(self._clock.now())})
@@ -72,6 +79,7 @@ class Health:
             self.writing.failed(error.message)
             return [error.message, *filter(None, [self._lost and (self._rescued or self._rescuing.why)])]
         self.writing.worked()
+        self._next_probe = self._clock.monotonic() + PROVED_SECONDS
         return []
 
     def tell(self) -> None:
