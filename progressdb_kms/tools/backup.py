@@ -37,7 +37,7 @@ from urllib.parse import quote
 
 from ..crypto.envelope import ROW_KEY
 from ..disk import sync, write_all
-from ..encoding import json_dumps, json_loads, timestamp
+from ..encoding import KEY_ID, json_dumps, json_loads, timestamp
 from ..errors import StoreDamaged
 from ..service.ownkeys import ROWS
 from ..store.contract import DekRecord, Usage
@@ -365,17 +365,18 @@ class Backup:
         return None if text is None else self._plain(name, text)
 
     def rows(self, prefix: str) -> dict[str, Any]:
+        """Those that can't be read are left out: `check_all` tells of them."""
         found = self._db.execute(
             "SELECT key, value FROM kms WHERE key >= ? AND key < ?", (prefix, prefix + "\uffff")
         )
-        return {key: self._plain(key, value) for key, value in found}
+        rows = {key: as_it_stands(value) for key, value in found}
+        return {key: without_mac(row) for key, row in rows.items() if isinstance(row, dict)}
 
     def get(self, key_id: str) -> Any:
-        """A DEK's row without its MAC, or None."""
-        row = self._db.execute(f"SELECT value FROM {DEKS} WHERE key = ?", ("meta:" + key_id,)).fetchone()  # noqa: S608
-        if row is None:
-            return None
-        return self._plain(key_id, row[0])
+        """A DEK's row without its MAC, or None where there is none that can be read."""
+        found = self._db.execute(f"SELECT value FROM {DEKS} WHERE key = ?", ("meta:" + key_id,)).fetchone()  # noqa: S608
+        row = as_it_stands(found[0]) if found else None
+        return without_mac(row) if isinstance(row, dict) else None
 
     def usage(self, key_ids: Sequence[str]) -> dict[str, Usage]:
         """What was done under these DEKs, as far as it was counted."""
@@ -408,26 +409,37 @@ class Backup:
             raise StoreDamaged("the rows of the service's own don't add up: one was deleted or replaced")
 
     def records(self) -> Iterator[tuple[DekRecord, bool]]:
-        """All DEKs, in order of key_id, and whether each is as it was written."""
+        """All DEKs whose rows can be read, in order of key_id, and whether each is as it was written."""
         for key, value in self._db.execute(f"SELECT key, value FROM {DEKS} ORDER BY key"):  # noqa: S608
-            genuine = True
-            try:
-                row = self._checked(key, value)
-            except StoreDamaged:
-                genuine, row = False, self._json(key, value)
-            try:
-                record = DekRecord.from_row(key[len("meta:") :], row)
-            except StoreDamaged as error:
-                raise _damaged(self.file, error.message) from None
-            yield record, genuine
+            record, genuine = self._judged(key, value)
+            if record is not None:
+                yield record, genuine
+
+    def unreadable(self) -> list[str]:
+        """The key_ids of all others, as far as these can be read."""
+        rows = self._db.execute(f"SELECT key, value FROM {DEKS} ORDER BY key")  # noqa: S608
+        return [str(key).removeprefix("meta:") for key, value in rows if self._judged(key, value)[0] is None]
+
+    def _judged(self, key: Any, value: Any) -> tuple[DekRecord | None, bool]:
+        genuine = True
+        try:
+            row = self._checked(key, value)
+        except StoreDamaged:
+            genuine, row = False, as_it_stands(_as_text(value))
+        try:
+            record = DekRecord.from_row(str(key)[len("meta:") :], row)
+        except StoreDamaged:
+            return None, False
+        return (record if KEY_ID.fullmatch(record.key_id) else None), genuine
 
     def _checked(self, name: str, text: Any) -> Any:
         """A row. Raises StoreDamaged where it is not as it was written, if that can be told."""
-        if self._seal is not None and isinstance(text, str) and self._seal.wrote(name, text):
+        text = _as_text(text)
+        if self._seal is not None and isinstance(text, str) and self._seal.wrote(str(name), text):
             return json.loads(text)
-        row = self._json(name, text)
+        row = as_it_stands(text)
         if self._seal is not None:
-            self._seal.check(name, row)
+            self._seal.check(str(name), row)
         return row
 
     def _plain(self, name: str, text: Any) -> Any:
@@ -438,6 +450,11 @@ class Backup:
             return json_loads(text)
         except (ValueError, TypeError, AttributeError):
             raise _damaged(self.file, f"the row {name} is no JSON") from None
+
+
+def _as_text(value: Any) -> Any:
+    """One bit of a record's head makes a blob of a text."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 @contextlib.contextmanager
@@ -451,6 +468,7 @@ def opened(file: Path, progress: Progress) -> Iterator[Backup]:
         raise _damaged(file, "its checksum does not fit")
     check_schema(file, APPLICATION_ID, contents.schema)
     with contextlib.closing(_connect(file, "mode=ro&immutable=1")) as db:
+        db.text_factory = lambda raw: raw.decode("utf-8", "replace")  # of a row that lost a byte
         try:
             _check(file, db)
             yield Backup(file, contents, db)

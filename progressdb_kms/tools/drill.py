@@ -69,7 +69,8 @@ def _authentic(source: Backup, key: memoryview | None) -> list[str]:
 
 def _faults(source: Backup, keys: Keys, missing: dict[str, int], progress: Progress) -> tuple[list[str], int]:
     """What does not open although its KEK is here; and how many did."""
-    faults, opened, done = [], 0, 0
+    faults = [f"{key_id}: its row can't be read" for key_id in source.unreadable()]
+    opened = done = 0
     with Opener(keys.keyring) as opener:
         for record, _ in source.records():
             if record.state == SHREDDED or record.kek_id in missing:

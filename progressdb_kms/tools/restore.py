@@ -37,6 +37,7 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Callable, NamedTuple
 
 from ..audit import tail, verify
@@ -120,6 +121,7 @@ def restore(loaded: Loaded, file: Path, force: bool, progress: Progress) -> dict
         with datadir.held(loaded), _staging(data_dir) as folder:
             present = _look(data_dir, source, keys, force)
             past = _past(data_dir, source, present, chosen, keys, force, progress)
+            plan_of(source, keys, past.rows)
             built = _build(folder, source, chosen, past, keys, progress)
             with naming(data_dir / FILE_NAME):
                 _swap(data_dir, folder)
@@ -156,14 +158,16 @@ def _told(source: Backup, present: Present | None, built: Built, chain: str) -> 
 # ---- checks, before anything is changed ------------------------------------------------------------------
 
 
-def plan_of(source: Backup, keys: Keys) -> Plan:
-    """Do the configured keys fit the backup? The same decision as at a start of the daemon."""
+def plan_of(source: Backup, keys: Keys, since: Mapping[str, Any] = MappingProxyType({})) -> Plan:
+    """Do the configured keys fit the backup? The same decision as at a start of the daemon. `since`: rows of
+    what was rotated out since."""
     state = source.state()
     if state.active is None:
         raise CommandFailed(f"{source.file} is of a store that was never used")
     stored = (state.active.kek_id, state.active.version)
     try:
-        plan(stored, state.keks, keys.configured, retired(source.rows(RETIRED_KEK)))
+        rows = {name: row for name, row in since.items() if name.startswith(RETIRED_KEK)}
+        plan(stored, state.keks, keys.configured, retired({**source.rows(RETIRED_KEK), **rows}))
     except KeyMismatch as error:
         raise KeyMismatch(f"{source.file} needs other keys: {error.message}", hint=error.hint) from None
     return Plan(*stored, adopt=False)
@@ -181,7 +185,8 @@ def trusted(source: Backup, key: memoryview | None, force: bool) -> None:
         if not force:
             raise CommandFailed(
                 f"{source.file} was changed after it was made: {error.message}",
-                hint="take another backup; --force takes it, and what doesn't fit comes back disabled",
+                hint="take another backup; --force takes it, and what doesn't fit comes back disabled, or "
+                "stays out where it can't be read",
             ) from None
 
 
@@ -237,7 +242,7 @@ def _newer_log(data_dir: Path, source: Backup, keys: Keys) -> bool:
     log = data_dir / _LOG
     if not log.exists() or not log.stat().st_size:
         return False
-    with datadir.own_key(keys.keyring, AUDIT_KEY, source.read(ROWS[AUDIT_KEY])) as key:
+    with datadir.own_key(keys.keyring, AUDIT_KEY, source.rows(ROWS[AUDIT_KEY]).get(ROWS[AUDIT_KEY])) as key:
         floor = tail.floor(tail.logs(data_dir), key) if key is not None else None
     return floor is None or floor.change > source.state().change
 
@@ -361,8 +366,9 @@ def _history(logs: list[Path], key: memoryview) -> verify.History:
 
 
 def _tombstone(key_id: str, when: str, source: Backup, chosen: Plan) -> DekRecord:
-    row = source.get(key_id)
-    old = DekRecord.from_row(key_id, row) if row else DekRecord(key_id, "", b"", chosen.active, 1, when)
+    old = DekRecord(key_id, "", b"", chosen.active, 1, when)
+    with contextlib.suppress(StoreDamaged):
+        old = DekRecord.from_row(key_id, source.get(key_id) or old.to_row())
     return old._replace(wrapped=b"", state=SHREDDED, delete_at="", shredded_at=old.shredded_at or when)
 
 
@@ -392,11 +398,12 @@ def _staging(data_dir: Path) -> Iterator[Path]:
 
 
 def _build(folder: Path, source: Backup, chosen: Plan, past: Past, keys: Keys, progress: Progress) -> Built:
-    """Write the new store. A DEK of the backup that does not open is taken as it is, and named. A tombstone
-    that nobody vouches for is not taken: it would stay, whatever is brought back after it."""
-    again, damaged, done, forged = 0, [], 0, 0
+    """Write the new store. A DEK of the backup that does not open is taken as it is, and named. So is one
+    whose row can't be read, which is not taken; nor is a tombstone that nobody vouches for: it would stay,
+    whatever is brought back after it."""
+    again, damaged, done, forged = 0, source.unreadable(), 0, 0
     total = source.contents.deks + source.contents.shredded
-    left = dict(past.tombstones)
+    left, keks = dict(past.tombstones), source.state().keks
     records = source.records()
     with (
         contextlib.closing(SqliteStore(folder, keys.keyring.row_key)) as store,
@@ -412,7 +419,8 @@ def _build(folder: Path, source: Backup, chosen: Plan, past: Past, keys: Keys, p
                     if dead is None and not genuine and record.state == SHREDDED:
                         forged += 1
                     else:
-                        kept[record.key_id] = dead or _closed(record, past, genuine)
+                        record = record if genuine else _doubted(record, chosen, keks)
+                        kept[record.key_id] = dead or _closed(record, past)
                     whole = genuine and (record.state == SHREDDED or _opens(opener, record))
                     if dead is None and not whole:
                         damaged.append(record.key_id)
@@ -459,10 +467,15 @@ def _carry_wraps(store: SqliteStore, active: str, *kept: Callable[[Sequence[str]
         store.count(more)
 
 
-def _closed(record: DekRecord, past: Past, genuine: bool) -> DekRecord:
-    """What was closed since the backup stays so, and so does what nobody can vouch for."""
-    if not genuine:
-        record = as_left(record, "")
+def _doubted(record: DekRecord, chosen: Plan, keks: Mapping[str, Any]) -> DekRecord:
+    """What nobody can vouch for comes back closed, and no start asks for a KEK that there never was."""
+    if record.kek_id not in keks:
+        record = record._replace(kek_id=chosen.active, kek_version=chosen.version)
+    return as_left(record, "")
+
+
+def _closed(record: DekRecord, past: Past) -> DekRecord:
+    """What was closed since the backup stays so."""
     return as_left(record, past.left[record.key_id]) if record.key_id in past.left else record
 
 

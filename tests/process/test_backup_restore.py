@@ -553,6 +553,62 @@ class TestRestore:
         assert told(restore(site._replace(backup=whole)))["deks"] == 4
         opens(site.daemon.start(), site.boxes)
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            "value = replace(value, '\"state\"', '\"stote\"')",
+            "value = replace(value, '\"format\":1', '\"format\":9')",
+            "value = substr(value, 1, 40)",
+            "value = NULL",
+            "key = CAST(substr(CAST(key AS BLOB), 1, 30) || x'ff' AS TEXT)",
+        ],
+    )
+    def test_a_row_that_cannot_be_read_keeps_no_other_away(self, site: Site, change: str) -> None:
+        """The disk lost a byte of it, and no backup from then on could be restored, not even by --force."""
+        site.daemon.stop()
+        bad = site.keys[0]
+        with contextlib.closing(sqlite3.connect(site.daemon.data_dir / "kms.db")) as db, db:
+            db.execute(f"UPDATE deks SET {change} WHERE key = ?", (f"meta:{bad}",))
+        site.backup.unlink()
+        ok(site.daemon.offline("backup", str(site.backup)))
+        checked = site.daemon.offline("backup", "--check", str(site.backup))
+        assert f"{bad[:25]}" in refused(checked) and "its row can't be read" in checked.stderr.decode()
+        with contextlib.closing(site.daemon.copy(data=False)) as twin:
+            new = site._replace(daemon=twin)
+            assert "--force takes it" in refused(restore(new))
+            found = told(restore(new, "--force"))
+            assert found["deks"] == 3 and [name[:25] for name in found["damaged"]] == [bad[:25]]
+            opens(twin.start(), {key_id: site.boxes[key_id] for key_id in site.keys[1:]})
+            twin.stop()
+            ok(twin.offline("verify"))
+
+    def test_a_row_that_names_a_kek_which_never_was(self, site: Site) -> None:
+        """The next start asked for it."""
+        site.daemon.stop()
+        self.edit(site, kek_id="0" * 16)
+        assert told(restore(site, "--force"))["damaged"] == site.keys[:1]
+        checked(site.daemon)
+        site.daemon.start().ok("POST", f"/deks/{site.keys[0]}/enable", {})
+        opens(site.daemon, site.boxes)
+
+    def test_a_master_key_that_was_rotated_out_since_the_backup(self, site: Site) -> None:
+        """The backup knows nothing of that, the present store does: it was told when that was gone."""
+        daemon, keks = site.daemon, [site.daemon.kek, os.urandom(32), os.urandom(32)]
+        with daemon.session() as kms:
+            kms.rotate(keks[1])
+            kms.rotate(keks[2])
+        daemon.stop()
+        for name, kek in zip(("first", "last"), (keks[0], keks[2])):
+            write_secret(daemon.home / name, kek.hex().encode())
+        daemon.write_kek(keks[1])
+        daemon.write_config({"previous_master_keys": [{"file": "first"}, {"file": "last"}]})
+        before = contents(daemon.data_dir)["kms.db"]
+        assert "was rotated out" in refused(restore(site, "--force"))
+        assert contents(daemon.data_dir)["kms.db"] == before
+        daemon.write_kek(keks[2])
+        told(restore(site, "--force"))
+        opens(daemon.start(), site.boxes)
+
     def test_a_row_that_stands_twice_is_one_dek(self, site: Site, short_tmp: Path) -> None:
         """A database of ours has no such row: somebody made it, who then has the store add up to too much."""
         site.daemon.stop()
