@@ -75,6 +75,7 @@ SAID: list[tuple[str, str, bool]] = [
     ("threats", "once an hour and at a stop", anchors.WITNESS_SECONDS == 3600),
     ("secrets", f"{envelope.SCRATCH_SIZE} bytes of locked scratch", True),
     ("secrets", f"{slab.ANSWER} locked bytes", True),
+    ("secrets", f"at most {http1.REMEMBERED} bytes are remembered, up to {http1.KNOWN:,} a worker", True),
     ("commands", f"a log of more than {shared.LEAST >> 20} MiB is shared among the cores", True),
     ("commands", "eight at most", shared.MOST == 8),
     ("fleet", "then one in 15 minutes", has("service/fleetawait", "REMIND_SECONDS = 900.0")),
