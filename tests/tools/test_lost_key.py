@@ -79,16 +79,30 @@ def test_a_restore_to_a_new_host_wants_the_old_key(used: Daemon) -> None:
         fresh.close()
 
 
-def test_where_one_may_not_look_there_may_be_a_store(used: Daemon) -> None:
+def by_nobody(daemon: Daemon, command: str) -> bytes:
+    """Its stderr, for somebody who may read the configuration and nothing else."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to become somebody who may not look")
-    used.kek_file.unlink(missing_ok=True)
-    used.home.chmod(0o755)
-    used.config_file.chmod(0o644)
+    daemon.home.chmod(0o755)
+    daemon.config_file.chmod(0o644)
     done = cli(
-        *("serve", "--data-dir", str(used.data_dir), "--config", str(used.config_file)),
+        *(command, "--data-dir", str(daemon.data_dir), "--config", str(daemon.config_file)),
         wrapper=["setpriv", "--reuid=65534", "--clear-groups"],
     )
     if done.returncode == 127:
         pytest.skip("this Python's own library is in a folder that others may not enter")
-    assert done.returncode == 1 and b"genkey" not in done.stderr
+    assert done.returncode == 1
+    return done.stderr
+
+
+def test_where_one_may_not_look_there_may_be_a_store(used: Daemon) -> None:
+    used.kek_file.unlink(missing_ok=True)
+    assert b"genkey" not in by_nobody(used, "serve")
+
+
+def test_a_key_that_one_may_not_read_is_not_lost(used: Daemon) -> None:
+    """Who was no more than a member of the group heard to put it back, or else to rotate."""
+    write_secret(used.kek_file, used.kek)
+    said = by_nobody(used, "verify")
+    assert b"Permission denied" in said and b"as root, or as the daemon's user" in said
+    assert b"rotate-kek" not in said and b"put the key back" not in said
