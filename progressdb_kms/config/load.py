@@ -100,10 +100,6 @@ class Loaded:
         with contextlib.suppress(BufferError) if kind else contextlib.nullcontext():
             self.close()
 
-    def __repr__(self) -> str:
-        return f"<Loaded {self.settings.master_source}>"
-
-
 def load(
     flags: Mapping[str, str | None],
     environ: Mapping[str, str],

@@ -30,6 +30,8 @@ DYING_TRIES, DYING_SECONDS = 20, 0.1
 RETRY_SECONDS = 10.0
 """How often, while somebody else listens under the name."""
 
+SO_PASSRIGHTS = 83  # socket(7); since Linux 6.16
+
 # ---- the socket ------------------------------------------------------------------------------------
 
 
@@ -63,6 +65,14 @@ def _bound(settings: Settings) -> socket.socket:
             os.close(name)
         sock.listen(BACKLOG)
         failed.pop_all()
+    return sock
+
+
+def alone(sock: socket.socket) -> socket.socket:
+    """Let no peer hand over descriptors with what it sends (unix(7)), where the kernel can refuse them. Nobody
+    takes them here, and to drop the last one of a socket with SO_LINGER waits for as long as he likes."""
+    with suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
     return sock
 
 
@@ -149,7 +159,7 @@ class Name:
         """Listens: on the socket that systemd hands over, or on one that is bound at `socket`."""
         given = systemd.listen_socket()
         self._ours = given is None
-        self.listener = bind(settings) if given is None else given
+        self.listener = alone(bind(settings) if given is None else given)
         self.listener.setblocking(False)  # all workers share it; a copy of a blocking one would set it back
         self._settings = settings
         kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK  # send_fds and recv_fds ignore flags
@@ -184,7 +194,7 @@ class Name:
                 log.error("the socket's name %s is gone, and can't be had again: %s", self._path, error)
 
     def _bind_again(self) -> None:
-        with bind(self._settings) as fresh:
+        with alone(bind(self._settings)) as fresh:
             log.warning("the socket's name %s was removed: bound again", self._path)
             os.dup2(fresh.fileno(), self.listener.fileno(), inheritable=False)
             for end, _ in self._handovers:

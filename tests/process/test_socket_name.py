@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from progressdb_kms.process.socket import SO_PASSRIGHTS
 from tests.conftest import MakeDaemon
 from tests.harness import Daemon
 from tests.harness.procs import wait_until
+from tests.harness.wire import connect
 
 SPREAD = 8
 
@@ -55,6 +60,42 @@ def test_a_removed_name_comes_back(daemon: Daemon, workers: int) -> None:
         wait_until(lambda: len(chains(daemon)) == workers, 20, "the new worker to serve it")
     daemon.stop()
     assert not daemon.socket.exists()
+
+
+@contextlib.contextmanager
+def slow_to_close() -> Iterator[socket.socket]:
+    """A socket whose last close waits for a minute, unless its peer takes what it sent, or is gone."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as sock,
+    ):
+        peer, _ = listener.accept()
+        with peer:
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    sock.send(bytes(1 << 16))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+            yield sock
+
+
+def knows_rights() -> bool:
+    with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(OSError):
+        return sock.getsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS) == 1
+    return False
+
+
+@pytest.mark.skipif(not knows_rights(), reason="since Linux 6.16")
+@pytest.mark.parametrize("again", [False, True], ids=["first", "bound again"])
+def test_nobody_hands_over_a_descriptor(daemon: Daemon, again: bool) -> None:
+    """The waiter would drop it, and that may take as long as its owner likes."""
+    if again:
+        daemon.socket.unlink()
+        wait_until(lambda: mode(daemon.socket) == 0o620, 60, "the name to come back")
+    with slow_to_close() as slow, connect(daemon.socket) as sock:
+        with pytest.raises(PermissionError):
+            socket.send_fds(sock, [b"GET /healthz HTTP/1.1\r\nHost: unix\r\n\r\n"], [slow.fileno()])
+        assert daemon.healthy()
 
 
 def test_a_name_that_was_moved_away_and_back(daemon: Daemon) -> None:
