@@ -100,6 +100,7 @@ class Loaded:
         with contextlib.suppress(BufferError) if kind else contextlib.nullcontext():
             self.close()
 
+
 def load(
     flags: Mapping[str, str | None],
     environ: Mapping[str, str],

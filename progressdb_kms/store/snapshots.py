@@ -46,6 +46,10 @@ LINES = "all.lines"
 UNFINISHED = "snapshot:"
 """Rows of the store with the name of a folder whose rotation has not taken place."""
 
+GO_SERVICE = f".{'[0-9]' * 8}T{'[0-9]' * 6}"
+"""What the Go service's snapshots of a key have behind its key_id, in the same folder. Nothing of ours ends
+so: a key_id may be that of a ledger without its end."""
+
 SMALL = 5_000
 """Rows up to which a snapshot is a file a key."""
 
@@ -204,7 +208,7 @@ def forget(data_dir: Path, key_id: str) -> None:
     root = data_dir / FOLDER
     with _write_errors(root):
         ours = folders(data_dir)
-        for path in (*(folder / f"{key_id}.json" for folder in ours), *_go_service(root, key_id)):
+        for path in (*(folder / f"{key_id}.json" for folder in ours), *root.glob(key_id + GO_SERVICE)):
             with contextlib.suppress(FileNotFoundError):
                 destroy(path)
         for folder in ours:
@@ -216,13 +220,6 @@ def folders(data_dir: Path) -> list[Path]:
     """The snapshot folders, oldest first."""
     root = data_dir / FOLDER
     return sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-
-
-def _go_service(root: Path, key_id: str) -> Iterable[Path]:
-    """The Go service's snapshots of a key: `<key_id>.<YYYYMMDDTHHMMSS>` in the same folder."""
-    if not root.is_dir():
-        return []
-    return (path for path in root.iterdir() if path.name.rpartition(".")[0] == key_id and path.is_file())
 
 
 def find(lines: Path, key_id: str) -> tuple[int, bytes] | None:

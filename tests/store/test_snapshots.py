@@ -107,6 +107,18 @@ def test_small_stores_have_a_file_a_key(tmp_path: Path) -> None:
     snapshot.close()
 
 
+def test_a_key_of_a_ledger_s_name_takes_no_ledger_along(tmp_path: Path) -> None:
+    """Callers choose key_ids, and the name of a ledger is known. What the Go service left of a key goes."""
+    made = Snapshot(tmp_path, 0.0, "1" * 16, 1)
+    mine, other = (made.path.with_name(name) for name in ("k.20250101T000000", "k.l.20250101T000000"))
+    for path in (mine, other):
+        path.write_bytes(b"wrapped")
+    list(made.finish(memoryview(bytes(32)), "2" * 16))
+    for key_id in (made.path.name, "k"):
+        forget(tmp_path, key_id)
+    assert snapshots.ledger(made.path).exists() and other.exists() and not mine.exists()
+
+
 def test_one_that_was_left_is_told_from_one_that_is_written(tmp_path: Path) -> None:
     snapshot = made(tmp_path, NAMES)
     assert unfinished(tmp_path) == []
