@@ -69,8 +69,9 @@ def _bound(settings: Settings) -> socket.socket:
 
 
 def alone(sock: socket.socket) -> socket.socket:
-    """Let no peer hand over descriptors with what it sends (unix(7)), where the kernel can refuse them. Nobody
-    takes them here, and to drop the last one of a socket with SO_LINGER waits for as long as he likes."""
+    """Let no peer hand over descriptors with what it sends (unix(7)), where the kernel can refuse them.
+    Nobody takes them here, and to drop the last one of a socket with SO_LINGER waits for as long as its owner
+    likes."""
     with suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
     return sock
