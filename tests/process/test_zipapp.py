@@ -6,6 +6,7 @@ What a bundle is made of comes from build/zipapp or the package index; without b
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from progressdb_kms import __version__
+from progressdb_kms.tools.manual import text_of
 from tests.harness.daemon import Daemon
 
 REPO = Path(__file__).resolve().parents[2]
@@ -78,6 +80,9 @@ def test_two_builds_for_all_pythons_are_the_same(tree: Path, options: tuple[str,
     first = build(tree, "all", *options).read_bytes()
     later(tree)
     assert build(tree, "again", *options).read_bytes() == first
+    name = "progressdb-kms-<arch>.pyz" if options else "progressdb-kms.pyz"
+    (told,) = re.findall(rf"dist/{name}` \((\d+) MB\)", text_of("install"))
+    assert len(first) < (int(told) + 1) * 1_000_000  # of fewer Pythons it is less
 
 
 def test_the_file_is_executable_and_has_no_times(bundle: Path) -> None:
