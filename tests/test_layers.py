@@ -242,3 +242,15 @@ def test_the_manual_names_all_that_serves_once(served: list[str]) -> None:
     named = [f"progressdb_kms.{name}" for name in re.findall(r"^- `([a-z0-9_.]+)`:", page, re.M)]
     packages = {name.rpartition(".")[0] for name in served}
     assert sorted(named) == sorted(set(served) - packages)
+
+
+def test_the_manual_tells_how_long_that_is(served: list[str]) -> None:
+    """All of it, and the way of a key: within five lines of a hundred."""
+    page = (PACKAGE / "manual" / "structure.md").read_text()
+    beginning = page[page.index("## To read all of it") : page.index("**Words and bytes**")]
+    way = re.findall(r"`((?:config|crypto|process|service|wire)\.[a-z0-9]+)`", beginning)
+    told = [int(number.replace(",", "")) for number in re.findall(r"some ([0-9,]+) lines", beginning)]
+    lines = [sum(code_lines(MODULES[f"progressdb_kms.{name}"]) for name in way)]
+    lines.insert(0, sum(code_lines(MODULES[name]) for name in served))
+    assert len(way) > 10 and len(told) == 2, (way, told)
+    assert all(abs(said - real) <= 0.05 * real for said, real in zip(told, lines)), (told, lines)
