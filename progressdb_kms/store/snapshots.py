@@ -234,7 +234,7 @@ def find(lines: Path, key_id: str) -> tuple[int, bytes] | None:
                 continue
             match = _KEY.match(line)
             if match is None:
-                raise StoreUnavailable(f"{lines} is damaged at byte {start}", hint="`backups prune` it")
+                raise StoreUnavailable(f"{lines}: bad at byte {start}", hint="`backups prune`, if unneeded")
             if match[1] == wanted:
                 return start, line
             low, high = (start + len(line), high) if match[1] < wanted else (low, start)

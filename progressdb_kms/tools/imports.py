@@ -43,8 +43,8 @@ from ..service.usage import SPENT, refusal
 from ..store import snapshots
 from ..store.contract import KEK_ROW, DekRecord, Usage
 from ..store.policy import ENABLED, PENDING_DELETION, SHREDDED, STATES
-from ..store.snapshots import LINES, find
-from ..store.sqlite import FILE_NAME, THREAD, THREADS, Connection, SqliteStore
+from ..store.snapshots import LINES
+from ..store.sqlite import FILE_NAME, THREAD, THREADS, Connection, SqliteStore, check_schema
 from . import asowner, datadir, ledgers, pebble
 from .console import CommandFailed, say
 from .datadir import Opener, Work, as_left, beyond, uncollected
@@ -636,6 +636,10 @@ def _index_anew(settings: Settings) -> None:
     if settings.store != "sqlite" or not path.exists():
         return
     with contextlib.closing(Connection(path, "rw")) as db:
+        application, version = (
+            db.select_one(f"PRAGMA {name}")[0] for name in ("application_id", "user_version")
+        )
+        check_schema(path, application, version)
         db.execute("BEGIN IMMEDIATE")
         for name in db.named("index", THREADS):
             (table,) = db.select_one("SELECT tbl_name FROM sqlite_master WHERE name = ?", (name,))
@@ -670,11 +674,19 @@ def _snapshot(folder: Path, key: str | None, loaded: Loaded) -> Iterator[Iterabl
         yield (entry for entry in found if b'"wrapped":' in entry.data)
 
 
+def _line(lines: Path, key_id: str) -> bytes:
+    """Of this key; empty where there is none. All are looked at: who searches by halves, as a shred does,
+    finds none behind one that is damaged."""
+    begin = b'{"key_id":"%b"' % key_id.encode()
+    with open(regular(lines), "rb") as file:
+        return next((line for line in file if line.startswith(begin)), b"")
+
+
 def _one(folder: Path, key_id: str) -> list[Entry]:
     path, lines = folder / f"{key_id}.json", folder / LINES
     known = KEY_ID.fullmatch(key_id) is not None
-    if known and lines.is_file() and (found := find(lines, key_id)) and b'"wrapped":' in found[1]:
-        return [Entry(f"{lines}:{key_id}", key_id, found[1], 1, 1)]
+    if known and lines.is_file() and b'"wrapped":' in (line := _line(lines, key_id)):
+        return [Entry(f"{lines}:{key_id}", key_id, line, 1, 1)]
     if not known or not path.is_file():
         raise CommandFailed(f"there is no snapshot of {key_id} in {folder}", hint="it may have been shredded")
     return [Entry(str(path), key_id, _read(str(path)), 1, 1)]

@@ -231,7 +231,8 @@ def _look(data_dir: Path, source: Backup, keys: Keys, force: bool) -> Present | 
         names = ", ".join(present.newer[:NAMED]) + (", …" if len(present.newer) > NAMED else "")
         raise CommandFailed(
             f"{len(present.newer)} DEKs of the store are newer than the backup, or not in it ({names})",
-            hint="make a backup of the present store first, then restore with --force",
+            hint="make a backup of the present store first, or an `export`, then restore with --force; "
+            "`import` of that export brings in what is not in the backup",
         )
     return present
 

@@ -630,10 +630,17 @@ class TestRestore:
             late = kms.create_dek("late")["key_id"]
         site.daemon.stop()
         before = contents(site.daemon.data_dir)
-        assert late in refused(restore(site))
+        assert late in (error := refused(restore(site))) and "`import` of that export" in error
         assert contents(site.daemon.data_dir)["kms.db"] == before["kms.db"]
+        lines = str(site.daemon.home / "lines")
+        ok(site.daemon.offline("export", lines))
         assert told(restore(site, "--force"))["lost"] == 1
         assert state(site.daemon.start(), late) == "404"
+        site.daemon.stop()
+        ok(site.daemon.offline("import", lines))
+        checked(site.daemon)
+        assert state(site.daemon.start(), late) == "enabled"
+        opens(site.daemon, site.boxes)
 
     def test_from_before_a_rotation(self, site: Site) -> None:
         daemon, old = site.daemon, site.daemon.kek

@@ -136,6 +136,18 @@ class TestSchema:
         finally:
             twin.close()
 
+    def test_a_newer_store_and_a_snapshot(self, site: Site) -> None:
+        """Its indexes were made anew before anybody looked at the version."""
+        configured(site, os.urandom(32), site.first, site.other)
+        with contextlib.closing(site.daemon.copy()) as twin:
+            with contextlib.closing(sqlite3.connect(twin.data_dir / "kms.db")) as db:
+                db.execute("PRAGMA user_version=99")
+            before = (twin.data_dir / "kms.db").read_bytes()
+            (folder,) = (path for path in (twin.data_dir / "kms-deks-backup").iterdir() if path.is_dir())
+            done = twin.offline("restore", "--snapshot", str(folder))
+            assert done.returncode == 1 and b"kms.db has schema version 99" in done.stderr
+            assert (twin.data_dir / "kms.db").read_bytes() == before
+
     def test_a_backup_of_a_newer_release(self, site: Site, short_tmp: Path) -> None:
         newer = short_tmp / "newer"
         contents = backups.last_line(site.backup)

@@ -731,6 +731,23 @@ class TestSnapshots:
             kms.ok("POST", f"/deks/{key_id}/enable", {})
             assert all(kms.decrypt(key_id, box) == b"secret" for key_id, box in boxes.items())
 
+    def test_a_damaged_line_hides_no_other(self, rotated: Rotated) -> None:
+        """Who searched by halves came upon it, and was told to prune the snapshot."""
+        daemon, paths, boxes = rotated
+        folder = Path(paths[0])
+        rows = sorted(
+            (path.read_bytes() for path in folder.glob("*.json")), key=lambda row: json.loads(row)["key_id"]
+        )
+        for path in folder.iterdir():
+            path.unlink()
+        key_id = json.loads(rows[0])["key_id"]
+        break_blob(daemon, key_id)
+        for harm in (b"x", b"{}"):
+            (folder / "all.lines").write_bytes(rows[0] + harm + rows[1][len(harm) :] + rows[2])
+            found = json_of(daemon, "restore", "--snapshot", paths[0], "--key", key_id)
+            assert found["restored"] + found["unchanged"] == 1
+        run(daemon, "verify")
+
     def test_a_lost_row(self, rotated: Rotated) -> None:
         daemon, paths, boxes = rotated
         key_id = next(iter(boxes))
