@@ -13,7 +13,7 @@ import sys
 SERVE_FLAGS = {"--socket": "socket", "--data-dir": "data_dir", "--config": "config", "--addr": "tcp_address"}
 
 HOLD_KEYS = frozenset(
-    ("backup", "doctor", "genkey", "import", "kek-id", "restore", "rewrap", "rotate-kek", "verify")
+    ("backup", "doctor", "export", "genkey", "import", "kek-id", "restore", "rewrap", "rotate-kek", "verify")
 )
 """Commands that start anew, see `hardening`: at once, and not when all of the command line is loaded."""
 

@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple, Optional
 from ..config.load import Loaded
 from ..config.options import Settings
 from ..crypto.envelope import AUDIT_KEY, ROW_KEY
+from ..crypto.keyring import Keyring
 from ..disk import regular
 from ..encoding import json_dumps, json_loads
 from ..errors import StoreDamaged, StoreUnavailable
@@ -75,11 +76,19 @@ def _judged(reader: Reader) -> Iterator[Judged]:
 # ---- export --------------------------------------------------------------------------------------------
 
 
-def export(settings: Settings, file: IO[bytes], progress: Progress, skip_bad: bool) -> tuple[int, list[str]]:
-    """Write a JSON line a DEK, tombstones too; each as it stood when it was read. Returns how many, and the
-    key_ids whose rows can't be read: none of these without `skip_bad`, which raises StoreDamaged."""
+def export(
+    settings: Settings, file: IO[bytes], keyring: Keyring | None, progress: Progress, skip_bad: bool
+) -> tuple[int, list[str], bool]:
+    """Write a JSON line a DEK, tombstones too; each as it stood when it was read. Returns how many, the
+    key_ids whose rows are not as the daemon wrote them or can't be read (none of these without `skip_bad`,
+    which raises StoreDamaged), and whether they were held against their MACs, which takes the `keyring`."""
     done, bad = 0, list[str]()
-    with datadir.reading(settings) as reader:
+    with contextlib.ExitStack() as stack:
+        reader, key = stack.enter_context(datadir.reading(settings)), None
+        if keyring is not None:
+            key = stack.enter_context(datadir.own_key(keyring, ROW_KEY, reader.read(ROWS[ROW_KEY])))
+        if key is not None:
+            reader.unlock(key)
         total = sum(row.deks for row in reader.keks().values())
         for page in _judged(reader) if skip_bad else _pages(reader):
             bad += [key_id for key_id, record in page if record is None]
@@ -88,7 +97,7 @@ def export(settings: Settings, file: IO[bytes], progress: Progress, skip_bad: bo
             file.writelines(line(record, usage.get(record.key_id)) for record in whole)
             done += len(whole)
             progress(done, max(done, total))
-    return done, bad
+    return done, bad, key is not None
 
 
 LINE = b'{"key_id":'

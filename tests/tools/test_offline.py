@@ -110,6 +110,28 @@ def test_export_and_import(stopped: Daemon, short_tmp: Path) -> None:
         other.close()
 
 
+def test_an_export_holds_rows_against_their_macs(stopped: Daemon, short_tmp: Path) -> None:
+    """Its lines have none: a row that somebody had edited was genuine where they were imported."""
+    with stopped.copy() as daemon:
+        first, second = (row["key_id"] for row in daemon.ok("GET", "/deks")["deks"])
+        daemon.ok("POST", f"/deks/{first}/disable", {})
+        daemon.stop()
+        with contextlib.closing(sqlite3.connect(daemon.data_dir / "kms.db")) as db, db:
+            db.execute("UPDATE deks SET value = replace(value, '\"disabled\"', '\"enabled\"')")
+        done = daemon.offline("export", str(short_tmp / "lines"))
+        assert done.returncode == 1 and f"meta:{first} of the store is not as".encode() in done.stderr
+        assert not (short_tmp / "lines").exists()
+        done = daemon.offline("export", "--skip-bad")
+        assert done.returncode == 0 and f"{first}: ".encode() in done.stderr
+        assert [json.loads(line)["key_id"] for line in done.stdout.splitlines()] == [second]
+        daemon.kek_file.unlink()
+        done = daemon.offline("export")
+        assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+        assert b"not held against their MACs" in done.stderr and b"can't be read" in done.stderr
+        daemon.write_kek(os.urandom(32))
+        assert b"not held against their MACs" in daemon.offline("export").stderr
+
+
 def test_an_export_over_an_earlier_one(stopped: Daemon, short_tmp: Path) -> None:
     out = short_tmp / "deks.jsonl"
     out.touch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,29 +134,44 @@ def restore(args: argparse.Namespace) -> None:
     "export",
     OFFLINE,
     "write all DEKs as JSON lines",
-    "A line a DEK, wrapped: it opens under the same KEK only. OUT is written whole or not at all, not in "
-    "the data-dir, and over nothing but an earlier export.",
+    "A line a DEK, wrapped: it opens under the same KEK only. Each row is held against its MAC, where the "
+    "keys are to be had. OUT is written whole or not at all, not in the data-dir, and over nothing but an "
+    "earlier export.",
     (
         OUTPUT,
         DATA_DIR,
         CONFIG,
-        Arg(("--skip-bad",), "name DEKs whose rows can't be read, and go on with the others", "flag"),
+        Arg(
+            ("--skip-bad",), "name DEKs whose rows were changed or can't be read, and leave them out", "flag"
+        ),
     ),
+    keys=True,
     examples=("progressdb-kms export deks.jsonl --config /etc/progressdb-kms/progressdb-kms.yaml",),
 )
 def export(args: argparse.Namespace) -> None:
-    from .. import storecmd
+    from ...errors import KMSError
+    from .. import datadir, storecmd
     from ..backup import check_outside
 
-    with load(args, need_key=False, fleet=True) as loaded, Progress("export") as bar:
+    why = "the row key opens under none of the configured KEKs"
+    with contextlib.ExitStack() as stack:
+        loaded, keyring = stack.enter_context(load(args, need_key=False, fleet=True)), None
+        try:
+            with_keys = stack.enter_context(load(args, need_key=True, fleet=True))
+            keyring = stack.enter_context(datadir.keys(with_keys)).keyring
+        except KMSError as error:  # what is wrapped can be copied all the same
+            why = error.message
+        bar = stack.enter_context(Progress("export"))
         data_dir = loaded.settings.data_dir
         if args.output != STDIO:
             check_outside(data_dir, Path(args.output))
             check_replaceable(args.output, storecmd.LINE)
         with output(args.output) as file, asowner.acting_as(asowner.of(data_dir)):
-            count, bad = storecmd.export(loaded.settings, file, progress=bar, skip_bad=args.skip_bad)
+            count, bad, held = storecmd.export(loaded.settings, file, keyring, bar, args.skip_bad)
     for key_id in bad:
-        say(f"{key_id}: its row can't be read")
+        say(f"{key_id}: its row is not as the daemon wrote it")
+    if not held:
+        say(f"the rows were not held against their MACs: {why}")
     say(f"{count} DEKs exported" + (f", {len(bad)} left out" if bad else ""))
 
 
