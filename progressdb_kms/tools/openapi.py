@@ -153,6 +153,38 @@ _ENCRYPT, _DECRYPT = _data("EncryptRequest", "plaintext"), _data("DecryptRequest
 
 _DAYS = {"type": "integer", "minimum": 1, "maximum": 365}
 
+_SUMMARIES = {
+    "GET /healthz": "Liveness",
+    "GET /health": "Liveness, under the name that older clients try",
+    "GET /readyz": "Readiness: 503 with the reasons where something is amiss",
+    "GET /status": "Version, KEK, counts, memory protection, progress of a rotation",
+    "GET /metrics": "Prometheus metrics",
+    "GET /openapi.json": "This API as OpenAPI 3.1",
+    "POST /clock/accept": "Trust the wall clock as it stands",
+    "POST /create_dek_for_thread": "Make a DEK for a thread",
+    "GET /get_wrapped": "The wrapped DEK of a key_id",
+    "POST /encrypt": "Encrypt under a DEK",
+    "POST /decrypt": "Decrypt under a DEK",
+    "POST /encrypt_batch": "Encrypt up to 1,000 items",
+    "POST /decrypt_batch": "Decrypt up to 1,000 items",
+    "POST /reencrypt": "Move a ciphertext from one DEK to another",
+    "POST /wrap": "Wrap a DEK that the caller holds",
+    "POST /unwrap": "Unwrap a DEK for the caller",
+    "POST /rewrap": "Move one stored DEK to another KEK",
+    "POST /rotate_kek": "Rewrap every DEK under a new KEK",
+    "POST /deks": (
+        "Make a DEK, with a key_id of the caller's choice if wanted; that one again gives the same DEK"
+    ),
+    "GET /deks": "DEKs in order of key_id, page by page",
+    "GET /deks/{key_id}": "One DEK, without its wrapped bytes",
+    "DELETE /deks/{key_id}": "Schedule a crypto-shred, or shred now",
+    "POST /deks/{key_id}/disable": "Refuse all use of a DEK",
+    "POST /deks/{key_id}/enable": "Allow it again, or cancel a deletion",
+}
+
+_RAW = "/encrypt", "/decrypt"
+"""These take application/octet-stream too."""
+
 _REQUESTS: dict[str, Schema] = {
     "/create_dek_for_thread": _either(
         _named("ThreadRequest", _request("thread_id", "thread_key", thread_key=_NULL)),
@@ -289,7 +321,7 @@ def _of(table: dict[str, Any], route: Route) -> Any:
 
 def _operation(route: Route) -> Schema:
     operation: Schema = {
-        "summary": route.summary,
+        "summary": _SUMMARIES[f"{route.method} {route.path}"],
         "operationId": _name_of(route),
         "parameters": _parameters(route),
         "responses": _responses(route),
@@ -300,7 +332,7 @@ def _operation(route: Route) -> Schema:
         operation["requestBody"] = {"required": required, "content": {JSON: {"schema": request}}}
         if route.secret:
             operation["requestBody"]["description"] = f"At most {SECRET_BODY} bytes, no escapes in strings."
-        if route.raw:
+        if route.path in _RAW:
             operation["description"] = (
                 f"Also with Content-Type {BINARY}: the body is the data, `key_id` in the query, the AAD as "
                 f"base64 in the header X-KMS-AAD, and the answer is {BINARY}."

@@ -111,11 +111,8 @@ class Route(NamedTuple):
     path: str
     op: str
     handler: Handler
-    summary: str
     admin: bool = False
     secret: bool = False
-    raw: bool = False
-    """takes application/octet-stream too"""
     waits: bool = False
     """for the keeper: not to be served by the thread that waits for all connections"""
     long: bool = False
