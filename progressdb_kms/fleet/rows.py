@@ -30,6 +30,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import StoreDamaged
+from ..store.contract import Usage
 
 KEY = "key"
 KEKS = "keks"
@@ -131,6 +132,13 @@ class HostRow(NamedTuple):
 def plain(text: str) -> str:
     """A name that stands in a row, for a line of the journal: it may hold whatever somebody wrote there."""
     return "".join(char if char.isprintable() else "?" for char in text[:64])
+
+
+def added(kept: Usage, more: Usage) -> Usage:
+    """What was done under a DEK, with what was done since."""
+    late = more if more.last >= kept.last else kept
+    first_use = min(filter(None, (kept.first, more.first)), default=0)
+    return Usage(kept.encrypts + more.encrypts, kept.decrypts + more.decrypts, first_use, late.last, late.uid)
 
 
 class ChangeRow(NamedTuple):

@@ -55,7 +55,7 @@ from ..store.seal import MODULUS, STATE, KekCount, Seal, StoreState, Tally, weig
 from ..store.sealed import Store, Written, as_it_stands, nobody
 from .engine import FORGOTTEN, TIMELINE, UNREACHABLE, Link, Session, Texts, translated
 from .reader import STATES, WRITES, FleetReader, combined, found_by, named, row_of, without
-from .rows import ALL, KEKS, KEY, FleetRow, HostRow, Point, first, plain
+from .rows import ALL, KEKS, KEY, FleetRow, HostRow, Point, added, first, plain
 from .schema import FLEET
 from .status import status
 
@@ -692,7 +692,7 @@ class FleetStore(Store, FleetReader):
     def count(self, rows: Iterable[tuple[str, Usage]]) -> None:
         usage = self._gathered.usage
         for key_id, more in rows:
-            usage[key_id] = usage.get(key_id, Usage()).plus(more)
+            usage[key_id] = added(usage.get(key_id, Usage()), more)
 
     def _forget_usage(self, key_id: str) -> None:
         self._gathered.unused.add(key_id)

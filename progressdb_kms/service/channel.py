@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 from .. import errors
 from ..config.weakkeys import check_master_key
@@ -34,9 +34,6 @@ from ..errors import BadRequest, Conflict, KMSError, StoreUnavailable, WeakKey
 
 MAX_JOB = 32 * 1024
 """Bytes of one job: a thread_id of 512 escaped characters fits many times."""
-
-Wanted = tuple[Union[str, None], Union[str, None]]
-"""A DEK to be made: its thread_id, its key_id; None: see `Deks.create`."""
 
 Head = Sequence[Any]
 """The head of an audit chain: its name, the last seq, the last signature."""

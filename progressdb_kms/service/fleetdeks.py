@@ -9,8 +9,9 @@ from ..crypto.aead import Aead
 from ..errors import KMSError, StoreUnavailable
 from ..fleet.store import FleetStore
 from ..store.contract import DekRecord
-from .channel import Wanted, telling
+from .channel import telling
 from .deks import Deks, described, same
+from .fleetworker import Wanted
 from .rotation import refuse_spent
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import clock_gettime_ns, time_ns
-from typing import Any, Callable, TypeVar
+from typing import Any, Callable, TypeVar, Union
 
 from ..crypto.envelope import Wrapped
 from ..encoding import json_dumps
@@ -19,13 +19,16 @@ from ..fleet.lease import BOOTTIME, margin
 from ..fleet.reader import FleetReader
 from ..fleet.rows import Point
 from ..store.contract import DekRecord
-from .channel import MAX_JOB, Staged, Wanted, outcome
+from .channel import MAX_JOB, Staged, outcome
 from .fleetgauges import FAMILIES
 from .service import YOUNG, Batch, Entry, Readiness, Results, Service, usable
 from .usage import NOBODY
 
 BARRIER_SPARE = 20.0
 """Seconds that a change may take beside the wait for a host that is dead."""
+
+Wanted = tuple[Union[str, None], Union[str, None]]
+"""A DEK to be made: its thread_id, its key_id; None: see `Deks.create`."""
 
 T = TypeVar("T")
 

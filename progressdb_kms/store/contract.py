@@ -29,11 +29,6 @@ class Usage(NamedTuple):
     last: int = 0
     uid: int = -1
 
-    def plus(self, more: Usage) -> Usage:
-        late = more if more.last >= self.last else self
-        first = min(filter(None, (self.first, more.first)), default=0)
-        return Usage(self.encrypts + more.encrypts, self.decrypts + more.decrypts, first, late.last, late.uid)
-
 
 class DekRecord(NamedTuple):
     """One DEK, as stored. `wrapped` is the blob of `envelope`; empty once shredded."""

@@ -56,6 +56,10 @@ class Reader(ABC):
     def _texts(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]: ...
 
     @abstractmethod
+    def there(self, key_ids: Sequence[str]) -> set[str]:
+        """Those of the key_ids that have a row, of whatever kind."""
+
+    @abstractmethod
     def _read(self, name: str) -> Any:
         """A row of the service's own, as by `as_it_stands`; None where there is none."""
 
@@ -93,10 +97,6 @@ class Reader(ABC):
         if (record := self.get(key_id)) is None:
             raise KeyNotFound(f"there is no key {key_id}")
         return record
-
-    def there(self, key_ids: Sequence[str]) -> set[str]:
-        """Those of the key_ids that have a row, of whatever kind."""
-        return {key_id for key_id in key_ids if self._text(key_id) is not None}
 
     def page(self, after: str, limit: int, thread_id: str | None = None) -> list[DekRecord]:
         """Up to `limit` records with a key_id behind `after`, in order of key_id."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from progressdb_kms.encoding import json_dumps, json_loads
 from progressdb_kms.errors import StoreUnavailable
+from progressdb_kms.fleet.rows import added
 from progressdb_kms.store.contract import HEAVY, KEK_ROW, Usage
 from progressdb_kms.store.policy import SHREDDED
 from progressdb_kms.store.seal import Seal, StoreState, Tally
@@ -52,6 +53,9 @@ class MemoryReader(Reader):
     def _text(self, key_id: str) -> Any:
         row = self._state.deks.get(key_id)
         return None if row is None else json_dumps(row)
+
+    def there(self, key_ids: Sequence[str]) -> set[str]:
+        return {key_id for key_id in key_ids if key_id in self._state.deks}
 
     def _texts(self, after: str, limit: int, thread_id: str | None) -> list[tuple[str, Any]]:
         rows = ((key_id, row) for key_id, row in sorted(self._state.deks.items()) if key_id > after)
@@ -137,7 +141,7 @@ class MemoryStore(Store, MemoryReader):
         for key_id, more in rows:
             state = self._state.deks.get(key_id, {"state": SHREDDED})["state"]
             if key_id.startswith(KEK_ROW) or state != SHREDDED:
-                usage[key_id] = usage.get(key_id, Usage()).plus(more)
+                usage[key_id] = added(usage.get(key_id, Usage()), more)
 
     def _forget_usage(self, key_id: str) -> None:
         self._writable().usage.pop(key_id, None)
