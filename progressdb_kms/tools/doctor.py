@@ -547,12 +547,15 @@ def _fleet(patient: Patient) -> Findings:
 
 
 def _backup(patient: Patient) -> Findings:
-    if not (patient.data_dir / STORE).exists():
+    assert patient.settings is not None
+    alone = patient.settings.store == "sqlite"
+    if alone and not (patient.data_dir / STORE).exists():
         return
     todo = "`systemctl enable --now progressdb-kms-backup.timer`, or see `progressdb-kms help runbook`"
     last = lastbackup.read(patient.data_dir)
     if last is None:
-        yield Finding(WARN, "no backup of this store was ever made by `progressdb-kms backup`", todo)
+        of = "this store was ever made" if alone else "the fleet was ever made on this host"
+        yield Finding(WARN, f"no backup of {of} by `progressdb-kms backup`", todo)
         return
     seconds, checked = (age(moment, time.time()) for moment in (last.created_at, last.checked_at))
     if seconds is None or seconds > STALE_BACKUP:

@@ -334,11 +334,11 @@ class Host:
         assert done.returncode == 1
         return done.stderr
 
-    def doctor(self) -> list[tuple[str, str]]:
-        """What it finds of the fleet: levels and texts."""
+    def doctor(self, check: str = "fleet") -> list[tuple[str, str]]:
+        """What it finds of that: levels and texts."""
         done = cli("doctor", "--json", "--config", str(self.file))
         checks = json.loads(done.stdout)["checks"]
-        return [(one["level"], one["text"]) for one in checks if one["check"] == "fleet"]
+        return [(one["level"], one["text"]) for one in checks if one["check"] == check]
 
     def exported(self) -> dict[str, Any]:
         """By key_id: what a line says, but for what wraps it."""
@@ -409,6 +409,8 @@ class TestThereAndBack:
         assert not list(tmp_path.glob(".*"))
         one.run("backup", "--check", str(file))
         assert len(json.loads(one.run("backup", str(tmp_path), "--keep", "1", "--json"))["removed"]) == 0
+        assert [level for level, text in one.doctor("backup") if "a drill passed" in text] == ["ok"]
+        assert "of the fleet was ever made on this host" in two.doctor("backup")[0][1]
         assert b"never been one of the fleet" in two.refused("backup", str(tmp_path / "other"))
         before = one.exported()
         assert b"not empty" in one.refused("restore", str(file))
