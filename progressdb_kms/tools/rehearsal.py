@@ -19,11 +19,13 @@ from typing import NamedTuple
 from ..audit import tail
 from ..audit import verify as auditverify
 from ..config.load import Loaded
+from ..crypto.envelope import AUDIT_KEY
 from ..disk import regular
 from ..errors import KMSError
 from ..service import start
 from ..service.clock import Clock, judge, kept
 from ..service.lock import is_held
+from ..service.ownkeys import ROWS
 from ..store.heads import Head, heads
 from ..store.sqlite import FILE_NAME as STORE
 from ..store.sqlite import refuse_lost
@@ -64,6 +66,22 @@ def rehearse(loaded: Loaded) -> Rehearsal:
             return _with_log(data_dir, keys.keyring.audit_key, heads(store))._replace(
                 held=judge(kept(store), Clock().reading()).held, erasures=len(store.names("erasure:"))
             )
+
+
+def of_fleet(loaded: Loaded) -> Rehearsal:
+    """The audit log alone: a start would be another host's in the fleet. Raises KMSError."""
+    data_dir = loaded.settings.data_dir
+    with (
+        datadir.reading(loaded.settings) as reader,
+        datadir.keys(loaded) as keys,
+        datadir.own_key(keys.keyring, AUDIT_KEY, reader.read(ROWS[AUDIT_KEY])) as key,
+    ):
+        if key is not None:
+            return _with_log(data_dir, key, heads(reader))
+    why = "this host's audit key is not in the fleet, or opens under none of the configured KEKs"
+    return Rehearsal(
+        left_out=((f"the audit log was not verified: {why}", ""),) if tail.logs(data_dir) else ()
+    )
 
 
 def _with_log(data_dir: Path, key: memoryview, anchors: Mapping[str, Head]) -> Rehearsal:

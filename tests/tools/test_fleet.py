@@ -606,6 +606,22 @@ class TestThereAndBack:
         done = cli("audit", "verify", "--host", "0" * 32, log, "--config", str(one.file))
         assert done.returncode == 1 and b"knows no host 000" in done.stderr
 
+    def test_doctor_verifies_the_audit_log(self, tmp_path: Path, fleet_database: Fleet) -> None:
+        """On a host of a fleet it was passed over, and nothing was said of that."""
+        host = Host(tmp_path / "one", KEK, fleet_database)
+        host.run("import", "-", stdin=_wrapped(KEK, "k_1"))
+        ((level, text),) = host.doctor("start")
+        assert level == "ok" and "the audit log verifies" in text and "not tried" in text
+        log = host.data / "kms-audit.log"
+        log.write_bytes(log.read_bytes().replace(b'"k_1"', b'"k_2"'))
+        ((level, text),) = host.doctor("start")
+        assert level == "fail" and "the audit log has a fault" in text
+        other = Host(tmp_path / "two", KEK[::-1], fleet_database)
+        other.data.mkdir(mode=0o700)
+        shutil.copy(log, other.data)
+        ((level, text),) = other.doctor("start")
+        assert level == "warn" and "the audit log was not verified" in text
+
     def test_doctor(self, tmp_path: Path, fleet_database: Fleet) -> None:
         host = Host(tmp_path / "one", KEK, fleet_database)
         host.run("import", "-", stdin=_wrapped(KEK, "k_1"))
