@@ -84,12 +84,13 @@ def export(
     which raises StoreDamaged), and whether they were held against their MACs, which takes the `keyring`."""
     done, bad = 0, list[str]()
     with contextlib.ExitStack() as stack:
-        reader, key = stack.enter_context(datadir.reading(settings)), None
-        if keyring is not None:
-            key = stack.enter_context(datadir.own_key(keyring, ROW_KEY, reader.read(ROWS[ROW_KEY])))
-        if key is not None:
-            reader.unlock(key)
-        total = sum(row.deks for row in reader.keks().values())
+        reader, key, total = stack.enter_context(datadir.reading(settings)), None, 0
+        with contextlib.suppress(StoreDamaged):  # of the service's own rows: the DEKs are there without these
+            if keyring is not None:
+                key = stack.enter_context(datadir.own_key(keyring, ROW_KEY, reader.read(ROWS[ROW_KEY])))
+            if key is not None:
+                reader.unlock(key)
+            total = sum(row.deks for row in reader.keks().values())
         for page in _judged(reader) if skip_bad else _pages(reader):
             bad += [key_id for key_id, record in page if record is None]
             whole = [record for _, record in page if record is not None]

@@ -116,6 +116,40 @@ def test_a_row_of_the_service_that_lost_a_byte_is_named(make_daemon: MakeDaemon)
     assert verified.returncode == 1 and b"the row store:state" in verified.stderr
 
 
+OWN = ["store:state", "row:key", "audit:key", "audit:epoch"]
+
+
+@pytest.mark.parametrize("harm", ["substr(value, 2)", "NULL"])
+@pytest.mark.parametrize("name", OWN)
+def test_all_deks_come_back_where_a_row_of_the_service_is_lost(
+    make_daemon: MakeDaemon, name: str, harm: str
+) -> None:
+    """Those that no backup has, too. An export asked for the state row, to show how far it is."""
+    daemon = make_daemon(workers=1)
+    backup, lines = str(daemon.home / "backup"), str(daemon.home / "lines")
+    with daemon.session() as session:
+        keys = [session.create_dek("t")["key_id"]]
+        assert daemon.offline("backup", backup).returncode == 0
+        keys.append(session.create_dek("t")["key_id"])
+        boxes = [session.encrypt(key_id, b"text") for key_id in keys]
+        execute(daemon, f"UPDATE kms SET value = {harm} WHERE key = ?", name)
+    daemon.kill()
+    with pytest.raises(DaemonFailed) as refused:
+        daemon.start()
+    assert "Traceback" not in refused.value.stderr and name in refused.value.stderr
+    for words in (
+        ("export", "--skip-bad", lines),
+        ("restore", "--force", backup),
+        ("import", "--skip-bad", lines),
+        ("verify",),
+    ):
+        done = daemon.offline(*words)
+        assert done.returncode == 0, (words, done.stderr)
+    daemon.start()
+    with daemon.session() as session:
+        assert [session.decrypt(*pair) for pair in zip(keys, boxes)] == [b"text"] * 2
+
+
 RENAMED = pytest.mark.parametrize(
     "byte", ["ff", "0a", "5c", "27"], ids=["not UTF-8", "control", "\\", "quote"]
 )
