@@ -199,6 +199,18 @@ class TestTurns:
             assert site.service.decrypt(site.service.dek("k"), one, b"", site.scratch) == TEXT
         assert made.count(bytes(site.kek)) == 4  # out of a turn, one each
 
+    def test_one_for_a_page_over_many_deks(self, site: Site, made: list[bytes]) -> None:
+        """Out of a turn; in one, none beside that of the turn."""
+        site.put("other")
+        page = [("k", TEXT, b""), ("other", TEXT, b""), ("k", TEXT, b"")]
+        site.service.encrypt_many(page, site.scratch)
+        assert made == [bytes(site.kek), site.dek, site.dek]
+        site.service.begin_turn(site.scratch)
+        site.encrypt()
+        site.service.encrypt_many(page, site.scratch)
+        assert made.count(bytes(site.kek)) == 2
+        site.service.end_turn()
+
     def test_who_works_elsewhere_meanwhile_has_its_own(self, site: Site, made: list[bytes]) -> None:
         site.service.begin_turn(site.scratch)
         site.encrypt()
@@ -317,7 +329,8 @@ class TestChanges:
         monkeypatch.setattr(envelope, "unwrap", rotating)
         sealed = site.service.encrypt_many([(name, TEXT, b"") for name in names], site.scratch)
         page = [(name, message, b"") for name, message in zip(names, sealed)]
-        assert calls > 2 and site.service.decrypt_many(page, site.scratch) == [TEXT] * 3  # type: ignore[arg-type]
+        assert calls == 6  # nothing that was made before is kept
+        assert site.service.decrypt_many(page, site.scratch) == [TEXT] * 3  # type: ignore[arg-type]
         assert not any(site.scratch)
 
 
