@@ -640,6 +640,13 @@ class TestThereAndBack:
         assert any("bare (y) doesn't have the active KEK" in text for text in texts)
         other = Host(tmp_path / "two", KEK[::-1], fleet_database)
         assert other.doctor()[-1][0] == "fail" and "is not configured here" in other.doctor()[-1][1]
+        fleet_database.sql(
+            'UPDATE kms.kms SET value = replace(value, \'"keks":{\', \'"keks":{"0a":[1,2,""],\')'
+        )
+        assert host.doctor()[-1] == ("fail", "DEKs need KEKs that are not configured here: 0a")
+        host.file.write_text(host.file.read_text() + "allow_missing_keks: true\n")
+        level, text = host.doctor()[-1]
+        assert level == "warn" and text.endswith("0a: answered with 503, by allow_missing_keks")
         fleet_database.sql("UPDATE kms.fleet SET schema = 9, least = 8")
         ((level, text),) = host.doctor()
         assert level == "fail" and "schema 9" in text
