@@ -135,9 +135,9 @@ class Health:
 
     def close(self) -> None:
         """Before the store is closed."""
-        if self._store.lost():
+        if lost := self._store.lost():
             self.look()
         if self._rescuer is not None:
             self._rescuer.join()
-            if self._rescuing.why:
+            if lost and self._rescuing.why:
                 self._save()

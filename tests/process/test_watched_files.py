@@ -212,8 +212,12 @@ def test_the_folder_moved_away(daemon: Daemon) -> None:
         page = kms.request("GET", "/metrics")
         assert page.status == 200 and b"\nprogressdb_kms_ready 0\n" in page.body
         assert b"disk_free_bytes" not in page.body
+        wait_until(lambda: "can't be rescued now" in daemon.stderr, 60, "it to be told")
         elsewhere.rename(daemon.data_dir)
         wait_until(lambda: reasons(kms) == [], 60, "readiness")
+        kms.create_dek("t")
+    daemon.stop()
+    assert rescued(daemon) == [] and "what the daemon held" not in daemon.stderr  # it is behind the store
 
 
 def test_the_lock_removed(daemon: Daemon) -> None:
