@@ -23,6 +23,8 @@ from ..service.journal import attend
 from ..service.lock import Claim
 from ..service.metrics import Metrics
 from ..store.pause import Pause
+from ..wire.answers import last_words
+from ..wire.dispatch import error_reply
 from . import hardening, systemd
 from .signals import END, ENDING, SignalPipe, Signals
 from .streams import catch_up, ran_out
@@ -45,8 +47,13 @@ KEEPER_PAUSES = 1.0, 30.0
 SLOW_SECONDS = 5.0
 """A keeper that has not opened the store by then may hang, or its disk: callers wait for it no more."""
 
-RESPAWN_SECONDS = 0.5
-"""Least time between two starts of the same process, so that one that can't live does not eat the machine."""
+RESPAWN_SECONDS, DOUBLINGS = 0.5, 6
+"""Least time between two starts of the same process, so that one that can't live does not eat the machine; of
+a worker twice as long after each that failed within SLOW_SECONDS, so many times. Who was killed comes back at
+once."""
+
+TURNED_AWAY = 64
+"""Callers that the supervisor answers in a turn, where no worker is there."""
 
 
 class Child:
@@ -57,6 +64,7 @@ class Child:
         self.pid = 0
         self.incarnation = -1
         self.started = 0.0
+        self.failures = 0  # in a row, soon after the start
 
 
 class Pulse:
@@ -148,6 +156,7 @@ class Supervisor:
         self._signals = Signals()
         self._keeping = Pause(*KEEPER_PAUSES)
         self._working = Pause()
+        self._served = time.monotonic()
 
     def run(self) -> int:
         front = Front(self._shared)
@@ -225,12 +234,32 @@ class Supervisor:
                 name = f"worker {child.slot}" if child.slot else "the keeper"
                 log.error("%s (pid %d) ended (%s): it is replaced", name, pid, _how(status))
                 child.pid = 0
+                failed = (
+                    child.slot and os.WIFEXITED(status) and time.monotonic() - child.started < SLOW_SECONDS
+                )
+                child.failures = min(child.failures + 1, DOUBLINGS) if failed else 0
                 self._wipe_after(child.slot)
-            if time.monotonic() - child.started >= RESPAWN_SECONDS:
+            if time.monotonic() - child.started >= RESPAWN_SECONDS * 2**child.failures:
                 if not child.slot:
                     self._revive_keeper()
                 elif self._children[0].pid:  # where no process can be had now, the others go on
                     attend("a worker is missing", partial(self._start_worker, child), self._working)
+        self._turn_away()
+
+    def _turn_away(self) -> None:
+        """Where no worker has lived for long: who comes hears that, and need not wait for one."""
+        living = [child.started for child in self._children[1:] if child.pid]
+        if living and time.monotonic() - min(living) > SLOW_SECONDS:
+            self._served = time.monotonic()
+        if living or time.monotonic() - self._served < SLOW_SECONDS:
+            return
+        reply = error_reply(
+            StoreUnavailable("no worker can be started", hint="it is tried again; see the journal")
+        )
+        with suppress(OSError):
+            for _ in range(TURNED_AWAY):
+                with self._shared.name.listener.accept()[0] as caller:
+                    caller.sendall(last_words(reply))
 
     def _revive_keeper(self) -> None:
         """It has served, so it will again: no state of the disk ends the daemon. Who asks meanwhile hears.

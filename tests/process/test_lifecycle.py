@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import MakeDaemon
 from tests.harness import Daemon, procs, raw
 from tests.harness.wire import connect
 
@@ -232,6 +233,28 @@ def test_where_no_process_can_be_had_the_others_go_on() -> None:
         procs.wait_until(lambda: "over: a worker is missing" in daemon.stderr, 60, "another in its place")
         daemon.ok("POST", "/deks", {"thread_id": "t"}, status=201)
         daemon.stop()
+
+
+def test_where_no_worker_can_live_callers_hear_it(make_daemon: MakeDaemon, workers: int) -> None:
+    """The folder is gone, and all who served died: callers waited for nobody, and the journal had sixteen
+    lines a second."""
+    daemon = make_daemon(workers=workers)
+    elsewhere = daemon.home / "elsewhere"
+    daemon.data_dir.rename(elsewhere)
+    for worker in daemon.pids()[2:]:  # behind the first process and the keeper
+        os.kill(worker, signal.SIGKILL)
+    procs.wait_until(lambda: answered(daemon) == (503, "store_unavailable"), 60, "a caller to hear it")
+    elsewhere.rename(daemon.data_dir)
+    procs.wait_until(lambda: answered(daemon) == (200, ""), 100, "a worker to live")
+    ended = [line for line in daemon.stderr.splitlines() if "it is replaced" in line]
+    assert len(ended) <= 8 * workers, "\n".join(ended)
+
+
+def answered(daemon: Daemon) -> tuple[int, str]:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        reply = daemon.request("GET", "/deks")
+        return reply.status, reply.code
+    return 0, ""
 
 
 STAYS = """
