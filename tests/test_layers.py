@@ -128,7 +128,7 @@ SAID_ONCE = {
     '"audit:head:': "store.heads",  # the rows of the heads of audit chains
     "data[os.write(": "disk",  # all of the bytes
     "envelope.own(": "service.ownkeys",  # the audit key and the row key are opened
-    "loaded.previous_sources": "service.plan",  # a configured key gets its name
+    "in loaded.keys": "service.plan",  # a configured key gets its name
     " that wraps this DEK is not loaded": "crypto.keyring",  # what a peer hears of a KEK that is not there
     "Option(": "config.options config.values",  # a key of the configuration is a row
 }

@@ -31,6 +31,10 @@ HEX_VARIABLE = "PROGRESSDB_KMS_MASTER_KEY_HEX"
 FD_VARIABLE = "PROGRESSDB_KMS_MASTER_KEY_FD"
 """Number of the pipe by which `hardening.prepare` hands on the key that stood in HEX_VARIABLE."""
 
+MASTER, PREVIOUS, COMING, PENDING = "master", "previous_master_keys", "next_master_keys", "pending"
+"""What a key is for. Those of the two lists only unwrap, until a rotation moves to a coming one; the pending
+one is of a rotation that was not finished."""
+
 HEX = "hex"
 """The form of a key that stands in the configuration file: its parser decoded it, see `yamlfile`."""
 
@@ -39,11 +43,12 @@ WHICH_FILE = "`progressdb-kms kek-id FILE…` tells which file holds which key"
 
 
 class Source(NamedTuple):
-    """Where one key lies. `form`: a name of READERS. `label` is for messages."""
+    """Where one key lies. `form`: a name of READERS. `label` is for messages, `role` is one of the four."""
 
     form: str
     place: str
     label: str
+    role: str = MASTER
 
 
 def read(source: Source, environ: Mapping[str, str], scratch: memoryview, out: memoryview) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from ..crypto.memory import LockedBuffer, wipe
 from ..errors import ConfigError
 from . import keysource, yamlfile
-from .keysource import FD_VARIABLE, FILE_VARIABLE, HEX_VARIABLE, KEY_SIZE, Source
+from .keysource import FD_VARIABLE, FILE_VARIABLE, HEX_VARIABLE, KEY_SIZE, MASTER, PENDING, Source
 from .options import KEY_LISTS, MASTER_KEYS, SETTINGS, Settings
 from .values import ANY, Option, Scalar
 from .weakkeys import AT_RANDOM, check_master_key
@@ -40,50 +40,35 @@ _KEEP_IT_RUNNING = "; does the daemon still run? Don't stop it: `rotate-kek` mov
 class Loaded:
     """Settings, and the keys that they name: 32-byte views of one LockedBuffer, in a `with` block.
 
-        master | pending | previous … | scratch
+        master | previous … | coming … | pending | scratch
 
     `close` wipes and unmaps; it raises BufferError (after the wipe) while slices of the views are alive.
-    `pending` is the key of an unfinished `rotate-kek`. Without keys (`need_key=False`) `master` is empty.
+    `keys` are in this order, the master key first; there is none without keys (`need_key=False`).
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.memory: LockedBuffer | None = None
-        self.master = memoryview(b"")
-        self.pending: memoryview | None = None
-        self.pending_source = ""
-        self.previous: list[memoryview] = []
-        self.previous_sources: list[str] = []
+        self.keys: list[tuple[Source, memoryview]] = []
         self._views: list[memoryview] = []
 
-    def read_keys(self, master: Source, previous: Sequence[Source], environ: Mapping[str, str]) -> None:
-        """Raises ConfigError, WeakKey, LockRefused; `close` wipes what was read by then."""
-        end = (2 + len(previous)) * KEY_SIZE
+    def read_keys(self, sources: Sequence[Source], environ: Mapping[str, str]) -> None:
+        """Raises ConfigError, WeakKey, LockRefused; `close` wipes what was read by then. A key of a list that
+        is there already is no error, and kept once. A weak one is taken there: it only unwraps, and to move
+        away from it is what it is here for."""
+        end = len(sources) * KEY_SIZE
         self.memory = LockedBuffer(end + keysource.SCRATCH_SIZE, self.settings.memory_lock)
         view = self.memory.view
         self._views = [view[at : at + KEY_SIZE] for at in range(0, end, KEY_SIZE)]
-        self.master, following, *slots = self._views
         with view[end:] as scratch:
-            keysource.read(master, environ, scratch, self.master)
-            check_master_key(self.master, f"{master.label}: it")
-            for source, slot in zip(previous, slots):
+            for source, slot in zip(sources, self._views):
                 keysource.read(source, environ, scratch, slot)
-                self._keep(source, slot)
-            path = f"{self.settings.master_key_file}{PENDING_SUFFIX}"
-            if self.settings.master_key_file and os.path.lexists(path):
-                source = Source("file", path, f"{path} (of a rotation that was not finished)")
-                keysource.read(source, environ, scratch, following)
-                check_master_key(following, f"{source.label}: it")
-                self.pending, self.pending_source = following, path
-
-    def _keep(self, source: Source, slot: memoryview) -> None:
-        """A key that is there already is no error, and kept once. A weak one is taken: it only unwraps, and
-        to move away from it is what it is here for."""
-        if any(hmac.compare_digest(slot, other) for other in (self.master, *self.previous)):
-            wipe(slot)
-        else:
-            self.previous.append(slot)
-            self.previous_sources.append(source.label)
+                if source.role not in KEY_LISTS:
+                    check_master_key(slot, f"{source.label}: it")
+                elif any(hmac.compare_digest(slot, other) for _, other in self.keys):
+                    wipe(slot)
+                    continue
+                self.keys.append((source, slot))
 
     def close(self) -> None:
         for view in self._views:
@@ -123,13 +108,13 @@ def load(
         file = stack.enter_context(contextlib.closing(yamlfile.read(path))) if path else None
         values = {option.name: _choose(option, flags, file, environ) for option in SETTINGS}
         stack.enter_context(_advising(values["data_dir"], first))
-        master, previous = _sources(file, environ)
-        loaded = Loaded(_settings(values, file, _one(master, file, need_key)))
+        sources = _sources(file, environ)
+        loaded = Loaded(_settings(values, file, _one(sources, file, need_key)))
         _check_store(loaded.settings, file, fleet)
         if need_key:
             undo = stack.enter_context(contextlib.ExitStack())
             undo.callback(loaded.close)
-            loaded.read_keys(master[0], previous, environ)
+            loaded.read_keys([*sources, *_pending(loaded.settings.master_key_file)], environ)
             undo.pop_all()
         return loaded
 
@@ -193,12 +178,7 @@ def _settings(values: Mapping[str, Any], file: ConfigFile | None, master: Source
             f"socket_mode {values['socket_mode']:04o} lets every user of this host in",
             hint="use 0660 with socket_group, or list the users in allowed_peer_uids",
         )
-    return Settings(
-        **values,
-        config_file=file.path if file else None,
-        master_source=master.label if master else "",
-        master_key_file=master.place if master and master.form == "file" else None,
-    )
+    return Settings(**values, config_file=file.path if file else None, master=master)
 
 
 def _check_store(settings: Settings, file: ConfigFile | None, fleet: bool) -> None:
@@ -215,22 +195,30 @@ def _check_store(settings: Settings, file: ConfigFile | None, fleet: bool) -> No
 # ---- where the keys are ----------------------------------------------------------------------------
 
 
-def _sources(file: ConfigFile | None, environ: Mapping[str, str]) -> tuple[list[Source], list[Source]]:
-    """All places of a master key that are given, and those of all other keys."""
+def _sources(file: ConfigFile | None, environ: Mapping[str, str]) -> list[Source]:
+    """All places of a master key that are given, then those of all other keys."""
     if file is None:
-        return _environment_sources(environ), []
+        return _environment_sources(environ)
     master = [
         file.source(name.rpartition("_")[2], file.values[name], name)
         for name in MASTER_KEYS
         if name in file.values
     ]
-    return master, [source for name in KEY_LISTS for source in listed(file, name)]
+    return master + [source for name in KEY_LISTS for source in listed(file, name)]
 
 
 def listed(file: ConfigFile, name: str) -> list[Source]:
     """Those of one list, whose hex keys must be read in the order of KEY_LISTS."""
     entries = enumerate(file.values.get(name, ()), 1)
-    return [file.source(form, value, f"{name} entry {number}") for number, (form, value) in entries]
+    return [file.source(form, value, f"{name} entry {number}", name) for number, (form, value) in entries]
+
+
+def _pending(key_file: str | None) -> list[Source]:
+    """What an unfinished `rotate-kek` left beside the key file."""
+    path = f"{key_file}{PENDING_SUFFIX}"
+    if key_file is None or not os.path.lexists(path):
+        return []
+    return [Source("file", path, f"{path} of a rotation that was not finished", PENDING)]
 
 
 def _environment_sources(environ: Mapping[str, str]) -> list[Source]:
@@ -245,8 +233,9 @@ def _environment_sources(environ: Mapping[str, str]) -> list[Source]:
     return found
 
 
-def _one(master: Sequence[Source], file: ConfigFile | None, need_key: bool) -> Source | None:
+def _one(sources: Sequence[Source], file: ConfigFile | None, need_key: bool) -> Source | None:
     """The master key's source. Raises ConfigError unless there is exactly one."""
+    master = [source for source in sources if source.role == MASTER]
     if len(master) > 1:
         names = " and ".join(source.label for source in master)
         raise ConfigError(f"more than one master key is given: {names}", hint="keep one of them")

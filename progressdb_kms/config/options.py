@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ..errors import ConfigError
 from ..rules import PeerRules
 from . import values
+from .keysource import COMING, PREVIOUS, Source
 from .values import MAX_NEXT, MAX_POLICIES, MAX_PREVIOUS, MAX_UID, MAX_UIDS, Option
 
 MIB = 1 << 20
@@ -31,11 +32,11 @@ _KEY_LIST = "a list of at most {high} mappings with hex, file or credential"
 
 KEYS: tuple[Option, ...] = (
     *(form._replace(name=f"master_key_{name}") for name, form in values.KEY_FORMS.items()),
-    Option("previous_master_keys", values.key_list, _KEY_LIST, private=True, high=MAX_PREVIOUS),
-    Option("next_master_keys", values.key_list, _KEY_LIST, private=True, high=MAX_NEXT),
+    Option(PREVIOUS, values.key_list, _KEY_LIST, private=True, high=MAX_PREVIOUS),
+    Option(COMING, values.key_list, _KEY_LIST, private=True, high=MAX_NEXT),
 )
 
-KEY_LISTS = ("previous_master_keys", "next_master_keys")
+KEY_LISTS = (PREVIOUS, COMING)
 
 MASTER_KEYS = tuple(f"master_key_{form}" for form in values.KEY_FORMS)
 """Exactly one of them is given."""
@@ -170,8 +171,12 @@ class Settings(NamedTuple):
     # fmt: on
 
     config_file: str | None = None
-    master_source: str = ""
-    master_key_file: str | None = None
+    master: Source | None = None  # where its key is, even if no key was read
+
+    @property
+    def master_key_file(self) -> str | None:
+        """Of its own, which `rotate-kek` replaces."""
+        return self.master.place if self.master and self.master.form == "file" else None
 
     @property
     def peer_rules(self) -> PeerRules:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..disk import regular, write_all
 from ..errors import ConfigError, KMSError
-from .keysource import HEX, Source
+from .keysource import HEX, MASTER, Source
 from .options import ALIASES, BY_NAME, KEY_LISTS, OPTIONS
 from .values import Scalar, Value, shown, unknown
 
@@ -50,13 +50,13 @@ class ConfigFile:
         self.values = values
         self._keys = keys
 
-    def source(self, form: str, value: str | None, name: str) -> Source:
+    def source(self, form: str, value: str | None, name: str, role: str = MASTER) -> Source:
         """Where the key lies that stands under this name."""
         if form == HEX or value is None:
-            return Source(HEX, str(self._keys.fileno()), f"{name} in {self.path}")
+            return Source(HEX, str(self._keys.fileno()), f"{name} in {self.path}", role)
         folder = os.path.dirname(self.path)
         place = os.path.abspath(os.path.join(folder, value)) if form == "file" else value
-        return Source(form, place, f"{name} {place}")
+        return Source(form, place, f"{name} {place}", role)
 
     def close(self) -> None:
         self._keys.close()

@@ -143,7 +143,7 @@ class Worker:
             },
             "hardening": shared.measures,
             "limits": self._limits(locked),
-            "kek_max_age_days": shared.keys.max_age_days,
+            "kek_max_age_days": shared.settings.kek_max_age_days,
             "backup": last._asdict() if (last := lastbackup.read(shared.settings.data_dir)) else None,
             "disk_free_bytes": _free(shared.settings.data_dir),
         }

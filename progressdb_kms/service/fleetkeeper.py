@@ -127,7 +127,7 @@ class Place:
         """Another host has rotated: all DEKs are under this KEK now."""
         was = self._keyring.active.kek_id
         self._keyring.activate(kek_id, version)
-        kept = {kek_id, *(key.kek_id for key in self.keys.previous)} - {was}
+        kept = {kek_id, *self.keys.previous} - {was}
         for other in self._keyring.kek_ids():
             if other not in kept:
                 self._keyring.remove(other)

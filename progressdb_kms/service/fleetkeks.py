@@ -12,6 +12,7 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
+from ..config.keysource import COMING
 from ..config.weakkeys import check_master_key
 from ..crypto.aead import KEY_SIZE
 from ..crypto.memory import LockedBuffer
@@ -20,7 +21,7 @@ from ..fleet.store import FleetStore
 from .fleetkeys import Coming
 from .fleetrotation import FleetRotation
 from .keks import Keks
-from .plan import COMING, Configured
+from .plan import Configured
 from .rotation import RETIRED_KEK, Rotation, Steps
 
 log = logging.getLogger("progressdb_kms")
@@ -77,7 +78,7 @@ class FleetKeks(Keks):
             check_master_key(copy.view)
         except WeakKey as error:
             copy.close()
-            raise Conflict(f"{self.keys.coming[kek_id]} can't be a KEK: {error.message}") from None
+            raise Conflict(f"{self.keys.coming[kek_id].label} can't be a KEK: {error.message}") from None
         return copy
 
     # ---- what rotations left ---------------------------------------------------------------------

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Callable
 
 from ..config import keysource, yamlfile
+from ..config.keysource import COMING, MASTER, PREVIOUS
 from ..config.load import listed
 from ..config.options import KEY_LISTS, Settings
 from ..config.values import MAX_NEXT
@@ -26,7 +27,7 @@ from ..crypto.aead import KEY_SIZE
 from ..crypto.keyring import Keyring, fingerprint
 from ..crypto.memory import LockedBuffer, wipe
 from ..errors import KMSError
-from .plan import COMING, Configured, ConfiguredKey
+from .plan import Configured, ConfiguredKey
 
 log = logging.getLogger("progressdb_kms")
 
@@ -79,15 +80,18 @@ class Coming:
         not come back."""
         if not int.from_bytes(self._memory.view[:8], "little"):
             return keys
-        sources = {kek_id: f"{COMING} entry {number}" for number, kek_id in enumerate(self._kek_ids(), 1)}
         for place in self._places():
             with place[_ID:] as key:
                 if any(key) and (kek_id := fingerprint(key)) == place[:_ID].hex() and not refused(kek_id):
                     keyring.install(key)
                 wipe(key)
-        others = {key.kek_id for key in (keys.master, *keys.previous) if key.kek_id not in keys.coming}
-        coming = [ConfiguredKey(kek_id, source) for kek_id, source in sources.items() if kek_id not in others]
-        return keys._replace(previous=[*(k for k in keys.previous if k.kek_id in others), *coming])
+        others = [key for key in keys.keys if key.source.role != COMING]
+        coming = [
+            ConfiguredKey(kek_id, keysource.Source("", "", f"{COMING} entry {number}", COMING))
+            for number, kek_id in enumerate(self._kek_ids(), 1)
+            if kek_id not in keys.of_role(MASTER, PREVIOUS)
+        ]
+        return keys._replace(keys=[*others, *coming])
 
     def _kek_ids(self) -> list[str]:
         return [place[:_ID].hex() for place in self._places()]

@@ -145,7 +145,8 @@ class Keks:
 
     def configured(self) -> set[str]:
         """The KEKs that the next start has, as far as can be known."""
-        path = self.keys.key_file  # `rotate-kek` changes it and its `.next` under the running daemon
+        # `rotate-kek` changes it and its `.next` under the running daemon
+        path = self.keys.settings.master_key_file
         files = (path, path + PENDING_SUFFIX) if path else ()
         return self.keys.kek_ids | {_kek_id(file) for file in files} - {""}
 
@@ -159,14 +160,14 @@ class Keks:
         for kek_id, row in self._store.keks().items():
             if kek_id not in loaded:
                 absent = f"the KEK {kek_id} is not loaded, and {row.deks} stored DEKs need it"
-                (warnings if self.keys.allow_missing else reasons).append(absent)
+                (warnings if self.keys.settings.allow_missing_keks else reasons).append(absent)
             elif kek_id not in configured and kek_id != active:
                 warnings.append(f"{next_start(kek_id)} ({row.deks} DEKs)")
         return reasons, warnings + [*filter(None, [self.overdue(now)])]
 
     def overdue(self, now: float) -> str:
         """Why the active one should be rotated out by now, or ""."""
-        return overdue(self._store.state().active, now, self.keys.max_age_days)
+        return overdue(self._store.state().active, now, self.keys.settings.kek_max_age_days)
 
 
 def _kek_id(path: str) -> str:

@@ -10,53 +10,53 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Callable, NamedTuple
 
+from ..config.keysource import COMING, PENDING, Source
 from ..config.load import Loaded
+from ..config.options import KEY_LISTS, Settings
 from ..errors import KeyMismatch
 from ..store.seal import KekCount
-
-COMING = "next_master_keys"
 
 
 class ConfiguredKey(NamedTuple):
     kek_id: str
-    source: str  # words for messages: "master_key_file /etc/kms.key"
+    source: Source
 
 
 class Configured(NamedTuple):
-    """The keys that the configuration names; the keys themselves are in the keyring by now."""
+    """The keys that the configuration names, the master key first; the keys themselves are in the keyring by
+    now."""
 
-    master: ConfiguredKey
-    previous: Sequence[ConfiguredKey] = ()
-    pending: ConfiguredKey | None = None
-    allow_missing: bool = False
+    settings: Settings
+    keys: Sequence[ConfiguredKey]
     allow_retired: bool = False
     accept_older: bool = False
-    max_age_days: int | None = None
-    key_file: str | None = None  # of the master key, where it has one
 
     @classmethod
     def of(cls, loaded: Loaded, name: Callable[[memoryview], str]) -> Configured:
         """`name` gives a key its kek_id: `Keyring.install`, or `fingerprint` where it stays where it is."""
-        settings = loaded.settings
-        previous = zip(loaded.previous, loaded.previous_sources)
-        return cls(
-            ConfiguredKey(name(loaded.master), settings.master_source),
-            [ConfiguredKey(name(key), source) for key, source in previous],
-            ConfiguredKey(name(loaded.pending), loaded.pending_source) if loaded.pending else None,
-            settings.allow_missing_keks,
-            max_age_days=settings.kek_max_age_days,
-            key_file=settings.master_key_file,
-        )
+        return cls(loaded.settings, [ConfiguredKey(name(key), source) for source, key in loaded.keys])
 
     @property
-    def coming(self) -> Mapping[str, str]:
-        """Those that a rotation of a fleet may move to, by kek_id: where they are configured."""
-        return {key.kek_id: key.source for key in self.previous if key.source.startswith(COMING)}
+    def master(self) -> ConfiguredKey:
+        return self.keys[0]
 
     @property
     def kek_ids(self) -> set[str]:
-        found = (self.master, *self.previous, *((self.pending,) if self.pending else ()))
-        return {key.kek_id for key in found}
+        return {key.kek_id for key in self.keys}
+
+    def of_role(self, *roles: str) -> Mapping[str, Source]:
+        """By kek_id."""
+        return {key.kek_id: key.source for key in self.keys if key.source.role in roles}
+
+    @property
+    def previous(self) -> Mapping[str, Source]:
+        """Those that only unwrap, coming ones too."""
+        return self.of_role(*KEY_LISTS)
+
+    @property
+    def coming(self) -> Mapping[str, Source]:
+        """Those that a rotation of a fleet may move to."""
+        return self.of_role(COMING)
 
 
 class Plan(NamedTuple):
@@ -73,8 +73,7 @@ def plan(
 ) -> Plan:
     """Choose the active KEK. `stored`: the store's active kek_id and version, None in a fresh one.
 
-    `retired` tells when a KEK was rotated out; `keys.pending` is the key file that an unfinished `rotate-kek`
-    left. Raises KeyMismatch.
+    `retired` tells when a KEK was rotated out. Raises KeyMismatch.
     """
     master = keys.master
     if stored is None:
@@ -83,7 +82,7 @@ def plan(
     absent = {kek_id: row for kek_id, row in keks.items() if kek_id not in keys.kek_ids}
     if active not in keys.kek_ids and active not in absent:
         absent[active] = KekCount(version, 0, "")
-    if absent and (active in absent or not keys.allow_missing):
+    if absent and (active in absent or not keys.settings.allow_missing_keks):
         raise KeyMismatch(_explain(absent, active, master), hint=_remedy(absent, active, master))
     chosen = _choose(active, version, keys, retired)
     if absent:
@@ -93,28 +92,24 @@ def plan(
 
 
 def _choose(active: str, version: int, keys: Configured, retired: Mapping[str, str]) -> Plan:
-    master, pending = keys.master, keys.pending
-    if pending is not None and active == pending.kek_id:
-        return Plan(
-            active,
-            version,
-            False,
-            f"using {pending.source}: finish with `progressdb-kms rotate-kek --resume`",
-        )
-    if active in keys.coming:
-        return Plan(active, version, False, f"let {keys.coming[active]} be the master key: it is active")
+    master, pending, coming = keys.master, keys.of_role(PENDING), keys.coming
+    if active in pending:
+        notice = f"using {pending[active].place}: finish with `progressdb-kms rotate-kek --resume`"
+        return Plan(active, version, False, notice)
+    if active in coming:
+        return Plan(active, version, False, f"let {coming[active].label} be the master key: it is active")
     if active != master.kek_id:
         if master.kek_id in retired and not keys.allow_retired:
             raise KeyMismatch(
-                f"{master.source} holds the KEK {master.kek_id}, which was rotated out on "
+                f"{master.source.label} holds the KEK {master.kek_id}, which was rotated out on "
                 f"{retired[master.kek_id][:10]}; the active one is {active}",
                 hint=f"are two key files swapped? Let the master key be {active}; `serve "
                 "--allow-retired-kek` takes the old one back; nothing was changed",
             )
         notice = f"the active KEK changes from {active} to {master.kek_id} by configuration; the DEKs stay"
         return Plan(master.kek_id, version + 1, True, notice)
-    notice = f"{pending.source} was left by a rotation that did not happen" if pending else ""
-    return Plan(active, version, False, notice)
+    left = [f"{source.place} was left by a rotation that did not happen" for source in pending.values()]
+    return Plan(active, version, False, "; ".join(left))
 
 
 def _explain(absent: Mapping[str, KekCount], active: str, master: ConfiguredKey) -> str:
@@ -123,7 +118,7 @@ def _explain(absent: Mapping[str, KekCount], active: str, master: ConfiguredKey)
         role = "the store's active KEK" if kek_id == active else "the KEK"
         need = f"{row.deks} DEKs need it since {row.since}" if row.deks else "the audit key needs it"
         parts.append(f"{role} {kek_id} is not configured ({need})")
-    return f"{'; '.join(parts)}; {master.source} holds the KEK {master.kek_id}"
+    return f"{'; '.join(parts)}; {master.source.label} holds the KEK {master.kek_id}"
 
 
 def _remedy(absent: Mapping[str, KekCount], active: str, master: ConfiguredKey) -> str:

@@ -92,7 +92,8 @@ def open_store(
         was = store.state().active  # not held against its MAC yet: the key for that is in the store
         chosen = _choose(store, was, keyring, keys, incarnation)
         if fleet and was and chosen.adopt:
-            told = f"the fleet's active KEK is {was.kek_id}, and {keys.master.source} holds {chosen.active}"
+            master = keys.master.source.label
+            told = f"the fleet's active KEK is {was.kek_id}, and {master} holds {chosen.active}"
             hint = f"no other host has that: let this one's master key be {was.kek_id}"
             raise KeyMismatch(told, hint=hint)
         if chosen.notice:
@@ -175,7 +176,7 @@ def _adopt(store: Store, chosen: Plan, was: ActiveKek | None) -> None:
 def _drop_unneeded(keyring: Keyring, store: Store, keys: Configured) -> None:
     """A KEK that wraps nothing and is not configured to unwrap: the key of a rotation that did not happen, or
     the old key of one that did."""
-    needed = {keyring.active.kek_id, *store.keks(), *(key.kek_id for key in keys.previous)}
+    needed = {keyring.active.kek_id, *store.keks(), *keys.previous}
     for kek_id in keyring.kek_ids():
         if kek_id not in needed:
             keyring.remove(kek_id)

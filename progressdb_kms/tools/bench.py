@@ -39,6 +39,8 @@ from ..audit import verify as auditverify
 from ..audit.log import AuditLog, Fragment, fragment, key_fragment, peer_fragment
 from ..audit.shared import Shared
 from ..client import Client
+from ..config import load as config
+from ..config.keysource import Source
 from ..config.options import cores
 from ..crypto import aead, envelope
 from ..crypto.aead import KEY_SIZE, NONCE_SIZE, Aead
@@ -551,7 +553,7 @@ def _rotation(folder: Path, deks: int, resident: int) -> Iterator[Figure]:
     folder.mkdir()
     with _made(folder, deks, _fill) as made:
         begun = time.perf_counter()
-        keeper, _ = open_keeper(folder, made.keyring, made.active, made.new, made.inbox, 0)
+        keeper, _ = open_keeper(folder, made.keyring, made.configured, made.new, made.inbox, 0)
         yield Figure(f"start-up checks, {deks} DEKs", (time.perf_counter() - begun) * 1e3, "ms")
         keeper.close()
         opened = SqliteStore(folder, made.keyring.row_key)
@@ -713,7 +715,7 @@ def _careful(body: bytes) -> Callable[[], bytes]:
 
 class Made(NamedTuple):
     keyring: Keyring
-    active: Configured
+    configured: Configured
     new: memoryview  # another KEK
     inbox: socket.socket
 
@@ -730,8 +732,10 @@ def _made(folder: Path, deks: int, key: Callable[[memoryview], None]) -> Iterato
             _fill(new.view)
             keyring = Keyring(region.view)
             kek_id = keyring.install(kek.view, 1)
-            made = Made(keyring, Configured(ConfiguredKey(kek_id, "bench")), new.view, inbox)
-            open_keeper(folder, keyring, made.active, new.view, inbox, 0)[0].close()
+            keys = [ConfiguredKey(kek_id, Source("", "", "bench"))]
+            defaults = config.load({}, {}, need_key=False).settings
+            made = Made(keyring, Configured(defaults, keys), new.view, inbox)
+            open_keeper(folder, keyring, made.configured, new.view, inbox, 0)[0].close()
             _make_deks(folder, keyring, kek_id, deks)
             yield made
     finally:

@@ -285,7 +285,7 @@ def _config(patient: Patient) -> Findings:
     trouble = patient.trouble
     if trouble is None:
         assert patient.keys is not None
-        yield Finding(OK, f"{patient.keys.master.source} holds the KEK {patient.keys.master.kek_id}")
+        yield Finding(OK, f"{patient.keys.master.source.label} holds the KEK {patient.keys.master.kek_id}")
     elif patient.settings and _only_systemd_knows(patient.settings):
         said = "the master key is a systemd credential, which is not to be had here"
         yield Finding(WARN, said, "run it by systemd-run: `progressdb-kms help install`")
@@ -294,7 +294,8 @@ def _config(patient: Patient) -> Findings:
 
 
 def _only_systemd_knows(settings: Settings) -> bool:
-    return "credential" in settings.master_source and not os.environ.get("CREDENTIALS_DIRECTORY")
+    credential = settings.master is not None and settings.master.form == "credential"
+    return credential and not os.environ.get("CREDENTIALS_DIRECTORY")
 
 
 def _key_file(patient: Patient) -> Findings:
@@ -327,7 +328,8 @@ def _key_file(patient: Patient) -> Findings:
 
 def _beside_the_data(settings: Settings) -> Findings:
     """A copy of the data-dir is worth nothing without the key."""
-    holder = settings.master_key_file or (settings.config_file if " in " in settings.master_source else None)
+    within = settings.master is not None and settings.master.form == keysource.HEX
+    holder = settings.config_file if within else settings.master_key_file
     if holder and settings.data_dir.resolve() in Path(holder).resolve().parents:
         said = f"{holder} is in the data-dir: whoever has a copy of that has the key, and all DEKs"
         yield Finding(WARN, said, "move it to a folder of its own, and rotate the KEK if copies were made")

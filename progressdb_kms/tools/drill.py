@@ -97,13 +97,13 @@ def _missing(source: Backup, keys: Configured) -> dict[str, int]:
 
 def _given_up(source: Backup, keys: Configured, missing: dict[str, int]) -> dict[str, int]:
     """Of these, what the daemon starts without: a KEK that is lost would fail each drill, for ever."""
-    return missing if keys.allow_missing and source.contents.active_kek_id not in missing else {}
+    allowed = keys.settings.allow_missing_keks and source.contents.active_kek_id not in missing
+    return missing if allowed else {}
 
 
 def _needs(source: Backup, keys: Configured) -> list[str]:
     """Which key, from where, for how much."""
-    named = [*([keys.pending] if keys.pending else []), *keys.previous, keys.master]
-    places = {key.kek_id: key.source for key in named}
+    places = {key.kek_id: key.source.label for key in reversed(keys.keys)}
     active = source.contents.active_kek_id
     return [
         f"{kek_id} ({places[kek_id]}): {source.contents.keks.get(kek_id, 0)} DEKs"

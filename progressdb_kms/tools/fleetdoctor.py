@@ -76,7 +76,7 @@ def _census(keys: Configured, found: dict[str, Any]) -> Findings:
         return
     if absent := sorted(kek_id for kek_id in found["deks"] if kek_id not in keys.kek_ids):
         said = f"DEKs need KEKs that are not configured here: {', '.join(absent)}"
-        if keys.allow_missing:
+        if keys.settings.allow_missing_keks:
             yield Finding(WARN, f"{said}: answered with 503, by allow_missing_keks")
         else:
             yield Finding(FAIL, said, "add them to previous_master_keys")

@@ -117,9 +117,9 @@ def _elsewhere(args: argparse.Namespace, settings: Settings, service: Daemon, ke
 
 def _lines_to_change(settings: Settings, path: Path) -> str:
     """What only the operator can do: the key stands in a place that is not ours to write."""
-    form, _, name = settings.master_source.partition(" ")
-    if form == "master_key_credential":
-        place, old, new = "the unit", "the source of the credential", f"LoadCredential={name}:{path}"
+    master = settings.master
+    if master is not None and master.form == "credential":
+        place, old, new = "the unit", "the source of the credential", f"LoadCredential={master.place}:{path}"
     elif settings.config_file is not None:
         place, old, new = settings.config_file, "the line", f"master_key_file: {path}"
         old += "\n    master_key_hex: …"

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from progressdb_kms.config import keysource, yamlfile
 from progressdb_kms.config import load as config
+from progressdb_kms.config.keysource import MASTER, PENDING, PREVIOUS, Source
 from progressdb_kms.config.load import Loaded, load
 from progressdb_kms.config.options import MAX_PREVIOUS, Settings
 from progressdb_kms.config.weakkeys import check_master_key
@@ -71,6 +72,10 @@ class Place:
     def refused(self, text: object, environ: Mapping[str, str] | None = None, **options: Any) -> str:
         """The message and hint with which it is refused; no part of a key is in them."""
         return refused(lambda: self.load(text, environ, **options))
+
+
+def of_role(loaded: Loaded, *roles: str) -> list[memoryview]:
+    return [view for source, view in loaded.keys if source.role in roles]
 
 
 def refused(act: Any) -> str:
@@ -163,8 +168,7 @@ def test_every_key_in_a_file(place: Place) -> None:
         max_connections=10,
         idle_timeout=1.5,
         request_timeout=2.0,
-        master_source=f"master_key_hex in {place.file}",
-        master_key_file=None,
+        master=settings.master,
         allow_missing_keks=True,
         open_embedded_messages=True,
         kek_max_age_days=365,
@@ -172,6 +176,8 @@ def test_every_key_in_a_file(place: Place) -> None:
         postgresql=None,
         policies=(),
     )
+    assert settings.master is not None and settings.master.label == f"master_key_hex in {place.file}"
+    assert settings.master_key_file is None
 
 
 @pytest.mark.parametrize(("cores", "workers"), [(1, 1), (3, 3), (4, 4), (96, 4)])
@@ -231,7 +237,7 @@ PRIVATE = {
 def test_with_a_file_private_variables_are_not_even_read(place: Place) -> None:
     environ = Recorder(PRIVATE)
     with place.load(HEX, environ) as loaded:
-        assert loaded.master == A
+        assert loaded.keys[0][1] == A
         assert loaded.settings.peer_rules[:2] == (None, None)
     assert environ.asked == {"PROGRESSDB_KMS_SOCKET", "PROGRESSDB_KMS_DATA_DIR"}
     message = place.refused("workers: 1", environ)
@@ -249,14 +255,15 @@ def test_without_a_file_the_environment(place: Place) -> None:
         }
     )
     with load({}, environ) as loaded:
-        assert loaded.master == A
+        assert loaded.keys[0][1] == A
         assert loaded.settings.config_file is None
         assert loaded.settings.allowed_peer_uids == frozenset((33, 1000))
         assert loaded.settings.admin_peer_uids is None
         assert loaded.settings.socket == Path("/s")
         assert loaded.settings.data_dir == Path("/d")
         assert loaded.settings.master_key_file == str(place.folder / "key")
-        assert loaded.settings.master_source == f"PROGRESSDB_KMS_MASTER_KEY_FILE {place.folder / 'key'}"
+        label = f"PROGRESSDB_KMS_MASTER_KEY_FILE {place.folder / 'key'}"
+        assert loaded.settings.master == Source("file", str(place.folder / "key"), label)
     assert set(PRIVATE) < environ.asked
 
 
@@ -378,11 +385,11 @@ def test_each_source_of_a_master_key(place: Place, source: str) -> None:
         "pipe": "PROGRESSDB_KMS_MASTER_KEY_HEX",
     }
     with loaded:
-        assert loaded.master == A
-        assert loaded.previous == []
-        assert loaded.pending is None
+        assert loaded.keys[0][1] == A
+        assert len(loaded.keys) == 1
         assert loaded.memory is not None and loaded.memory.kind in ("memfd_secret", "mlock", "unlocked")
-        assert loaded.settings.master_source == labels.get(source, f"master_key_hex in {place.file}")
+        assert loaded.settings.master == loaded.keys[0][0]
+        assert loaded.settings.master.label == labels.get(source, f"master_key_hex in {place.file}")
         expected = (
             str(place.folder / {"file": "key", "raw": "raw"}[source]) if source in ("file", "raw") else None
         )
@@ -418,9 +425,9 @@ def test_previous_keys_in_their_order(place: Place) -> None:
     text = HEX + f"previous_master_keys:\n- file: p\n- hex: {C.hex()}\n- credential: p2\n"
     place.put("p2", D.hex())
     with place.load(text, {"CREDENTIALS_DIRECTORY": str(place.folder)}) as loaded:
-        assert [bytes(view) for view in loaded.previous] == [B, C, D]
-        assert loaded.master == A
-        assert loaded.previous_sources == [
+        assert [bytes(view) for view in of_role(loaded, PREVIOUS)] == [B, C, D]
+        assert loaded.keys[0][1] == A
+        assert [source.label for source, _ in loaded.keys[1:]] == [
             f"previous_master_keys entry 1 {place.folder}/p",
             f"previous_master_keys entry 2 in {place.file}",
             "previous_master_keys entry 3 p2",
@@ -430,8 +437,8 @@ def test_previous_keys_in_their_order(place: Place) -> None:
 def test_a_key_that_stands_twice_is_kept_once(place: Place) -> None:
     text = HEX + "previous_master_keys:\n" + "".join(f"- hex: {k.hex()}\n" for k in (B, A, B, C))
     with place.load(text) as loaded:
-        assert [bytes(view) for view in loaded.previous] == [B, C]
-        assert [source.split()[2] for source in loaded.previous_sources] == ["1", "4"]
+        assert [bytes(view) for view in of_role(loaded, PREVIOUS)] == [B, C]
+        assert [source.label.split()[2] for source, _ in loaded.keys[1:]] == ["1", "4"]
 
 
 def test_a_weak_key_may_be_a_previous_one(place: Place) -> None:
@@ -439,14 +446,14 @@ def test_a_weak_key_may_be_a_previous_one(place: Place) -> None:
     weak = [digits for digits, _ in WEAK if len(digits) == 64]
     entries = ", ".join(f"{{hex: '{digits}'}}" for digits in weak)
     with place.load(HEX + f"previous_master_keys: [{entries}]") as loaded:
-        assert [bytes(view).hex() for view in loaded.previous] == weak
+        assert [bytes(view).hex() for view in of_role(loaded, PREVIOUS)] == weak
 
 
 def test_as_many_previous_keys_as_there_may_be(place: Place) -> None:
     keys = [key(number) for number in range(100, 100 + MAX_PREVIOUS)]
     text = HEX + "previous_master_keys:\n" + "".join(f"- hex: {k.hex()}\n" for k in keys)
     with place.load(text) as loaded:
-        assert [bytes(view) for view in loaded.previous] == keys
+        assert [bytes(view) for view in of_role(loaded, PREVIOUS)] == keys
 
 
 # ---- an unfinished rotation --------------------------------------------------------------------------
@@ -456,10 +463,10 @@ def test_pending(place: Place) -> None:
     place.put("key", A.hex())
     following = place.put("key.next", B.hex())
     with place.load("master_key_file: key") as loaded:
-        assert loaded.master == A
-        assert loaded.pending is not None
-        assert loaded.pending == B
-        assert loaded.pending_source == following
+        assert loaded.keys[0][1] == A
+        source, view = loaded.keys[1]
+        assert view == B
+        assert (source.role, source.place) == (PENDING, following)
 
 
 def test_pending_is_only_looked_for_beside_a_key_file(place: Place) -> None:
@@ -469,8 +476,7 @@ def test_pending_is_only_looked_for_beside_a_key_file(place: Place) -> None:
     text = "master_key_credential: key"
     for loaded in (place.load(HEX), place.load(text, {"CREDENTIALS_DIRECTORY": str(place.folder)})):
         with loaded:
-            assert loaded.pending is None
-            assert loaded.pending_source == ""
+            assert of_role(loaded, PENDING) == []
 
 
 @pytest.mark.parametrize(
@@ -487,7 +493,7 @@ def test_a_pending_file_is_held_to_the_same_rules(
     place.put("key", A.hex())
     place.put("key.next", content, mode)
     message = place.refused("master_key_file: key")
-    assert f"{place.folder}/key.next (of a rotation that was not finished)" in message
+    assert f"{place.folder}/key.next of a rotation that was not finished" in message
     assert words in message
 
 
@@ -610,7 +616,7 @@ def test_a_file_that_is_too_open(place: Place, mode: int, text: str, words: str)
 def test_a_file_without_a_secret_may_be_read_by_all(place: Place) -> None:
     place.put("k", A.hex())
     with place.load("master_key_file: k\nprevious_master_keys: [{file: k}]", mode=0o644) as loaded:
-        assert loaded.master == A
+        assert loaded.keys[0][1] == A
 
 
 def test_what_is_no_file(place: Place) -> None:
@@ -634,7 +640,7 @@ def test_files_of_somebody_else(place: Place) -> None:
 def test_a_credential_that_systemd_opened_to_a_user_by_an_acl(place: Place) -> None:
     place.put("key", A.hex(), 0o440)
     with place.load("master_key_credential: key", {"CREDENTIALS_DIRECTORY": str(place.folder)}) as loaded:
-        assert loaded.master == A
+        assert loaded.keys[0][1] == A
     assert "mode 0440" in place.refused("master_key_file: key")
 
 
@@ -690,7 +696,7 @@ def test_where_children_are_reaped_by_the_kernel(place: Place) -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         with place.load(HEX) as loaded:
-            assert loaded.master == A
+            assert loaded.keys[0][1] == A
     finally:
         signal.signal(signal.SIGCHLD, before)
 
@@ -733,11 +739,10 @@ def test_close_unmaps(place: Place) -> None:
 def test_close_wipes_first(place: Place, hold: Any) -> None:
     """Even where something that was forgotten keeps the pages mapped."""
     loaded = all_keys(place)
-    assert loaded.pending is not None
-    views = (loaded.master, loaded.pending, *loaded.previous)
+    views = of_role(loaded, MASTER, PREVIOUS, PENDING)
     addresses = [ctypes.addressof(ctypes.c_char.from_buffer(view)) for view in views]
-    held_back = hold(loaded.previous[0])
-    assert [ctypes.string_at(address, 32) for address in addresses] == [A, B, C]
+    held_back = hold(views[1])
+    assert [ctypes.string_at(address, 32) for address in addresses] == [A, C, B]
     with pytest.raises(BufferError):
         loaded.close()
     assert [ctypes.string_at(address, 32) for address in addresses] == [bytes(32)] * 3
@@ -746,12 +751,18 @@ def test_close_wipes_first(place: Place, hold: Any) -> None:
 
 def test_an_exception_in_the_block_wipes(place: Place) -> None:
     with pytest.raises(LookupError), place.load(HEX) as loaded:
-        mine = loaded.master[:]
+        mine = loaded.keys[0][1][:]
         raise LookupError
     assert bytes(mine) == bytes(32)
 
 
-STEPS = {"read": keysource, "check_master_key": config, "_keep": Loaded, "wipe": config, "Source": config}
+STEPS = {
+    "read": keysource,
+    "check_master_key": config,
+    "compare_digest": hmac,
+    "wipe": config,
+    "Source": config,
+}
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -793,14 +804,14 @@ def test_settings_alone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("workers: 2", HEX + "workers: 2", "master_key_file: key\nworkers: 2"):
         with place.load(text, need_key=False) as loaded:
             assert loaded.settings.workers == 2
-            assert (len(loaded.master), loaded.previous, loaded.pending) == (0, [], None)
+            assert loaded.keys == []
     with load({}, {}, need_key=False) as loaded:
-        assert loaded.settings.master_source == ""
+        assert loaded.settings.master is None
 
 
 def test_nothing_secret_is_in_a_repr(place: Place) -> None:
     with place.load(HEX) as loaded:
-        said = f"{loaded!r} {loaded.settings!r} {loaded.master!r} {loaded.memory!r}"
+        said = f"{loaded!r} {loaded.settings!r} {loaded.keys!r} {loaded.memory!r}"
     assert A.hex()[:8] not in said
 
 
@@ -822,7 +833,8 @@ hardening.harden()
 from progressdb_kms.config.load import ConfigError, load
 try:
     loaded = load({{"config": sys.argv[2] if sys.argv[1:] else None}}, os.environ)
-    print("loaded", len(loaded.previous), loaded.pending is not None, "yaml" in sys.modules, flush=True)
+    roles = [source.role for source, _ in loaded.keys]
+    print("loaded", len(roles), "pending" in roles, "yaml" in sys.modules, flush=True)
 except ConfigError as error:
     print("refused", flush=True)
 sys.stdin.read()
@@ -846,12 +858,12 @@ def loading(config_file: str | None, **environ: str) -> Iterator[tuple[int, str]
 SOURCES = {
     "yaml": (
         f"master_key_hex: {A.hex()}\nprevious_master_keys: [{{hex: {B.hex().upper()}}}]",
-        "loaded 1 False",
+        "loaded 2 False",
     ),
-    "hex file": ("master_key_file: hex\nprevious_master_keys: [{file: raw}]", "loaded 1 True"),
-    "raw file": ("master_key_file: raw", "loaded 0 False"),
-    "credential": ("master_key_credential: hex", "loaded 0 False"),
-    "variable": (None, "loaded 0 False"),
+    "hex file": ("master_key_file: hex\nprevious_master_keys: [{file: raw}]", "loaded 3 True"),
+    "raw file": ("master_key_file: raw", "loaded 1 False"),
+    "credential": ("master_key_credential: hex", "loaded 1 False"),
+    "variable": (None, "loaded 1 False"),
     "two keys": (f"master_key_hex: {A.hex()}\nmaster_key_file: hex", "refused"),
     "too long": (f"master_key_hex: {A.hex()}0", "refused"),
     "no YAML": (f"master_key_hex: [{A.hex()}", "refused"),

@@ -18,6 +18,7 @@ import pytest
 
 from progressdb_kms.audit import verify
 from progressdb_kms.audit.log import FILE_NAME as AUDIT_LOG
+from progressdb_kms.config.keysource import PREVIOUS
 from progressdb_kms.crypto import aead, envelope
 from progressdb_kms.crypto.aead import Aead
 from progressdb_kms.crypto.envelope import parse
@@ -25,10 +26,10 @@ from progressdb_kms.crypto.keyring import REGION_SIZE, Keyring
 from progressdb_kms.crypto.memory import LockedBuffer
 from progressdb_kms.errors import KMSError
 from progressdb_kms.service import start
-from progressdb_kms.service.plan import Configured, ConfiguredKey
 from progressdb_kms.store.heads import heads
 from progressdb_kms.store.sqlite import SqliteStore
 from tests.harness import Daemon
+from tests.harness.configured import configured, named
 from tests.harness.faults import need_strace
 from tests.harness.powerloss import Mark, Recording, Sync
 
@@ -112,8 +113,9 @@ def recover(run: Run, folder: Path, acknowledged: list[str], mode: str) -> None:
     keyring = Keyring(region.view)
     names = ("second", "third") if "rotated" in acknowledged else ("second", "third", "first")
     keks = [keyring.install(memoryview(bytearray(run.keks[name])), 0) for name in names]
-    second, *others = (ConfiguredKey(kek_id, name) for kek_id, name in zip(keks, names))
-    store, book, _ = start.open_store(folder, keyring, Configured(second, others))
+    second, *others = keks
+    keys = configured(named(second), *(named(kek_id, "test", PREVIOUS) for kek_id in others))
+    store, book, _ = start.open_store(folder, keyring, keys)
     with contextlib.closing(store), contextlib.closing(book):
         report = verify.verify([folder / AUDIT_LOG], keyring.audit_key, heads(store))
         assert report.fault is None or mode not in IN_ORDER, report.fault

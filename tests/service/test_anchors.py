@@ -20,9 +20,9 @@ from progressdb_kms.service import anchors, usage
 from progressdb_kms.service.channel import KeeperClient, channel
 from progressdb_kms.service.keeper import Keeper
 from progressdb_kms.service.lock import claim
-from progressdb_kms.service.plan import Configured, ConfiguredKey
 from progressdb_kms.service.start import open_keeper
 from progressdb_kms.store.contract import HEAVY, KEK_ROW, Usage
+from tests.harness.configured import configured, named
 
 SIG = b64encode(bytes(32))
 
@@ -67,8 +67,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     lock = claim(tmp_path)
     keyring = Keyring(region.view)
     kek_id = keyring.install(memoryview(bytearray(os.urandom(32))), 1)
-    configured = Configured(ConfiguredKey(kek_id, "test"))
-    keeper, _ = open_keeper(tmp_path, keyring, configured, staging.view, inbox, 0)
+    keys = configured(named(kek_id))
+    keeper, _ = open_keeper(tmp_path, keyring, keys, staging.view, inbox, 0)
     while keeper._keks.later():  # it tidies up at its start
         keeper.round(0.0)
     yield Site(keeper, KeeperClient(outbox), keeper._store)

@@ -18,9 +18,9 @@ from progressdb_kms.service.channel import channel
 from progressdb_kms.service.clock import AHEAD, Anchor, Clock, Reading, age, judge, overdue
 from progressdb_kms.service.keeper import Keeper
 from progressdb_kms.service.lock import claim
-from progressdb_kms.service.plan import Configured, ConfiguredKey
 from progressdb_kms.service.shredding import JANITOR_SECONDS
 from progressdb_kms.store.seal import ActiveKek
+from tests.harness.configured import configured, named
 
 NOW = 1_795_000_000.0
 HOUR, DAY = 3600.0, 86400.0
@@ -147,7 +147,7 @@ class Site:
         self.start()
 
     def start(self) -> None:
-        keys = Configured(ConfiguredKey(self.kek_id, "test"), max_age_days=self.max_age_days)
+        keys = configured(named(self.kek_id), kek_max_age_days=self.max_age_days)
         self.keeper, _ = start.open_keeper(self.folder, self.keyring, keys, self.staging.view, self.inbox, 0)
 
     def reboot(self, off: float) -> None:

@@ -18,10 +18,10 @@ from progressdb_kms.service.channel import channel
 from progressdb_kms.service.keeper import REST, Keeper
 from progressdb_kms.service.keks import RETIRE_ROWS
 from progressdb_kms.service.lock import claim
-from progressdb_kms.service.plan import Configured, ConfiguredKey
 from progressdb_kms.service.start import open_keeper
 from progressdb_kms.store.seal import STATE
 from progressdb_kms.store.sqlite import SqliteStore
+from tests.harness.configured import configured, named
 from tests.service.test_anchors import Site
 from tests.service.test_anchors import site as site  # noqa: PLC0414
 from tests.service.test_rotation import Worked, fill
@@ -84,9 +84,7 @@ def paced(tmp_path: Path, worked: Worked, monkeypatch: pytest.MonkeyPatch) -> It
     kek_id = keyring.install(memoryview(bytearray(os.urandom(32))), 1)
     keeper: Keeper | None = None
     try:
-        keeper, _ = open_keeper(
-            tmp_path, keyring, Configured(ConfiguredKey(kek_id, "test")), staging.view, inbox, 0
-        )
+        keeper, _ = open_keeper(tmp_path, keyring, configured(named(kek_id)), staging.view, inbox, 0)
         yield Paced(keeper, waits, others)
     finally:
         if keeper is not None:

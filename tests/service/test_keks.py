@@ -21,10 +21,10 @@ from progressdb_kms.errors import Conflict, KMSError, StoreDamaged, StoreUnavail
 from progressdb_kms.service.channel import KeeperClient, StagingSlots, channel
 from progressdb_kms.service.keeper import Keeper
 from progressdb_kms.service.lock import claim
-from progressdb_kms.service.plan import Configured, ConfiguredKey
 from progressdb_kms.service.rotation import RETIRED_KEK
 from progressdb_kms.service.start import open_keeper
 from progressdb_kms.store.sqlite import Connection
+from tests.harness.configured import configured, named
 from tests.harness.procs import quickest
 
 SLOTS = 2
@@ -40,7 +40,7 @@ class Site:
         self.keyring = Keyring(self.region.view)
         self.lock = claim(folder)
         self.kek_id = self.keyring.install(secret(), 1)
-        keys = Configured(ConfiguredKey(self.kek_id, "test"))
+        keys = configured(named(self.kek_id))
         self.keeper: Keeper = open_keeper(folder, self.keyring, keys, self.staging, self.inbox, 0)[0]
         self.client = KeeperClient(self.outbox)
         self.slots = StagingSlots(self.staging, 0, SLOTS)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from progressdb_kms.config.keysource import COMING, MASTER, PENDING, PREVIOUS
 from progressdb_kms.errors import KeyMismatch
-from progressdb_kms.service.plan import Configured, ConfiguredKey, plan
+from progressdb_kms.service.plan import ConfiguredKey, plan
 from progressdb_kms.store.contract import KekCount
+from tests.harness.configured import configured, named
 
 OLD, NEW, THIRD = "0" * 16, "1" * 16, "2" * 16
 
 
-def key(kek_id: str) -> ConfiguredKey:
-    return ConfiguredKey(kek_id, f"file {kek_id[0]}")
+def key(kek_id: str, role: str = MASTER) -> ConfiguredKey:
+    return named(kek_id, f"file {kek_id[0]}", role)
 
 
 def count(deks: int) -> KekCount:
@@ -42,7 +44,11 @@ def test_fits(
     found = plan(
         stored,
         {kek_id: count(deks) for kek_id, deks in keks.items()},
-        Configured(key(master), [key(kek_id) for kek_id in previous], key(pending) if pending else None),
+        configured(
+            key(master),
+            *(key(kek_id, PREVIOUS) for kek_id in previous),
+            *(key(kek_id, PENDING) for kek_id in [pending] if kek_id),
+        ),
         {},
     )
     assert (found.active, found.version, found.adopt) == (active, version, adopt)
@@ -66,7 +72,8 @@ def test_refused_with_what_to_do(
 ) -> None:
     with pytest.raises(KeyMismatch) as caught:
         rows = {kek_id: count(deks) for kek_id, deks in keks.items()}
-        plan(stored, rows, Configured(key(master), [key(kek_id) for kek_id in previous]), {})
+        keys = configured(key(master), *(key(kek_id, PREVIOUS) for kek_id in previous))
+        plan(stored, rows, keys, {})
     text = caught.value.message + " " + caught.value.hint
     assert all(word in text for word in says), text
     assert "nothing was changed" in text and "kek-id FILE" in text
@@ -74,7 +81,7 @@ def test_refused_with_what_to_do(
 
 def test_a_retired_kek_is_no_master_unless_it_is_wanted() -> None:
     """Two key files were swapped: no key is absent, but the old KEK would be the active one again."""
-    keys = Configured(key(OLD), [key(NEW)])
+    keys = configured(key(OLD), key(NEW, PREVIOUS))
     with pytest.raises(KeyMismatch) as caught:
         plan((NEW, 2), {NEW: count(5)}, keys, {OLD: "2026-11-24T10:00:00Z"})
     text = caught.value.message + " " + caught.value.hint
@@ -88,8 +95,9 @@ def test_a_retired_kek_is_no_master_unless_it_is_wanted() -> None:
 
 def test_a_fleet_that_was_rotated_is_followed_before_the_configuration_is_changed() -> None:
     """The master key is the old one, rotated out; the active one stands in next_master_keys."""
-    coming = ConfiguredKey(NEW, "next_master_keys entry 1 /k")
-    keys = Configured(key(OLD), [key(THIRD), coming])
+    coming = named(NEW, "next_master_keys entry 1 /k", COMING)
+    other = named(THIRD, "next_master_keys.old entry 1 /k", PREVIOUS)  # a role is no matter of words
+    keys = configured(key(OLD), other, coming)
     assert keys.coming == {NEW: coming.source} and keys.kek_ids == {OLD, NEW, THIRD}
     found = plan((NEW, 2), {NEW: count(5)}, keys, {OLD: "2026-11-24T10:00:00Z"})
     assert (found.active, found.version, found.adopt) == (NEW, 2, False)
@@ -99,7 +107,7 @@ def test_a_fleet_that_was_rotated_is_followed_before_the_configuration_is_change
 
 
 def test_missing_keks_may_be_allowed_but_never_the_active_one() -> None:
-    keys = Configured(key(OLD), allow_missing=True)
+    keys = configured(key(OLD), allow_missing_keks=True)
     found = plan((OLD, 1), {OLD: count(5), THIRD: count(2)}, keys, {})
     assert found.active == OLD and THIRD in found.notice and "2 DEKs" in found.notice
     with pytest.raises(KeyMismatch, match="the store's active KEK"):

@@ -109,6 +109,13 @@ class TestConfig:
         monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
         assert only(doctor._config, patient(home)).level == WARN
 
+    def test_a_key_file_in_a_folder_of_credentials(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What kind of a source it is was read from the words of a message, which has the path in it."""
+        monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+        write_secret(home / "c.yaml", b"master_key_file: credentials/kek\ndata_dir: d\n")
+        found = only(doctor._config, patient(home))
+        assert found.level == FAIL and "can't be read" in found.text
+
     def test_a_key_file_that_is_gone(self, home: Path) -> None:
         (home / "F").unlink()
         assert only(doctor._key_file, patient(home)).level == FAIL
