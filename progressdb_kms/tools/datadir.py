@@ -97,7 +97,7 @@ def fleet_link(settings: Settings) -> Iterator[Link]:
     from ..fleet.engine import Link
     from ..fleet.settings import where
 
-    with _nobody_else(), asowner.acting_as(asowner.of(settings.data_dir)):  # whose password file it is
+    with _nobody_else(), asowner.acting_as(asowner.daemon_user(settings)):  # whose password file it is
         link = Link(where(settings), "progressdb-kms command")
         with link.session():
             """It is there from now on."""

@@ -7,6 +7,7 @@ import fcntl
 import itertools
 import json
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -19,6 +20,8 @@ from typing import Any, Callable
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from progressdb_kms.errors import StoreUnavailable
+from progressdb_kms.tools import asowner, datadir
 from tests.harness import Daemon, cli, postgres
 from tests.harness.daemon import REPO, write_secret
 from tests.harness.faults import Shim
@@ -282,6 +285,23 @@ class TestConfiguration:
         file.write_text(whole)
         done = cli("policy", "test", "--uid", "7", "--op", "list", "--config", str(file))
         assert done.returncode == 0, done.stderr
+
+    @needs
+    def test_before_the_first_start_root_comes_as_the_package_s_user(
+        self, tmp_path: Path, whole: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """There is no data-dir yet that would tell: `store init` met the daemon's password file as root."""
+        file, came = tmp_path / "kms.yaml", list[int]()
+        file.write_text(whole.replace("/run/postgresql", str(tmp_path)))
+        monkeypatch.setattr(asowner, "PACKAGED_CONFIG", str(file))
+        monkeypatch.setattr(
+            pwd, "getpwnam", lambda name: pwd.struct_passwd((name, "", 12345, 12345, "", "", ""))
+        )
+        with asowner.load_config({"config": str(file)}, need_key=False, fleet=True) as loaded:
+            monkeypatch.setattr(asowner, "acting_as", lambda uid: contextlib.nullcontext(came.append(uid)))
+            with pytest.raises(StoreUnavailable), datadir.fleet_link(loaded.settings):
+                pytest.fail("nobody is there")
+        assert came == [12345]
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
     def test_root_reads_the_daemon_s_key_as_that_user(self, short_tmp: Path, whole: str) -> None:
