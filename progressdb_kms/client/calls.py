@@ -504,6 +504,7 @@ def _rotated(found: dict[str, Any]) -> RotationResult:
         _field(found, "rewrapped", int),
         str(found.get("backup") or ""),
         dict(found.get("by_kek") or {}),
+        str(found.get("warning") or ""),
     )
 
 

@@ -142,13 +142,15 @@ class Wrapped(NamedTuple):
 
 class RotationResult(NamedTuple):
     """`backup` is the folder of the per-key snapshots (in a fleet the table that the rows were in before), ""
-    after a dry run. `by_kek`: DEKs per KEK before."""
+    after a dry run. `by_kek`: DEKs per KEK before. `warning`: no configured file of the daemon's holds the
+    key, and its next start needs it."""
 
     kek_id: str
     kek_version: str
     rewrapped: int
     backup: str
     by_kek: Mapping[str, int]
+    warning: str = ""
 
 
 class Readiness(NamedTuple):

@@ -82,7 +82,9 @@ def _in_file(args: argparse.Namespace, settings: Settings, service: Daemon, key:
                 else NOTHING_LEFT
             )
         raise
-    return Done(result, {"key_file": current, "old_key_file": kept if kept and kept.exists() else None})
+    files = {"key_file": current, "old_key_file": kept if kept and kept.exists() else None}
+    remark = f"The daemon's configuration names another file than {current}: {result.warning}\n"
+    return Done(result, files, remark if result.warning else "")
 
 
 def _over(args: argparse.Namespace, settings: Settings, service: Daemon) -> ChangeOver:

@@ -173,7 +173,7 @@ class TestCalls:
         dry = client.rotate_kek(new, dry_run=True)
         assert dry.rewrapped == 1 and dry.by_kek == {kms.kek_id: 1} and dry.backup == ""
         done = client.rotate_kek(memoryview(bytearray(new)))
-        assert done == (kek_id_of(new), "2", 1, "/data/kms-deks-backup/x", {})
+        assert done == (kek_id_of(new), "2", 1, "/data/kms-deks-backup/x", {}, "")
         assert kms.kek == new
         with pytest.raises(Conflict):
             client.rotate_kek(new)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from progressdb_kms.tools.rotatecmd import KEEP
-from tests.harness.daemon import cli, write_secret
+from tests.harness.daemon import Daemon, cli, write_secret
 from tests.harness.fakekms import FakeKms, kek_id_of
 from tests.harness.faults import need_mount, need_strace
 from tests.tools.test_online import on_terminal, spawn
@@ -112,6 +112,20 @@ def test_dry_run_changes_nothing(home: Path, kms: FakeKms) -> None:
     assert done.stderr == b""
     assert files(home) == {"F"} and kms.kek == OLD
     assert f"by_kek.{A}  1\n" in rotate(home, "--new-key-file", "new", "--dry-run").stdout.decode()
+
+
+def test_a_configuration_that_is_not_the_daemons(short_tmp: Path) -> None:
+    """A copy of it, with a key file of its own: the daemon can't be started anew, and said so to itself."""
+    with Daemon(workers=1) as daemon:
+        write_secret(short_tmp / "kek", daemon.kek_file.read_bytes())
+        write_secret(short_tmp / "c.yaml", b"master_key_file: kek\n")
+        for config, other in ((daemon.config_file, False), (short_tmp / "c.yaml", True)):
+            write_secret(short_tmp / "kek", daemon.kek_file.read_bytes())
+            done = daemon.cli("rotate-kek", "--config", str(config), "--generate", "--json")
+            assert done.returncode == 0, done.stderr
+            kek_id = json.loads(done.stdout)["kek_id"]
+            said = f"names another file than {short_tmp / 'kek'}: the next start needs the KEK {kek_id}"
+            assert (said in done.stderr.decode()) == other
 
 
 def test_a_lost_answer_is_resumed(home: Path, kms: FakeKms) -> None:
