@@ -122,8 +122,6 @@ class Meter(Protocol):
 class Rights:
     """What the policies that name a peer leave it; made once a connection."""
 
-    __slots__ = ("_meter", "policies")
-
     def __init__(self, policies: Sequence[Policy] = (), meter: Meter | None = None) -> None:
         self.policies = tuple(policies)
         self._meter = meter

@@ -119,8 +119,7 @@ def mac(key: memoryview, data: bytes) -> bytes:
     """
     if hmac_new is None:
         return hmac.digest(key, data, "sha256")
-    digest: bytes = hmac_new(key, data, "sha256").digest()
-    return digest
+    return hmac_new(key, data, "sha256").digest()  # type: ignore[no-any-return]
 
 
 def same(a: bytes, b: bytes) -> bool:

@@ -229,8 +229,6 @@ class Loan:
     is good as long as its slot has the stamp that it had before the kek_id was read there. Whether it was
     good is known at the end: nothing that was made before leaves."""
 
-    __slots__ = ("_key", "_name", "_stamp", "_word", "_words")
-
     def __init__(self, words: memoryview, word: int, name: int, key: memoryview) -> None:
         self._words = words
         self._word = word  # index of the slot's stamp; its kek_id is the next word

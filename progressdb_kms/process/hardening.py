@@ -216,8 +216,7 @@ def _wipe_on_free() -> Measure:
 def _prctl(option: int, value: int = 0) -> int:
     """-1 where the system refuses."""
     words = [ctypes.c_ulong(word) for word in (value, 0, 0, 0)]
-    result: int = _libc.prctl(ctypes.c_int(option), *words)
-    return result
+    return int(_libc.prctl(ctypes.c_int(option), *words))
 
 
 # ---- does free() wipe? -----------------------------------------------------------------------------

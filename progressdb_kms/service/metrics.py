@@ -47,7 +47,8 @@ _HELD = ("connections", "beats", "body_bytes", "threads", "open_files", "short_r
 """Gauges of what a process holds: nothing, once it is dead."""
 
 _TABLE = len(_GAUGES) + len(OPS) * _PER_OP
-_RATES = _TABLE + (UIDS + 1) * 3
+_ROW = 4
+_RATES = _TABLE + (UIDS + 1) * _ROW
 """From here on, of each policy: the monotonic second in which something was done under it last, and how much
 in that."""
 
@@ -59,11 +60,12 @@ _CLASS_INDEX = {2: 0, 4: _PER_CLASS, 5: 2 * _PER_CLASS}
 
 
 class Holding(NamedTuple):
-    """A row of a process's table. `last`: the monotonic second in which this UID connected last."""
+    """A row of a process's table. `last`: the monotonic second in which this UID connected last, or tried."""
 
     uid: int
     connections: int
     last: int
+    body_bytes: int
 
 
 class Metrics:
@@ -84,11 +86,11 @@ class Metrics:
     def holdings(self) -> Iterator[Holding]:
         """What each UID holds in each process. A UID may come several times."""
         for first in range(_TABLE, len(self._words), _BLOCK):
-            for at in range(first, first + (UIDS + 1) * 3, 3):
+            for at in range(first, first + _RATES - _TABLE, _ROW):
                 name = self._words[at]
                 if not name:
                     break
-                yield Holding(name - 1, self._words[at + 1], self._words[at + 2])
+                yield Holding(name - 1, *self._words[at + 1 : at + _ROW])
 
     def _sum(self, *offsets: int) -> int:
         return sum(self._words[i * _BLOCK + offset] for i in range(self.processes) for offset in offsets)
@@ -105,10 +107,8 @@ class Metrics:
         name = family("requests_total", "counter", "Requests answered, by operation and class of status.")
         for op, at in _OP_INDEX.items():
             for i, c in enumerate(CLASSES):
-                first = at + i * _PER_CLASS
-                lines.append(
-                    f'{name}{{op="{op}",status="{c}"}} {self._sum(*range(first, first + _PER_CLASS))}'
-                )
+                count = self._sum(*range(at + i * _PER_CLASS, at + (i + 1) * _PER_CLASS))
+                lines.append(f'{name}{{op="{op}",status="{c}"}} {count}')
         name = family("request_seconds", "histogram", "Time from the whole request to the answer.")
         for op, at in _OP_INDEX.items():
             total, end = 0, at + _PER_OP - 1
@@ -151,32 +151,35 @@ class Block:
         self._words[_GAUGE_INDEX[gauge]] = value
 
     def get(self, gauge: str) -> int:
-        value: int = self._words[_GAUGE_INDEX[gauge]]
-        return value
+        return int(self._words[_GAUGE_INDEX[gauge]])
 
     def clear(self) -> None:
         """Whoever wrote here is dead, and holds nothing any more."""
         for gauge in _HELD:
             self._words[_GAUGE_INDEX[gauge]] = 0
-        self._words[_TABLE:_RATES] = memoryview(bytes((UIDS + 1) * 24)).cast("Q")
+        self._words[_TABLE:_RATES] = memoryview(bytes(8 * (_RATES - _TABLE))).cast("Q")
 
     def connected(self, uid: int, second: int) -> int:
-        """One connection more; returns the row, for `disconnected`. Past UIDS of them the last row is all
-        others'."""
+        """One connection more; returns its row's place. Past UIDS of them the last row is all others'."""
         words = self._words
-        for row in range(UIDS):
-            at = _TABLE + 3 * row
+        for at in range(_TABLE, _RATES - _ROW, _ROW):
             if words[at] in (0, uid + 1) or not words[at + 1] and words[at + 2] + SECONDS < second:
                 break
         else:
-            row, at, uid = UIDS, _TABLE + 3 * UIDS, OTHERS
+            at, uid = _RATES - _ROW, OTHERS
         words[at] = uid + 1
         words[at + 1] += 1
         words[at + 2] = second
-        return row
+        return at
 
     def disconnected(self, row: int) -> None:
-        self._words[_TABLE + 3 * row + 1] -= 1
+        self._words[row + 1] -= 1
+
+    def hold(self, row: int, size: int) -> None:
+        """So many bytes of bodies more; `row` -1: for one that is turned away."""
+        self.add("body_bytes", size)
+        if row >= 0:
+            self._words[row + 3] += size
 
     def spend(self, number: int, count: int, limit: int) -> int:
         """How many of `count` may be done in this second under the policy of this number."""

@@ -16,8 +16,9 @@ from ..errors import KMSError, Overloaded
 from ..rules import Peer
 from ..service.metrics import SECONDS, Block, Metrics
 
-BODIES = 2
-"""Bodies of full length that all workers together may hold at a time; more is 503."""
+BODIES = 3
+"""Bodies of full length that all workers together may hold at a time; more is 503. Of these one UID may have
+three quarters while another is here: two bodies."""
 
 NAMED = 64
 """Refused UIDs that a worker's audit chain names; the others are one number."""
@@ -46,9 +47,9 @@ _OTHERS = (-2, "connect", 403, "refused", None)
 
 
 class Shares:
-    """Connections: `max_connections` in all workers, of which one UID gets three quarters while another is
-    here. Bodies: bytes of requests and answers that are kept for a peer, `most` in all. `freed`: were some of
-    these given back since somebody looked?"""
+    """Connections: `max_connections` in all workers. Bodies: bytes of requests and answers that are kept for
+    a peer, `most` in all. Of either one UID gets three quarters while another is here: is connected, or asked
+    for that within the last minute. `freed`: were bodies given back since somebody looked?"""
 
     def __init__(self, metrics: Metrics, block: Block, limits: Limits, longest: int) -> None:
         """`longest`: bytes of a body of full length."""
@@ -62,15 +63,19 @@ class Shares:
         """Why this UID gets no connection now; empty where it gets one."""
         held, most = sum(self._metrics.gauge("connections")), self._limits.max_connections
         if held >= most or self._block.get("connections") >= self._limits.descriptors - SPARE_FILES:
+            self.leave(self.enter(uid))  # from now on it is here
             return "too many connections"
-        if held < most * 3 // 4:
-            return ""
-        rows = list(self._metrics.holdings())
-        mine = sum(row.connections for row in rows if row.uid == uid)
-        since = int(time.monotonic()) - SECONDS
-        if mine >= most * 3 // 4 and any(row.uid != uid and row.last >= since for row in rows):
+        if held >= most * 3 // 4 and self.crowds(uid, 1):
             return f"uid {uid} has three quarters of all connections, and others need some"
         return ""
+
+    def crowds(self, uid: int, more: int, what: str = "connections") -> bool:
+        """With so much more, has this UID over three quarters, while another one is here?"""
+        most = self._limits.max_connections if what == "connections" else self.most
+        rows, since = list(self._metrics.holdings()), int(time.monotonic()) - SECONDS
+        if sum(getattr(row, what) for row in rows if row.uid == uid) + more <= most * 3 // 4:
+            return False
+        return any(row.uid != uid and (row.connections or row.last >= since) for row in rows)
 
     def enter(self, uid: int) -> int:
         self._block.add("connections", 1)
@@ -86,14 +91,15 @@ class Shares:
         least = min(workers)
         return self._block.get("connections") > least + least // 4
 
-    def take(self, size: int) -> None:
+    def take(self, size: int, uid: int, row: int) -> None:
         """Bytes of bodies. Raises Overloaded."""
-        if sum(self._metrics.gauge("body_bytes")) + size > self.most:
+        held = sum(self._metrics.gauge("body_bytes")) + size
+        if held > self.most or (held > self.most * 3 // 4 and self.crowds(uid, size, "body_bytes")):
             raise Overloaded("too many long messages at once", hint="try again; max_body_bytes bounds them")
-        self._block.add("body_bytes", size)
+        self._block.hold(row, size)
 
-    def give_back(self, size: int) -> None:
-        self._block.add("body_bytes", -size)
+    def give_back(self, size: int, row: int) -> None:
+        self._block.hold(row, -size)
         self.freed = True
 
 

@@ -30,8 +30,6 @@ class Reply:
     """An answer. `secret`: the body lies in locked memory and is wiped once it was sent. `rest` goes
     out behind the body: what was made in pieces is not copied into one, and each goes when it was sent."""
 
-    __slots__ = ("body", "close", "content_type", "extra", "receipt", "rest", "secret", "size", "status")
-
     def __init__(
         self,
         status: int,

@@ -26,11 +26,6 @@ IN, OUT = select.POLLIN, select.POLLOUT  # the same numbers as EPOLLIN and EPOLL
 class Connection:
     """Most of it is empty while it is idle."""
 
-    __slots__ = (
-        "answered", "behind", "body_piece", "deadline", "fragment", "keep", "kept", "kept_piece", "peer",
-        "pending", "phase", "poll", "reader", "request", "reserved", "rights", "round", "row", "turn",
-    )  # fmt: skip
-
     def __init__(self, request: socket.socket, peer: Peer, fragment: Fragment) -> None:
         self.request = request
         self.peer = peer

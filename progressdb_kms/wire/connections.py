@@ -98,13 +98,20 @@ class Connections:
 
     def reserve(self, connection: Connection, size: int) -> None:
         """So many bytes of the budget of bodies. Raises Overloaded."""
-        self._shares.take(size)
+        self._shares.take(size, connection.peer.uid, connection.row)
         connection.reserved += size
 
     def forget_body(self, connection: Connection) -> None:
         if connection.reserved:
-            self._shares.give_back(connection.reserved)
+            self._shares.give_back(connection.reserved, connection.row)
             connection.reserved = 0
+
+    def make_room(self, uid: int) -> None:
+        """For one of this UID, that will come again: of one that has too much, close who is idle longest."""
+        uids = [other for other in self.uids if other != uid and self._shares.crowds(other, 0)]
+        idle = [one for one in self.all.values() if one.phase == IDLE and one.peer.uid in uids]
+        for one in idle[:1]:
+            self.close(one)
 
     def forget_key(self, connection: Connection) -> None:
         """The body of a secret route, where it came in pieces."""

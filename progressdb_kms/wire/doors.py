@@ -121,6 +121,7 @@ class Doors:
                     return
                 continue  # it was gone before it was let in
             request.setblocking(False)
+            request.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # else a peek passes it by
             if not self._greet(door, request):
                 self._calm_from = now + CALM_SECONDS
             if time.monotonic() > until and not closing:

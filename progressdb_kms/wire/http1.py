@@ -21,7 +21,7 @@ import mmap
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Callable, NamedTuple, Protocol
+from typing import Any, Callable, NamedTuple, Union
 
 from ..crypto.memory import wipe
 from ..encoding import Buffer
@@ -104,11 +104,7 @@ _PERCENT = re.compile(r"%([0-9A-Fa-f]{2})")
 _START = re.compile(rb"(?:\r\n)?(?:%b(?: [\x21-\x7e]*(?: [HTP/0-9.]*)?)?)?\r?" % _TOKEN)
 
 
-class Searchable(Protocol):
-    """bytes, bytearray and mmap."""
-
-    def find(self, sub: bytes, start: int, end: int) -> int: ...
-    def __getitem__(self, index: slice) -> bytes: ...
+Searchable = Union[bytes, mmap.mmap]
 
 
 class Head(NamedTuple):
@@ -429,10 +425,6 @@ KNOWN = 1024
 class Reader:
     """The requests of one connection, one after another. `judge` gives a head's body its room; what it raises
     leaves `feed`, with `head` and `head_size` telling of which request."""
-
-    __slots__ = (
-        "_body", "_chunked", "_filled", "_judge", "_kept", "_known", "_room", "_seen", "head", "head_size",
-    )  # fmt: skip
 
     def __init__(self, judge: Callable[[Head], Room], known: Known | None = None) -> None:
         self._judge = judge

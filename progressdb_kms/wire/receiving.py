@@ -220,7 +220,9 @@ class Receiver:
 
     def _secret_place(self, length: int, behind: bool = False) -> memoryview:
         """`behind`: a piece must be left for what is here behind it."""
-        piece = self._current.body_piece = None if behind and self._slab.scarce else self._slab.take()
+        slab, uid = self._slab, self._current.peer.uid
+        more = behind or any(one.body_piece and one.peer.uid == uid for one in self._connections.all.values())
+        piece = self._current.body_piece = None if slab.scarce and more else slab.take()
         if piece is None:
             self.scarcity.refused(self._connections.now)
             raise Overloaded("no locked memory is free", hint="send the head and the body at once")

@@ -293,6 +293,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         """The waiter serves it from now on, and gives to threads what would hold it up."""
         if why := self.shares.refusal(client_address.uid):
             self._counters.add("refused_connections", 1)
+            self._connections.make_room(client_address.uid)
             error = Overloaded(why, hint="raise max_connections, or close idle connections")
             self._show_out(request, client_address, error)
             return

@@ -17,7 +17,9 @@ from ..crypto.memory import LockedBuffer
 RECEIVED = 16 * 1024
 """Bytes: the longest head (8 KiB), a secret body behind it, or a page of chat."""
 
-SPARES = 16
+SPARES, LAST = 16, 4
+"""The last few are for bodies alone, one each for UIDs that have none there: who holds all that he can get
+keeps nobody else from sending a key."""
 
 ANSWER = 128
 """Bytes of an answer that holds a DEK."""
@@ -40,16 +42,16 @@ class Slab:
         view = self.buffer.view
         self.received = view[:RECEIVED]
         self._spares = [view[at : at + RECEIVED] for at in range(RECEIVED, first, RECEIVED)]
-        self.scarce = False  # are fewer than two left: for a body, and for what came behind it?
+        self.scarce = False  # are fewer than LAST left?
         own = [view[at : at + _OWN] for at in range(first, len(view), _OWN)]
         self.waiter, *self.threads = [(piece[:SCRATCH_SIZE], piece[SCRATCH_SIZE:]) for piece in own]
 
     def take(self) -> memoryview | None:
         """A spare piece, or None: all are in use."""
-        self.scarce = len(self._spares) <= 2
+        self.scarce = len(self._spares) <= LAST
         return self._spares.pop() if self._spares else None
 
     def give_back(self, piece: memoryview) -> None:
         piece[:] = ZEROS
         self._spares.append(piece)
-        self.scarce = len(self._spares) < 2
+        self.scarce = len(self._spares) < LAST

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from progressdb_kms.wire.slab import SPARES
 from tests.harness import Daemon, raw
 from tests.harness.load import Load
 from tests.harness.procs import as_user, rss_kib, wait_until
@@ -231,6 +232,23 @@ class TestBatches:
                 20,
                 "the budget to be free again",
             )
+
+
+def test_who_holds_all_locked_memory_keeps_nobody_else_from_sending_a_key() -> None:
+    """Where it is scarce there is a piece for each UID that has none. What is urgent waits for nobody."""
+    piece = b"POST /wrap HTTP/1.1\r\nHost: unix\r\nContent-Length: 100\r\n\r\n{"
+    with serving(workers=1) as daemon, ExitStack() as stack:
+        socks = connected(daemon, OURS, SPARES + 5, stack)
+        for sock in socks:
+            sock.sendall(piece)
+        assert socks[-1].recv(100)[9:12] == b"503"
+        (urgent,) = connected(daemon, OURS, 1, stack)
+        urgent.send(GET[:1], socket.MSG_OOB)
+        urgent.sendall(GET[1:])
+        assert urgent.recv(100)[9:12] == b"200"
+        with as_user(OTHER):
+            told = {"new_kek_hex": os.urandom(32).hex(), "dry_run": True}
+            assert daemon.ok("POST", "/rotate_kek", told)["status"] == "dry_run"
 
 
 def test_who_sends_ahead_does_not_starve_the_others() -> None:

@@ -40,7 +40,7 @@ def told(**changes: Any) -> dict[str, Any]:
         "limits": {
             "connections": {"used": 12, "limit": 2048},
             "threads": {"used": 31, "limit": None},
-            "body_bytes": {"used": 0, "limit": 22 << 20},
+            "body_bytes": {"used": 0, "limit": 33 << 20},
         },
         "disk_free_bytes": 13 << 30,
         "workers": 2,
@@ -62,7 +62,7 @@ def test_a_daemon_that_is_well() -> None:
         "memory     memfd_secret, 1.2 MiB\n"
         "limits     connections         12 of 2,048 (1%)\n"
         "           threads             31\n"
-        "           messages under way  0 B of 22.0 MiB (0%)\n"
+        "           messages under way  0 B of 33.0 MiB (0%)\n"
         "disk       13.0 GiB free for the data-dir\n"
         "workers    2, none died\n"
         "audit      chain 3.1, record 1,234\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from progressdb_kms.audit.log import Fragment
 from progressdb_kms.errors import Overloaded
 from progressdb_kms.rules import Peer
-from progressdb_kms.service.metrics import Metrics
+from progressdb_kms.service.metrics import SECONDS, Metrics
+from progressdb_kms.wire import admission
 from progressdb_kms.wire.admission import Limits, Shares
 from progressdb_kms.wire.connection import AHEAD, ANSWERING, BODY, BUSY, CLOSED, IDLE, IN, REFUSED, Connection
 from progressdb_kms.wire.connections import LINGER_SECONDS, Connections
@@ -33,10 +35,10 @@ class Worker:
         self.table = Connections(self.pace, self.shares, self.slab, Limits(9, 60.0, 30.0))
         self.ends: list[socket.socket] = []
 
-    def one(self, phase: int = IDLE) -> Connection:
+    def one(self, phase: int = IDLE, uid: int = UID) -> Connection:
         ours, theirs = socket.socketpair()
         self.ends += [ours, theirs]
-        made = Connection(ours, Peer(UID), Fragment(""))
+        made = Connection(ours, Peer(uid), Fragment(""))
         self.table.enter(made, phase)
         return made
 
@@ -150,3 +152,52 @@ def test_one_that_can_not_be_waited_for_is_closed(worker: Worker, when: str) -> 
     worker.table.goes(one, BODY)
     assert one.phase == CLOSED and one.request.fileno() == -1 and not worker.table.all
     assert worker.block.get("connections") == 0 and worker.block.get("body_bytes") == 0
+
+
+# ---- shares of one UID ----------------------------------------------------------------------------------
+
+OTHER = 8
+
+
+def test_who_comes_late_gets_room_of_who_has_all(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else was here while one UID took all: who is idle for longest goes, and nobody of who is at
+    work."""
+    busy, *idle = [worker.one(phase) for phase in (BODY, *[IDLE] * 8)]
+    now = time.monotonic() + 2 * SECONDS
+    monkeypatch.setattr(admission.time, "monotonic", lambda: now)
+    worker.table.make_room(OTHER)
+    assert len(worker.table.all) == 9  # nobody asked yet
+    assert worker.shares.refusal(OTHER) == "too many connections"
+    worker.table.make_room(OTHER)
+    assert idle[0].phase == CLOSED and len(worker.table.all) == 8 and busy.phase == BODY
+    assert worker.shares.refusal(UID) and not worker.shares.refusal(OTHER)
+    worker.one(uid=OTHER)
+    worker.table.make_room(OTHER)
+    worker.table.make_room(OTHER)
+    worker.table.make_room(OTHER)
+    assert worker.table.uids[UID] == 6  # it has no more than its share now
+
+
+def test_bodies_of_one_uid_leave_a_quarter_to_others(worker: Worker) -> None:
+    mine, more = worker.one(), worker.one()
+    worker.table.reserve(mine, 2500)  # alone it may have all of the 3000
+    worker.table.forget_body(mine)
+    theirs = worker.one(uid=OTHER)
+    worker.table.reserve(mine, 2000)
+    with pytest.raises(Overloaded):
+        worker.table.reserve(more, 251)
+    worker.table.reserve(more, 250)
+    worker.table.reserve(theirs, 750)
+    with pytest.raises(Overloaded):
+        worker.table.reserve(theirs, 1)
+    for one in (mine, more, theirs):
+        worker.table.close(one)
+    assert [row.body_bytes for row in worker.metrics.holdings()] == [0, 0]
+
+
+def test_what_is_kept_for_who_is_turned_away_is_no_share(worker: Worker) -> None:
+    gone = worker.one(REFUSED)
+    worker.table.reserve(gone, 100)
+    assert worker.block.get("body_bytes") == 100 and not worker.block.get("items")
+    worker.table.close(gone)
+    assert worker.block.get("body_bytes") == 0
