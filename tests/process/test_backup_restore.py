@@ -537,7 +537,10 @@ class TestRestore:
     def test_an_edited_row_comes_back_disabled_whatever_it_says(self, site: Site) -> None:
         """A deletion that somebody wrote into it would shred the DEK at the next start."""
         site.daemon.stop()
+        before = (site.daemon.data_dir / "kms.db").stat().st_ino
         self.edit(site, state="pending_deletion", delete_at="2026-01-01T00:00:00.000000Z")
+        assert "was changed after it was made" in refused(restore(site))
+        assert (site.daemon.data_dir / "kms.db").stat().st_ino == before
         assert told(restore(site, "--force"))["damaged"] == site.keys[:1]
         checked(site.daemon)
         assert state(site.daemon.start(), site.keys[0]) == "disabled"
