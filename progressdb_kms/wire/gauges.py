@@ -1,4 +1,4 @@
-"""What /metrics tells of the service beside what is counted: a table of families, and a value for each.
+"""What /metrics tells of the service beside operations: a table of families, and where each has its value.
 
 What isn't known has no sample: the age of a KEK whose beginning nobody noted, a limit that is none, and all
 that the keeper is asked for while it doesn't answer.
@@ -6,17 +6,14 @@ that the keeper is asked for while it doesn't answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Union
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Callable
 
 from ..encoding import wall
 from ..errors import KMSError
 from ..service.clock import age
-from ..service.service import Service
 from .call import App
-
-Value = Union[float, Mapping[str, float], None]
-"""One sample, one for each value of the label, or none."""
 
 LABEL = "kek_id"
 
@@ -27,10 +24,9 @@ LIMITS = {
     "body_bytes": "Bytes of messages that are kept while they come and are worked on",
     "locked_bytes": "Bytes of locked memory",
 }
-"""What `status` tells of as used and limit; the first is counted already."""
+"""What `status` tells of as used and limit."""
 
 COUNTED = {
-    "connections": "Open connections.",
     "audit_lines_total": "Audit records written by the workers.",
     "items_total": "Messages encrypted or decrypted, those of batches one by one.",
     "embedded_messages_total": "Messages of ProgressDB's embedded mode that were opened.",
@@ -64,79 +60,67 @@ FAMILIES = {
     "backup_checked_age_seconds": "Since the newest that passed its drill was made.",
     "disk_free_bytes": "Free for the data-dir.",
     "uptime_seconds": "Since the daemon started.",
-    **{name: f"{text}." for name, text in LIMITS.items() if name != "connections"},
+    **{name: f"{text}." for name, text in LIMITS.items()},
     **{f"{name}_limit": f"{text}: what is allowed." for name, text in LIMITS.items()},
 }
 
 
+MADE: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "deks": ("deks_by_kek", lambda rows: {kek_id: row["count"] for kek_id, row in rows.items()}),
+    "kek_version": ("kek_version", int),
+    "kek_max_age_seconds": ("kek_max_age_days", lambda days: days * 86400),
+    "worker_restarts_total": ("restarts", int),
+    "warnings": ("warnings", len),
+    "erasures_held": ("erasures_held", bool),
+    "rotation_deks": ("rotation_total", int),
+    "backup_age_seconds": ("backup_created_at", lambda created: age(created, wall())),
+    "backup_checked_age_seconds": ("backup_checked_at", lambda created: age(created, wall())),
+    **{name: (f"limits_{name}_used", int) for name in LIMITS},
+    **{f"{name}_limit": (f"limits_{name}_limit", int) for name in LIMITS},
+}
+"""A family is called as the member of `status` that it shows: `deks_spent` is `deks.spent`. Of these it is
+another, or what is made of it: a number, or one for each value of the label."""
+
+
 def families(app: App) -> list[tuple[str, str, str, list[tuple[str, float]]]]:
     """(name, type, help, [(labels, value)]), as `Metrics.render` takes them."""
-    found = _values(app)
+    told = dict(_flat(_told(app)))
     return [
         (name, "counter" if name.endswith("_total") else "gauge", text, samples)
         for name, text in {**FAMILIES, **app.service.families}.items()
-        if (samples := _samples(found.get(name))) is not None
+        if (samples := _samples(name, told)) is not None
     ]
 
 
-def _samples(value: Value) -> list[tuple[str, float]] | None:
+def _samples(name: str, told: Mapping[str, Any]) -> list[tuple[str, float]] | None:
+    member, made = MADE.get(name, (name, lambda value: value))
+    value = told.get(member)
+    if value is None or (value := made(value)) is None:
+        return None
     if isinstance(value, Mapping):
         return [(f'{{{LABEL}="{label}"}}', number) for label, number in value.items()]
-    return None if value is None else [("", value)]
+    return [("", value)]
 
 
-def _values(app: App) -> dict[str, Value]:
-    service = app.service
-    about, now = service.about(), wall()
-    counted = {name: sum(app.metrics.gauge(name.removesuffix("_total"))) for name in COUNTED}
-    backup = about["backup"]
-    values: dict[str, Value] = {
-        "kek_max_age_seconds": days * 86400 if (days := about["kek_max_age_days"]) else None,
-        "workers": about["workers"],
-        "worker_restarts_total": about["restarts"],
-        "backup_age_seconds": age(backup["created_at"], now) if backup else None,
-        "backup_checked_age_seconds": age(backup["checked_at"], now) if backup else None,
-        "disk_free_bytes": about["disk_free_bytes"],
-        "uptime_seconds": about["uptime_seconds"],
-    }
-    for name, use in about["limits"].items():
-        values.update({name: use["used"], f"{name}_limit": use["limit"]})
-    return {**values, **counted, **_stored(service), **_told(app)}
+def _flat(told: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Each member, and those within it, by its path."""
+    for name, value in told.items():
+        yield before + name, value
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{name}_")
 
 
-def _stored(service: Service) -> dict[str, Value]:
-    """By the store: nothing where it can't be read, which `ready` tells."""
+def _told(app: App) -> dict[str, Any]:
+    """What is counted, and what `status` and `readiness` tell, as far as it is known now."""
+    service, told = app.service, app.service.about()
+    told.update((name, sum(app.metrics.gauge(name.removesuffix("_total")))) for name in COUNTED)
+    with contextlib.suppress(KMSError):  # the store can't be read, which `ready` tells
+        told.update(service.stored())
     try:
-        told = service.stored()
-        return {
-            "deks": {kek_id: row["count"] for kek_id, row in told["deks"]["by_kek"].items()},
-            "deks_near_limit": told["deks"]["near_limit"],
-            "deks_spent": told["deks"]["spent"],
-            "kek_version": int(told["kek_version"]),
-            "kek_wraps": told["kek_wraps"],
-            "kek_age_seconds": told["kek_age_seconds"],
-            "deletions_scheduled": told["deletions"]["scheduled"],
-        }
-    except KMSError:
-        return {}
-
-
-def _told(app: App) -> dict[str, Value]:
-    """By the keeper. Where it doesn't answer it is not asked again: who scrapes waits for it once."""
-    try:
-        told: dict[str, Any] = app.service.ask("status")
-    except KMSError:
-        return {"ready": 0, "audit_writable": not app.service.audit.reasons(), "store_writable": 0}
-    ready = app.service.readiness()
-    rotation = told["rotation"] or {"done": 0, "total": 0}
-    return {
-        "ready": not ready.reasons,
-        "warnings": len(ready.warnings),
-        "audit_writable": ready.audit_writable,
-        "store_writable": ready.store_writable,
-        "erasures_due": told["erasures_due"],
-        "erasures_held": bool(told["erasures_held"]),
-        "rotation_done": rotation["done"],
-        "rotation_deks": rotation["total"],
-        **{f"fleet_{name}": value for name, value in told.get("fleet", {}).items()},
-    }
+        told.update(service.ask("status"))
+        ready = service.readiness()
+        told.update(ready._asdict(), ready=not ready.reasons)
+        told["rotation"] = told["rotation"] or {"done": 0, "total": 0}
+    except KMSError:  # the keeper doesn't answer: it is not asked again, who scrapes waits for it once
+        told.update(ready=False, audit_writable=not service.audit.reasons(), store_writable=False)
+    return told
