@@ -33,7 +33,7 @@ def decrypt_batch(app: App, call: Call) -> Reply:
 
 
 Many = Callable[[Batch, memoryview, int], Results]
-Page = Callable[[list[Any]], tuple[Batch, Results]]
+Page = Callable[[list[Any]], tuple[Sequence[Any], Results]]
 
 
 def _batch(app: App, call: Call, given: str, wanted: str, work: Many) -> Reply:
@@ -107,7 +107,8 @@ def _batch_reply(app: App, call: Call, wanted: str, pages: Iterator[list[Any]], 
     lead = b'{"%b":"' % wanted.encode("ascii")
     for rows in pages:
         items, results = carry_out(rows)
-        sources.update([item[0] for item in items if type(item) is tuple])
+        # Whose DEK it is stands first, and behind data and AAD, of a move, that of the target.
+        sources.update([one for item in items if isinstance(item, tuple) for one in item[::3]])
         failed += (bad := len(results) - list(map(type, results)).count(bytes))
         count += len(results)
         runs = [[one] for one in results] if bad else [results]
@@ -171,14 +172,14 @@ def reencrypt(app: App, call: Call) -> Reply:
 def _reencrypt_batch(app: App, call: Call, rows: Iterator[list[Any]]) -> Reply:
     embedded = 0
 
-    def carry_out(page: list[Any]) -> tuple[Batch, Results]:
+    def carry_out(page: list[Any]) -> tuple[Sequence[_Move | KMSError], Results]:
         nonlocal embedded
         moves = _each(page, _move)
         if call.rights:
             moves = _permitted(app, call, moves, lambda move: (move.source, move.target))
         results, opened = _moved(app, call, moves)
         embedded += opened
-        return _sources(moves), results
+        return moves, results
 
     reply = _batch_reply(app, call, "ciphertext", rows, carry_out)
     call.details = Fragment(call.details + fragment(embedded=embedded or None))

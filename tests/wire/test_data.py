@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 
 import pytest
 
@@ -85,6 +86,17 @@ def test_reencrypt_binds_to_the_aad_that_it_was_told(
     assert kms.ok("POST", "/decrypt", right)["plaintext"] == b64(b"x")
     for aad in {b"old", b"", b"new"} - {opens_with}:
         assert kms.request("POST", "/decrypt", {**right, "aad": b64(aad)}).status == 422
+
+
+def test_the_record_of_a_batch_that_moves_names_both_ends(daemon: Daemon, kms: Session) -> None:
+    """What was encrypted under a DEK is found by its name."""
+    ends = [dek(kms) for _ in range(3)]
+    items = [
+        {"key_id": ends[0], "new_key_id": end, "ciphertext": sealed(kms, ends[0], b"x")} for end in ends[1:]
+    ]
+    kms.ok("POST", "/reencrypt", {"items": items})
+    event = json.loads(daemon.audit_log.read_bytes().splitlines()[-1])["event"]
+    assert (event["op"], event["count"], event["failed"], event["keys"]) == ("reencrypt", 2, 0, sorted(ends))
 
 
 def test_an_inline_wrapped_dek_opens_at_another_daemon_with_the_same_kek(
