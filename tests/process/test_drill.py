@@ -103,6 +103,26 @@ class TestCheck:
         assert done.returncode == 1 and two[5:].encode() in done.stderr
         assert b"do not open" in done.stderr or b"as it was written" in done.stderr
 
+    @pytest.mark.parametrize(
+        "edit",
+        [
+            "UPDATE deks SET value = replace(value, '\"t2\"', '\"t3\"')",
+            "DELETE FROM deks WHERE json_extract(value, '$.thread_id') = 't2'",
+        ],
+    )
+    def test_what_was_changed_after_it_was_made(self, site: Site, short_tmp: Path, edit: str) -> None:
+        """By who knows how to make the checksum; each DEK that is there opens."""
+        configured(site, site.first, site.other)
+        bad = short_tmp / "bad"
+        bad.write_bytes(site.backup.read_bytes()[: backups.last_line(site.backup).size])
+        with contextlib.closing(sqlite3.connect(bad)) as db, db:
+            assert db.execute(edit).rowcount
+        with open(bad, "ab") as file:
+            file.write(backups._describe(bad).line())
+        done = site.daemon.offline("backup", "--check", str(bad))
+        assert done.returncode == 1, done.stdout
+        assert b"not as the daemon wrote it" in done.stderr or b"don't add up" in done.stderr
+
     def test_damage(self, site: Site, short_tmp: Path) -> None:
         bad = short_tmp / "bad"
         content = bytearray(site.backup.read_bytes())
