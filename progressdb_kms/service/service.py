@@ -174,11 +174,9 @@ class Service:
             self._turn_opener = loan, Aead(kek)
         return self._turn_opener[1]
 
-    def _again(self, dek: Entry) -> Entry:
-        return self.dek(dek.wrapped if dek.thread_id is None else dek.wrapped.key_id)
-
-    def _with_dek(self, dek: Entry, scratch: memoryview, work: Callable[..., T], *args: Any) -> T:
-        """`work(cipher under the DEK, *args)`; the DEK is in `scratch` meanwhile, and wiped after."""
+    def _unwrapped(self, dek: Entry, scratch: memoryview) -> memoryview:
+        """The DEK, in `scratch`, which the caller wipes whatever comes of it. Looked up and unwrapped again
+        where KEKs change meanwhile."""
         for _ in range(ATTEMPTS):
             try:
                 loan = self.keyring.borrow(dek.wrapped.kek_id)
@@ -186,16 +184,19 @@ class Service:
                     opener = self._opener(loan, kek, scratch)
                     key = envelope.unwrap(opener, dek.wrapped, scratch)
                     del opener  # before its KEK's loan ends
-                return work(Aead(key), *args)
-            except KeyringChanged:
-                dek = self._again(dek)
-            except KekNotLoaded as missing:
-                dek = self._again(dek)
-                if dek.wrapped.kek_id == missing.kek_id:
+                return key
+            except (KeyringChanged, KekNotLoaded) as changed:
+                dek = self.dek(dek.wrapped if dek.thread_id is None else dek.wrapped.key_id)
+                if isinstance(changed, KekNotLoaded) and changed.kek_id == dek.wrapped.kek_id:
                     raise
-            finally:
-                scratch[:] = _ZEROS
         raise Unavailable("the keyring changes too fast", hint="try again")
+
+    def _with_dek(self, dek: Entry, scratch: memoryview, work: Callable[..., T], *args: Any) -> T:
+        """`work(cipher under the DEK, *args)`; the DEK is in `scratch` meanwhile, and wiped after."""
+        try:
+            return work(Aead(self._unwrapped(dek, scratch)), *args)
+        finally:
+            scratch[:] = _ZEROS
 
     def encrypt(
         self, dek: Entry, plaintext: Buffer, aad: bytes, scratch: memoryview, uid: int = NOBODY
@@ -314,16 +315,9 @@ class Service:
     def unwrap(self, wrapped: Wrapped, scratch: memoryview, uid: int = NOBODY) -> memoryview:
         """The DEK, in `scratch`, which the caller wipes. A DEK that the store knows as disabled or
         shredded stays closed here too."""
-        for _ in range(ATTEMPTS):
-            self.allow(wrapped.key_id)
-            try:
-                with self.keyring.borrow(wrapped.kek_id) as kek:
-                    dek = envelope.unwrap(Aead(kek), wrapped, scratch)
-                self.uses.add(TOUCHED, (wrapped.key_id,), uid)
-                return dek
-            except KeyringChanged:
-                continue
-        raise Unavailable("the keyring changes too fast", hint="try again")
+        dek = self._unwrapped(self.dek(wrapped), scratch)
+        self.uses.add(TOUCHED, (wrapped.key_id,), uid)
+        return dek
 
     # ---- changes: the keeper makes them ---------------------------------------------------------------
 

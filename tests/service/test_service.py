@@ -64,6 +64,15 @@ class Site:
             self.store.put(DekRecord(key_id, "t", blob, self.kek_id, 1, "")._replace(**fields))
         self.keyring.touch()
 
+    def rotate(self, *key_ids: str) -> None:
+        """To a new KEK, which wraps these DEKs then; the old one is gone."""
+        old, self.kek = self.kek_id, memoryview(bytearray(os.urandom(32)))
+        self.kek_id = self.keyring.install(self.kek, 2)
+        for key_id in key_ids:
+            self.put(key_id)
+        self.keyring.activate(self.kek_id, 2)
+        self.keyring.remove(old)
+
     def encrypt(self) -> bytes:
         nonce, sealed = self.service.encrypt(self.service.dek("k"), TEXT, b"", self.scratch)
         return nonce + sealed
@@ -289,41 +298,61 @@ class TestChanges:
 
     def test_a_kek_that_is_replaced_at_work(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
         """The keeper rotates between the look at the row and the use of its KEK: done again, with the new."""
-        new = memoryview(bytearray(os.urandom(32)))
         real, rotated = envelope.unwrap, []
 
         def rotating(*args: Any) -> Any:
             if not rotated:
                 rotated.append(site.kek_id)
-                old, site.kek = site.kek_id, new
-                site.kek_id = site.keyring.install(new, 2)
-                site.put("k")
-                site.keyring.activate(site.kek_id, 2)
-                site.keyring.remove(old)
+                site.rotate("k")
             return real(*args)
 
         monkeypatch.setattr(envelope, "unwrap", rotating)
         sealed = site.encrypt()
         assert rotated and site.service.decrypt(site.service.dek("k"), sealed, b"", site.scratch) == TEXT
 
+    def test_a_kek_that_goes_before_its_use(self, site: Site) -> None:
+        """The row was looked at before the rotation: it is looked at again."""
+        dek, sealed = site.service.dek("k"), site.encrypt()
+        site.rotate("k")
+        assert site.service.decrypt(dek, sealed, b"", site.scratch) == TEXT
+
+    @pytest.mark.parametrize("use", ["decrypt", "unwrap"])
+    def test_a_kek_that_moves_under_a_callers_own_dek(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, use: str
+    ) -> None:
+        """Of which the store knows nothing: the blob is all there is."""
+        sealed, moved, real = site.encrypt(), [], envelope.unwrap
+        blob = envelope.wrap(
+            Aead(site.kek), site.kek_id, "mine", os.urandom(12), memoryview(bytearray(site.dek))
+        )
+
+        def moving(*args: Any) -> Any:
+            if not moved:
+                old, kek = site.kek_id, site.kek
+                site.rotate()
+                moved.append(site.keyring.install(kek, 1))
+                assert moved == [old]
+            return real(*args)
+
+        monkeypatch.setattr(envelope, "unwrap", moving)
+        if use == "unwrap":
+            assert site.service.unwrap(parse(blob), site.scratch) == site.dek
+        else:
+            assert site.service.decrypt(site.service.dek(parse(blob)), sealed, b"", site.scratch) == TEXT
+        assert moved
+
     def test_a_kek_that_is_replaced_under_a_page(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
         """Between the first DEK of a page and its second."""
         names = ["k", "second", "third"]
         for name in names[1:]:
             site.put(name)
-        new = memoryview(bytearray(os.urandom(32)))
         real, calls = envelope.unwrap, 0
 
         def rotating(*args: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls == 2:
-                old, site.kek = site.kek_id, new
-                site.kek_id = site.keyring.install(new, 2)
-                for name in names:
-                    site.put(name)
-                site.keyring.activate(site.kek_id, 2)
-                site.keyring.remove(old)
+                site.rotate(*names)
             return real(*args)
 
         monkeypatch.setattr(envelope, "unwrap", rotating)
