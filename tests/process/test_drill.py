@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import sqlite3
@@ -16,6 +17,7 @@ from progressdb_kms.store import sqlite
 from progressdb_kms.tools import backup as backups
 from tests.harness.daemon import Daemon, write_secret
 from tests.harness.fakekms import kek_id_of
+from tests.harness.vectors import load, secret
 
 
 class Site(NamedTuple):
@@ -122,6 +124,27 @@ class TestCheck:
         done = site.daemon.offline("backup", "--check", str(bad))
         assert done.returncode == 1, done.stdout
         assert b"not as the daemon wrote it" in done.stderr or b"don't add up" in done.stderr
+
+    def test_one_that_release_1_made_is_taken_for_ever(self, short_tmp: Path) -> None:
+        """Put together here, and not by the code that writes them now."""
+        told, file = load("store"), short_tmp / "b"
+        with contextlib.closing(sqlite3.connect(file)) as db, db:
+            for sql in told["tables"]:
+                db.execute(sql)
+            for table in ("deks", "kms"):
+                db.executemany(f"INSERT INTO {table} VALUES (?, ?)", told[table].items())
+            for name in ("application_id", "user_version"):
+                db.execute(f"PRAGMA {name} = {told[name]}")
+        copy = file.read_bytes()
+        line = told["backup"].replace("SIZE", str(len(copy)))
+        digest = hashlib.sha256(copy + line.replace("SHA256", "").encode()).hexdigest()
+        file.write_bytes(copy + line.replace("SHA256", digest).encode())
+        with backups.opened(file, lambda done, total: None) as found:
+            found.unlock(secret(told["row_key"]))
+            found.check_all()
+            ((record, genuine),) = found.records()
+        assert genuine and (record.key_id, record.wrapped, record.state) == ("a", b"wrapped a", "enabled")
+        assert found.contents.kek_ids == ["0" * 16]
 
     def test_damage(self, site: Site, short_tmp: Path) -> None:
         bad = short_tmp / "bad"

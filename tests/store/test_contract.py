@@ -3,9 +3,12 @@ same tests."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
+import hmac
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +25,7 @@ from progressdb_kms.store.seal import STATE, KekCount, Seal
 from progressdb_kms.store.sealed import Written, as_it_stands
 from progressdb_kms.store.sqlite import FILE_NAME, FILES, SqliteReader, SqliteStore
 from tests.harness.memstore import MemoryReader, MemoryStore
+from tests.harness.vectors import load, secret
 
 AnyStore = Union[SqliteStore, MemoryStore]
 AnyReader = Union[SqliteReader, MemoryReader]
@@ -899,3 +903,35 @@ class TestFile:
     def test_a_read_only_folder(self, tmp_path: Path) -> None:
         with pytest.raises(StoreUnavailable, match="unable to open"):
             SqliteReader(tmp_path / "nowhere")
+
+
+class TestReleased:
+    """Rows to the letter: no other test knows them but by the code that writes and reads them."""
+
+    TOLD = load("store")
+
+    def test_they_are_written_so(self, tmp_path: Path) -> None:
+        key = secret(self.TOLD["row_key"])
+        with contextlib.closing(SqliteStore(tmp_path, key)) as store, store.transaction():
+            store.activate(OLD, 1, "2026-01-01T00:00:00.000000Z")
+            store.put(dek("a"))
+            store.write("kek:x", {"since": "2026"})
+        with contextlib.closing(sqlite3.connect(tmp_path / "kms.db")) as db:
+            for table in ("deks", "kms"):
+                assert dict(db.execute(f"SELECT key, value FROM {table}")) == self.TOLD[table]
+            for name in ("application_id", "user_version"):
+                assert db.execute(f"PRAGMA {name}").fetchone()[0] == self.TOLD[name]
+            made = {sql for (sql,) in db.execute("SELECT sql FROM sqlite_master WHERE type = 'table'")}
+            assert made == set(self.TOLD["tables"])
+
+    def test_a_mac_is_what_the_manual_says(self) -> None:
+        """And the sums in the state row."""
+        sums = {"deks": 0, "kms": 0}
+        for table in sums:
+            for name, text in self.TOLD[table].items():
+                row, mac = re.fullmatch(r'(.+),"mac":"(.+)"}', text).groups()  # type: ignore[union-attr]
+                signed = b"progressdb-kms row v1\0" + name.encode() + b"\0" + row.encode() + b"}"
+                found = hmac.digest(bytes.fromhex(self.TOLD["row_key"]), signed, "sha256")
+                assert base64.b64encode(found).decode() == mac, name
+                sums[table] += int.from_bytes(found, "big") if name != STATE else 0
+        assert f'"sum":"{sums["deks"]:064x}","own":"{sums["kms"]:064x}"' in self.TOLD["kms"][STATE]
