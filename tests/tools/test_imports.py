@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import fcntl
+import hashlib
+import hmac
 import json
 import os
 import shutil
@@ -22,7 +24,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from progressdb_kms.encoding import b64encode, timestamp
 from progressdb_kms.store.contract import DekRecord, Usage
-from progressdb_kms.tools import imports
+from progressdb_kms.tools import imports, ledgers
 from progressdb_kms.tools.imports import MAX_LINE, read_entry
 from tests.conftest import MakeDaemon
 from tests.harness.daemon import REPO, Daemon, write_secret
@@ -40,6 +42,16 @@ def line(**fields: Any) -> bytes:
 
 def record_of(data: bytes, key_id: str | None, now: float) -> DekRecord:
     return read_entry(data, key_id, now)[0]
+
+
+def test_a_ledger_that_release_1_signed_is_taken_for_ever(tmp_path: Path) -> None:
+    """Put together here, and not by the code that signs them now."""
+    key, path = bytes(range(32)), tmp_path / "ledger"
+    row = '{"key_id":"a","old_kek_id":"00","new_kek_id":"11","old_sha256":"aa","new_sha256":"bb"}\n'
+    totals = f'{{"rewrapped":1,"new_kek_id":"11","sha256":"{hashlib.sha256(row.encode()).hexdigest()}"}}'
+    sig = b64encode(hmac.digest(key, totals.encode(), "sha256"))
+    path.write_text(f'{row}{{"totals":{totals},"sig":"{sig}"}}\n')
+    assert ledgers.signed(path, memoryview(key), lambda line: True) == {"a": "aa"}
 
 
 def test_root_reads_a_file_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
