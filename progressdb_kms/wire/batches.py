@@ -13,13 +13,13 @@ from typing import Any, Callable, NamedTuple, TypeVar
 from ..audit.log import Fragment, fragment, key_fragment
 from ..crypto.envelope import Wrapped
 from ..encoding import b64encode_bytes, json_dumps
-from ..errors import AuthenticationFailed, KMSError, PolicyRefused
+from ..errors import AuthenticationFailed, BadRequest, KMSError, PolicyRefused
 from ..service.service import Batch, BatchItem, Results
 from . import dialect
 from .call import App, Call, Reply
 from .fields import Fields
-from .items import batch_items, is_batch, pages
-from .reading import fields_of, json_body, may_use
+from .items import batch_items
+from .reading import json_body, may_use
 
 T = TypeVar("T")
 
@@ -43,7 +43,10 @@ def _batch(app: App, call: Call, given: str, wanted: str, work: Many) -> Reply:
             items = _permitted(app, call, items, lambda item: (item[0],))
         return items, work(items, call.scratch, call.peer.uid)
 
-    return _batch_reply(app, call, wanted, batch_items(json_body(call), given), carry_out)
+    pages = batch_items(json_body(call), given)
+    if isinstance(pages, Fields):
+        raise BadRequest.missing("items")
+    return _batch_reply(app, call, wanted, pages, carry_out)
 
 
 def _permitted(
@@ -148,14 +151,9 @@ class _Move(NamedTuple):
 
 def reencrypt(app: App, call: Call) -> Reply:
     """From one DEK to another; the plaintext never leaves the process."""
-    body = json_body(call)
-    if is_batch(body):
-        return _reencrypt_batch(app, call, batch_items(body, ""))
-    fields = fields_of(call)
-    rows = fields.items()
-    if rows is not None:
-        fields.end()
-        return _reencrypt_batch(app, call, pages(iter(rows)))
+    fields = batch_items(json_body(call), "")
+    if not isinstance(fields, Fields):  # but pages of them
+        return _reencrypt_batch(app, call, fields)
     move = _move(fields)
     fields.end()
     call.key = key_fragment(move.source)

@@ -88,10 +88,9 @@ class Fields:
         return bool(value)
 
     def items(self) -> list[Any] | None:
+        """However many."""
         value = self._values.pop("items", None)
-        if value is None:
-            return None
-        if not isinstance(value, list) or not 1 <= len(value) <= MAX_ITEMS:
+        if not isinstance(value, (list, type(None))):
             raise wrong_number()
         return value
 

@@ -82,28 +82,22 @@ stand: `[^"]` is a tight loop of the engine, a class of two characters takes ten
 _ITEM = {field: re.compile(plain + rb" ?(, ?|\])") for field, plain in PLAIN.items()}
 
 
-def is_batch(body: Buffer) -> bool:
-    return _START.match(body) is not None
-
-
-def batch_items(body: Buffer, field: str) -> Iterator[list[Any]]:
+def batch_items(body: Buffer, field: str) -> Iterator[list[Any]] | Fields:
     """The rows of `{"items": [...]}` in pages: (key_id, data, b"") of an item that is written as most clients
-    do, and of any other what JSON makes of it. Raises BadRequest, also behind some pages."""
+    do, and of any other what JSON makes of it. Raises BadRequest, also behind some pages. Of an object
+    without items its fields."""
     start = _START.match(body)
-    if start is None:
-        return pages(iter(_rows(Fields(parsed_json(body)))))
-    return _items(body, start.end(), _ITEM.get(field), field)
-
-
-def _rows(fields: Fields) -> list[Any]:
+    if start is not None:
+        return _items(body, start.end(), _ITEM.get(field), field)
+    fields = Fields(parsed_json(body))
     rows = fields.items()
     if rows is None:
-        raise BadRequest.missing("items")
+        return fields
     fields.end()
-    return rows
+    return _pages(iter(rows))
 
 
-def pages(rows: Iterator[Any], count: int = 0) -> Iterator[list[Any]]:
+def _pages(rows: Iterator[Any], count: int = 0) -> Iterator[list[Any]]:
     """`count`: of those that were read before."""
     page: list[Any] = []
     for row in rows:
@@ -144,7 +138,7 @@ def _items(body: Buffer, at: int, plain: re.Pattern[bytes] | None, field: str) -
     rest = memoryview(body)[at:]
     if len(rest) > SMALL:
         _bounded(rest, 2 * MAX_ITEMS, wrong_number())
-    yield from pages(chain(page, _other_items(_text(rest, 0), not count and not page)), count)
+    yield from _pages(chain(page, _other_items(_text(rest, 0), not count and not page)), count)
 
 
 def _alike(body: Buffer, item: re.Match[bytes], end: int, page: list[Any]) -> int:

@@ -30,10 +30,16 @@ def read(row: Any) -> Any:
         return error.code
 
 
+def pages_of(body: bytes) -> list[list[Any]]:
+    pages = batch_items(memoryview(body), "ciphertext")
+    assert not isinstance(pages, Fields)
+    return list(pages)
+
+
 def rows_of(body: bytes) -> Any:
     """All rows, or the code of what is wrong with the whole."""
     try:
-        return [read(row) for page in batch_items(memoryview(body), "ciphertext") for row in page]
+        return [read(row) for page in pages_of(body) for row in page]
     except BadRequest as error:
         return error.code
 
@@ -102,15 +108,13 @@ def test_pages(names: list[str], size: int) -> None:
     """Of at most PAGE items in PAGE_BYTES, or one that is longer; a page of chat is one page."""
     count = 1000 if size <= 200 else 40
     items = [item(names[at % len(names)], os.urandom(size)) for at in range(count)]
-    pages = list(batch_items(memoryview(body_of(*items)), "ciphertext"))
+    pages = pages_of(body_of(*items))
     assert [read(row) for page in pages for row in page] == expected(body_of(*items))
     assert all(type(row) is tuple for page in pages for row in page)
     for page in pages:
         assert len(page) <= PAGE
         assert len(page) == 1 or sum(len(row[1]) for row in page[:-1]) * 4 // 3 < PAGE_BYTES
-    assert len(list(batch_items(memoryview(body_of(*items[:100])), "ciphertext"))) == (
-        size <= 200 or len(pages)
-    )
+    assert len(pages_of(body_of(*items[:100]))) == (size <= 200 or len(pages))
 
 
 @pytest.mark.parametrize(
@@ -137,6 +141,28 @@ def test_pages(names: list[str], size: int) -> None:
 def test_what_is_no_batch(body: bytes, code: str) -> None:
     assert rows_of(body) == code
     assert rows_of(body.replace(b'"items":[', b'"items": [')) == code
+
+
+@pytest.mark.parametrize(
+    ("items", "code"),
+    [
+        ([item("a"), *ODD], ""),
+        ([], "invalid_items"),
+        (["{}"] * (MAX_ITEMS + 1), "invalid_items"),
+    ],
+    ids=["some", "none", "too many"],
+)
+def test_the_name_written_otherwise(items: list[str], code: str) -> None:
+    body = body_of(*items).replace(b"items", b"\\u0069tems")
+    assert rows_of(body) == (code or expected(body))
+    assert rows_of(body[:-1] + b',"more":1}') == "unknown_field"
+
+
+def test_no_items_at_all() -> None:
+    """These may be the fields of one."""
+    fields = batch_items(b'{"key_id":"k","items":null}', "ciphertext")
+    assert isinstance(fields, Fields) and fields.key_id() == "k"
+    fields.end()
 
 
 def test_as_many_as_there_may_be() -> None:
