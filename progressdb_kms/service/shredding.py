@@ -155,12 +155,12 @@ class Shredding:
             try:
                 record = self._store.get(name.removeprefix("erasure:").rpartition("|")[2])
             except StoreDamaged as error:
-                log.error("%s", error.line)
+                log.error("%r", error.line)  # it names what stands there, of which nobody knows anything
                 record = None
             if record is not None and name == _entry(record):
                 found.append(record)
             else:
-                log.error("the entry %s is not borne out by the row of that key: removed", name[:200])
+                log.error("the entry %r is not borne out by the row of that key: removed", name[:200])
                 self._store.erase(name)
         return found
 

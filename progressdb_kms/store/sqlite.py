@@ -246,10 +246,10 @@ def refuse_lost(path: Path, *traces: str) -> None:
 
 
 def _name(kind: str, key: bytes) -> str:
-    """A row's name, in ASCII; of a damaged one such that `_raw` finds the place where it stands."""
+    """A row's name, in ASCII that can be shown; of a damaged one such that `_raw` finds where it stands."""
     if kind != "text":
         raise StoreDamaged(f"the name of a row of the store is no text: {key[:200]!r}", hint=DAMAGED)
-    return key.replace(b"\\", b"\\x5c").decode("ascii", "backslashreplace")
+    return re.sub(rb"[^ -\[\]-~]", lambda found: b"\\x%02x" % found[0][0], key).decode()
 
 
 def _raw(name: str) -> bytes:

@@ -177,6 +177,7 @@ def test_a_row_that_lost_a_byte_of_its_name(make_daemon: MakeDaemon, byte: str, 
         assert (rotated.status, rotated.code) == (500, "store_damaged")
         session.ok("GET", "/deks?unused_for=0")
     assert "Traceback" not in daemon.stderr
+    assert all(line.startswith("progressdb-kms: ") for line in daemon.stderr.splitlines())
     daemon.stop()
     verified = daemon.offline("verify")
     assert verified.returncode == 1 and verified.stderr.count(b": its row is not as the daemon wrote it") == 1
