@@ -19,7 +19,7 @@ from progressdb_kms.service.metrics import CLASSES, OPS, Metrics
 from progressdb_kms.tools.commands.daemon import UP
 from progressdb_kms.tools.manual import text_of
 from progressdb_kms.wire.gauges import FAMILIES, LIMITS
-from tests.harness import REPO
+from tests.harness import REPO, Daemon
 
 RULES = REPO / "packaging" / "prometheus-rules.yml"
 BOARD = json.loads((REPO / "packaging" / "grafana-dashboard.json").read_text())
@@ -94,6 +94,24 @@ def test_each_alert_says_what_to_do() -> None:
     for rule in ALERTS:
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert {"summary", "description"} == set(rule["annotations"])
+
+
+def test_what_the_alert_of_old_keks_says_to_do_ends_it(daemon: Daemon) -> None:
+    """It said `--resume`, which does nothing there: no rotation leaves DEKs under two KEKs."""
+    (rule,) = (rule for rule in ALERTS if rule["alert"] == "KmsOldKekInUse")
+    (line,) = re.findall("`progressdb-kms (rotate-kek [^`]+)`", rule["annotations"]["description"])
+
+    def keks() -> list[str]:
+        page = daemon.request("GET", "/metrics").body.decode()
+        return re.findall(r'^progressdb_kms_deks{kek_id="(\w+)"} [1-9]', page, re.M)
+
+    with daemon.session() as kms:
+        one, _ = (kms.create_dek("t")["key_id"] for _ in range(2))
+        kms.ok("POST", "/rewrap", {"key_id": one, "new_kek_hex": os.urandom(32).hex()})
+    assert len(keks()) == 2
+    done = daemon.cli(*line.replace("…", str(daemon.config_file)).split())
+    assert done.returncode == 0, done.stderr
+    assert len(keks()) == 1
 
 
 def test_the_dashboard_is_in_order() -> None:
