@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from ..encoding import b64decode, b64encode
@@ -44,19 +45,10 @@ class DekRecord(NamedTuple):
     shredded_at: str = ""
 
     def to_row(self) -> dict[str, Any]:
-        row: dict[str, Any] = {
-            "thread_id": self.thread_id,
-            "wrapped": b64encode(self.wrapped),
-            "kek_id": self.kek_id,
-            "kek_version": self.kek_version,
-            "created_at": self.created_at,
-            "state": self.state,
-            "format": FORMAT,
-        }
-        if self.delete_at:
-            row["delete_at"] = self.delete_at
-        if self.shredded_at:
-            row["shredded_at"] = self.shredded_at
+        row = dict(zip(_MEMBERS, self[1:]), wrapped=b64encode(self.wrapped), format=FORMAT)
+        for name in _UNSET:
+            if not row[name]:
+                del row[name]
         return row
 
     @classmethod
@@ -65,22 +57,22 @@ class DekRecord(NamedTuple):
         try:
             if row["format"] != FORMAT:
                 raise ValueError("format")
-            return cls(
-                key_id,
-                row["thread_id"],
-                b64decode(row["wrapped"]),
-                row["kek_id"],
-                row["kek_version"],
-                row["created_at"],
-                row["state"],
-                row.get("delete_at", ""),
-                row.get("shredded_at", ""),
-            )
+            thread_id, wrapped, *others = _members({**_UNSET, **row})
+            return cls(key_id, thread_id, b64decode(wrapped), *others)
         except (KeyError, TypeError, ValueError):
             raise StoreDamaged(
                 f"the row of key {key_id} can't be read",
                 hint="run `progressdb-kms verify`, then restore a backup",
             ) from None
+
+
+_MEMBERS = DekRecord._fields[1:]
+"""Of a row, whose name has the key_id."""
+
+_members = itemgetter(*_MEMBERS)
+
+_UNSET = {"delete_at": "", "shredded_at": ""}
+"""Left out of a row where they are so."""
 
 
 # ---- counts per KEK ------------------------------------------------------------------------------
