@@ -286,7 +286,14 @@ class ConfigError(OperatorError):
     default_code = "config"
 
 
-class WeakKey(ConfigError):
+class UnusableKey(ConfigError):
+    """No key: none is named, or what is named is not there, or is none. What to do depends on whether a store
+    needs it: `config.load` says more."""
+
+    default_hint = "`progressdb-kms kek-id FILE…` tells which file holds which key"
+
+
+class WeakKey(UnusableKey):
     """A master key that is published, too short or too regular."""
 
     default_code = "weak_key"

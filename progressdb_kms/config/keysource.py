@@ -20,7 +20,7 @@ from typing import Callable, NamedTuple
 
 from ..crypto.memory import wipe
 from ..encoding import hex_decode_into
-from ..errors import ConfigError
+from ..errors import ConfigError, UnusableKey
 
 KEY_SIZE = 32
 SCRATCH_SIZE = 256
@@ -39,7 +39,7 @@ HEX = "hex"
 """The form of a key that stands in the configuration file: its parser decoded it, see `yamlfile`."""
 
 _SPACE = b" \t\r\n"
-WHICH_FILE = "`progressdb-kms kek-id FILE…` tells which file holds which key"
+NO_ACCESS = "run it as root, or as the daemon's user, who must be able to read this"
 
 
 class Source(NamedTuple):
@@ -54,15 +54,17 @@ class Source(NamedTuple):
 def read(source: Source, environ: Mapping[str, str], scratch: memoryview, out: memoryview) -> None:
     """Read a key into `out` (32 bytes) by way of `scratch` (SCRATCH_SIZE bytes, locked, wiped at the end).
 
-    Raises ConfigError, which names the source and never quotes it. What to do about a key that is not there
-    depends on whether a store needs it: that is for the caller to say.
+    Raises ConfigError, which names the source and never quotes it. UnusableKey leaves it to the caller to say
+    what to do: that depends on whether a store needs the key.
     """
     try:
         READERS[source.form](source, environ, scratch, out)
     except ValueError as error:
-        raise ConfigError(f"{source.label} {error}", hint=WHICH_FILE) from None
+        raise UnusableKey(f"{source.label} {error}") from None
+    except PermissionError as error:
+        raise ConfigError(f"{source.label} can't be read: {error.strerror}", hint=NO_ACCESS) from None
     except OSError as error:
-        raise ConfigError(f"{source.label} can't be read: {error.strerror}", hint=WHICH_FILE) from None
+        raise UnusableKey(f"{source.label} can't be read: {error.strerror}") from None
     finally:
         wipe(scratch)
 
@@ -84,6 +86,8 @@ def _from_file(source: Source, environ: Mapping[str, str], scratch: memoryview, 
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     try:
         about, link = os.fstat(descriptor), os.lstat(path)
+        if stat.S_ISDIR(about.st_mode):  # as docker makes one in the place of a file that is gone
+            raise UnusableKey(f"{source.label} is a folder", hint="name the file in it")
         trouble = distrust(about, os.geteuid(), credential)
         # Orchestrators hand secrets out as links; another user's leads where he likes.
         if stat.S_ISLNK(link.st_mode) and link.st_uid not in (0, os.geteuid()):
@@ -154,8 +158,6 @@ def distrust(about: os.stat_result, uid: int, credential: bool) -> str | None:
 
 def remedy(about: os.stat_result, path: str) -> str:
     """What to do about a key file that `distrust` refuses."""
-    if stat.S_ISDIR(about.st_mode):
-        return "name the file in it; `progressdb-kms genkey FILE` makes one"
     if not stat.S_ISREG(about.st_mode):
         return (
             "a key that comes from a program is handed over as a credential: master_key_credential: kek, and "

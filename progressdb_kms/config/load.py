@@ -20,21 +20,20 @@ from pathlib import Path
 from typing import Any
 
 from ..crypto.memory import LockedBuffer, wipe
-from ..errors import ConfigError
+from ..errors import ConfigError, UnusableKey
 from . import keysource, yamlfile
 from .keysource import FD_VARIABLE, FILE_VARIABLE, HEX_VARIABLE, KEY_SIZE, MASTER, PENDING, Source
 from .options import KEY_LISTS, MASTER_KEYS, SETTINGS, Settings
 from .values import ANY, Option, Scalar
-from .weakkeys import AT_RANDOM, check_master_key
+from .weakkeys import check_master_key
 from .yamlfile import ConfigFile
 
 PENDING_SUFFIX = ".next"
 """Where `rotate-kek` puts the new key before the daemon hears of it."""
 
-_MAKE_A_KEY = "make a key with `progressdb-kms genkey FILE`"
-
-_FIND_THE_KEY = f"put the key back from its copy: {keysource.WHICH_FILE}"
-_KEEP_IT_RUNNING = "; does the daemon still run? Don't stop it: `rotate-kek` moves the store to a new key"
+_MAKE_A_KEY = "`progressdb-kms genkey FILE` makes one"
+_FIND_THE_KEY = "where the key is lost, put it back from its copy: `progressdb-kms kek-id FILE…` finds it"
+_KEEP_IT_RUNNING = "does the daemon still run? Don't stop it: `rotate-kek` moves the store to a new key"
 
 
 class Loaded:
@@ -124,17 +123,12 @@ def _advising(data_dir: Path, first: bool) -> Iterator[None]:
     """What to do about a key that is not there. A new one beside a store would lose all that is in it."""
     try:
         yield
-    except ConfigError as error:
-        _, unnamed, how = error.hint.partition(_MAKE_A_KEY)
-        if error.hint not in (keysource.WHICH_FILE, AT_RANDOM) and not unnamed:
-            raise
+    except UnusableKey as error:
         used = _is_used(data_dir)
-        if not first or used:
-            named = f"find its file{how}; where it is lost, " if unnamed else ""
-            hint = named + _FIND_THE_KEY + (_KEEP_IT_RUNNING if used else "")
-        else:
-            hint = error.hint if unnamed else _MAKE_A_KEY
-        raise type(error)(error.message, code=error.code, hint=hint) from None
+        own = error.hint if error.hint != error.default_hint else ""
+        hints = own, _MAKE_A_KEY if first and not used else _FIND_THE_KEY, _KEEP_IT_RUNNING if used else ""
+        error.hint = "; ".join(filter(None, hints))
+        raise
 
 
 def _is_used(data_dir: Path) -> bool:
@@ -244,8 +238,8 @@ def _one(sources: Sequence[Source], file: ConfigFile | None, need_key: bool) -> 
     if not need_key:
         return None
     what = f"no master key is given, by --config nor by {FILE_VARIABLE}"
-    how = f", then set {FILE_VARIABLE}=FILE or use --config"
+    how = f"name its file: set {FILE_VARIABLE}=FILE or use --config"
     if file:
         what = f"{file.path} names no master key (the environment is not asked where there is a file)"
-        how = " and put `master_key_file: FILE` into it"
-    raise ConfigError(what, hint=_MAKE_A_KEY + how)
+        how = "put `master_key_file: FILE` into it"
+    raise UnusableKey(what, hint=how)

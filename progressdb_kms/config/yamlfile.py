@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..disk import regular, write_all
 from ..errors import ConfigError, KMSError
-from .keysource import HEX, MASTER, Source
+from .keysource import HEX, MASTER, NO_ACCESS, Source
 from .options import ALIASES, BY_NAME, KEY_LISTS, OPTIONS
 from .values import Scalar, Value, shown, unknown
 
@@ -88,9 +88,8 @@ def _open(path: str) -> tuple[FileIO, int]:
         descriptor = regular(path)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "not a path"
-        raise ConfigError(
-            f"the configuration file {path} can't be read: {why}", hint="--config names a file of YAML"
-        ) from None
+        hint = NO_ACCESS if isinstance(error, PermissionError) else "--config names a file of YAML"
+        raise ConfigError(f"the configuration file {path} can't be read: {why}", hint=hint) from None
     about, trouble = os.fstat(descriptor), ""
     if about.st_uid not in (0, os.geteuid()):
         trouble = f"belongs to uid {about.st_uid}, who could put another key into it"

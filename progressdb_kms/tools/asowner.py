@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import errno
 import functools
 import importlib
 import os
@@ -112,8 +111,6 @@ def load_config(
     try:
         return load(flags, os.environ, need_key=need_key, first=first, fleet=fleet)
     except ConfigError as met:
-        if os.geteuid() and met.message.endswith(os.strerror(errno.EACCES)):  # so it is there
-            raise ConfigError(met.message, code=met.code, hint=AS_WHOM) from None
         user = _daemon_user(flags) if os.geteuid() == 0 else 0
         if user == 0:
             raise
@@ -138,8 +135,6 @@ def _or_packaged(flags: Mapping[str, str | None]) -> Mapping[str, str | None]:
 NAMING = tuple(
     f"PROGRESSDB_KMS_{name}" for name in ("SOCKET", "DATA_DIR", "MASTER_KEY_FILE", "MASTER_KEY_HEX")
 )
-
-AS_WHOM = "run the command as root, or as the daemon's user"
 
 PACKAGED_CONFIG = "/etc/progressdb-kms/progressdb-kms.yaml"
 PACKAGED_USER = "progressdb-kms"

@@ -131,8 +131,8 @@ def kek_id_if_there(path: Path, user: int) -> str | None:
     try:
         return kek_id_of(path, user) if path.exists() else None
     except ConfigError as error:
-        hint = f"{error.hint}{'; ' if error.hint else ''}or is its key lost? Move it away and do this again"
-        raise ConfigError(error.message, hint=hint) from None
+        hints = error.hint, "is its key lost? Move it away and do this again"
+        raise ConfigError(error.message, hint="; or ".join(filter(None, hints))) from None
 
 
 def random_key(key: memoryview) -> str:

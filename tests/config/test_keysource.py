@@ -238,7 +238,7 @@ def test_a_key_that_the_parser_did_not_hand_over() -> None:
     ("make", "said", "advice"),
     [
         (lambda p: os.mkfifo(p, 0o600), "is no regular file", "LoadCredential=kek:/PATH"),
-        (lambda p: p.mkdir(), "is no regular file", "name the file in it"),
+        (lambda p: p.mkdir(), "is a folder", "name the file in it"),
         (lambda p: (p.write_bytes(bytes(32)), p.chmod(0o640)), "mode 0640", "master_key_credential: kek"),
         (lambda p: (p.write_bytes(bytes(32)), p.chmod(0o604)), "mode 0604", "change the key"),
     ],

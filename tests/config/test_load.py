@@ -544,6 +544,68 @@ def test_a_weak_master_key_is_refused_with_its_source(place: Place, digits: str,
     assert words in message
 
 
+# ---- what to do about a key that is not there ------------------------------------------------------
+
+GENKEY = "`progressdb-kms genkey FILE` makes one"
+FIND = "where the key is lost, put it back from its copy: `progressdb-kms kek-id FILE…` finds it"
+KEEP = "does the daemon still run? Don't stop it: `rotate-kek` moves the store to a new key"
+
+NO_KEY = {
+    "gone": (lambda path: None, ""),
+    "cut": (lambda path: path.write_bytes(b"0011"), ""),
+    "weak": (lambda path: path.write_bytes(bytes(32)), "a key is 32 bytes that were drawn at random; "),
+    "a folder": (Path.mkdir, "name the file in it; "),  # docker makes one where a file to mount is gone
+    "unnamed": (None, "put `master_key_file: FILE` into it; "),
+}
+
+
+@pytest.mark.parametrize("wrong", NO_KEY)
+@pytest.mark.parametrize(
+    ("store", "first", "advice"),
+    [
+        ([], True, GENKEY),
+        ([], False, FIND),
+        (["kms.db"], True, f"{FIND}; {KEEP}"),
+        (["kms-audit.log"], True, f"{FIND}; {KEEP}"),  # of a store that is lost
+        (["kms.db"], False, f"{FIND}; {KEEP}"),
+    ],
+)
+def test_a_new_key_is_proposed_where_none_was_in_use(
+    place: Place, wrong: str, store: list[str], first: bool, advice: str
+) -> None:
+    make, own = NO_KEY[wrong]
+    text = "data_dir: d\n"
+    if make:
+        make(place.folder / "key")
+        text += "master_key_file: key\n"
+    (place.folder / "d").mkdir()
+    for name in store:
+        place.put(f"d/{name}", b"")
+    if (path := place.folder / "key").is_file():
+        path.chmod(0o600)
+    place.put("kms.yaml", text)
+    said = refused(lambda: load({"config": str(place.file)}, {}, first=first))
+    assert said.partition(" | ")[2] == own + advice
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody who may not look")
+@pytest.mark.parametrize("name", ["key", "kms.yaml"])
+def test_what_may_not_be_read_is_not_lost(place: Place, name: str) -> None:
+    for folder in [place.folder, *place.folder.parents]:
+        if folder.stat().st_uid == 0 and folder != folder.parent and folder.name != "tmp":
+            folder.chmod(folder.stat().st_mode | 0o055)
+    place.put("key", A)
+    place.put("kms.yaml", "master_key_file: key\n", 0o644)
+    (place.folder / name).chmod(0o600)
+    os.seteuid(65534)
+    try:
+        said = refused(lambda: load({"config": str(place.file)}, {}))
+    finally:
+        os.seteuid(0)
+    assert "Permission denied" in said and "as root, or as the daemon's user" in said
+    assert "genkey" not in said and "put it back" not in said
+
+
 # ---- the file -------------------------------------------------------------------------------------
 
 

@@ -53,9 +53,9 @@ def test_beside_a_store_nothing_proposes_genkey(
     assert "genkey" not in said and "internal error" not in said
     assert "kek-id FILE" in said and "Don't stop it" in said, said
     if how == "no key":  # most often it is no lost key, but a configuration that was not named
-        assert "find its file, then set PROGRESSDB_KMS_MASTER_KEY_FILE=FILE or use --config; where" in said
+        assert "name its file: set PROGRESSDB_KMS_MASTER_KEY_FILE=FILE or use --config; where" in said
     else:
-        assert "find its file" not in said
+        assert "name its file" not in said
 
 
 @pytest.mark.parametrize("command", [["serve"], ["doctor"]], ids=" ".join)
@@ -105,4 +105,4 @@ def test_a_key_that_one_may_not_read_is_not_lost(used: Daemon) -> None:
     write_secret(used.kek_file, used.kek)
     said = by_nobody(used, "verify")
     assert b"Permission denied" in said and b"as root, or as the daemon's user" in said
-    assert b"rotate-kek" not in said and b"put the key back" not in said
+    assert b"rotate-kek" not in said and b"put it back" not in said
