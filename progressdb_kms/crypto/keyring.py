@@ -133,17 +133,17 @@ class Keyring:
 
     # ---- writing: the keeper only -----------------------------------------------------------------
 
-    def install(self, key: memoryview, version: int = 0) -> str:
+    def install(self, key: memoryview, version: int = 0, spare: int = 0) -> str:
         """Copy a KEK into a free slot, or find it there already. Returns its kek_id: that of the copy, since
-        what is shown here may change under our eyes. Raises Conflict where no slot is free."""
+        what is shown here may change under our eyes. Raises Conflict where no more than `spare` are free."""
         free = [slot for slot in range(1, SLOTS + 1) if not self._used(slot)]
-        if not free:
+        if len(free) <= spare:
             if (kek_id := fingerprint(key)) in self.kek_ids():
                 return kek_id
             raise Conflict(
-                f"the keyring holds {SLOTS} KEKs already",
+                f"the keyring holds {SLOTS - spare} KEKs already",
                 code="keyring_full",
-                hint="`rotate-kek` moves all DEKs to one, and the others leave",
+                hint="`rotate-kek` moves all DEKs to one, and a restart leaves the others out",
             )
         word, place = _word(free[0]), self._place(free[0])
         self._words[word] += 1

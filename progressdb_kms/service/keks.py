@@ -14,10 +14,10 @@ from __future__ import annotations
 import logging
 from typing import Callable
 
-from ..config import keysource
+from ..config import keysource, values
 from ..config.load import PENDING_SUFFIX
 from ..crypto.aead import KEY_SIZE
-from ..crypto.keyring import fingerprint
+from ..crypto.keyring import SLOTS, fingerprint
 from ..crypto.memory import LockedBuffer
 from ..errors import Conflict, KMSError
 from ..store import snapshots
@@ -58,8 +58,9 @@ class Keks:
     # ---- by a job --------------------------------------------------------------------------------
 
     def admit(self, kek: memoryview, version: int) -> None:
+        """So many that a configuration can name them all, and a rotation has room."""
         if fingerprint(kek) not in self._keyring.kek_ids():
-            self._brought.add(self._keyring.install(kek, version))
+            self._brought.add(self._keyring.install(kek, version, SLOTS - values.MAX_PREVIOUS - 1))
 
     def remove_unneeded(self) -> None:
         """Those that jobs brought, but no stored DEK is under. The store was just read or written."""

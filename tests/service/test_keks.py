@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from progressdb_kms.config.values import MAX_PREVIOUS
 from progressdb_kms.crypto import keyring as keyring_module
 from progressdb_kms.crypto.aead import KEY_SIZE
 from progressdb_kms.crypto.keyring import REGION_SIZE, Keyring, fingerprint
@@ -171,6 +172,20 @@ def test_no_rewrap_to_a_kek_that_was_rotated_out(site: Site) -> None:
     with site.running(), pytest.raises(Conflict, match="rotated out"):
         site.rewrap(key, kek)
     assert site.kek_of(key) == site.kek_id and site.keyring.kek_ids() == [site.kek_id]
+
+
+def test_rewraps_leave_room_for_a_rotation_and_no_more_keks_than_can_be_configured(site: Site) -> None:
+    key = site.create()
+    with site.running():
+        for _ in range(MAX_PREVIOUS):
+            site.rewrap(key, secret())
+        with pytest.raises(Conflict, match=str(1 + MAX_PREVIOUS)) as full:
+            site.rewrap(key, secret())
+        assert full.value.code == "keyring_full" and len(site.keyring.kek_ids()) == 1 + MAX_PREVIOUS
+        with site.slots.take() as staged:
+            staged.view[:] = kek = secret()
+            done = site.client.call("rotate", {}, None, 60.0, staged)
+    assert done["kek_id"] == site.kek_of(key) == fingerprint(kek)
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["it was not made", "it was made after all"])
