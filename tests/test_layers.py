@@ -20,7 +20,7 @@ from tests.harness import REPO
 PACKAGE = REPO / "progressdb_kms"
 
 ORDER = (
-    "errors encoding disk rules",
+    "errors encoding disk rules pause journal",
     "crypto",
     "store",
     "audit",
@@ -54,7 +54,7 @@ def only_in_a_fleet(module: str) -> bool:
     return any(part.startswith("fleet") for part in module.split("."))
 
 
-MAX_SERVED = 9_843
+MAX_SERVED = 9_821
 """Lines of code (no blanks, comments, docstrings) that are loaded to serve."""
 
 

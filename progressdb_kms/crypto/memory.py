@@ -24,8 +24,7 @@ import mmap
 import os
 
 from ..errors import LockRefused, StoreUnavailable
-
-log = logging.getLogger(__name__)
+from ..journal import Matter
 
 PAGE = mmap.PAGESIZE
 
@@ -55,25 +54,18 @@ class _Settled:
     """For buffers that are made without a word about it: in this process, and those that it forks."""
 
     mode = "try"
-    short: bool | None = None  # None: nobody is told
+    shortage: Matter | None = None  # None: nobody is told
 
 
 def settle(mode: str, locked: bool) -> None:
     """`mode` as for LockedBuffer. `locked`: all was so far, so that the end of it is news."""
-    _Settled.mode, _Settled.short = mode, False if locked else None
+    shortage = Matter("no memory can be locked any more: %s", "memory can be locked again", logging.WARNING)
+    _Settled.mode, _Settled.shortage = mode, shortage if locked else None
 
 
-def _tell(short: bool) -> None:
-    if _Settled.short is None or short == _Settled.short:
-        return
-    _Settled.short = short
-    if short:
-        log.warning(
-            "no memory can be locked any more: what brings or moves a KEK %s (raise LimitMEMLOCK)",
-            "is refused" if _Settled.mode == "require" else "uses memory that may be swapped out",
-        )
-    else:
-        log.info("memory can be locked again")
+def _tell(so: str) -> None:
+    if _Settled.shortage is not None:
+        _Settled.shortage.tell(so and f"what brings or moves a KEK {so} (raise LimitMEMLOCK)")
 
 
 class LockedBuffer:
@@ -91,9 +83,9 @@ class LockedBuffer:
         try:
             self.map, self.kind = _map_pages(length, mode or _Settled.mode)
         except LockRefused:
-            _tell(True)
+            _tell("is refused")
             raise
-        _tell(self.kind == "unlocked")
+        _tell("uses memory that may be swapped out" if self.kind == "unlocked" else "")
         self.view = memoryview(self.map)[:size]
 
     @property

@@ -22,6 +22,7 @@ from collections.abc import Generator, Sequence
 from typing import Any, Callable, NamedTuple, Protocol, TypeVar
 
 from ..errors import InternalError, KMSError, StoreUnavailable, Unavailable
+from ..journal import Matter
 from . import barrier, lease
 from .barrier import Watch
 from .board import Board
@@ -138,6 +139,7 @@ class Host:
         self._ending = False
         self.why = NEW
         """Why it has no lease, or is about to lose it; empty where all is well."""
+        self._outage = Matter("the fleet: %s; it is tried again", "the fleet is there again")
         self.told: frozenset[str] = frozenset()
         """The KEKs that the others believe this host to have."""
         self.error: KMSError | None = None
@@ -333,16 +335,13 @@ class Host:
 
     def _well(self) -> None:
         self.error = None
-        if self._inc and self.why:
-            if self.why != NEW:
-                log.info("over: %s", self.why)
+        if self._inc:
             self.why = ""
+            self._outage.tell()
 
     def _failed(self, error: KMSError) -> None:
-        self.error = error
-        if self.why != error.message:
-            self.why = error.message
-            log.error("the fleet: %s (%s); it is tried again", error.message, error.hint)
+        self.error, self.why = error, error.message
+        self._outage.tell(error.line)
 
     def _leave(self) -> Steps[None]:
         self._board.end()

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..config.options import Settings
 from ..config.values import host_and_port
 from ..errors import AlreadyRunning, ConfigError, KMSError
-from ..store.pause import Pause
+from ..journal import Chore
 from ..wire import loopback
 from ..wire.doors import BACKLOG, peer_of
 from . import systemd
@@ -168,7 +168,9 @@ class Name:
         self._path = Path(os.fsdecode(self.listener.getsockname()))
         self._seen = self._look()
         self._next = 0.0
-        self._trying = Pause(RETRY_SECONDS, RETRY_SECONDS)
+        self._keeping = Chore(
+            "the socket's name is gone, and can't be had again", (RETRY_SECONDS, RETRY_SECONDS)
+        )
 
     def _look(self) -> tuple[int, int] | None:
         with suppress(OSError):
@@ -180,21 +182,15 @@ class Name:
         """To be called often; looks once a second. A try connects to whoever is there: so there are fewer
         where they fail."""
         now = time.monotonic()
-        if now < self._next or not self._trying.over():
-            return
-        self._next = now + WATCH_SECONDS
-        if self._look() == self._seen:
-            self._trying.worked()
-            return
-        try:
-            if not self._ours:
-                raise ConfigError("`systemctl restart` its .socket unit")
-            self._bind_again()
-        except KMSError as error:
-            if self._trying.failed(error.message):
-                log.error("the socket's name %s is gone, and can't be had again: %s", self._path, error)
+        if now >= self._next and self._keeping.over():
+            self._next = now + WATCH_SECONDS
+            self._keeping.attend(self._keep)
 
-    def _bind_again(self) -> None:
+    def _keep(self) -> None:
+        if self._look() == self._seen:
+            return
+        if not self._ours:
+            raise ConfigError(f"`systemctl restart` the .socket unit of {self._path}")
         with alone(bind(self._settings)) as fresh:
             log.warning("the socket's name %s was removed: bound again", self._path)
             os.dup2(fresh.fileno(), self.listener.fileno(), inheritable=False)
@@ -202,7 +198,6 @@ class Name:
                 with suppress(OSError):  # a worker that is gone, or has not taken the last one
                     socket.send_fds(end, [b"l"], [fresh.fileno()])
         self._seen = self._look()
-        self._trying.worked()
 
     def remove(self) -> None:
         """From here on a connect fails at once instead of waiting for nobody. To repeat it does nothing: the

@@ -18,11 +18,11 @@ from .. import __version__
 from ..crypto.aead import KEY_SIZE
 from ..encoding import json_dumps
 from ..errors import KMSError, OperatorError, StoreUnavailable
+from ..journal import Chore, Matter
+from ..pause import Pause
 from ..service import channel, start
-from ..service.journal import attend
 from ..service.lock import Claim
 from ..service.metrics import Metrics
-from ..store.pause import Pause
 from ..wire.answers import last_words
 from ..wire.dispatch import error_reply
 from . import hardening, systemd
@@ -73,7 +73,9 @@ class Pulse:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._told = Pause()
+        self._stuck = Matter(
+            f"pid %s: no step for {STALE_SECONDS:g} s, it hangs, or its disk", "all processes come on again"
+        )
         self._now = 0.0
         self._looked = time.monotonic()
         self._since: dict[tuple[int, int], float] = {}  # of each process and number of beats
@@ -86,10 +88,7 @@ class Pulse:
         seen = [(pid, counts[block]) for block, pid in pids.items()]
         self._since = {one: since.get(one, self._now) for one in seen}
         stuck = [str(pid) for (pid, _), then in self._since.items() if self._now - then >= STALE_SECONDS]
-        if stuck and self._told.failed(", ".join(stuck)):
-            log.error("pid %s: no step for %g s, it hangs, or its disk", self._told.why, STALE_SECONDS)
-        elif not stuck and self._told.worked():
-            log.info("all processes come on again")
+        self._stuck.tell(", ".join(stuck))
         return not stuck
 
 
@@ -155,7 +154,8 @@ class Supervisor:
         self._coming: IO[bytes] | None = None  # where a keeper that starts says that it is up
         self._signals = Signals()
         self._keeping = Pause(*KEEPER_PAUSES)
-        self._working = Pause()
+        self._missing = Matter("no change can be made, and it is tried again: %s", "the keeper is up again")
+        self._working = Chore("a worker is missing")
         self._served = time.monotonic()
 
     def run(self) -> int:
@@ -243,7 +243,7 @@ class Supervisor:
                 if not child.slot:
                     self._revive_keeper()
                 elif self._children[0].pid:  # where no process can be had now, the others go on
-                    attend("a worker is missing", partial(self._start_worker, child), self._working)
+                    self._working.attend(partial(self._start_worker, child))
         self._turn_away()
 
     def _turn_away(self) -> None:
@@ -267,13 +267,13 @@ class Supervisor:
         try:
             if self._coming is None and self._keeping.over():
                 self._start_keeper()
-            if self._hear(0) and self._keeping.worked():
-                log.info("the keeper is up again")
+            if self._hear(0):
+                self._keeping.worked()
         except (StartFailed, OSError) as error:
             if self._shared.fleet and not self._shared.fleet.opened:
                 raise
-            if self._keeping.failed(str(error)):
-                log.error("no change can be made, and it is tried again: %s", error)
+            self._keeping.failed(str(error))
+        self._missing.tell(self._keeping.why)
         slow = self._coming is not None and time.monotonic() - self._children[0].started > SLOW_SECONDS
         why = self._keeping.why or "the keeper process is only starting"
         self._stand_in(StoreUnavailable(why, hint="it is tried again by itself"), slow)

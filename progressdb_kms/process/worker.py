@@ -21,14 +21,13 @@ from ..config.options import Settings
 from ..crypto.keyring import Keyring
 from ..crypto.memory import LockedBuffer
 from ..errors import KMSError
+from ..journal import Chore
 from ..service import channel, lastbackup
-from ..service.journal import attend
 from ..service.keeper import Keeper
 from ..service.lock import Claim
 from ..service.metrics import Metrics
 from ..service.plan import Configured
 from ..service.service import Service
-from ..store.pause import Pause
 from ..store.sqlite import SqliteReader
 from ..wire import loopback
 from ..wire.admission import Limits
@@ -113,7 +112,7 @@ class Worker:
             doors.append(Door(shared.tcp, loopback.Peers().identify))
         server = shared.fleet.server if shared.fleet else Server
         self.server = server(doors, app, shared.limits, shared.slabs[slot - 1])
-        self._anchoring = Pause()
+        self._anchoring = Chore("the head of the audit log is not kept in the store now")
         self.server.narrow(shared.policies.read())
 
     def _introduce(self) -> None:
@@ -205,8 +204,7 @@ class Worker:
         self.server.slab.buffer.wipe()
 
     def _anchor(self, last: bool = False) -> None:
-        what = "the head of the audit log is not kept in the store now"
-        attend(what, partial(self._service.anchor, last), self._anchoring)
+        self._anchoring.attend(partial(self._service.anchor, last))
 
 
 def _free(folder: Path) -> int | None:

@@ -12,12 +12,11 @@ import logging
 from typing import Any
 
 from ..encoding import b64decode
+from ..journal import Chore
 from ..store import heads
 from ..store.contract import Usage
-from ..store.pause import Pause
 from .channel import Head
 from .common import Common
-from .journal import attend
 from .usage import LOST, SPENT, USING, dead, near
 
 log = logging.getLogger(__name__)
@@ -38,8 +37,8 @@ class Anchors:
         self._counted: dict[str, int] = {}  # of each worker, by its chain: the last batch of uses
         self._told: dict[str, bool] = {}  # keys that are used much: is it their end?
         self._heads: dict[str, Head] = {}
-        self._syncing = Pause()
-        self._keeping = Pause(1.0, 60.0)
+        self._syncing = Chore("the audit log can't be brought to the disk")
+        self._keeping = Chore("the end of the audit log can't be kept in the store now", (1.0, 60.0))
         self._own = 0  # how far our own chain is kept
         self._synced = -SYNC_SECONDS
         self._next_witness = self._clock.monotonic() + WITNESS_SECONDS
@@ -85,7 +84,7 @@ class Anchors:
             return
         self.heard(self._audit.head)
         due = list(self._heads.values())
-        if not attend("the audit log can't be brought to the disk", self._audit.sync, self._syncing):
+        if not self._syncing.attend(self._audit.sync):
             return
         self._synced = now
         for chain, seq, sig in due:
@@ -100,8 +99,7 @@ class Anchors:
         if head[1] == self._own or self._clock.monotonic() - self._synced < SYNC_SECONDS:
             return
         if self._keeping.over():
-            what = "the end of the audit log can't be kept in the store now"
-            attend(what, lambda: self._keep(head[1]), self._keeping)
+            self._keeping.attend(lambda: self._keep(head[1]))
 
     def _keep(self, seq: int) -> None:
         before = self._synced

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..encoding import LATEST, moment, timestamp, wall
+from ..journal import Matter
 from ..store.seal import ActiveKek
 from ..store.sealed import Reader, Store
 
@@ -146,7 +147,9 @@ class TrustedTime:
         self._store = store
         self.clock = clock
         self._anchor = kept(store)
-        self._held = ""
+        self._holding = Matter(
+            f"scheduled deletions are held: %s ({REMEDY})", "scheduled deletions go on", logging.WARNING
+        )
         self._saved = -SAVE_SECONDS
         self.look()
 
@@ -155,11 +158,7 @@ class TrustedTime:
         found = judge(self._anchor, now)
         if self._anchor is None and not found.held:  # the first look of a new store
             self._anchor = Anchor(now.wall, *now)
-        if found.held and not self._held:
-            log.warning("scheduled deletions are held: %s (%s)", found.held, REMEDY)
-        elif self._held and not found.held:
-            log.info("scheduled deletions go on: the clock is right again")
-        self._held = found.held
+        self._holding.tell(found.held)
         return found
 
     def due(self) -> float | None:

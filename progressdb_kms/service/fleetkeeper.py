@@ -37,7 +37,7 @@ from ..fleet.rows import Point, Sight
 from ..fleet.settings import Where
 from ..fleet.status import counted
 from ..fleet.store import WRITER, Fenced, FleetStore
-from ..store.pause import Pause
+from ..journal import Matter
 from ..store.seal import ActiveKek
 from . import start
 from .channel import Job, answer
@@ -161,7 +161,9 @@ class FleetKeeper(Keeper):
     def join(self, place: Place, member: Member, board: Board, coming: Coming, keyring: Keyring) -> None:
         self._place, self._member, self._board, self._coming = place, member, board, coming
         self._keyring = keyring
-        self._beside = Pause()
+        self._beside = Matter(
+            "what is done beside the calls waits: %s", "what is done beside the calls goes on"
+        )
         self._survey: dict[str, Any] = {"warnings": []}
         self._next_survey = 0.0
         self._next_tidy = 0.0
@@ -189,10 +191,9 @@ class FleetKeeper(Keeper):
         try:
             super().round(timeout, wakeup)
         except (StoreUnavailable, OperatorError) as error:
-            if self._beside.failed(error.message):
-                log.error("what is done beside the calls waits: %s", error.line)
+            self._beside.tell(error.line)
         else:
-            self._beside.worked()
+            self._beside.tell()
 
     def _perform(self, jobs: list[Job]) -> None:
         with self._place.ring:

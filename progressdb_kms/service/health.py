@@ -16,12 +16,12 @@ from typing import Any
 
 from ..encoding import timestamp
 from ..errors import AuditUnavailable, StoreUnavailable
-from ..store.pause import Pause
+from ..journal import NAMED, Chore, Matter
+from ..pause import Pause
 from ..store.sqlite import FILE_NAME
 from .anchors import Anchors
 from .clock import REMEDY
 from .common import Common
-from .journal import NAMED, Outage, attend
 from .keks import Keks
 from .lock import Files, publish
 from .usage import near
@@ -46,9 +46,10 @@ class Health:
         self._store, self._data_dir, self._audit = common.store, common.data_dir, common.audit
         self._clock, self._time = common.time.clock, common.time
         self._keks, self._anchors = keks, anchors
-        self.writing, self._rescuing = Pause(*WRITE_PAUSES), Pause(*WRITE_PAUSES)
-        self._outage = Outage()
-        self._lost = self._rescued = ""
+        self.writing = Pause(*WRITE_PAUSES)
+        self._rescuing = Chore("don't stop the daemon: what it holds can't be rescued now", WRITE_PAUSES)
+        self._outage = Matter("not ready: %s", "ready again")
+        self._rescued = ""
         self._rescuer: threading.Thread | None = None
         self._published: Files = {}
         self._next_reminder = self._next_probe = 0.0
@@ -77,7 +78,8 @@ class Health:
                 self._anchors.write()
         except StoreUnavailable as error:
             self.writing.failed(error.message)
-            return [error.message, *filter(None, [self._lost and (self._rescued or self._rescuing.why)])]
+            rescue = self._store.lost() and (self._rescued or self._rescuing.why)
+            return [error.message, *filter(None, [rescue])]
         self.writing.worked()
         self._next_probe = self._clock.monotonic() + PROVED_SECONDS
         return []
@@ -91,9 +93,9 @@ class Health:
             reasons.append(error.line)
         if self.writing.why and self.writing.over():
             self._probe()
-        if why := self._lost or self.writing.why or self._store.trouble():
+        if why := self._store.lost() or self.writing.why or self._store.trouble():
             reasons.append(why)
-        self._outage.tell(reasons)
+        self._outage.tell(*reasons)
 
     def _remind(self) -> None:
         """Of a KEK that is too old: when it has become that, and each day after."""
@@ -109,26 +111,19 @@ class Health:
     def look(self) -> None:
         """Are the files that are open those that the next start would find? If not, rescue what is open."""
         self._remind()
-        why = self._store.lost()
-        if why and not self._lost:
-            log.error("%s: no change is made", why)
+        why, alone = self._store.lost(), self._rescuer is None or not self._rescuer.is_alive()
+        if not why:
             self._rescued = ""
-        elif self._lost and not why:
-            log.info("the files of the store are in their places again")
-        self._lost, alone = why, self._rescuer is None or not self._rescuer.is_alive()
         if why.startswith(FILE_NAME) and not self._rescued and alone and self._rescuing.over():
-            self._rescuer = threading.Thread(target=self._save)
+            self._rescuer = threading.Thread(target=self._rescuing.attend, args=[self._rescue])
             self._rescuer.start()
         if not why and self._published != self._store.files():
             with contextlib.suppress(OSError):  # commands beside the daemon are not told, then
                 publish(self._data_dir, self._store.files())
                 self._published = self._store.files()
 
-    def _save(self) -> None:
-        """In a thread, since it may be long: meanwhile no transaction is begun. Tried until it is done."""
-        attend("don't stop the daemon: what it holds can't be rescued now", self._rescue, self._rescuing)
-
     def _rescue(self) -> None:
+        """In a thread, since it may be long: meanwhile no transaction is begun. Tried until it is done."""
         file = self._store.rescue(self._clock.now())
         self._rescued = f"what the daemon held is in {file}: stop it, then `progressdb-kms restore {file}`"
         log.error("%s", self._rescued)
@@ -140,4 +135,4 @@ class Health:
         if self._rescuer is not None:
             self._rescuer.join()
             if lost and self._rescuing.why:
-                self._save()
+                self._rescuing.attend(self._rescue)

@@ -20,12 +20,11 @@ from ..crypto.aead import KEY_SIZE
 from ..crypto.keyring import SLOTS, fingerprint
 from ..crypto.memory import LockedBuffer
 from ..errors import Conflict, KMSError
+from ..journal import Chore
 from ..store import snapshots
-from ..store.pause import Pause
 from ..store.snapshots import UNFINISHED
 from .clock import overdue
 from .common import Common
-from .journal import attend
 from .plan import Configured
 from .rotation import Rotation, Steps
 
@@ -49,7 +48,7 @@ class Keks:
         self._brought: set[str] = set()
         self.rotation: Rotation | None = None
         self._left = True  # an earlier run may have left rows
-        self._removing = Pause(*REMOVE_PAUSES)
+        self._removing = Chore("what a rotation left can't be removed now", REMOVE_PAUSES)
 
     def forget(self) -> None:
         """What the workers remember of the store is old."""
@@ -119,7 +118,7 @@ class Keks:
         """What is to be done beside the jobs."""
         if not self._left or not self._removing.over():
             return None
-        return lambda: attend("what a rotation left can't be removed now", self._remove, self._removing)
+        return lambda: self._removing.attend(self._remove)
 
     def _remove(self) -> None:
         with self._store.transaction(durable=False):

@@ -18,13 +18,12 @@ from typing import Callable
 
 from ..encoding import timestamp
 from ..errors import StoreDamaged, StoreUnavailable
+from ..journal import Chore, Overdue
 from ..store import erasure
 from ..store.contract import DekRecord
-from ..store.pause import Pause
 from ..store.policy import SHREDDED
 from .anchors import Anchors
 from .common import Common
-from .journal import Overdue, attend
 from .keks import Keks
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,8 @@ class Shredding:
         self._clock, self._time = common.time.clock, common.time
         self._keks, self._anchors = keks, anchors
         self.due: dict[str, bytes] = {}  # shredded, and copies may remain: key_id and blob, if known
-        self._erasing, self._looking = Pause(*ERASE_PAUSES), Pause(*JANITOR_PAUSES)
+        self._erasing = Chore("copies of shredded DEKs remain", ERASE_PAUSES)
+        self._looking = Chore("scheduled deletions can't be looked at now", JANITOR_PAUSES)
         self._overdue = Overdue()
         self._next = 0.0
 
@@ -85,13 +85,13 @@ class Shredding:
     def now(self) -> None:
         """Somebody waits for it; but where it failed just now, nobody else shall wait for it again."""
         patient = self._erasing.over()
-        attend("copies of shredded DEKs remain", lambda: self._erase(patient), self._erasing)
+        self._erasing.attend(lambda: self._erase(patient))
 
     def later(self) -> Callable[[], object] | None:
         """What is to be done beside the jobs."""
         if not self.due or not self._erasing.over():
             return None
-        return lambda: attend("copies of shredded DEKs remain", lambda: self._erase(False), self._erasing)
+        return lambda: self._erasing.attend(lambda: self._erase(False))
 
     def _erase(self, patient: bool) -> None:
         """Finish shreds, all at once: remove every copy, write the audit records, forget that it was due."""
@@ -126,7 +126,7 @@ class Shredding:
     def look(self) -> None:
         """In each round of the keeper."""
         if self._clock.monotonic() >= self._next and self._looking.over():
-            attend("scheduled deletions can't be looked at now", self._tidy_up, self._looking)
+            self._looking.attend(self._tidy_up)
 
     def _tidy_up(self) -> None:
         """Shred what is due, and finish what an earlier shred could not."""

@@ -22,15 +22,14 @@ from ..crypto.memory import random_into
 from ..disk import put, regular
 from ..encoding import timestamp, wall
 from ..errors import ConfigError, KeyMismatch, StoreDamaged, StoreUnavailable
+from ..journal import Chore
 from ..store.heads import forget, heads
-from ..store.pause import Pause
 from ..store.seal import ActiveKek
 from ..store.sealed import Store
 from ..store.sqlite import FILES, SqliteStore
 from . import ownkeys
 from .clock import Clock, TrustedTime
 from .common import Common
-from .journal import attend
 from .keeper import Keeper
 from .lock import LOCK_FILE, is_held
 from .plan import Configured, Plan, plan
@@ -137,7 +136,7 @@ def open_store(
 def _begin_run(store: Store, book: AuditLog, epoch: int) -> None:
     """Once the record that names the heads of the run before is on the disk, it vouches for them. Where it
     can't be brought there they stay, and the next start names them again."""
-    if attend("the start can't be brought to the disk", book.sync, Pause()):
+    if Chore("the start can't be brought to the disk").attend(book.sync):
         with store.transaction():
             forget(store, epoch)
 

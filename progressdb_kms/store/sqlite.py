@@ -48,8 +48,8 @@ from sqlitedict import SqliteDict
 from .. import disk
 from ..encoding import json_dumps
 from ..errors import OtherSchema, StoreDamaged, StoreUnavailable
+from ..pause import Pause
 from .contract import HEAVY, KEK_ROW, Usage
-from .pause import Pause
 from .policy import SHREDDED
 from .seal import Seal, StoreState, Tally
 from .sealed import Reader, Store, Written, as_it_stands

@@ -16,8 +16,8 @@ from contextlib import suppress
 from typing import Any
 
 from ..errors import KMSError, Overloaded, PeerRefused, for_peer
+from ..journal import Scarcity
 from ..rules import Policy, rights_of
-from ..service.journal import Scarcity
 from . import dispatch, routes
 from .call import App, Call, Route
 from .connection import ANSWERING, AWAY, BODY, BUSY, HEAD, IDLE, IN, LINGERING, MORE, NEXT, Connection

@@ -7,13 +7,14 @@ import re
 
 import pytest
 
+from progressdb_kms import journal
 from progressdb_kms.audit import shared
 from progressdb_kms.config import options, values, weakkeys
 from progressdb_kms.crypto import envelope
 from progressdb_kms.encoding import MAX_THREAD_ID
 from progressdb_kms.fleet import lease
 from progressdb_kms.process import supervisor, worker
-from progressdb_kms.service import anchors, clock, journal, metrics, shredding
+from progressdb_kms.service import anchors, clock, metrics, shredding
 from progressdb_kms.service.service import Service
 from progressdb_kms.store import snapshots
 from progressdb_kms.tools.manual import text_of

@@ -26,6 +26,7 @@ PUT_TOGETHER = {
     "the store's active KEK … is not configured": ["the store's active KEK", "is not configured"],
     "the store can't do that now: … full": ["the store can't do that now:"],  # the rest is SQLite's
     "kms.db … was cut": ["kms.db", "was cut: it has"],
+    "ready again, after …": ["ready again"],
     "Fatal Python error: _PyTime_GetSystemClock": [],  # Python's
 }
 """What a run makes of more than one text."""

@@ -16,7 +16,7 @@ from contextlib import closing
 
 import pytest
 
-from progressdb_kms.service import journal
+from progressdb_kms import journal, pause
 from progressdb_kms.wire.slab import LAST, SPARES
 from tests.conftest import MakeDaemon
 from tests.harness import Daemon
@@ -213,12 +213,12 @@ def test_a_shred_that_is_due_for_long_is_named_once(
 
 
 def test_a_reason_that_comes_and_goes_beside_another_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    outage = journal.Outage()
+    outage = journal.Matter("not ready: %s", "ready again")
     with caplog.at_level(logging.INFO):
         for second in range(50):
-            outage.tell(["the log is full", "the store is full"] if second % 2 else ["the log is full"])
-        outage.tell([])
-        outage.tell(["the store is full"])
+            outage.tell("the log is full", "the store is full" if second % 2 else "")
+        outage.tell()
+        outage.tell("the store is full")
     assert [record.getMessage() for record in caplog.records] == [
         "not ready: the log is full",
         "not ready: the log is full; the store is full",
@@ -228,12 +228,41 @@ def test_a_reason_that_comes_and_goes_beside_another_is_told_once(caplog: pytest
 
 
 def test_a_reason_with_another_number_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
-    outage = journal.Outage()
+    outage = journal.Matter("not ready: %s", "ready again")
     with caplog.at_level(logging.INFO):
         for free in range(50):
-            outage.tell([f"only {free} bytes are free"])
-        outage.tell(["only 1 bytes are free", "the store is cut"])
-        outage.tell([])
-        outage.tell([])
+            outage.tell(f"only {free} bytes are free")
+        outage.tell("only 1 bytes are free", "the store is cut")
+        outage.tell()
+        outage.tell("")
     said = [record.getMessage() for record in caplog.records]
     assert [line.split(":")[0].split(",")[0] for line in said] == ["not ready", "not ready", "ready again"]
+
+
+def test_work_beside_the_jobs_fails_and_works_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line where it begins, one where it is over, and pauses that grow between; another error is news."""
+    now = [100.0]
+    monkeypatch.setattr(pause.time, "monotonic", lambda: now[0])
+    chore, tries = journal.Chore("it can't be done", (1.0, 8.0)), []
+
+    def fail() -> None:
+        tries.append(now[0] - 100.0)
+        raise OSError("the disk is full" if now[0] < 150.0 else "the disk is gone")
+
+    with caplog.at_level(logging.INFO):
+        for _ in range(100):
+            assert not chore.over() or not chore.attend(fail)
+            now[0] += 1.0
+        assert "gone" in chore.why
+        assert chore.attend(lambda: None) and chore.attend(lambda: None)
+        assert chore.over() and not chore.why
+    assert tries[:6] == [0.0, 1.0, 3.0, 7.0, 15.0, 23.0]
+    assert [record.getMessage() for record in caplog.records] == [
+        "it can't be done: the disk is full; it is tried again",
+        "it can't be done: the disk is gone; it is tried again",
+        "over: it can't be done, after 100 s: the disk is gone; the disk is full",
+    ]
+    with pytest.raises(ValueError):
+        chore.attend(lambda: int(""))  # nobody foresaw that: it is no failure of the disk's

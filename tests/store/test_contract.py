@@ -18,8 +18,8 @@ import pytest
 
 from progressdb_kms.encoding import json_dumps
 from progressdb_kms.errors import StoreDamaged, StoreUnavailable
+from progressdb_kms.pause import Pause
 from progressdb_kms.store.contract import HEAVY, KEK_ROW, DekRecord, Usage
-from progressdb_kms.store.pause import Pause
 from progressdb_kms.store.policy import SHREDDED
 from progressdb_kms.store.seal import STATE, KekCount, Seal
 from progressdb_kms.store.sealed import Written, as_it_stands

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Callable
 
-from ..errors import KMSError
-from ..store.pause import Pause
+from .errors import KMSError
+from .pause import Pause
 
 log = logging.getLogger("progressdb_kms")
 
@@ -20,38 +20,50 @@ NAMED = 5
 """Keys that are named in a line."""
 
 
-def attend(what: str, work: Callable[[], None], pause: Pause) -> bool:
-    """Work beside the jobs: no failure ends the process, each is told once, and tried again. Was it done?"""
-    try:
-        work()
-    except (KMSError, OSError) as error:
-        if pause.failed(str(error)):
-            log.error("%s: %s; it is tried again", what, error)
-        return False
-    if pause.worked():
-        log.info("over: %s", what)
-    return True
+class Matter:
+    """Something that goes wrong for a time: a line of the journal where it begins, one where it is over.
 
+    Each reason is told once until all are over. A number in it may change unheard, and it may come and go
+    beside another: else a disk that fills up would be a line a second.
+    """
 
-class Outage:
-    """Why the service isn't ready. Each reason is told once until all are over. A number in it may change
-    unheard, and it may come and go beside another: else a disk that fills up would be a line a second."""
-
-    def __init__(self) -> None:
+    def __init__(self, begins: str, over: str, level: int = logging.ERROR) -> None:
+        """`begins`: with %s for the reasons."""
+        self._begins, self._over, self._level = begins, over, level
         self._told: dict[str, str] = {}  # reasons, by what they are without their numbers
         self._since = 0.0
 
-    def tell(self, reasons: Sequence[str]) -> None:
-        kinds = {re.sub("[0-9]+", "#", reason): reason for reason in reasons}
+    def tell(self, *reasons: str) -> None:
+        """Why it goes wrong now. None, or empty ones: it doesn't."""
+        kinds = {re.sub("[0-9]+", "#", reason): reason for reason in reasons if reason}
         now = time.monotonic()
-        if kinds:
+        if not kinds.keys() <= self._told.keys():
+            log.log(self._level, self._begins, "; ".join(filter(None, reasons)))
             self._since = self._since if self._told else now
-            if not kinds.keys() <= self._told.keys():
-                log.error("not ready: %s", "; ".join(reasons))
             self._told = {**kinds, **self._told}
-        elif self._told:
-            log.info("ready again, after %d s: %s", now - self._since, "; ".join(self._told.values()))
+        elif self._told and not kinds:
+            log.info("%s, after %d s: %s", self._over, now - self._since, "; ".join(self._told.values()))
             self._told = {}
+
+
+class Chore(Pause):
+    """Work beside the jobs: no failure ends the process, each is told once, and it is tried again, without
+    `pauses` each time that it is due."""
+
+    def __init__(self, what: str, pauses: tuple[float, float] = (0.0, 0.0)) -> None:
+        super().__init__(*pauses)
+        self._matter = Matter(f"{what}: %s; it is tried again", f"over: {what}")
+
+    def attend(self, work: Callable[[], None]) -> bool:
+        """Was it done?"""
+        try:
+            work()
+        except (KMSError, OSError) as error:
+            self.failed(str(error))
+        else:
+            self.worked()
+        self._matter.tell(self.why)
+        return not self.why
 
 
 class Scarcity:
