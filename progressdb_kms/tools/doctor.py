@@ -652,6 +652,10 @@ def _policies(patient: Patient) -> Findings:
             entries = ", ".join(sorted({str(one.number) for one in barred if one is not None}))
             todo = f"let `operations` of entry {entries} have it, or name another in admin_peer_uids"
             yield Finding(WARN, f"of those who look after the daemon nobody may {op}", todo)
+    if patient.settings.allowed_peer_uids is None and any(one.uid is not None for one in policies):
+        todo = "list those who are served in allowed_peer_uids, and no UID of anybody's subuid range"
+        text = "a user may have more UIDs than the one that an entry names (subuid(5)), and connect as those"
+        yield Finding(WARN, text, todo)
     told = f"{len(policies)} in the configuration; `policy test` tells what they say to a call"
     yield Finding(OK, told)
 

@@ -347,12 +347,28 @@ def test_policies_that_leave_nobody_who_rotates_and_shreds(
     home: Path, monkeypatch: pytest.MonkeyPatch, policies: str, admins: str, barred: list[str]
 ) -> None:
     monkeypatch.setattr(Patient, "owner", 997)
-    keys = {"policies": policies, **({"admin_peer_uids": admins} if admins else {})}
+    keys = {"policies": policies, "allowed_peer_uids": "[0, 997, 998]"}
+    keys.update({"admin_peer_uids": admins} if admins else {})
     *warned, last = doctor._policies(patient(home, **keys))
     assert last.level == OK
     assert [finding.text.rpartition(" ")[2] for finding in warned] == barred
     assert {finding.level for finding in warned} <= {WARN}
     assert all("operations" in finding.todo for finding in warned)
+
+
+@pytest.mark.parametrize(
+    ("policies", "rules", "warned"),
+    [
+        ("[{uid: 998, operations: [encrypt]}]", {}, True),
+        ("[{uid: 998, operations: [encrypt]}]", {"allowed_peer_uids": "[0, 998]"}, False),
+        ("[{gid: 998, operations: [encrypt]}]", {}, False),
+    ],
+)
+def test_policies_that_other_uids_of_a_user_get_around(
+    home: Path, policies: str, rules: dict[str, str], warned: bool
+) -> None:
+    *found, last = doctor._policies(patient(home, policies=policies, **rules))
+    assert last.level == OK and ["subuid" in finding.text for finding in found] == [True] * warned
 
 
 def test_no_policies_no_line(home: Path) -> None:
