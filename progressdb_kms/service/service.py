@@ -117,13 +117,16 @@ class Service:
         found = self._young.get(key_id)
         if found is not None and found.generation == generation:
             return found
-        found = self._old.get(key_id)
-        if found is None or found.generation != generation:
-            found = usable(generation, self.record(key_id))
+        found = self._remembered(key_id) or usable(generation, self.record(key_id))
         if len(self._young) >= YOUNG:
             self._young, self._old = {}, self._young
         self._young[key_id] = found
         return found
+
+    def _remembered(self, key_id: str) -> Entry | None:
+        """What is good in this generation. Nearly always it is a young one, which `entry` sees by itself."""
+        found = self._young.get(key_id) or self._old.get(key_id)
+        return found if found is not None and found.generation == self.keyring.generation else None
 
     def record(self, key_id: str) -> DekRecord:
         """The row of this id, in whatever state. Raises KeyNotFound."""
@@ -131,11 +134,8 @@ class Service:
 
     def thread_of(self, key_id: str) -> str | None:
         """The thread of a DEK in whatever state; None where the store doesn't know it."""
-        found = self._young.get(key_id) or self._old.get(key_id)
-        if found is not None and found.generation == self.keyring.generation:
-            return found.thread_id
-        record = self._reader.get(key_id)
-        return record.thread_id if record is not None else None
+        found = self._remembered(key_id) or self._reader.get(key_id)
+        return found.thread_id if found is not None else None
 
     def allow(self, key_id: str) -> None:
         """What stands of this key_id in the store decides for a blob that a caller holds, too. One that the
