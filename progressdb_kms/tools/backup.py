@@ -113,10 +113,11 @@ def backup(data_dir: Path, file: Path, progress: Progress) -> dict[str, Any]:
     """
     store = data_dir / FILE_NAME
     check_target(data_dir, file)
-    if not store.is_file():
-        raise CommandFailed(f"there is no store {store}", hint="--data-dir or --config says where it is")
     try:
         with datadir.beside(data_dir), contextlib.ExitStack() as stack:
+            if not store.is_file():
+                hint = "--data-dir or --config says where it is"
+                raise CommandFailed(f"there is no store {store}", hint=hint)
             contents = _write(_opened_as_owner(store, stack), file, progress)
     except sqlite3.Error as error:
         raise CommandFailed(

@@ -258,13 +258,16 @@ def test_under_load(daemon: Daemon) -> None:
     assert len(acknowledged) > 50 and set(acknowledged) <= found
 
 
+@pytest.mark.parametrize("harm", [replaced, Path.unlink])
 @pytest.mark.parametrize("command", [("backup", "HOME/copy"), ("export", "HOME/exported"), ("verify",)])
-def test_commands_beside_it_read_no_other_files(daemon: Daemon, command: tuple[str, ...]) -> None:
+def test_commands_beside_it_read_no_other_files(
+    daemon: Daemon, command: tuple[str, ...], harm: Callable[[Path], object]
+) -> None:
     words = [word.replace("HOME", str(daemon.home)) for word in command]
     with daemon.session() as kms:
         kms.create_dek("t")
         assert daemon.offline(*words).returncode == 0
-        replaced(daemon.data_dir / "kms.db")
+        harm(daemon.data_dir / "kms.db")
         words = [word.replace("copy", "copy2").replace("exported", "exported2") for word in words]
         done = daemon.offline(*words)
         assert done.returncode == 1 and b"other file" in done.stderr, done.stderr
