@@ -213,5 +213,5 @@ def dead(chain: str, running: Sequence[str]) -> list[str]:
     return [
         name
         for name in running
-        if name != chain and (name.split(".")[0] != start or name.split(".")[1] == place)
+        if name != chain and (name.split(".")[0] != start or name.split(".")[1:2] == [place])
     ]

@@ -22,13 +22,13 @@ Found = dict[str, Union[memoryview, bool]]
 def wrap(app: App, call: Call) -> Reply:
     found = _secret_fields(call, strings=("dek", "key_id"))
     key_id = _plain(found, "key_id")
-    if key_id is not None:
-        call.key = key_fragment(checked_key_id(key_id))
-    if call.rights:
-        may_use(app, call, key_id or new_key_id(0, bytes(10)))
     dek = call.scratch[:KEY_SIZE]
     try:
-        b64decode_into(_string(found, "dek"), dek)
+        b64decode_into(_string(found, "dek"), dek)  # before the key_id is named: see `rewrap`
+        if key_id is not None:
+            call.key = key_fragment(checked_key_id(key_id))
+        if call.rights:
+            may_use(app, call, key_id or new_key_id(0, bytes(10)))
         check_master_key(dek)  # a buffer that nobody filled, or a key that everybody has, protects nothing
         blob, kek_id, version, name = app.service.wrap(dek, key_id, call.peer.uid)
     except WeakKey as error:

@@ -197,6 +197,7 @@ def test_who_is_dead_by_now() -> None:
     assert dead("3.1", running) == running
     assert dead("2.1.1", running) == ["1.1", "1.2", "2.1"]
     assert dead("2.3", running) == ["1.1", "1.2"]
+    assert dead("2.3", ["2", "", "2."]) == [""]  # these are no names of ours
 
 
 def test_in_a_fleet_each_host_knows_its_own_workers() -> None:

@@ -158,6 +158,12 @@ class TestRewrap:
         assert (reply.status, reply.code) == (400, "invalid_new_kek_hex")
         assert new not in reply.body.decode() + daemon.audit_log.read_text() + daemon.stderr
 
+    def test_nor_is_a_dek_that_is_sent_in_hex(self, kms: Session, daemon: Daemon) -> None:
+        new = os.urandom(32).hex()
+        reply = kms.request("POST", "/wrap", {"key_id": new, "dek": "k_1"})
+        assert (reply.status, reply.code) == (400, "invalid_dek")
+        assert new not in reply.body.decode() + daemon.audit_log.read_text() + daemon.stderr
+
 
 class TestRotate:
     @pytest.fixture
