@@ -69,16 +69,19 @@ def rehearse(loaded: Loaded) -> Rehearsal:
 
 
 def of_fleet(loaded: Loaded) -> Rehearsal:
-    """The audit log alone: a start would be another host's in the fleet. Raises KMSError."""
+    """The audit log alone: a start would be another host's in the fleet."""
     data_dir = loaded.settings.data_dir
-    with (
-        datadir.reading(loaded.settings) as reader,
-        datadir.keys(loaded) as keys,
-        datadir.own_key(keys.keyring, AUDIT_KEY, reader.read(ROWS[AUDIT_KEY])) as key,
-    ):
-        if key is not None:
-            return _with_log(data_dir, key, heads(reader))
     why = "this host's audit key is not in the fleet, or opens under none of the configured KEKs"
+    try:
+        with (
+            datadir.reading(loaded.settings) as reader,
+            datadir.keys(loaded) as keys,
+            datadir.own_key(keys.keyring, AUDIT_KEY, reader.read(ROWS[AUDIT_KEY])) as key,
+        ):
+            if key is not None:
+                return _with_log(data_dir, key, heads(reader))
+    except KMSError as error:
+        why = error.message
     return Rehearsal(
         left_out=((f"the audit log was not verified: {why}", ""),) if tail.logs(data_dir) else ()
     )

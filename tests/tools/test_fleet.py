@@ -641,6 +641,9 @@ class TestThereAndBack:
         shutil.copy(log, other.data)
         ((level, text),) = other.doctor("start")
         assert level == "warn" and "the audit log was not verified" in text
+        host.file.write_text(host.file.read_text().replace(fleet_database.where.folder, str(tmp_path)))
+        ((level, text),) = host.doctor("start")
+        assert level == "warn" and "not verified: " in text and "can't be reached" in text
 
     def test_doctor(self, tmp_path: Path, fleet_database: Fleet) -> None:
         host = Host(tmp_path / "one", KEK, fleet_database)
