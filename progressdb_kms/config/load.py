@@ -23,7 +23,7 @@ from ..crypto.memory import LockedBuffer, wipe
 from ..errors import ConfigError, UnusableKey
 from . import keysource, yamlfile
 from .keysource import FD_VARIABLE, FILE_VARIABLE, HEX_VARIABLE, KEY_SIZE, MASTER, PENDING, Source
-from .options import KEY_LISTS, MASTER_KEYS, SETTINGS, Settings
+from .options import KEY_LISTS, SETTINGS, Settings
 from .values import ANY, Option, Scalar
 from .weakkeys import check_master_key
 from .yamlfile import ConfigFile
@@ -107,7 +107,7 @@ def load(
         file = stack.enter_context(contextlib.closing(yamlfile.read(path))) if path else None
         values = {option.name: _choose(option, flags, file, environ) for option in SETTINGS}
         stack.enter_context(_advising(values["data_dir"], first))
-        sources = _sources(file, environ)
+        sources = file.sources() if file else _in_environment(environ)
         loaded = Loaded(_settings(values, file, _one(sources, file, need_key)))
         _check_store(loaded.settings, file, fleet)
         if need_key:
@@ -189,33 +189,7 @@ def _check_store(settings: Settings, file: ConfigFile | None, fleet: bool) -> No
 # ---- where the keys are ----------------------------------------------------------------------------
 
 
-def _sources(file: ConfigFile | None, environ: Mapping[str, str]) -> list[Source]:
-    """All places of a master key that are given, then those of all other keys."""
-    if file is None:
-        return _environment_sources(environ)
-    master = [
-        file.source(name.rpartition("_")[2], file.values[name], name)
-        for name in MASTER_KEYS
-        if name in file.values
-    ]
-    return master + [source for name in KEY_LISTS for source in listed(file, name)]
-
-
-def listed(file: ConfigFile, name: str) -> list[Source]:
-    """Those of one list, whose hex keys must be read in the order of KEY_LISTS."""
-    entries = enumerate(file.values.get(name, ()), 1)
-    return [file.source(form, value, f"{name} entry {number}", name) for number, (form, value) in entries]
-
-
-def _pending(key_file: str | None) -> list[Source]:
-    """What an unfinished `rotate-kek` left beside the key file."""
-    path = f"{key_file}{PENDING_SUFFIX}"
-    if key_file is None or not os.path.lexists(path):
-        return []
-    return [Source("file", path, f"{path} of a rotation that was not finished", PENDING)]
-
-
-def _environment_sources(environ: Mapping[str, str]) -> list[Source]:
+def _in_environment(environ: Mapping[str, str]) -> list[Source]:
     found = []
     if environ.get(FD_VARIABLE):
         found.append(Source("pipe", environ[FD_VARIABLE], HEX_VARIABLE))
@@ -225,6 +199,14 @@ def _environment_sources(environ: Mapping[str, str]) -> list[Source]:
     if path:
         found.append(Source("file", os.path.abspath(path), f"{FILE_VARIABLE} {os.path.abspath(path)}"))
     return found
+
+
+def _pending(key_file: str | None) -> list[Source]:
+    """What an unfinished `rotate-kek` left beside the key file."""
+    path = f"{key_file}{PENDING_SUFFIX}"
+    if key_file is None or not os.path.lexists(path):
+        return []
+    return [Source("file", path, f"{path} of a rotation that was not finished", PENDING)]
 
 
 def _one(sources: Sequence[Source], file: ConfigFile | None, need_key: bool) -> Source | None:

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..disk import regular, write_all
 from ..errors import ConfigError, KMSError
 from .keysource import HEX, MASTER, NO_ACCESS, Source
-from .options import ALIASES, BY_NAME, KEY_LISTS, OPTIONS
-from .values import Scalar, Value, shown, unknown
+from .options import ALIASES, BY_NAME, KEY_LISTS, MASTER_KEYS, OPTIONS
+from .values import KEY_FORMS, Scalar, Value, shown, unknown
 
 if TYPE_CHECKING:
     import yaml
@@ -50,9 +50,18 @@ class ConfigFile:
         self.values = values
         self._keys = keys
 
-    def source(self, form: str, value: str | None, name: str, role: str = MASTER) -> Source:
-        """Where the key lies that stands under this name."""
-        if form == HEX or value is None:
+    def sources(self) -> list[Source]:
+        """Of all its keys: of a master key, more than one, too, then of the lists. Those in hex come through
+        the pipe in this order."""
+        masters = (row for row in zip(KEY_FORMS, MASTER_KEYS) if row[1] in self.values)
+        found = [self._source(form, self.values[name], name, MASTER) for form, name in masters]
+        for role in KEY_LISTS:
+            for number, (form, value) in enumerate(self.values.get(role, ()), 1):
+                found.append(self._source(form, value, f"{role} entry {number}", role))
+        return found
+
+    def _source(self, form: str, value: str, name: str, role: str) -> Source:
+        if form == HEX:
             return Source(HEX, str(self._keys.fileno()), f"{name} in {self.path}", role)
         folder = os.path.dirname(self.path)
         place = os.path.abspath(os.path.join(folder, value)) if form == "file" else value
@@ -72,14 +81,15 @@ def read(path: str) -> ConfigFile:
         if not child:
             _child(path, source, end.fileno())
         end.close()
-        values = _hear(path, child, answers)
-        secret = _secret(values)
-        if secret is not None and mode & 0o077:
+        file = ConfigFile(path, _hear(path, child, answers), FileIO(os.dup(answers.fileno())))
+        secret = next((source.label for source in file.sources() if source.form == HEX), "")
+        if secret and mode & 0o077:
+            file.close()
             raise ConfigError(
-                f"{secret} in {path}: a file with a key in it is open to others (mode {mode & 0o7777:04o})",
+                f"{secret}: a file with a key in it is open to others (mode {mode & 0o7777:04o})",
                 hint=f"chmod 0600 {path}, and change the key if others may have read it",
             )
-        return ConfigFile(path, values, FileIO(os.dup(answers.fileno())))
+        return file
 
 
 def _open(path: str) -> tuple[FileIO, int]:
@@ -116,13 +126,6 @@ def _hear(path: str, child: int, answers: FileIO) -> dict[str, Any]:
     if "error" in answer:
         raise ConfigError(answer["error"], hint=answer["hint"])
     return answer
-
-
-def _secret(values: dict[str, Any]) -> str | None:
-    """The name of a key of the file that holds a secret."""
-    if "master_key_hex" in values:
-        return "master_key_hex"
-    return next((name for name in KEY_LISTS if any(form == HEX for form, _ in values.get(name, ()))), None)
 
 
 # ---- the child -----------------------------------------------------------------------------------

@@ -20,8 +20,7 @@ from typing import Callable
 
 from ..config import keysource, yamlfile
 from ..config.keysource import COMING, MASTER, PREVIOUS
-from ..config.load import listed
-from ..config.options import KEY_LISTS, Settings
+from ..config.options import Settings
 from ..config.values import MAX_NEXT
 from ..crypto.aead import KEY_SIZE
 from ..crypto.keyring import Keyring, fingerprint
@@ -57,12 +56,13 @@ class Coming:
             log.error("the %s stay as they were: %s", COMING, getattr(error, "line", error))
 
     def _fill(self, file: yamlfile.ConfigFile) -> None:
-        """All or nothing. Hex keys come in the order in which they are written, all lists of them."""
+        """All or nothing. Those in hex before them are read out of the way."""
         with LockedBuffer(SIZE) as made, made.view[_SCRATCH:] as scratch:
             with made.view[8 : 8 + KEY_SIZE] as place:
-                for _ in range(("master_key_hex" in file.values) + _hex(file, KEY_LISTS[0])):
-                    keysource.read(file.source(keysource.HEX, None, "a key"), {}, scratch, place)
-            sources = listed(file, COMING)
+                for source in file.sources():
+                    if source.role != COMING and source.form == keysource.HEX:
+                        keysource.read(source, {}, scratch, place)
+            sources = [source for source in file.sources() if source.role == COMING]
             for number, source in enumerate(sources):
                 start = 8 + number * _ENTRY
                 with made.view[start + _ID : start + _ENTRY] as key:
@@ -100,7 +100,3 @@ class Coming:
         for number in range(max(0, int.from_bytes(self._memory.view[:8], "little") - 1)):
             with self._memory.view[8 + number * _ENTRY : 8 + (number + 1) * _ENTRY] as place:
                 yield place
-
-
-def _hex(file: yamlfile.ConfigFile, name: str) -> int:
-    return sum(form == keysource.HEX for form, _ in file.values.get(name, ()))

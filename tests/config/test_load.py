@@ -661,8 +661,8 @@ def test_an_alias_bomb_ends_at_once(place: Place) -> None:
         (0o604, HEX, "master_key_hex in FILE: a file with a key in it is open to others (mode 0604)"),
         (
             0o640,
-            f"master_key_file: k\nprevious_master_keys: [{{hex: {B.hex()}}}]",
-            "previous_master_keys in FILE",
+            f"master_key_file: k\nprevious_master_keys: [{{file: k}}, {{hex: {B.hex()}}}]",
+            "previous_master_keys entry 2 in FILE",
         ),
         (0o620, "master_key_file: k", "may be written by others (mode 0620)"),
         (0o602, "master_key_file: k", "may be written by others (mode 0602)"),
