@@ -143,28 +143,6 @@ def pieces(line: bytes, key: memoryview) -> Iterator[tuple[bytes, re.Match[bytes
 _write = os.write
 
 
-def _open(path: str) -> tuple[int, os.stat_result]:
-    """Open for appending, 0600; make it where absent. Raises AuditUnavailable unless it is a file of ours."""
-    try:
-        fd = disk.regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
-        try:
-            status = os.fstat(fd)
-            if status.st_uid != os.geteuid():
-                raise PermissionError(errno.EPERM, "is not of the daemon's own user")
-            if stat.S_IMODE(status.st_mode) != 0o600:
-                os.fchmod(fd, 0o600)
-            return fd, status
-        except OSError:
-            os.close(fd)
-            raise
-    except OSError as error:
-        hint = (
-            f"{path} must be a regular file of the daemon's own user, of mode 0600, in a directory that it "
-            "may write to: mend that or move it away; then SIGHUP, or a start"
-        )
-        raise AuditUnavailable(f"the audit log can't be opened ({error.strerror})", hint=hint) from None
-
-
 # ---- the writer ----------------------------------------------------------------------------------
 
 _STOPPED = {
@@ -195,6 +173,7 @@ class AuditLog:
         if not CHAIN.fullmatch(chain) or len(key) != 32:
             raise ValueError("an audit chain is numbers joined by dots, its key has 32 bytes")
         self.path = os.path.abspath(os.fspath(path))
+        self._name = os.path.basename(self.path)
         self.chain = chain
         self.key = key
         self._clock = clock
@@ -209,10 +188,34 @@ class AuditLog:
         self._note = ""  # why the log was reopened, until that is recorded
         self._stopped = ""  # why nothing may be recorded before `reopen`
         self._held: KMSError | None = None  # why nothing may be recorded before `release`
-        self._fd = -1
-        self._take(*_open(self.path))
+        self._fd = self._home = -1
+        self._take(*self._open())
         with contextlib.suppress(OSError):  # a file system that can't sync directories
-            disk.sync(os.path.dirname(self.path))
+            os.fsync(self._home)
+
+    def _open(self) -> tuple[int, os.stat_result]:
+        """For appending, 0600; made where absent. Raises AuditUnavailable unless it is a file of ours. It is
+        in the folder that was there at first: one that is mounted over that has a log of its own."""
+        try:
+            if self._home < 0:
+                folder = os.path.dirname(self.path)
+                self._home = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+            with contextlib.ExitStack() as undo:
+                undo.callback(os.close, fd := disk.regular(self._name, flags, self._home))
+                status = os.fstat(fd)
+                if status.st_uid != os.geteuid():
+                    raise PermissionError(errno.EPERM, "is not of the daemon's own user")
+                if stat.S_IMODE(status.st_mode) != 0o600:
+                    os.fchmod(fd, 0o600)
+                undo.pop_all()
+            return fd, status
+        except OSError as error:
+            hint = (
+                f"{self.path} must be a regular file of the daemon's own user, of mode 0600, in a directory "
+                "that it may write to: mend that or move it away; then SIGHUP, or a start"
+            )
+            raise AuditUnavailable(f"the audit log can't be opened ({error.strerror})", hint=hint) from None
 
     def _take(self, fd: int, status: os.stat_result) -> None:
         if self._fd >= 0:
@@ -274,7 +277,7 @@ class AuditLog:
         with self._lock:
             if self._stopped == "closed":
                 self._mend()
-            fd, status = _open(self.path)
+            fd, status = self._open()
             if self._stopped or (status.st_ino, status.st_dev) != (self._inode, self._device):
                 self._note = self._stopped or self._note or "requested"
             self._stopped = ""
@@ -295,7 +298,7 @@ class AuditLog:
         """Raises AuditUnavailable. What lies under the path now is the log, whatever was there before."""
         with self._lock:
             if self._held:
-                self._take(*_open(self.path))
+                self._take(*self._open())
                 self._held, self._stopped = None, ""
 
     def close(self) -> None:
@@ -307,6 +310,7 @@ class AuditLog:
             self._stopped = "closed"
             if self._fd >= 0:
                 os.close(self._fd)
+                os.close(self._home)
                 self._fd = -1
 
     # -- under the lock
@@ -364,15 +368,14 @@ class AuditLog:
         """A short write: remember what of the line stands in the file."""
         if lead and written:
             self._ends += 1
-        piece = written[len(lead) :]
-        if piece:
+        if piece := written[len(lead) :]:
             self._torn.append(torn(piece))
         self._fail(OSError(errno.ENOSPC, f"it took only {len(written)} bytes of a record"))
 
     def _look(self) -> None:
         """Does the path still lead to our file, and is the file no shorter than it was?"""
         try:
-            seen = os.lstat(self.path)
+            seen = os.lstat(self._name, dir_fd=self._home)
         except OSError:
             return self._follow()
         if seen.st_ino != self._inode or seen.st_size < self._size or seen.st_dev != self._device:
@@ -390,7 +393,7 @@ class AuditLog:
         elif mine.st_size < self._size:
             self._stopped = "truncated"
         else:
-            self._take(*_open(self.path))
+            self._take(*self._open())
             self._note = "renamed"
 
     def _mend(self) -> None:

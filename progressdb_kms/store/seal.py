@@ -16,6 +16,7 @@ nothing about a DEK.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -136,15 +137,9 @@ class StoreState(NamedTuple):
                 f"the row {STATE} can't be read", hint="restore a backup: `progressdb-kms restore FILE`"
             ) from None
 
-    def activated(self, kek_id: str, version: int, since: str) -> StoreState:
-        return self._replace(change=self.change + 1, active=ActiveKek(kek_id, version, since))
-
     def wrapped(self, kek_ids: Iterable[str]) -> StoreState:
         """After a wrap under each of these."""
-        wraps = dict(self.wraps)
-        for kek_id in kek_ids:
-            wraps[kek_id] = wraps.get(kek_id, 0) + 1
-        return self._replace(wraps=wraps)
+        return self._replace(wraps=Counter(self.wraps) + Counter(kek_ids))
 
     def counted(self, rows: int, more: int, keks: Mapping[str, KekCount]) -> StoreState:
         """After so many rows were replaced: the weights of the new ones less those of the old."""

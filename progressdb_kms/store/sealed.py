@@ -13,7 +13,7 @@ from ..encoding import json_loads
 from ..errors import KeyNotFound, StoreDamaged, StoreUnavailable
 from .contract import KEK_ROW, DekRecord, Usage, counted
 from .policy import SHREDDED
-from .seal import END, MODULUS, OWN, STATE, KekCount, Seal, StoreState, Tally, weight, without_mac
+from .seal import END, MODULUS, OWN, STATE, ActiveKek, KekCount, Seal, StoreState, Tally, weight, without_mac
 
 ROWS = 1000
 """Rows of one look at both sides of a rotation."""
@@ -321,7 +321,8 @@ class Store(Reader):
 
     def activate(self, kek_id: str, version: int, since: str) -> None:
         """Another active KEK."""
-        self._book = self._book.activated(kek_id, version, since)
+        active = ActiveKek(kek_id, version, since)
+        self._book = self._book._replace(change=self._book.change + 1, active=active)
 
     def advance(self, floor: int) -> None:
         """The number of changes goes on above this one, where it is not there yet."""

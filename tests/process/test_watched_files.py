@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import sqlite3
 import stat
 import threading
@@ -218,6 +219,46 @@ def test_the_folder_moved_away(daemon: Daemon) -> None:
         kms.create_dek("t")
     daemon.stop()
     assert rescued(daemon) == [] and "what the daemon held" not in daemon.stderr  # it is behind the store
+
+
+def test_a_folder_that_comes_late(daemon: Daemon) -> None:
+    """The daemon was started before its disk was mounted, and began a store there. Then it came, and records
+    went into the audit log of the other store, by another key: that one never verified again."""
+    there, late, here = Kept(), daemon.home / "late", daemon.home / "here"
+    with daemon.session() as kms:
+        there.create(kms, 3)
+    daemon.kill()
+    daemon.data_dir.rename(late)
+    log, wal = ((late / name).read_bytes() for name in ("kms-audit.log", "kms.db-wal"))
+    daemon.start()
+    begun = Kept()
+    with daemon.session() as kms:
+        begun.create(kms, 2)
+        daemon.data_dir.rename(here)
+        late.rename(daemon.data_dir)
+        wait_until(lambda: len(rescued(daemon)) == 1 and "progressdb-kms restore" in daemon.stderr, 60, "it")
+        begun.opens(kms)
+        daemon.signal(signal.SIGHUP)
+        wait_until(lambda: "SIGHUP" in daemon.stderr, 60, "the reload")
+        begun.opens(kms)
+    daemon.stop()
+    (rescue,) = rescued(daemon)
+    assert daemon.audit_log.read_bytes() == log and (daemon.data_dir / "kms.db-wal").read_bytes() == wal
+    assert b'"op":"stop"' in (here / "kms-audit.log").read_bytes()
+    daemon.start()
+    with daemon.session() as kms:
+        there.opens(kms)
+    there.verifies(daemon)
+    done = daemon.offline("restore", str(rescue))
+    assert done.returncode == 1 and b"`import` of that export" in done.stderr
+    lines = str(daemon.home / "lines")
+    for words in (("export", lines), ("restore", "--force", str(rescue)), ("import", lines)):
+        assert (done := daemon.offline(*words)).returncode == 0, done.stderr
+    daemon.start()
+    with daemon.session() as kms:
+        there.opens(kms)
+        begun.opens(kms)
+    begun.verifies(daemon)
 
 
 def test_the_lock_removed(daemon: Daemon) -> None:
