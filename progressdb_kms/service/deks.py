@@ -96,13 +96,13 @@ class Deks:
     def _change(self, old: DekRecord, record: DekRecord) -> None:
         self._store.put(record)
         self._shredding.index(old, record)
-        self._effects.append(self._keyring.touch)
+        self._effects.append(self._keks.forget)
 
     def _shred(self, old: DekRecord, now: float) -> dict[str, Any]:
         """Repeating it makes sure again: the caller may have been told that copies remained."""
         record = self._shredding.mark(old, now) if old.state != SHREDDED else old
         if record is not old or self._shredding.noted(old.key_id):
-            self._effects += [self._keyring.touch, lambda: self._shredding.soon({old.key_id: old.wrapped})]
+            self._effects += [self._keks.forget, lambda: self._shredding.soon({old.key_id: old.wrapped})]
         return describe(record)
 
     def rewrap(self, key_id: str, new_kek: LockedBuffer) -> dict[str, Any]:

@@ -158,8 +158,9 @@ class FleetKeeper(Keeper):
     _deks: FleetDeks
     _shredding: FleetShredding
 
-    def join(self, place: Place, member: Member, board: Board, coming: Coming) -> None:
+    def join(self, place: Place, member: Member, board: Board, coming: Coming, keyring: Keyring) -> None:
         self._place, self._member, self._board, self._coming = place, member, board, coming
+        self._keyring = keyring
         self._beside = Matter(
             "what is done beside the calls waits: %s", "what is done beside the calls goes on"
         )
@@ -395,7 +396,7 @@ def open_keeper(
         store.standing = lambda: member.host.why
         common = Common(store, data_dir, keyring, book, TrustedTime(store, clock), [])
         keeper = FleetKeeper(common, keys, staging, inbox)
-        keeper.join(place, member, board, coming)
+        keeper.join(place, member, board, coming, keyring)
         member.host.tell_keks()
         undo.pop_all()
     return keeper, epoch

@@ -74,13 +74,13 @@ class Keeper:
     def __init__(self, common: Common, keys: Configured, staging: memoryview, inbox: socket.socket) -> None:
         keks, shredding, deks, health = self._kinds
         self._store, self._audit, self._effects = common.store, common.audit, common.effects
-        self._clock, self._time, self._keyring = common.time.clock, common.time, common.keyring
+        self._clock, self._time = common.time.clock, common.time
         self._staging, self._inbox = staging, inbox
         self._task: tuple[Steps, Job] | None = None
         self._next_look = self._rest = 0.0
         self._anchors = Anchors(common)
         self._keks = keks(common, keys)
-        self._shredding = shredding(common, self._anchors)
+        self._shredding = shredding(common, self._keks, self._anchors)
         self._deks = deks(common, self._keks, self._shredding)
         self._health = health(common, self._keks, self._anchors)
         self._writes: Operations = {
@@ -133,7 +133,7 @@ class Keeper:
         try:
             done = self._commit(writes) if writes else []
         except KMSError as error:
-            self._keyring.touch()  # whether it is on the disk isn't known: nothing may be remembered
+            self._keks.forget()  # whether it is on the disk isn't known: nothing may be remembered
             self._health.writing.failed(error.message)
             done = [(job, error, []) for job in writes]
         done += [self._attempt(job) for job in jobs if job.op not in self._writes]

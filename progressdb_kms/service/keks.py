@@ -50,6 +50,10 @@ class Keks:
         self._left = True  # an earlier run may have left rows
         self._removing = Chore("what a rotation left can't be removed now", REMOVE_PAUSES)
 
+    def forget(self) -> None:
+        """What the workers remember of the store is old. A fleet has another way to tell them."""
+        self._keyring.touch()
+
     # ---- by a job --------------------------------------------------------------------------------
 
     def admit(self, kek: memoryview, version: int) -> None:

@@ -24,6 +24,7 @@ from ..store.contract import DekRecord
 from ..store.policy import SHREDDED
 from .anchors import Anchors
 from .common import Common
+from .keks import Keks
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +46,10 @@ IDLE_SAVE_SECONDS = 600.0
 class Shredding:
     """The keeper's."""
 
-    def __init__(self, common: Common, anchors: Anchors) -> None:
+    def __init__(self, common: Common, keks: Keks, anchors: Anchors) -> None:
         self._store, self._data_dir, self._audit = common.store, common.data_dir, common.audit
         self._clock, self._time = common.time.clock, common.time
-        self._keyring, self._anchors = common.keyring, anchors
+        self._keks, self._anchors = keks, anchors
         self.due: dict[str, bytes] = {}  # shredded, and copies may remain: key_id and blob, if known
         self._erasing = Chore("copies of shredded DEKs remain", ERASE_PAUSES)
         self._looking = Chore("scheduled deletions can't be looked at now", JANITOR_PAUSES)
@@ -140,7 +141,7 @@ class Shredding:
                 self._anchors.write()
         self.soon({record.key_id: b"" for record in dead})
         if records:
-            self._keyring.touch()
+            self._keks.forget()
             self.soon({record.key_id: record.wrapped for record in records})
         self._next = self._clock.monotonic() + JANITOR_SECONDS
 

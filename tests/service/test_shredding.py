@@ -31,10 +31,11 @@ class Site:
         self.noted: list[str] = []
         keyring, clock = Keyring(memoryview(bytearray(REGION_SIZE))), Clock()
         time = TrustedTime(self.store, clock)
+        keks: Any = SimpleNamespace(forget=keyring.touch)
         audit: Any = SimpleNamespace(note=lambda op, key_id: self.noted.append(f"{op} {key_id}"))
         anchors: Any = SimpleNamespace(write=lambda: None)
         store: Any = self.store
-        self.shredding = Shredding(Common(store, folder, keyring, audit, time, []), anchors)
+        self.shredding = Shredding(Common(store, folder, keyring, audit, time, []), keks, anchors)
 
     def put(self, key_id: str, delete_at: str = "", *entries: str) -> None:
         """A DEK, with its own entry where it is scheduled, and with `entries` that others put there."""
