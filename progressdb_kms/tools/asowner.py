@@ -121,6 +121,20 @@ def load_config(
             raise (theirs if met.code == "distrust" else met) from None
 
 
+def barred(flags: Mapping[str, str | None], settings: Settings) -> ConfigError | None:
+    """What the daemon's user would hear of a file that root has read."""
+    from ..config.load import load
+
+    user = daemon_user(settings)
+    if os.geteuid() != 0 or user == 0 or settings.config_file is None:
+        return None
+    try:
+        with acting_as(user), load(_or_packaged(flags), os.environ, fleet=True):
+            return None
+    except ConfigError as error:
+        return error
+
+
 def _or_packaged(flags: Mapping[str, str | None]) -> Mapping[str, str | None]:
     """Where neither flag nor environment names anything: the packages' configuration, if there is one."""
     if (

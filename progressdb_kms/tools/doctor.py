@@ -88,6 +88,8 @@ class Patient:
     def __init__(self, args: argparse.Namespace) -> None:
         self.trouble: KMSError | None = None
         self.keys: Configured | None = None
+        self.barred: KMSError | None = None
+        """What the daemon's user meets where root met nothing."""
         self.server_uid: int | None = getattr(args, "server_uid", None)
         self.rehearsal: rehearsal.Rehearsal | None = None
         self.unrehearsed = "its keys are not to be had here"
@@ -100,6 +102,7 @@ class Patient:
         try:
             with asowner.load_config(flags, first=True, fleet=True) as loaded:
                 self.keys = Configured.of(loaded, fingerprint)
+                self.barred = asowner.barred(flags, loaded.settings)
                 self.rehearse(loaded)
                 return loaded.settings
         except KMSError as error:
@@ -283,7 +286,10 @@ def _day(seconds: float) -> str:
 
 def _config(patient: Patient) -> Findings:
     trouble = patient.trouble
-    if trouble is None:
+    if patient.barred is not None:
+        todo = f"`chown {patient.owner}` it, and look at the folders above it"
+        yield Finding(FAIL, f"the daemon's user, uid {patient.owner}: {patient.barred.message}", todo)
+    elif trouble is None:
         assert patient.keys is not None
         yield Finding(OK, f"{patient.keys.master.source.label} holds the KEK {patient.keys.master.kek_id}")
     elif patient.settings and _only_systemd_knows(patient.settings):

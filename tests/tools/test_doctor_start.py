@@ -231,3 +231,23 @@ def test_root_hears_what_the_daemon_s_user_would_hear(
     assert done.returncode == 1
     assert f"{stopped.home}/gone can't be read: No such file" in said
     assert "chown" not in said and "another key" not in said
+
+
+@pytest.mark.root
+def test_root_hears_what_the_daemon_s_user_may_not_read(stopped: Daemon) -> None:
+    """A key as root's genkey makes it: all was well for root, and the daemon did not start."""
+    stopped.home.chmod(0o755)
+    stopped.config_file.chmod(0o644)
+    for path in (stopped.data_dir, *stopped.data_dir.iterdir()):
+        os.chown(path, 12345, 12345)
+
+    def config() -> dict[str, str]:
+        found = json.loads(stopped.offline("doctor", "--json").stdout)
+        (row,) = (row for row in found["checks"] if row["check"] == "config")
+        return dict(row)
+
+    row = config()
+    assert row["level"] == "fail" and "Permission denied" in row["text"] and "uid 12345" in row["text"]
+    assert f"{stopped.kek_file}" in row["text"] and "chown 12345" in row["todo"]
+    os.chown(stopped.kek_file, 12345, 12345)
+    assert config()["level"] == "ok"
