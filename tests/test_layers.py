@@ -48,6 +48,9 @@ OWNED = {
 
 NEVER_SERVED = ("client", "tools")
 
+MENDING = ("progressdb_kms.store.mending", "progressdb_kms.fleet.mending")
+"""What makes good what isn't genuine, where a person says so: no daemon can."""
+
 
 def only_in_a_fleet(module: str) -> bool:
     """Loaded where the configuration says `store: postgresql`: whoever has no fleet has none of its lines."""
@@ -122,6 +125,12 @@ def test_a_module_of_others_has_one_importer(owned: str) -> None:
         if owned in {name.split(".")[0] for name in imports(module, source)}
     }
     assert users <= {OWNED[owned]}
+
+
+@pytest.mark.parametrize("module", MENDING)
+def test_what_mends_is_for_commands_alone(module: str) -> None:
+    users = {name for name, source in MODULES.items() if module in imports(name, source)} - {*MENDING}
+    assert {room(name) for name in users} == {"tools"}
 
 
 SAID_ONCE = {

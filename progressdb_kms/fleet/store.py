@@ -345,13 +345,6 @@ class FleetStore(Store, FleetReader):
         super().activate(kek_id, version, since)
         self._gathered.activated = (was, kek_id, version)
 
-    def recount(self) -> bool:
-        """In one snapshot, so that other hosts may write meanwhile: what they add, they count themselves.
-        What is wrong becomes this host's."""
-        with contextlib.nullcontext() if self._open is not None else self.snapshot():
-            self._refresh()
-            return super().recount()
-
     # ---- transactions ------------------------------------------------------------------------
 
     @contextlib.contextmanager

@@ -390,7 +390,7 @@ def open_keeper(
             )
         with place.ring:  # who rotates meanwhile is followed after it
             place.store = store
-            _, book, epoch = start.open_store(data_dir, keyring, keys, incarnation, fleet=store)
+            _, book, epoch = start.open_store(data_dir, keyring, keys, incarnation, given=store, fleet=True)
             _drop_retired(store, keyring, keys)
             _take_time(store)
         store.standing = lambda: member.host.why

@@ -80,12 +80,13 @@ def open_store(
     keys: Configured,
     incarnation: int = 0,
     command: str | None = None,
-    fleet: Store | None = None,
+    given: Store | None = None,
+    fleet: bool = False,
 ) -> Opened:
     """What `open_keeper` does short of the keeper, for whoever holds the lock: an offline `command` too.
-    `fleet`: the store that this host shares with others."""
+    `given`: the store, where it is open; `fleet`: this host shares it with others."""
     shutil.rmtree(data_dir / RESTORE_FOLDER, ignore_errors=True)
-    store: Any = fleet or SqliteStore(data_dir)
+    store: Any = given or SqliteStore(data_dir)
     with contextlib.ExitStack() as undo:
         undo.callback(store.close)
         was = store.state().active  # not held against its MAC yet: the key for that is in the store
@@ -97,7 +98,7 @@ def open_store(
             raise KeyMismatch(told, hint=hint)
         if chosen.notice:
             log.warning("%s", chosen.notice)
-        ours = _load_keys(store, keyring, chosen, joins=fleet is not None)
+        ours = _load_keys(store, keyring, chosen, joins=fleet)
         store.unlock(keyring.row_key, keyring.publish)
         keyring.activate(chosen.active, chosen.version)
         _drop_unneeded(keyring, store, keys)

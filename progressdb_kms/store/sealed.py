@@ -176,8 +176,6 @@ class Store(Reader):
     mirror: Callable[[Sequence[DekRecord]], None] | None = None
     """What is done with rows that are put, in the same transaction: while a rotation is under way, to stage
     them anew."""
-    mending = False
-    """A command is at work that replaces rows which can't be trusted, and counts anew after."""
 
     @abstractmethod
     def _staged(self, key_id: str) -> Row | None: ...
@@ -328,20 +326,6 @@ class Store(Reader):
         """The number of changes goes on above this one, where it is not there yet."""
         self._book = self._book._replace(change=max(self._book.change, floor) + 1)
 
-    def recount(self) -> bool:
-        """Count and add up all rows anew, each of which must be genuine. True: the state had it otherwise.
-        Since when a KEK is needed is no count: a rotation says that, and its oldest DEK may be gone."""
-        keks: Mapping[str, KekCount] = {}
-        total, after, known = 0, "", dict(self._book.keks)
-        while page := self._texts(after, ROWS, None):
-            keks = counted(keks, [(None, self._record(key_id, text)) for key_id, text in page])
-            total = (total + sum(weight(as_it_stands(text)) for _, text in page)) % MODULUS
-            after = page[-1][0]
-        keks = {kek_id: known.get(kek_id, row)._replace(deks=row.deks) for kek_id, row in keks.items()}
-        if other := (keks, total) != (known, self._book.total):
-            self._book = self._book._replace(change=self._book.change + 1, keks=keks, total=total)
-        return other
-
     # ---- rows --------------------------------------------------------------------------------
 
     def put(self, record: DekRecord) -> None:
@@ -370,13 +354,8 @@ class Store(Reader):
         return Written(record.key_id, *self._key.written("meta:" + record.key_id, record.to_row()), record)
 
     def _replaced(self, key_id: str) -> tuple[DekRecord | None, int]:
-        try:
-            text = self._text(key_id)
-            return (None, 0) if text is None else (self._record(key_id, text), weight(as_it_stands(text)))
-        except StoreDamaged:
-            if not self.mending:
-                raise
-            return None, 0
+        text = self._text(key_id)
+        return (None, 0) if text is None else (self._record(key_id, text), weight(as_it_stands(text)))
 
     # ---- a second table for rotation -----------------------------------------------------------
 

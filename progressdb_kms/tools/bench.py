@@ -59,6 +59,7 @@ from ..service.rotation import Rotation
 from ..service.service import Service
 from ..service.start import open_keeper
 from ..store.contract import DekRecord
+from ..store.mending import SqliteMending
 from ..store.sqlite import SqliteStore
 from ..wire import data
 from ..wire.call import App, Call
@@ -757,7 +758,7 @@ def _fill_store(folder: Path, deks: int) -> None:
 
 
 def _make_deks(folder: Path, keyring: Keyring, kek_id: str, count: int) -> None:
-    made = SqliteStore(folder, keyring.row_key)
+    made = SqliteMending(folder, keyring.row_key)
     with LockedBuffer(KEY_SIZE) as dek, keyring.borrow(kek_id) as kek:
         _fill(dek.view)
         with made.transaction():

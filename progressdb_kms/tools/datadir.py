@@ -42,17 +42,18 @@ from ..service.lock import LOCK_FILE, Files, claim, is_held
 from ..service.plan import Configured
 from ..store.contract import DekRecord, Usage
 from ..store.heads import Head, anchor
+from ..store.mending import SqliteMending
 from ..store.policy import DISABLED, PENDING_DELETION, SHREDDED
 from ..store.seal import STATE, StoreState
 from ..store.sealed import Reader
-from ..store.sqlite import FILE_NAME, SqliteReader, SqliteStore
+from ..store.sqlite import FILE_NAME, SqliteReader
 from . import asowner
 from .console import CommandFailed
 
 if TYPE_CHECKING:
     from ..fleet.engine import Link
+    from ..fleet.mending import FleetMending
     from ..fleet.reader import FleetReader
-    from ..fleet.store import FleetStore
 
 SETTLED_SECONDS = 2.5
 """A daemon that opened its files again tells within a second."""
@@ -250,7 +251,7 @@ def as_left(record: DekRecord, left: Left) -> DekRecord:
 class Work:
     """A store that is open for writing, and its audit chain."""
 
-    def __init__(self, keyring: Keyring, store: SqliteStore | FleetStore, audit: AuditLog) -> None:
+    def __init__(self, keyring: Keyring, store: SqliteMending | FleetMending, audit: AuditLog) -> None:
         self.keyring = keyring
         self.store = store
         self.audit = audit
@@ -273,7 +274,10 @@ def working(loaded: Loaded, the_keys: Keys, command: str) -> Iterator[Work]:
     data_dir = loaded.settings.data_dir
     with contextlib.ExitStack() as stack:
         fleet = stack.enter_context(_fleet_store(loaded, the_keys))
-        store, audit, _ = start.open_store(data_dir, *the_keys, command=command, fleet=fleet)
+        store = fleet or SqliteMending(data_dir)
+        _, audit, _ = start.open_store(
+            data_dir, *the_keys, command=command, given=store, fleet=fleet is not None
+        )
         stack.enter_context(contextlib.closing(store))
         stack.enter_context(contextlib.closing(audit))
         work = Work(the_keys.keyring, store, audit)
@@ -293,14 +297,14 @@ def working(loaded: Loaded, the_keys: Keys, command: str) -> Iterator[Work]:
 
 
 @contextlib.contextmanager
-def _fleet_store(loaded: Loaded, the_keys: Keys) -> Iterator[FleetStore | None]:
+def _fleet_store(loaded: Loaded, the_keys: Keys) -> Iterator[FleetMending | None]:
     """A fleet's store for a command, which is a host of it meanwhile. None where there is no fleet."""
     if loaded.settings.store == "sqlite":
         yield None
         return
     from ..fleet import schema
     from ..fleet.identity import Identity
-    from ..fleet.store import FleetStore
+    from ..fleet.mending import FleetMending
     from ..fleet.visitor import Visitor
 
     with fleet_link(loaded.settings) as link:
@@ -309,7 +313,7 @@ def _fleet_store(loaded: Loaded, the_keys: Keys) -> Iterator[FleetStore | None]:
         data_dir = loaded.settings.data_dir
         who = Identity(data_dir, start.host_id(data_dir), platform.node(), Clock().reading().boot)
         with Visitor(link.where, who, keks) as visitor:
-            yield FleetStore(link, visitor.host, visitor.inc)
+            yield FleetMending(link, visitor.host, visitor.inc)
 
 
 @contextlib.contextmanager

@@ -40,10 +40,10 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 def store_of(cluster: Cluster, host: str) -> Any:
     from progressdb_kms.fleet.engine import Link
-    from progressdb_kms.fleet.store import FleetStore
+    from progressdb_kms.fleet.mending import FleetMending
 
     cluster.sql(f"INSERT INTO kms.hosts VALUES ('{host}', '1', '', 0, 0, '{{}}', false)")
-    return FleetStore(Link(cluster.where), host, "1", KEY)
+    return FleetMending(Link(cluster.where), host, "1", KEY)
 
 
 class Writer(threading.Thread):

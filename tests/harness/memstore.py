@@ -15,9 +15,10 @@ from progressdb_kms.encoding import json_dumps, json_loads
 from progressdb_kms.errors import StoreUnavailable
 from progressdb_kms.fleet.rows import added
 from progressdb_kms.store.contract import HEAVY, KEK_ROW, Usage
+from progressdb_kms.store.mending import Mending
 from progressdb_kms.store.policy import SHREDDED
 from progressdb_kms.store.seal import Seal, StoreState, Tally
-from progressdb_kms.store.sealed import Reader, Row, Store, Written
+from progressdb_kms.store.sealed import Reader, Row, Written
 
 
 class State(NamedTuple):
@@ -83,7 +84,7 @@ class MemoryReader(Reader):
         """Nothing is held."""
 
 
-class MemoryStore(Store, MemoryReader):
+class MemoryStore(Mending, MemoryReader):
     """The writer. One thread at a time, as with the keeper."""
 
     def __init__(self, key: memoryview | None = None) -> None:

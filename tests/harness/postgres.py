@@ -334,10 +334,10 @@ class Fleet:
         return self._links[-1]
 
     def store(self, key: memoryview | None = None, host: str = "one", inc: str = "1") -> Any:
-        from progressdb_kms.fleet.store import FleetStore
+        from progressdb_kms.fleet.mending import FleetMending
 
         self.sql(f"INSERT INTO kms.hosts VALUES ('{host}', '{inc}', '', 0, 0, '{{}}', false)")
-        return FleetStore(self.link(), host, inc, key)
+        return FleetMending(self.link(), host, inc, key)
 
     def reader(self, key: memoryview | None = None, host: str = "one") -> Any:
         from progressdb_kms.fleet.reader import FleetReader

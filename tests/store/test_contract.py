@@ -20,6 +20,7 @@ from progressdb_kms.encoding import json_dumps
 from progressdb_kms.errors import StoreDamaged, StoreUnavailable
 from progressdb_kms.pause import Pause
 from progressdb_kms.store.contract import HEAVY, KEK_ROW, DekRecord, Usage
+from progressdb_kms.store.mending import SqliteMending
 from progressdb_kms.store.policy import SHREDDED
 from progressdb_kms.store.seal import STATE, KekCount, Seal
 from progressdb_kms.store.sealed import Written, as_it_stands
@@ -27,7 +28,7 @@ from progressdb_kms.store.sqlite import FILE_NAME, FILES, SqliteReader, SqliteSt
 from tests.harness.memstore import MemoryReader, MemoryStore
 from tests.harness.vectors import load, secret
 
-AnyStore = Union[SqliteStore, MemoryStore]
+AnyStore = Union[SqliteMending, MemoryStore]
 AnyReader = Union[SqliteReader, MemoryReader]
 
 OLD, NEW = "00" * 8, "11" * 8
@@ -49,7 +50,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[AnySt
         fleet = request.getfixturevalue("fleet_database")
         yield fleet.store(KEY), fleet.reader(KEY)
         return
-    store = SqliteStore(tmp_path, KEY)
+    store = SqliteMending(tmp_path, KEY)
     reader = SqliteReader(tmp_path, KEY)
     yield store, reader
     reader.close()
@@ -820,7 +821,7 @@ class TestFile:
 
     def test_a_commit_of_unknown_outcome(self, tmp_path: Path) -> None:
         """It took place, and told of an error: what is on the disk counts, not what we remember."""
-        store = SqliteStore(tmp_path)
+        store = SqliteMending(tmp_path)
         told: list[int] = []
         store.unlock(KEY, told.append)
         put(store, dek("a"))
