@@ -467,6 +467,21 @@ class TestRestore:
         site.daemon.stop()
         checked(site.daemon)
 
+    def test_the_present_store_knows_what_is_closed(self, site: Site) -> None:
+        """Likewise: what was disabled, or scheduled, since."""
+        disabled, due, *_ = site.keys
+        site.daemon.ok("POST", f"/deks/{disabled}/disable", {})
+        when = site.daemon.ok("DELETE", f"/deks/{due}", {"pending_days": 9})["delete_at"]
+        site.daemon.stop()
+        site.daemon.audit_log.rename(site.daemon.home / "moved")
+        told(restore(site, "--force"))
+        site.daemon.start()
+        assert state(site.daemon, disabled) == "disabled"
+        found = site.daemon.ok("GET", f"/deks/{due}")
+        assert (found["state"], found["delete_at"]) == ("pending_deletion", when)
+        site.daemon.stop()
+        checked(site.daemon)
+
     def test_a_scheduled_deletion_goes_on(self, site: Site) -> None:
         site.daemon.ok("DELETE", f"/deks/{site.keys[0]}", {"pending_days": 9})
         site.backup.unlink()
