@@ -88,12 +88,13 @@ def _from_file(source: Source, environ: Mapping[str, str], scratch: memoryview, 
         about, link = os.fstat(descriptor), os.lstat(path)
         if stat.S_ISDIR(about.st_mode):  # as docker makes one in the place of a file that is gone
             raise UnusableKey(f"{source.label} is a folder", hint="name the file in it")
-        trouble = distrust(about, os.geteuid(), credential)
+        trouble = distrust(path, about, os.geteuid(), credential)
         # Orchestrators hand secrets out as links; another user's leads where he likes.
         if stat.S_ISLNK(link.st_mode) and link.st_uid not in (0, os.geteuid()):
-            trouble = f"is a symbolic link that belongs to uid {link.st_uid}"
+            why = f"is a symbolic link that belongs to uid {link.st_uid}"
+            trouble = why, f"chown -h it to root or the daemon's user: {path}"
         if trouble:
-            raise ConfigError(f"{source.label} {trouble}", hint=remedy(about, path), code="distrust")
+            raise ConfigError(f"{source.label} {trouble[0]}", hint=trouble[1], code="distrust")
         decode_into(scratch, _fill(descriptor, scratch), out)
     finally:
         os.close(descriptor)
@@ -141,34 +142,26 @@ READERS: Mapping[str, Callable[[Source, Mapping[str, str], memoryview, memoryvie
 # ---- files -------------------------------------------------------------------------------------------
 
 
-def distrust(about: os.stat_result, uid: int, credential: bool) -> str | None:
-    """Why a key file can't be trusted or is no secret, or None.
+def distrust(path: str, about: os.stat_result, uid: int, credential: bool) -> tuple[str, str] | None:
+    """Why a key file can't be trusted or is no secret, and what to do about it; or None.
 
     systemd lets the user of a service in by an ACL, which shows as mode 0440 on a file of root.
     """
     if not stat.S_ISREG(about.st_mode):
-        return "is no regular file"
-    if about.st_uid not in (0, uid):
-        return f"belongs to uid {about.st_uid}: it must be root's or the daemon's own"
-    allowed = 0o740 if credential and about.st_uid == 0 else 0o700
-    if about.st_mode & 0o777 & ~allowed:
-        return f"is open to others (mode {about.st_mode & 0o7777:04o})"
-    return None
-
-
-def remedy(about: os.stat_result, path: str) -> str:
-    """What to do about a key file that `distrust` refuses."""
-    if not stat.S_ISREG(about.st_mode):
-        return (
+        return "is no regular file", (
             "a key that comes from a program is handed over as a credential: master_key_credential: kek, and "
             "in the unit LoadCredential=kek:/PATH (systemd.exec(5)), where PATH is a file or a socket"
         )
-    if about.st_mode & 0o077 == 0:
-        return f"chown it to root or the daemon's user: {path}"
-    return (
-        f"chmod 0600 {path}, and change the key if others may have read it; where a group has to read it, "
-        f"hand it over as a credential: master_key_credential: kek, and in the unit LoadCredential=kek:{path}"
-    )
+    if about.st_uid not in (0, uid):
+        why = f"belongs to uid {about.st_uid}: it must be root's or the daemon's own"
+        return why, f"chown it to root or the daemon's user, chmod 0600 {path}"
+    allowed = 0o740 if credential and about.st_uid == 0 else 0o700
+    if about.st_mode & 0o777 & ~allowed:
+        return f"is open to others (mode {about.st_mode & 0o7777:04o})", (
+            f"chmod 0600 {path}, and change the key if others may have read it; where a group is to read it, "
+            f"hand it over as a credential: master_key_credential: kek, in the unit LoadCredential=kek:{path}"
+        )
+    return None
 
 
 def _is_pipe(descriptor: int) -> bool:

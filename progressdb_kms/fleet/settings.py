@@ -131,9 +131,10 @@ def read_secret(name: str, path: str) -> str:
         raise ConfigError(f"{name} {path} can't be read: {error.strerror}") from None
     try:
         about = os.fstat(descriptor)
-        if trouble := distrust(about, os.geteuid(), credential=path.startswith(_credentials())):
-            mode = "" if not stat.S_ISREG(about.st_mode) else f"chmod 0600 {path}"
-            raise ConfigError(f"{name} {path} {trouble}", hint=mode, code="distrust")
+        if trouble := distrust(path, about, os.geteuid(), path.startswith(_credentials())):
+            todo = f"chown it to root or the daemon's user, chmod 0600 {path}"
+            hint = todo if stat.S_ISREG(about.st_mode) else ""
+            raise ConfigError(f"{name} {path} {trouble[0]}", hint=hint, code="distrust")
         text = os.read(descriptor, MAX_PASSWORD + 1)
         if len(text) > MAX_PASSWORD:
             raise ConfigError(f"{name} {path} holds more than {MAX_PASSWORD} bytes: is that a password?")

@@ -318,9 +318,9 @@ def _key_file(patient: Patient) -> Findings:
             FAIL, f"{path} can't be looked at: {error.strerror}", "name the key file in master_key_file"
         )
         return
-    trouble = keysource.distrust(about, patient.owner, credential=False)
+    trouble = keysource.distrust(str(path), about, patient.owner, credential=False)
     if trouble:
-        yield Finding(FAIL, f"{path} {trouble}", f"chown and chmod 0600 {path}")
+        yield Finding(FAIL, f"{path} {trouble[0]}", trouble[1])
     elif folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX:
         yield Finding(
             FAIL, f"others may replace {path}: its folder is open to them", f"chmod go-w {path.parent}"

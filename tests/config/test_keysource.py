@@ -136,8 +136,15 @@ FILE = stat.S_IFREG
     ],
 )
 def test_distrust(mode: int, owner: int, credential: bool, words: str | None) -> None:
-    found = distrust(_about(mode, owner), 1000, credential)
-    assert found is None if words is None else found is not None and words in found
+    found = distrust("/k", _about(mode, owner), 1000, credential)
+    assert found is None if words is None else found is not None and words in found[0]
+
+
+def test_a_file_of_somebody_else_s_is_for_chown_whatever_its_mode() -> None:
+    """It was told as his, and that chmod was what to do."""
+    for mode in (0o600, 0o644):
+        found = distrust("/k", _about(FILE | mode, 1001), 1000, False)
+        assert found is not None and found[1] == "chown it to root or the daemon's user, chmod 0600 /k"
 
 
 def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path: Path) -> None:
