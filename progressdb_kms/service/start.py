@@ -65,10 +65,9 @@ def open_keeper(
     `incarnation` counts the keepers of this daemon: above 0 it replaces one that died, and the keyring may be
     newer than the configuration. Raises an OperatorError that says what to do.
     """
-    store, book, epoch = open_store(data_dir, keyring, keys, incarnation)
-    if not is_held(data_dir):  # one that nobody holds is not the one that was locked: it would look right
-        store.close()
+    if not is_held(data_dir):  # one that nobody holds is not the one that was locked, nor its store ours
         raise ConfigError(f"{data_dir / LOCK_FILE} was replaced under the daemon", hint="restart the daemon")
+    store, book, epoch = open_store(data_dir, keyring, keys, incarnation)
     store.watch(*FILES, LOCK_FILE)
     common = Common(store, data_dir, keyring, book, TrustedTime(store, Clock()), [])
     return Keeper(common, keys, staging, inbox), epoch

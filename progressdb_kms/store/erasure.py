@@ -25,11 +25,11 @@ def erase(store: Store, data_dir: Path, due: Mapping[str, bytes], patient: bool 
 
     `patient`: wait a moment for those who read the write-ahead log. Nothing else is written meanwhile.
     """
-    for key_id in due:
-        snapshots.forget(data_dir, key_id)
-    with store.transaction():  # from here on nothing is being rescued
+    with store.transaction():  # our files are in their places, and from here on nothing is being rescued
         for key_id in due:
             store.forget(key_id)
+    for key_id in due:
+        snapshots.forget(data_dir, key_id)
     forget_rescued(data_dir, due)
     for part in data_dir.glob(RESCUE + "*.db.part*"):  # what a killed rescue left of a file is none
         snapshots.destroy(part)

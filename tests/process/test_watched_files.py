@@ -221,7 +221,9 @@ def test_the_folder_moved_away(daemon: Daemon) -> None:
     assert rescued(daemon) == [] and "what the daemon held" not in daemon.stderr  # it is behind the store
 
 
-def test_a_folder_that_comes_late(daemon: Daemon) -> None:
+@pytest.mark.root
+@pytest.mark.parametrize("dies", [False, True], ids=["", "and its keeper dies"])
+def test_a_folder_that_comes_late(daemon: Daemon, dies: bool) -> None:
     """The daemon was started before its disk was mounted, and began a store there. Then it came, and records
     went into the audit log of the other store, by another key: that one never verified again."""
     there, late, here = Kept(), daemon.home / "late", daemon.home / "here"
@@ -234,17 +236,21 @@ def test_a_folder_that_comes_late(daemon: Daemon) -> None:
     begun = Kept()
     with daemon.session() as kms:
         begun.create(kms, 2)
+        keeper = daemon.writer
         daemon.data_dir.rename(here)
         late.rename(daemon.data_dir)
         wait_until(lambda: len(rescued(daemon)) == 1 and "progressdb-kms restore" in daemon.stderr, 60, "it")
         begun.opens(kms)
         daemon.signal(signal.SIGHUP)
         wait_until(lambda: "SIGHUP" in daemon.stderr, 60, "the reload")
+        if dies:
+            os.kill(keeper, signal.SIGKILL)
+            wait_until(lambda: "kms.lock was replaced" in daemon.stderr, 60, "another one to look")
         begun.opens(kms)
     daemon.stop()
     (rescue,) = rescued(daemon)
     assert daemon.audit_log.read_bytes() == log and (daemon.data_dir / "kms.db-wal").read_bytes() == wal
-    assert b'"op":"stop"' in (here / "kms-audit.log").read_bytes()
+    assert dies or b'"op":"stop"' in (here / "kms-audit.log").read_bytes()
     daemon.start()
     with daemon.session() as kms:
         there.opens(kms)
