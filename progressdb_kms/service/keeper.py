@@ -14,6 +14,7 @@ it looks at beside that in `health` and `anchors`; here is when:
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import resource
 import select
@@ -36,7 +37,7 @@ from .shredding import Shredding
 log = logging.getLogger(__name__)
 
 MAX_BATCH = 256
-"""Jobs of one transaction, and DEKs that are made in it: bounds how long the first of them waits."""
+"""Jobs of one transaction: bounds how long the first of them waits."""
 
 REST = 8
 """After a step of long work during which others wanted this core: the pause, in times of what the step took
@@ -123,10 +124,7 @@ class Keeper:
         return self._shredding.later() or self._keks.later()
 
     def _waiting(self) -> Iterator[Job]:
-        room = MAX_BATCH
-        while room > 0 and (job := receive(self._inbox)) is not None:
-            room -= len(job.args.get("deks", "1"))
-            yield job
+        return itertools.islice(iter(lambda: receive(self._inbox), None), MAX_BATCH)
 
     def _perform(self, jobs: list[Job]) -> None:
         writes = [job for job in jobs if job.op in self._writes]
