@@ -215,10 +215,9 @@ def host_id(data_dir: Path) -> str:
     """32 hex digits, random, made once for each data-dir: what tells it from every other."""
     path = data_dir / HOST_FILE
     for _ in range(2):
+        with contextlib.suppress(OSError), open(regular(path), "rb") as file:
+            if found := re.fullmatch(rb"([0-9a-f]{32})\s*", file.read(99)):
+                return found[1].decode()
         with contextlib.suppress(OSError):
-            with open(regular(path), "rb") as file:
-                text = file.read(99).decode("ascii", "replace").strip()
-            if re.fullmatch("[0-9a-f]{32}", text):
-                return text
-        put(path, os.urandom(16).hex().encode() + b"\n")
-    raise StoreUnavailable(f"{path} can't be read", hint="the data-dir must be the daemon's own")
+            put(path, os.urandom(16).hex().encode() + b"\n")
+    raise StoreUnavailable(f"{path} can't be made, or read", hint="what is there, and is room left?")

@@ -77,6 +77,15 @@ def test_a_link_in_the_place_of_our_file(stopped: Daemon, name: str) -> None:
     assert "Traceback" not in said
 
 
+def test_a_folder_in_the_place_of_the_id_is_told_in_a_line(stopped: Daemon) -> None:
+    copy = stopped.copy()
+    path = copy.data_dir / "kms.host"
+    path.unlink(missing_ok=True)
+    (path / "kept").mkdir(parents=True)
+    said = str(copy.refusal())
+    assert f"{path} can't be made, or read" in said and "Traceback" not in said
+
+
 WAITING = ("kms-audit.log.1", "kms.host", "kms-deks-backup/20261124T020000Z-0123456789abcdef.ledger")
 
 

@@ -224,6 +224,14 @@ def test_heavy_ones_are_found_by_an_index(tmp_path: Path) -> None:
     assert "usage_heavy" in row[3]
 
 
+def test_what_is_no_number_of_uses_is_not_heavy(tmp_path: Path) -> None:
+    """It has no MAC: whatever stands there ends no process."""
+    with contextlib.closing(SqliteStore(tmp_path, KEY)) as store:
+        for name, count in (("a", HEAVY), ("b", "x"), ("c", b"x"), (b"d", HEAVY), ("e", 1.5 * HEAVY + 0.5)):
+            store._conn.execute("INSERT INTO usage VALUES (?, ?, 0, 0, 0, 0)", (name, count))
+        assert store.heavy() == {"a": HEAVY}
+
+
 class TestPages:
     @pytest.fixture
     def filled(self, store: AnyStore) -> AnyStore:
