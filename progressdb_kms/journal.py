@@ -16,6 +16,9 @@ log = logging.getLogger("progressdb_kms")
 OVERDUE_SECONDS = 60.0
 """After so long a shred that is not finished is told by name."""
 
+REMEMBERED = 16
+"""Reasons of one matter. Of more the oldest are news again, and the line at its end stays one to be read."""
+
 NAMED = 5
 """Keys that are named in a line."""
 
@@ -40,7 +43,7 @@ class Matter:
         if not kinds.keys() <= self._told.keys():
             log.log(self._level, self._begins, "; ".join(filter(None, reasons)))
             self._since = self._since if self._told else now
-            self._told = {**kinds, **self._told}
+            self._told = dict([*{**kinds, **self._told}.items()][:REMEMBERED])
         elif self._told and not kinds:
             log.info("%s, after %d s: %s", self._over, now - self._since, "; ".join(self._told.values()))
             self._told = {}

@@ -86,16 +86,14 @@ class Health:
 
     def tell(self) -> None:
         """One line where the service stops being ready, and one where it is again; never one a call."""
-        reasons = []
+        audit = ""
         try:
             self._audit.check()
         except AuditUnavailable as error:
-            reasons.append(error.line)
+            audit = error.line
         if self.writing.why and self.writing.over():
             self._probe()
-        if why := self._store.lost() or self.writing.why or self._store.trouble():
-            reasons.append(why)
-        self._outage.tell(*reasons)
+        self._outage.tell(audit, self._store.lost() or self.writing.why or self._store.trouble())
 
     def _remind(self) -> None:
         """Of a KEK that is too old: when it has become that, and each day after."""

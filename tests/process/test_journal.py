@@ -239,6 +239,19 @@ def test_a_reason_with_another_number_is_no_news(caplog: pytest.LogCaptureFixtur
     assert [line.split(":")[0].split(",")[0] for line in said] == ["not ready", "not ready", "ready again"]
 
 
+def test_reasons_without_end_are_not_all_remembered(caplog: pytest.LogCaptureFixture) -> None:
+    """As where each try fails at another file."""
+    matter = journal.Matter("it fails: %s", "over")
+    with caplog.at_level(logging.INFO):
+        for number in range(0x100, 0x200):
+            matter.tell("at file " + f"{number:b}".translate({48: "o", 49: "l"}), "at all files")
+        matter.tell()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 257
+    assert said[-1].count("; ") == journal.REMEMBERED - 1 and "at all files" in said[-1]
+    assert "at file lllllllll" in said[-1]
+
+
 def test_work_beside_the_jobs_fails_and_works_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
