@@ -198,8 +198,7 @@ class AuditLog:
         in the folder that was there at first: one that is mounted over that has a log of its own."""
         try:
             if self._home < 0:
-                folder = os.path.dirname(self.path)
-                self._home = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                self._home = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
             with contextlib.ExitStack() as undo:
                 undo.callback(os.close, fd := disk.regular(self._name, flags, self._home))
@@ -298,6 +297,8 @@ class AuditLog:
         """Raises AuditUnavailable. What lies under the path now is the log, whatever was there before."""
         with self._lock:
             if self._held:
+                os.close(self._home)
+                self._home = -1
                 self._take(*self._open())
                 self._held, self._stopped = None, ""
 
@@ -366,8 +367,7 @@ class AuditLog:
 
     def _tear(self, written: bytes, lead: bytes) -> NoReturn:
         """A short write: remember what of the line stands in the file."""
-        if lead and written:
-            self._ends += 1
+        self._ends += bool(lead and written)
         if piece := written[len(lead) :]:
             self._torn.append(torn(piece))
         self._fail(OSError(errno.ENOSPC, f"it took only {len(written)} bytes of a record"))

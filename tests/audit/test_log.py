@@ -395,6 +395,37 @@ def test_a_log_that_comes_back_is_gone_on_with(log: AuditLog, path: Path) -> Non
     assert ops(path) == ["encrypt", "encrypt"]
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_a_folder_that_takes_the_place_of_another_has_a_log_of_its_own(tmp_path: Path, held: bool) -> None:
+    """Mounted over it, or moved there. Who has recorded nothing yet goes by what is there in the end."""
+    here, late, aside = (tmp_path / name for name in ("here", "late", "aside"))
+    for folder in (here, late):
+        folder.mkdir()
+    (log,) = made(here / "kms-audit.log", ["1.0"])
+    if held:
+        log.hold(AuditUnavailable("not introduced"))
+    else:
+        encrypt(log)
+    here.rename(aside)
+    late.rename(here)
+    (other,) = made(here / "kms-audit.log", ["1.0"])
+    encrypt(other)
+    before = (here / "kms-audit.log").read_bytes()
+    if held:
+        log.release()
+        encrypt(log)
+        assert (aside / "kms-audit.log").read_bytes() == b"" and len(lines(here / "kms-audit.log")) == 2
+        return
+    encrypt(log)
+    log.reopen()
+    encrypt(log)
+    assert (here / "kms-audit.log").read_bytes() == before
+    assert ops(aside / "kms-audit.log") == ["encrypt"] * 3
+    (aside / "kms-audit.log").rename(aside / "kms-audit.log.1")  # logrotate, once it is back
+    encrypt(log)
+    assert ops(aside / "kms-audit.log") == ["audit_reopened", "encrypt"]
+
+
 def test_an_unlinked_log_stops_everything_until_someone_says_so(log: AuditLog, path: Path) -> None:
     encrypt(log)
     path.unlink()
