@@ -326,16 +326,11 @@ class SqliteReader(Reader):
 class SqliteStore(Store, SqliteReader):
     """The one writer of a data-dir. Raises StoreDamaged where the file is not a store that we know."""
 
-    def __init__(self, data_dir: Path, key: memoryview | None = None) -> None:
+    def __init__(self, data_dir: Path) -> None:
         self.path = data_dir / FILE_NAME
         self._reopening = Pause(*REOPEN_PAUSES)
         self._watch = Watch(self.path, (), self._committed_size)
         self._open("rwc")
-        with contextlib.ExitStack() as undo:
-            undo.callback(self.close)
-            if key is not None:
-                self.unlock(key)
-            undo.pop_all()
 
     def _open(self, mode: str) -> None:
         refuse_lost(self.path, *TRACES)

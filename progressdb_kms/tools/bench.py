@@ -557,7 +557,8 @@ def _rotation(folder: Path, deks: int, resident: int) -> Iterator[Figure]:
         keeper, _ = open_keeper(folder, made.keyring, made.configured, made.new, made.inbox, 0)
         yield Figure(f"start-up checks, {deks} DEKs", (time.perf_counter() - begun) * 1e3, "ms")
         keeper.close()
-        opened = SqliteStore(folder, made.keyring.row_key)
+        opened = SqliteStore(folder)
+        opened.unlock(made.keyring.row_key)
         _resident(anew=True)
         begun = time.perf_counter()
         for _ in Rotation(opened, made.keyring, folder).run(made.new):
@@ -758,7 +759,8 @@ def _fill_store(folder: Path, deks: int) -> None:
 
 
 def _make_deks(folder: Path, keyring: Keyring, kek_id: str, count: int) -> None:
-    made = SqliteMending(folder, keyring.row_key)
+    made = SqliteMending(folder)
+    made.unlock(keyring.row_key)
     with LockedBuffer(KEY_SIZE) as dek, keyring.borrow(kek_id) as kek:
         _fill(dek.view)
         with made.transaction():

@@ -407,10 +407,11 @@ def _build(folder: Path, source: Backup, chosen: Plan, past: Past, keys: Keys, p
     left, keks = dict(past.tombstones), source.state().keks
     records = source.records()
     with (
-        contextlib.closing(SqliteStore(folder, keys.keyring.row_key)) as store,
+        contextlib.closing(SqliteStore(folder)) as store,
         _present_usage(folder.parent) as present,
         Opener(keys.keyring) as opener,
     ):
+        store.unlock(keys.keyring.row_key)
         while batch := list(itertools.islice(records, BATCH)):
             kept: dict[str, DekRecord] = {}  # a forged backup may have a row twice
             with store.transaction():

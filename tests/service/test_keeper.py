@@ -56,7 +56,8 @@ class Paced(NamedTuple):
 @pytest.fixture
 def paced(tmp_path: Path, worked: Worked, monkeypatch: pytest.MonkeyPatch) -> Iterator[Paced]:
     """A keeper that has rows to tidy up, for four rounds and more; each step takes it 7 ms."""
-    store = SqliteStore(tmp_path, memoryview(bytearray(32)))
+    store = SqliteStore(tmp_path)
+    store.unlock(memoryview(bytearray(32)))
     fill(store, RETIRE_ROWS * 4)
     with store.transaction():
         store.staging(True)

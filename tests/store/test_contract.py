@@ -50,7 +50,8 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[AnySt
         fleet = request.getfixturevalue("fleet_database")
         yield fleet.store(KEY), fleet.reader(KEY)
         return
-    store = SqliteMending(tmp_path, KEY)
+    store = SqliteMending(tmp_path)
+    store.unlock(KEY)
     reader = SqliteReader(tmp_path, KEY)
     yield store, reader
     reader.close()
@@ -70,6 +71,15 @@ def reader(pair: tuple[AnyStore, AnyReader]) -> AnyReader:
 def dek(key_id: str, thread_id: str = "t", **fields: Any) -> DekRecord:
     at = {"kek_id": OLD, "kek_version": 1, "created_at": "2026-01-02T00:00:00.000000Z", **fields}
     return DekRecord(key_id, thread_id, b"wrapped " + key_id.encode(), **at)
+
+
+def opened(folder: Path, key: memoryview = KEY) -> SqliteStore:
+    with contextlib.ExitStack() as undo:
+        store = SqliteStore(folder)
+        undo.callback(store.close)
+        store.unlock(key)
+        undo.pop_all()
+    return store
 
 
 def put(store: AnyStore, *records: DekRecord) -> None:
@@ -218,7 +228,7 @@ class TestUsage:
 
 
 def test_heavy_ones_are_found_by_an_index(tmp_path: Path) -> None:
-    SqliteStore(tmp_path, KEY).close()
+    opened(tmp_path).close()
     with contextlib.closing(sqlite3.connect(tmp_path / "kms.db")) as db:
         (row,) = db.execute(f"EXPLAIN QUERY PLAN SELECT key_id FROM usage WHERE encrypts >= {HEAVY}")
     assert "usage_heavy" in row[3]
@@ -226,7 +236,7 @@ def test_heavy_ones_are_found_by_an_index(tmp_path: Path) -> None:
 
 def test_what_is_no_number_of_uses_is_not_heavy(tmp_path: Path) -> None:
     """It has no MAC: whatever stands there ends no process."""
-    with contextlib.closing(SqliteStore(tmp_path, KEY)) as store:
+    with contextlib.closing(opened(tmp_path)) as store:
         for name, count in (("a", HEAVY), ("b", "x"), ("c", b"x"), (b"d", HEAVY), ("e", 1.5 * HEAVY + 0.5)):
             store._conn.execute("INSERT INTO usage VALUES (?, ?, 0, 0, 0, 0)", (name, count))
         assert store.heavy() == {"a": HEAVY}
@@ -704,10 +714,10 @@ class TestFile:
     """What only a file can have."""
 
     def test_rows_outlive_the_process_that_wrote_them(self, tmp_path: Path) -> None:
-        store = SqliteStore(tmp_path, KEY)
+        store = opened(tmp_path)
         put(store, dek("a"))
         store.close()
-        again = SqliteStore(tmp_path, KEY)
+        again = opened(tmp_path)
         assert again.get("a") == dek("a") and again.keks()[OLD].deks == 1
         again.close()
 
@@ -725,14 +735,14 @@ class TestFile:
     def test_a_damaged_file_is_refused(
         self, tmp_path: Path, harm: Callable[[Path], None], says: str, hint: str
     ) -> None:
-        store = SqliteStore(tmp_path, KEY)
+        store = opened(tmp_path)
         put(store, *(dek(f"k{n}") for n in range(200)))
         store.checkpoint()
         store.close()
         (tmp_path / "kms-audit.log").touch()  # a data-dir in use
         harm(tmp_path / "kms.db")
         with pytest.raises(StoreDamaged, match=says) as caught:
-            SqliteStore(tmp_path, KEY)
+            opened(tmp_path)
         assert hint in caught.value.hint
 
     def sql(self, tmp_path: Path, statement: str) -> None:
@@ -741,7 +751,7 @@ class TestFile:
 
     def test_a_row_that_is_spelled_otherwise(self, tmp_path: Path) -> None:
         """What it says is what the daemon wrote: it is judged by that. What is no row at all is refused."""
-        store = SqliteStore(tmp_path, KEY)
+        store = opened(tmp_path)
         put(store, dek("a"))
         self.sql(tmp_path, "UPDATE deks SET value = replace(value, ',', ' , ')")
         assert store.get("a") == dek("a")
@@ -752,7 +762,7 @@ class TestFile:
         store.close()
 
     def test_a_name_that_stands_twice(self, tmp_path: Path) -> None:
-        store = SqliteStore(tmp_path, KEY)
+        store = opened(tmp_path)
         put(store, dek("a", state="disabled"))
         self.sql(tmp_path, 'UPDATE deks SET value = \'{"state":"enabled",\' || substr(value, 2)')
         with pytest.raises(StoreDamaged):
@@ -769,10 +779,10 @@ class TestFile:
     def test_a_file_that_is_not_ours_is_refused(
         self, tmp_path: Path, statement: str, says: str, hint: str
     ) -> None:
-        SqliteStore(tmp_path, KEY).close()
+        opened(tmp_path).close()
         self.sql(tmp_path, statement)
         with pytest.raises(StoreDamaged, match=says) as caught:
-            SqliteStore(tmp_path, KEY)
+            opened(tmp_path)
         assert hint in caught.value.hint
 
     @pytest.mark.parametrize(
@@ -780,11 +790,11 @@ class TestFile:
         ["not json", "[]", "{}", '{"format": 2}', '{"format": 1, "wrapped": "***"}', "gASVBQAAAAAAAABLKi4="],
     )
     def test_a_row_that_is_not_ours_is_refused(self, tmp_path: Path, value: str) -> None:
-        store = SqliteStore(tmp_path, KEY)
+        store = opened(tmp_path)
         put(store, dek("a"))
         store.close()
         self.sql(tmp_path, f"DROP INDEX deks_thread_1; UPDATE deks SET value = '{value}'")  # noqa: S608
-        again = SqliteStore(tmp_path, KEY)
+        again = opened(tmp_path)
         for read in (lambda: again.get("a"), lambda: again.page("", 9)):
             with pytest.raises(StoreDamaged) as caught:
                 read()
@@ -792,14 +802,14 @@ class TestFile:
         again.close()
 
     def test_the_file_is_written_so_that_nothing_is_lost(self, tmp_path: Path) -> None:
-        store = SqliteStore(tmp_path, KEY)
+        store = opened(tmp_path)
         pragmas = ("journal_mode", "synchronous", "secure_delete")
         pragma = {name: store._conn.select_one(f"PRAGMA {name}")[0] for name in pragmas}
         assert pragma == {"journal_mode": "wal", "synchronous": 2, "secure_delete": 1}
         store.close()
 
     def test_what_follows_a_write_that_need_not_be_durable_is(self, tmp_path: Path) -> None:
-        store = SqliteStore(tmp_path, KEY)
+        store = opened(tmp_path)
         found = []
         for durable in (True, False, False, True):
             with store.transaction(durable=durable):
@@ -809,7 +819,7 @@ class TestFile:
 
     def test_a_failed_commit_is_an_error_of_that_call(self, tmp_path: Path) -> None:
         """And the file is opened anew before the next write."""
-        store = SqliteStore(tmp_path, KEY)
+        store = opened(tmp_path)
         put(store, dek("a"))
         real, statements = store._conn.execute, []
 
@@ -857,7 +867,7 @@ class TestFile:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """After a COMMIT that failed, while the disk is still full."""
-        store = SqliteStore(tmp_path, KEY)
+        store = opened(tmp_path)
         put(store, dek("a"))
         monkeypatch.setattr(store, "_reopening", Pause(0.0, 0.0))
 
@@ -885,7 +895,7 @@ class TestFile:
     ) -> None:
         """Where no descriptor is left while the file is opened anew: a store that nobody watches took writes
         into a file that was gone."""
-        store = SqliteStore(tmp_path, KEY)
+        store = opened(tmp_path)
         put(store, dek("a"))
         store.watch(*FILES)
         monkeypatch.setattr(store, "_reopening", Pause(0.0, 0.0))
@@ -921,7 +931,7 @@ class TestReleased:
 
     def test_they_are_written_so(self, tmp_path: Path) -> None:
         key = secret(self.TOLD["row_key"])
-        with contextlib.closing(SqliteStore(tmp_path, key)) as store, store.transaction():
+        with contextlib.closing(opened(tmp_path, key)) as store, store.transaction():
             store.activate(OLD, 1, "2026-01-01T00:00:00.000000Z")
             store.put(dek("a"))
             store.write("kek:x", {"since": "2026"})
