@@ -169,7 +169,9 @@ class TestBackup:
         link = site.daemon.home / "link"
         link.symlink_to(site.daemon.data_dir)
         assert "inside the data-dir" in refused(site.daemon.offline("backup", str(link / "b")))
-        assert not (site.daemon.data_dir / "b").exists()
+        (deeper := site.daemon.data_dir / "x" / "y").mkdir(parents=True)
+        assert "inside the data-dir" in refused(site.daemon.offline("backup", str(deeper / "b")))
+        assert not (site.daemon.data_dir / "b").exists() and not list(deeper.iterdir())
         assert "there is no folder" in refused(site.daemon.offline("backup", str(site.daemon.home / "x/b")))
 
     def test_a_failure_leaves_the_old_one(self, site: Site) -> None:
@@ -675,6 +677,32 @@ class TestRestore:
         opens(daemon.start(), site.boxes)
         daemon.stop()
         checked(daemon)
+
+    def test_what_was_rotated_out_stays_so_on_a_new_host(self, site: Site) -> None:
+        """Only the backup knows it there."""
+        daemon, old, new = site.daemon, site.daemon.kek, os.urandom(32)
+        with daemon.session() as kms:
+            kms.rotate(new)
+        site.backup.unlink()
+        ok(daemon.offline("backup", str(site.backup)))
+        daemon.stop()
+        with contextlib.closing(daemon.copy(data=False)) as twin:
+            twin.write_kek(new)
+            told(restore(site._replace(daemon=twin)))
+            write_secret(twin.home / "new", new.hex().encode())
+            twin.write_kek(old)
+            twin.write_config({**twin.config, "previous_master_keys": [{"file": str(twin.home / "new")}]})
+            assert "was rotated out on" in twin.refusal().stderr
+
+    def test_a_dek_that_did_not_open_when_it_was_made_is_named(self, site: Site) -> None:
+        daemon, lost = site.daemon, site.keys[0]
+        daemon.ok("POST", "/rewrap", {"key_id": lost, "new_kek_hex": os.urandom(32).hex()})
+        site.backup.unlink()
+        ok(daemon.offline("backup", str(site.backup)))
+        daemon.stop()
+        daemon.write_config({**daemon.config, "allow_missing_keks": True})
+        found = told(restore(site))
+        assert (found["deks"], found["damaged"]) == (4, [lost])
 
     def test_after_the_new_kek_was_lost(self, site: Site) -> None:
         """The present store's audit key is wrapped under a KEK that nobody has; the backup holds it too."""

@@ -484,6 +484,17 @@ class TestImport:
         assert json_of(site, "import", str(site.home / "in"), "--skip-bad")["imported"] == 0
         assert stored(site)[key_id]["wrapped"] == ""
 
+    def test_nor_where_the_audit_log_alone_knows(self, site: Daemon) -> None:
+        """The tombstone's row is lost."""
+        with site.start().session() as kms:
+            key_id = kms.create_dek("t")["key_id"]
+            row = run(site, "export")[0]
+            kms.ok("DELETE", f"/deks/{key_id}", {"immediately": True})
+        site.stop()
+        change(site, "DELETE FROM deks WHERE key = ?", f"meta:{key_id}")
+        (site.home / "in").write_text(row)
+        assert "was shredded, says the audit log" in run(site, "import", str(site.home / "in"), code=1)[1]
+
     def test_a_tombstone_shreds_nothing(self, site: Daemon) -> None:
         run(site, "import", lines(site.home / "in", {"key_id": "k_1", "wrapped": go_blob(site.kek)}))
         dead = {"key_id": "k_1", "state": "shredded", "shredded_at": DEAD, "wrapped": ""}
