@@ -10,6 +10,7 @@ import os
 import pwd
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from base64 import b64encode
@@ -21,7 +22,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from progressdb_kms.errors import StoreUnavailable
-from progressdb_kms.tools import asowner, datadir
+from progressdb_kms.tools import asowner, backup, datadir
 from tests.harness import Daemon, cli, postgres
 from tests.harness.daemon import REPO, write_secret
 from tests.harness.faults import Shim
@@ -469,6 +470,33 @@ class TestThereAndBack:
             host.run("verify")
         finally:
             server.chmod(0o700)
+
+    def test_what_a_restore_refuses_and_what_it_keeps(
+        self, tmp_path: Path, fleet_database: Fleet, make_daemon: Callable[..., Daemon]
+    ) -> None:
+        """An edited backup comes into no fleet; what was rotated out before stays so; and it is on record."""
+        daemon, new = make_daemon(workers=1), os.urandom(32)
+        old = daemon.kek
+        with daemon.session() as kms:
+            kms.create_dek("t2")
+            kms.rotate(new)
+        file, edited = tmp_path / "backup", tmp_path / "edited"
+        daemon.offline("backup", str(file))
+        daemon.stop()
+        edited.write_bytes(file.read_bytes()[: backup.last_line(file).size])
+        with contextlib.closing(sqlite3.connect(edited)) as db, db:
+            assert db.execute("UPDATE deks SET value = replace(value, '\"t2\"', '\"t3\"')").rowcount == 1
+        with open(edited, "ab") as end:
+            end.write(backup._describe(edited).line())
+        host = Host(tmp_path / "one", new, fleet_database)
+        assert b"was changed after it was made" in host.refused("restore", str(edited))
+        assert fleet_database.sql("SELECT count(*) FROM kms.deks") == [(0,)]
+        host.run("restore", str(file))
+        assert b'"op":"restore"' in (host.data / "kms-audit.log").read_bytes()
+        late = make_daemon(fleet_database.configured(), kek=old, start=False)
+        write_secret(late.home / "new", new)
+        late.write_config({**late.config, "previous_master_keys": [{"file": str(late.home / "new")}]})
+        assert "was rotated out" in late.refusal().stderr
 
     @pytest.mark.parametrize("command", ["import", "restore"])
     def test_what_is_done_and_can_t_be_recorded_says_that_it_is_done(
