@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import IO, Any, Callable, NoReturn
 
@@ -184,6 +184,7 @@ class Supervisor:
     # ---- children --------------------------------------------------------------------------------
 
     def _fork(self, child: Child, main: Callable[[], None]) -> None:
+        self._shared.lock.insist(self._shared.settings.data_dir)
         child.incarnation += 1
         child.started = time.monotonic()
         supervisor = os.getpid()
@@ -198,10 +199,13 @@ class Supervisor:
 
     def _start_keeper(self) -> None:
         child = self._children[0]
-        read, write = os.pipe()
-        self._coming = open(read, "rb")  # noqa: SIM115  # closed when it was heard
-        with open(write, "wb"):
-            self._fork(child, partial(_keeper_main, self._shared, child.incarnation + 1, write))
+        with ExitStack() as failed:
+            read, write = os.pipe()
+            coming = failed.enter_context(open(read, "rb"))
+            with open(write, "wb"):
+                self._fork(child, partial(_keeper_main, self._shared, child.incarnation + 1, write))
+            failed.pop_all()
+        self._coming = coming  # closed when it was heard
 
     def _hear(self, seconds: float) -> bool:
         """Is the keeper up that starts? Raises StartFailed."""
@@ -212,8 +216,7 @@ class Supervisor:
             told: dict[str, Any] = json.loads(answers.readline() or ended)
         self._coming, child = None, self._children[0]
         if "error" in told:
-            if child.pid:  # else there was none to be had
-                os.waitpid(child.pid, 0)
+            os.waitpid(child.pid, 0)
             child.pid = 0
             raise StartFailed(told["error"][0], hint=told["error"][1])
         if not child.incarnation:
@@ -269,7 +272,7 @@ class Supervisor:
                 self._start_keeper()
             if self._hear(0):
                 self._keeping.worked()
-        except (StartFailed, OSError) as error:
+        except (KMSError, OSError) as error:
             if self._shared.fleet and not self._shared.fleet.opened:
                 raise
             self._keeping.failed(str(error))

@@ -94,11 +94,12 @@ class Worker:
         self._lines = 0  # audit records that were counted
         path = settings.data_dir
         keyring = shared.keyring
+        # First: where there is no store, there shall be no log either.
+        self._reader = (shared.fleet.reader if shared.fleet else SqliteReader)(path, keyring.row_key)
         self._audit = AuditLog(path / AUDIT_LOG, keyring.audit_key, chain, change=keyring.change)
         self._keeper = channel.KeeperClient(shared.outbox)
         self._introduced = False
         self._introduce()
-        self._reader = (shared.fleet.reader if shared.fleet else SqliteReader)(path, keyring.row_key)
         self._service = (shared.fleet.service if shared.fleet else Service)(
             self._reader, keyring, self._audit, self._keeper, settings.peer_rules, self._counters,
             self._about, settings.open_embedded_messages, settings.workers,

@@ -110,7 +110,8 @@ class Health:
         """Are the files that are open those that the next start would find? If not, rescue what is open."""
         self._remind()
         why, alone = self._store.lost(), self._rescuer is None or not self._rescuer.is_alive()
-        if not why:
+        if self._rescued and not why:
+            log.warning("the store's files are there again: remove what was rescued, it is behind now")
             self._rescued = ""
         if why.startswith(FILE_NAME) and not self._rescued and alone and self._rescuing.over():
             self._rescuer = threading.Thread(target=self._rescuing.attend, args=[self._rescue])
@@ -123,7 +124,10 @@ class Health:
     def _rescue(self) -> None:
         """In a thread, since it may be long: meanwhile no transaction is begun. Tried until it is done."""
         file = self._store.rescue(self._clock.now())
-        self._rescued = f"what the daemon held is in {file}: stop it, then `progressdb-kms restore {file}`"
+        self._rescued = (
+            f"what the daemon held is in {file}: put the store's files back, or mount their file system, and "
+            f"it goes on; else stop it, then `progressdb-kms restore {file}`"
+        )
         log.error("%s", self._rescued)
 
     def close(self) -> None:

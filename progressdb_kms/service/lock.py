@@ -19,7 +19,7 @@ from typing import NamedTuple
 from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..disk import regular
 from ..encoding import json_dumps, timestamp, wall
-from ..errors import AlreadyRunning, ConfigError
+from ..errors import AlreadyRunning, ConfigError, StoreUnavailable
 from ..store.snapshots import FOLDER as SNAPSHOTS
 from ..store.sqlite import FILE_NAME, FILES
 
@@ -39,6 +39,14 @@ class Claim(NamedTuple):
 
     folder: int
     file: int
+
+    def insist(self, data_dir: Path) -> None:
+        """Raises StoreUnavailable where another folder is there by now: a process of the daemon that came
+        there would begin a store of its own."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(data_dir), os.fstat(self.folder)):
+                return
+        raise StoreUnavailable(f"{data_dir} was moved away, unmounted, or mounted over: put it back")
 
     def close(self) -> None:
         os.close(self.folder)

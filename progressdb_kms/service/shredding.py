@@ -85,7 +85,8 @@ class Shredding:
     def now(self) -> None:
         """Somebody waits for it; but where it failed just now, nobody else shall wait for it again."""
         patient = self._erasing.over()
-        self._erasing.attend(lambda: self._erase(patient))
+        if self.due:
+            self._erasing.attend(lambda: self._erase(patient))
 
     def later(self) -> Callable[[], object] | None:
         """What is to be done beside the jobs."""

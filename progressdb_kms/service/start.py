@@ -26,7 +26,7 @@ from ..journal import Chore
 from ..store.heads import forget, heads
 from ..store.seal import ActiveKek
 from ..store.sealed import Store
-from ..store.sqlite import FILES, SqliteStore
+from ..store.sqlite import DAMAGED, FILES, SqliteStore
 from . import ownkeys
 from .clock import Clock, TrustedTime
 from .common import Common
@@ -89,6 +89,8 @@ def open_store(
     with contextlib.ExitStack() as undo:
         undo.callback(store.close)
         was = store.state().active  # not held against its MAC yet: the key for that is in the store
+        if incarnation and not (was or fleet):  # other keys than those in memory would come of it
+            raise StoreDamaged(f"{data_dir} has an empty store, and the daemon had another one", hint=DAMAGED)
         chosen = _choose(store, was, keyring, keys, incarnation)
         if fleet and was and chosen.adopt:
             master = keys.master.source.label

@@ -446,7 +446,8 @@ class SqliteStore(Store, SqliteReader):
         if why := self.lost():
             raise StoreUnavailable(
                 f"{why}: no change is made",
-                hint="don't stop the daemon before you know what it rescued: `status --ready` tells",
+                hint="put it back, or mount its file system, and the daemon goes on; else don't stop it "
+                "before you know what it rescued: `status --ready` tells",
             )
 
     def _insist_on_writing(self) -> None:

@@ -177,11 +177,38 @@ def test_put_back_in_time(daemon: Daemon) -> None:
         kept.create(kms, 2)
         moved(daemon.data_dir / "kms.db")
         refused(kms)
+        wait_until(lambda: len(rescued(daemon)) == 1, 60, "the rescue")
+        assert "put the store's files back" in " ".join(reasons(kms))
         (daemon.data_dir / "elsewhere").rename(daemon.data_dir / "kms.db")
         kept.create(kms, 2)
         assert reasons(kms) == []
         kept.opens(kms)
+    wait_until(
+        lambda: "again: remove what was rescued, it is behind now" in daemon.stderr, 60, "it to be told"
+    )
     kept.verifies(daemon)
+
+
+def test_an_empty_store_in_the_place_of_its_own(daemon: Daemon) -> None:
+    """All of it is gone, and the keeper too: another one made new keys of its own, over those in memory."""
+    with daemon.session() as kms:
+        key = kms.create_dek("t")["key_id"]
+        kept = daemon.home / "kept"
+        kept.mkdir()
+        for path in daemon.data_dir.iterdir():
+            if path.name not in ("kms.lock", "kms.host"):
+                path.rename(kept / path.name)
+        os.kill(daemon.pids()[1], signal.SIGKILL)
+        wait_until(lambda: "no change can be made" in daemon.stderr, 60, "it to be told")
+        assert "empty store, and the daemon had another one" in daemon.stderr
+        for path in daemon.data_dir.glob("kms[.-][da]*"):
+            path.unlink()
+        for path in kept.iterdir():
+            path.rename(daemon.data_dir / path.name)
+        wait_until(lambda: create_status(daemon) == 200, 60, "all to go on")
+        kms.encrypt(key, b"")
+    daemon.stop()
+    assert daemon.offline("audit", "verify").returncode == 0
 
 
 @pytest.mark.parametrize("file", ["kms.db", "kms.db-wal"])
@@ -265,6 +292,41 @@ def test_a_folder_that_comes_late(daemon: Daemon, dies: bool) -> None:
         there.opens(kms)
         begun.opens(kms)
     begun.verifies(daemon)
+
+
+def create_status(daemon: Daemon) -> int:
+    return daemon.request("POST", "/create_dek_for_thread", {"thread_id": "t"}).status
+
+
+def test_another_folder_in_the_place_of_its_own(daemon: Daemon) -> None:
+    """As where its file system is unmounted: below it is an empty one. A keeper that came there began a store
+    with keys of its own, over those in memory, by which records were signed from then on; and a shred that
+    was refused was told as one that is due."""
+    elsewhere, below = daemon.home / "elsewhere", daemon.home / "below"
+    with daemon.session() as kms:
+        key = kms.create_dek("t")["key_id"]
+        daemon.data_dir.rename(elsewhere)
+        daemon.data_dir.mkdir(mode=0o700)
+        kms.encrypt(key, b"")
+        assert kms.request("DELETE", f"/deks/{key}", {"immediately": True}).status == 503
+        daemon.signal(signal.SIGHUP)  # says nothing about which folder it is
+        wait_until(lambda: len(rescued(daemon)) == 1, 60, "the rescue")
+        for pid in daemon.pids()[1:]:  # the keeper, and all workers
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: "no change can be made" in daemon.stderr, 60, "it to be told")
+        wait_until(lambda: create_status(daemon) == 503, 60, "callers to hear it")
+        assert os.listdir(daemon.data_dir) == [rescued(daemon)[0].name]
+        daemon.data_dir.rename(below)
+        elsewhere.rename(daemon.data_dir)
+    wait_until(lambda: create_status(daemon) == 200, 60, "all to go on")
+    with daemon.session() as kms:
+        kms.encrypt(key, b"")
+    daemon.stop()
+    said = daemon.stderr
+    assert "copies of shredded DEKs" not in said and said.count("not ready: ") == 1, said
+    assert said.count("no change can be made, and it is tried again: ") == 1, said
+    assert said.count("ERROR: a worker is missing: ") == said.count("over: a worker is missing") <= 1, said
+    assert daemon.offline("audit", "verify").returncode == 0
 
 
 def test_the_lock_removed(daemon: Daemon) -> None:
