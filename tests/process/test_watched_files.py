@@ -272,7 +272,7 @@ def test_a_folder_that_comes_late(daemon: Daemon, dies: bool) -> None:
         wait_until(lambda: "SIGHUP" in daemon.stderr, 60, "the reload")
         if dies:
             os.kill(keeper, signal.SIGKILL)
-            wait_until(lambda: "kms.lock was replaced" in daemon.stderr, 60, "another one to look")
+            wait_until(lambda: "mounted over: put it back" in daemon.stderr, 60, "another one to look")
         begun.opens(kms)
     daemon.stop()
     (rescue,) = rescued(daemon)
