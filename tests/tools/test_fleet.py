@@ -583,6 +583,8 @@ class TestThereAndBack:
         row = json.dumps({**dek("k_1").to_row(), "mac": "A" * 43 + "="})
         fleet_database.sql(f"INSERT INTO kms.deks VALUES ('k_1', 't', '{row}', '', 1)")
         assert b"not as the daemon wrote it" in host.refused("backup", str(tmp_path / "backup"))
+        fleet_database.sql("DELETE FROM kms.deks", "DELETE FROM kms.kms WHERE name = 'audit:epoch'")
+        assert b"don't add up" in host.refused("backup", str(tmp_path / "backup"))
         assert not (tmp_path / "backup").exists() and not list(tmp_path.glob(".*"))
 
     @pytest.mark.parametrize(

@@ -826,6 +826,20 @@ class TestSnapshots:
         with daemon.start().session() as kms:
             assert kms.decrypt(key_id, boxes[key_id]) == b"secret"
 
+    def test_a_chosen_dek_in_the_place_of_another(self, rotated: Rotated) -> None:
+        """By force it comes, and as what nobody vouches for: nobody uses it unasked."""
+        daemon, paths, boxes = rotated
+        key_id = next(iter(boxes))
+        with daemon.start().session() as kms:
+            chosen = kms.ok("POST", "/wrap", {"dek": b64encode(os.urandom(32)), "key_id": key_id})["wrapped"]
+        daemon.stop()
+        path = Path(paths[0], f"{key_id}.json")
+        path.write_text(json.dumps({**json.loads(path.read_text()), "wrapped": chosen}))
+        assert stored(daemon)[key_id]["state"] == "enabled"
+        one = ("restore", "--snapshot", paths[0], "--key", key_id, "--force")
+        assert json_of(daemon, *one)["restored"] == 1
+        assert stored(daemon)[key_id]["state"] == "disabled"
+
     def test_a_chosen_dek(self, rotated: Rotated) -> None:
         """The service wraps what a caller brings, for a key_id that exists too: who writes it into a snapshot
         chooses a DEK. Only the signed ledger tells that another one was there."""
