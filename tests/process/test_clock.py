@@ -86,6 +86,9 @@ def test_the_operator_accepts_a_clock() -> None:
         key_id = scheduled(daemon, days=20)
         daemon.stop()
         shim.clock(30 * 86400)
+        checks = json.loads(daemon.offline("doctor", "--json").stdout)["checks"]
+        (told,) = (check["text"] for check in checks if check["check"] == "clock")
+        assert "deletions are held" in told and "30 days ahead" in told, "before the start, too"
         daemon.start()
         assert "30 days ahead" in warnings(daemon)[0]
         done = daemon.cli("clock", "accept", "--json")
