@@ -24,8 +24,6 @@ from ..journal import Matter
 from ..store.seal import ActiveKek
 from ..store.sealed import Reader, Store
 
-log = logging.getLogger(__name__)
-
 ROW = "clock:trusted"
 
 BACK = 300.0
