@@ -335,15 +335,16 @@ def at_its_end(process: subprocess.Popen[bytes]) -> int:
     return process.pid
 
 
-def test_offline_commands_keep_no_copy(daemon: Daemon) -> None:
-    """`verify` opens every DEK: what is left in its process when it has done so."""
+@pytest.mark.parametrize("words", [("verify",), ("export", "-")], ids=" ".join)
+def test_offline_commands_keep_no_copy(daemon: Daemon, words: tuple[str, ...]) -> None:
+    """`verify` opens every DEK, `export` the row key: what is left in its process when it has done so."""
     need_strace()
     secrets = used(daemon)
     daemon.stop()
     folders = ["--data-dir", str(daemon.data_dir), "--config", str(daemon.config_file)]
     nowhere = subprocess.DEVNULL
     for seconds in (2.5, 20):  # on a slow machine it may be gone before all of it has been read
-        command = [*injecting(at_exit(seconds)), *daemon.command, "verify", *folders]
+        command = [*injecting(at_exit(seconds)), *daemon.command, *words, *folders]
         process = subprocess.Popen(command, env=daemon.environment(), stdout=nowhere, stderr=nowhere)
         with process, contextlib.suppress(OSError):
             scan([at_its_end(process)], secrets).assert_clean()
