@@ -150,6 +150,7 @@ _STOPPED = {
     "truncated": "the audit log was cut shorter in place",
     "closed": "the audit log is closed",
 }
+_FAILED = "failed"  # nothing may tell that but a write: a quota, a file system that became read-only
 
 
 class AuditLog:
@@ -185,7 +186,7 @@ class AuditLog:
         self._number, self._mark = -1, ""  # the last change, and how it is written
         self._torn: list[Torn] = []  # torn records of ours that no recovery event names yet
         self._ends = 0  # line ends that torn repairs wrote
-        self._note = ""  # why the log was reopened, until that is recorded
+        self._note = ""  # why the log was reopened, or that it is failing, until that is recorded
         self._stopped = ""  # why nothing may be recorded before `reopen`
         self._held: KMSError | None = None  # why nothing may be recorded before `release`
         self._fd = self._home = -1
@@ -260,6 +261,16 @@ class AuditLog:
     def head(self) -> tuple[str, int, str]:
         """(chain, seq, sig) of the last line, for the store to keep; seq 0 where there is none yet."""
         return (self.chain, *self._last)
+
+    @property
+    def failing(self) -> bool:
+        """Could the last record not be written, though there was room?"""
+        return self._note == _FAILED
+
+    def doubt(self) -> None:
+        """Another process of the daemon is failing: let `check` try whether this one does, too."""
+        with self._lock:
+            self._note = self._note or _FAILED
 
     def sync(self) -> None:
         """Make the file durable, whichever process wrote it. Before a commit that carries a head: else a
@@ -351,6 +362,7 @@ class AuditLog:
         try:
             return _write(self._fd, data)
         except OSError as error:
+            self._note = self._note or _FAILED
             self._fail(error)
 
     def _fail(self, error: OSError) -> NoReturn:

@@ -54,9 +54,13 @@ class Anchors:
         self._effects.append(self._tell)
         return {}
 
-    def anchor(self, uses: dict[str, Any] | None = None, closed: str = "") -> dict[str, Any]:
+    def anchor(
+        self, uses: dict[str, Any] | None = None, closed: str = "", failing: bool = False
+    ) -> dict[str, Any]:
         """The head that came with the job, and uses of keys, each batch once. `closed`: the chain of a worker
-        that has none left."""
+        that has none left. `failing`: it can't write records."""
+        if failing:
+            self._audit.doubt()
         if closed:
             self._store.erase(USING + closed)
         if uses and self._counted.get(uses["chain"]) != uses["number"]:

@@ -103,7 +103,7 @@ class Service:
         self._young: dict[str, Entry] = {}
         self._old: dict[str, Entry] = {}  # what was young before; whatever is asked for is young again
         self._unknown: dict[str, int] = {}  # key_ids that only a caller's blob names, by generation
-        self._anchored = 0
+        self._anchored = 0, False
         self._turn: memoryview | None = None
         self._turn_opener: tuple[Loan, Aead] | None = None
         self.uses = Uses(audit.chain if audit else "", reader.heavy(), workers)
@@ -339,11 +339,16 @@ class Service:
         while more:
             head, uses = self.audit.head, self.uses.batch(wall())
             more = last and uses is not None
-            if head[1] == self._anchored and uses is None and not last:
+            anchored = head[1], self.audit.failing
+            if anchored == self._anchored and uses is None and not last:
                 return
-            ended = {"closed": head[0]} if last and not more else {}
-            self._keeper.call("anchor", {"uses": uses, **ended} if uses else ended, head, 5.0)
-            self._anchored = head[1]
+            told: dict[str, Any] = {"closed": head[0]} if last and not more else {}
+            if uses:
+                told["uses"] = uses
+            if anchored[1] > self._anchored[1]:
+                told["failing"] = True  # nobody is ready, then, and the keeper tells it
+            self._keeper.call("anchor", told, head, 5.0)
+            self._anchored = anchored
             self.uses.taken(self._reader.heavy())
 
     # ---- listings ---------------------------------------------------------------------------------------

@@ -510,10 +510,15 @@ def test_nothing_written_is_nothing_lost(log: AuditLog, path: Path) -> None:
     with tearing(FULL), pytest.raises(AuditUnavailable, match="No space left") as caught:
         encrypt(log)
     assert "free" in caught.value.hint
-    assert log.head == head
+    assert log.head == head and log.failing
+    with tearing(FULL), pytest.raises(AuditUnavailable, match="No space left"):
+        log.check()  # it tries, since nothing else may tell
+    log.check()
+    assert not log.failing and log.reasons() == []
     encrypt(log)
     assert check(path, closed([log])).recoveries == 0
-    assert ops(path) == ["encrypt", "encrypt"]
+    assert ops(path) == ["encrypt", "audit_reopened", "encrypt"]  # when it went on, once
+    assert parse(lines(path)[1])["reason"] == "failed"
 
 
 # A record of the chain's first line, with its line end; and a few places where it may tear.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import resource
@@ -20,6 +21,7 @@ from progressdb_kms import journal, pause
 from progressdb_kms.wire.slab import LAST, SPARES
 from tests.conftest import MakeDaemon
 from tests.harness import Daemon
+from tests.harness.faults import Shim
 from tests.harness.procs import wait_until
 
 
@@ -54,6 +56,28 @@ def test_a_log_that_was_unlinked(make_daemon: MakeDaemon) -> None:
         1,
     ]
     assert "SIGHUP or a restart" in said[0]
+
+
+@pytest.mark.parametrize("error", ["EDQUOT", "EROFS"])
+def test_a_log_that_takes_nothing_though_there_is_room(make_daemon: MakeDaemon, error: str) -> None:
+    """A quota, a file system that became read-only: only a write finds that. All calls were 503, and the
+    daemon was ready, by its own account, and the journal silent."""
+    with Shim() as shim:
+        daemon = make_daemon(workers=2, env=shim.env)
+        assert {create(daemon) for _ in range(20)} == {200}
+        fault = shim.fail("write", "kms-audit.log", error)
+        assert {create(daemon) for _ in range(20)} == {503}
+        words = f"not ready: the audit log can't be written ({os.strerror(getattr(errno, error))})"
+        wait_until(lambda: bool(lines(daemon, words)), 60, "it to be told")
+        reply = daemon.request("GET", "/readyz")
+        assert reply.status == 503 and "can't be written" in reply.json()["reasons"][0]
+        fault.off()
+        wait_until(lambda: bool(lines(daemon, "ready again, after ")), 60, "it to be over, of itself")
+        assert {create(daemon) for _ in range(20)} == {200}
+        assert daemon.request("GET", "/readyz").status == 200
+        daemon.stop()
+    assert len(lines(daemon, "ready")) == 2, daemon.stderr
+    assert daemon.offline("audit", "verify").returncode == 0
 
 
 def replaced(daemon: Daemon) -> None:
