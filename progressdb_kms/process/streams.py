@@ -8,6 +8,7 @@ whoever reads it, and tells where its output could not be written.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import select
@@ -143,6 +144,8 @@ def ran_out(error: BaseException) -> str | None:
     """The limit of the system that this error is about, and how it is raised."""
     if isinstance(error, BlockingIOError) or "can't start new thread" in str(error):  # EAGAIN of a fork
         return "no task can be started (raise TasksMax=, LimitNPROC= and LimitAS=, or `ulimit -u` and `-v`)"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "no file can be opened (raise LimitNOFILE=, or `ulimit -n`)"
     bare = "without setting an exception", "without exception"  # an import that runs out of it may say these
     memory = "failed to map segment", "annot allocate memory", *bare
     said = any(words in str(error) for words in memory)

@@ -275,7 +275,7 @@ class Supervisor:
         except (KMSError, OSError) as error:
             if self._shared.fleet and not self._shared.fleet.opened:
                 raise
-            self._keeping.failed(str(error))
+            self._keeping.failed(error.line if isinstance(error, KMSError) else ran_out(error) or str(error))
         self._missing.tell(self._keeping.why)
         slow = self._coming is not None and time.monotonic() - self._children[0].started > SLOW_SECONDS
         why = self._keeping.why or "the keeper process is only starting"
@@ -310,8 +310,11 @@ class Supervisor:
                 if child.pid and os.waitpid(child.pid, os.WNOHANG)[0]:
                     child.pid = 0
             self._stand_in(StoreUnavailable("the keeper process ended before the others"))
-            if time.monotonic() > deadline:
+            left = ", ".join(str(child.pid) for child in children if child.pid)
+            if left and time.monotonic() > deadline:
+                log.error("pid %s: no end within %g s, it hangs, or its disk: it is killed", left, seconds)
                 self._tell(signal.SIGKILL, children)
+                deadline = float("inf")
             self._signals.wait(MOMENT)
 
 

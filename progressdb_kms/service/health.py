@@ -15,7 +15,7 @@ import threading
 from typing import Any
 
 from ..encoding import timestamp
-from ..errors import AuditUnavailable, StoreUnavailable
+from ..errors import AuditUnavailable, KMSError, StoreUnavailable
 from ..journal import NAMED, Chore, Matter
 from ..pause import Pause
 from ..store.sqlite import FILE_NAME
@@ -77,12 +77,17 @@ class Health:
                 self._store.write("probe", {"at": timestamp(self._clock.now())})
                 self._anchors.write()
         except StoreUnavailable as error:
-            self.writing.failed(error.message)
+            self.failed(error)
             rescue = self._store.lost() and (self._rescued or self._rescuing.why)
             return [error.message, *filter(None, [rescue])]
         self.writing.worked()
         self._next_probe = self._clock.monotonic() + PROVED_SECONDS
         return []
+
+    def failed(self, error: KMSError) -> None:
+        """A change was not made. Files that are gone are no reason any more as soon as they are there again."""
+        if not self._store.lost():
+            self.writing.failed(error.line)
 
     def tell(self) -> None:
         """One line where the service stops being ready, and one where it is again; never one a call."""
@@ -113,6 +118,8 @@ class Health:
         if self._rescued and not why:
             log.warning("the store's files are there again: remove what was rescued, it is behind now")
             self._rescued = ""
+        if self._rescuing.why and not why and alone:
+            self._rescuing.attend(lambda: None)  # there is nothing to be rescued any more
         if why.startswith(FILE_NAME) and not self._rescued and alone and self._rescuing.over():
             self._rescuer = threading.Thread(target=self._rescuing.attend, args=[self._rescue])
             self._rescuer.start()

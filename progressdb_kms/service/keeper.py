@@ -132,7 +132,7 @@ class Keeper:
             done = self._commit(writes) if writes else []
         except KMSError as error:
             self._keks.forget()  # whether it is on the disk isn't known: nothing may be remembered
-            self._health.writing.failed(error.message)
+            self._health.failed(error)
             done = [(job, error, []) for job in writes]
         done += [self._attempt(job) for job in jobs if job.op not in self._writes]
         followed = [(job, self._follow_up(outcome, effects)) for job, outcome, effects in done]

@@ -80,6 +80,28 @@ def test_a_log_that_takes_nothing_though_there_is_room(make_daemon: MakeDaemon, 
     assert daemon.offline("audit", "verify").returncode == 0
 
 
+def test_what_to_do_is_told_with_it(make_daemon: MakeDaemon) -> None:
+    """Of a store that can't be written, and of a keeper that can't come."""
+    with Shim() as shim:
+        daemon = make_daemon(workers=1, env=shim.env)
+        fault = shim.fail("write", "kms.db", "ENOSPC")
+        assert create(daemon) == 503
+        wait_until(lambda: bool(lines(daemon, "not ready: the store can't do that now")), 60, "it to be told")
+        assert "make room on the file system of the data-dir" in lines(daemon, "not ready: ")[0]
+        fault.off()
+        wait_until(lambda: bool(lines(daemon, "ready again, after ")), 60, "it to be over")
+        soft, hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+        keeper = min(pid for pid in daemon.pids() if pid != daemon.pid)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (8, hard))
+        os.kill(keeper, signal.SIGKILL)
+        wait_until(lambda: bool(lines(daemon, "no change can be made")), 60, "it to be told")
+        assert "no file can be opened (raise LimitNOFILE=" in lines(daemon, "no change can be made")[0]
+        time.sleep(2.5)  # it is tried some times
+        assert len(lines(daemon, "no change can be made")) == 1
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (soft, hard))
+        wait_until(lambda: create(daemon) == 200, 60, "all to go on")
+
+
 def replaced(daemon: Daemon) -> None:
     """Kill the newest worker, and wait until another is in its place and has lived for some turns."""
     victim = daemon.pids()[-1]

@@ -240,11 +240,14 @@ def test_the_folder_moved_away(daemon: Daemon) -> None:
         page = kms.request("GET", "/metrics")
         assert page.status == 200 and b"\nprogressdb_kms_ready 0\n" in page.body
         assert b"disk_free_bytes" not in page.body
+        refused(kms)
         wait_until(lambda: "can't be rescued now" in daemon.stderr, 60, "it to be told")
         elsewhere.rename(daemon.data_dir)
         wait_until(lambda: reasons(kms) == [], 60, "readiness")
+        wait_until(lambda: "over: don't stop the daemon" in daemon.stderr, 60, "the advice to be taken back")
         kms.create_dek("t")
     daemon.stop()
+    assert daemon.stderr.count("not ready: ") == 1, daemon.stderr
     assert rescued(daemon) == [] and "what the daemon held" not in daemon.stderr  # it is behind the store
 
 

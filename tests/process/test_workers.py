@@ -242,6 +242,25 @@ def test_a_keeper_that_hangs_when_it_comes_again_holds_up_nobody_else(make_daemo
     wait_until(lambda: all(made() for _ in range(10)), 60, "a new keeper")
 
 
+IMPATIENT = """
+import sys
+from progressdb_kms.process import supervisor
+supervisor.DRAIN_SECONDS = -3.0
+from progressdb_kms.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone sees which process has the store open")
+def test_a_keeper_that_does_not_end_is_told_once(make_daemon: MakeDaemon) -> None:
+    """It was killed at the end of a stop that took most of a minute, and the journal had no word of it."""
+    daemon = make_daemon(workers=1, command=[sys.executable, "-c", IMPATIENT])
+    keeper = daemon.writer
+    os.kill(keeper, signal.SIGSTOP)
+    daemon.stop()
+    assert daemon.stderr.count(f"pid {keeper}: no end within 2 s, it hangs, or its disk: it is killed") == 1
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="root alone sees which process has the store open")
 def test_a_keeper_that_dies_while_all_end_leaves_nobody_waiting(make_daemon: MakeDaemon) -> None:
     """Its workers waited for it until they were killed, and who had asked for a change heard nothing."""
