@@ -85,7 +85,7 @@ class Health:
         return []
 
     def failed(self, error: KMSError) -> None:
-        """A change was not made. Files that are gone are no reason any more as soon as they are there again."""
+        """A change was not made. Files that are gone are no reason any more once they are there again."""
         if not self._store.lost():
             self.writing.failed(error.line)
 
