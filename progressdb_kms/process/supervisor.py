@@ -156,6 +156,9 @@ class Supervisor:
         self._keeping = Pause(*KEEPER_PAUSES)
         self._missing = Matter("no change can be made, and it is tried again: %s", "the keeper is up again")
         self._working = Chore("a worker is missing")
+        self._failing = Matter("a worker can't come, and it is tried again: %s", "all workers are up again")
+        self._words = os.pipe()  # of those, before they end
+        os.set_blocking(self._words[0], False)
         self._served = time.monotonic()
 
     def run(self) -> int:
@@ -226,7 +229,7 @@ class Supervisor:
     def _start_worker(self, child: Child) -> None:
         suffix = f".{child.incarnation + 1}" if child.incarnation >= 0 else ""
         chain = f"{self._epoch}.{child.slot}{suffix}"
-        self._fork(child, partial(_worker_main, self._shared, child.slot, chain))
+        self._fork(child, partial(_worker_main, self._shared, child.slot, chain, self._words[1]))
 
     def _replace_dead(self) -> None:
         for child in self._children:
@@ -235,7 +238,10 @@ class Supervisor:
                 if not pid:
                     continue
                 name = f"worker {child.slot}" if child.slot else "the keeper"
-                log.error("%s (pid %d) ended (%s): it is replaced", name, pid, _how(status))
+                if words := self._heard():
+                    self._failing.tell(*words)
+                else:
+                    log.error("%s (pid %d) ended (%s): it is replaced", name, pid, _how(status))
                 child.pid = 0
                 failed = (
                     child.slot and os.WIFEXITED(status) and time.monotonic() - child.started < SLOW_SECONDS
@@ -249,9 +255,17 @@ class Supervisor:
                     self._working.attend(partial(self._start_worker, child))
         self._turn_away()
 
+    def _heard(self) -> list[str]:
+        """Why workers could not come, which they said last."""
+        with suppress(BlockingIOError):
+            return os.read(self._words[0], 1 << 16).decode().splitlines()
+        return []
+
     def _turn_away(self) -> None:
         """Where no worker has lived for long: who comes hears that, and need not wait for one."""
         living = [child.started for child in self._children[1:] if child.pid]
+        if len(living) == len(self._children) - 1 and time.monotonic() - max(living) > SLOW_SECONDS:
+            self._failing.tell()
         if living and time.monotonic() - min(living) > SLOW_SECONDS:
             self._served = time.monotonic()
         if living or time.monotonic() - self._served < SLOW_SECONDS:
@@ -377,11 +391,15 @@ def _keeper_main(shared: Shared, incarnation: int, report: int) -> None:
     keeper.close()
 
 
-def _worker_main(shared: Shared, slot: int, chain: str) -> None:
+def _worker_main(shared: Shared, slot: int, chain: str, words: int) -> None:
     signals = Signals(child=True)
     if shared.settings.workers > 1:
         _pin(slot)
-    worker = Worker(shared, slot, chain)
+    try:
+        worker = Worker(shared, slot, chain)
+    except KMSError as error:
+        os.write(words, error.line.encode() + b"\n")  # the next one may say the same: it is told once
+        os._exit(1)
     shared.name.listener.close()  # it has its own
     worker.run(signals)
 

@@ -43,10 +43,15 @@ class Claim(NamedTuple):
     def insist(self, data_dir: Path) -> None:
         """Raises StoreUnavailable where another folder is there by now: a process of the daemon that came
         there would begin a store of its own."""
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(data_dir), os.fstat(self.folder)):
+        why = "was moved away, unmounted, or mounted over: put it back"
+        try:
+            if os.path.samestat(os.stat(f"{data_dir}/."), os.fstat(self.folder)):
                 return
-        raise StoreUnavailable(f"{data_dir} was moved away, unmounted, or mounted over: put it back")
+        except PermissionError:
+            why = "is closed to the daemon: let it belong to the daemon's user, with mode 0700"
+        except OSError:
+            pass  # nothing is there
+        raise StoreUnavailable(f"{data_dir} {why}")
 
     def close(self) -> None:
         os.close(self.folder)

@@ -126,9 +126,13 @@ class Connection:
     def __init__(self, path: Path, mode: str) -> None:
         """`mode`: ro, rw, or rwc, which makes the file where there is none."""
         self.lock = threading.RLock()
-        if path.exists() and not path.is_file():  # SQLite would wait for whoever writes to a pipe
-            raise StoreUnavailable(f"{path} is no regular file", hint="find out who put it there")
-        refuse_lost(path)
+        try:
+            if path.exists() and not path.is_file():  # SQLite would wait for whoever writes to a pipe
+                raise StoreUnavailable(f"{path} is no regular file", hint="find out who put it there")
+            refuse_lost(path)
+        except OSError as error:
+            told = f"{path} can't be looked at: {error.strerror}"
+            raise StoreUnavailable(told, hint="the data-dir must be the daemon's user's") from error
         uri = f"file://{quote(os.fsencode(path.absolute()))}?mode={mode}"
         try:
             self._db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)

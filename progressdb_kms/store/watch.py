@@ -60,6 +60,8 @@ class Watch:
         for name, descriptor in self._held.items():
             try:
                 there = os.lstat(self._path.with_name(name))
+            except PermissionError as error:
+                return f"{name} was closed to the daemon ({error.strerror})"
             except OSError as error:
                 gone = not os.fstat(descriptor).st_nlink
                 return f"{name} was {'removed' if gone else 'moved away'} under the daemon ({error.strerror})"

@@ -102,6 +102,51 @@ def test_what_to_do_is_told_with_it(make_daemon: MakeDaemon) -> None:
         wait_until(lambda: create(daemon) == 200, 60, "all to go on")
 
 
+@pytest.mark.root
+def test_a_worker_that_can_not_come_is_told_once(make_daemon: MakeDaemon) -> None:
+    """Each try was two lines, for as long as the file was away; and who may not even look ended with a
+    traceback."""
+    daemon = make_daemon(workers=1)
+    assert create(daemon) == 200
+    kept = daemon.home / "kept"
+    (daemon.data_dir / "kms.db").rename(kept)
+    os.kill(daemon.pids()[-1], signal.SIGKILL)
+    wait_until(lambda: bool(lines(daemon, "a worker can't come")), 60, "it to be told")
+    time.sleep(4)  # it is tried some times
+    kept.rename(daemon.data_dir / "kms.db")
+    wait_until(lambda: bool(lines(daemon, "all workers are up again, after ")), 60, "it to be over")
+    assert create(daemon) == 200
+    daemon.stop()
+    assert len(lines(daemon, "kms.db is missing")) == 2, daemon.stderr  # where it begins and where it is over
+    assert len(lines(daemon, "is replaced")) == 1 and "Traceback" not in daemon.stderr, daemon.stderr
+
+
+@pytest.mark.root
+def test_a_data_dir_that_is_closed_to_the_daemon(make_daemon: MakeDaemon) -> None:
+    """By a chown gone wrong. It was told as a lock that was replaced, with the advice to restart the daemon,
+    which would not have come again."""
+    if shutil.which("setpriv") is None:
+        pytest.skip("needs setpriv")
+    uid = 65533
+    daemon = make_daemon(
+        workers=1, wrapper=["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"], start=False
+    )
+    for path in (daemon.home, *daemon.home.iterdir()):
+        os.chown(path, uid, uid)
+    daemon.start()
+    assert create(daemon) == 200
+    os.chown(daemon.data_dir, 0, 0)
+    for pid in daemon.pids()[1:]:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: bool(lines(daemon, "is closed to the daemon")), 60, "it to be told")
+    wait_until(lambda: create(daemon) == 503, 60, "callers to hear it")
+    os.chown(daemon.data_dir, uid, uid)
+    wait_until(lambda: create(daemon) == 200, 60, "all to go on")
+    daemon.stop()
+    said = daemon.stderr
+    assert "restart the daemon" not in said and "Traceback" not in said and "moved away" not in said, said
+
+
 def replaced(daemon: Daemon) -> None:
     """Kill the newest worker, and wait until another is in its place and has lived for some turns."""
     victim = daemon.pids()[-1]
