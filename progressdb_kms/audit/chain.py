@@ -27,6 +27,9 @@ _BEGUN = re.compile(rb'\{"event":\{"chain":"([0-9.]{3,32})","seq":([0-9]{1,19}),
 SPECIAL = frozenset((b"start", b"shred", b"audit_recovered"))
 _SPECIAL_OP = re.compile(rb'"ts":"[^"]*","op":"(?:%b)"' % b"|".join(SPECIAL)).match
 
+AT_THE_END = "the log ends before that"
+"""Of what is loose: as a killed process, or a full disk, leaves it until the next start."""
+
 
 class Fault(NamedTuple):
     """The first thing that is wrong. `line` counts from 1; 0: the file as a whole."""
@@ -231,7 +234,7 @@ class Verifier(Account):
 
     def finish(self) -> None:
         if self.loose:
-            self.fault("the log ends before that")
+            self.fault(AT_THE_END)
         for name, watch in self.watch.items():
             for seq in sorted(watch):
                 self._unmet(name, seq, watch[seq])

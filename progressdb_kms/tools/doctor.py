@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from .. import __version__
+from ..audit.chain import AT_THE_END
 from ..audit.log import FILE_NAME as AUDIT_LOG
 from ..client import Client, ClientError
 from ..config import keysource
@@ -517,6 +518,10 @@ def _start(patient: Patient) -> Findings:
         return
     if found.fault:
         todo = "`progressdb-kms audit verify` shows it; find out who wrote there"
+        if found.fault.endswith(f"{AT_THE_END})"):
+            todo = (
+                "a full disk or a killed process leaves that: its next start closes it; if it stays: " + todo
+            )
         yield Finding(FAIL, f"the audit log has a fault: {found.fault}", todo)
     if found.erasures:
         todo = "something reads the store without a pause (Litestream?), or the disk is full: `status` counts"

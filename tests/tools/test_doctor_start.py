@@ -125,6 +125,17 @@ def test_an_edited_audit_line(stopped: Daemon) -> None:
     assert found["check"] == "start" and "the audit log has a fault" in found["text"]
 
 
+def test_a_record_that_is_torn_at_the_end(stopped: Daemon) -> None:
+    """A full disk leaves it, or kill -9; the next start closes it. The advice was to find out who did it."""
+    with open(stopped.audit_log, "ab") as log:
+        log.write(b'{"event":{"chain":"1.0","seq":4')
+    (found,) = report(stopped)["fail"]
+    assert "no recovery event accounts for it" in found["text"]
+    assert "its next start closes it" in found["todo"]
+    stopped.start()
+    assert not report(stopped)["fail"]
+
+
 def test_a_file_system_that_is_read_only(stopped: Daemon) -> None:
     """As the kernel makes it after an error of the disk: no start, and doctor passed it."""
     need_mount()
