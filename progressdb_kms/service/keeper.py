@@ -23,7 +23,7 @@ import time
 from collections.abc import Generator, Iterator
 from typing import Any, Callable, Union
 
-from ..errors import AuditUnavailable, InternalError, KMSError, StoreUnavailable
+from ..errors import AuditUnavailable, InternalError, KMSError, StoreUnavailable, Unavailable
 from .anchors import Anchors
 from .channel import Job, answer, receive, taken
 from .common import Common
@@ -172,6 +172,8 @@ class Keeper:
             return work(**(taken(job, self._staging) if "slot" in job.args else job.args))
         except KMSError:
             raise
+        except OSError as error:  # of the system, not of the code: no descriptor is left, for one
+            raise Unavailable(f"the keeper can't do that now: {error.strerror}", hint="ask again") from error
         except Exception:
             log.exception("the job %s failed", job.op)
             raise InternalError("the keeper failed; its log tells more") from None

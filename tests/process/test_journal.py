@@ -147,6 +147,24 @@ def test_a_data_dir_that_is_closed_to_the_daemon(make_daemon: MakeDaemon) -> Non
     assert "restart the daemon" not in said and "Traceback" not in said and "moved away" not in said, said
 
 
+@pytest.mark.root
+def test_a_keeper_without_a_free_descriptor(make_daemon: MakeDaemon) -> None:
+    """Each create was a fault of the daemon's, and seven lines of a traceback."""
+    daemon = make_daemon(workers=1)
+    assert create(daemon) == 200
+    keeper = daemon.writer
+    soft, hard = resource.prlimit(keeper, resource.RLIMIT_NOFILE)
+    resource.prlimit(keeper, resource.RLIMIT_NOFILE, (3, hard))
+    for _ in range(5):
+        assert create(daemon) in (200, 503)  # 503: how to answer comes with the job, as a descriptor
+    resource.prlimit(keeper, resource.RLIMIT_NOFILE, (soft, hard))
+    wait_until(lambda: create(daemon) == 200, 60, "all to go on")
+    room = 2 + max(map(int, os.listdir(f"/proc/{keeper}/fd")))  # for that one alone
+    resource.prlimit(keeper, resource.RLIMIT_NOFILE, (room, hard))
+    assert create(daemon) == 200
+    assert "Traceback" not in daemon.stderr, daemon.stderr
+
+
 def replaced(daemon: Daemon) -> None:
     """Kill the newest worker, and wait until another is in its place and has lived for some turns."""
     victim = daemon.pids()[-1]
