@@ -159,7 +159,8 @@ def test_a_keeper_without_a_free_descriptor(make_daemon: MakeDaemon) -> None:
         assert create(daemon) in (200, 503)  # 503: how to answer comes with the job, as a descriptor
     resource.prlimit(keeper, resource.RLIMIT_NOFILE, (soft, hard))
     wait_until(lambda: create(daemon) == 200, 60, "all to go on")
-    room = 2 + max(map(int, os.listdir(f"/proc/{keeper}/fd")))  # for that one alone
+    taken = set(map(int, os.listdir(f"/proc/{keeper}/fd")))
+    room = [number for number in range(1024) if number not in taken][1]  # for that one alone
     resource.prlimit(keeper, resource.RLIMIT_NOFILE, (room, hard))
     assert create(daemon) == 200
     assert "Traceback" not in daemon.stderr, daemon.stderr
