@@ -15,7 +15,7 @@ from ..config.options import Settings
 from ..config.values import host_and_port
 from ..errors import AlreadyRunning, ConfigError, KMSError
 from ..journal import Chore
-from ..wire import loopback
+from ..wire import handed, loopback
 from ..wire.doors import BACKLOG, peer_of
 from . import systemd
 
@@ -29,8 +29,6 @@ DYING_TRIES, DYING_SECONDS = 20, 0.1
 
 RETRY_SECONDS = 10.0
 """How often, while somebody else listens under the name."""
-
-SO_PASSRIGHTS = 83  # socket(7); since Linux 6.16
 
 # ---- the socket ------------------------------------------------------------------------------------
 
@@ -65,15 +63,6 @@ def _bound(settings: Settings) -> socket.socket:
             os.close(name)
         sock.listen(BACKLOG)
         failed.pop_all()
-    return sock
-
-
-def alone(sock: socket.socket) -> socket.socket:
-    """Let no peer hand over descriptors with what it sends (unix(7)), where the kernel can refuse them.
-    Nobody takes them here, and to drop the last one of a socket with SO_LINGER waits for as long as its owner
-    likes."""
-    with suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
     return sock
 
 
@@ -160,7 +149,8 @@ class Name:
         """Listens: on the socket that systemd hands over, or on one that is bound at `socket`."""
         given = systemd.listen_socket()
         self._ours = given is None
-        self.listener = alone(bind(settings) if given is None else given)
+        self.listener = bind(settings) if given is None else given
+        handed.refuse(self.listener)
         self.listener.setblocking(False)  # all workers share it; a copy of a blocking one would set it back
         self._settings = settings
         kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK  # send_fds and recv_fds ignore flags
@@ -191,7 +181,8 @@ class Name:
             return
         if not self._ours:
             raise ConfigError(f"`systemctl restart` the .socket unit of {self._path}")
-        with alone(bind(self._settings)) as fresh:
+        with bind(self._settings) as fresh:
+            handed.refuse(fresh)
             log.warning("the socket's name %s was removed: bound again", self._path)
             os.dup2(fresh.fileno(), self.listener.fileno(), inheritable=False)
             for end, _ in self._handovers:

@@ -25,6 +25,7 @@ from ..service.lock import Claim
 from ..service.metrics import Metrics
 from ..wire.answers import last_words
 from ..wire.dispatch import error_reply
+from ..wire.handed import refuse
 from . import hardening, systemd
 from .signals import END, ENDING, SignalPipe, Signals
 from .streams import catch_up, ran_out
@@ -268,14 +269,15 @@ class Supervisor:
             self._failing.tell()
         if living and time.monotonic() - min(living) > SLOW_SECONDS:
             self._served = time.monotonic()
-        if living or time.monotonic() - self._served < SLOW_SECONDS:
-            return
+        listener = self._shared.name.listener
+        if living or time.monotonic() - self._served < SLOW_SECONDS or not refuse(listener):
+            return  # where a peer may hand over descriptors, to close might wait: see `handed`
         reply = error_reply(
             StoreUnavailable("no worker can be started", hint="it is tried again; see the journal")
         )
         with suppress(OSError):
             for _ in range(TURNED_AWAY):
-                with self._shared.name.listener.accept()[0] as caller:
+                with listener.accept()[0] as caller:
                     caller.sendall(last_words(reply))
 
     def _revive_keeper(self) -> None:

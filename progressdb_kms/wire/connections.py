@@ -11,8 +11,11 @@ one for the body, however slowly the bytes drip in; one deadline for taking the 
 from __future__ import annotations
 
 import select
+import socket
 import time
 from collections import Counter, OrderedDict, deque
+from contextlib import suppress
+from typing import Callable
 
 from .admission import Limits, Shares
 from .connection import AHEAD, ANSWERING, BODY, BUSY, CLOSED, HEAD, IDLE, IN, LINGERING, REFUSED, Connection
@@ -28,10 +31,14 @@ class Connections:
     """`all` of them, by descriptor; of these the ones that were `turned_away`, the oldest first; those that
     sent requests `ahead`; how many each UID has; and the time `now`, as it was when this turn began."""
 
-    def __init__(self, pace: Pace, shares: Shares, slab: Slab, limits: Limits) -> None:
+    def __init__(
+        self, pace: Pace, shares: Shares, slab: Slab, limits: Limits, end: Callable[[socket.socket], None]
+    ) -> None:
+        """`end`: how a socket is closed."""
         self._poll, self.slow = pace.poll, pace.slow
         self._shares = shares
         self._slab = slab
+        self.end = end
         self._seconds = dict.fromkeys((HEAD, BODY, ANSWERING), limits.request_timeout)
         self._seconds.update({IDLE: limits.idle_timeout, LINGERING: LINGER_SECONDS, REFUSED: LINGER_SECONDS})
         self.all: dict[int, Connection] = {}
@@ -138,7 +145,9 @@ class Connections:
         connection.phase = CLOSED
         del self.all[fd]
         self.turned_away.pop(fd, None)
-        connection.request.close()  # no set waits for it from here on: no other descriptor leads to it
+        with suppress(OSError):  # it is lent, or no set took it
+            connection.poll.unregister(fd)  # another process may have it for a moment
+        self.end(connection.request)
         self.uids -= Counter((connection.peer.uid,))
         if connection.row >= 0:
             self._shares.leave(connection.row)

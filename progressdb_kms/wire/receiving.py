@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import KMSError, Overloaded, PeerRefused, for_peer
 from ..journal import Scarcity
 from ..rules import Policy, rights_of
-from . import dispatch, routes
+from . import dispatch, handed, routes
 from .call import App, Call, Route
 from .connection import ANSWERING, AWAY, BODY, BUSY, HEAD, IDLE, IN, LINGERING, MORE, NEXT, Connection
 from .connections import Connections
@@ -47,14 +47,23 @@ class Receiver:
     """One worker's, for its waiter. `narrow` alone may be called by any thread."""
 
     def __init__(
-        self, app: App, connections: Connections, sender: Sender, lanes: Lanes, pace: Pace, slab: Slab
+        self,
+        app: App,
+        connections: Connections,
+        sender: Sender,
+        lanes: Lanes,
+        pace: Pace,
+        slab: Slab,
+        wary: bool,
     ) -> None:
+        """`wary`: look for descriptors among what comes, see `handed`."""
         self._app = app
         self._connections = connections
         self._sender = sender
         self._lanes = lanes
         self._pace = pace
         self._slab = slab
+        self._wary = wary
         self._view, self._map = slab.received, slab.map
         self.scarcity = Scarcity("no locked memory is free for what comes in pieces")
         self._policies: Sequence[Policy] = ()
@@ -79,6 +88,8 @@ class Receiver:
     def take(self, connection: Connection, place: memoryview, flags: int = 0) -> int:
         """Receive: how many bytes came, or -1: none yet, or 0: it is closed, for the peer is gone."""
         try:
+            if self._wary:
+                place = handed.before(connection.request, place)
             size = connection.request.recv_into(place, 0, flags)
         except BlockingIOError:
             return -1

@@ -29,7 +29,7 @@ from typing import Any, Callable
 from ..audit.log import Fragment, peer_fragment
 from ..errors import KMSError, Overloaded, PeerRefused, RequestTimeout
 from ..rules import Peer
-from . import dispatch, routes
+from . import dispatch, handed, routes
 from .admission import SPARE_FILES, Limits, Refusals, Shares
 from .answers import last_words
 from .call import App
@@ -72,11 +72,13 @@ class Server(socketserver.ThreadingUnixStreamServer):
         longest = max(route.body_limit(app) for route in routes.ROUTES)
         self.shares = Shares(self._metrics, self._counters, limits, longest)
         self._pace = Pace(self._metrics, self._counters)
-        self._connections = Connections(self._pace, self.shares, slab, limits)
+        wary = not all(handed.refuse(one.listener) for one in doors if one.listener.family == socket.AF_UNIX)
+        end = handed.Closer().close if wary else socket.socket.close
+        self._connections = Connections(self._pace, self.shares, slab, limits, end)
         self._sender = Sender(self._connections, slab)
         self._lanes = Lanes(self.app, self._pace, self._sender, slab)
         self._receiver = self.receives(
-            self.app, self._connections, self._sender, self._lanes, self._pace, slab
+            self.app, self._connections, self._sender, self._lanes, self._pace, slab, wary
         )
         self.narrow = self._receiver.narrow
         self._doors = Doors(doors, self._pace.poll, self._greet, self.shares)
@@ -284,7 +286,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._refusals.add(peer, error)
             self._show_out(request, peer, error)
         except OSError:
-            request.close()  # it was gone before it was let in
+            self._connections.end(request)  # it was gone before it was let in
         else:
             self.process_request(request, peer)
         return request.fileno() not in self._connections.turned_away

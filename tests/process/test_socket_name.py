@@ -6,20 +6,19 @@ import contextlib
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from progressdb_kms.process.socket import SO_PASSRIGHTS
+from progressdb_kms.wire.handed import SO_PASSRIGHTS
 from tests.conftest import MakeDaemon
 from tests.harness import Daemon
 from tests.harness.procs import wait_until
 from tests.harness.wire import connect
+from tests.wire.test_handed import slow_to_close
 
 SPREAD = 8
 
@@ -60,23 +59,6 @@ def test_a_removed_name_comes_back(daemon: Daemon, workers: int) -> None:
         wait_until(lambda: len(chains(daemon)) == workers, 20, "the new worker to serve it")
     daemon.stop()
     assert not daemon.socket.exists()
-
-
-@contextlib.contextmanager
-def slow_to_close() -> Iterator[socket.socket]:
-    """A socket whose last close waits for a minute, unless its peer takes what it sent, or is gone."""
-    with (
-        socket.create_server(("127.0.0.1", 0)) as listener,
-        socket.create_connection(listener.getsockname()) as sock,
-    ):
-        peer, _ = listener.accept()
-        with peer:
-            sock.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    sock.send(bytes(1 << 16))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
-            yield sock
 
 
 def knows_rights() -> bool:

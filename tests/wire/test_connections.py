@@ -32,7 +32,9 @@ class Worker:
         self.slab = Slab("off", 0)
         self.pace = Pace(self.metrics, self.block)
         self.shares = Shares(self.metrics, self.block, Limits(9, 60.0, 30.0), 1000)
-        self.table = Connections(self.pace, self.shares, self.slab, Limits(9, 60.0, 30.0))
+        self.table = Connections(
+            self.pace, self.shares, self.slab, Limits(9, 60.0, 30.0), socket.socket.close
+        )
         self.ends: list[socket.socket] = []
 
     def one(self, phase: int = IDLE, uid: int = UID) -> Connection:
@@ -131,6 +133,9 @@ class NoMemory:
 
     def register(self, fd: int, events: int) -> None:
         raise OSError(28, "No space left on device")
+
+    def unregister(self, fd: int) -> None:
+        raise FileNotFoundError
 
 
 @pytest.mark.parametrize("when", ["it is long", "it comes back", "it comes"])
