@@ -11,14 +11,13 @@ one for the body, however slowly the bytes drip in; one deadline for taking the 
 from __future__ import annotations
 
 import select
-import socket
 import time
 from collections import Counter, OrderedDict, deque
 from contextlib import suppress
-from typing import Callable
 
 from .admission import Limits, Shares
 from .connection import AHEAD, ANSWERING, BODY, BUSY, CLOSED, HEAD, IDLE, IN, LINGERING, REFUSED, Connection
+from .handed import Closer
 from .pace import Pace
 from .slab import Slab
 
@@ -31,14 +30,11 @@ class Connections:
     """`all` of them, by descriptor; of these the ones that were `turned_away`, the oldest first; those that
     sent requests `ahead`; how many each UID has; and the time `now`, as it was when this turn began."""
 
-    def __init__(
-        self, pace: Pace, shares: Shares, slab: Slab, limits: Limits, end: Callable[[socket.socket], None]
-    ) -> None:
-        """`end`: how a socket is closed."""
+    def __init__(self, pace: Pace, shares: Shares, slab: Slab, limits: Limits, closer: Closer) -> None:
         self._poll, self.slow = pace.poll, pace.slow
         self._shares = shares
         self._slab = slab
-        self.end = end
+        self.closer = closer
         self._seconds = dict.fromkeys((HEAD, BODY, ANSWERING), limits.request_timeout)
         self._seconds.update({IDLE: limits.idle_timeout, LINGERING: LINGER_SECONDS, REFUSED: LINGER_SECONDS})
         self.all: dict[int, Connection] = {}
@@ -147,7 +143,7 @@ class Connections:
         self.turned_away.pop(fd, None)
         with suppress(OSError):  # it is lent, or no set took it
             connection.poll.unregister(fd)  # another process may have it for a moment
-        self.end(connection.request)
+        self.closer.close(connection.request)
         self.uids -= Counter((connection.peer.uid,))
         if connection.row >= 0:
             self._shares.leave(connection.row)

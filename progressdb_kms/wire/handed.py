@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 
 SO_PASSRIGHTS = 83  # socket(7)
@@ -42,16 +43,21 @@ def before(request: socket.socket, place: memoryview) -> memoryview:
     return place[:size]
 
 
-class Closer:
-    """One worker's."""
+def _unread(request: socket.socket) -> bool:
+    request.shutdown(socket.SHUT_RD)  # nothing comes any more
+    return bool(request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
 
-    def __init__(self) -> None:
+
+class Closer:
+    """One worker's. `wary`: one of its listening sockets can't refuse descriptors."""
+
+    def __init__(self, listeners: Iterable[socket.socket]) -> None:
+        self.wary = not all(refuse(one) for one in listeners if one.family == socket.AF_UNIX)
         self._process: subprocess.Popen[bytes] | None = None
 
     def close(self, request: socket.socket) -> None:
         with suppress(OSError):
-            request.shutdown(socket.SHUT_RD)  # nothing comes any more
-            if request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+            if self.wary and _unread(request):
                 self._hand_on(request)
         request.close()
 

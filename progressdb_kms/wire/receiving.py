@@ -18,11 +18,12 @@ from typing import Any
 from ..errors import KMSError, Overloaded, PeerRefused, for_peer
 from ..journal import Scarcity
 from ..rules import Policy, rights_of
-from . import dispatch, handed, routes
+from . import dispatch, routes
 from .call import App, Call, Route
 from .connection import ANSWERING, AWAY, BODY, BUSY, HEAD, IDLE, IN, LINGERING, MORE, NEXT, Connection
 from .connections import Connections
 from .doors import groups_of
+from .handed import before
 from .http1 import Head, Known, Reader, Request, Room
 from .lanes import Lanes
 from .pace import Pace
@@ -47,23 +48,14 @@ class Receiver:
     """One worker's, for its waiter. `narrow` alone may be called by any thread."""
 
     def __init__(
-        self,
-        app: App,
-        connections: Connections,
-        sender: Sender,
-        lanes: Lanes,
-        pace: Pace,
-        slab: Slab,
-        wary: bool,
+        self, app: App, connections: Connections, sender: Sender, lanes: Lanes, pace: Pace, slab: Slab
     ) -> None:
-        """`wary`: look for descriptors among what comes, see `handed`."""
         self._app = app
         self._connections = connections
         self._sender = sender
         self._lanes = lanes
         self._pace = pace
         self._slab = slab
-        self._wary = wary
         self._view, self._map = slab.received, slab.map
         self.scarcity = Scarcity("no locked memory is free for what comes in pieces")
         self._policies: Sequence[Policy] = ()
@@ -88,8 +80,8 @@ class Receiver:
     def take(self, connection: Connection, place: memoryview, flags: int = 0) -> int:
         """Receive: how many bytes came, or -1: none yet, or 0: it is closed, for the peer is gone."""
         try:
-            if self._wary:
-                place = handed.before(connection.request, place)
+            if self._connections.closer.wary:
+                place = before(connection.request, place)
             size = connection.request.recv_into(place, 0, flags)
         except BlockingIOError:
             return -1

@@ -72,13 +72,12 @@ class Server(socketserver.ThreadingUnixStreamServer):
         longest = max(route.body_limit(app) for route in routes.ROUTES)
         self.shares = Shares(self._metrics, self._counters, limits, longest)
         self._pace = Pace(self._metrics, self._counters)
-        wary = not all(handed.refuse(one.listener) for one in doors if one.listener.family == socket.AF_UNIX)
-        end = handed.Closer().close if wary else socket.socket.close
-        self._connections = Connections(self._pace, self.shares, slab, limits, end)
+        closer = handed.Closer(one.listener for one in doors)
+        self._connections = Connections(self._pace, self.shares, slab, limits, closer)
         self._sender = Sender(self._connections, slab)
         self._lanes = Lanes(self.app, self._pace, self._sender, slab)
         self._receiver = self.receives(
-            self.app, self._connections, self._sender, self._lanes, self._pace, slab, wary
+            self.app, self._connections, self._sender, self._lanes, self._pace, slab
         )
         self.narrow = self._receiver.narrow
         self._doors = Doors(doors, self._pace.poll, self._greet, self.shares)
@@ -286,7 +285,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
             self._refusals.add(peer, error)
             self._show_out(request, peer, error)
         except OSError:
-            self._connections.end(request)  # it was gone before it was let in
+            self._connections.closer.close(request)  # it was gone before it was let in
         else:
             self.process_request(request, peer)
         return request.fileno() not in self._connections.turned_away

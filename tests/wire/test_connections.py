@@ -17,6 +17,7 @@ from progressdb_kms.wire import admission
 from progressdb_kms.wire.admission import Limits, Shares
 from progressdb_kms.wire.connection import AHEAD, ANSWERING, BODY, BUSY, CLOSED, IDLE, IN, REFUSED, Connection
 from progressdb_kms.wire.connections import LINGER_SECONDS, Connections
+from progressdb_kms.wire.handed import Closer
 from progressdb_kms.wire.pace import Pace
 from progressdb_kms.wire.slab import SPARES, Slab
 
@@ -32,9 +33,7 @@ class Worker:
         self.slab = Slab("off", 0)
         self.pace = Pace(self.metrics, self.block)
         self.shares = Shares(self.metrics, self.block, Limits(9, 60.0, 30.0), 1000)
-        self.table = Connections(
-            self.pace, self.shares, self.slab, Limits(9, 60.0, 30.0), socket.socket.close
-        )
+        self.table = Connections(self.pace, self.shares, self.slab, Limits(9, 60.0, 30.0), Closer(()))
         self.ends: list[socket.socket] = []
 
     def one(self, phase: int = IDLE, uid: int = UID) -> Connection:

@@ -95,7 +95,8 @@ def test_what_is_looked_at_before_it_is_read_is_all_there(make_daemon: MakeDaemo
 
 
 def test_where_the_process_that_closes_waits_another_takes_its_place() -> None:
-    closer, ends = Closer(), []
+    closer, ends = Closer(()), []
+    closer.wary = True
 
     def close(*handed_over: int) -> None:
         ours, theirs = socket.socketpair()
