@@ -57,7 +57,7 @@ def only_in_a_fleet(module: str) -> bool:
     return any(part.startswith("fleet") for part in module.split("."))
 
 
-MAX_SERVED = 9_918
+MAX_SERVED = 9_913
 """Lines of code (no blanks, comments, docstrings) that are loaded to serve."""
 
 

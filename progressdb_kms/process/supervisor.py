@@ -244,9 +244,8 @@ class Supervisor:
                 else:
                     log.error("%s (pid %d) ended (%s): it is replaced", name, pid, _how(status))
                 child.pid = 0
-                failed = (
-                    child.slot and os.WIFEXITED(status) and time.monotonic() - child.started < SLOW_SECONDS
-                )
+                early = time.monotonic() - child.started < SLOW_SECONDS
+                failed = child.slot and early and os.WIFEXITED(status)
                 child.failures = min(child.failures + 1, DOUBLINGS) if failed else 0
                 self._wipe_after(child.slot)
             if time.monotonic() - child.started >= RESPAWN_SECONDS * 2**child.failures:
@@ -264,21 +263,19 @@ class Supervisor:
 
     def _turn_away(self) -> None:
         """Where no worker has lived for long: who comes hears that, and need not wait for one."""
-        living = [child.started for child in self._children[1:] if child.pid]
-        if len(living) == len(self._children) - 1 and time.monotonic() - max(living) > SLOW_SECONDS:
+        living = [time.monotonic() - child.started for child in self._children[1:] if child.pid]
+        if len(living) == len(self._children) - 1 and min(living) > SLOW_SECONDS:
             self._failing.tell()
-        if living and time.monotonic() - min(living) > SLOW_SECONDS:
+        if living and max(living) > SLOW_SECONDS:
             self._served = time.monotonic()
         listener = self._shared.name.listener
         if living or time.monotonic() - self._served < SLOW_SECONDS or not refuse(listener):
             return  # where a peer may hand over descriptors, to close might wait: see `handed`
-        reply = error_reply(
-            StoreUnavailable("no worker can be started", hint="it is tried again; see the journal")
-        )
+        why = StoreUnavailable("no worker can be started", hint="it is tried again; see the journal")
         with suppress(OSError):
             for _ in range(TURNED_AWAY):
                 with listener.accept()[0] as caller:
-                    caller.sendall(last_words(reply))
+                    caller.sendall(last_words(error_reply(why)))
 
     def _revive_keeper(self) -> None:
         """It has served, so it will again: no state of the disk ends the daemon. Who asks meanwhile hears.

@@ -342,11 +342,9 @@ class Service:
             anchored = head[1], self.audit.failing
             if anchored == self._anchored and uses is None and not last:
                 return
-            told: dict[str, Any] = {"closed": head[0]} if last and not more else {}
-            if uses:
-                told["uses"] = uses
-            if anchored[1] > self._anchored[1]:
-                told["failing"] = True  # nobody is ready, then, and the keeper tells it
+            closed = head[0] if last and not more else ""
+            failing = anchored[1] > self._anchored[1]  # nobody is ready, then, and the keeper tells it
+            told = {"uses": uses or None, "closed": closed, "failing": failing}
             self._keeper.call("anchor", told, head, 5.0)
             self._anchored = anchored
             self.uses.taken(self._reader.heavy())

@@ -43,11 +43,6 @@ def before(request: socket.socket, place: memoryview) -> memoryview:
     return place[:size]
 
 
-def _unread(request: socket.socket) -> bool:
-    request.shutdown(socket.SHUT_RD)  # nothing comes any more
-    return bool(request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-
-
 class Closer:
     """One worker's. `wary`: one of its listening sockets can't refuse descriptors."""
 
@@ -57,8 +52,10 @@ class Closer:
 
     def close(self, request: socket.socket) -> None:
         with suppress(OSError):
-            if self.wary and _unread(request):
-                self._hand_on(request)
+            if self.wary:
+                request.shutdown(socket.SHUT_RD)  # nothing comes any more
+                if request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                    self._hand_on(request)
         request.close()
 
     def _hand_on(self, request: socket.socket) -> None:

@@ -29,7 +29,7 @@ from typing import Any, Callable
 from ..audit.log import Fragment, peer_fragment
 from ..errors import KMSError, Overloaded, PeerRefused, RequestTimeout
 from ..rules import Peer
-from . import dispatch, handed, routes
+from . import dispatch, routes
 from .admission import SPARE_FILES, Limits, Refusals, Shares
 from .answers import last_words
 from .call import App
@@ -37,6 +37,7 @@ from .connection import AHEAD, ANSWERING, BODY, BUSY, HEAD, IDLE, IN, LINGERING,
 from .connections import Connections
 from .doors import EVENTS, STRANGER, Door, Doors
 from .fair import Fair
+from .handed import Closer
 from .lanes import SLICE, Lanes
 from .lone import SOON, Events, Lone
 from .pace import Pace
@@ -72,7 +73,7 @@ class Server(socketserver.ThreadingUnixStreamServer):
         longest = max(route.body_limit(app) for route in routes.ROUTES)
         self.shares = Shares(self._metrics, self._counters, limits, longest)
         self._pace = Pace(self._metrics, self._counters)
-        closer = handed.Closer(one.listener for one in doors)
+        closer = Closer(door.listener for door in doors)
         self._connections = Connections(self._pace, self.shares, slab, limits, closer)
         self._sender = Sender(self._connections, slab)
         self._lanes = Lanes(self.app, self._pace, self._sender, slab)
