@@ -27,10 +27,13 @@ What the engine's side must hold, each for a reason that the simulation shows wh
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Union
 
 from ..errors import StoreDamaged
 from ..store.contract import Usage
+
+Wanted = tuple[Union[str, None], Union[str, None]]
+"""A DEK to be made: its thread_id, its key_id; None: see `Deks.create`."""
 
 KEY = "key"
 KEKS = "keks"

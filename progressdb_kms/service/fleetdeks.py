@@ -7,11 +7,11 @@ from typing import Any, Callable
 
 from ..crypto.aead import Aead
 from ..errors import KMSError, StoreUnavailable
+from ..fleet.rows import Wanted
 from ..fleet.store import FleetStore
 from ..store.contract import DekRecord
 from .channel import telling
 from .deks import Deks, described, same
-from .fleetworker import Wanted
 from .rotation import refuse_spent
 
 

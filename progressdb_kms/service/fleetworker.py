@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import clock_gettime_ns, time_ns
-from typing import Any, Callable, TypeVar, Union
+from typing import Any, Callable, TypeVar
 
 from ..crypto.envelope import Wrapped
 from ..encoding import json_dumps
@@ -17,7 +17,7 @@ from ..errors import KeyNotFound, StoreUnavailable, Unavailable
 from ..fleet.board import BOOT, FLUSHES, SEEN, WALL, Board, Follower
 from ..fleet.lease import BOOTTIME, margin
 from ..fleet.reader import FleetReader
-from ..fleet.rows import Point
+from ..fleet.rows import Point, Wanted
 from ..store.contract import DekRecord
 from .channel import MAX_JOB, Staged, outcome
 from .fleetgauges import FAMILIES
@@ -26,9 +26,6 @@ from .usage import NOBODY
 
 BARRIER_SPARE = 20.0
 """Seconds that a change may take beside the wait for a host that is dead."""
-
-Wanted = tuple[Union[str, None], Union[str, None]]
-"""A DEK to be made: its thread_id, its key_id; None: see `Deks.create`."""
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ..errors import Overloaded, Unavailable
-from ..service.fleetworker import Wanted
+from ..fleet.rows import Wanted
 from ..service.service import Service
 from . import deks, dispatch
 from .call import App, Call, Route

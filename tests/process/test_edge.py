@@ -42,6 +42,7 @@ def serving(workers: int = 2, **config: Any) -> Iterator[Daemon]:
     with Daemon({"allowed_peer_uids": [0, OURS, OTHER], **config}, workers=workers) as daemon:
         daemon.home.chmod(0o755)
         daemon.socket.chmod(0o666)
+        wait_until(lambda: len(daemon.pids()) == workers + 2, 60, "all processes")  # whose memory counts
         yield daemon
 
 
