@@ -308,8 +308,7 @@ class AuditLog:
         """Raises AuditUnavailable. What lies under the path now is the log, whatever was there before."""
         with self._lock:
             if self._held:
-                os.close(self._home)
-                self._home = -1
+                self._leave()
                 self._take(*self._open())
                 self._held, self._stopped = None, ""
 
@@ -322,8 +321,14 @@ class AuditLog:
             self._stopped = "closed"
             if self._fd >= 0:
                 os.close(self._fd)
-                os.close(self._home)
                 self._fd = -1
+            self._leave()
+
+    def _leave(self) -> None:
+        """The folder."""
+        if self._home >= 0:
+            os.close(self._home)
+            self._home = -1
 
     # -- under the lock
 

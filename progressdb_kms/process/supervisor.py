@@ -158,8 +158,7 @@ class Supervisor:
         self._missing = Matter("no change can be made, and it is tried again: %s", "the keeper is up again")
         self._working = Chore("a worker is missing")
         self._failing = Matter("a worker can't come, and it is tried again: %s", "all workers are up again")
-        self._words = os.pipe()  # of those, before they end
-        os.set_blocking(self._words[0], False)
+        self._words = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)  # of those, before they end
         self._served = time.monotonic()
 
     def run(self) -> int:

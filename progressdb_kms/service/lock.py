@@ -47,10 +47,9 @@ class Claim(NamedTuple):
         try:
             if os.path.samestat(os.stat(f"{data_dir}/."), os.fstat(self.folder)):
                 return
-        except PermissionError:
-            why = "is closed to the daemon: let it belong to the daemon's user, with mode 0700"
-        except OSError:
-            pass  # nothing is there
+        except OSError as error:
+            if isinstance(error, PermissionError):
+                why = "is closed to the daemon: let it belong to the daemon's user, with mode 0700"
         raise StoreUnavailable(f"{data_dir} {why}")
 
     def close(self) -> None:

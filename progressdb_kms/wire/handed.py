@@ -28,11 +28,10 @@ while found := socket.recv_fds(end, 1, 1)[1]:
 
 def refuse(listener: socket.socket) -> bool:
     """Let no peer hand over any; False where the kernel doesn't know how. Who is accepted inherits it."""
-    try:
+    with suppress(OSError):
         listener.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def before(request: socket.socket, place: memoryview) -> memoryview:

@@ -395,6 +395,22 @@ def test_a_log_that_comes_back_is_gone_on_with(log: AuditLog, path: Path) -> Non
     assert ops(path) == ["encrypt", "encrypt"]
 
 
+def test_a_log_that_is_held_while_its_folder_is_gone(tmp_path: Path) -> None:
+    """It is asked again and again, until the folder is there."""
+    (tmp_path / "here").mkdir()
+    (log,) = made(tmp_path / "here" / "kms-audit.log", ["1.0"])
+    log.hold(AuditUnavailable("not introduced"))
+    (tmp_path / "here").rename(tmp_path / "aside")
+    for _ in range(2):
+        with pytest.raises(AuditUnavailable, match="No such file"):
+            log.release()
+    (tmp_path / "aside").rename(tmp_path / "here")
+    log.release()
+    encrypt(log)
+    log.close()
+    log.close()
+
+
 @pytest.mark.parametrize("held", [False, True])
 def test_a_folder_that_takes_the_place_of_another_has_a_log_of_its_own(tmp_path: Path, held: bool) -> None:
     """Mounted over it, or moved there. Who has recorded nothing yet goes by what is there in the end."""
