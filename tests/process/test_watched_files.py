@@ -313,7 +313,7 @@ def test_another_folder_in_the_place_of_its_own(daemon: Daemon) -> None:
         kms.encrypt(key, b"")
         assert kms.request("DELETE", f"/deks/{key}", {"immediately": True}).status == 503
         daemon.signal(signal.SIGHUP)  # says nothing about which folder it is
-        wait_until(lambda: len(rescued(daemon)) == 1, 60, "the rescue")
+        wait_until(lambda: len(rescued(daemon)) == 1 == len(os.listdir(daemon.data_dir)), 60, "the rescue")
         for pid in daemon.pids()[1:]:  # the keeper, and all workers
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: "no change can be made" in daemon.stderr, 60, "it to be told")
