@@ -641,6 +641,7 @@ def test_what_a_dead_process_left_is_named_at_the_start(path: Path, less: int, a
     anchors = {"1.0": dead.head[1:]}
     encrypt(dead)
     os.close(dead._fd)
+    dead._leave()
     os.truncate(path, path.stat().st_size - less)
     log = made(path, ["2.0"])[0]
     assert recover(log) == 1
@@ -669,6 +670,7 @@ def test_a_torn_record_before_lines_of_others_is_named_at_the_start(path: Path) 
     for _ in range(3):
         encrypt(second)
     os.close(first._fd)  # it dies
+    first._leave()
     log = made(path, ["2.0"])[0]
     assert recover(log) == 1
     assert check(path, {**closed([second]), **closed([log])}).fault is None

@@ -89,6 +89,7 @@ class _World:
         for log in self.logs:
             self.anchors[log.chain] = log.head[1:]
             os.close(log._fd)
+            log._leave()
         self.epoch += 1
         self.start()
 
