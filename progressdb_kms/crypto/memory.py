@@ -36,7 +36,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.syscall.restype = ctypes.c_long
 _libc.getrandom.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
-_libc.getrandom.restype = ctypes.c_ssize_t
 
 
 def wipe(view: memoryview) -> None:
@@ -48,8 +47,7 @@ def wipe(view: memoryview) -> None:
 def random_into(view: memoryview) -> None:
     """Fill with random bytes of the OS, at most 256 (getrandom(2) gives these whole). They pass through no
     other object, and it takes no descriptor: a process that has none left goes on making keys."""
-    start = ctypes.addressof(ctypes.c_char.from_buffer(view))
-    if _libc.getrandom(start, len(view), 0) != len(view):
+    if _libc.getrandom(ctypes.addressof(ctypes.c_char.from_buffer(view)), len(view), 0) != len(view):
         raise StoreUnavailable("the OS gave too few random bytes")
 
 

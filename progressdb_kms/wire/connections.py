@@ -113,8 +113,8 @@ class Connections:
         """For one of this UID, that will come again: of one that has too much, close who is idle longest."""
         uids = [other for other in self.uids if other != uid and self._shares.crowds(other, 0)]
         idle = [one for one in self.all.values() if one.phase == IDLE and one.peer.uid in uids]
-        for one in idle[:1]:
-            self.close(one)
+        if idle:
+            self.close(min(idle, key=lambda one: one.deadline))
 
     def forget_key(self, connection: Connection) -> None:
         """The body of a secret route, where it came in pieces."""

@@ -38,6 +38,7 @@ def before(request: socket.socket, place: memoryview) -> memoryview:
     """The part of the place that what is there fills. Raises OSError where descriptors are among it."""
     size, _, flags, _ = request.recvmsg_into([place], 0, socket.MSG_PEEK)
     if flags & socket.MSG_CTRUNC:
+        place[:size] = bytes(size)  # nobody comes to read that
         raise OSError("descriptors were handed over")
     return place[:size]
 
@@ -58,7 +59,7 @@ class Closer:
         request.close()
 
     def _hand_on(self, request: socket.socket) -> None:
-        while request.fileno() >= 0:
+        for _ in range(2):  # one that takes nothing holds nobody up for ever
             if self._process is None:
                 self._end, theirs = socket.socketpair()
                 self._end.setblocking(False)
@@ -69,6 +70,7 @@ class Closer:
                 socket.send_fds(self._end, [b"\0"], [request.fileno()])
                 request.close()
                 self._end.send(b"\0")
+                return
             except OSError:
                 self._end.close()
                 self._process.kill()

@@ -167,13 +167,15 @@ def test_who_comes_late_gets_room_of_who_has_all(worker: Worker, monkeypatch: py
     """Nobody else was here while one UID took all: who is idle for longest goes, and nobody of who is at
     work."""
     busy, *idle = [worker.one(phase) for phase in (BODY, *[IDLE] * 8)]
+    worker.table.now += 5.0
+    worker.table.goes(idle[0], IDLE)  # the first that came, and the last that was at work
     now = time.monotonic() + 2 * SECONDS
     monkeypatch.setattr(admission.time, "monotonic", lambda: now)
     worker.table.make_room(OTHER)
     assert len(worker.table.all) == 9  # nobody asked yet
     assert worker.shares.refusal(OTHER) == "too many connections"
     worker.table.make_room(OTHER)
-    assert idle[0].phase == CLOSED and len(worker.table.all) == 8 and busy.phase == BODY
+    assert idle[1].phase == CLOSED and len(worker.table.all) == 8 and busy.phase == BODY
     assert worker.shares.refusal(UID) and not worker.shares.refusal(OTHER)
     worker.one(uid=OTHER)
     worker.table.make_room(OTHER)

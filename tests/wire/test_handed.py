@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -122,6 +123,21 @@ def test_where_the_process_that_closes_waits_another_takes_its_place() -> None:
     assert closer._process is not None and closer._process.wait(60) == 0
 
 
+def test_a_process_that_takes_nothing_is_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        started.append(closer._process)
+        raise OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")
+
+    closer, started = Closer(()), []
+    closer.wary = True
+    monkeypatch.setattr(socket, "send_fds", refused)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.send(b"x")
+        closer.close(ours)
+    assert ours.fileno() < 0 and len(started) == 2 and closer._process is None
+
+
 def test_a_look_before_they_are_read() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -132,3 +148,4 @@ def test_a_look_before_they_are_read() -> None:
         for _ in range(2):  # it drops none
             with pytest.raises(OSError, match="handed over"):
                 before(ours, place)
+            assert not any(place)  # nobody comes to read and to wipe that
