@@ -239,6 +239,7 @@ def test_where_no_worker_can_live_callers_hear_it(make_daemon: MakeDaemon, worke
     """The folder is gone, and all who served died: callers waited for nobody, and the journal had sixteen
     lines a second."""
     daemon = make_daemon(workers=workers)
+    procs.wait_until(lambda: len(daemon.pids()) == workers + 2, 60, "all processes")
     elsewhere = daemon.home / "elsewhere"
     daemon.data_dir.rename(elsewhere)
     for worker in daemon.pids()[2:]:  # behind the first process and the keeper

@@ -42,6 +42,7 @@ def moved(path: Path) -> None:
 @pytest.fixture
 def daemon() -> Iterator[Daemon]:
     with Daemon(workers=2) as daemon:
+        wait_until(lambda: len(daemon.pids()) == 4, 60, "all processes")  # one that comes later is refused
         yield daemon
 
 
